@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: MIT
+"""How fastdiff refuses: one sentence with operation, argument, what it got, what it expected, and a remedy.
+
+Every check of the library ends here, so that all messages read alike, for example::
+
+    step: model_output has shape [2, 4, 64, 64], expected [4, 4, 64, 64] like sample; pass the unconditional half as uncond
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+def sentence(operation: str, argument: str, got: str, expected: str, remedy: str) -> str:
+    """Compose the message of a refusal.
+
+    Args:
+        operation: what the caller asked for, as the caller wrote it (``"step"``, ``"NoiseSchedulerConfig"``).
+        argument: the name of the argument at fault.
+        got: a verb phrase, ``"has shape [2, 4]"`` or ``"is -1"``.
+        expected: what would have been accepted, ``"[4, 4] like sample"``.
+        remedy: what to do about it, in the imperative.
+    """
+    return f"{operation}: {argument} {got}, expected {expected}; {remedy}"
+
+
+def unknown_name(operation: str, argument: str, got: object, known: Iterable[str]) -> ValueError:
+    """Refuse a name that is not in a list, showing the list."""
+    names = ", ".join(sorted(known))
+    return ValueError(sentence(operation, argument, f"is {got!r}", f"one of {names}", "pick a name from that list"))
+
+
+def require(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import an optional package, or say which extra of fastdiff brings it.
+
+    Raises:
+        ImportError: the package is not installed; the message names the extra.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(
+            f"{purpose}: the package {package!r} cannot be imported ({error}), expected it to be installed; "
+            f"run: pip install 'fastdiff-kernels[{extra}]'"
+        ) from error

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: MIT
+"""DDPM: draw from the posterior q(x_s | x_t, x0)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from enum import Enum
+
+from ..affine import NOISE, SAMPLE
+from ..errors import unknown_name
+from ..levels import Levels
+from ..table import StepTable, Variance
+from .prediction import Prediction
+
+
+class VarianceType(str, Enum):
+    """The variance of the reverse step, named as in diffusers."""
+
+    FIXED_SMALL = "fixed_small"
+    FIXED_SMALL_LOG = "fixed_small_log"
+    FIXED_LARGE = "fixed_large"
+    FIXED_LARGE_LOG = "fixed_large_log"
+    LEARNED = "learned"
+    LEARNED_RANGE = "learned_range"
+
+    @classmethod
+    def parse(cls, value: str | VarianceType) -> VarianceType:
+        try:
+            return cls(value)
+        except ValueError:
+            raise unknown_name("ddpm", "variance_type", value, [member.value for member in cls]) from None
+
+
+#: diffusers keeps the posterior variance of the last step, which is 0, from having no logarithm.
+SMALLEST_VARIANCE = 1e-20
+
+
+def ddpm(
+    levels: Levels, prediction: Prediction, *, variance_type: str | VarianceType = VarianceType.FIXED_SMALL
+) -> StepTable:
+    """The table of DDPM (arXiv 2006.11239, eq. 6 and 7, written for any α and σ).
+
+    With a = α_t/α_s and β = σ_t² − a²σ_s² (the variance added from s to t), the posterior has the mean
+    ``α_s·β/σ_t² · x0 + a·σ_s²/σ_t² · x`` and the variance ``β·σ_s²/σ_t²`` (small) or β (large).  A step to the
+    clean sample adds no noise.
+
+    Args:
+        levels: the levels to visit.
+        prediction: how to read the model.
+        variance_type: `fixed_small` and `fixed_small_log` (the posterior variance), `fixed_large` and
+            `fixed_large_log` (β; diffusers' own fixed_large_log takes the root of a negative logarithm, ours
+            the variance that it means), `learned` (the model's second output is the variance), `learned_range`
+            (it interpolates between the two logarithms, arXiv 2102.09672, eq. 15).
+    """
+    kind = VarianceType.parse(variance_type)
+    rows = []
+    for i in range(len(levels)):
+        t, s = levels[i], levels[i + 1]
+        model = prediction.at(t)
+        a = t.alpha / s.alpha
+        beta = t.sigma**2 - (a * s.sigma) ** 2
+        prev = (s.alpha * beta / t.sigma**2) * model.x0 + (a * s.sigma**2 / t.sigma**2) * SAMPLE
+        small = max(beta * (s.sigma / t.sigma) ** 2, SMALLEST_VARIANCE)
+        offset, slope = 0.0, 0.0
+        if s.sigma > 0.0:
+            if kind in (VarianceType.FIXED_SMALL, VarianceType.FIXED_SMALL_LOG):
+                prev = prev + math.sqrt(small) * NOISE
+            elif kind in (VarianceType.FIXED_LARGE, VarianceType.FIXED_LARGE_LOG):
+                prev = prev + math.sqrt(beta) * NOISE
+            else:
+                prev = prev + NOISE
+                # v in [-1, 1] spans [log small, log large]; half of it is the log of the standard deviation.
+                offset = 0.25 * (math.log(beta) + math.log(small))
+                slope = 0.25 * (math.log(beta) - math.log(small))
+        row = model.row(prev)
+        if kind is VarianceType.LEARNED_RANGE:
+            row = replace(row, variance_offset=offset, variance_slope=slope)
+        rows.append(row)
+    variance = {VarianceType.LEARNED: Variance.LEARNED, VarianceType.LEARNED_RANGE: Variance.LEARNED_RANGE}
+    return StepTable(
+        tuple(rows), levels.initial_scale, variance.get(kind, Variance.FIXED), thresholding=prediction.thresholding
+    )

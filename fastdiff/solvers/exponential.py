@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: MIT
+"""The exponential integrators behind all DPM-Solvers: one step in λ = log(α/σ) from s to t.
+
+With h = λ_t − λ_s, each form is ``c_x·x + c_0·D0 + c_1·D1 + c_2·D2 + c_z·z``, where D0, D1, D2 stand for the
+model's x0 (data forms) or ε (noise forms) at s and its first and second differences over the step.
+Papers: DPM-Solver arXiv 2206.00927, DPM-Solver++ arXiv 2211.01095.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+from ..errors import unknown_name
+from ..levels import Level
+
+
+class Algorithm(str, Enum):
+    """The four forms, named as in diffusers: what is interpolated (ε, or x0 in the ++ forms), and ODE or SDE."""
+
+    DPM_SOLVER = "dpmsolver"
+    DPM_SOLVER_PP = "dpmsolver++"
+    SDE_DPM_SOLVER = "sde-dpmsolver"
+    SDE_DPM_SOLVER_PP = "sde-dpmsolver++"
+
+    @classmethod
+    def parse(cls, value: str | Algorithm) -> Algorithm:
+        try:
+            return cls(value)
+        except ValueError:
+            raise unknown_name("dpm_solver", "algorithm_type", value, [member.value for member in cls]) from None
+
+    @property
+    def predicts_data(self) -> bool:
+        return self in (Algorithm.DPM_SOLVER_PP, Algorithm.SDE_DPM_SOLVER_PP)
+
+    @property
+    def stochastic(self) -> bool:
+        return self in (Algorithm.SDE_DPM_SOLVER, Algorithm.SDE_DPM_SOLVER_PP)
+
+
+class SolverType(str, Enum):
+    """How the first difference enters a second-order step: `midpoint` (½·c_0) or `heun` (its exact integral)."""
+
+    MIDPOINT = "midpoint"
+    HEUN = "heun"
+
+    @classmethod
+    def parse(cls, value: str | SolverType) -> SolverType:
+        try:
+            return cls(value)
+        except ValueError:
+            raise unknown_name("dpm_solver", "solver_type", value, [member.value for member in cls]) from None
+
+
+@dataclass(frozen=True)
+class Step:
+    """The coefficients of one step from s to t.
+
+    Attributes:
+        h: λ_t − λ_s.
+        x, d0, d1, d2: coefficients of the sample and of the zeroth, first and second difference (exact integrals).
+        noise: coefficient of a standard normal draw; 0 in the ODE forms.
+    """
+
+    h: float
+    x: float
+    d0: float
+    d1: float
+    d2: float
+    noise: float
+
+    def first_difference(self, solver_type: SolverType) -> float:
+        return 0.5 * self.d0 if solver_type is SolverType.MIDPOINT else self.d1
+
+
+def exponential_step(algorithm: Algorithm, s: Level, t: Level) -> Step:
+    """The coefficients from s to t.
+
+    The data forms integrate ``e^λ·x0``, with z = −h (ODE) or −2h (SDE) in the φ functions; the noise forms ``e^−λ·ε``
+    with z = h, twice as much of it in the SDE.  A step to σ_t = 0 returns the predicted x0, the limit that all of them
+    share but for the noise SDE, whose own limit would end in noise.
+    """
+    h = t.half_log_snr - s.half_log_snr
+    factor = 2.0 if algorithm.stochastic else 1.0
+    if algorithm.predicts_data:
+        z = -factor * h
+        x = t.sigma / s.sigma * (math.exp(-h) if algorithm.stochastic else 1.0)
+        noise = t.sigma * math.sqrt(-math.expm1(z)) if algorithm.stochastic else 0.0
+        return Step(h, x, -t.alpha * math.expm1(z), t.alpha * (1.0 - phi1(z)), t.alpha * (0.5 - phi2(z)), noise)
+    ratio = t.alpha / s.alpha
+    if t.sigma == 0.0:
+        return Step(h, ratio, -ratio * s.sigma, 0.0, 0.0, 0.0)
+    scale = -factor * t.sigma
+    noise = t.sigma * math.sqrt(math.expm1(2.0 * h)) if algorithm.stochastic else 0.0
+    return Step(h, ratio, scale * math.expm1(h), scale * (phi1(h) - 1.0), scale * (phi2(h) - 0.5), noise)
+
+
+def phi1(z: float) -> float:
+    """(e^z − 1)/z."""
+    if z == 0.0:
+        return 1.0
+    return 0.0 if z == -math.inf else math.expm1(z) / z
+
+
+def phi2(z: float) -> float:
+    """(e^z − 1 − z)/z², by its series near 0, where the difference would cancel."""
+    if z == -math.inf:
+        return 0.0
+    if abs(z) > 0.5:
+        return (math.expm1(z) - z) / (z * z)
+    total, term = 0.0, 0.5
+    for k in range(3, 20):
+        total += term
+        term *= z / k
+    return total + term
