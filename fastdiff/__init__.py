@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: MIT
+"""fastdiff: a diffusion sampling step, guidance and noise included, as one fused pass.
+
+The way of the data::
+
+    schedules.py   the training noise schedule: betas, ᾱ
+    timesteps.py   which of its timesteps or noise levels a loop visits
+    levels.py      α and σ there
+    solvers/       a paper's formula, run once on symbols (affine.py) ...
+    table.py       ... gives a row of scalars a model call
+    stepper.py     walks the rows
+    ops/           the one fused operation, its checks, and the choice among
+    csrc/ kernels/ reference.py    its implementations
+
+`samplers.py` and `manager.py` put them together; nothing below knows what is above it.
+"""
+
+from . import ops
+from .manager import AdvancedSamplingManager, create_advanced_sampling_manager
+from .samplers import (
+    BaseSampler,
+    DDIMSampler,
+    DDPMSampler,
+    DPMSolverSampler,
+    EulerAncestralSampler,
+    EulerSampler,
+    HeunSampler,
+    SamplingResult,
+    StepInfo,
+    create_sampler,
+)
+from .sampling_config import SamplingConfig, SamplingMethod
+from .schedules import (
+    BaseNoiseScheduler,
+    CosineNoiseScheduler,
+    CustomNoiseScheduler,
+    ExponentialNoiseScheduler,
+    KarrasNoiseScheduler,
+    LaplaceNoiseScheduler,
+    LinearNoiseScheduler,
+    LinearRescaledNoiseScheduler,
+    NoiseSchedulerConfig,
+    NoiseScheduleType,
+    QuadraticNoiseScheduler,
+    ScaledLinearNoiseScheduler,
+    SigmoidNoiseScheduler,
+    create_noise_scheduler,
+)
+from .stepper import Stepper
+from .table import StepTable
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdvancedSamplingManager",
+    "BaseNoiseScheduler",
+    "BaseSampler",
+    "CosineNoiseScheduler",
+    "CustomNoiseScheduler",
+    "DDIMSampler",
+    "DDPMSampler",
+    "DPMSolverSampler",
+    "EulerAncestralSampler",
+    "EulerSampler",
+    "ExponentialNoiseScheduler",
+    "HeunSampler",
+    "KarrasNoiseScheduler",
+    "LaplaceNoiseScheduler",
+    "LinearNoiseScheduler",
+    "LinearRescaledNoiseScheduler",
+    "NoiseScheduleType",
+    "NoiseSchedulerConfig",
+    "QuadraticNoiseScheduler",
+    "SamplingConfig",
+    "SamplingMethod",
+    "SamplingResult",
+    "ScaledLinearNoiseScheduler",
+    "SigmoidNoiseScheduler",
+    "StepInfo",
+    "StepTable",
+    "Stepper",
+    "create_advanced_sampling_manager",
+    "create_noise_scheduler",
+    "create_sampler",
+    "ops",
+]

@@ -56,7 +56,7 @@ def dpm_multistep(
     for i in range(n):
         t = levels[i + 1]
         model = prediction.at(levels[i])
-        current = model.x0 if algorithm.predicts_data else model.consistent_noise
+        current = algorithm.interpolated(model)
         step = exponential_step(algorithm, levels[i], t)
         order = min(solver_order, i + 1, n - i if lower_order_final and n < FEW_STEPS else solver_order)
         if math.isinf(step.h) or (i == n - 1 and euler_at_final):

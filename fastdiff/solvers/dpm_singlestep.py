@@ -63,7 +63,7 @@ def _group(points: tuple[Level, ...], prediction: Prediction, algorithm: Algorit
     for stage in range(size):
         here, target = points[stage], points[stage + 1]
         model = prediction.at(here)
-        output = model.x0 if algorithm.predicts_data else model.consistent_noise
+        output = algorithm.interpolated(model)
         start = SAMPLE if stage == 0 else HISTORY[START_SAMPLE]
         stage_kind = kind if stage == size - 1 else SolverType.HEUN
         prev = _from_start(points[: stage + 2], start, [*kept_outputs[:stage], output], algorithm, stage_kind)

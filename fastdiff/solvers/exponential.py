@@ -12,8 +12,10 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
+from ..affine import Affine
 from ..errors import unknown_name
 from ..levels import Level
+from .prediction import Denoised
 
 
 class Algorithm(str, Enum):
@@ -34,6 +36,10 @@ class Algorithm(str, Enum):
     @property
     def predicts_data(self) -> bool:
         return self in (Algorithm.DPM_SOLVER_PP, Algorithm.SDE_DPM_SOLVER_PP)
+
+    def interpolated(self, model: Denoised) -> Affine:
+        """What this form keeps of a model call and interpolates: x0 or ε."""
+        return model.x0 if self.predicts_data else model.consistent_noise
 
     @property
     def stochastic(self) -> bool:

@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: MIT
+// The only file that knows torch and pybind11.
+//
+// `step` runs a call whose tensors it finds plain: same dtype, device, shape and dense strides, nothing to convert.
+// Anything else it declines by returning None, without a message: fastdiff/ops.py then checks the call, says what is
+// wrong or makes it plain, and calls again. So checks are written once, and this file never reads what it should not.
+#include <ATen/Parallel.h>
+#include <torch/extension.h>
+
+#include <array>
+#include <cstdlib>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/step_cpu.h"
+#ifdef FASTDIFF_CUDA
+#include "cuda/step_cuda.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using fastdiff::StepArgs;
+using Optional = std::optional<at::Tensor>;
+
+// Elements below which a second thread costs more than it brings: waking it takes about as long as this many elements.
+constexpr int64_t kGrain = 65536;
+
+fastdiff::CpuBuild cpu_build;
+
+std::optional<fastdiff::DType> dtype_of(at::ScalarType type) {
+    switch (type) {
+        case at::kHalf: return fastdiff::DType::kFloat16;
+        case at::kBFloat16: return fastdiff::DType::kBFloat16;
+        case at::kFloat: return fastdiff::DType::kFloat32;
+        case at::kDouble: return fastdiff::DType::kFloat64;
+        default: return std::nullopt;
+    }
+}
+
+// Looks at one call's tensors and fills its StepArgs; `plain` turns false at the first that needs the slow path.
+class Call {
+public:
+    Call(const at::Tensor& sample, const at::Tensor& table, int64_t row) : sample_(sample) {
+        const auto dtype = dtype_of(sample.scalar_type());
+        plain = dtype.has_value() && ordinary(sample) && sample.is_non_overlapping_and_dense() && sample.numel() > 0;
+        if (!plain) return;
+        compute_type_ = sample.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+        args.dtype = *dtype;
+        args.sample = sample.const_data_ptr();
+        plain = scalars(table) && table.dim() == 2 && table.size(1) == fastdiff::kRowWidth && row >= 0 &&
+                row < table.size(0);
+        if (!plain) return;
+        args.row = static_cast<const char*>(table.const_data_ptr()) + row * fastdiff::kRowWidth * table.element_size();
+        const bool blocks = sample.dim() > 0 && sample.stride(0) * sample.size(0) >= sample.numel();
+        args.batch = blocks ? sample.size(0) : 1;
+        args.inner = sample.numel() / args.batch;
+        args.model_stride = args.inner;
+    }
+
+    const void* like_sample(const Optional& tensor) {
+        if (!tensor.has_value() || !plain) return nullptr;
+        plain = same_kind(*tensor) && tensor->sizes() == sample_.sizes() && tensor->strides() == sample_.strides();
+        return plain ? tensor->const_data_ptr() : nullptr;
+    }
+
+    // The model's tensors may have a stride of their own from sample to sample: halves of a tensor of twice the
+    // channels (a learned variance) are read where they lie. All of them share it.
+    const void* like_model(const Optional& tensor) {
+        if (!tensor.has_value() || !plain) return nullptr;
+        plain = same_kind(*tensor) && tensor->sizes() == sample_.sizes();
+        for (int64_t i = args.batch > 1 ? 1 : 0; plain && i < sample_.dim(); ++i)
+            plain = tensor->stride(i) == sample_.stride(i) || sample_.size(i) == 1;
+        if (!plain) return nullptr;
+        const int64_t stride = args.batch > 1 ? tensor->stride(0) : args.inner;
+        plain = stride >= args.inner && (!model_seen_ || stride == args.model_stride);
+        args.model_stride = stride;
+        model_seen_ = true;
+        return tensor->const_data_ptr();
+    }
+
+    // Scalars in the compute dtype: one for all samples, or one a sample.
+    const void* scalar(const Optional& tensor, bool a_sample, int64_t* stride) {
+        if (!tensor.has_value() || !plain) return nullptr;
+        const int64_t count = tensor->numel();
+        *stride = a_sample || count != 1 ? 1 : 0;
+        plain = scalars(*tensor) && tensor->dim() <= 1 && (*stride == 0 || count == args.batch) &&
+                (*stride == 0 || (sample_.dim() > 0 && args.batch == sample_.size(0)));
+        return plain ? tensor->const_data_ptr() : nullptr;
+    }
+
+    // Where nothing differs from sample to sample, all elements are one run.
+    void join_samples() {
+        if (args.threshold != nullptr || args.guidance_stride != 0 || args.model_stride != args.inner) return;
+        args.inner *= args.batch;
+        args.model_stride = args.inner;
+        args.batch = 1;
+    }
+
+    // Outputs may be inputs, or lie apart from them; a partial overlap is declined.
+    void output(const at::Tensor& tensor) {
+        plain = plain && same_kind(tensor) && tensor.sizes() == sample_.sizes() && tensor.strides() == sample_.strides();
+        if (!plain) return;
+        args.outputs[args.num_outputs++] = tensor.data_ptr();
+    }
+
+    bool overlaps_badly(const std::vector<const void*>& dense_inputs) const {
+        const int64_t bytes = sample_.numel() * static_cast<int64_t>(sample_.element_size());
+        const auto apart = [&](const void* a, const void* b, int64_t bytes_b) {
+            const auto *p = static_cast<const char*>(a), *q = static_cast<const char*>(b);
+            return p + bytes <= q || q + bytes_b <= p;
+        };
+        const int64_t model_bytes = ((args.batch - 1) * args.model_stride + args.inner) *
+                                    static_cast<int64_t>(sample_.element_size());
+        for (int o = 0; o < args.num_outputs; ++o) {
+            for (int other = 0; other < o; ++other)
+                if (!apart(args.outputs[o], args.outputs[other], bytes)) return true;
+            for (const void* input : dense_inputs)
+                if (input != nullptr && input != args.outputs[o] && !apart(args.outputs[o], input, bytes)) return true;
+            for (const void* input : {args.model_output, args.uncond, args.variance}) {
+                if (input == nullptr || apart(args.outputs[o], input, model_bytes)) continue;
+                if (input != args.outputs[o] || args.model_stride != args.inner) return true;
+            }
+        }
+        return false;
+    }
+
+    StepArgs args{};
+    bool plain = true;
+
+private:
+    static bool ordinary(const at::Tensor& tensor) {
+        return tensor.layout() == at::kStrided && !tensor.is_neg() && !tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
+               !(tensor.requires_grad() && at::GradMode::is_enabled());
+    }
+    bool same_kind(const at::Tensor& tensor) const {
+        return ordinary(tensor) && tensor.scalar_type() == sample_.scalar_type() && tensor.device() == sample_.device();
+    }
+    bool scalars(const at::Tensor& tensor) const {
+        return ordinary(tensor) && tensor.scalar_type() == compute_type_ && tensor.device() == sample_.device() &&
+               tensor.is_contiguous();
+    }
+
+    const at::Tensor& sample_;
+    at::ScalarType compute_type_ = at::kFloat;
+    bool model_seen_ = false;
+};
+
+void launch(const at::Tensor& sample, const StepArgs& args, int64_t stream) {
+    const int64_t total = args.batch * args.inner;
+    if (sample.is_cpu()) {
+        const auto step_range = cpu_build.step_range;
+        if (total <= kGrain) {
+            step_range(args, 0, total);
+            return;
+        }
+        py::gil_scoped_release release;
+        at::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) { step_range(args, begin, end); });
+        return;
+    }
+#ifdef FASTDIFF_CUDA
+    const char* error = fastdiff::launch_step(args, sample.get_device(), reinterpret_cast<void*>(stream));
+    if (error != nullptr) throw std::runtime_error(std::string("step: the CUDA launch failed: ") + error);
+#else
+    (void)stream;
+#endif
+}
+
+// See the top of the file. `history` holds up to four tensors or None; `out` the outputs to write, or None.
+py::object step(const at::Tensor& sample, const at::Tensor& model_output, const at::Tensor& table, int64_t row,
+                const Optional& uncond, const Optional& guidance, const std::vector<Optional>& history,
+                const Optional& noise, const Optional& variance, const Optional& threshold, int64_t variance_kind,
+                int64_t keeps, const std::optional<std::vector<at::Tensor>>& out, int64_t stream) {
+#ifdef FASTDIFF_CUDA
+    const bool served = sample.is_cpu() || sample.is_cuda();
+#else
+    const bool served = sample.is_cpu();
+#endif
+    const bool complete = uncond.has_value() == guidance.has_value() && variance.has_value() == (variance_kind != 0) &&
+                          history.size() <= fastdiff::kRegisters && keeps >= 0 && keeps < fastdiff::kMaxOutputs &&
+                          variance_kind >= 0 && variance_kind <= 2;
+    if (!served || !complete) return py::none();
+    Call call(sample, table, row);
+    StepArgs& args = call.args;
+    args.variance_kind = static_cast<fastdiff::Variance>(variance_kind);
+    int64_t threshold_stride = 1;
+    args.threshold = call.scalar(threshold, /*a_sample=*/true, &threshold_stride);
+    args.guidance = call.scalar(guidance, /*a_sample=*/false, &args.guidance_stride);
+    args.model_output = call.like_model(model_output);
+    args.uncond = call.like_model(uncond);
+    args.variance = call.like_model(variance);
+    args.noise = call.like_sample(noise);
+    for (size_t j = 0; j < history.size(); ++j) args.history[j] = call.like_sample(history[j]);
+    if (!call.plain) return py::none();
+
+    std::vector<at::Tensor> outputs;
+    if (out.has_value()) {
+        outputs = *out;
+        if (static_cast<int64_t>(outputs.size()) != keeps + 1) return py::none();
+    } else {
+        outputs.reserve(keeps + 1);
+        for (int64_t o = 0; o <= keeps; ++o)
+            outputs.push_back(at::empty_strided(sample.sizes(), sample.strides(), sample.options()));
+    }
+    for (const auto& output : outputs) call.output(output);
+    if (!call.plain) return py::none();
+    if (out.has_value()) {
+        std::vector<const void*> dense{args.sample, args.noise};
+        dense.insert(dense.end(), args.history, args.history + fastdiff::kRegisters);
+        if (call.overlaps_badly(dense)) return py::none();
+    }
+    call.join_samples();
+    launch(sample, args, stream);
+    py::tuple result(outputs.size());
+    for (size_t o = 0; o < outputs.size(); ++o) result[o] = py::cast(outputs[o]);
+    return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+    const char* wanted = std::getenv("FASTDIFF_CPU");
+    cpu_build = fastdiff::select_cpu_build(wanted);
+    if (cpu_build.name == nullptr)
+        throw py::import_error(std::string("fastdiff: FASTDIFF_CPU is '") + wanted +
+                               "', expected generic, avx2 or avx512, and one that this processor has; unset it to let "
+                               "fastdiff choose");
+    m.attr("cpu_build") = cpu_build.name;
+#ifdef FASTDIFF_CUDA
+    m.attr("cuda") = true;
+#else
+    m.attr("cuda") = false;
+#endif
+    m.def("step", &step, "The fused step; None where the call is not plain (see csrc/bindings.cpp).");
+}

@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: MIT
+// The step for AVX2, FMA and F16C. The pragma comes after the headers: an inline function of theirs, compiled here
+// for AVX2, could otherwise be the copy that the linker keeps for everyone.
+#include "step_cpu.h"
+
+#ifdef FASTDIFF_X86_BUILDS
+#include <immintrin.h>
+
+#include "half.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#define FASTDIFF_ISA avx2
+#define FASTDIFF_F16C 1
+#include "step_loop.inc"
+#pragma GCC pop_options
+#endif

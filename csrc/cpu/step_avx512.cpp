@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: MIT
+// The step for AVX-512 (F, BW, VL, DQ); see step_avx2.cpp for the order of pragma and headers.
+#include "step_cpu.h"
+
+#ifdef FASTDIFF_X86_BUILDS
+#include <immintrin.h>
+
+#include "half.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
+#define FASTDIFF_ISA avx512
+#define FASTDIFF_F16C 1
+#include "step_loop.inc"
+#pragma GCC pop_options
+#endif

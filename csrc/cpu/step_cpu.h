@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: MIT
+// The CPU step: one entry a build for an instruction set, and the choice among them.
+#pragma once
+
+#include "../step_math.h"
+
+namespace fastdiff {
+
+// Runs elements [begin, end) of the batch × inner elements of one step.
+using StepRange = void (*)(const StepArgs& args, int64_t begin, int64_t end);
+
+namespace generic {
+void step_range(const StepArgs& args, int64_t begin, int64_t end);
+}
+#if defined(__x86_64__) && defined(__GNUC__)
+#define FASTDIFF_X86_BUILDS 1
+namespace avx2 {
+void step_range(const StepArgs& args, int64_t begin, int64_t end);
+}
+namespace avx512 {
+void step_range(const StepArgs& args, int64_t begin, int64_t end);
+}
+#endif
+
+struct CpuBuild {
+    const char* name;
+    StepRange step_range;
+};
+
+// The build to run: `wanted` ("generic", "avx2", "avx512"), or the widest that this processor has if null or empty.
+// name is null where the wanted one is unknown or the processor lacks it.
+CpuBuild select_cpu_build(const char* wanted);
+
+}  // namespace fastdiff

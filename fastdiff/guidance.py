@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: MIT
+"""Calling the model, with classifier-free guidance or without it.
+
+The two outputs of guidance are combined in the fused step; here they are only obtained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import sentence, unknown_name
+
+#: (x, t[, encoder_hidden_states]) -> a tensor, a tuple, a dict with "sample" or an object with .sample
+Model = Callable[..., Any]
+
+
+class GuidanceMode(str, Enum):
+    """How the two outputs of guidance are obtained."""
+
+    #: One call on a batch of twice the size, the unconditional half first.
+    BATCHED = "batched"
+    #: Two calls: less memory, and the unconditional call may go without embeddings.
+    SEQUENTIAL = "sequential"
+
+    @classmethod
+    def parse(cls, value: str | GuidanceMode) -> GuidanceMode:
+        try:
+            return cls(value)
+        except ValueError:
+            raise unknown_name("SamplingConfig", "guidance_mode", value, [m.value for m in cls]) from None
+
+
+@dataclass(frozen=True)
+class GuidedModel:
+    """A model with its conditions: called once a step for the outputs that the step combines.
+
+    Args:
+        model: any callable ``(x, t)`` or ``(x, t, encoder_hidden_states)``; t has shape ``[B]``.
+        prompt_embeds: the condition, ``[B, ...]`` of any dtype, or None for a model without one.
+        negative_prompt_embeds: the condition of the unconditional output, like `prompt_embeds`.
+        guidance_scale: 1 (or no `prompt_embeds`) asks for no unconditional output.
+        mode: one doubled batch or two calls.
+        channels: how many times the sample's channels the model returns: 2 with a learned variance.
+        check_finite: look for NaN and infinity in every output, at the cost of a host sync on a GPU.
+        model_kwargs: passed on with every call.
+
+    Raises:
+        ValueError: guidance needs a negative condition that is missing or does not match.
+    """
+
+    model: Model
+    prompt_embeds: Tensor | None = None
+    negative_prompt_embeds: Tensor | None = None
+    guidance_scale: float = 1.0
+    mode: GuidanceMode = GuidanceMode.BATCHED
+    channels: int = 1
+    check_finite: bool = True
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        negative = self.negative_prompt_embeds
+        if not self.guided or self.prompt_embeds is None:
+            return
+        if self.mode is GuidanceMode.BATCHED and negative is None:
+            raise ValueError(
+                sentence(
+                    "sample",
+                    "negative_prompt_embeds",
+                    "is missing",
+                    f"a condition for the unconditional half at guidance_scale {self.guidance_scale:g}",
+                    "pass it, or set guidance_mode='sequential' to call the model without one",
+                )
+            )
+        if negative is not None and negative.shape != self.prompt_embeds.shape:
+            raise ValueError(
+                sentence(
+                    "sample",
+                    "negative_prompt_embeds",
+                    f"has shape {list(negative.shape)}",
+                    f"{list(self.prompt_embeds.shape)} like prompt_embeds",
+                    "expand or pad it to match",
+                )
+            )
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale != 1.0 and self.prompt_embeds is not None
+
+    def __call__(self, x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Call the model at one timestep.
+
+        Args:
+            x: ``[B, ...]``.
+            timestep: ``[]``, int64 or float32, on the device of x.
+
+        Returns:
+            The conditional output, the unconditional one or None, and the variance output or None; like x.
+        """
+        if not self.guided:
+            output, variance = self._split(self._call(x, timestep, self.prompt_embeds), x)
+            return output, None, variance
+        if self.mode is GuidanceMode.SEQUENTIAL:
+            uncond, _ = self._split(self._call(x, timestep, self.negative_prompt_embeds), x)
+            output, variance = self._split(self._call(x, timestep, self.prompt_embeds), x)
+            return output, uncond, variance
+        assert self.prompt_embeds is not None and self.negative_prompt_embeds is not None
+        embeds = torch.cat([self.negative_prompt_embeds, self.prompt_embeds])
+        both = self._call(torch.cat([x, x]), timestep, embeds)
+        uncond, output = both.chunk(2)
+        (uncond, _), (output, variance) = self._split(uncond, x), self._split(output, x)
+        return output, uncond, variance
+
+    def _call(self, x: Tensor, timestep: Tensor, embeds: Tensor | None) -> Tensor:
+        arguments = (x, timestep.expand(x.shape[0])) if embeds is None else (x, timestep.expand(x.shape[0]), embeds)
+        output = unwrap(self.model(*arguments, **self.model_kwargs))
+        expected = [x.shape[0], self.channels * x.shape[1], *x.shape[2:]] if self.channels > 1 else list(x.shape)
+        if list(output.shape) != expected:
+            remedy = "return one output like the sample"
+            if self.channels > 1:
+                remedy = "return the variance as the second half of the channels, or choose a fixed variance_type"
+            elif x.dim() > 1 and list(output.shape) == [x.shape[0], 2 * x.shape[1], *x.shape[2:]]:
+                remedy = "set variance_type='learned_range' if the model predicts a variance, or return half the channels"
+            raise ValueError(
+                sentence("sample", "model", f"returned shape {list(output.shape)}", f"{expected}", remedy)
+            )
+        if output.dtype != x.dtype:
+            output = output.to(x.dtype)  # a model under autocast answers in its own precision
+        if self.check_finite and not bool(torch.isfinite(output).all()):
+            what = "NaN" if bool(torch.isnan(output).any()) else "infinity"
+            raise ValueError(
+                sentence(
+                    "sample",
+                    "model",
+                    f"returned {what} at timestep {float(timestep):g}",
+                    "finite numbers",
+                    "check the model and its precision; a half-precision overflow is the usual cause",
+                )
+            )
+        return output
+
+    def _split(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.channels == 1:
+            return output, None
+        mean, variance = output.chunk(2, dim=1)
+        return mean, variance
+
+
+def unwrap(result: Any) -> Tensor:
+    """The tensor that a model returned: itself, first of a tuple, under "sample" of a dict, or as `.sample`."""
+    if isinstance(result, Tensor):
+        return result
+    if isinstance(result, Mapping) and isinstance(result.get("sample"), Tensor):
+        return result["sample"]
+    if isinstance(getattr(result, "sample", None), Tensor):
+        return result.sample  # type: ignore[no-any-return]
+    if isinstance(result, (tuple, list)) and result and isinstance(result[0], Tensor):
+        return result[0]
+    raise TypeError(
+        sentence(
+            "sample",
+            "model",
+            f"returned a {type(result).__name__}",
+            "a tensor, a tuple that begins with one, a dict with 'sample' or an object with .sample",
+            "return the prediction in one of these forms",
+        )
+    )

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: MIT
+"""The fused step and the single steps built on it, for people who bring their own loop.
+
+`step` is the one operation that every backend implements; the others make a row of scalars and call it::
+
+    ops/fused.py       the public step, its torch.library schema
+    ops/checks.py      what a call must satisfy, and the sentences that say so
+    ops/backends.py    which implementations there are, why one is missing, which one answers
+    ops/functional.py  cfg_combine, ddpm_step, ddim_step, dpm_solver_step, euler_step
+"""
+
+from .backends import BACKENDS, backend_for, backend_status, use_backend
+from .functional import cfg_combine, ddim_step, ddpm_step, dpm_solver_step, euler_step
+from .fused import step
+
+__all__ = [
+    "BACKENDS",
+    "backend_for",
+    "backend_status",
+    "cfg_combine",
+    "ddim_step",
+    "ddpm_step",
+    "dpm_solver_step",
+    "euler_step",
+    "step",
+    "use_backend",
+]

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: MIT
+"""The implementations of the step: which there are, why one is missing, and which one answers.
+
+On a GPU compiled CUDA answers, else Triton, else the reference; on the CPU compiled C++, else the reference.  The
+choice can be forced for a call (``backend=``), a block (`use_backend`) or a process (``FASTDIFF_BACKEND``), and
+asked for (`backend_for`).  A forced backend that cannot run raises and says why.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..errors import unknown_name
+from .checks import StepCall
+
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+
+#: The backend that FASTDIFF_BACKEND or `use_backend` asks for.
+forced: str | None = None
+
+
+def _load_extension() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("fastdiff._C"), ""
+    except ImportError as error:
+        # Without the file itself there is nothing to explain but that it was not built.
+        if isinstance(error, ModuleNotFoundError) and error.name == "fastdiff._C":
+            return None, "the C++ extension was not built: install with a C++ compiler and FASTDIFF_BUILD=cpu or cuda"
+        return None, f"the C++ extension does not load: {error}"
+
+
+extension, extension_error = _load_extension()
+
+
+@functools.cache
+def _load_triton() -> tuple[ModuleType | None, str]:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return None, f"triton cannot be imported ({error}): pip install 'fastdiff-kernels[triton]'"
+    return importlib.import_module("fastdiff.kernels.step"), ""
+
+
+def _triton_interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def why_missing(name: str) -> str:
+    """Why a backend cannot run on this machine, as a clause; empty where it can."""
+    if name == "reference":
+        return ""
+    if name == "cpu":
+        return extension_error
+    if name == "cuda":
+        if extension is None:
+            return extension_error
+        if not extension.cuda:
+            return "the C++ extension was built without CUDA: install with FASTDIFF_BUILD=cuda and a CUDA torch"
+        return "" if torch.cuda.is_available() else "torch finds no CUDA device"
+    if name == "triton":
+        module, error = _load_triton()
+        if module is None:
+            return error
+        if torch.cuda.is_available() or _triton_interprets():
+            return ""
+        return "torch finds no GPU, and TRITON_INTERPRET is not 1"
+    raise unknown_name("step", "backend", name, BACKENDS)
+
+
+def backend_status() -> dict[str, str]:
+    """For each backend ``"available"``, or why it is missing."""
+    return {name: why_missing(name) or "available" for name in BACKENDS}
+
+
+def _serves(name: str, device: torch.device) -> bool:
+    if name == "reference":
+        return True
+    if name == "triton":
+        return device.type != "cpu" or _triton_interprets()
+    return device.type == name
+
+
+def backend_for(sample: Tensor, backend: str | None = None) -> str:
+    """The name of the backend that answers a step on this tensor.
+
+    Args:
+        sample: any tensor on the device in question.
+        backend: a forced choice, as in `step`.
+
+    Raises:
+        ValueError: the name is unknown, or that backend does not serve the tensor's device.
+        RuntimeError: the forced backend cannot run on this machine; the message says why.
+    """
+    name = backend or forced
+    device = sample.device
+    if name is not None:
+        missing = why_missing(name)
+        if missing:
+            raise RuntimeError(f"step: backend {name!r} was asked for and is missing: {missing}")
+        if not _serves(name, device):
+            raise ValueError(
+                f"step: backend is {name!r} for tensors on {device}, expected one that serves {device.type}; "
+                f"move the tensors, or leave the choice to fastdiff"
+            )
+        return name
+    if device.type == "cpu":
+        return "reference" if extension is None else "cpu"
+    candidates = ("cuda", "triton") if device.type == "cuda" else ("triton",)
+    return next((name for name in candidates if not why_missing(name)), "reference")
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force one backend inside a ``with`` block; None leaves the choice to the device."""
+    global forced
+    if name is not None:
+        why_missing(name)  # an unknown name is refused here, not at the first step
+    before, forced = forced, name
+    try:
+        yield
+    finally:
+        forced = before
+
+
+def _run_extension(call: StepCall) -> None:
+    assert extension is not None
+    stream = torch.cuda.current_stream(call.sample.device).cuda_stream if call.sample.is_cuda else 0
+    done = extension.step(
+        call.sample,
+        call.model_output,
+        call.table,
+        call.row,
+        call.uncond,
+        call.guidance,
+        call.history,
+        call.noise,
+        call.variance,
+        call.threshold,
+        int(call.variance_kind),
+        call.keeps,
+        call.outputs,
+        stream,
+    )
+    if done is None:
+        raise AssertionError(f"step: the extension declined a call that was made plain: {call}")
+
+
+def _run_triton(call: StepCall) -> None:
+    module, error = _load_triton()
+    assert module is not None, error
+    module.launch(call)
+
+
+def _run_reference(call: StepCall) -> None:
+    for output, value in zip(call.outputs, reference_outputs(call), strict=True):
+        output.copy_(value)
+
+
+def reference_outputs(call: StepCall) -> list[Tensor]:
+    """The reference's own results, inside autograd's graph."""
+    return reference.step(
+        call.sample,
+        call.model_output,
+        call.table[call.row],
+        uncond=call.uncond,
+        guidance=call.guidance,
+        history=call.history,
+        noise=call.noise,
+        variance=call.variance,
+        threshold=call.threshold,
+        variance_kind=call.variance_kind,
+        keeps=call.keeps,
+    )
+
+
+RUN: dict[str, Callable[[StepCall], None]] = {
+    "cpu": _run_extension,
+    "cuda": _run_extension,
+    "triton": _run_triton,
+    "reference": _run_reference,
+}
+
+if os.environ.get("FASTDIFF_BACKEND"):
+    forced = os.environ["FASTDIFF_BACKEND"]
+    if forced not in BACKENDS:
+        raise unknown_name("fastdiff", "FASTDIFF_BACKEND", forced, BACKENDS)

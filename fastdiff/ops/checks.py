@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: MIT
+"""What a call of the fused step must satisfy: checked here, once, for all backends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import sentence
+from ..table import NUM_REGISTERS, ROW_WIDTH, Variance, compute_dtype
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class StepCall:
+    """The arguments of one step, as `fastdiff.ops.step` describes them; scalars are tensors already."""
+
+    sample: Tensor
+    model_output: Tensor
+    table: Tensor
+    row: int
+    uncond: Tensor | None = None
+    guidance: Tensor | None = None
+    history: tuple[Tensor | None, ...] = ()
+    noise: Tensor | None = None
+    variance: Tensor | None = None
+    threshold: Tensor | None = None
+    variance_kind: int = Variance.FIXED
+    keeps: int = 0
+    #: The tensors to write; empty until `make_plain` has allocated them.
+    outputs: tuple[Tensor, ...] = field(default=())
+
+    def model_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield "model_output", self.model_output
+        for name in ("uncond", "variance"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                yield name, tensor
+
+    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for j, tensor in enumerate(self.history):
+            if tensor is not None:
+                yield f"history[{j}]", tensor
+        if self.noise is not None:
+            yield "noise", self.noise
+
+    def inputs(self) -> Iterator[tuple[str, Tensor]]:
+        yield "sample", self.sample
+        yield from self.model_tensors()
+        yield from self.state_tensors()
+
+    def blocks(self) -> tuple[int, int, int]:
+        """Of a plain call: how many samples must be told apart, elements a sample, and the model tensors' stride.
+
+        Where nothing differs from sample to sample, all elements are one run.
+        """
+        total = self.sample.numel()
+        batch = self.sample.shape[0] if self.sample.dim() > 0 else 1
+        stride = self.model_output.stride(0) if batch > 1 else total
+        a_number_a_sample = self.threshold is not None or (self.guidance is not None and self.guidance.numel() > 1)
+        if a_number_a_sample or self.model_output.stride() != self.sample.stride():
+            return batch, total // batch, stride
+        return 1, total, total
+
+
+def check(call: StepCall, out: tuple[Tensor, ...] | None = None) -> None:
+    """Refuse a call that no backend may run.
+
+    Raises:
+        TypeError: a dtype or a type is wrong.
+        ValueError: a shape, a device, a number of tensors or a value is wrong.
+    """
+    sample = call.sample
+    if not isinstance(sample, Tensor):
+        raise TypeError(_refusal("sample", f"is a {type(sample).__name__}", "a torch.Tensor", "pass a tensor"))
+    if sample.dtype not in DTYPES:
+        raise TypeError(
+            _refusal("sample", f"has dtype {sample.dtype}", "float16, bfloat16, float32 or float64", "convert it first")
+        )
+    for name, tensor in call.inputs():
+        _check_like_sample(name, tensor, sample)
+    _check_table(call)
+    _check_guidance(call)
+    _check_variance(call)
+    if call.threshold is not None:
+        _check_scalars("threshold", call.threshold, sample, one_for_all=False)
+    if len(call.history) > NUM_REGISTERS:
+        raise ValueError(
+            _refusal("history", f"holds {len(call.history)} tensors", f"{NUM_REGISTERS} at most", "drop the oldest")
+        )
+    if call.keeps not in (0, 1, 2):
+        raise ValueError(_refusal("keeps", f"is {call.keeps}", "0, 1 or 2", "keep two tensors a step at most"))
+    if out is not None:
+        _check_out(out, call)
+
+
+def _refusal(argument: str, got: str, expected: str, remedy: str) -> str:
+    return sentence("step", argument, got, expected, remedy)
+
+
+def _check_like_sample(name: str, tensor: object, sample: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(_refusal(name, f"is a {type(tensor).__name__}", "a torch.Tensor", "pass a tensor"))
+    if tensor.shape != sample.shape:
+        remedy = "reshape it to match"
+        if name == "model_output" and tensor.dim() == sample.dim() and tensor.dim() > 0:
+            if tensor.shape[0] == 2 * sample.shape[0]:
+                remedy = "pass the unconditional half as uncond"
+            elif tensor.dim() > 1 and tensor.shape[1] == 2 * sample.shape[1]:
+                remedy = "pass the second half of the channels as variance"
+        raise ValueError(
+            _refusal(name, f"has shape {list(tensor.shape)}", f"{list(sample.shape)} like sample", remedy)
+        )
+    if tensor.dtype != sample.dtype:
+        raise TypeError(
+            _refusal(
+                name, f"has dtype {tensor.dtype}", f"{sample.dtype} like sample", f"convert it with .to({sample.dtype})"
+            )
+        )
+    if tensor.device != sample.device:
+        raise ValueError(
+            _refusal(name, f"is on {tensor.device}", f"{sample.device} like sample", f"move it to {sample.device}")
+        )
+
+
+def _check_table(call: StepCall) -> None:
+    table, sample = call.table, call.sample
+    wanted = compute_dtype(sample.dtype)
+    remedy = "make it with StepTable.rows_as(sample.dtype, sample.device)"
+    if not isinstance(table, Tensor):
+        raise TypeError(_refusal("table", f"is a {type(table).__name__}", "a torch.Tensor", remedy))
+    if table.dim() != 2 or table.shape[1] != ROW_WIDTH:
+        raise ValueError(_refusal("table", f"has shape {list(table.shape)}", f"[rows, {ROW_WIDTH}]", remedy))
+    if table.dtype != wanted:
+        raise TypeError(
+            _refusal("table", f"has dtype {table.dtype}", f"{wanted} for samples of {sample.dtype}", remedy)
+        )
+    if table.device != sample.device:
+        raise ValueError(_refusal("table", f"is on {table.device}", f"{sample.device} like sample", remedy))
+    if isinstance(call.row, bool) or not isinstance(call.row, int):
+        raise TypeError(_refusal("row", f"is a {type(call.row).__name__}", "an int", "pass the index of a row"))
+    if not 0 <= call.row < table.shape[0]:
+        raise ValueError(
+            _refusal("row", f"is {call.row}", f"0 to {table.shape[0] - 1}", "the loop has run out of rows: start again")
+        )
+
+
+def _check_guidance(call: StepCall) -> None:
+    if call.uncond is not None and call.guidance is None:
+        raise ValueError(
+            _refusal("guidance", "is missing", "a guidance scale beside uncond", "pass guidance=, or leave out uncond")
+        )
+    if call.guidance is not None:
+        if call.uncond is None:
+            raise ValueError(
+                _refusal("uncond", "is missing", "the unconditional output beside guidance", "pass uncond=")
+            )
+        _check_scalars("guidance", call.guidance, call.sample, one_for_all=True)
+
+
+def _check_variance(call: StepCall) -> None:
+    if call.variance_kind not in tuple(Variance):
+        raise ValueError(
+            _refusal("variance_kind", f"is {call.variance_kind}", "0, 1 or 2", "use a member of fastdiff.table.Variance")
+        )
+    if (call.variance is not None) != (call.variance_kind != Variance.FIXED):
+        raise ValueError(
+            _refusal(
+                "variance",
+                "is missing" if call.variance is None else "is given",
+                f"{'a tensor' if call.variance is None else 'none'} with variance_kind {call.variance_kind}",
+                "pass the model's second output for a learned variance, and only then",
+            )
+        )
+
+
+def _check_scalars(name: str, scalars: Tensor, sample: Tensor, *, one_for_all: bool) -> None:
+    wanted = compute_dtype(sample.dtype)
+    batch = sample.shape[0] if sample.dim() > 0 else 1
+    if not isinstance(scalars, Tensor):
+        raise TypeError(_refusal(name, f"is a {type(scalars).__name__}", "a float or a torch.Tensor", "pass a tensor"))
+    if scalars.dtype != wanted:
+        raise TypeError(
+            _refusal(name, f"has dtype {scalars.dtype}", f"{wanted} for samples of {sample.dtype}", "convert it first")
+        )
+    if scalars.device != sample.device:
+        raise ValueError(_refusal(name, f"is on {scalars.device}", f"{sample.device} like sample", "move it there"))
+    fits = scalars.dim() <= 1 and (scalars.numel() == batch or (one_for_all and scalars.numel() == 1))
+    if not fits:
+        choices = f"[{batch}], a number a sample" + (", or one number" if one_for_all else "")
+        raise ValueError(_refusal(name, f"has shape {list(scalars.shape)}", choices, "give one value a sample"))
+
+
+def _check_out(out: tuple[Tensor, ...], call: StepCall) -> None:
+    if len(out) != call.keeps + 1:
+        raise ValueError(
+            _refusal(
+                "out",
+                f"holds {len(out)} tensors",
+                f"{call.keeps + 1}: prev_sample and {call.keeps} kept tensors",
+                "pass one a result",
+            )
+        )
+    for i, tensor in enumerate(out):
+        _check_like_sample(f"out[{i}]", tensor, call.sample)
+        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+            raise ValueError(
+                _refusal(f"out[{i}]", "holds the same element twice", "memory of its own for each element", "clone it")
+            )
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                _refusal(f"out[{i}]", "requires grad", "a tensor outside the graph", "leave out out=, or detach it")
+            )
+        if any(_share_memory(tensor, other) for other in out[:i]):
+            raise ValueError(
+                _refusal(f"out[{i}]", "shares memory with another output", "memory of its own", "allocate it apart")
+            )
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    if a.numel() == 0 or b.numel() == 0 or a.device != b.device:
+        return False
+
+    def span(t: Tensor) -> tuple[int, int]:
+        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+    (a_low, a_high), (b_low, b_high) = span(a), span(b)
+    return a_low < b_high and b_low < a_high
+
+
+def make_plain(call: StepCall) -> StepCall:
+    """Give all tensors of a checked call one dense layout, copying only those that have another, and add outputs.
+
+    The layout is the sample's own where that is dense (channels_last too), else contiguous.  The model's tensors may keep
+    a stride of their own from sample to sample, so that halves of a doubled channel dimension are not copied.
+    """
+    sample = call.sample
+    strides = sample.stride() if _is_dense(sample) else _contiguous_strides(sample)
+    changes: dict[str, object] = {
+        "sample": _laid_out(sample, strides),
+        "history": tuple(None if h is None else _laid_out(h, strides) for h in call.history),
+        "noise": None if call.noise is None else _laid_out(call.noise, strides),
+        "table": call.table.contiguous(),
+        "guidance": None if call.guidance is None else call.guidance.contiguous(),
+        "threshold": None if call.threshold is None else call.threshold.reshape(-1).contiguous(),
+        "outputs": tuple(
+            torch.empty_strided(sample.shape, strides, dtype=sample.dtype, device=sample.device)
+            for _ in range(call.keeps + 1)
+        ),
+    }
+    apart = call.threshold is not None or (call.guidance is not None and call.guidance.numel() > 1)
+    if apart and sample.dim() > 0 and strides[0] != sample.numel() // sample.shape[0]:
+        # A number a sample needs samples that are blocks of memory.
+        strides = _contiguous_strides(sample)
+        contiguous = replace(call, sample=sample.contiguous())
+        return make_plain(contiguous)
+    model = dict(call.model_tensors())
+    if len({tensor.stride() for tensor in model.values()}) > 1 or not _batched_view(call.model_output, sample, strides):
+        model = {name: _laid_out(tensor, strides) for name, tensor in model.items()}
+    return replace(call, **changes, **model)  # type: ignore[arg-type]
+
+
+def _laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    if tensor.stride() == strides:
+        return tensor
+    copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
+    return copy.copy_(tensor)
+
+
+def _batched_view(tensor: Tensor, sample: Tensor, strides: tuple[int, ...]) -> bool:
+    """Whether each sample of `tensor` has the wanted layout and lies apart from the next."""
+    if tensor.stride() == strides:
+        return True
+    inner = sample.numel() // max(sample.shape[0], 1) if sample.dim() > 0 else 0
+    blocks = sample.dim() > 0 and strides[0] == inner
+    return blocks and tensor.stride()[1:] == strides[1:] and tensor.stride(0) >= inner
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one block of memory without gaps or repeats, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _contiguous_strides(tensor: Tensor) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(tensor.shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))

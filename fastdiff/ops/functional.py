@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: MIT
+"""Single steps of the common samplers, for people who bring their own loop.
+
+Each turns its scalars into one row with the same solver that the samplers use, keeps the row for the next time, and
+calls `step`.  Scalars are Python floats: a row is made on the host once for each combination.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..affine import MODEL_OUTPUT, Affine
+from ..errors import sentence
+from ..levels import Level, Levels, variance_preserving
+from ..solvers import Algorithm, Prediction, ddim, ddpm, dpm_multistep, euler, euler_ancestral
+from ..solvers.ddpm import VarianceType
+from ..table import Row, StepTable, compute_dtype
+from .fused import step
+
+
+def cfg_combine(
+    cond: Tensor, uncond: Tensor, guidance_scale: float | Tensor, *, out: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """Classifier-free guidance, ``u + g·(c − u)`` (arXiv 2207.12598, eq. 6), in one pass.
+
+    Args:
+        cond: c, any shape, float16, bfloat16, float32 or float64.
+        uncond: u, like `cond`.
+        guidance_scale: g, a float, or ``[B]`` in float32 (float64 for float64 tensors).
+        out: a tensor to write instead of a new one; may be `cond` or `uncond`.
+        backend: forces one, as in `step`.
+
+    Returns:
+        The guided output, like `cond`.
+    """
+    table = _table_of(_cfg_row, (), cond)
+    outs = None if out is None else (out,)
+    return step(cond, cond, table, 0, uncond=uncond, guidance=guidance_scale, out=outs, backend=backend)[0]
+
+
+def ddpm_step(
+    sample: Tensor,
+    model_output: Tensor,
+    *,
+    alpha_cumprod: float,
+    alpha_cumprod_prev: float,
+    noise: Tensor | None = None,
+    variance_type: str = "fixed_small",
+    variance: Tensor | None = None,
+    prediction_type: str = "epsilon",
+    clip_range: float | None = None,
+    uncond: Tensor | None = None,
+    guidance_scale: float | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """One step of DDPM (arXiv 2006.11239, eq. 6 and 7).
+
+    Args:
+        sample: x_t, ``[...]``.
+        model_output: the (conditional) model output, like `sample`.
+        alpha_cumprod: ᾱ at the timestep of `sample`, in [0, 1).
+        alpha_cumprod_prev: ᾱ at the timestep to reach, in (ᾱ, 1]; at 1 no noise is added.
+        noise: z, like `sample`; drawn with `generator` where None and needed.
+        variance_type: see `fastdiff.solvers.ddpm`.
+        variance: the model's second output, for the learned variances.
+        prediction_type: ``epsilon``, ``v_prediction``, ``sample`` or ``flow_prediction``.
+        clip_range: clamp x0 to ± this; None leaves it.
+        uncond, guidance_scale: classifier-free guidance in the same pass.
+        out: a tensor to write; may be `sample`.
+        backend: forces one, as in `step`.
+
+    Returns:
+        The previous sample, like `sample`.
+    """
+    kind = VarianceType.parse(variance_type)
+    scalars = (alpha_cumprod, alpha_cumprod_prev, kind, prediction_type, clip_range)
+    compiled = _compiled(_ddpm_table, scalars)
+    return _run(
+        compiled, sample, model_output, uncond, guidance_scale, noise, generator, out, backend, variance=variance
+    )
+
+
+def ddim_step(
+    sample: Tensor,
+    model_output: Tensor,
+    *,
+    alpha_cumprod: float,
+    alpha_cumprod_prev: float,
+    eta: float = 0.0,
+    noise: Tensor | None = None,
+    prediction_type: str = "epsilon",
+    clip_range: float | None = None,
+    use_clipped_model_output: bool = False,
+    uncond: Tensor | None = None,
+    guidance_scale: float | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """One step of DDIM (arXiv 2010.02502, eq. 12); arguments as in `ddpm_step`, and:
+
+    Args:
+        eta: 0 is deterministic, 1 draws DDPM's noise.
+        use_clipped_model_output: derive ε from the clipped x0.
+    """
+    scalars = (alpha_cumprod, alpha_cumprod_prev, eta, prediction_type, clip_range, use_clipped_model_output)
+    compiled = _compiled(_ddim_table, scalars)
+    return _run(compiled, sample, model_output, uncond, guidance_scale, noise, generator, out, backend)
+
+
+def dpm_solver_step(
+    sample: Tensor,
+    model_output: Tensor,
+    *,
+    alphas_cumprod: Sequence[float],
+    previous: Sequence[Tensor] = (),
+    algorithm_type: str = "dpmsolver++",
+    solver_type: str = "midpoint",
+    third_order: str = "compatible",
+    noise: Tensor | None = None,
+    prediction_type: str = "epsilon",
+    clip_range: float | None = None,
+    uncond: Tensor | None = None,
+    guidance_scale: float | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of multistep DPM-Solver(++) (arXiv 2211.01095); its order is one more than ``len(previous)``.
+
+    Args:
+        sample, model_output, prediction_type, clip_range, uncond, guidance_scale, noise, generator, backend: as in
+            `ddpm_step`.
+        alphas_cumprod: ᾱ at the timesteps of `previous` (oldest first), of `sample`, and at the one to reach:
+            ``len(previous) + 2`` ascending numbers.
+        previous: the second result of up to two earlier steps, oldest first.
+        algorithm_type, solver_type, third_order: see `fastdiff.solvers.dpm_multistep`.
+        out: two tensors to write; they may be inputs.
+
+    Returns:
+        The previous sample, and the model's reading (x0 or ε) to hand to later steps as `previous`.
+    """
+    if len(alphas_cumprod) != len(previous) + 2 or len(previous) > 2:
+        raise ValueError(
+            sentence(
+                "dpm_solver_step",
+                "alphas_cumprod",
+                f"holds {len(alphas_cumprod)} numbers for {len(previous)} previous outputs",
+                "two more than previous, of which there are two at most",
+                "give ᾱ of each previous output, of sample, and of the timestep to reach",
+            )
+        )
+    scalars = (tuple(alphas_cumprod), algorithm_type, solver_type, third_order, prediction_type, clip_range)
+    compiled = _compiled(_dpm_table, scalars)
+    # The solver filled a ring of registers on its way to this row: hand the outputs over as it laid them.
+    order = len(previous) + 1
+    history: list[Tensor | None] = [None, None]
+    for j, tensor in enumerate(previous):
+        history[j % max(order - 1, 1)] = tensor
+    noise = _noise(compiled, sample, noise, generator)
+    table = _rows(compiled, compute_dtype(sample.dtype), sample.device)
+    prev, kept = step(
+        sample, model_output, table, len(compiled) - 1, uncond=uncond, guidance=guidance_scale, history=history,
+        noise=noise, keeps=1, out=out, backend=backend,
+    )  # fmt: skip
+    return prev, kept
+
+
+def euler_step(
+    sample: Tensor,
+    model_output: Tensor,
+    *,
+    sigma: float,
+    sigma_next: float,
+    eta: float = 0.0,
+    s_noise: float = 1.0,
+    noise: Tensor | None = None,
+    prediction_type: str = "epsilon",
+    uncond: Tensor | None = None,
+    guidance_scale: float | Tensor | None = None,
+    generator: torch.Generator | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """One Euler or Euler-ancestral step in k-diffusion's coordinates, x̂ = x0 + σ̂·ε.
+
+    The model is understood to have seen ``x̂ / √(σ̂² + 1)``, as models trained on α² + σ² = 1 want it.
+
+    Args:
+        sample: x̂ at σ̂ = `sigma`, ``[...]``.
+        model_output, prediction_type, uncond, guidance_scale, noise, generator, out, backend: as in `ddpm_step`.
+        sigma: the noise level of `sample`, above 0.
+        sigma_next: the one to reach, from 0 to below `sigma`.
+        eta: 0 is Euler's method, 1 ancestral sampling.
+        s_noise: the standard deviation of the noise put back.
+
+    Returns:
+        x̂ at `sigma_next`, like `sample`.
+    """
+    compiled = _compiled(_euler_table, (sigma, sigma_next, eta, s_noise, prediction_type))
+    return _run(compiled, sample, model_output, uncond, guidance_scale, noise, generator, out, backend)
+
+
+def _run(
+    compiled: StepTable,
+    sample: Tensor,
+    model_output: Tensor,
+    uncond: Tensor | None,
+    guidance: float | Tensor | None,
+    noise: Tensor | None,
+    generator: torch.Generator | None,
+    out: Tensor | None,
+    backend: str | None,
+    variance: Tensor | None = None,
+) -> Tensor:
+    noise = _noise(compiled, sample, noise, generator)
+    table = _rows(compiled, compute_dtype(sample.dtype), sample.device)
+    outs = None if out is None else (out,)
+    return step(
+        sample, model_output, table, 0, uncond=uncond, guidance=guidance, noise=noise, variance=variance,
+        variance_kind=int(compiled.variance), out=outs, backend=backend,
+    )[0]  # fmt: skip
+
+
+def _noise(
+    compiled: StepTable, sample: Tensor, noise: Tensor | None, generator: torch.Generator | None
+) -> Tensor | None:
+    """The given noise, or a draw where the row wants one."""
+    if noise is None and compiled.draws_noise[-1]:
+        return torch.randn(sample.shape, generator=generator, dtype=sample.dtype, device=sample.device)
+    return noise
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(make: Callable[..., StepTable], scalars: tuple[object, ...]) -> StepTable:
+    return make(*scalars)
+
+
+@functools.lru_cache(maxsize=4096)
+def _rows(compiled: StepTable, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return compiled.rows_as(dtype, device)
+
+
+def _table_of(make: Callable[..., StepTable], scalars: tuple[object, ...], like: Tensor) -> Tensor:
+    return _rows(_compiled(make, scalars), compute_dtype(like.dtype), like.device)
+
+
+def _cfg_row() -> StepTable:
+    return StepTable((Row(0.0, MODEL_OUTPUT, (0.0, 0.0)),))
+
+
+def _levels(operation: str, alphas_cumprod: Sequence[float]) -> Levels:
+    """Levels with α² = ᾱ, their timesteps unknown and unused."""
+    for value in alphas_cumprod:
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(
+                sentence(operation, "alpha_cumprod", f"is {value}", "a number from 0 to 1", "pass ᾱ, not α or β")
+            )
+    points = tuple(Level(0.0, math.sqrt(a), math.sqrt(1.0 - a)) for a in alphas_cumprod)
+    return Levels(points, lambda ratio: variance_preserving(ratio, 0.0))
+
+
+def _prediction(prediction_type: str, clip_range: float | None) -> Prediction:
+    return Prediction(prediction_type, math.inf if clip_range is None else clip_range)  # type: ignore[arg-type]
+
+
+def _ddpm_table(a: float, a_prev: float, kind: VarianceType, prediction_type: str, clip: float | None) -> StepTable:
+    return ddpm(_levels("ddpm_step", (a, a_prev)), _prediction(prediction_type, clip), variance_type=kind)
+
+
+def _ddim_table(
+    a: float, a_prev: float, eta: float, prediction_type: str, clip: float | None, use_clipped: bool
+) -> StepTable:
+    levels = _levels("ddim_step", (a, a_prev))
+    return ddim(levels, _prediction(prediction_type, clip), eta=eta, use_clipped_model_output=use_clipped)
+
+
+def _dpm_table(
+    alphas_cumprod: tuple[float, ...],
+    algorithm_type: str,
+    solver_type: str,
+    third_order: str,
+    prediction_type: str,
+    clip: float | None,
+) -> StepTable:
+    levels = _levels("dpm_solver_step", alphas_cumprod)
+    prediction = _prediction(prediction_type, clip)
+    table = dpm_multistep(
+        levels,
+        prediction,
+        algorithm_type=algorithm_type,
+        solver_order=len(levels),
+        solver_type=solver_type,
+        lower_order_final=False,
+        third_order=third_order,
+    )
+    # A loop's last row keeps nothing. The caller of this one goes on, so it hands out what later steps interpolate.
+    *before, last = table.source
+    reading = Algorithm.parse(algorithm_type).interpolated(prediction.at(levels[len(levels) - 1]))
+    return StepTable((*before, replace(last, keep=(reading,), store=(0,))))
+
+
+def _euler_table(sigma: float, sigma_next: float, eta: float, s_noise: float, prediction_type: str) -> StepTable:
+    if not (math.isfinite(sigma) and 0.0 <= sigma_next < sigma):
+        raise ValueError(
+            sentence(
+                "euler_step",
+                "sigma_next",
+                f"is {sigma_next} after sigma {sigma}",
+                "0 <= sigma_next < sigma, both finite",
+                "step from high noise to low",
+            )
+        )
+    t, s = variance_preserving(sigma, 0.0), variance_preserving(sigma_next, 0.0)
+    levels = Levels((t, s), lambda ratio: variance_preserving(ratio, 0.0))
+    prediction = Prediction(prediction_type)  # type: ignore[arg-type]
+    table = euler_ancestral(levels, prediction, eta=eta, s_noise=s_noise) if eta else euler(levels, prediction)
+    (row,) = table.source
+    # From x = α·x̂ to x̂: what multiplies x is taken α_t times, and the result divided by α_s.
+    of_sample, *others = row.prev_sample.coefficients
+    prev = Affine([of_sample * t.alpha, *others]) / s.alpha
+    p, q = row.prediction
+    return StepTable((replace(row, prev_sample=prev, prediction=(p * t.alpha, q)),))

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: MIT
+"""The fused step: guidance, prediction, clipping, update, noise and history in one pass over memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import sentence
+from ..table import Variance, compute_dtype
+from . import backends
+from .checks import StepCall, check, make_plain
+
+_extension_step = None if backends.extension is None else backends.extension.step
+_is_compiling = torch.compiler.is_compiling
+
+
+def step(
+    sample: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: int,
+    *,
+    uncond: Tensor | None = None,
+    guidance: float | Tensor | None = None,
+    history: Sequence[Tensor | None] = (),
+    noise: Tensor | None = None,
+    variance: Tensor | None = None,
+    threshold: Tensor | None = None,
+    variance_kind: int = Variance.FIXED,
+    keeps: int = 0,
+    out: Sequence[Tensor] | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """Take one step of any sampler.
+
+    Computes, in float32 (float64 for float64 samples)::
+
+        m    = u + g·(c − u)                                       where uncond is given
+        d    = p·x + q·m,  clamped to ±clip;  with a threshold s clamped to ±s and divided by s
+        out  = a_x·x + a_m·m + a_d·d + Σ_j a_j·h_j + a_z·(std·z)
+
+    with the scalars of one row of a `fastdiff.table.StepTable`, for the previous sample and for up to two tensors
+    to keep.  A tensor whose coefficient is 0 is not read; one that is absent adds nothing.
+
+    Args:
+        sample: x, ``[...]`` or ``[B, ...]``; float16, bfloat16, float32 or float64, any strides.
+        model_output: c, like `sample`.  (All tensors "like sample" share its shape, dtype and device.)
+        table: ``[R, 32]`` from `StepTable.rows_as(sample.dtype, sample.device)`.
+        row: which row, 0 to R − 1.
+        uncond: u, the unconditional output, like `sample`.
+        guidance: g, a float, or a tensor ``[]``, ``[1]`` or ``[B]`` in the table's dtype; goes with `uncond`.
+        history: up to four tensors like `sample`, or None, by register.
+        noise: z, standard normal, like `sample`.
+        variance: the model's second output, like `sample`, where `variance_kind` is not 0.
+        threshold: ``[B]`` in the table's dtype, each above 0.
+        variance_kind: how `variance` scales the noise, a `fastdiff.table.Variance`.
+        keeps: how many tensors to keep, 0 to 2.
+        out: ``1 + keeps`` tensors to write instead of new ones.  They may be inputs: the step can be taken in place.
+        backend: a name of `BACKENDS`, to force it.
+
+    Returns:
+        prev_sample and the kept tensors, like `sample`, in its memory layout where that is dense.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, what was expected and the remedy.
+        RuntimeError: a forced backend is missing, or gradients are asked of a compiled backend.
+    """
+    if isinstance(guidance, (float, int)):
+        guidance = _scalar(float(guidance), compute_dtype(sample.dtype), sample.device)
+    if backend is None and backends.forced is None and _extension_step is not None and not _is_compiling():
+        stream = torch.cuda.current_stream(sample.device).cuda_stream if sample.is_cuda else 0
+        try:
+            done: tuple[Tensor, ...] | None = _extension_step(
+                sample,
+                model_output,
+                table,
+                row,
+                uncond,
+                guidance,
+                history,
+                noise,
+                variance,
+                threshold,
+                variance_kind,
+                keeps,
+                out,
+                stream,
+            )
+        except TypeError:  # something is not a tensor: the checks below say what
+            done = None
+        if done is not None:
+            return done
+    call = StepCall(
+        sample, model_output, table, row, uncond, guidance, tuple(history), noise, variance, threshold,
+        variance_kind, keeps,
+    )  # fmt: skip
+    return _checked_step(call, None if out is None else tuple(out), backend)
+
+
+def _checked_step(call: StepCall, out: tuple[Tensor, ...] | None, backend: str | None) -> tuple[Tensor, ...]:
+    """Check, choose, make plain, run: the way of every call that the extension does not take at once."""
+    check(call, out)
+    name = backends.backend_for(call.sample, backend)
+    if _is_compiling():
+        results = _library_step(call, name)
+    elif name == "reference":
+        results = tuple(backends.reference_outputs(call))
+    else:
+        _refuse_gradients(call, name)
+        plain = make_plain(call)
+        if call.sample.numel() > 0:
+            backends.RUN[name](plain)
+        results = plain.outputs
+    if out is None:
+        return results
+    for target, value in zip(out, results, strict=True):
+        target.copy_(value)
+    return out
+
+
+def _refuse_gradients(call: StepCall, name: str) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for argument, tensor in call.inputs():
+        if tensor.requires_grad:
+            raise RuntimeError(
+                sentence(
+                    "step",
+                    argument,
+                    f"requires grad and backend {name!r} has no gradient",
+                    "a tensor outside autograd's graph",
+                    "sample under torch.no_grad(), or pass backend='reference'",
+                )
+            )
+
+
+@functools.lru_cache(maxsize=256)
+def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number as a tensor on the samples' device, kept: a guidance scale is the same for a whole loop."""
+    return torch.tensor([value], dtype=dtype, device=device)
+
+
+@torch.library.custom_op("fastdiff::step", mutates_args=())
+def _step_op(
+    sample: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: int,
+    uncond: Tensor | None,
+    guidance: Tensor | None,
+    history: list[Tensor | None],
+    noise: Tensor | None,
+    variance: Tensor | None,
+    threshold: Tensor | None,
+    variance_kind: int,
+    keeps: int,
+    backend: str,
+) -> list[Tensor]:
+    """The step as an operator of the dispatcher, for torch.compile, export and torch.ops.fastdiff.step."""
+    call = StepCall(
+        sample, model_output, table, row, uncond, guidance, tuple(history), noise, variance, threshold,
+        variance_kind, keeps,
+    )  # fmt: skip
+    with torch.no_grad():
+        return list(_checked_step(call, None, backend or None))
+
+
+@_step_op.register_fake
+def _(
+    sample: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: int,
+    uncond: Tensor | None,
+    guidance: Tensor | None,
+    history: list[Tensor | None],
+    noise: Tensor | None,
+    variance: Tensor | None,
+    threshold: Tensor | None,
+    variance_kind: int,
+    keeps: int,
+    backend: str,
+) -> list[Tensor]:
+    return [torch.empty_like(sample) for _ in range(keeps + 1)]
+
+
+def _library_step(call: StepCall, name: str) -> tuple[Tensor, ...]:
+    results = torch.ops.fastdiff.step(
+        call.sample,
+        call.model_output,
+        call.table,
+        call.row,
+        call.uncond,
+        call.guidance,
+        list(call.history),
+        call.noise,
+        call.variance,
+        call.threshold,
+        int(call.variance_kind),
+        call.keeps,
+        name,
+    )
+    return tuple(results)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: MIT
+"""Walks a step table: which row is next, what the registers hold, which noise to draw."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .errors import sentence
+from .rng import Generators, randn
+from .table import NUM_REGISTERS, StepTable, Variance
+from .thresholding import dynamic_threshold
+
+
+class Stepper:
+    """One loop over a table: the state that a sampler would otherwise share between its callers.
+
+    The registers are written in place, so a loop allocates them once; `index` moves only when a step has succeeded.
+
+    Args:
+        table: the compiled sampler.
+        dynamic_thresholding_ratio, sample_max_value: of `fastdiff.thresholding.dynamic_threshold`, where the
+            table asks for it.
+        backend: forces one for all steps, as in `fastdiff.ops.step`.
+    """
+
+    def __init__(
+        self,
+        table: StepTable,
+        *,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        backend: str | None = None,
+    ) -> None:
+        self.table = table
+        self.index = 0
+        self.backend = backend
+        self._ratio = dynamic_thresholding_ratio
+        self._max_value = sample_max_value
+        self._registers: list[Tensor | None] = [None] * NUM_REGISTERS
+        self._rows: Tensor | None = None
+        self._prediction_rows: Tensor | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.index == len(self.table)
+
+    def step(
+        self,
+        sample: Tensor,
+        model_output: Tensor,
+        *,
+        uncond: Tensor | None = None,
+        guidance: float | Tensor | None = None,
+        variance: Tensor | None = None,
+        noise: Tensor | None = None,
+        generator: Generators = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Take the next row's step.
+
+        Args:
+            sample: x, ``[B, ...]``; shape, dtype and device must stay the same throughout a loop.
+            model_output, uncond, guidance, variance: as in `fastdiff.ops.step`.
+            noise: z, like `sample`; drawn with `generator` where None and the row wants it.
+            generator: one, or one a sample.
+            out: a tensor to write instead of a new one; may be `sample`.
+
+        Returns:
+            The previous sample.
+
+        Raises:
+            IndexError: the table has no row left.
+            TypeError, ValueError: as `fastdiff.ops.step`; the stepper is then as it was.
+        """
+        if self.done:
+            raise IndexError(
+                sentence(
+                    "step",
+                    "index",
+                    f"is {self.index}",
+                    f"less than the table's {len(self.table)} rows",
+                    "the loop has ended: start a new stepper",
+                )
+            )
+        table = self._rows_for(sample)
+        registers = self._registers_for(sample)
+        row = self.index
+        if noise is None and self.table.draws_noise[row]:
+            noise = randn(sample.shape, generator, dtype=sample.dtype, device=sample.device)
+        threshold = self._threshold(sample, model_output, uncond, guidance) if self.table.thresholding else None
+        reads = self.table.reads[row]
+        store = self.table.store[row]
+        kept = [registers[j] for j in store]
+        targets = [torch.empty_like(sample) if k is None else k for k in kept]
+        if out is None and targets:
+            out = torch.empty_like(sample)
+        results = ops.step(
+            sample,
+            model_output,
+            table,
+            row,
+            uncond=uncond,
+            guidance=guidance,
+            history=tuple(registers[j] if j in reads else None for j in range(NUM_REGISTERS)) if reads else (),
+            noise=noise,
+            variance=variance,
+            threshold=threshold,
+            variance_kind=self._variance_kind(variance),
+            keeps=len(store),
+            out=None if out is None else (out, *targets),
+            backend=self.backend,
+        )
+        for j, target in zip(store, targets, strict=True):
+            registers[j] = target
+        self.index += 1
+        return results[0]
+
+    def _rows_for(self, sample: Tensor) -> Tensor:
+        if self._rows is None or self._rows.device != sample.device:
+            self._rows = self.table.rows_as(sample.dtype, sample.device)
+        return self._rows
+
+    def _registers_for(self, sample: Tensor) -> list[Tensor | None]:
+        first = next((r for r in self._registers if r is not None), None)
+        if first is not None and (first.shape, first.dtype) != (sample.shape, sample.dtype):
+            raise ValueError(
+                sentence(
+                    "step",
+                    "sample",
+                    f"has shape {list(sample.shape)} and dtype {sample.dtype}",
+                    f"{list(first.shape)} and {first.dtype} as in the steps before",
+                    "start a new stepper for other samples",
+                )
+            )
+        return self._registers
+
+    def _threshold(
+        self, sample: Tensor, model_output: Tensor, uncond: Tensor | None, guidance: float | Tensor | None
+    ) -> Tensor:
+        if self._prediction_rows is None or self._prediction_rows.device != sample.device:
+            rows = self._rows_for(sample)
+            self._prediction_rows = self.table.prediction_rows().to(rows)
+        (x0,) = ops.step(
+            sample,
+            model_output,
+            self._prediction_rows,
+            self.index,
+            uncond=uncond,
+            guidance=guidance,
+            backend=self.backend,
+        )
+        return dynamic_threshold(x0, self._ratio, self._max_value)
+
+    def _variance_kind(self, variance: Tensor | None) -> int:
+        if variance is None and self.table.variance != Variance.FIXED and self.table.draws_noise[self.index]:
+            raise ValueError(
+                sentence(
+                    "step",
+                    "variance",
+                    "is missing",
+                    "the model's second output, since the table was made for a learned variance",
+                    "pass the second half of the channels as variance, or choose a fixed variance_type",
+                )
+            )
+        return int(self.table.variance if variance is not None else Variance.FIXED)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""The Triton kernels; imported only when Triton is asked for."""
