@@ -9,7 +9,7 @@
     ops/functional.py  cfg_combine, ddpm_step, ddim_step, dpm_solver_step, euler_step
 """
 
-from .backends import BACKENDS, backend_for, backend_status, use_backend
+from .backends import BACKENDS, backend_for, backend_status, cpu_build, use_backend
 from .functional import cfg_combine, ddim_step, ddpm_step, dpm_solver_step, euler_step
 from .fused import step
 
@@ -18,6 +18,7 @@ __all__ = [
     "backend_for",
     "backend_status",
     "cfg_combine",
+    "cpu_build",
     "ddim_step",
     "ddpm_step",
     "dpm_solver_step",

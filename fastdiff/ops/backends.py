@@ -47,7 +47,10 @@ def _load_triton() -> tuple[ModuleType | None, str]:
         importlib.import_module("triton")
     except ImportError as error:
         return None, f"triton cannot be imported ({error}): pip install 'fastdiff-kernels[triton]'"
-    return importlib.import_module("fastdiff.kernels.step"), ""
+    try:
+        return importlib.import_module("fastdiff.kernels.step"), ""
+    except ImportError as error:
+        return None, f"the Triton kernels cannot be imported ({error}): install fastdiff, or run pip install -e . here"
 
 
 def _triton_interprets() -> bool:
@@ -79,6 +82,11 @@ def why_missing(name: str) -> str:
 def backend_status() -> dict[str, str]:
     """For each backend ``"available"``, or why it is missing."""
     return {name: why_missing(name) or "available" for name in BACKENDS}
+
+
+def cpu_build() -> str | None:
+    """Which build of the C++ loops runs here: "generic", "avx2" or "avx512"; None without the extension."""
+    return None if extension is None else str(extension.cpu_build)
 
 
 def _serves(name: str, device: torch.device) -> bool:

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: MIT
+"""The command line: ``fastdiff sample`` draws digits with the model that ships, ``fastdiff env`` says what is here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from . import __version__, ops
+from .errors import require, sentence, unknown_name
+from .sampling_config import SamplingMethod
+from .schedules import create_noise_scheduler
+
+#: Samplers by the names that people use, each as fields of SamplingConfig.
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "ddpm": {"method": SamplingMethod.DDPM},
+    "ddim": {"method": SamplingMethod.DDIM},
+    "dpmsolver": {"method": SamplingMethod.DPM_SOLVER, "algorithm_type": "dpmsolver"},
+    "dpmsolver++": {"method": SamplingMethod.DPM_SOLVER, "algorithm_type": "dpmsolver++"},
+    "sde-dpmsolver": {"method": SamplingMethod.DPM_SOLVER, "algorithm_type": "sde-dpmsolver"},
+    "sde-dpmsolver++": {"method": SamplingMethod.DPM_SOLVER, "algorithm_type": "sde-dpmsolver++"},
+    "euler": {"method": SamplingMethod.EULER},
+    "euler-ancestral": {"method": SamplingMethod.EULER_ANCESTRAL},
+    "heun": {"method": SamplingMethod.HEUN},
+}
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Diffusion sampling steps as one fused pass.")
+
+_PACKAGES = ("torch", "triton", "diffusers", "numpy", "scipy", "scikit-learn", "safetensors")
+
+
+def parse_classes(text: str, count: int) -> list[int]:
+    """Class labels from text such as ``"0-9"``, ``"3"`` or ``"1,4,7-9"``, in order, each once."""
+    labels: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or int(last or first) < int(first):
+            raise ValueError(
+                sentence("sample", "--classes", f"is {text!r}", "labels and ranges such as 0-9 or 1,4", "write it so")
+            )
+        labels += range(int(first), int(last or first) + 1)
+    if max(labels) >= count:
+        raise ValueError(
+            sentence("sample", "--classes", f"asks for {max(labels)}", f"0 to {count - 1}", "stay within the classes")
+        )
+    return list(dict.fromkeys(labels))
+
+
+@app.command()
+def sample(
+    sampler: Annotated[str, typer.Option(help=f"One of {', '.join(SAMPLERS)}.")] = "dpmsolver++",
+    steps: Annotated[int, typer.Option(help="Steps of the loop.")] = 20,
+    order: Annotated[int, typer.Option(help="Order of a DPM-Solver.")] = 2,
+    eta: Annotated[float | None, typer.Option(help="Noise that DDIM or Euler-ancestral puts back.")] = None,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 for none.")] = 3.0,
+    classes: Annotated[str, typer.Option(help="Digits to draw: 0-9, 3 or 1,4,7-9.")] = "0-9",
+    n: Annotated[int, typer.Option(help="How many images, shared out among the classes.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("samples.png"),
+    device: Annotated[str, typer.Option(help="Where to sample: cpu, cuda, ...")] = "cpu",
+    backend: Annotated[str | None, typer.Option(help=f"Force one of {', '.join(ops.BACKENDS)}.")] = None,
+    quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
+) -> None:
+    """Draw handwritten digits with the class-conditional U-Net that ships with fastdiff."""
+    if sampler not in SAMPLERS:
+        raise unknown_name("sample", "--sampler", sampler, SAMPLERS)
+    draw_digits(
+        {**SAMPLERS[sampler], "num_inference_steps": steps, "solver_order": order, "eta": eta},
+        guidance=guidance,
+        classes=classes,
+        n=n,
+        seed=seed,
+        out=out,
+        device=device,
+        backend=backend,
+        progress=not quiet,
+    )
+
+
+@app.command()
+def env() -> None:
+    """Print versions, backends, and why a missing one is missing."""
+    print_environment()
+
+
+def draw_digits(
+    sampling: dict[str, Any],
+    *,
+    guidance: float,
+    classes: str,
+    n: int,
+    seed: int,
+    out: Path,
+    device: str,
+    backend: str | None,
+    progress: bool,
+) -> None:
+    """Sample digits and write them as a grid; see ``fastdiff sample --help``."""
+    from .digits import IMAGE_SHAPE, NULL_CLASS, NUM_CLASSES, load_digit_unet
+    from .images import save_grid
+    from .samplers import create_sampler
+
+    labels = parse_classes(classes, NUM_CLASSES)
+    if n < 1:
+        raise ValueError(sentence("sample", "--n", f"is {n}", "1 or more", "ask for at least one image"))
+    if not out.parent.is_dir():
+        raise ValueError(
+            sentence("sample", "--out", f"is {str(out)!r}", "a file in a folder that exists", f"make {out.parent} first")
+        )
+    model = load_digit_unet(device=device)
+    scheduler = create_noise_scheduler("cosine", timestep_spacing="trailing", clip_sample=True)
+    engine = create_sampler(scheduler, **sampling, prediction_type="v_prediction", guidance_scale=guidance)
+    # Rows of one class: each class its share, the first ones one more where n does not divide.
+    shares = [n // len(labels) + (i < n % len(labels)) for i in range(len(labels))]
+    wanted = torch.tensor([label for label, share in zip(labels, shares, strict=True) for _ in range(share)])
+    wanted = wanted.to(device)
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn((n, *IMAGE_SHAPE), generator=generator).to(device)
+    result = engine.sample(
+        model,
+        latents,
+        wanted,
+        torch.full_like(wanted, NULL_CLASS),
+        generator=generator,
+        progress=progress,
+        backend=backend,
+    )
+    save_grid(result.samples, out, columns=max(shares) if n >= len(labels) else n, scale=4)
+    print(
+        f"{n} images in {result.processing_time:.2f} s: {n / result.processing_time:.1f} images/s, "
+        f"{100 * result.step_share:.2f} % of the time in the step ({ops.backend_for(latents, backend)} backend), "
+        f"{result.steps} steps; {out}"
+    )
+
+
+def print_environment() -> None:
+    """Versions of what matters here, and each backend with the reason where it is missing."""
+    table_class = require("rich.table", "cli", "fastdiff env").Table
+    console = require("rich.console", "cli", "fastdiff env").Console()
+    versions = table_class("package", "version", title=f"fastdiff {__version__}", title_justify="left")
+    versions.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name in _PACKAGES:
+        versions.add_row(name, _version(name))
+    versions.add_row("CUDA of torch", torch.version.cuda or "none: a CPU build")
+    backends = table_class("backend", "status", title="backends", title_justify="left")
+    for name, status in ops.backend_status().items():
+        detail = f" ({ops.cpu_build()} build)" if name == "cpu" and status == "available" else ""
+        backends.add_row(name, status + detail)
+    console.print(versions)
+    console.print(backends)
+    console.print(f"a step on the CPU is answered by: {ops.backend_for(torch.empty(0))}, {torch.get_num_threads()} threads")
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name()
+        console.print(f"a step on {gpu} is answered by: {ops.backend_for(torch.empty(0, device='cuda'))}")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
