@@ -32,17 +32,22 @@ fastdiff::CpuBuild cpu_build;
 
 std::optional<fastdiff::DType> dtype_of(at::ScalarType type) {
     switch (type) {
-        case at::kHalf: return fastdiff::DType::kFloat16;
-        case at::kBFloat16: return fastdiff::DType::kBFloat16;
-        case at::kFloat: return fastdiff::DType::kFloat32;
-        case at::kDouble: return fastdiff::DType::kFloat64;
-        default: return std::nullopt;
+        case at::kHalf:
+            return fastdiff::DType::kFloat16;
+        case at::kBFloat16:
+            return fastdiff::DType::kBFloat16;
+        case at::kFloat:
+            return fastdiff::DType::kFloat32;
+        case at::kDouble:
+            return fastdiff::DType::kFloat64;
+        default:
+            return std::nullopt;
     }
 }
 
 // Looks at one call's tensors and fills its StepArgs; `plain` turns false at the first that needs the slow path.
 class Call {
-public:
+  public:
     Call(const at::Tensor& sample, const at::Tensor& table, int64_t row) : sample_(sample) {
         const auto dtype = dtype_of(sample.scalar_type());
         plain = dtype.has_value() && ordinary(sample) && sample.is_non_overlapping_and_dense() && sample.numel() > 0;
@@ -101,7 +106,8 @@ public:
 
     // Outputs may be inputs, or lie apart from them; a partial overlap is declined.
     void output(const at::Tensor& tensor) {
-        plain = plain && same_kind(tensor) && tensor.sizes() == sample_.sizes() && tensor.strides() == sample_.strides();
+        plain =
+            plain && same_kind(tensor) && tensor.sizes() == sample_.sizes() && tensor.strides() == sample_.strides();
         if (!plain) return;
         args.outputs[args.num_outputs++] = tensor.data_ptr();
     }
@@ -112,8 +118,8 @@ public:
             const auto *p = static_cast<const char*>(a), *q = static_cast<const char*>(b);
             return p + bytes <= q || q + bytes_b <= p;
         };
-        const int64_t model_bytes = ((args.batch - 1) * args.model_stride + args.inner) *
-                                    static_cast<int64_t>(sample_.element_size());
+        const int64_t model_bytes =
+            ((args.batch - 1) * args.model_stride + args.inner) * static_cast<int64_t>(sample_.element_size());
         for (int o = 0; o < args.num_outputs; ++o) {
             for (int other = 0; other < o; ++other)
                 if (!apart(args.outputs[o], args.outputs[other], bytes)) return true;
@@ -130,9 +136,10 @@ public:
     StepArgs args{};
     bool plain = true;
 
-private:
+  private:
     static bool ordinary(const at::Tensor& tensor) {
-        return tensor.layout() == at::kStrided && !tensor.is_neg() && !tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
+        return tensor.layout() == at::kStrided && !tensor.is_neg() &&
+               !tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
                !(tensor.requires_grad() && at::GradMode::is_enabled());
     }
     bool same_kind(const at::Tensor& tensor) const {

@@ -8,7 +8,7 @@ The way of the data::
     levels.py      α and σ there
     solvers/       a paper's formula, run once on symbols (affine.py) ...
     table.py       ... gives a row of scalars a model call
-    stepper.py     walks the rows
+    stepper.py     walks the rows; loop.py calls the model in between
     ops/           the one fused operation, its checks, and the choice among
     csrc/ kernels/ reference.py    its implementations
 
@@ -16,6 +16,7 @@ The way of the data::
 """
 
 from . import ops
+from .loop import SamplingResult, StepInfo
 from .manager import AdvancedSamplingManager, create_advanced_sampling_manager
 from .samplers import (
     BaseSampler,
@@ -25,8 +26,6 @@ from .samplers import (
     EulerAncestralSampler,
     EulerSampler,
     HeunSampler,
-    SamplingResult,
-    StepInfo,
     create_sampler,
 )
 from .sampling_config import SamplingConfig, SamplingMethod

@@ -110,7 +110,7 @@ def draw_digits(
         raise ValueError(sentence("sample", "--n", f"is {n}", "1 or more", "ask for at least one image"))
     if not out.parent.is_dir():
         raise ValueError(
-            sentence("sample", "--out", f"is {str(out)!r}", "a file in a folder that exists", f"make {out.parent} first")
+            sentence("sample", "--out", f"is {str(out)!r}", "a file in a folder that exists", f"make {out.parent}")
         )
     model = load_digit_unet(device=device)
     scheduler = create_noise_scheduler("cosine", timestep_spacing="trailing", clip_sample=True)
@@ -153,10 +153,11 @@ def print_environment() -> None:
         backends.add_row(name, status + detail)
     console.print(versions)
     console.print(backends)
-    console.print(f"a step on the CPU is answered by: {ops.backend_for(torch.empty(0))}, {torch.get_num_threads()} threads")
+    threads = torch.get_num_threads()
+    console.print(f"a step on the CPU is answered by {ops.backend_for(torch.empty(0))}, with {threads} threads")
     if torch.cuda.is_available():
-        gpu = torch.cuda.get_device_name()
-        console.print(f"a step on {gpu} is answered by: {ops.backend_for(torch.empty(0, device='cuda'))}")
+        on_gpu = torch.empty(0, device="cuda")
+        console.print(f"a step on {torch.cuda.get_device_name()} is answered by {ops.backend_for(on_gpu)}")
 
 
 def _version(package: str) -> str:

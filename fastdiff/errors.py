@@ -3,7 +3,7 @@
 
 Every check of the library ends here, so that all messages read alike, for example::
 
-    step: model_output has shape [2, 4, 64, 64], expected [4, 4, 64, 64] like sample; pass the unconditional half as uncond
+    step: row is 20, expected 0 to 19; the loop has run out of rows: start again
 """
 
 from __future__ import annotations

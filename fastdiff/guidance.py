@@ -6,6 +6,7 @@ The two outputs of guidance are combined in the fused step; here they are only o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -92,6 +93,12 @@ class GuidedModel:
     def guided(self) -> bool:
         return self.guidance_scale != 1.0 and self.prompt_embeds is not None
 
+    @functools.cached_property
+    def _both_embeds(self) -> Tensor:
+        assert self.prompt_embeds is not None
+        assert self.negative_prompt_embeds is not None
+        return torch.cat([self.negative_prompt_embeds, self.prompt_embeds])
+
     def __call__(self, x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Call the model at one timestep.
 
@@ -109,9 +116,7 @@ class GuidedModel:
             uncond, _ = self._split(self._call(x, timestep, self.negative_prompt_embeds), x)
             output, variance = self._split(self._call(x, timestep, self.prompt_embeds), x)
             return output, uncond, variance
-        assert self.prompt_embeds is not None and self.negative_prompt_embeds is not None
-        embeds = torch.cat([self.negative_prompt_embeds, self.prompt_embeds])
-        both = self._call(torch.cat([x, x]), timestep, embeds)
+        both = self._call(torch.cat([x, x]), timestep, self._both_embeds)
         uncond, output = both.chunk(2)
         (uncond, _), (output, variance) = self._split(uncond, x), self._split(output, x)
         return output, uncond, variance
@@ -125,10 +130,8 @@ class GuidedModel:
             if self.channels > 1:
                 remedy = "return the variance as the second half of the channels, or choose a fixed variance_type"
             elif x.dim() > 1 and list(output.shape) == [x.shape[0], 2 * x.shape[1], *x.shape[2:]]:
-                remedy = "set variance_type='learned_range' if the model predicts a variance, or return half the channels"
-            raise ValueError(
-                sentence("sample", "model", f"returned shape {list(output.shape)}", f"{expected}", remedy)
-            )
+                remedy = "set variance_type='learned_range' if the model predicts a variance"
+            raise ValueError(sentence("sample", "model", f"returned shape {list(output.shape)}", f"{expected}", remedy))
         if output.dtype != x.dtype:
             output = output.to(x.dtype)  # a model under autocast answers in its own precision
         if self.check_finite and not bool(torch.isfinite(output).all()):
@@ -156,7 +159,8 @@ def unwrap(result: Any) -> Tensor:
     if isinstance(result, Tensor):
         return result
     if isinstance(result, Mapping) and isinstance(result.get("sample"), Tensor):
-        return result["sample"]
+        sample: Tensor = result["sample"]
+        return sample
     if isinstance(getattr(result, "sample", None), Tensor):
         return result.sample  # type: ignore[no-any-return]
     if isinstance(result, (tuple, list)) and result and isinstance(result[0], Tensor):

@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from .guidance import Model
-from .samplers import SAMPLERS, BaseSampler, SamplingResult, check_fields, split_fields
+from .loop import SamplingResult
+from .samplers import SAMPLERS, BaseSampler, check_fields, split_fields
 from .sampling_config import SamplingConfig, SamplingMethod
-from .schedules import NoiseScheduleType, NoiseSchedulerConfig, create_noise_scheduler
+from .schedules import NoiseSchedulerConfig, NoiseScheduleType, create_noise_scheduler
 
 
 class AdvancedSamplingManager:

@@ -27,10 +27,11 @@ class Stopwatch:
     def part(self, name: str) -> Iterator[None]:
         """Count the block's time under `name`."""
         if self._cuda:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()  # type: ignore[no-untyped-call]
+            start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            start.record()
             yield
-            end.record()  # type: ignore[no-untyped-call]
+            end.record()
             self._events.append((name, start, end))
             return
         started = time.perf_counter()
@@ -43,7 +44,7 @@ class Stopwatch:
             torch.cuda.synchronize()
         totals = dict(self._seconds)
         for name, start, end in self._events:
-            totals[name] = totals.get(name, 0.0) + start.elapsed_time(end) / 1e3  # type: ignore[no-untyped-call]
+            totals[name] = totals.get(name, 0.0) + start.elapsed_time(end) / 1e3
         return totals
 
 

@@ -7,19 +7,18 @@ stepper of its own.  So a sampler can be shared: a loop that fails or stops leav
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .errors import require, sentence, unknown_name
+from .errors import sentence, unknown_name
 from .guidance import GuidedModel, Model
 from .levels import Levels, VariancePreservingPath, levels_from_sigmas, levels_from_timesteps
-from .measure import Stopwatch, peak_memory
+from .loop import Callback, SamplingResult, check_latents, run_loop
 from .rng import Generators, generator_states
 from .sampling_config import SamplingConfig, SamplingMethod
 from .schedules import BaseNoiseScheduler, NoiseSchedulerConfig, create_noise_scheduler
@@ -27,53 +26,6 @@ from .solvers import Churn, Prediction, ddim, ddpm, dpm_multistep, dpm_singleste
 from .stepper import Stepper
 from .table import StepTable, Variance
 from .timesteps import sigma_schedule, timestep_schedule
-
-
-@dataclass(frozen=True)
-class StepInfo:
-    """What a callback is told after each step.
-
-    Attributes:
-        index: which step has been taken, from 0; `total` how many there are.
-        timestep: what the model was told.
-        sample: the sample after the step, ``[B, ...]``; not written to later.
-        model_output: the conditional output of the step.
-    """
-
-    index: int
-    total: int
-    timestep: float
-    sample: Tensor
-    model_output: Tensor
-
-
-#: Called after each step; returning False stops the loop.
-Callback = Callable[[StepInfo], object]
-
-
-@dataclass(frozen=True)
-class SamplingResult:
-    """What `sample` returns.
-
-    Attributes:
-        samples: ``[B, ...]``, dtype and device of the latents.
-        processing_time: seconds of the whole loop.
-        peak_memory: bytes; see `fastdiff.measure.peak_memory`.
-        model_time, step_time: seconds spent in the model and in the step.
-        steps: how many steps were taken, fewer than planned where a callback stopped the loop.
-    """
-
-    samples: Tensor
-    processing_time: float
-    peak_memory: int
-    model_time: float
-    step_time: float
-    steps: int
-
-    @property
-    def step_share(self) -> float:
-        """The step's share of the whole time."""
-        return self.step_time / self.processing_time if self.processing_time else 0.0
 
 
 class BaseSampler(ABC):
@@ -193,8 +145,8 @@ class BaseSampler(ABC):
         """Run the whole loop.
 
         Args:
-            model: any callable ``(x, t)`` or ``(x, t, encoder_hidden_states)`` that returns a tensor, a tuple, a dict with
-                "sample" or an object with ``.sample``; t has shape ``[B]``.
+            model: any callable ``(x, t)`` or ``(x, t, encoder_hidden_states)`` that returns a tensor, a tuple, a dict
+                with "sample" or an object with ``.sample``; t has shape ``[B]``.
             latents: standard normal noise, ``[B, ...]``, any floating dtype and strides.  It is not written to.
             prompt_embeds: the condition, ``[B, ...]`` of any dtype (class labels, embeddings), or None.
             negative_prompt_embeds: the condition of the unconditional call of guidance, like `prompt_embeds`.
@@ -211,7 +163,7 @@ class BaseSampler(ABC):
             TypeError, ValueError: the latents, the conditions or what the model returned do not fit.  The sampler,
                 the latents and the generators are then as they were.
         """
-        _check_latents(latents)
+        check_latents(latents)
         config = self.config
         guided = GuidedModel(
             model,
@@ -225,68 +177,19 @@ class BaseSampler(ABC):
         )
         states = generator_states(generator)
         try:
-            return self._loop(guided, latents, generator, callback, progress, self.stepper(backend))
+            return run_loop(
+                guided,
+                self.stepper(backend),
+                self.timesteps,
+                latents,
+                generator=generator,
+                callback=callback,
+                progress=progress,
+            )
         except BaseException:
             for one, state in states:
                 one.set_state(state)
             raise
-
-    def _loop(
-        self,
-        model: GuidedModel,
-        latents: Tensor,
-        generator: Generators,
-        callback: Callback | None,
-        progress: bool,
-        stepper: Stepper,
-    ) -> SamplingResult:
-        stopwatch = Stopwatch(latents.device)
-        if latents.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(latents.device)
-        started = time.perf_counter()
-        sample = latents.clone() if self.init_noise_sigma == 1.0 else latents * self.init_noise_sigma
-        timesteps = self.timesteps.to(latents.device)
-        total = len(self.table)
-        scale = model.guidance_scale if model.guided else None
-        with _progress_bar(total, progress) as bar:
-            for index, timestep in enumerate(timesteps):
-                with stopwatch.part("model"):
-                    output, uncond, variance = model(sample, timestep)
-                with stopwatch.part("step"):
-                    sample = stepper.step(
-                        sample,
-                        output,
-                        uncond=uncond,
-                        guidance=scale,
-                        variance=variance,
-                        generator=generator,
-                        # A callback may keep what it is shown; without one the loop's own copy is written over.
-                        out=None if callback else sample,
-                    )
-                bar.update()
-                if callback is not None:
-                    info = StepInfo(index, total, self.table.timesteps[index], sample, output)
-                    if callback(info) is False:
-                        break
-        seconds = stopwatch.seconds()
-        if not model.check_finite and not bool(torch.isfinite(sample).all()):
-            raise ValueError(
-                sentence(
-                    "sample",
-                    "model",
-                    "made the samples NaN or infinite",
-                    "finite numbers",
-                    "pass check_finite=True to learn at which timestep",
-                )
-            )
-        return SamplingResult(
-            sample,
-            time.perf_counter() - started,
-            peak_memory(latents.device),
-            seconds["model"],
-            seconds["step"],
-            stepper.index,
-        )
 
 
 class DDPMSampler(BaseSampler):
@@ -413,38 +316,3 @@ def check_fields(operation: str, given: Mapping[str, Any], config: type[Any]) ->
 
 def _churn(config: SamplingConfig) -> Churn:
     return Churn(config.s_churn, config.s_tmin, config.s_tmax, config.s_noise)
-
-
-def _check_latents(latents: object) -> None:
-    if not isinstance(latents, Tensor) or not latents.is_floating_point() or latents.dim() == 0:
-        got = (
-            f"has dtype {latents.dtype} and {latents.dim()} dimensions"
-            if isinstance(latents, Tensor)
-            else f"is a {type(latents).__name__}"
-        )
-        raise TypeError(
-            sentence("sample", "latents", got, "a floating-point tensor [B, ...]", "draw it with torch.randn")
-        )
-    if latents.device.type == "cpu" and not bool(torch.isfinite(latents).all()):
-        raise ValueError(
-            sentence("sample", "latents", "holds NaN or infinity", "finite noise", "draw it with torch.randn")
-        )
-
-
-class _NoBar:
-    """The progress bar of a silent loop."""
-
-    def __enter__(self) -> _NoBar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self) -> None:
-        pass
-
-
-def _progress_bar(total: int, wanted: bool) -> Any:
-    if not wanted:
-        return _NoBar()
-    return require("tqdm", "cli", "sample(progress=True)").tqdm(total=total, desc="sampling", unit="step")

@@ -20,8 +20,8 @@ from enum import IntEnum
 
 import torch
 
-from .errors import sentence
 from .affine import COLUMNS, ZERO, Affine
+from .errors import sentence
 
 #: Scalars of a row before the three affine maps.  csrc/step_math.h and kernels/triton/step.py read the same layout.
 PREDICTION_SAMPLE, PREDICTION_OUTPUT, CLIP, VARIANCE_OFFSET, VARIANCE_SLOPE = range(5)
@@ -101,7 +101,9 @@ class StepTable:
 
     def __post_init__(self) -> None:
         if not self.source:
-            raise ValueError(sentence("StepTable", "source", "has no rows", "at least one", "ask for at least one step"))
+            raise ValueError(
+                sentence("StepTable", "source", "has no rows", "at least one", "ask for at least one step")
+            )
         rows = torch.tensor([row.scalars() for row in self.source], dtype=torch.float64)
         derived: dict[str, object] = {
             "rows": rows,

@@ -99,9 +99,9 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const StepArgs args, int
     }
 #pragma unroll
     for (int i = 0; i < V; ++i)
-        terms[kPrediction][i] = clamp_to(predict(row[kPredictionSample], row[kPredictionOutput], terms[kSample][i],
-                                                 terms[kModelOutput][i]),
-                                         row[kClip]);
+        terms[kPrediction][i] =
+            clamp_to(predict(row[kPredictionSample], row[kPredictionOutput], terms[kSample][i], terms[kModelOutput][i]),
+                     row[kClip]);
     if (args.threshold != nullptr) {
         const C threshold = static_cast<const C*>(args.threshold)[b];
 #pragma unroll
@@ -175,10 +175,18 @@ const char* launch_step(const StepArgs& args, int device, void* stream) {
     if (error != cudaSuccess) return cudaGetErrorString(error);
     const auto on = static_cast<cudaStream_t>(stream);
     switch (args.dtype) {
-        case DType::kFloat16: launch_as<__half, float>(args, on); break;
-        case DType::kBFloat16: launch_as<__nv_bfloat16, float>(args, on); break;
-        case DType::kFloat32: launch_as<float, float>(args, on); break;
-        case DType::kFloat64: launch_as<double, double>(args, on); break;
+        case DType::kFloat16:
+            launch_as<__half, float>(args, on);
+            break;
+        case DType::kBFloat16:
+            launch_as<__nv_bfloat16, float>(args, on);
+            break;
+        case DType::kFloat32:
+            launch_as<float, float>(args, on);
+            break;
+        case DType::kFloat64:
+            launch_as<double, double>(args, on);
+            break;
     }
     error = cudaGetLastError();
     if (before != device) {

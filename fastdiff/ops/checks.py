@@ -53,18 +53,20 @@ class StepCall:
         yield from self.model_tensors()
         yield from self.state_tensors()
 
+    @property
+    def has_scalars_a_sample(self) -> bool:
+        return self.threshold is not None or (self.guidance is not None and self.guidance.numel() > 1)
+
     def blocks(self) -> tuple[int, int, int]:
         """Of a plain call: how many samples must be told apart, elements a sample, and the model tensors' stride.
 
         Where nothing differs from sample to sample, all elements are one run.
         """
         total = self.sample.numel()
+        if not self.has_scalars_a_sample and self.model_output.stride() == self.sample.stride():
+            return 1, total, total
         batch = self.sample.shape[0] if self.sample.dim() > 0 else 1
-        stride = self.model_output.stride(0) if batch > 1 else total
-        a_number_a_sample = self.threshold is not None or (self.guidance is not None and self.guidance.numel() > 1)
-        if a_number_a_sample or self.model_output.stride() != self.sample.stride():
-            return batch, total // batch, stride
-        return 1, total, total
+        return batch, total // batch, self.model_output.stride(0) if batch > 1 else total // batch
 
 
 def check(call: StepCall, out: tuple[Tensor, ...] | None = None) -> None:
@@ -112,9 +114,7 @@ def _check_like_sample(name: str, tensor: object, sample: Tensor) -> None:
                 remedy = "pass the unconditional half as uncond"
             elif tensor.dim() > 1 and tensor.shape[1] == 2 * sample.shape[1]:
                 remedy = "pass the second half of the channels as variance"
-        raise ValueError(
-            _refusal(name, f"has shape {list(tensor.shape)}", f"{list(sample.shape)} like sample", remedy)
-        )
+        raise ValueError(_refusal(name, f"has shape {list(tensor.shape)}", f"{list(sample.shape)} like sample", remedy))
     if tensor.dtype != sample.dtype:
         raise TypeError(
             _refusal(
@@ -165,7 +165,9 @@ def _check_guidance(call: StepCall) -> None:
 def _check_variance(call: StepCall) -> None:
     if call.variance_kind not in tuple(Variance):
         raise ValueError(
-            _refusal("variance_kind", f"is {call.variance_kind}", "0, 1 or 2", "use a member of fastdiff.table.Variance")
+            _refusal(
+                "variance_kind", f"is {call.variance_kind}", "0, 1 or 2", "use a member of fastdiff.table.Variance"
+            )
         )
     if (call.variance is not None) != (call.variance_kind != Variance.FIXED):
         raise ValueError(
@@ -236,33 +238,30 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
 def make_plain(call: StepCall) -> StepCall:
     """Give all tensors of a checked call one dense layout, copying only those that have another, and add outputs.
 
-    The layout is the sample's own where that is dense (channels_last too), else contiguous.  The model's tensors may keep
-    a stride of their own from sample to sample, so that halves of a doubled channel dimension are not copied.
+    The layout is the sample's own where that is dense (channels_last too), else contiguous.  The model's tensors may
+    keep a stride of their own from sample to sample, so that halves of a doubled channel dimension are not copied.
     """
     sample = call.sample
-    strides = sample.stride() if _is_dense(sample) else _contiguous_strides(sample)
-    changes: dict[str, object] = {
-        "sample": _laid_out(sample, strides),
-        "history": tuple(None if h is None else _laid_out(h, strides) for h in call.history),
-        "noise": None if call.noise is None else _laid_out(call.noise, strides),
-        "table": call.table.contiguous(),
-        "guidance": None if call.guidance is None else call.guidance.contiguous(),
-        "threshold": None if call.threshold is None else call.threshold.reshape(-1).contiguous(),
-        "outputs": tuple(
+    strides = sample.stride()
+    if not _is_dense(sample) or (call.has_scalars_a_sample and not _samples_are_blocks(sample, strides)):
+        strides = _contiguous_strides(sample)
+    model = dict(call.model_tensors())
+    if len({tensor.stride() for tensor in model.values()}) > 1 or not _batched_view(call.model_output, strides):
+        model = {name: _laid_out(tensor, strides) for name, tensor in model.items()}
+    return replace(
+        call,
+        sample=_laid_out(sample, strides),
+        history=tuple(None if h is None else _laid_out(h, strides) for h in call.history),
+        noise=None if call.noise is None else _laid_out(call.noise, strides),
+        table=call.table.contiguous(),
+        guidance=None if call.guidance is None else call.guidance.contiguous(),
+        threshold=None if call.threshold is None else call.threshold.reshape(-1).contiguous(),
+        outputs=tuple(
             torch.empty_strided(sample.shape, strides, dtype=sample.dtype, device=sample.device)
             for _ in range(call.keeps + 1)
         ),
-    }
-    apart = call.threshold is not None or (call.guidance is not None and call.guidance.numel() > 1)
-    if apart and sample.dim() > 0 and strides[0] != sample.numel() // sample.shape[0]:
-        # A number a sample needs samples that are blocks of memory.
-        strides = _contiguous_strides(sample)
-        contiguous = replace(call, sample=sample.contiguous())
-        return make_plain(contiguous)
-    model = dict(call.model_tensors())
-    if len({tensor.stride() for tensor in model.values()}) > 1 or not _batched_view(call.model_output, sample, strides):
-        model = {name: _laid_out(tensor, strides) for name, tensor in model.items()}
-    return replace(call, **changes, **model)  # type: ignore[arg-type]
+        **model,  # type: ignore[arg-type]
+    )
 
 
 def _laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
@@ -272,13 +271,17 @@ def _laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     return copy.copy_(tensor)
 
 
-def _batched_view(tensor: Tensor, sample: Tensor, strides: tuple[int, ...]) -> bool:
-    """Whether each sample of `tensor` has the wanted layout and lies apart from the next."""
+def _samples_are_blocks(tensor: Tensor, strides: tuple[int, ...]) -> bool:
+    """Whether, with these dense strides, each sample is one block of memory."""
+    return tensor.dim() > 0 and (tensor.shape[0] <= 1 or strides[0] * tensor.shape[0] >= tensor.numel())
+
+
+def _batched_view(tensor: Tensor, strides: tuple[int, ...]) -> bool:
+    """Whether each sample of `tensor` has the layout `strides`, the samples lying at least as far apart."""
     if tensor.stride() == strides:
         return True
-    inner = sample.numel() // max(sample.shape[0], 1) if sample.dim() > 0 else 0
-    blocks = sample.dim() > 0 and strides[0] == inner
-    return blocks and tensor.stride()[1:] == strides[1:] and tensor.stride(0) >= inner
+    apart = tensor.dim() > 0 and tensor.stride(0) >= strides[0] and tensor.stride()[1:] == strides[1:]
+    return apart and _samples_are_blocks(tensor, strides)
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -25,7 +25,12 @@ from .fused import step
 
 
 def cfg_combine(
-    cond: Tensor, uncond: Tensor, guidance_scale: float | Tensor, *, out: Tensor | None = None, backend: str | None = None
+    cond: Tensor,
+    uncond: Tensor,
+    guidance_scale: float | Tensor,
+    *,
+    out: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Classifier-free guidance, ``u + g·(c − u)`` (arXiv 2207.12598, eq. 6), in one pass.
 

@@ -71,7 +71,9 @@ def _group(points: tuple[Level, ...], prediction: Prediction, algorithm: Algorit
             onward = exponential_step(algorithm, here, target)
             prev = prev + onward.noise * NOISE
             if stage > 0:
-                without_noise = _from_start(points[: stage + 1], start, kept_outputs[:stage], algorithm, SolverType.HEUN)
+                without_noise = _from_start(
+                    points[: stage + 1], start, kept_outputs[:stage], algorithm, SolverType.HEUN
+                )
                 prev = prev + onward.x * (SAMPLE - without_noise)
         keep: dict[int, Affine] = {}
         if stage == 0 and size > 1:

@@ -76,9 +76,7 @@ def euler(levels: Levels, prediction: Prediction, *, churn: Churn | None = None)
     return StepTable(tuple(rows), levels.initial_scale, thresholding=prediction.thresholding)
 
 
-def euler_ancestral(
-    levels: Levels, prediction: Prediction, *, eta: float = 1.0, s_noise: float = 1.0
-) -> StepTable:
+def euler_ancestral(levels: Levels, prediction: Prediction, *, eta: float = 1.0, s_noise: float = 1.0) -> StepTable:
     """The table of ancestral sampling with Euler steps, as k-diffusion defines it.
 
     Each step goes down to σ̂_down and up again with noise σ̂_up, σ̂_down² + σ̂_up² = σ̂_s²::
