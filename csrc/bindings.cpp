@@ -112,7 +112,7 @@ class Call {
         args.outputs[args.num_outputs++] = tensor.data_ptr();
     }
 
-    bool overlaps_badly(const std::vector<const void*>& dense_inputs) const {
+    bool overlaps_badly() const {
         const int64_t bytes = sample_.numel() * static_cast<int64_t>(sample_.element_size());
         const auto apart = [&](const void* a, const void* b, int64_t bytes_b) {
             const auto *p = static_cast<const char*>(a), *q = static_cast<const char*>(b);
@@ -123,7 +123,8 @@ class Call {
         for (int o = 0; o < args.num_outputs; ++o) {
             for (int other = 0; other < o; ++other)
                 if (!apart(args.outputs[o], args.outputs[other], bytes)) return true;
-            for (const void* input : dense_inputs)
+            for (const void* input :
+                 {args.sample, args.noise, args.history[0], args.history[1], args.history[2], args.history[3]})
                 if (input != nullptr && input != args.outputs[o] && !apart(args.outputs[o], input, bytes)) return true;
             for (const void* input : {args.model_output, args.uncond, args.variance}) {
                 if (input == nullptr || apart(args.outputs[o], input, model_bytes)) continue;
@@ -175,11 +176,12 @@ void launch(const at::Tensor& sample, const StepArgs& args, int64_t stream) {
 #endif
 }
 
-// See the top of the file. `history` holds up to four tensors or None; `out` the outputs to write, or None.
+// See the top of the file. `history` holds up to four tensors or None; `out` the outputs to write, None
+// for a new one.
 py::object step(const at::Tensor& sample, const at::Tensor& model_output, const at::Tensor& table, int64_t row,
                 const Optional& uncond, const Optional& guidance, const std::vector<Optional>& history,
                 const Optional& noise, const Optional& variance, const Optional& threshold, int64_t variance_kind,
-                int64_t keeps, const std::optional<std::vector<at::Tensor>>& out, int64_t stream) {
+                int64_t keeps, const std::optional<std::vector<Optional>>& out, int64_t stream) {
 #ifdef FASTDIFF_CUDA
     const bool served = sample.is_cpu() || sample.is_cuda();
 #else
@@ -202,26 +204,18 @@ py::object step(const at::Tensor& sample, const at::Tensor& model_output, const 
     for (size_t j = 0; j < history.size(); ++j) args.history[j] = call.like_sample(history[j]);
     if (!call.plain) return py::none();
 
-    std::vector<at::Tensor> outputs;
-    if (out.has_value()) {
-        outputs = *out;
-        if (static_cast<int64_t>(outputs.size()) != keeps + 1) return py::none();
-    } else {
-        outputs.reserve(keeps + 1);
-        for (int64_t o = 0; o <= keeps; ++o)
-            outputs.push_back(at::empty_strided(sample.sizes(), sample.strides(), sample.options()));
+    if (out.has_value() && static_cast<int64_t>(out->size()) != keeps + 1) return py::none();
+    std::array<at::Tensor, fastdiff::kMaxOutputs> outputs;
+    for (int64_t o = 0; o <= keeps; ++o) {
+        const bool given = out.has_value() && (*out)[o].has_value();
+        outputs[o] = given ? *(*out)[o] : at::empty_strided(sample.sizes(), sample.strides(), sample.options());
+        call.output(outputs[o]);
     }
-    for (const auto& output : outputs) call.output(output);
-    if (!call.plain) return py::none();
-    if (out.has_value()) {
-        std::vector<const void*> dense{args.sample, args.noise};
-        dense.insert(dense.end(), args.history, args.history + fastdiff::kRegisters);
-        if (call.overlaps_badly(dense)) return py::none();
-    }
+    if (!call.plain || (out.has_value() && call.overlaps_badly())) return py::none();
     call.join_samples();
     launch(sample, args, stream);
-    py::tuple result(outputs.size());
-    for (size_t o = 0; o < outputs.size(); ++o) result[o] = py::cast(outputs[o]);
+    py::tuple result(keeps + 1);
+    for (int64_t o = 0; o <= keeps; ++o) result[o] = py::cast(outputs[o]);
     return result;
 }
 

@@ -40,6 +40,7 @@ class Stepper:
         self._max_value = sample_max_value
         self._registers: list[Tensor | None] = [None] * NUM_REGISTERS
         self._rows: Tensor | None = None
+        self._kind: tuple[torch.Size, torch.dtype, torch.device]
         self._prediction_rows: Tensor | None = None
 
     @property
@@ -85,17 +86,13 @@ class Stepper:
                 )
             )
         table = self._rows_for(sample)
-        registers = self._registers_for(sample)
+        registers = self._registers
         row = self.index
-        if noise is None and self.table.draws_noise[row]:
+        plan = self.table
+        if noise is None and plan.draws_noise[row]:
             noise = randn(sample.shape, generator, dtype=sample.dtype, device=sample.device)
-        threshold = self._threshold(sample, model_output, uncond, guidance) if self.table.thresholding else None
-        reads = self.table.reads[row]
-        store = self.table.store[row]
-        kept = [registers[j] for j in store]
-        targets = [torch.empty_like(sample) if k is None else k for k in kept]
-        if out is None and targets:
-            out = torch.empty_like(sample)
+        threshold = self._threshold(sample, model_output, uncond, guidance) if plan.thresholding else None
+        reads, store = plan.reads[row], plan.store[row]
         results = ops.step(
             sample,
             model_output,
@@ -103,43 +100,42 @@ class Stepper:
             row,
             uncond=uncond,
             guidance=guidance,
-            history=tuple(registers[j] if j in reads else None for j in range(NUM_REGISTERS)) if reads else (),
+            history=[registers[j] if j in reads else None for j in range(reads[-1] + 1)] if reads else (),
             noise=noise,
             variance=variance,
             threshold=threshold,
             variance_kind=self._variance_kind(variance),
             keeps=len(store),
-            out=None if out is None else (out, *targets),
+            out=[out, *[registers[j] for j in store]] if store or out is not None else None,
             backend=self.backend,
         )
-        for j, target in zip(store, targets, strict=True):
-            registers[j] = target
-        self.index += 1
+        for slot, kept in zip(store, results[1:], strict=True):
+            registers[slot] = kept
+        self.index = row + 1
         return results[0]
 
     def _rows_for(self, sample: Tensor) -> Tensor:
-        if self._rows is None or self._rows.device != sample.device:
+        """The table for these samples; made at the first step, whose samples the later ones must resemble."""
+        kind = (sample.shape, sample.dtype, sample.device)
+        if self._rows is None:
+            self._kind = kind
             self._rows = self.table.rows_as(sample.dtype, sample.device)
-        return self._rows
-
-    def _registers_for(self, sample: Tensor) -> list[Tensor | None]:
-        first = next((r for r in self._registers if r is not None), None)
-        if first is not None and (first.shape, first.dtype) != (sample.shape, sample.dtype):
+        elif kind != self._kind:
             raise ValueError(
                 sentence(
                     "step",
                     "sample",
-                    f"has shape {list(sample.shape)} and dtype {sample.dtype}",
-                    f"{list(first.shape)} and {first.dtype} as in the steps before",
+                    f"has shape {list(sample.shape)}, {sample.dtype} on {sample.device}",
+                    f"{list(self._kind[0])}, {self._kind[1]} on {self._kind[2]} as in the steps before",
                     "start a new stepper for other samples",
                 )
             )
-        return self._registers
+        return self._rows
 
     def _threshold(
         self, sample: Tensor, model_output: Tensor, uncond: Tensor | None, guidance: float | Tensor | None
     ) -> Tensor:
-        if self._prediction_rows is None or self._prediction_rows.device != sample.device:
+        if self._prediction_rows is None:
             rows = self._rows_for(sample)
             self._prediction_rows = self.table.prediction_rows().to(rows)
         (x0,) = ops.step(

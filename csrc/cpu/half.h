@@ -2,6 +2,8 @@
 // The two half types as 16 bits, and their conversions by integer arithmetic: no branches, so that loops vectorise.
 #pragma once
 
+#include <type_traits>
+
 #include "step_cpu.h"
 
 namespace fastdiff {

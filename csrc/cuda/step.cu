@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const StepArgs args, int
         for (int i = 0; i < V; ++i) sum[i] = C(0);
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
-            const C weight = row[kPrevSample + o * kColumns + c];
+            const C weight = row[static_cast<int>(kPrevSample) + o * static_cast<int>(kColumns) + c];
             if (!present[c] || weight == C(0)) continue;
 #pragma unroll
             for (int i = 0; i < V; ++i) sum[i] = multiply_add(weight, terms[c][i], sum[i]);
@@ -129,7 +129,8 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const StepArgs args, int
         store<T>(sum, args.outputs[o], here, count);
     }
 }
-static_assert(kKeep0 == kPrevSample + kColumns && kKeep1 == kKeep0 + kColumns, "the maps of a row follow one another");
+static_assert(int{kKeep0} == int{kPrevSample} + int{kColumns} && int{kKeep1} == int{kKeep0} + int{kColumns},
+              "the maps of a row follow one another");
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 

@@ -69,7 +69,7 @@ class StepCall:
         return batch, total // batch, self.model_output.stride(0) if batch > 1 else total // batch
 
 
-def check(call: StepCall, out: tuple[Tensor, ...] | None = None) -> None:
+def check(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> None:
     """Refuse a call that no backend may run.
 
     Raises:
@@ -197,7 +197,7 @@ def _check_scalars(name: str, scalars: Tensor, sample: Tensor, *, one_for_all: b
         raise ValueError(_refusal(name, f"has shape {list(scalars.shape)}", choices, "give one value a sample"))
 
 
-def _check_out(out: tuple[Tensor, ...], call: StepCall) -> None:
+def _check_out(out: tuple[Tensor | None, ...], call: StepCall) -> None:
     if len(out) != call.keeps + 1:
         raise ValueError(
             _refusal(
@@ -208,6 +208,8 @@ def _check_out(out: tuple[Tensor, ...], call: StepCall) -> None:
             )
         )
     for i, tensor in enumerate(out):
+        if tensor is None:
+            continue
         _check_like_sample(f"out[{i}]", tensor, call.sample)
         if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
             raise ValueError(
@@ -217,7 +219,7 @@ def _check_out(out: tuple[Tensor, ...], call: StepCall) -> None:
             raise ValueError(
                 _refusal(f"out[{i}]", "requires grad", "a tensor outside the graph", "leave out out=, or detach it")
             )
-        if any(_share_memory(tensor, other) for other in out[:i]):
+        if any(other is not None and _share_memory(tensor, other) for other in out[:i]):
             raise ValueError(
                 _refusal(f"out[{i}]", "shares memory with another output", "memory of its own", "allocate it apart")
             )

@@ -32,7 +32,7 @@ def step(
     threshold: Tensor | None = None,
     variance_kind: int = Variance.FIXED,
     keeps: int = 0,
-    out: Sequence[Tensor] | None = None,
+    out: Sequence[Tensor | None] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     """Take one step of any sampler.
@@ -59,7 +59,7 @@ def step(
         threshold: ``[B]`` in the table's dtype, each above 0.
         variance_kind: how `variance` scales the noise, a `fastdiff.table.Variance`.
         keeps: how many tensors to keep, 0 to 2.
-        out: ``1 + keeps`` tensors to write instead of new ones.  They may be inputs: the step can be taken in place.
+        out: ``1 + keeps`` tensors to write, None for a new one.  They may be inputs: the step can be taken in place.
         backend: a name of `BACKENDS`, to force it.
 
     Returns:
@@ -101,7 +101,7 @@ def step(
     return _checked_step(call, None if out is None else tuple(out), backend)
 
 
-def _checked_step(call: StepCall, out: tuple[Tensor, ...] | None, backend: str | None) -> tuple[Tensor, ...]:
+def _checked_step(call: StepCall, out: tuple[Tensor | None, ...] | None, backend: str | None) -> tuple[Tensor, ...]:
     """Check, choose, make plain, run: the way of every call that the extension does not take at once."""
     check(call, out)
     name = backends.backend_for(call.sample, backend)
@@ -117,9 +117,7 @@ def _checked_step(call: StepCall, out: tuple[Tensor, ...] | None, backend: str |
         results = plain.outputs
     if out is None:
         return results
-    for target, value in zip(out, results, strict=True):
-        target.copy_(value)
-    return out
+    return tuple(value if target is None else target.copy_(value) for target, value in zip(out, results, strict=True))
 
 
 def _refuse_gradients(call: StepCall, name: str) -> None:

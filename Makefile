@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: MIT
+# Every target sets up what it needs in .venv first; a second call finds it done. Variables, with their defaults:
+#   PYTHON=python3        the interpreter that .venv is made with
+#   FASTDIFF_BUILD=auto   what is compiled: auto, cpu, cuda or none (see setup.py)
+#   PIP_ARGS=             more options for pip install
+#   PYTEST_ARGS=          more options for pytest, such as PYTEST_ARGS="-n 4 -k philox"
+#   BENCH_ARGS=           more options for the benchmarks
+
+PYTHON ?= python3
+FASTDIFF_BUILD ?= auto
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+export FASTDIFF_BUILD
+
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+# Stamps: empty files, as old as the step that they stand for. The build's carries its mode, so that another mode builds.
+PACKAGES := $(VENV)/.stamp-packages
+INSTALL := $(VENV)/.stamp-install
+BUILD := $(VENV)/.stamp-build-$(FASTDIFF_BUILD)
+
+CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null | sort)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup versions sample test lint format bench clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*  ## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-9s %s\n", $$1, $$2 }'
+
+sample: $(BUILD)  ## draw 100 digits with the small model that ships, into samples.png
+	$(BIN)/fastdiff sample --sampler dpmsolver++ --steps 20 --guidance 3 --classes 0-9 --n 100 --seed 0 --out samples.png
+
+test: $(BUILD)  ## run the tests
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(PACKAGES)  ## check format, lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(CSRC),$(BIN)/clang-format --dry-run -Werror $(CSRC))
+
+format: $(PACKAGES)  ## rewrite the sources in the house format
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(if $(CSRC),$(BIN)/clang-format -i $(CSRC))
+
+bench: $(BUILD)  ## run the benchmarks
+	$(PY) -m benchmarks $(BENCH_ARGS)
+
+setup: $(BUILD)  ## make .venv and build the extension
+
+versions: $(PACKAGES)  ## print the versions of the packages that matter
+	@$(PY) -m pip list --format=freeze 2>/dev/null | grep -iE '^(torch|triton|diffusers|numpy|setuptools|pytest|hypothesis|ruff|mypy|clang-format)=='
+
+clean:  ## remove everything that was made, .venv too
+	rm -rf $(VENV) build dist *.egg-info samples.png .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f fastdiff/_C*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A .venv that is there already is kept.
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "make: $(PYTHON) is missing or older than 3.10, expected Python 3.10 or newer; name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) && $(PY) -m pip --version >/dev/null || { rm -rf $(VENV); \
+	  echo "make: $(PYTHON) cannot make a virtual environment with pip, expected the modules venv and ensurepip;" \
+	       "install them (on Debian and Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+
+$(PACKAGES): requirements-dev.txt | $(PY)
+	@echo "installing requirements-dev.txt into $(VENV): a minute or two"
+	@$(PY) -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -r requirements-dev.txt
+	@touch $@
+
+# Installing and compiling are two steps: pip compiles in a new folder each time, while building in place lets ninja
+# compile again only what changed, and shows the compiler's messages.
+$(INSTALL): pyproject.toml setup.py $(PACKAGES)
+	FASTDIFF_BUILD=none $(PY) -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps -e .
+	@touch $@
+
+# The folders stand beside their files so that a removed source counts as a change.
+$(BUILD): setup.py $(CSRC) $(sort $(dir $(CSRC))) $(INSTALL)
+	@command -v $(firstword $(or $(CXX),c++)) >/dev/null || \
+	  echo "make: there is no C++ compiler; the reference backend in plain torch will do the work, and slower" >&2
+	@rm -f fastdiff/_C*.so $(VENV)/.stamp-build-*
+	$(PY) setup.py --quiet build_ext --inplace
+	@touch $@

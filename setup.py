@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: MIT
+"""Builds fastdiff: the Python packages, and the extension ``fastdiff._C`` where this machine can compile it.
+
+``FASTDIFF_BUILD`` chooses what is compiled:
+
+======== ==============================================================================================
+``none`` nothing; the pure-Python package runs on the reference and Triton backends
+``cpu``  the C++ extension; a missing compiler or torch is an error
+``cuda`` the C++ extension with the CUDA kernels; a missing toolkit or a torch without CUDA is an error
+``auto`` (default) ``cuda`` where that is possible, else ``cpu``, else ``none`` with a warning
+======== ==============================================================================================
+
+``auto`` looks at what is installed, never at a visible GPU, so that a build machine without one builds for one. It
+steps down only for what is absent; sources that fail to compile are an error in every mode. What is known about the
+machine is gathered in ``Facts`` and judged by ``decide``, which touches nothing and so can be tested for any machine.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from setuptools import Extension, setup
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+
+MODES = ("auto", "cpu", "cuda", "none")
+
+# Spelled out, because discovery would find `kernels` at the root: a top-level package of that name would shadow the
+# PyPI package `kernels`, which diffusers imports.
+PACKAGES = [
+    "fastdiff",
+    "fastdiff.digits",
+    "fastdiff.kernels",
+    "fastdiff.ops",
+    "fastdiff.solvers",
+]
+PACKAGE_DIR = {"fastdiff.kernels": "kernels/triton"}
+PACKAGE_DATA = {"fastdiff": ["py.typed"], "fastdiff.digits": ["weights.safetensors", "figures.json"]}
+
+# The commands that end in an extension. The others (sdist, egg_info, clean, …) describe the tree and need no compiler.
+BUILD_COMMANDS = frozenset({"build", "build_ext", "bdist_wheel", "bdist", "install", "develop", "editable_wheel"})
+
+# No -march=native: a wheel runs on other machines; the sources pick instruction sets when they load. No -ffast-math,
+# and no contraction: every fma is written out, so that all builds agree bit for bit. -fno-trapping-math changes no
+# result and lets gcc vectorise selects; -fno-math-errno lets it inline sqrt. No -std: torch adds what its headers need.
+CXX_FLAGS = [
+    "-O3",
+    "-g0",
+    "-fno-trapping-math",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+]
+NVCC_FLAGS = ["-O3", "--fmad=false", "-Xcompiler=-ffp-contract=off,-fvisibility=hidden,-Wall,-Wextra"]
+
+PURE_PYTHON = "set FASTDIFF_BUILD=none for the pure-Python package"
+
+
+class Facts(NamedTuple):
+    """What a build depends on. A ``*_problem`` says why the entry above it is None."""
+
+    compiler: str | None = None  # the C++ compiler, "c++"
+    compiler_problem: str = "there is none"
+    torch: str | None = None  # version of the torch that can be imported, "2.13.0+cpu"
+    torch_problem: str = "there is none"
+    torch_cuda: str | None = None  # the CUDA release that torch is built for, "13.0"
+    toolkit: str | None = None  # the release of the CUDA toolkit, "13.0"
+    toolkit_home: str | None = None
+    toolkit_problem: str = "there is none"
+
+
+class Decision(NamedTuple):
+    """What to build (``none``, ``cpu`` or ``cuda``), and what to tell the user when that is less than was possible."""
+
+    mode: str
+    warning: str = ""
+
+
+class BuildError(Exception):
+    """The build that was asked for is not possible here; the message is a full sentence with a remedy."""
+
+
+def _sentence(argument: str, got: str, expected: str, remedy: str) -> str:
+    """The shape of ``fastdiff.errors.sentence``; the package cannot be imported before it is built."""
+    return f"setup.py: {argument} {got}, expected {expected}; {remedy}"
+
+
+def _cpp_problem(facts: Facts) -> str:
+    """Say why the C++ extension cannot be built, or return an empty string."""
+    if facts.torch is None:
+        return _sentence(
+            "torch",
+            f"cannot be imported ({facts.torch_problem})",
+            "the torch that will load the extension",
+            f"install torch first and build with `pip install --no-build-isolation`, or {PURE_PYTHON}",
+        )
+    if facts.compiler is None:
+        return _sentence(
+            "the C++ compiler",
+            f"is not usable ({facts.compiler_problem})",
+            "g++ or clang++ with the headers of Python",
+            f"install them (on Debian: apt-get install g++ python3-dev) or name one in CXX, or {PURE_PYTHON}",
+        )
+    return ""
+
+
+def _cuda_problem(facts: Facts) -> str:
+    """Say why the CUDA kernels cannot be built, or return an empty string."""
+    remedy = "or set FASTDIFF_BUILD=cpu to leave the CUDA kernels out"
+    if facts.torch_cuda is None:
+        like = f"for CUDA {facts.toolkit.partition('.')[0]}.x like the toolkit" if facts.toolkit else "for CUDA"
+        also = "" if facts.toolkit else f" and the CUDA toolkit (missing as well: {facts.toolkit_problem})"
+        return _sentence(
+            f"torch {facts.torch}", "is built without CUDA", f"a torch built {like}{also}", f"install one, {remedy}"
+        )
+    major = facts.torch_cuda.partition(".")[0]
+    if facts.toolkit is None:
+        return _sentence(
+            "the CUDA toolkit",
+            f"is missing ({facts.toolkit_problem})",
+            f"nvcc of release {major}.x, the major release that torch {facts.torch} is built for",
+            f"install that toolkit and point CUDA_HOME to it, {remedy}",
+        )
+    if facts.toolkit.partition(".")[0] != major:
+        return _sentence(
+            "the CUDA toolkit",
+            f"in {facts.toolkit_home} has release {facts.toolkit}",
+            f"{major}.x, the major release that torch {facts.torch} is built for",
+            f"point CUDA_HOME to such a toolkit or install a torch built for CUDA {facts.toolkit}, {remedy}",
+        )
+    return ""
+
+
+def decide(requested: str, facts: Facts) -> Decision:
+    """Turn the value of ``FASTDIFF_BUILD`` and the facts of the machine into what is built.
+
+    Raises:
+        BuildError: the value is unknown, or asks for what this machine cannot build.
+    """
+    if requested not in MODES:
+        raise BuildError(
+            _sentence("FASTDIFF_BUILD", f"is {requested!r}", f"one of {', '.join(MODES)}", "pick a name from that list")
+        )
+    if requested == "none":
+        return Decision("none")
+
+    cpp_problem = _cpp_problem(facts)
+    if requested == "auto" and cpp_problem:
+        return Decision("none", f"{cpp_problem}. FASTDIFF_BUILD=auto goes on with the pure-Python package.")
+    if cpp_problem:
+        raise BuildError(cpp_problem)
+    if requested == "cpu":
+        return Decision("cpu")
+
+    cuda_problem = _cuda_problem(facts)
+    if requested == "cuda" and cuda_problem:
+        raise BuildError(cuda_problem)
+    if cuda_problem:
+        # On a torch without CUDA nobody misses the kernels; on one with CUDA they are worth a word.
+        missed = facts.torch_cuda is not None
+        return Decision("cpu", f"{cuda_problem}. FASTDIFF_BUILD=auto goes on without CUDA kernels." if missed else "")
+    return Decision("cuda")
+
+
+def cuda_architectures(toolkit: str) -> str:
+    """List the GPU architectures to compile for: data-centre Ampere, Hopper and Blackwell, and PTX for what follows.
+
+    The value has the form of ``TORCH_CUDA_ARCH_LIST``, which overrides it.
+    """
+    major, minor = (int(part) for part in toolkit.split(".")[:2])
+    return "8.0;9.0;10.0+PTX" if (major, minor) >= (12, 8) else "8.0;9.0+PTX"  # sm_100 came with CUDA 12.8
+
+
+def find_compiler(environ: Mapping[str, str]) -> tuple[str | None, str]:
+    """Find a C++ compiler that compiles against Python's headers; return it, or None and why not."""
+    if sys.platform == "win32":
+        return None, "the sources are written for g++ and clang++, not for Windows"
+    problem = "none of c++, g++ and clang++ is on PATH"
+    for command in [environ["CXX"]] if environ.get("CXX") else ["c++", "g++", "clang++"]:
+        words = shlex.split(command)
+        if shutil.which(words[0], path=environ.get("PATH")) is None:
+            if "CXX" in environ:
+                problem = f"CXX names {command!r}, which is not on PATH"
+            continue
+        # Trying is the only check that finds a missing Python.h or a compiler without its standard library.
+        probe = subprocess.run(
+            [*words, "-I", sysconfig.get_path("include"), "-x", "c++", "-fsyntax-only", "-"],
+            input="#include <Python.h>\n#include <vector>\n",
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+        if probe.returncode == 0:
+            return command, ""
+        complaint = next((line for line in probe.stderr.splitlines() if "error" in line), "it failed without a message")
+        problem = f"{command} says: {complaint.strip()}"
+    return None, problem
+
+
+def find_toolkit(environ: Mapping[str, str]) -> tuple[str | None, str | None, str]:
+    """Find the CUDA toolkit; return its release and folder, or None, None and why not.
+
+    A folder that was named is the only one looked at. Otherwise the owner of the nvcc on PATH comes first; an nvcc
+    that merely forwards to another folder has no headers beside it and is passed over.
+    """
+    named = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
+    if named:
+        homes = [Path(named)]
+        problem = f"{named}, named by CUDA_HOME, holds no bin/nvcc with include/cuda_runtime.h"
+    else:
+        on_path = shutil.which("nvcc", path=environ.get("PATH"))
+        homes = [Path(on_path).resolve().parents[1]] if on_path else []
+        homes.append(Path("/usr/local/cuda"))
+        problem = "no nvcc with its headers under CUDA_HOME, on PATH or in /usr/local/cuda"
+    for home in homes:
+        nvcc = home / "bin" / "nvcc"
+        headers = [home / "include", *home.glob("targets/*/include")]
+        if not nvcc.is_file() or not any((folder / "cuda_runtime.h").is_file() for folder in headers):
+            continue
+        answer = subprocess.run([nvcc, "--version"], text=True, capture_output=True, check=False)
+        release = re.search(r"release (\d+\.\d+)", answer.stdout)
+        if release:
+            return release.group(1), str(home), ""
+        problem = f"{nvcc} --version names no release"
+    return None, None, problem
+
+
+def gather(environ: Mapping[str, str]) -> Facts:
+    """Look at this machine."""
+    compiler, compiler_problem = find_compiler(environ)
+    toolkit, toolkit_home, toolkit_problem = find_toolkit(environ)
+    torch_version = torch_cuda = None
+    torch_problem = ""
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a library that torch loads is missing
+        torch_problem = str(error)
+    else:
+        torch_version, torch_cuda = str(torch.__version__), torch.version.cuda
+    return Facts(
+        compiler, compiler_problem, torch_version, torch_problem, torch_cuda, toolkit, toolkit_home, toolkit_problem
+    )
+
+
+def sources(mode: str) -> list[str]:
+    """List the sources of the extension, relative to the root, in an order that does not depend on the disk."""
+    patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp"] + (["csrc/cuda/*.cu"] if mode == "cuda" else [])
+    return [path.relative_to(ROOT).as_posix() for pattern in patterns for path in sorted(ROOT.glob(pattern))]
+
+
+def extension(mode: str, facts: Facts) -> tuple[Extension, type]:
+    """Describe ``fastdiff._C`` and the command that builds it. The first to import torch's build helpers."""
+    if facts.compiler and facts.compiler != "c++":
+        os.environ.setdefault("CXX", facts.compiler)  # torch compiles and setuptools links with the same one
+    scripts = sysconfig.get_path("scripts")
+    if shutil.which("ninja") is None and shutil.which("ninja", path=scripts):
+        # The ninja of an environment that is used without being activated.
+        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
+    if mode == "cuda":
+        assert facts.toolkit is not None
+        assert facts.toolkit_home is not None
+        os.environ["CUDA_HOME"] = facts.toolkit_home
+        # Left unset, torch would compile for the GPUs that it sees.
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_architectures(facts.toolkit))
+
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    class BuildOrExplain(BuildExtension):
+        """torch's build, whose failure names the way out."""
+
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except Exception as error:
+                raise CompileError(
+                    _sentence(
+                        f"the {mode} build of fastdiff._C",
+                        f"failed ({error})",
+                        "every source to compile and link",
+                        f"read the compiler's message above, or {PURE_PYTHON}",
+                    )
+                ) from error
+
+    # OpenMP is switched on for compiling only (at::parallel_for is a header). It is not linked: the symbols come from
+    # the OpenMP runtime that torch has loaded, and a second runtime would bring a second set of threads.
+    cxx_flags = CXX_FLAGS + ([] if sys.platform == "darwin" else ["-fopenmp"])
+    describe: Any = CUDAExtension if mode == "cuda" else CppExtension
+    described = describe(
+        "fastdiff._C",
+        sources(mode),
+        depends=[path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("csrc/**/*.[hi]*"))],
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=[("FASTDIFF_CUDA", None)] if mode == "cuda" else [],
+        extra_compile_args={"cxx": cxx_flags, "nvcc": NVCC_FLAGS},
+    )
+    # Headers of torch, Python and CUDA as system headers: -Wall and -Wextra are for our own. nvcc needs none of them.
+    for folder in described.include_dirs[1:]:
+        cxx_flags += ["-isystem", folder]
+    described.include_dirs = described.include_dirs[:1]
+    return described, BuildOrExplain
+
+
+def main() -> None:
+    """Decide, then hand over to setuptools."""
+    arguments: dict[str, Any] = {}
+    if BUILD_COMMANDS.intersection(sys.argv[1:]):
+        requested = os.environ.get("FASTDIFF_BUILD") or "auto"
+        facts = Facts() if requested == "none" else gather(os.environ)
+        try:
+            decision = decide(requested, facts)
+        except BuildError as error:
+            raise SystemExit(f"error: {error}") from None
+        if decision.warning:
+            print(f"warning: {decision.warning}", file=sys.stderr)
+        if decision.mode != "none":
+            described, command = extension(decision.mode, facts)
+            arguments = {"ext_modules": [described], "cmdclass": {"build_ext": command}}
+    setup(
+        packages=PACKAGES,
+        package_dir=PACKAGE_DIR,
+        package_data=PACKAGE_DATA,
+        include_package_data=False,  # a wheel holds what is listed here, not whatever MANIFEST.in matches
+        zip_safe=False,
+        **arguments,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: MIT
+"""What every test runs under: threads, Triton's interpreter, hypothesis' profile, and the skip of GPU tests."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+
+# Triton reads this when a kernel is decorated, so it has to be set before anything imports one. Without a GPU the
+# interpreter is the only way to run a kernel.
+if not HAS_CUDA:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The tensors of most tests are small: more threads only wait for each other. Workers of pytest-xdist share the cores.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(4, os.cpu_count() or 1))
+
+# No deadline: the first example of a test may compile something. Examples stay random, so that every run looks at new
+# ones; a failure prints what repeats it.
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=False, print_blob=True)
+hypothesis.settings.register_profile("thorough", hypothesis.settings.get_profile("ci"), max_examples=2000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_report_header() -> str:
+    """Say in the first lines what the run can reach."""
+    gpu = torch.cuda.get_device_name() if HAS_CUDA else "none"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    threads = torch.get_num_threads()
+    return f"torch {torch.__version__}, {threads} threads, GPU: {gpu}, Triton interpreted: {interpreted}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked ``gpu`` where there is no CUDA device."""
+    if HAS_CUDA:
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
