@@ -86,14 +86,23 @@ class Call {
         return tensor->const_data_ptr();
     }
 
-    // Scalars in the compute dtype: one for all samples, or one a sample.
-    const void* scalar(const Optional& tensor, bool a_sample, int64_t* stride) {
-        if (!tensor.has_value() || !plain) return nullptr;
-        const int64_t count = tensor->numel();
-        *stride = a_sample || count != 1 ? 1 : 0;
-        plain = scalars(*tensor) && tensor->dim() <= 1 && (*stride == 0 || count == args.batch) &&
-                (*stride == 0 || (sample_.dim() > 0 && args.batch == sample_.size(0)));
-        return plain ? tensor->const_data_ptr() : nullptr;
+    // The guidance scale: a number, which the CPU reads from here, or a tensor with one for all or one a sample.
+    const void* guidance(const py::object& scale) {
+        if (scale.is_none() || !plain) return nullptr;
+        if (PyFloat_Check(scale.ptr()) && sample_.is_cpu()) {
+            scale64_ = PyFloat_AS_DOUBLE(scale.ptr());
+            scale32_ = static_cast<float>(scale64_);
+            return compute_type_ == at::kDouble ? static_cast<const void*>(&scale64_) : &scale32_;
+        }
+        plain = THPVariable_Check(scale.ptr());
+        if (!plain) return nullptr;
+        const at::Tensor& tensor = THPVariable_Unpack(scale.ptr());
+        args.guidance_stride = tensor.numel() == 1 ? 0 : 1;
+        return scalars_a_sample(tensor, args.guidance_stride == 0);
+    }
+
+    const void* threshold(const Optional& tensor) {
+        return tensor.has_value() && plain ? scalars_a_sample(*tensor, false) : nullptr;
     }
 
     // Where nothing differs from sample to sample, all elements are one run.
@@ -151,9 +160,17 @@ class Call {
                tensor.is_contiguous();
     }
 
+    const void* scalars_a_sample(const at::Tensor& tensor, bool one_for_all) {
+        plain = scalars(tensor) && tensor.dim() <= 1 &&
+                (one_for_all || (sample_.dim() > 0 && args.batch == sample_.size(0) && tensor.numel() == args.batch));
+        return plain ? tensor.const_data_ptr() : nullptr;
+    }
+
     const at::Tensor& sample_;
     at::ScalarType compute_type_ = at::kFloat;
     bool model_seen_ = false;
+    float scale32_ = 0.0F;
+    double scale64_ = 0.0;
 };
 
 void launch(const at::Tensor& sample, const StepArgs& args, int64_t stream) {
@@ -179,7 +196,7 @@ void launch(const at::Tensor& sample, const StepArgs& args, int64_t stream) {
 // See the top of the file. `history` holds up to four tensors or None; `out` the outputs to write, None
 // for a new one.
 py::object step(const at::Tensor& sample, const at::Tensor& model_output, const at::Tensor& table, int64_t row,
-                const Optional& uncond, const Optional& guidance, const std::vector<Optional>& history,
+                const Optional& uncond, const py::object& guidance, const std::vector<Optional>& history,
                 const Optional& noise, const Optional& variance, const Optional& threshold, int64_t variance_kind,
                 int64_t keeps, const std::optional<std::vector<Optional>>& out, int64_t stream) {
 #ifdef FASTDIFF_CUDA
@@ -187,16 +204,15 @@ py::object step(const at::Tensor& sample, const at::Tensor& model_output, const 
 #else
     const bool served = sample.is_cpu();
 #endif
-    const bool complete = uncond.has_value() == guidance.has_value() && variance.has_value() == (variance_kind != 0) &&
+    const bool complete = uncond.has_value() == !guidance.is_none() && variance.has_value() == (variance_kind != 0) &&
                           history.size() <= fastdiff::kRegisters && keeps >= 0 && keeps < fastdiff::kMaxOutputs &&
                           variance_kind >= 0 && variance_kind <= 2;
     if (!served || !complete) return py::none();
     Call call(sample, table, row);
     StepArgs& args = call.args;
     args.variance_kind = static_cast<fastdiff::Variance>(variance_kind);
-    int64_t threshold_stride = 1;
-    args.threshold = call.scalar(threshold, /*a_sample=*/true, &threshold_stride);
-    args.guidance = call.scalar(guidance, /*a_sample=*/false, &args.guidance_stride);
+    args.threshold = call.threshold(threshold);
+    args.guidance = call.guidance(guidance);
     args.model_output = call.like_model(model_output);
     args.uncond = call.like_model(uncond);
     args.variance = call.like_model(variance);

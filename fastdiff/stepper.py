@@ -75,42 +75,52 @@ class Stepper:
             IndexError: the table has no row left.
             TypeError, ValueError: as `fastdiff.ops.step`; the stepper is then as it was.
         """
-        if self.done:
+        row = self.index
+        plan = self.table
+        if row == len(plan.store):
             raise IndexError(
                 sentence(
                     "step",
                     "index",
-                    f"is {self.index}",
-                    f"less than the table's {len(self.table)} rows",
+                    f"is {row}",
+                    f"less than the table's {len(plan)} rows",
                     "the loop has ended: start a new stepper",
                 )
             )
-        table = self._rows_for(sample)
         registers = self._registers
-        row = self.index
-        plan = self.table
+        reads, store = plan.reads[row], plan.store[row]
         if noise is None and plan.draws_noise[row]:
             noise = randn(sample.shape, generator, dtype=sample.dtype, device=sample.device)
+        rows = self._rows if self._rows is not None else self._rows_for(sample)
         threshold = self._threshold(sample, model_output, uncond, guidance) if plan.thresholding else None
-        reads, store = plan.reads[row], plan.store[row]
-        results = ops.step(
-            sample,
-            model_output,
-            table,
-            row,
-            uncond=uncond,
-            guidance=guidance,
-            history=[registers[j] if j in reads else None for j in range(reads[-1] + 1)] if reads else (),
-            noise=noise,
-            variance=variance,
-            threshold=threshold,
-            variance_kind=self._variance_kind(variance),
-            keeps=len(store),
-            out=[out, *[registers[j] for j in store]] if store or out is not None else None,
-            backend=self.backend,
-        )
-        for slot, kept in zip(store, results[1:], strict=True):
-            registers[slot] = kept
+        kind = 0 if plan.variance == 0 else self._variance_kind(variance)
+        history = [registers[j] if j in reads else None for j in range(reads[-1] + 1)] if reads else ()
+        outs = [out, *[registers[j] for j in store]] if store or out is not None else None
+        results = None
+        if self.backend is None:
+            results = ops.direct_step(
+                sample, model_output, rows, row, uncond, guidance, history, noise, variance, threshold, kind,
+                len(store), outs,
+            )  # fmt: skip
+        if results is None:
+            results = ops.step(
+                sample,
+                model_output,
+                self._rows_for(sample),
+                row,
+                uncond=uncond,
+                guidance=guidance,
+                history=history,
+                noise=noise,
+                variance=variance,
+                threshold=threshold,
+                variance_kind=kind,
+                keeps=len(store),
+                out=outs,
+                backend=self.backend,
+            )
+        for i, slot in enumerate(store, 1):
+            registers[slot] = results[i]
         self.index = row + 1
         return results[0]
 

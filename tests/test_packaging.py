@@ -223,7 +223,7 @@ def test_version_is_the_same_everywhere() -> None:
 
 def test_command_line_entry_point_is_declared() -> None:
     scripts = {entry.name: entry.value for entry in importlib.metadata.distribution("fastdiff-kernels").entry_points}
-    assert scripts == {"fastdiff": "fastdiff.cli:main"}
+    assert scripts == {"fastdiff": "fastdiff.__main__:main"}
 
 
 # ---------------------------------------------------------------------------------------------------- what is imported

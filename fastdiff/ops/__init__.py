@@ -11,7 +11,7 @@
 
 from .backends import BACKENDS, backend_for, backend_status, cpu_build, use_backend
 from .functional import cfg_combine, ddim_step, ddpm_step, dpm_solver_step, euler_step
-from .fused import step
+from .fused import direct_step, step
 
 __all__ = [
     "BACKENDS",
@@ -21,6 +21,7 @@ __all__ = [
     "cpu_build",
     "ddim_step",
     "ddpm_step",
+    "direct_step",
     "dpm_solver_step",
     "euler_step",
     "step",

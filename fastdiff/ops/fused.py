@@ -14,8 +14,40 @@ from ..table import Variance, compute_dtype
 from . import backends
 from .checks import StepCall, check, make_plain
 
-_extension_step = None if backends.extension is None else backends.extension.step
 _is_compiling = torch.compiler.is_compiling
+_extension_step = None if backends.extension is None else backends.extension.step
+
+
+def direct_step(
+    sample: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row: int,
+    uncond: Tensor | None,
+    guidance: float | Tensor | None,
+    history: Sequence[Tensor | None],
+    noise: Tensor | None,
+    variance: Tensor | None,
+    threshold: Tensor | None,
+    variance_kind: int,
+    keeps: int,
+    out: Sequence[Tensor | None] | None,
+) -> tuple[Tensor, ...] | None:
+    """Hand a call to the extension as it is; None where it declines, and `step` has to look at it.
+
+    Positional and without a check of its own: in eager mode, half of a small step's time is the way to its loop.
+    """
+    if _extension_step is None or backends.forced is not None or _is_compiling():
+        return None
+    try:
+        stream = torch.cuda.current_stream(sample.device).cuda_stream if sample.is_cuda else 0
+        done: tuple[Tensor, ...] | None = _extension_step(
+            sample, model_output, table, row, uncond, guidance, history, noise, variance, threshold, variance_kind,
+            keeps, out, stream,
+        )  # fmt: skip
+    except (AttributeError, TypeError):  # something is no tensor at all: the checks of `step` say what
+        return None
+    return done
 
 
 def step(
@@ -69,31 +101,15 @@ def step(
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and the remedy.
         RuntimeError: a forced backend is missing, or gradients are asked of a compiled backend.
     """
-    if isinstance(guidance, (float, int)):
-        guidance = _scalar(float(guidance), compute_dtype(sample.dtype), sample.device)
-    if backend is None and backends.forced is None and _extension_step is not None and not _is_compiling():
-        stream = torch.cuda.current_stream(sample.device).cuda_stream if sample.is_cuda else 0
-        try:
-            done: tuple[Tensor, ...] | None = _extension_step(
-                sample,
-                model_output,
-                table,
-                row,
-                uncond,
-                guidance,
-                history,
-                noise,
-                variance,
-                threshold,
-                variance_kind,
-                keeps,
-                out,
-                stream,
-            )
-        except TypeError:  # something is not a tensor: the checks below say what
-            done = None
+    if backend is None:
+        done = direct_step(
+            sample, model_output, table, row, uncond, guidance, history, noise, variance, threshold, variance_kind,
+            keeps, out,
+        )  # fmt: skip
         if done is not None:
             return done
+    if isinstance(guidance, (float, int)) and isinstance(sample, Tensor):
+        guidance = _scalar(float(guidance), compute_dtype(sample.dtype), sample.device)
     call = StepCall(
         sample, model_output, table, row, uncond, guidance, tuple(history), noise, variance, threshold,
         variance_kind, keeps,
