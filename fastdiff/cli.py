@@ -113,7 +113,7 @@ def draw_digits(
             sentence("sample", "--out", f"is {str(out)!r}", "a file in a folder that exists", f"make {out.parent}")
         )
     model = load_digit_unet(device=device)
-    scheduler = create_noise_scheduler("cosine", timestep_spacing="trailing", clip_sample=True)
+    scheduler = create_noise_scheduler("cosine", timestep_spacing="trailing")
     engine = create_sampler(scheduler, **sampling, prediction_type="v_prediction", guidance_scale=guidance)
     # Rows of one class: each class its share, the first ones one more where n does not divide.
     shares = [n // len(labels) + (i < n % len(labels)) for i in range(len(labels))]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Train the digit model: ``python -m fastdiff.digits.train --epochs 1000 --out DIRECTORY``.
+"""Train the digit model: ``python -m fastdiff.digits.train --epochs 400 --out DIRECTORY``.
 
 The model learns the velocity of Salimans and Ho, "Progressive Distillation" (2022), on the cosine schedule of Nichol
 and Dhariwal, "Improved DDPM" (2021), with 1000 timesteps, from the training split alone. Some labels are replaced by
@@ -95,7 +95,7 @@ def evaluate(sample_fn: SampleFn, guidance: float, per_class: int = 100, seed: i
 
 
 def jitter(images: Tensor, share: float) -> Tensor:
-    """Turn, scale and shift a ``share`` of ``images [B, 1, 8, 8]`` by a little, as another hand might have written them.
+    """Turn, scale and shift a ``share`` of ``images [B, 1, 8, 8]`` by a little, as another hand might write them.
 
     At most 7 degrees, 6 % and 0.4 of a pixel, so that the images stay within what the real ones look like. Cubic
     interpolation keeps strokes from blurring; paper (-1) lies beyond the border.
@@ -204,12 +204,12 @@ def main(argv: list[str] | None = None) -> int:
     """Train, measure, and write ``weights.safetensors`` and ``figures.json``."""
     parser = argparse.ArgumentParser(prog="python -m fastdiff.digits.train", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for weights.safetensors and figures.json")
-    parser.add_argument("--epochs", type=int, default=1000)
+    parser.add_argument("--epochs", type=int, default=400)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.01)
     parser.add_argument("--dropout", type=float, default=0.1, help="share of features dropped in each residual block")
-    parser.add_argument("--label-dropout", type=float, default=0.15, help="share of labels replaced by the null class")
+    parser.add_argument("--label-dropout", type=float, default=0.1, help="share of labels replaced by the null class")
     parser.add_argument("--jitter", type=float, default=0.5, help="share of images turned, scaled and shifted a little")
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights, per step")
     parser.add_argument("--seed", type=int, default=0)
