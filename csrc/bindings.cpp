@@ -5,13 +5,14 @@
 // Anything else it declines by returning None, without a message: fastdiff/ops.py then checks the call, says what is
 // wrong or makes it plain, and calls again. So checks are written once, and this file never reads what it should not.
 #include <ATen/Parallel.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/extension.h>
 
 #include <array>
 #include <cstdlib>
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "cpu/step_cpu.h"
 #ifdef FASTDIFF_CUDA
@@ -23,7 +24,8 @@ namespace py = pybind11;
 namespace {
 
 using fastdiff::StepArgs;
-using Optional = std::optional<at::Tensor>;
+// Null where the caller gave None.
+using MaybeTensor = const at::Tensor*;
 
 // Elements below which a second thread costs more than it brings: waking it takes about as long as this many elements.
 constexpr int64_t kGrain = 65536;
@@ -65,16 +67,16 @@ class Call {
         args.model_stride = args.inner;
     }
 
-    const void* like_sample(const Optional& tensor) {
-        if (!tensor.has_value() || !plain) return nullptr;
+    const void* like_sample(MaybeTensor tensor) {
+        if (tensor == nullptr || !plain) return nullptr;
         plain = same_kind(*tensor) && tensor->sizes() == sample_.sizes() && tensor->strides() == sample_.strides();
         return plain ? tensor->const_data_ptr() : nullptr;
     }
 
     // The model's tensors may have a stride of their own from sample to sample: halves of a tensor of twice the
     // channels (a learned variance) are read where they lie. All of them share it.
-    const void* like_model(const Optional& tensor) {
-        if (!tensor.has_value() || !plain) return nullptr;
+    const void* like_model(MaybeTensor tensor) {
+        if (tensor == nullptr || !plain) return nullptr;
         plain = same_kind(*tensor) && tensor->sizes() == sample_.sizes();
         for (int64_t i = args.batch > 1 ? 1 : 0; plain && i < sample_.dim(); ++i)
             plain = tensor->stride(i) == sample_.stride(i) || sample_.size(i) == 1;
@@ -87,22 +89,22 @@ class Call {
     }
 
     // The guidance scale: a number, which the CPU reads from here, or a tensor with one for all or one a sample.
-    const void* guidance(const py::object& scale) {
-        if (scale.is_none() || !plain) return nullptr;
-        if (PyFloat_Check(scale.ptr()) && sample_.is_cpu()) {
-            scale64_ = PyFloat_AS_DOUBLE(scale.ptr());
+    const void* guidance(PyObject* scale) {
+        if (scale == Py_None || !plain) return nullptr;
+        if (PyFloat_Check(scale) && sample_.is_cpu()) {
+            scale64_ = PyFloat_AS_DOUBLE(scale);
             scale32_ = static_cast<float>(scale64_);
             return compute_type_ == at::kDouble ? static_cast<const void*>(&scale64_) : &scale32_;
         }
-        plain = THPVariable_Check(scale.ptr());
+        plain = THPVariable_Check(scale);
         if (!plain) return nullptr;
-        const at::Tensor& tensor = THPVariable_Unpack(scale.ptr());
+        const at::Tensor& tensor = THPVariable_Unpack(scale);
         args.guidance_stride = tensor.numel() == 1 ? 0 : 1;
         return scalars_a_sample(tensor, args.guidance_stride == 0);
     }
 
-    const void* threshold(const Optional& tensor) {
-        return tensor.has_value() && plain ? scalars_a_sample(*tensor, false) : nullptr;
+    const void* threshold(MaybeTensor tensor) {
+        return tensor != nullptr && plain ? scalars_a_sample(*tensor, false) : nullptr;
     }
 
     // Where nothing differs from sample to sample, all elements are one run.
@@ -193,22 +195,83 @@ void launch(const at::Tensor& sample, const StepArgs& args, int64_t stream) {
 #endif
 }
 
-// See the top of the file. `history` holds up to four tensors or None; `out` the outputs to write, None
-// for a new one.
-py::object step(const at::Tensor& sample, const at::Tensor& model_output, const at::Tensor& table, int64_t row,
-                const Optional& uncond, const py::object& guidance, const std::vector<Optional>& history,
-                const Optional& noise, const Optional& variance, const Optional& threshold, int64_t variance_kind,
-                int64_t keeps, const std::optional<std::vector<Optional>>& out, int64_t stream) {
+// The Python objects of one call, read in order. `good` turns false at the first of an unexpected type.
+class Arguments {
+  public:
+    explicit Arguments(PyObject* const* objects) : next_(objects) {}
+
+    PyObject* object() { return *next_++; }
+
+    MaybeTensor tensor() { return tensor_of(object()); }
+
+    int64_t integer() {
+        PyObject* object = this->object();
+        good = good && PyLong_Check(object);
+        return good ? PyLong_AsLongLong(object) : 0;
+    }
+
+    // Up to N tensors or None of a list or tuple; -1 for None in its place.
+    template <size_t N>
+    int64_t tensors(std::array<MaybeTensor, N>* to) {
+        PyObject* object = this->object();
+        if (object == Py_None) return -1;
+        const bool list = PyList_CheckExact(object);
+        good = good && (list || PyTuple_CheckExact(object));
+        const Py_ssize_t size = good ? Py_SIZE(object) : 0;
+        good = good && size <= static_cast<Py_ssize_t>(N);
+        for (Py_ssize_t i = 0; good && i < size; ++i)
+            (*to)[i] = tensor_of(list ? PyList_GET_ITEM(object, i) : PyTuple_GET_ITEM(object, i));
+        return size;
+    }
+
+    bool good = true;
+
+  private:
+    MaybeTensor tensor_of(PyObject* object) {
+        if (object == Py_None) return nullptr;
+        good = good && THPVariable_Check(object);
+        return good ? &THPVariable_Unpack(object) : nullptr;
+    }
+
+    PyObject* const* next_;
+};
+
+bool served(const at::Tensor& sample) {
 #ifdef FASTDIFF_CUDA
-    const bool served = sample.is_cpu() || sample.is_cuda();
+    return sample.is_cpu() || sample.is_cuda();
 #else
-    const bool served = sample.is_cpu();
+    return sample.is_cpu();
 #endif
-    const bool complete = uncond.has_value() == !guidance.is_none() && variance.has_value() == (variance_kind != 0) &&
-                          history.size() <= fastdiff::kRegisters && keeps >= 0 && keeps < fastdiff::kMaxOutputs &&
-                          variance_kind >= 0 && variance_kind <= 2;
-    if (!served || !complete) return py::none();
-    Call call(sample, table, row);
+}
+
+constexpr Py_ssize_t kArguments = 14;
+
+// step(sample, model_output, table, row, uncond, guidance, history, noise, variance, threshold, variance_kind, keeps,
+// out, stream); see the top of the file. `history` holds up to four tensors or None; `out` the outputs to write, None
+// for a new one. Taken by CPython's fast calling convention: unpacking by signature would cost as much as the call.
+PyObject* step(PyObject* /*module*/, PyObject* const* objects, Py_ssize_t count) {
+    HANDLE_TH_ERRORS
+    TORCH_CHECK_TYPE(count == kArguments, "step: expected ", kArguments, " arguments, got ", count);
+    Arguments given(objects);
+    const MaybeTensor sample = given.tensor(), model_output = given.tensor(), table = given.tensor();
+    const int64_t row = given.integer();
+    const MaybeTensor uncond = given.tensor();
+    PyObject* guidance = given.object();
+    std::array<MaybeTensor, fastdiff::kRegisters> history{};
+    given.tensors(&history);
+    const MaybeTensor noise = given.tensor(), variance = given.tensor(), threshold = given.tensor();
+    const int64_t variance_kind = given.integer(), keeps = given.integer();
+    std::array<MaybeTensor, fastdiff::kMaxOutputs> out{};
+    const int64_t outs = given.tensors(&out);
+    const int64_t stream = given.integer();
+    const bool complete = given.good && sample != nullptr && model_output != nullptr && table != nullptr &&
+                          (uncond != nullptr) == (guidance != Py_None) &&
+                          (variance != nullptr) == (variance_kind != 0) && keeps >= 0 &&
+                          keeps < fastdiff::kMaxOutputs && variance_kind >= 0 && variance_kind <= 2 &&
+                          (outs == -1 || outs == keeps + 1) && served(*sample);
+    if (!complete) Py_RETURN_NONE;
+
+    Call call(*sample, *table, row);
     StepArgs& args = call.args;
     args.variance_kind = static_cast<fastdiff::Variance>(variance_kind);
     args.threshold = call.threshold(threshold);
@@ -218,22 +281,30 @@ py::object step(const at::Tensor& sample, const at::Tensor& model_output, const 
     args.variance = call.like_model(variance);
     args.noise = call.like_sample(noise);
     for (size_t j = 0; j < history.size(); ++j) args.history[j] = call.like_sample(history[j]);
-    if (!call.plain) return py::none();
+    if (!call.plain) Py_RETURN_NONE;
 
-    if (out.has_value() && static_cast<int64_t>(out->size()) != keeps + 1) return py::none();
     std::array<at::Tensor, fastdiff::kMaxOutputs> outputs;
     for (int64_t o = 0; o <= keeps; ++o) {
-        const bool given = out.has_value() && (*out)[o].has_value();
-        outputs[o] = given ? *(*out)[o] : at::empty_strided(sample.sizes(), sample.strides(), sample.options());
+        outputs[o] =
+            out[o] != nullptr ? *out[o] : at::empty_strided(sample->sizes(), sample->strides(), sample->options());
         call.output(outputs[o]);
     }
-    if (!call.plain || (out.has_value() && call.overlaps_badly())) return py::none();
+    if (!call.plain || (outs != -1 && call.overlaps_badly())) Py_RETURN_NONE;
     call.join_samples();
-    launch(sample, args, stream);
-    py::tuple result(keeps + 1);
-    for (int64_t o = 0; o <= keeps; ++o) result[o] = py::cast(outputs[o]);
+    launch(*sample, args, stream);
+
+    PyObject* result = PyTuple_New(keeps + 1);
+    if (result == nullptr) throw python_error();
+    for (int64_t o = 0; o <= keeps; ++o) PyTuple_SET_ITEM(result, o, THPVariable_Wrap(std::move(outputs[o])));
     return result;
+    END_HANDLE_TH_ERRORS
 }
+
+PyMethodDef methods[] = {
+    {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&step)), METH_FASTCALL,
+     "The fused step; None where the call is not plain (see csrc/bindings.cpp)."},
+    {nullptr, nullptr, 0, nullptr},
+};
 
 }  // namespace
 
@@ -250,5 +321,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #else
     m.attr("cuda") = false;
 #endif
-    m.def("step", &step, "The fused step; None where the call is not plain (see csrc/bindings.cpp).");
+    if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }

@@ -39,14 +39,13 @@ def direct_step(
     """
     if _extension_step is None or backends.forced is not None or _is_compiling():
         return None
-    try:
-        stream = torch.cuda.current_stream(sample.device).cuda_stream if sample.is_cuda else 0
-        done: tuple[Tensor, ...] | None = _extension_step(
-            sample, model_output, table, row, uncond, guidance, history, noise, variance, threshold, variance_kind,
-            keeps, out, stream,
-        )  # fmt: skip
-    except (AttributeError, TypeError):  # something is no tensor at all: the checks of `step` say what
-        return None
+    stream = 0
+    if not sample.is_cpu and sample.is_cuda:
+        stream = torch.cuda.current_stream(sample.device).cuda_stream
+    done: tuple[Tensor, ...] | None = _extension_step(
+        sample, model_output, table, row, uncond, guidance, history, noise, variance, threshold, variance_kind, keeps,
+        out, stream,
+    )  # fmt: skip
     return done
 
 
