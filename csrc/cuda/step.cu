@@ -7,6 +7,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <initializer_list>
+
 #include "step_cuda.h"
 
 namespace fastdiff {
@@ -71,7 +73,8 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const StepArgs args, int
     const int64_t at = (pack - b * packs_a_sample) * V;
     const int64_t left = args.inner - at;
     const int count = left < V ? static_cast<int>(left) : V;
-    const int64_t here = b * args.inner + at;
+    // b · inner + at, since packs of more than one element fill their samples; written so, stores stay 16 bytes wide.
+    const int64_t here = pack * V;
     const int64_t there = b * args.model_stride + at;
     const C* __restrict__ row = static_cast<const C*>(args.row);
 

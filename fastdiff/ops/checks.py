@@ -237,8 +237,10 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
     return a_low < b_high and b_low < a_high
 
 
-def make_plain(call: StepCall) -> StepCall:
+def make_plain(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> StepCall:
     """Give all tensors of a checked call one dense layout, copying only those that have another, and add outputs.
+
+    An output is the caller's own where it has that layout and lies on an input exactly or on none, else a new tensor.
 
     The layout is the sample's own where that is dense (channels_last too), else contiguous.  The model's tensors may
     keep a stride of their own from sample to sample, so that halves of a doubled channel dimension are not copied.
@@ -250,7 +252,7 @@ def make_plain(call: StepCall) -> StepCall:
     model = dict(call.model_tensors())
     if len({tensor.stride() for tensor in model.values()}) > 1 or not _batched_view(call.model_output, strides):
         model = {name: _laid_out(tensor, strides) for name, tensor in model.items()}
-    return replace(
+    plain = replace(
         call,
         sample=_laid_out(sample, strides),
         history=tuple(None if h is None else _laid_out(h, strides) for h in call.history),
@@ -258,12 +260,27 @@ def make_plain(call: StepCall) -> StepCall:
         table=call.table.contiguous(),
         guidance=None if call.guidance is None else call.guidance.contiguous(),
         threshold=None if call.threshold is None else call.threshold.reshape(-1).contiguous(),
-        outputs=tuple(
-            torch.empty_strided(sample.shape, strides, dtype=sample.dtype, device=sample.device)
-            for _ in range(call.keeps + 1)
-        ),
         **model,  # type: ignore[arg-type]
     )
+    targets = out or (None,) * (call.keeps + 1)
+    return replace(
+        plain,
+        outputs=tuple(
+            target
+            if target is not None and target.stride() == strides and _writable_in_place(target, plain)
+            else torch.empty_strided(sample.shape, strides, dtype=sample.dtype, device=sample.device)
+            for target in targets
+        ),
+    )
+
+
+def _writable_in_place(target: Tensor, plain: StepCall) -> bool:
+    """Whether a kernel that reads each element before it writes it may write this tensor."""
+    for _, tensor in plain.inputs():
+        same = tensor.data_ptr() == target.data_ptr() and tensor.stride() == target.stride()
+        if not same and _share_memory(target, tensor):
+            return False
+    return True
 
 
 def _laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:

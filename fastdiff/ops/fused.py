@@ -126,13 +126,16 @@ def _checked_step(call: StepCall, out: tuple[Tensor | None, ...] | None, backend
         results = tuple(backends.reference_outputs(call))
     else:
         _refuse_gradients(call, name)
-        plain = make_plain(call)
+        plain = make_plain(call, out)
         if call.sample.numel() > 0:
             backends.RUN[name](plain)
         results = plain.outputs
     if out is None:
         return results
-    return tuple(value if target is None else target.copy_(value) for target, value in zip(out, results, strict=True))
+    return tuple(
+        value if target is None or target is value else target.copy_(value)
+        for target, value in zip(out, results, strict=True)
+    )
 
 
 def _refuse_gradients(call: StepCall, name: str) -> None:

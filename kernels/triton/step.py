@@ -54,10 +54,24 @@ def _clamp_to(value, bound):
 
 
 @triton.jit
+def _exp(x):
+    """e^x to a few units in the last place; Triton's float32 exp multiplies by log2(e) first and loses |x| of them."""
+    if x.dtype == tl.float32:
+        n = tl.floor(x * 1.4426950408889634 + 0.5)
+        # ln 2 in two parts, the first with few enough bits that n times it is exact.
+        r = tl.fma(n, tl.full(n.shape, -0.693145751953125, n.dtype), x)
+        r = tl.fma(n, tl.full(n.shape, -1.42860682030941723e-6, n.dtype), r)
+        result = tl.exp2(n) * tl.exp(r)
+    else:
+        result = tl.exp(x)
+    return result
+
+
+@triton.jit
 def _learned_std(v, row_ptr, VARIANCE: tl.constexpr):
     if VARIANCE == _LEARNED_RANGE:
         slope = tl.load(row_ptr + _VARIANCE_SLOPE)
-        std = tl.exp(tl.fma(tl.zeros_like(v) + slope, v, tl.load(row_ptr + _VARIANCE_OFFSET)))
+        std = _exp(tl.fma(tl.zeros_like(v) + slope, v, tl.load(row_ptr + _VARIANCE_OFFSET)))
     elif v.dtype == tl.float32:
         std = tl.sqrt_rn(v)
     else:

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: MIT
+// As much of the CUDA runtime as csrc/cuda uses, for a C++ compiler and a machine without CUDA. A launch runs every
+// thread of every block, one after another, before it returns.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+inline dim3 gridDim, blockDim, blockIdx, threadIdx;
+
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorInvalidDevice = 101 };
+
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes;
+    cudaStream_t stream;
+    void* attrs;
+    unsigned numAttrs;
+};
+
+namespace cuda_on_host {
+
+constexpr int kDevices = 2;
+constexpr unsigned kMostThreads = 1024;  // of a block, on every GPU so far
+
+// What the tests set and look at.
+struct State {
+    int device = 0;
+    cudaError_t last_error = cudaSuccess;
+    cudaError_t next_launch = cudaSuccess;  // what the next launch fails with
+    bool backwards = false;                 // the last thread of the last block runs first
+    int launches = 0;
+    int launched_on = -1;
+    cudaStream_t stream = nullptr;
+};
+inline State state;
+
+}  // namespace cuda_on_host
+
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = cuda_on_host::state.device;
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaSetDevice(int device) {
+    if (device < 0 || device >= cuda_on_host::kDevices) return cudaErrorInvalidDevice;
+    cuda_on_host::state.device = device;
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaGetLastError() {
+    const cudaError_t error = cuda_on_host::state.last_error;
+    cuda_on_host::state.last_error = cudaSuccess;
+    return error;
+}
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+    switch (error) {
+        case cudaSuccess:
+            return "no error";
+        case cudaErrorInvalidConfiguration:
+            return "invalid configuration argument";
+        case cudaErrorInvalidDevice:
+            return "invalid device ordinal";
+    }
+    return "unrecognized error code";
+}
+
+// The kernel's arguments are copied, as a launch does.
+template <typename... Expected, typename... Given>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...), Given&&... given) {
+    auto& state = cuda_on_host::state;
+    cudaError_t error = state.next_launch;
+    state.next_launch = cudaSuccess;
+    const uint64_t blocks = config->gridDim.x, threads = config->blockDim.x;
+    const bool flat =
+        config->gridDim.y == 1 && config->gridDim.z == 1 && config->blockDim.y == 1 && config->blockDim.z == 1;
+    if (!flat || blocks == 0 || blocks > INT32_MAX || threads == 0 || threads > cuda_on_host::kMostThreads)
+        error = cudaErrorInvalidConfiguration;
+    if (error != cudaSuccess) return state.last_error = error;
+    ++state.launches;
+    state.launched_on = state.device;
+    state.stream = config->stream;
+    gridDim = config->gridDim;
+    blockDim = config->blockDim;
+    for (uint64_t i = 0; i < blocks * threads; ++i) {
+        const uint64_t thread = state.backwards ? blocks * threads - 1 - i : i;
+        blockIdx.x = static_cast<unsigned>(thread / threads);
+        threadIdx.x = static_cast<unsigned>(thread % threads);
+        kernel(static_cast<Expected>(given)...);
+    }
+    return cudaSuccess;
+}

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: MIT
+// csrc/cuda/step.cu, compiled for the CPU against the headers beside this file, behind an interface for ctypes.
+#include "cuda/step.cu"
+
+#include "accesses.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// What is around the kernel is not what is watched.
+#define UNWATCHED __attribute__((no_sanitize("thread")))
+
+// `sizes`: batch, inner, model_stride, guidance_stride, num_outputs, variance_kind, dtype, device. `inputs`: sample,
+// model_output, uncond, variance, noise, four histories, row, guidance, threshold.
+// Returns null, what launch_step returned, or what is wrong with an access.
+EXPORT UNWATCHED const char* step_on_host(const int64_t* sizes, const void* const* inputs, void* const* outputs,
+                                          void* stream, accesses::Span* spans, int64_t num_spans) {
+    fastdiff::StepArgs args{};
+    args.batch = sizes[0];
+    args.inner = sizes[1];
+    args.model_stride = sizes[2];
+    args.guidance_stride = sizes[3];
+    args.num_outputs = static_cast<int>(sizes[4]);
+    args.variance_kind = static_cast<fastdiff::Variance>(sizes[5]);
+    args.dtype = static_cast<fastdiff::DType>(sizes[6]);
+    args.sample = inputs[0];
+    args.model_output = inputs[1];
+    args.uncond = inputs[2];
+    args.variance = inputs[3];
+    args.noise = inputs[4];
+    for (int j = 0; j < fastdiff::kRegisters; ++j) args.history[j] = inputs[5 + j];
+    args.row = inputs[9];
+    args.guidance = inputs[10];
+    args.threshold = inputs[11];
+    for (int o = 0; o < args.num_outputs; ++o) args.outputs[o] = outputs[o];
+    switch (setjmp(accesses::refused)) {
+        case accesses::kFine:
+            break;
+        case accesses::kOutside:
+            return "an access outside the tensors";
+        default:
+            return "an access that is not aligned as a device wants it";
+    }
+    accesses::watch(spans, num_spans, __builtin_frame_address(0));
+    const char* error = fastdiff::launch_step(args, static_cast<int>(sizes[7]), stream);
+    accesses::stop();
+    return error;
+}
+
+// The variables that every thread of a device has, for the list of spans; and the state of the runtime.
+EXPORT int64_t runtime_spans(accesses::Span* spans) {
+    const accesses::Span own[] = {
+        {&gridDim, sizeof gridDim, 1, 0, 0},
+        {&blockDim, sizeof blockDim, 1, 0, 0},
+        {&blockIdx, sizeof blockIdx, 1, 0, 0},
+        {&threadIdx, sizeof threadIdx, 1, 0, 0},
+        {&cuda_on_host::state, sizeof cuda_on_host::state, 1, 0, 0},
+    };
+    int64_t count = 0;
+    for (const auto& span : own) spans[count++] = span;
+    return count;
+}
+
+EXPORT void set_runtime(int device, int backwards, int next_launch) {
+    cuda_on_host::state = {};
+    cuda_on_host::state.device = device;
+    cuda_on_host::state.backwards = backwards != 0;
+    cuda_on_host::state.next_launch = static_cast<cudaError_t>(next_launch);
+}
+
+// device, launches, the device launched on, the stream launched on
+EXPORT void get_runtime(int64_t* values) {
+    const auto& state = cuda_on_host::state;
+    values[0] = state.device;
+    values[1] = state.launches;
+    values[2] = state.launched_on;
+    values[3] = reinterpret_cast<int64_t>(state.stream);
+}
