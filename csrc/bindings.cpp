@@ -163,8 +163,9 @@ class Call {
     }
 
     const void* scalars_a_sample(const at::Tensor& tensor, bool one_for_all) {
-        plain = scalars(tensor) && tensor.dim() <= 1 &&
-                (one_for_all || (sample_.dim() > 0 && args.batch == sample_.size(0) && tensor.numel() == args.batch));
+        plain =
+            scalars(tensor) && tensor.dim() <= 1 &&
+            (one_for_all || ((sample_.dim() == 0 || args.batch == sample_.size(0)) && tensor.numel() == args.batch));
         return plain ? tensor.const_data_ptr() : nullptr;
     }
 
@@ -207,7 +208,11 @@ class Arguments {
     int64_t integer() {
         PyObject* object = this->object();
         good = good && PyLong_Check(object);
-        return good ? PyLong_AsLongLong(object) : 0;
+        if (!good) return 0;
+        int overflow = 0;
+        const int64_t value = PyLong_AsLongLongAndOverflow(object, &overflow);
+        good = overflow == 0;
+        return value;
     }
 
     // Up to N tensors or None of a list or tuple; -1 for None in its place.

@@ -40,7 +40,8 @@ class Stepper:
         self._max_value = sample_max_value
         self._registers: list[Tensor | None] = [None] * NUM_REGISTERS
         self._rows: Tensor | None = None
-        self._kind: tuple[torch.Size, torch.dtype, torch.device]
+        self._shape: torch.Size
+        self._dtype: torch.dtype
         self._prediction_rows: Tensor | None = None
 
     @property
@@ -91,7 +92,9 @@ class Stepper:
         reads, store = plan.reads[row], plan.store[row]
         if noise is None and plan.draws_noise[row]:
             noise = randn(sample.shape, generator, dtype=sample.dtype, device=sample.device)
-        rows = self._rows if self._rows is not None else self._rows_for(sample)
+        rows = self._rows
+        if rows is None or sample.shape != self._shape or sample.dtype is not self._dtype:
+            rows = self._rows_for(sample)
         threshold = self._threshold(sample, model_output, uncond, guidance) if plan.thresholding else None
         kind = 0 if plan.variance == 0 else self._variance_kind(variance)
         history = [registers[j] if j in reads else None for j in range(reads[-1] + 1)] if reads else ()
@@ -106,7 +109,7 @@ class Stepper:
             results = ops.step(
                 sample,
                 model_output,
-                self._rows_for(sample),
+                rows,
                 row,
                 uncond=uncond,
                 guidance=guidance,
@@ -126,28 +129,26 @@ class Stepper:
 
     def _rows_for(self, sample: Tensor) -> Tensor:
         """The table for these samples; made at the first step, whose samples the later ones must resemble."""
-        kind = (sample.shape, sample.dtype, sample.device)
-        if self._rows is None:
-            self._kind = kind
-            self._rows = self.table.rows_as(sample.dtype, sample.device)
-        elif kind != self._kind:
+        if self._rows is not None:
             raise ValueError(
                 sentence(
                     "step",
                     "sample",
-                    f"has shape {list(sample.shape)}, {sample.dtype} on {sample.device}",
-                    f"{list(self._kind[0])}, {self._kind[1]} on {self._kind[2]} as in the steps before",
+                    f"has shape {list(sample.shape)} and {sample.dtype}",
+                    f"{list(self._shape)} and {self._dtype} as in the steps before",
                     "start a new stepper for other samples",
                 )
             )
+        self._shape, self._dtype = sample.shape, sample.dtype
+        self._rows = self.table.rows_as(sample.dtype, sample.device)
         return self._rows
 
     def _threshold(
         self, sample: Tensor, model_output: Tensor, uncond: Tensor | None, guidance: float | Tensor | None
     ) -> Tensor:
         if self._prediction_rows is None:
-            rows = self._rows_for(sample)
-            self._prediction_rows = self.table.prediction_rows().to(rows)
+            assert self._rows is not None
+            self._prediction_rows = self.table.prediction_rows().to(self._rows)
         (x0,) = ops.step(
             sample,
             model_output,

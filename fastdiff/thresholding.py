@@ -20,7 +20,9 @@ def dynamic_threshold(x0: Tensor, ratio: float, sample_max_value: float = 1.0) -
     Returns:
         ``[B]``, the quantile held to [1, sample_max_value], float32 (float64 for float64 samples).
     """
-    magnitude = x0.to(compute_dtype(x0.dtype)).abs().flatten(1)
+    if x0.numel() == 0:
+        return torch.ones(x0.shape[0], dtype=compute_dtype(x0.dtype), device=x0.device)
+    magnitude = x0.to(compute_dtype(x0.dtype)).abs().reshape(x0.shape[0], -1)
     bound = _quantile(magnitude, ratio)
     return bound.clamp(1.0, max(sample_max_value, 1.0))
 
@@ -32,5 +34,6 @@ def _quantile(values: Tensor, ratio: float) -> Tensor:
     count = values.shape[1] - low
     # The quantiles that thresholding wants lie near the top: the few largest values suffice.
     top = torch.topk(values, count, dim=1).values
-    below, above = top[:, -1], top[:, max(count - 2, 0)]
-    return torch.lerp(below, above, position - low)
+    below = top[:, -1]
+    weight = position - low
+    return torch.lerp(below, top[:, -2], weight) if weight else below

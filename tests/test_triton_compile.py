@@ -164,13 +164,13 @@ def test_triton_step_fuses_the_products_that_are_written_and_no_others(
     constants = CONFIGURATIONS[config]
     terms = 3 + constants["HISTORY"].bit_count() + constants["HAS_NOISE"]
     elements = compiled["block"] // compiled["threads"]
-    # The guidance's and the prediction's, the exponent's, and one a term of an output.
-    fused = constants["HAS_UNCOND"] + 1 + (constants["VARIANCE"] == 1) + terms * (1 + constants["KEEPS"])
+    # The guidance's and the prediction's, the exponent's and two of its reduction, and one a term of an output.
+    fused = constants["HAS_UNCOND"] + 1 + 3 * (constants["VARIANCE"] == 1) + terms * (1 + constants["KEEPS"])
     assert _count(opcodes, r"fma\.rn\..*") == elements * fused
     assert _count(opcodes, r"div\.rn\.f\d+") == elements * constants["HAS_THRESHOLD"]
     assert _count(opcodes, r"sqrt\.rn\.f\d+") == elements * (constants["VARIANCE"] == 2)
-    # p·x; the noise's; and exp's factor log2(e).
-    products = 1 + bool(constants["VARIANCE"]) + (constants["VARIANCE"] == 1)
+    # p·x; the noise's; and exp's: log2(e) twice, once to reduce, and the power of two.
+    products = 1 + bool(constants["VARIANCE"]) + 3 * (constants["VARIANCE"] == 1)
     assert _count(opcodes, r"mul\.rn\..*") == elements * products
 
 

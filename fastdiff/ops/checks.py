@@ -53,6 +53,13 @@ class StepCall:
         yield from self.model_tensors()
         yield from self.state_tensors()
 
+    def scalars(self) -> Iterator[tuple[str, Tensor]]:
+        yield "table", self.table
+        if self.guidance is not None:
+            yield "guidance", self.guidance
+        if self.threshold is not None:
+            yield "threshold", self.threshold
+
     @property
     def has_scalars_a_sample(self) -> bool:
         return self.threshold is not None or (self.guidance is not None and self.guidance.numel() > 1)
@@ -226,6 +233,7 @@ def _check_out(out: tuple[Tensor | None, ...], call: StepCall) -> None:
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have a byte in common."""
     if a.numel() == 0 or b.numel() == 0 or a.device != b.device:
         return False
 
@@ -234,7 +242,15 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
         return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
 
     (a_low, a_high), (b_low, b_high) = span(a), span(b)
-    return a_low < b_high and b_low < a_high
+    if a_high <= b_low or b_high <= a_low:
+        return False
+    # The spans meet; views that interleave (two halves of the channels) may still share nothing. Mark and look.
+    low, size = min(a_low, b_low), a.element_size()
+    if _is_dense(a) or _is_dense(b) or (a_low - b_low) % size:
+        return True
+    marks = torch.zeros((max(a_high, b_high) - low) // size, dtype=torch.bool)
+    marks.as_strided(a.shape, a.stride(), (a_low - low) // size).fill_(True)
+    return bool(marks.as_strided(b.shape, b.stride(), (b_low - low) // size).any())
 
 
 def make_plain(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> StepCall:
@@ -246,20 +262,20 @@ def make_plain(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> 
     keep a stride of their own from sample to sample, so that halves of a doubled channel dimension are not copied.
     """
     sample = call.sample
-    strides = sample.stride()
-    if not _is_dense(sample) or (call.has_scalars_a_sample and not _samples_are_blocks(sample, strides)):
+    strides = output_strides(sample)
+    if call.has_scalars_a_sample and not _samples_are_blocks(sample, strides):
         strides = _contiguous_strides(sample)
-    model = dict(call.model_tensors())
+    model = {name: tensor.resolve_neg() for name, tensor in call.model_tensors()}
     if len({tensor.stride() for tensor in model.values()}) > 1 or not _batched_view(call.model_output, strides):
-        model = {name: _laid_out(tensor, strides) for name, tensor in model.items()}
+        model = {name: laid_out(tensor, strides) for name, tensor in model.items()}
     plain = replace(
         call,
-        sample=_laid_out(sample, strides),
-        history=tuple(None if h is None else _laid_out(h, strides) for h in call.history),
-        noise=None if call.noise is None else _laid_out(call.noise, strides),
-        table=call.table.contiguous(),
-        guidance=None if call.guidance is None else call.guidance.contiguous(),
-        threshold=None if call.threshold is None else call.threshold.reshape(-1).contiguous(),
+        sample=laid_out(sample, strides),
+        history=tuple(None if h is None else laid_out(h, strides) for h in call.history),
+        noise=None if call.noise is None else laid_out(call.noise, strides),
+        table=call.table.contiguous().resolve_neg(),
+        guidance=None if call.guidance is None else call.guidance.contiguous().resolve_neg(),
+        threshold=None if call.threshold is None else call.threshold.reshape(-1).contiguous().resolve_neg(),
         **model,  # type: ignore[arg-type]
     )
     targets = out or (None,) * (call.keeps + 1)
@@ -283,9 +299,15 @@ def _writable_in_place(target: Tensor, plain: StepCall) -> bool:
     return True
 
 
-def _laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+def output_strides(sample: Tensor) -> tuple[int, ...]:
+    """The layout of a step's results: the sample's own where that is dense, else contiguous."""
+    return sample.stride() if _is_dense(sample) else _contiguous_strides(sample)
+
+
+def laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The tensor itself where it has these strides, else a copy that does."""
     if tensor.stride() == strides:
-        return tensor
+        return tensor.resolve_neg()
     copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
     return copy.copy_(tensor)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import sentence
 from ..table import Variance, compute_dtype
 from . import backends
-from .checks import StepCall, check, make_plain
+from .checks import StepCall, check, laid_out, make_plain, output_strides
 
 _is_compiling = torch.compiler.is_compiling
 _extension_step = None if backends.extension is None else backends.extension.step
@@ -39,14 +39,19 @@ def direct_step(
     """
     if _extension_step is None or backends.forced is not None or _is_compiling():
         return None
-    stream = 0
-    if not sample.is_cpu and sample.is_cuda:
-        stream = torch.cuda.current_stream(sample.device).cuda_stream
+    try:
+        stream = 0 if sample.is_cpu else _stream_of(sample)
+    except AttributeError:  # no tensor: the checks of `step` say what it is
+        return None
     done: tuple[Tensor, ...] | None = _extension_step(
         sample, model_output, table, row, uncond, guidance, history, noise, variance, threshold, variance_kind, keeps,
         out, stream,
     )  # fmt: skip
     return done
+
+
+def _stream_of(sample: Tensor) -> int:
+    return torch.cuda.current_stream(sample.device).cuda_stream if sample.is_cuda else 0
 
 
 def step(
@@ -94,7 +99,7 @@ def step(
         backend: a name of `BACKENDS`, to force it.
 
     Returns:
-        prev_sample and the kept tensors, like `sample`, in its memory layout where that is dense.
+        prev_sample and the kept tensors, like `sample`, in its memory layout where that is dense, else contiguous.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and the remedy.
@@ -130,6 +135,7 @@ def _checked_step(call: StepCall, out: tuple[Tensor | None, ...] | None, backend
         if call.sample.numel() > 0:
             backends.RUN[name](plain)
         results = plain.outputs
+    results = tuple(laid_out(result, output_strides(call.sample)) for result in results)
     if out is None:
         return results
     return tuple(
@@ -141,7 +147,7 @@ def _checked_step(call: StepCall, out: tuple[Tensor | None, ...] | None, backend
 def _refuse_gradients(call: StepCall, name: str) -> None:
     if not torch.is_grad_enabled():
         return
-    for argument, tensor in call.inputs():
+    for argument, tensor in (*call.inputs(), *call.scalars()):
         if tensor.requires_grad:
             raise RuntimeError(
                 sentence(
@@ -201,7 +207,8 @@ def _(
     keeps: int,
     backend: str,
 ) -> list[Tensor]:
-    return [torch.empty_like(sample) for _ in range(keeps + 1)]
+    strides = output_strides(sample)
+    return [sample.new_empty_strided(sample.shape, strides) for _ in range(keeps + 1)]
 
 
 def _library_step(call: StepCall, name: str) -> tuple[Tensor, ...]:
