@@ -34,7 +34,7 @@ def plot_ratios(report: dict[str, Any], path: Path) -> None:
         f"diffusers {about['diffusers']}, torch {about['torch']}, {about['date']}",
         fontsize=8,
     )
-    axes.legend(ncol=4, fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.legend(loc="upper center", bbox_to_anchor=(0.5, 0.02), ncol=len(samplers), fontsize=8)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)

@@ -2,7 +2,7 @@
 // The only file that knows torch and pybind11.
 //
 // `step` runs a call whose tensors it finds plain: same dtype, device, shape and dense strides, nothing to convert.
-// Anything else it declines by returning None, without a message: fastdiff/ops.py then checks the call, says what is
+// Anything else it declines by returning None, without a message: fastdiff/ops/ then checks the call, says what is
 // wrong or makes it plain, and calls again. So checks are written once, and this file never reads what it should not.
 #include <ATen/Parallel.h>
 #include <torch/csrc/Exceptions.h>
@@ -27,7 +27,8 @@ using fastdiff::StepArgs;
 // Null where the caller gave None.
 using MaybeTensor = const at::Tensor*;
 
-// Elements below which a second thread costs more than it brings: waking it takes about as long as this many elements.
+// Elements up to which one thread works alone. Measured (DDIM with guidance, float32, a 2-core EPYC): 65536 elements
+// take 9 µs on one thread, 98304 take 16 on one and 9 on two.
 constexpr int64_t kGrain = 65536;
 
 fastdiff::CpuBuild cpu_build;
@@ -91,8 +92,9 @@ class Call {
     // The guidance scale: a number, which the CPU reads from here, or a tensor with one for all or one a sample.
     const void* guidance(PyObject* scale) {
         if (scale == Py_None || !plain) return nullptr;
-        if (PyFloat_Check(scale) && sample_.is_cpu()) {
-            scale64_ = PyFloat_AS_DOUBLE(scale);
+        if ((PyFloat_Check(scale) || PyLong_CheckExact(scale)) && sample_.is_cpu()) {
+            scale64_ = PyFloat_AsDouble(scale);
+            if (scale64_ == -1.0 && PyErr_Occurred() != nullptr) PyErr_Clear(), plain = false;  // an int beyond doubles
             scale32_ = static_cast<float>(scale64_);
             return compute_type_ == at::kDouble ? static_cast<const void*>(&scale64_) : &scale32_;
         }

@@ -9,7 +9,10 @@ Every check of the library ends here, so that all messages read alike, for examp
 from __future__ import annotations
 
 import importlib
+import math
+import operator
 from collections.abc import Iterable
+from numbers import Real
 from types import ModuleType
 
 
@@ -46,3 +49,42 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
             f"{purpose}: the package {package!r} cannot be imported ({error}), expected it to be installed; "
             f"run: pip install 'fastdiff-kernels[{extra}]'"
         ) from error
+
+
+def checked_integer(operation: str, argument: str, value: object, minimum: int) -> int:
+    """Return ``value`` as an ``int`` that is at least ``minimum``.
+
+    Raises:
+        TypeError: it is no integer (``True`` is none either).
+        ValueError: it is below ``minimum``.
+    """
+    expected = f"an integer of at least {minimum}"
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(
+            sentence(operation, argument, f"has type {type(value).__name__}", expected, f"pass {argument} as an int")
+        )
+    number = operator.index(value)
+    if number < minimum:
+        raise ValueError(
+            sentence(operation, argument, f"is {number}", expected, f"raise {argument} to {minimum} or more")
+        )
+    return number
+
+
+def checked_float(operation: str, argument: str, value: object, minimum: float, *, strict: bool = False) -> float:
+    """Return ``value`` as a finite ``float`` that is at least ``minimum``, or above it where ``strict``.
+
+    Raises:
+        TypeError: it is no real number (``True`` is none either).
+        ValueError: it is NaN, infinite, or too small.
+    """
+    bound = f" {'above' if strict else 'of at least'} {minimum:g}" if math.isfinite(minimum) else ""
+    expected = f"a finite number{bound}"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(
+            sentence(operation, argument, f"has type {type(value).__name__}", expected, f"pass {argument} as a float")
+        )
+    number = float(value)
+    if not math.isfinite(number) or number < minimum or (strict and number == minimum):
+        raise ValueError(sentence(operation, argument, f"is {number!r}", expected, f"pass {argument} in that range"))
+    return number

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def run_loop(
     *,
     generator: Generators = None,
     callback: Callback | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> SamplingResult:
     """Walk a stepper's table to its end, or until the callback returns False.
 
@@ -113,14 +114,14 @@ def run_loop(
                 if callback(info) is False:
                     break
     seconds = stopwatch.seconds()
-    if not model.check_finite and not bool(torch.isfinite(sample).all()):
+    if not bool(torch.isfinite(sample).all()):
         raise ValueError(
             sentence(
                 "sample",
-                "model",
-                "made the samples NaN or infinite",
+                "samples",
+                "became NaN or infinite",
                 "finite numbers",
-                "pass check_finite=True to learn at which timestep",
+                "pass check_finite=True to see whether the model did it; else half precision has overflowed",
             )
         )
     return SamplingResult(
@@ -163,8 +164,10 @@ class _NoBar:
         pass
 
 
-def progress_bar(total: int, wanted: bool) -> Any:
-    """tqdm's bar, or one that shows nothing."""
+def progress_bar(total: int, wanted: bool | None) -> Any:
+    """tqdm's bar; one that shows nothing where it is not wanted, or not installed and not insisted on."""
+    if wanted is None:
+        wanted = importlib.util.find_spec("tqdm") is not None
     if not wanted:
         return _NoBar()
     return require("tqdm", "cli", "sample(progress=True)").tqdm(total=total, desc="sampling", unit="step")

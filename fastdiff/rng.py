@@ -50,4 +50,9 @@ def generator_states(generator: Generators) -> list[tuple[torch.Generator, Tenso
     if generator is None:
         return []
     listed = [generator] if isinstance(generator, torch.Generator) else list(generator)
+    for one in listed:
+        if not isinstance(one, torch.Generator):
+            raise TypeError(
+                sentence("sample", "generator", f"holds a {type(one).__name__}", "torch.Generator", "make one a sample")
+            )
     return [(g, g.get_state()) for g in listed]

@@ -20,7 +20,7 @@ from .guidance import GuidedModel, Model
 from .levels import Levels, VariancePreservingPath, levels_from_sigmas, levels_from_timesteps
 from .loop import Callback, SamplingResult, check_latents, run_loop
 from .rng import Generators, generator_states
-from .sampling_config import SamplingConfig, SamplingMethod
+from .sampling_config import SamplingConfig, SamplingMethod, check_guidance_scale
 from .schedules import BaseNoiseScheduler, NoiseSchedulerConfig, create_noise_scheduler
 from .solvers import Churn, Prediction, ddim, ddpm, dpm_multistep, dpm_singlestep, euler, euler_ancestral, heun
 from .stepper import Stepper
@@ -87,17 +87,35 @@ class BaseSampler(ABC):
         Raises:
             ValueError: fewer than 1 step, or more than the schedule has timesteps.
         """
-        schedule = self.scheduler.config
+        schedule, config = self.scheduler.config, self.config
         alphas_cumprod = self.scheduler.alphas_cumprod
+        spacing = config.noise_spacing
+        if spacing is not None:
+            # The same bounds on the number of steps as timesteps have; which ones they would be does not matter.
+            timestep_schedule("linspace", num_inference_steps, len(alphas_cumprod))
+            low, high = VariancePreservingPath(alphas_cumprod).ratio_range
+            sigmas = sigma_schedule(spacing, num_inference_steps, low, high).tolist()
+            self._check_end(0.0)
+            return levels_from_sigmas(alphas_cumprod, sigmas)
         timesteps = timestep_schedule(
             schedule.timestep_spacing, num_inference_steps, len(alphas_cumprod), schedule.steps_offset
-        )
-        spacing = self.config.noise_spacing
-        if spacing is not None:
-            low, high = VariancePreservingPath(alphas_cumprod).ratio_range
-            return levels_from_sigmas(alphas_cumprod, sigma_schedule(spacing, num_inference_steps, low, high).tolist())
-        final = 1.0 if self.config.set_alpha_to_one else float(alphas_cumprod[0])
-        return levels_from_timesteps(alphas_cumprod, timesteps.tolist(), final_alpha_cumprod=final)
+        ).tolist()
+        self._check_end(timesteps[-1])
+        final = 1.0 if config.set_alpha_to_one else float(alphas_cumprod[0])
+        return levels_from_timesteps(alphas_cumprod, timesteps, final_alpha_cumprod=final)
+
+    def _check_end(self, last_timestep: float) -> None:
+        """With `set_alpha_to_one=False` a loop ends at timestep 0, so its last model call must lie above it."""
+        if not self.config.set_alpha_to_one and last_timestep == 0:
+            raise ValueError(
+                sentence(
+                    type(self).__name__,
+                    "set_alpha_to_one",
+                    "is False, and the last timestep is 0 already",
+                    "a last timestep above the one where the loop ends",
+                    "set steps_offset=1 with leading timesteps, or leave set_alpha_to_one at True",
+                )
+            )
 
     def set_timesteps(self, num_inference_steps: int) -> None:
         """Compile the table again for another number of steps; on an error the sampler stays as it was."""
@@ -137,7 +155,7 @@ class BaseSampler(ABC):
         guidance_scale: float | None = None,
         generator: Generators = None,
         callback: Callback | None = None,
-        progress: bool = True,
+        progress: bool | None = None,
         check_finite: bool | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         backend: str | None = None,
@@ -153,9 +171,9 @@ class BaseSampler(ABC):
             guidance_scale: instead of the configuration's.
             generator: of the noise that stochastic samplers add: one, or one a sample.
             callback: called with a `StepInfo` after each step; returning False stops the loop.
-            progress: show a progress bar (tqdm, where installed).
-            check_finite: look at every model output for NaN and infinity.  None: on the CPU; on a GPU, where
-                looking is a host sync, only the finished samples are looked at.
+            progress: show a progress bar; None shows it where tqdm is installed.
+            check_finite: look at every model output for NaN and infinity.  None: on the CPU; on a GPU looking is a
+                host sync.  The finished samples are always looked at.
             model_kwargs: passed on with every model call.
             backend: forces one, as in `fastdiff.ops.step`.
 
@@ -165,11 +183,14 @@ class BaseSampler(ABC):
         """
         check_latents(latents)
         config = self.config
+        if guidance_scale is None:
+            guidance_scale = config.guidance_scale
+        check_guidance_scale("sample", guidance_scale)
         guided = GuidedModel(
             model,
             prompt_embeds,
             negative_prompt_embeds,
-            config.guidance_scale if guidance_scale is None else guidance_scale,
+            guidance_scale,
             config.guidance_mode,  # type: ignore[arg-type]
             channels=1 if self.table.variance is Variance.FIXED else 2,
             check_finite=latents.device.type == "cpu" if check_finite is None else check_finite,

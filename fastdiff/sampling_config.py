@@ -7,11 +7,11 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-from .errors import sentence, unknown_name
+from .errors import checked_float, checked_integer, sentence, unknown_name
 from .guidance import GuidanceMode
 from .solvers import Algorithm, PredictionType, SolverType, VarianceType
 from .solvers.dpm_multistep import THIRD_ORDERS, check_order
-from .timesteps import SIGMA_SPACINGS, checked_float, checked_integer
+from .timesteps import SIGMA_SPACINGS
 
 SOLVER_MODES = ("multistep", "singlestep")
 
@@ -117,18 +117,21 @@ class SamplingConfig:
         self._check_numbers()
 
     def _check_numbers(self) -> None:
+        operation = "SamplingConfig"
         if self.eta is not None:
-            checked_float("SamplingConfig", "eta", self.eta, 0.0)
-        if not math.isfinite(self.guidance_scale):
+            checked_float(operation, "eta", self.eta, 0.0)
+        for name in ("s_churn", "s_tmin", "s_noise"):
+            checked_float(operation, name, getattr(self, name), 0.0)
+        if self.s_tmax != math.inf:
+            checked_float(operation, "s_tmax", self.s_tmax, 0.0)
+        check_guidance_scale(operation, self.guidance_scale)
+        if (
+            checked_float(operation, "dynamic_thresholding_ratio", self.dynamic_thresholding_ratio, 0.0, strict=True)
+            > 1
+        ):
             raise ValueError(
                 sentence(
-                    "SamplingConfig", "guidance_scale", f"is {self.guidance_scale}", "a finite number", "use 1 for none"
-                )
-            )
-        if not 0.0 < self.dynamic_thresholding_ratio <= 1.0:
-            raise ValueError(
-                sentence(
-                    "SamplingConfig",
+                    operation,
                     "dynamic_thresholding_ratio",
                     f"is {self.dynamic_thresholding_ratio}",
                     "a quantile above 0 and up to 1",
@@ -150,3 +153,8 @@ class SamplingConfig:
     def noise_spacing(self) -> str | None:
         """The sigma spacing in force, None for the scheduler's timestep spacing."""
         return "karras" if self.use_karras_sigmas else self.sigma_spacing
+
+
+def check_guidance_scale(operation: str, guidance_scale: object) -> None:
+    """Refuse a guidance scale that is no finite number; 1 stands for none, and it may be negative."""
+    checked_float(operation, "guidance_scale", guidance_scale, -math.inf)

@@ -10,9 +10,9 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from fastdiff.betas import check_alphas_cumprod
-from fastdiff.errors import sentence, unknown_name
-from fastdiff.timesteps import TIMESTEP_SPACINGS, checked_float, checked_integer
+from .betas import check_alphas_cumprod
+from .errors import checked_float, checked_integer, sentence, unknown_name
+from .timesteps import TIMESTEP_SPACINGS
 
 _DEFAULT_NUM_TRAIN_TIMESTEPS = 1000
 _ALIASES = {"squaredcos_cap_v2": "cosine", "squaredcos": "cosine"}

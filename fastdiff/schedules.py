@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastdiff import betas as formulas
-from fastdiff.betas import check_floating, rescale_zero_terminal_snr
-from fastdiff.errors import sentence, unknown_name
-from fastdiff.schedule_config import NoiseSchedulerConfig, NoiseScheduleType
+from . import betas as formulas
+from .betas import check_floating, rescale_zero_terminal_snr
+from .errors import sentence, unknown_name
+from .schedule_config import NoiseSchedulerConfig, NoiseScheduleType
 
 __all__ = [
     "BaseNoiseScheduler",

@@ -10,56 +10,16 @@ Two families, both computed on the CPU and both descending, from pure noise to t
 from __future__ import annotations
 
 import math
-import operator
-from numbers import Real
 
 import torch
 from torch import Tensor
 
-from fastdiff.errors import require, sentence, unknown_name
+from .errors import checked_float, checked_integer, require, sentence, unknown_name
 
 TIMESTEP_SPACINGS: tuple[str, ...] = ("leading", "linspace", "trailing", "cosine")
 SIGMA_SPACINGS: tuple[str, ...] = ("karras", "exponential", "beta", "lu")
 
 _COSINE_OFFSET = 0.008
-
-
-def checked_integer(operation: str, argument: str, value: object, minimum: int) -> int:
-    """Return ``value`` as an ``int`` that is at least ``minimum``.
-
-    Raises:
-        TypeError: it is no integer (``True`` is none either).
-        ValueError: it is below ``minimum``.
-    """
-    expected = f"an integer of at least {minimum}"
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(
-            sentence(operation, argument, f"has type {type(value).__name__}", expected, f"pass {argument} as an int")
-        )
-    number = operator.index(value)
-    if number < minimum:
-        raise ValueError(
-            sentence(operation, argument, f"is {number}", expected, f"raise {argument} to {minimum} or more")
-        )
-    return number
-
-
-def checked_float(operation: str, argument: str, value: object, minimum: float, *, strict: bool = False) -> float:
-    """Return ``value`` as a finite ``float`` that is at least ``minimum``, or above it where ``strict``.
-
-    Raises:
-        TypeError: it is no real number (``True`` is none either).
-        ValueError: it is NaN, infinite, or too small.
-    """
-    expected = f"a finite number {'above' if strict else 'of at least'} {minimum:g}"
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(
-            sentence(operation, argument, f"has type {type(value).__name__}", expected, f"pass {argument} as a float")
-        )
-    number = float(value)
-    if not math.isfinite(number) or number < minimum or (strict and number == minimum):
-        raise ValueError(sentence(operation, argument, f"is {number!r}", expected, f"pass {argument} in that range"))
-    return number
 
 
 def timestep_schedule(

@@ -296,7 +296,7 @@ NAN = math.nan
         (euler_step, {"sigma": 1.0, "sigma_next": 0.5, "eta": -1.0}),
         (euler_step, {"sigma": 1.0, "sigma_next": 0.5, "eta": 1.0, "s_noise": NAN}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_scalar_that_means_nothing_is_refused(step: Callable[..., Any], scalars: dict[str, Any]) -> None:
     x, m = tensors(0, 2, torch.float32)

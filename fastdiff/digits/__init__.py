@@ -8,7 +8,7 @@ figures it was measured at. It is small enough to sample on a CPU in seconds, an
 
 from __future__ import annotations
 
-from fastdiff.digits.unet import (
+from .unet import (
     IMAGE_SHAPE,
     NULL_CLASS,
     NUM_CLASSES,

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastdiff.digits.unet import IMAGE_SHAPE, NUM_CLASSES
-from fastdiff.errors import require
+from ..errors import require
+from .unet import IMAGE_SHAPE, NUM_CLASSES
 
 _PIXEL_MAX = 16.0
 

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastdiff.digits import data
-from fastdiff.digits.unet import IMAGE_SHAPE, NULL_CLASS, NUM_CLASSES, DigitUNet
-from fastdiff.errors import require
-from fastdiff.schedules import BaseNoiseScheduler, create_noise_scheduler
+from ..errors import require
+from ..schedules import BaseNoiseScheduler, create_noise_scheduler
+from . import data
+from .unet import IMAGE_SHAPE, NULL_CLASS, NUM_CLASSES, DigitUNet
 
 TIMESTEPS = 1000
 GUIDANCES = (1.5, 2.0, 3.0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastdiff.errors import require, sentence
+from ..errors import require, sentence
 
 NUM_CLASSES = 10
 NULL_CLASS = 10

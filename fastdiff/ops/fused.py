@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,10 @@ def direct_step(
     if _extension_step is None or backends.forced is not None or _is_compiling():
         return None
     try:
-        stream = 0 if sample.is_cpu else _stream_of(sample)
+        stream = 0
+        if not sample.is_cpu:
+            stream = torch.cuda.current_stream(sample.device).cuda_stream if sample.is_cuda else 0
+            guidance = _on_device(guidance, sample)
     except AttributeError:  # no tensor: the checks of `step` say what it is
         return None
     done: tuple[Tensor, ...] | None = _extension_step(
@@ -48,10 +52,6 @@ def direct_step(
         out, stream,
     )  # fmt: skip
     return done
-
-
-def _stream_of(sample: Tensor) -> int:
-    return torch.cuda.current_stream(sample.device).cuda_stream if sample.is_cuda else 0
 
 
 def step(
@@ -112,10 +112,9 @@ def step(
         )  # fmt: skip
         if done is not None:
             return done
-    if isinstance(guidance, (float, int)) and isinstance(sample, Tensor):
-        guidance = _scalar(float(guidance), compute_dtype(sample.dtype), sample.device)
+    scale = _on_device(guidance, sample)
     call = StepCall(
-        sample, model_output, table, row, uncond, guidance, tuple(history), noise, variance, threshold,
+        sample, model_output, table, row, uncond, scale, tuple(history), noise, variance, threshold,
         variance_kind, keeps,
     )  # fmt: skip
     return _checked_step(call, None if out is None else tuple(out), backend)
@@ -158,6 +157,13 @@ def _refuse_gradients(call: StepCall, name: str) -> None:
                     "sample under torch.no_grad(), or pass backend='reference'",
                 )
             )
+
+
+def _on_device(guidance: Any, sample: object) -> Tensor | None:
+    """A guidance scale as a tensor; what is no number, or has no sample to go by, is left for the checks to refuse."""
+    if isinstance(guidance, (float, int)) and isinstance(sample, Tensor):
+        return _scalar(float(guidance), compute_dtype(sample.dtype), sample.device)
+    return guidance  # type: ignore[no-any-return]
 
 
 @functools.lru_cache(maxsize=256)

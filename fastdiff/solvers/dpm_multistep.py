@@ -57,12 +57,13 @@ def dpm_multistep(
         t = levels[i + 1]
         model = prediction.at(levels[i])
         current = algorithm.interpolated(model)
-        step = exponential_step(algorithm, levels[i], t)
+        form = algorithm.at(levels[i])
+        step = exponential_step(form, levels[i], t)
         order = min(solver_order, i + 1, n - i if lower_order_final and n < FEW_STEPS else solver_order)
         if math.isinf(step.h) or (i == n - 1 and euler_at_final):
             order = 1
         past = [HISTORY[(i - j) % registers] for j in range(1, order)]
-        prev = step.x * SAMPLE + step.d0 * current
+        prev = step.x * SAMPLE + step.d0 * form.interpolated(model)
         if order == 2:
             d1 = (current - past[0]) / _spacing(levels, i - 1, step)
             prev = prev + step.first_difference(kind) * d1

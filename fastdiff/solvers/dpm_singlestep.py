@@ -42,17 +42,23 @@ def dpm_singlestep(
     check_order(solver_order)
     rows: list[Row] = []
     first = 0
-    for size in group_sizes(len(levels), solver_order, ends_clean=levels[len(levels)].sigma == 0.0):
-        rows += _group(levels.points[first : first + size + 1], prediction, algorithm, kind)
+    starts_blank, ends_clean = levels[0].alpha == 0.0, levels[len(levels)].sigma == 0.0
+    for size in group_sizes(len(levels), solver_order, starts_blank=starts_blank, ends_clean=ends_clean):
+        rows += _group(levels.points[first : first + size + 1], prediction, algorithm.at(levels[first]), kind)
         first += size
     return StepTable(tuple(rows), levels.initial_scale, thresholding=prediction.thresholding)
 
 
-def group_sizes(calls: int, solver_order: int, *, ends_clean: bool) -> list[int]:
-    """How many model calls each step of the loop makes, `calls` in all."""
-    last = [1] if ends_clean else []
-    whole, rest = divmod(calls - len(last), solver_order)
-    return [solver_order] * whole + ([rest] if rest else []) + last
+def group_sizes(calls: int, solver_order: int, *, starts_blank: bool, ends_clean: bool) -> list[int]:
+    """How many model calls each step of the loop makes, `calls` in all.
+
+    Steps from α = 0 and to σ = 0 are infinitely long in λ, so nothing lies inside them: they make one call.
+    """
+    if calls == 1:
+        return [1]
+    first, last = [1] * starts_blank, [1] * ends_clean
+    whole, rest = divmod(calls - len(first) - len(last), solver_order)
+    return first + [solver_order] * whole + ([rest] if rest else []) + last
 
 
 def _group(points: tuple[Level, ...], prediction: Prediction, algorithm: Algorithm, kind: SolverType) -> list[Row]:

@@ -37,6 +37,12 @@ class Algorithm(str, Enum):
     def predicts_data(self) -> bool:
         return self in (Algorithm.DPM_SOLVER_PP, Algorithm.SDE_DPM_SOLVER_PP)
 
+    def at(self, level: Level) -> Algorithm:
+        """The form to step with from this level: at α = 0 there is no λ to integrate ε over, and x0's form serves."""
+        if level.alpha > 0.0:
+            return self
+        return Algorithm.SDE_DPM_SOLVER_PP if self.stochastic else Algorithm.DPM_SOLVER_PP
+
     def interpolated(self, model: Denoised) -> Affine:
         """What this form keeps of a model call and interpolates: x0 or ε."""
         return model.x0 if self.predicts_data else model.consistent_noise
