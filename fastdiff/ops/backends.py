@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..call import StepCall
 from ..errors import unknown_name
-from .checks import StepCall
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 

@@ -3,77 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ..call import StepCall
 from ..errors import sentence
 from ..table import NUM_REGISTERS, ROW_WIDTH, Variance, compute_dtype
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass(frozen=True)
-class StepCall:
-    """The arguments of one step, as `fastdiff.ops.step` describes them; scalars are tensors already."""
-
-    sample: Tensor
-    model_output: Tensor
-    table: Tensor
-    row: int
-    uncond: Tensor | None = None
-    guidance: Tensor | None = None
-    history: tuple[Tensor | None, ...] = ()
-    noise: Tensor | None = None
-    variance: Tensor | None = None
-    threshold: Tensor | None = None
-    variance_kind: int = Variance.FIXED
-    keeps: int = 0
-    #: The tensors to write; empty until `make_plain` has allocated them.
-    outputs: tuple[Tensor, ...] = field(default=())
-
-    def model_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield "model_output", self.model_output
-        for name in ("uncond", "variance"):
-            tensor = getattr(self, name)
-            if tensor is not None:
-                yield name, tensor
-
-    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for j, tensor in enumerate(self.history):
-            if tensor is not None:
-                yield f"history[{j}]", tensor
-        if self.noise is not None:
-            yield "noise", self.noise
-
-    def inputs(self) -> Iterator[tuple[str, Tensor]]:
-        yield "sample", self.sample
-        yield from self.model_tensors()
-        yield from self.state_tensors()
-
-    def scalars(self) -> Iterator[tuple[str, Tensor]]:
-        yield "table", self.table
-        if self.guidance is not None:
-            yield "guidance", self.guidance
-        if self.threshold is not None:
-            yield "threshold", self.threshold
-
-    @property
-    def has_scalars_a_sample(self) -> bool:
-        return self.threshold is not None or (self.guidance is not None and self.guidance.numel() > 1)
-
-    def blocks(self) -> tuple[int, int, int]:
-        """Of a plain call: how many samples must be told apart, elements a sample, and the model tensors' stride.
-
-        Where nothing differs from sample to sample, all elements are one run.
-        """
-        total = self.sample.numel()
-        if not self.has_scalars_a_sample and self.model_output.stride() == self.sample.stride():
-            return 1, total, total
-        batch = self.sample.shape[0] if self.sample.dim() > 0 else 1
-        return batch, total // batch, self.model_output.stride(0) if batch > 1 else total // batch
 
 
 def check(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..call import StepCall
 from ..errors import sentence
 from ..table import Variance, compute_dtype
 from . import backends
-from .checks import StepCall, check, laid_out, make_plain, output_strides
+from .checks import check, laid_out, make_plain, output_strides
 
 _is_compiling = torch.compiler.is_compiling
 _extension_step = None if backends.extension is None else backends.extension.step

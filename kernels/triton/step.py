@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 if TYPE_CHECKING:
-    from fastdiff.ops.checks import StepCall
+    from fastdiff.call import StepCall
 
 #: Elements a program, and warps a program: 8 elements a thread, one 16-byte access for half types and two for float32.
 BLOCK = 1024
