@@ -141,6 +141,7 @@ def draw_digits(
 def print_environment() -> None:
     """Versions of what matters here, and each backend with the reason where it is missing."""
     table_class = require("rich.table", "cli", "fastdiff env").Table
+    plain = require("rich.text", "cli", "fastdiff env").Text  # a remedy such as 'x[extra]' is no markup
     console = require("rich.console", "cli", "fastdiff env").Console()
     versions = table_class("package", "version", title=f"fastdiff {__version__}", title_justify="left")
     versions.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
@@ -150,7 +151,7 @@ def print_environment() -> None:
     backends = table_class("backend", "status", title="backends", title_justify="left")
     for name, status in ops.backend_status().items():
         detail = f" ({ops.cpu_build()} build)" if name == "cpu" and status == "available" else ""
-        backends.add_row(name, status + detail)
+        backends.add_row(name, plain(status + detail))
     console.print(versions)
     console.print(backends)
     threads = torch.get_num_threads()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdiff.cli import SAMPLERS, parse_classes
+from fastdiff.cli import SAMPLERS, parse_classes, print_environment
 from fastdiff.images import GAP, save_grid
 
 pytest.importorskip("typer")
@@ -72,6 +72,15 @@ def test_env_names_every_backend_and_why_one_is_missing() -> None:
         assert word in text
     if not torch.cuda.is_available():
         assert "without CUDA" in text or "no CUDA device" in text or "not built" in text
+
+
+def test_env_prints_the_extra_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Square brackets are markup to rich, and have to come out all the same."""
+    monkeypatch.setattr("fastdiff.cli.ops.backend_status", lambda: {"triton": "pip install 'x[triton]'"})
+    print_environment()
+    assert "pip install 'x[triton]'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -9,19 +9,24 @@ trained on the same fixed four fifths; the last fifth is held out from both.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ..errors import require
 from .unet import IMAGE_SHAPE, NUM_CLASSES
 
-_PIXEL_MAX = 16.0
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+    Array = npt.NDArray[Any]
+else:
+    np = require("numpy", "training", "fastdiff.digits.data")
+    Array = Any
+
+_PIXEL_MAX = 16.0
 
 
 class Digits(NamedTuple):
