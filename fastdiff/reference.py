@@ -24,6 +24,7 @@ from .table import (
     CLIP,
     KEEP_0,
     KEEP_1,
+    NUM_REGISTERS,
     PREDICTION_OUTPUT,
     PREDICTION_SAMPLE,
     PREV_SAMPLE,
@@ -58,27 +59,43 @@ def step(
     if uncond is not None and guidance is not None:
         u = uncond.to(dtype)
         m = u + _a_sample(guidance, x) * (m - u)
+    maps = [row[first : first + len(COLUMNS)] for first in (PREV_SAMPLE, KEEP_0, KEEP_1)[: keeps + 1]]
+    known = [_known(weights) for weights in maps]
+    d = None
+    if any(weights is None or weights[COLUMNS.index("prediction")] for weights in known):
+        d = _prediction(x, m, row, threshold)
+    z = None if noise is None else noise.to(dtype)
+    if z is not None and variance is not None:
+        z = z * learned_std(variance.to(dtype), row, variance_kind)
+    registers = [None if h is None else h.to(dtype) for h in history]
+    registers += [None] * (NUM_REGISTERS - len(registers))
+    terms = [x, m, d, *registers, z]
+    return [_weighted_sum(weights, values, terms).to(sample.dtype) for weights, values in zip(maps, known, strict=True)]
+
+
+def _prediction(x: Tensor, m: Tensor, row: Tensor, threshold: Tensor | None) -> Tensor:
     d = row[PREDICTION_SAMPLE] * x + row[PREDICTION_OUTPUT] * m
     d = torch.clamp(d, -row[CLIP], row[CLIP])
     if threshold is not None:
         s = _a_sample(threshold, x)
         d = torch.clamp(d, -s, s) / s
-    z = None if noise is None else noise.to(dtype)
-    if z is not None and variance is not None:
-        z = z * learned_std(variance.to(dtype), row, variance_kind)
-    registers = [None if h is None else h.to(dtype) for h in history]
-    registers += [None] * (len(COLUMNS) - 4 - len(registers))
-    terms = [x, m, d, *registers, z]
-    outputs = []
-    for first in (PREV_SAMPLE, KEEP_0, KEEP_1)[: keeps + 1]:
-        total = torch.zeros_like(x)
-        for column, term in enumerate(terms):
-            if term is not None:
-                weight = row[first + column]
-                # A selection rather than a branch on the value: no host sync, and 0·NaN is not added.
-                total = torch.where(weight != 0, total + weight * term, total)
-        outputs.append(total.to(sample.dtype))
-    return outputs
+    return d
+
+
+def _known(weights: Tensor) -> list[float] | None:
+    """The weights as numbers where reading them is no host sync, to tell which terms there are."""
+    return weights.tolist() if weights.device.type == "cpu" else None
+
+
+def _weighted_sum(weights: Tensor, known: list[float] | None, terms: list[Tensor | None]) -> Tensor:
+    total = torch.zeros_like(terms[0])  # type: ignore[arg-type]
+    for column, term in enumerate(terms):
+        if term is None or (known is not None and known[column] == 0.0):
+            continue
+        added = total + weights[column] * term
+        # A selection where the value is not known here: 0·NaN must not be added.
+        total = added if known is not None else torch.where(weights[column] != 0, added, total)
+    return total
 
 
 def learned_std(v: Tensor, row: Tensor, variance_kind: int) -> Tensor:
