@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -28,7 +28,7 @@ class StepCall:
     variance_kind: int = Variance.FIXED
     keeps: int = 0
     #: The tensors to write; empty until `fastdiff.ops.checks.make_plain` has allocated them.
-    outputs: tuple[Tensor, ...] = field(default=())
+    outputs: tuple[Tensor, ...] = ()
 
     def model_tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield "model_output", self.model_output

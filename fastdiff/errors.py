@@ -46,8 +46,13 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
     except ImportError as error:
         package = module.partition(".")[0]
         raise ImportError(
-            f"{purpose}: the package {package!r} cannot be imported ({error}), expected it to be installed; "
-            f"run: pip install 'fastdiff-kernels[{extra}]'"
+            sentence(
+                purpose,
+                f"the package {package!r}",
+                f"cannot be imported ({error})",
+                "it to be installed",
+                f"run: pip install 'fastdiff-kernels[{extra}]'",
+            )
         ) from error
 
 

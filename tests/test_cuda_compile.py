@@ -11,9 +11,10 @@ import subprocess
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from setup_script import load_setup
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
@@ -24,16 +25,7 @@ REGISTER_FILE = 65536
 THREADS = 256
 
 
-def _load_setup() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fastdiff_setup_for_cuda", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-setup_py = _load_setup()
+setup_py = load_setup()
 RELEASE, HOME, PROBLEM = setup_py.find_toolkit(os.environ)
 
 needs_nvcc = pytest.mark.skipif(HOME is None, reason=f"needs the CUDA toolkit: {PROBLEM}")

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import re
 import shutil
@@ -13,9 +12,10 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from setup_script import load_setup
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,16 +34,7 @@ LEFTOVERS = shutil.ignore_patterns(
 )
 
 
-def _load_setup() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fastdiff_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-setup_py = _load_setup()
+setup_py = load_setup()
 Facts = setup_py.Facts
 
 COMPLETE = Facts(compiler="c++", torch="2.13.0+cu130", torch_cuda="13.0", toolkit="13.0", toolkit_home="/opt/cuda")

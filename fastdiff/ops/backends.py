@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import reference
 from ..call import StepCall
-from ..errors import unknown_name
+from ..errors import sentence, unknown_name
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
@@ -116,8 +116,13 @@ def backend_for(sample: Tensor, backend: str | None = None) -> str:
             raise RuntimeError(f"step: backend {name!r} was asked for and is missing: {missing}")
         if not _serves(name, device):
             raise ValueError(
-                f"step: backend is {name!r} for tensors on {device}, expected one that serves {device.type}; "
-                f"move the tensors, or leave the choice to fastdiff"
+                sentence(
+                    "step",
+                    "backend",
+                    f"is {name!r} for tensors on {device}",
+                    f"one that serves {device.type}",
+                    "move the tensors, or leave the choice to fastdiff",
+                )
             )
         return name
     if device.type == "cpu":
@@ -139,9 +144,13 @@ def use_backend(name: str | None) -> Iterator[None]:
         forced = before
 
 
+def current_stream(sample: Tensor) -> int:
+    """The stream that the extension launches on: CUDA's current one as a pointer, 0 elsewhere."""
+    return torch.cuda.current_stream(sample.device).cuda_stream if sample.is_cuda else 0
+
+
 def _run_extension(call: StepCall) -> None:
     assert extension is not None
-    stream = torch.cuda.current_stream(call.sample.device).cuda_stream if call.sample.is_cuda else 0
     done = extension.step(
         call.sample,
         call.model_output,
@@ -156,7 +165,7 @@ def _run_extension(call: StepCall) -> None:
         int(call.variance_kind),
         call.keeps,
         call.outputs,
-        stream,
+        current_stream(call.sample),
     )
     if done is None:
         raise AssertionError(f"step: the extension declined a call that was made plain: {call}")
@@ -166,11 +175,6 @@ def _run_triton(call: StepCall) -> None:
     module, error = _load_triton()
     assert module is not None, error
     module.launch(call)
-
-
-def _run_reference(call: StepCall) -> None:
-    for output, value in zip(call.outputs, reference_outputs(call), strict=True):
-        output.copy_(value)
 
 
 def reference_outputs(call: StepCall) -> list[Tensor]:
@@ -190,11 +194,11 @@ def reference_outputs(call: StepCall) -> list[Tensor]:
     )
 
 
+#: How a plain call is run; the reference takes any call as it is (`reference_outputs`).
 RUN: dict[str, Callable[[StepCall], None]] = {
     "cpu": _run_extension,
     "cuda": _run_extension,
     "triton": _run_triton,
-    "reference": _run_reference,
 }
 
 if os.environ.get("FASTDIFF_BACKEND"):

@@ -44,7 +44,7 @@ def direct_step(
     try:
         stream = 0
         if not sample.is_cpu:
-            stream = torch.cuda.current_stream(sample.device).cuda_stream if sample.is_cuda else 0
+            stream = backends.current_stream(sample)
             guidance = _on_device(guidance, sample)
     except AttributeError:  # no tensor: the checks of `step` say what it is
         return None
