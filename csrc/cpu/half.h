@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "step_cpu.h"
+#include "cpu.h"
 
 namespace fastdiff {
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <string.h>
 
-#include "step_cpu.h"
+#include "cpu.h"
 
 namespace fastdiff {
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The step for AVX2, FMA and F16C. The pragma comes after the headers: an inline function of theirs, compiled here
+// The loops for AVX2, FMA and F16C. The pragma comes after the headers: an inline function of theirs, compiled here
 // for AVX2, could otherwise be the copy that the linker keeps for everyone.
-#include "step_cpu.h"
+#include "cpu.h"
 
 #ifdef FASTDIFF_X86_BUILDS
 #include <immintrin.h>

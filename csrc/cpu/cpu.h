@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The CPU step: one entry a build for an instruction set, and the choice among them.
+// The loops on the CPU: one build of each for an instruction set, and the choice among them.
 #pragma once
 
 #include "../step_math.h"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The step for AVX-512 (F, BW, VL, DQ); see step_avx2.cpp for the order of pragma and headers.
-#include "step_cpu.h"
+// The loops for AVX-512 (F, BW, VL, DQ); see avx2.cpp for the order of pragma and headers.
+#include "cpu.h"
 
 #ifdef FASTDIFF_X86_BUILDS
 #include <immintrin.h>

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: MIT
+// What the bindings share: which tensors the loops take as they are, and the Python objects of one call.
+#pragma once
+
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/extension.h>
+
+#include <array>
+#include <optional>
+
+#include "../cpu/cpu.h"
+
+namespace fastdiff::bindings {
+
+// Null where the caller gave None.
+using MaybeTensor = const at::Tensor*;
+
+// The build of the CPU loops that runs, chosen when the module loads.
+inline CpuBuild cpu_build;
+
+inline std::optional<DType> dtype_of(at::ScalarType type) {
+    switch (type) {
+        case at::kHalf:
+            return DType::kFloat16;
+        case at::kBFloat16:
+            return DType::kBFloat16;
+        case at::kFloat:
+            return DType::kFloat32;
+        case at::kDouble:
+            return DType::kFloat64;
+        default:
+            return std::nullopt;
+    }
+}
+
+// Whether a tensor is strided memory that may be read as it lies, outside of autograd.
+inline bool ordinary(const at::Tensor& tensor) {
+    return tensor.layout() == at::kStrided && !tensor.is_neg() && !tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
+           !(tensor.requires_grad() && at::GradMode::is_enabled());
+}
+
+inline bool served(const at::Tensor& sample) {
+#ifdef FASTDIFF_CUDA
+    return sample.is_cpu() || sample.is_cuda();
+#else
+    return sample.is_cpu();
+#endif
+}
+
+// The Python objects of one call, read in order. `good` turns false at the first of an unexpected type.
+class Arguments {
+  public:
+    explicit Arguments(PyObject* const* objects) : next_(objects) {}
+
+    PyObject* object() { return *next_++; }
+
+    MaybeTensor tensor() { return tensor_of(object()); }
+
+    int64_t integer() {
+        PyObject* object = this->object();
+        good = good && PyLong_Check(object);
+        if (!good) return 0;
+        int overflow = 0;
+        const int64_t value = PyLong_AsLongLongAndOverflow(object, &overflow);
+        good = overflow == 0;
+        return value;
+    }
+
+    // Up to N tensors or None of a list or tuple; -1 for None in its place.
+    template <size_t N>
+    int64_t tensors(std::array<MaybeTensor, N>* to) {
+        PyObject* object = this->object();
+        if (object == Py_None) return -1;
+        const bool list = PyList_CheckExact(object);
+        good = good && (list || PyTuple_CheckExact(object));
+        const Py_ssize_t size = good ? Py_SIZE(object) : 0;
+        good = good && size <= static_cast<Py_ssize_t>(N);
+        for (Py_ssize_t i = 0; good && i < size; ++i)
+            (*to)[i] = tensor_of(list ? PyList_GET_ITEM(object, i) : PyTuple_GET_ITEM(object, i));
+        return size;
+    }
+
+    bool good = true;
+
+  private:
+    MaybeTensor tensor_of(PyObject* object) {
+        if (object == Py_None) return nullptr;
+        good = good && THPVariable_Check(object);
+        return good ? &THPVariable_Unpack(object) : nullptr;
+    }
+
+    PyObject* const* next_;
+};
+
+}  // namespace fastdiff::bindings
