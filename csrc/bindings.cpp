@@ -3,9 +3,8 @@
 #include <cstdlib>
 #include <string>
 
+#include "bindings/randn.h"
 #include "bindings/step.h"
-
-namespace py = pybind11;
 
 namespace {
 
@@ -32,5 +31,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #else
     m.attr("cuda") = false;
 #endif
+    m.def("randn", &randn, py::arg("out"), py::arg("seeds"), py::arg("steps"), py::arg("step"), py::arg("purpose"),
+          py::arg("stream"));
     if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }

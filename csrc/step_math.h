@@ -21,6 +21,9 @@ enum RowLayout : int {
     kClip = 2,
     kVarianceOffset = 3,
     kVarianceSlope = 4,
+    kModelInputScale = 5,
+    kStore0 = 6,  // the register that keep_0 goes to where rows are a sample's own; negative for none
+    kStore1 = 7,
     kPrevSample = 8,
     kKeep0 = 16,
     kKeep1 = 24,
@@ -37,6 +40,18 @@ constexpr int kOutputMaps[kMaxOutputs] = {kPrevSample, kKeep0, kKeep1};
 enum class Variance : int { kFixed = 0, kLearnedRange = 1, kLearned = 2 };
 enum class DType : int { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2, kFloat64 = 3 };
 
+// What noise is drawn from, and for whom; see philox.h.
+struct NoiseArgs {
+    const int64_t* seeds;  // [batch]; null where no noise is drawn
+    const int64_t* steps;  // [1] or [batch]; null where all samples are at `step`
+    int64_t steps_stride;  // 0 or 1
+    uint32_t step;
+    uint32_t purpose;
+    // Noise belongs to places in the sample, counted row-major: with 1 that is the order of memory, with more it is
+    // channels-last memory of so many channels.
+    int64_t channels;
+};
+
 // One call of the step. Tensors of the samples' dtype share one dense layout of batch × inner elements;
 // pointers may be null where the row has no coefficient for them.
 struct StepArgs {
@@ -48,14 +63,32 @@ struct StepArgs {
     const void* uncond;
     const void* variance;
     const void* noise;
-    const void* history[kRegisters];
-    const void* row;          // [32], compute dtype
+    void* history[kRegisters];  // written only by `scatter`
+    const void* table;          // [num_rows, 32], compute dtype
+    int64_t num_rows;
+    int64_t row;              // of all samples, where `rows` is null
+    const int64_t* rows;      // [1] or [batch]; a sample whose row is not in the table stays as it is
+    int64_t rows_stride;      // 0 or 1
     const void* guidance;     // [1] or [batch], compute dtype
     const void* threshold;    // [batch], compute dtype
     int64_t guidance_stride;  // 0 or 1
+    NoiseArgs draw;           // instead of `noise`
     void* outputs[kMaxOutputs];
     int num_outputs;
+    bool scatter;       // the kept tensors go to the registers that each sample's row names, not to outputs[1] and [2]
+    void* model_input;  // scale · prev_sample, `model_input_copies` times, each batch × inner after the other
+    int model_input_copies;
+    DType model_input_dtype;
     Variance variance_kind;
+    DType dtype;
+};
+
+// A run of normal numbers: out[b, i] for a contiguous batch × inner.
+struct RandnArgs {
+    int64_t batch;
+    int64_t inner;
+    NoiseArgs draw;
+    void* out;
     DType dtype;
 };
 

@@ -18,6 +18,8 @@ The way of the data::
 from . import ops
 from .loop import SamplingResult, StepInfo
 from .manager import AdvancedSamplingManager, create_advanced_sampling_manager
+from .ops import randn
+from .philox import Purpose, as_seeds, spawn_seeds
 from .samplers import (
     BaseSampler,
     DDIMSampler,
@@ -69,6 +71,7 @@ __all__ = [
     "LinearRescaledNoiseScheduler",
     "NoiseScheduleType",
     "NoiseSchedulerConfig",
+    "Purpose",
     "QuadraticNoiseScheduler",
     "SamplingConfig",
     "SamplingMethod",
@@ -78,8 +81,11 @@ __all__ = [
     "StepInfo",
     "StepTable",
     "Stepper",
+    "as_seeds",
     "create_advanced_sampling_manager",
     "create_noise_scheduler",
     "create_sampler",
     "ops",
+    "randn",
+    "spawn_seeds",
 ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .philox import Purpose
 from .table import Variance
 
 
@@ -18,7 +19,7 @@ class StepCall:
     sample: Tensor
     model_output: Tensor
     table: Tensor
-    row: int
+    row: int | Tensor
     uncond: Tensor | None = None
     guidance: Tensor | None = None
     history: tuple[Tensor | None, ...] = ()
@@ -27,6 +28,12 @@ class StepCall:
     threshold: Tensor | None = None
     variance_kind: int = Variance.FIXED
     keeps: int = 0
+    seeds: Tensor | None = None
+    noise_step: int | Tensor = 0
+    purpose: int = Purpose.STEP
+    model_input: Tensor | None = None
+    #: Whether kept tensors go to the registers in `history` that the rows name, instead of to outputs of their own.
+    scatter: bool = False
     #: The tensors to write; empty until `fastdiff.ops.checks.make_plain` has allocated them.
     outputs: tuple[Tensor, ...] = ()
 
@@ -56,9 +63,22 @@ class StepCall:
         if self.threshold is not None:
             yield "threshold", self.threshold
 
+    def counters(self) -> Iterator[tuple[str, Tensor]]:
+        """The integer tensors."""
+        for name in ("row", "seeds", "noise_step"):
+            tensor = getattr(self, name)
+            if isinstance(tensor, Tensor):
+                yield name, tensor
+
     @property
-    def has_scalars_a_sample(self) -> bool:
-        return self.threshold is not None or (self.guidance is not None and self.guidance.numel() > 1)
+    def tells_samples_apart(self) -> bool:
+        """Whether anything but the elements differs from sample to sample."""
+        one_each = (self.row, self.guidance)
+        return (
+            self.threshold is not None
+            or self.seeds is not None
+            or any(isinstance(value, Tensor) and value.numel() > 1 for value in one_each)
+        )
 
     def blocks(self) -> tuple[int, int, int]:
         """Of a plain call: how many samples must be told apart, elements a sample, and the model tensors' stride.
@@ -66,7 +86,7 @@ class StepCall:
         Where nothing differs from sample to sample, all elements are one run.
         """
         total = self.sample.numel()
-        if not self.has_scalars_a_sample and self.model_output.stride() == self.sample.stride():
+        if not self.tells_samples_apart and self.model_output.stride() == self.sample.stride():
             return 1, total, total
         batch = self.sample.shape[0] if self.sample.dim() > 0 else 1
         return batch, total // batch, self.model_output.stride(0) if batch > 1 else total // batch

@@ -7,27 +7,34 @@ It runs on any device, is differentiable, and allocates as torch does.  The orde
     d = p·x + q·m;  clamped to ±clip;  with a threshold s: clamped to ±s and divided by s
     out = ((0 + a_x·x) + a_m·m) + a_d·d + a_0·h_0 + … + a_3·h_3 + a_z·(std·z)
 
-computed in float32 (float64 for float64 samples) and rounded once.  A term whose coefficient is 0 is not added, so a
+computed in float32 (float64 for float64 samples) and rounded once; z may be drawn from seeds (`fastdiff.philox`), and
+then is not rounded to the samples' dtype.  A term whose coefficient is 0 is not added, so a
 tensor that a row does not use may be absent, or hold anything.  Compiled backends fuse each product with its sum (fma);
 here the product is rounded first, which is why agreement is stated in units of rounding, not of bits.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import philox
 from .affine import COLUMNS
 from .table import (
     CLIP,
     KEEP_0,
     KEEP_1,
+    MODEL_INPUT_SCALE,
     NUM_REGISTERS,
     PREDICTION_OUTPUT,
     PREDICTION_SAMPLE,
     PREV_SAMPLE,
+    STORE_0,
+    STORE_1,
     VARIANCE_OFFSET,
     VARIANCE_SLOPE,
     Variance,
@@ -49,59 +56,139 @@ def step(
     variance_kind: int = Variance.FIXED,
     keeps: int = 0,
 ) -> list[Tensor]:
-    """One step; arguments as `fastdiff.ops.step` describes them, but `row` is one row, ``[32]``, compute dtype.
+    """One step; arguments as `fastdiff.ops.step` describes them, but `row` holds scalars, in the compute dtype.
+
+    Args:
+        row: ``[32]`` for all samples, or ``[B, 32]``, one each.
+        noise: may be float32 beside samples of a half type, where it was drawn from seeds.
 
     Returns:
         prev_sample and as many kept tensors as `keeps` says, in the dtype and shape of `sample`.
     """
     dtype = compute_dtype(sample.dtype)
     x, m = sample.to(dtype), model_output.to(dtype)
+    scalar = _Scalars(row, x)
     if uncond is not None and guidance is not None:
         u = uncond.to(dtype)
         m = u + _a_sample(guidance, x) * (m - u)
-    maps = [row[first : first + len(COLUMNS)] for first in (PREV_SAMPLE, KEEP_0, KEEP_1)[: keeps + 1]]
-    known = [_known(weights) for weights in maps]
+    maps = (PREV_SAMPLE, KEEP_0, KEEP_1)[: keeps + 1]
     d = None
-    if any(weights is None or weights[COLUMNS.index("prediction")] for weights in known):
-        d = _prediction(x, m, row, threshold)
+    if any(scalar.known[first + COLUMNS.index("prediction")] != 0.0 for first in maps):
+        d = _prediction(x, m, scalar, threshold)
     z = None if noise is None else noise.to(dtype)
     if z is not None and variance is not None:
-        z = z * learned_std(variance.to(dtype), row, variance_kind)
+        z = z * _learned_std(variance.to(dtype), scalar, variance_kind)
     registers = [None if h is None else h.to(dtype) for h in history]
     registers += [None] * (NUM_REGISTERS - len(registers))
     terms = [x, m, d, *registers, z]
-    return [_weighted_sum(weights, values, terms).to(sample.dtype) for weights, values in zip(maps, known, strict=True)]
+    return [_weighted_sum(scalar, first, terms).to(sample.dtype) for first in maps]
 
 
-def _prediction(x: Tensor, m: Tensor, row: Tensor, threshold: Tensor | None) -> Tensor:
-    d = row[PREDICTION_SAMPLE] * x + row[PREDICTION_OUTPUT] * m
-    d = torch.clamp(d, -row[CLIP], row[CLIP])
+def step_rows(
+    sample: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    *,
+    out: Sequence[Tensor | None] | None = None,
+    **rest: Any,
+) -> list[Tensor]:
+    """One step with a row for all samples, ``[1]``, or for each, ``[B]``; a sample whose row is negative stays.
+
+    Returns:
+        As `step`; of a sample that stays, the kept tensors hold what `out` does there, or 0.
+    """
+    chosen, taken = _chosen(table, rows)
+    results = step(sample, model_output, chosen if len(chosen) > 1 else chosen[0], **rest)
+    taken = _a_sample(taken, sample)
+    before = [sample, *(out[1:] if out is not None else [None] * len(results[1:]))]
+    return [
+        torch.where(taken, value, torch.zeros_like(value) if old is None else old)
+        for value, old in zip(results, before, strict=False)
+    ]
+
+
+def _chosen(table: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows, ``[B, 32]``, and which of them are in the table at all."""
+    rows = rows.reshape(-1)
+    return table[rows.clamp(0, len(table) - 1)], (rows >= 0) & (rows < len(table))
+
+
+def stored(
+    table: Tensor, rows: Tensor, registers: Sequence[Tensor | None], kept: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The registers after a step: each sample's kept tensors where its row says, what they held elsewhere."""
+    chosen, taken = _chosen(table, rows)
+    after: list[Tensor | None] = []
+    for j, register in enumerate(registers):
+        if register is not None:
+            for store, value in zip((STORE_0, STORE_1), kept, strict=True):
+                register = torch.where(_a_sample(taken & (chosen[:, store] == j), value), value, register)
+        after.append(register)
+    return after
+
+
+def model_input(prev_sample: Tensor, table: Tensor, row: int | Tensor, dtype: torch.dtype, copies: int) -> Tensor:
+    """The next model input: the rounded sample times the row's scale (1 where a sample stays), in `dtype`."""
+    x = prev_sample.to(compute_dtype(prev_sample.dtype))
+    if isinstance(row, Tensor):
+        chosen, taken = _chosen(table, row)
+        scale = torch.where(taken, chosen[:, MODEL_INPUT_SCALE], 1.0)
+        scaled = _a_sample(scale, x) * x
+    else:
+        scaled = table[row, MODEL_INPUT_SCALE] * x
+    once = scaled.to(dtype)
+    return torch.cat([once] * copies) if copies > 1 else once
+
+
+def drawn_noise(sample: Tensor, seeds: Tensor, step: int | Tensor, purpose: int) -> Tensor:
+    """The noise that a step draws, float32 in the shape of `sample`."""
+    size = math.prod(sample.shape[1:])
+    return philox.normals(seeds.reshape(-1), step, purpose, size).reshape(sample.shape)
+
+
+class _Scalars:
+    """The columns of a row, or of a row a sample, each shaped to multiply ``[B, ...]``.
+
+    `known` holds them as numbers where there is one row and reading it is no host sync, else NaN: unlike any number.
+    """
+
+    def __init__(self, row: Tensor, like: Tensor) -> None:
+        self._row, self._like = row, like
+        at_hand = row.dim() == 1 and row.device.type == "cpu"
+        self.known: list[float] = row.tolist() if at_hand else [math.nan] * row.shape[-1]
+
+    def __getitem__(self, column: int) -> Tensor:
+        return _a_sample(self._row[..., column], self._like)
+
+
+def _prediction(x: Tensor, m: Tensor, scalar: _Scalars, threshold: Tensor | None) -> Tensor:
+    d = scalar[PREDICTION_SAMPLE] * x + scalar[PREDICTION_OUTPUT] * m
+    d = torch.clamp(d, -scalar[CLIP], scalar[CLIP])
     if threshold is not None:
         s = _a_sample(threshold, x)
         d = torch.clamp(d, -s, s) / s
     return d
 
 
-def _known(weights: Tensor) -> list[float] | None:
-    """The weights as numbers where reading them is no host sync, to tell which terms there are."""
-    return weights.tolist() if weights.device.type == "cpu" else None
-
-
-def _weighted_sum(weights: Tensor, known: list[float] | None, terms: list[Tensor | None]) -> Tensor:
+def _weighted_sum(scalar: _Scalars, first: int, terms: Sequence[Tensor | None]) -> Tensor:
+    """One affine map, whose weights begin at column `first`."""
     total = torch.zeros_like(terms[0])  # type: ignore[arg-type]
-    for column, term in enumerate(terms):
-        if term is None or (known is not None and known[column] == 0.0):
+    for column, term in enumerate(terms, first):
+        known = scalar.known[column]
+        if term is None or known == 0.0:
             continue
-        added = total + weights[column] * term
+        weight = scalar[column]
+        added = total + weight * term
         # A selection where the value is not known here: 0·NaN must not be added.
-        total = added if known is not None else torch.where(weights[column] != 0, added, total)
+        total = torch.where(weight != 0, added, total) if math.isnan(known) else added
     return total
 
 
-def learned_std(v: Tensor, row: Tensor, variance_kind: int) -> Tensor:
+def _learned_std(v: Tensor, scalar: _Scalars, variance_kind: int) -> Tensor:
     """The standard deviation that the model's second output v stands for, element by element."""
     if variance_kind == Variance.LEARNED_RANGE:
-        return torch.exp(row[VARIANCE_OFFSET] + row[VARIANCE_SLOPE] * v)
+        return torch.exp(scalar[VARIANCE_OFFSET] + scalar[VARIANCE_SLOPE] * v)
     return torch.sqrt(v)
 
 

@@ -14,7 +14,7 @@ from .errors import sentence
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
-def randn(shape: Sequence[int], generator: Generators = None, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+def draw(shape: Sequence[int], generator: Generators = None, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Standard normal noise, ``[*shape]``.
 
     It is drawn in `dtype` on the generator's own device and then moved, so that a CPU generator gives the same noise
@@ -34,7 +34,7 @@ def randn(shape: Sequence[int], generator: Generators = None, *, dtype: torch.dt
     if len(shape) == 0 or len(generator) != shape[0]:
         raise ValueError(
             sentence(
-                "randn",
+                "step",
                 "generator",
                 f"is a list of {len(generator)}",
                 f"one generator for each sample of shape {list(shape)}",

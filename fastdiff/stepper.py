@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from . import ops
 from .errors import sentence
-from .rng import Generators, randn
+from .philox import as_seeds
+from .rng import Generators, draw
 from .table import NUM_REGISTERS, StepTable, Variance
 from .thresholding import dynamic_threshold
 
@@ -22,6 +25,8 @@ class Stepper:
         table: the compiled sampler.
         dynamic_thresholding_ratio, sample_max_value: of `fastdiff.thresholding.dynamic_threshold`, where the
             table asks for it.
+        seeds: one for each sample, as in `fastdiff.randn`: steps then draw their noise themselves, and no generator is
+            asked.  A sample's noise depends on its seed and on the step alone.
         backend: forces one for all steps, as in `fastdiff.ops.step`.
     """
 
@@ -31,6 +36,7 @@ class Stepper:
         *,
         dynamic_thresholding_ratio: float = 0.995,
         sample_max_value: float = 1.0,
+        seeds: int | Sequence[int] | Tensor | None = None,
         backend: str | None = None,
     ) -> None:
         self.table = table
@@ -38,6 +44,8 @@ class Stepper:
         self.backend = backend
         self._ratio = dynamic_thresholding_ratio
         self._max_value = sample_max_value
+        self._given_seeds = seeds
+        self._seeds: Tensor | None = None
         self._registers: list[Tensor | None] = [None] * NUM_REGISTERS
         self._rows: Tensor | None = None
         self._shape: torch.Size
@@ -59,15 +67,17 @@ class Stepper:
         noise: Tensor | None = None,
         generator: Generators = None,
         out: Tensor | None = None,
+        model_input: Tensor | None = None,
     ) -> Tensor:
         """Take the next row's step.
 
         Args:
             sample: x, ``[B, ...]``; shape, dtype and device must stay the same throughout a loop.
             model_output, uncond, guidance, variance: as in `fastdiff.ops.step`.
-            noise: z, like `sample`; drawn with `generator` where None and the row wants it.
+            noise: z, like `sample`; where None and the row wants it, drawn from the seeds or with `generator`.
             generator: one, or one a sample.
             out: a tensor to write instead of a new one; may be `sample`.
+            model_input: a tensor to write the next model input to, as in `fastdiff.ops.step`.
 
         Returns:
             The previous sample.
@@ -90,11 +100,14 @@ class Stepper:
             )
         registers = self._registers
         reads, store = plan.reads[row], plan.store[row]
-        if noise is None and plan.draws_noise[row]:
-            noise = randn(sample.shape, generator, dtype=sample.dtype, device=sample.device)
         rows = self._rows
         if rows is None or sample.shape != self._shape or sample.dtype is not self._dtype:
             rows = self._rows_for(sample)
+        seeds = None
+        if noise is None and plan.draws_noise[row]:
+            seeds = self._seeds
+            if seeds is None:
+                noise = draw(sample.shape, generator, dtype=sample.dtype, device=sample.device)
         threshold = self._threshold(sample, model_output, uncond, guidance) if plan.thresholding else None
         kind = 0 if plan.variance == 0 else self._variance_kind(variance)
         history = [registers[j] if j in reads else None for j in range(reads[-1] + 1)] if reads else ()
@@ -103,7 +116,7 @@ class Stepper:
         if self.backend is None:
             results = ops.direct_step(
                 sample, model_output, rows, row, uncond, guidance, history, noise, variance, threshold, kind,
-                len(store), outs,
+                len(store), outs, seeds, row, 1, model_input,
             )  # fmt: skip
         if results is None:
             results = ops.step(
@@ -115,6 +128,9 @@ class Stepper:
                 guidance=guidance,
                 history=history,
                 noise=noise,
+                seeds=seeds,
+                noise_step=row,
+                model_input=model_input,
                 variance=variance,
                 threshold=threshold,
                 variance_kind=kind,
@@ -139,6 +155,8 @@ class Stepper:
                     "start a new stepper for other samples",
                 )
             )
+        if self._given_seeds is not None:
+            self._seeds = as_seeds(self._given_seeds, sample.shape[0], sample.device)
         self._shape, self._dtype = sample.shape, sample.dtype
         self._rows = self.table.rows_as(sample.dtype, sample.device)
         return self._rows

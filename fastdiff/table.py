@@ -25,6 +25,7 @@ from .errors import sentence
 
 #: Scalars of a row before the three affine maps.  csrc/step_math.h and kernels/triton/step.py read the same layout.
 PREDICTION_SAMPLE, PREDICTION_OUTPUT, CLIP, VARIANCE_OFFSET, VARIANCE_SLOPE = range(5)
+MODEL_INPUT_SCALE, STORE_0, STORE_1 = 5, 6, 7
 PREV_SAMPLE, KEEP_0, KEEP_1 = 8, 16, 24
 ROW_WIDTH = 32
 NUM_REGISTERS = 4
@@ -52,6 +53,7 @@ class Row:
         keep: maps whose values go to the registers named by `store`.
         store: a register (0 to 3) for each map of `keep`.
         variance_offset, variance_slope: of `Variance.LEARNED_RANGE`.
+        model_input_scale: the next model input is this times the previous sample.
     """
 
     timestep: float
@@ -62,12 +64,13 @@ class Row:
     store: tuple[int, ...] = ()
     variance_offset: float = 0.0
     variance_slope: float = 0.0
+    model_input_scale: float = 1.0
 
     def scalars(self) -> list[float]:
         """The row as `ROW_WIDTH` numbers, in the layout that the backends read."""
         keep_0, keep_1 = (*self.keep, ZERO, ZERO)[:2]
-        head = [*self.prediction, self.clip, self.variance_offset, self.variance_slope]
-        head += [0.0] * (PREV_SAMPLE - len(head))
+        stores = [float(register) for register in (*self.store, -1, -1)[:2]]  # -1: nothing is kept
+        head = [*self.prediction, self.clip, self.variance_offset, self.variance_slope, self.model_input_scale, *stores]
         return [*head, *self.prev_sample.coefficients, *keep_0.coefficients, *keep_1.coefficients]
 
 
@@ -174,6 +177,8 @@ class StepTable:
         rows = torch.zeros_like(self.rows)
         rows[:, [PREDICTION_SAMPLE, PREDICTION_OUTPUT]] = self.rows[:, [PREDICTION_SAMPLE, PREDICTION_OUTPUT]]
         rows[:, CLIP] = float("inf")
+        rows[:, MODEL_INPUT_SCALE] = 1.0
+        rows[:, [STORE_0, STORE_1]] = -1.0
         rows[:, PREV_SAMPLE + COLUMNS.index("prediction")] = 1.0
         return rows
 

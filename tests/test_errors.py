@@ -12,7 +12,7 @@ import torch
 from fastdiff import NoiseSchedulerConfig, SamplingConfig, create_noise_scheduler, create_sampler
 from fastdiff.errors import require, sentence, unknown_name
 from fastdiff.guidance import GuidanceMode
-from fastdiff.rng import randn
+from fastdiff.rng import draw
 from fastdiff.solvers import Algorithm, Churn, Prediction, PredictionType, SolverType, VarianceType
 
 
@@ -109,7 +109,7 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
         "prediction_type",
     ),
     "generators for another batch": (
-        lambda: randn((3, 2), [torch.Generator()], dtype=torch.float32, device=torch.device("cpu")),
+        lambda: draw((3, 2), [torch.Generator()], dtype=torch.float32, device=torch.device("cpu")),
         "generator",
     ),
 }

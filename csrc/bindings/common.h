@@ -13,6 +13,8 @@
 
 namespace fastdiff::bindings {
 
+namespace py = pybind11;
+
 // Null where the caller gave None.
 using MaybeTensor = const at::Tensor*;
 

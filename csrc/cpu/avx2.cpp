@@ -6,12 +6,16 @@
 #ifdef FASTDIFF_X86_BUILDS
 #include <immintrin.h>
 
+#include "../philox.h"
 #include "half.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #define FASTDIFF_ISA avx2
+#define FASTDIFF_LANES 8
 #define FASTDIFF_F16C 1
+#include "tile_loops.inc"
+#include "philox_loop.inc"
 #include "step_loop.inc"
 #pragma GCC pop_options
 #endif

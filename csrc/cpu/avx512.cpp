@@ -3,14 +3,23 @@
 #include "cpu.h"
 
 #ifdef FASTDIFF_X86_BUILDS
+// gcc warns of its own header: an intrinsic without a mask names an undefined value on purpose (GCC bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
+#include "../philox.h"
 #include "half.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
 #define FASTDIFF_ISA avx512
+#define FASTDIFF_LANES 16
 #define FASTDIFF_F16C 1
+#include "tile_loops.inc"
+#include "philox_loop.inc"
 #include "step_loop.inc"
 #pragma GCC pop_options
 #endif

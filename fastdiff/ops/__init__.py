@@ -5,13 +5,16 @@
 
     ops/fused.py       the public step, its torch.library schema
     ops/checks.py      what a call must satisfy, and the sentences that say so
+    ops/layout.py      which tensors share memory, and one dense layout for all
+    ops/random.py      the noise that a step draws, on its own
     ops/backends.py    which implementations there are, why one is missing, which one answers
     ops/functional.py  cfg_combine, ddpm_step, ddim_step, dpm_solver_step, euler_step
 """
 
 from .backends import BACKENDS, backend_for, backend_status, cpu_build, use_backend
 from .functional import cfg_combine, ddim_step, ddpm_step, dpm_solver_step, euler_step
-from .fused import direct_step, step
+from .fused import direct_step, step, step_rows
+from .random import randn
 
 __all__ = [
     "BACKENDS",
@@ -24,6 +27,8 @@ __all__ = [
     "direct_step",
     "dpm_solver_step",
     "euler_step",
+    "randn",
     "step",
+    "step_rows",
     "use_backend",
 ]

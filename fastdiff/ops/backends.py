@@ -18,7 +18,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..call import StepCall
 from ..errors import sentence, unknown_name
 
@@ -51,6 +50,12 @@ def _load_triton() -> tuple[ModuleType | None, str]:
         return importlib.import_module("fastdiff.kernels.step"), ""
     except ImportError as error:
         return None, f"the Triton kernels cannot be imported ({error}): install fastdiff, or run pip install -e . here"
+
+
+@functools.cache
+def triton_module(name: str) -> ModuleType:
+    """One of the modules of kernels/triton, where `why_missing("triton")` has found none missing."""
+    return importlib.import_module(f"fastdiff.kernels.{name}")
 
 
 def _triton_interprets() -> bool:
@@ -166,35 +171,21 @@ def _run_extension(call: StepCall) -> None:
         call.keeps,
         call.outputs,
         current_stream(call.sample),
+        call.seeds,
+        call.noise_step,
+        call.purpose,
+        call.model_input,
+        int(call.scatter),
     )
     if done is None:
         raise AssertionError(f"step: the extension declined a call that was made plain: {call}")
 
 
 def _run_triton(call: StepCall) -> None:
-    module, error = _load_triton()
-    assert module is not None, error
-    module.launch(call)
+    triton_module("step").launch(call)
 
 
-def reference_outputs(call: StepCall) -> list[Tensor]:
-    """The reference's own results, inside autograd's graph."""
-    return reference.step(
-        call.sample,
-        call.model_output,
-        call.table[call.row],
-        uncond=call.uncond,
-        guidance=call.guidance,
-        history=call.history,
-        noise=call.noise,
-        variance=call.variance,
-        threshold=call.threshold,
-        variance_kind=call.variance_kind,
-        keeps=call.keeps,
-    )
-
-
-#: How a plain call is run; the reference takes any call as it is (`reference_outputs`).
+#: How a plain call is run; the reference takes any call as it is.
 RUN: dict[str, Callable[[StepCall], None]] = {
     "cpu": _run_extension,
     "cuda": _run_extension,

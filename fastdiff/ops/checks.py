@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from ..call import StepCall
 from ..errors import sentence
-from ..table import NUM_REGISTERS, ROW_WIDTH, Variance, compute_dtype
+from ..table import NUM_REGISTERS, ROW_WIDTH, STORE_0, STORE_1, Variance, compute_dtype
+from .layout import share_memory
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -36,12 +35,17 @@ def check(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> None:
     _check_variance(call)
     if call.threshold is not None:
         _check_scalars("threshold", call.threshold, sample, one_for_all=False)
+    _check_noise(call)
     if len(call.history) > NUM_REGISTERS:
         raise ValueError(
             _refusal("history", f"holds {len(call.history)} tensors", f"{NUM_REGISTERS} at most", "drop the oldest")
         )
     if call.keeps not in (0, 1, 2):
         raise ValueError(_refusal("keeps", f"is {call.keeps}", "0, 1 or 2", "keep two tensors a step at most"))
+    if call.model_input is not None:
+        _check_model_input(call.model_input, sample)
+    if call.scatter:
+        _check_registers(call, out)
     if out is not None:
         _check_out(out, call)
 
@@ -87,12 +91,99 @@ def _check_table(call: StepCall) -> None:
         )
     if table.device != sample.device:
         raise ValueError(_refusal("table", f"is on {table.device}", f"{sample.device} like sample", remedy))
-    if isinstance(call.row, bool) or not isinstance(call.row, int):
-        raise TypeError(_refusal("row", f"is a {type(call.row).__name__}", "an int", "pass the index of a row"))
-    if not 0 <= call.row < table.shape[0]:
-        raise ValueError(
-            _refusal("row", f"is {call.row}", f"0 to {table.shape[0] - 1}", "the loop has run out of rows: start again")
+    last = table.shape[0] - 1
+    if isinstance(call.row, Tensor):
+        _check_counters("row", call.row, sample, one_for_all=True)
+        # On a GPU looking would be a sync: there a sample whose row is not in the table stays as it is.
+        if _may_look(call.row) and call.row.numel() > 0 and int(call.row.max()) > last:
+            raise ValueError(
+                _refusal("row", f"holds {int(call.row.max())}", f"{last} at most", "a negative row skips its sample")
+            )
+        return
+    if isinstance(call.row, bool) or not isinstance(call.row, int | torch.SymInt):
+        raise TypeError(
+            _refusal("row", f"is a {type(call.row).__name__}", "an int or an int64 tensor", "pass the index of a row")
         )
+    if not 0 <= call.row <= last:
+        raise ValueError(_refusal("row", f"is {call.row}", f"0 to {last}", "the loop has run out of rows: start again"))
+
+
+def _may_look(tensor: Tensor) -> bool:
+    """Whether reading a tensor's values is no sync, and possible."""
+    return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
+
+
+def _check_counters(name: str, counters: Tensor, sample: Tensor, *, one_for_all: bool) -> None:
+    batch = sample.shape[0] if sample.dim() > 0 else 1
+    if counters.dtype != torch.int64:
+        raise TypeError(_refusal(name, f"has dtype {counters.dtype}", "int64", "convert it with .to(torch.int64)"))
+    if counters.device != sample.device:
+        raise ValueError(_refusal(name, f"is on {counters.device}", f"{sample.device} like sample", "move it there"))
+    fits = counters.dim() <= 1 and (counters.numel() == batch or (one_for_all and counters.numel() == 1))
+    if not fits:
+        choices = f"[{batch}], one a sample" + (", or one number" if one_for_all else "")
+        raise ValueError(_refusal(name, f"has shape {list(counters.shape)}", choices, "give one value a sample"))
+
+
+def _check_noise(call: StepCall) -> None:
+    if call.seeds is None:
+        return
+    if call.noise is not None:
+        raise ValueError(_refusal("noise", "is given", "none beside seeds", "pass one of the two"))
+    if not isinstance(call.seeds, Tensor):
+        raise TypeError(
+            _refusal(
+                "seeds", f"is a {type(call.seeds).__name__}", "an int64 tensor", "make it with fastdiff.as_seeds(...)"
+            )
+        )
+    _check_counters("seeds", call.seeds, call.sample, one_for_all=False)
+    if call.seeds.dim() == 0 and call.sample.dim() > 0:
+        raise ValueError(_refusal("seeds", "has shape []", f"[{call.sample.shape[0]}]", "give one seed a sample"))
+    if isinstance(call.noise_step, Tensor):
+        _check_counters("noise_step", call.noise_step, call.sample, one_for_all=True)
+    for name in ("noise_step", "purpose"):
+        value = getattr(call, name)
+        if not isinstance(value, Tensor) and (isinstance(value, bool) or not 0 <= value < 2**32):
+            raise ValueError(_refusal(name, f"is {value!r}", "0 to 2**32 - 1", "take it modulo 2**32"))
+
+
+def _check_model_input(tensor: object, sample: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(_refusal("model_input", f"is a {type(tensor).__name__}", "a torch.Tensor", "pass a tensor"))
+    if tensor.dtype not in DTYPES:
+        raise TypeError(
+            _refusal("model_input", f"has dtype {tensor.dtype}", "float16, bfloat16, float32 or float64", "make it so")
+        )
+    if tensor.device != sample.device:
+        raise ValueError(_refusal("model_input", f"is on {tensor.device}", f"{sample.device} like sample", "move it"))
+    once = list(sample.shape)
+    twice = [2 * size for size in once[:1]] + once[1:]
+    if list(tensor.shape) not in (once, twice) or not once:
+        raise ValueError(
+            _refusal("model_input", f"has shape {list(tensor.shape)}", f"{once}, or {twice} for guidance", "make it so")
+        )
+    _check_writable("model_input", tensor)
+
+
+def _check_registers(call: StepCall, out: tuple[Tensor | None, ...] | None) -> None:
+    """Of a call whose rows name the registers that they store to."""
+    registers = [(f"registers[{j}]", h) for j, h in enumerate(call.history) if h is not None]
+    if out is not None and out[0] is not None:
+        registers.append(("out", out[0]))
+    for name, register in registers:
+        _check_writable(name, register)
+    for i, (name, register) in enumerate(registers):
+        if any(share_memory(register, other) for _, other in registers[:i]):
+            raise ValueError(_refusal(name, "shares memory with another", "memory of its own", "allocate it apart"))
+    if not (_may_look(call.table) and isinstance(call.row, Tensor) and _may_look(call.row)):
+        return
+    rows = call.row.reshape(-1)
+    stores = call.table[rows[rows >= 0]][:, [STORE_0, STORE_1]]
+    for slot in sorted({int(value) for value in stores.reshape(-1).tolist() if value >= 0}):
+        if slot >= len(call.history) or call.history[slot] is None:
+            raise ValueError(
+                _refusal("registers", f"lacks register {slot}", "each that a row stores to", "pass a tensor for it")
+            )
 
 
 def _check_guidance(call: StepCall) -> None:
@@ -157,128 +248,17 @@ def _check_out(out: tuple[Tensor | None, ...], call: StepCall) -> None:
         if tensor is None:
             continue
         _check_like_sample(f"out[{i}]", tensor, call.sample)
-        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
-            raise ValueError(
-                _refusal(f"out[{i}]", "holds the same element twice", "memory of its own for each element", "clone it")
-            )
-        if tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                _refusal(f"out[{i}]", "requires grad", "a tensor outside the graph", "leave out out=, or detach it")
-            )
-        if any(other is not None and _share_memory(tensor, other) for other in out[:i]):
+        _check_writable(f"out[{i}]", tensor)
+        if any(other is not None and share_memory(tensor, other) for other in out[:i]):
             raise ValueError(
                 _refusal(f"out[{i}]", "shares memory with another output", "memory of its own", "allocate it apart")
             )
 
 
-def _share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have a byte in common."""
-    if a.numel() == 0 or b.numel() == 0 or a.device != b.device:
-        return False
-
-    def span(t: Tensor) -> tuple[int, int]:
-        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
-
-    (a_low, a_high), (b_low, b_high) = span(a), span(b)
-    if a_high <= b_low or b_high <= a_low:
-        return False
-    # The spans meet; views that interleave (two halves of the channels) may still share nothing. Mark and look.
-    low, size = min(a_low, b_low), a.element_size()
-    if _is_dense(a) or _is_dense(b) or (a_low - b_low) % size:
-        return True
-    marks = torch.zeros((max(a_high, b_high) - low) // size, dtype=torch.bool)
-    marks.as_strided(a.shape, a.stride(), (a_low - low) // size).fill_(True)
-    return bool(marks.as_strided(b.shape, b.stride(), (b_low - low) // size).any())
-
-
-def make_plain(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> StepCall:
-    """Give all tensors of a checked call one dense layout, copying only those that have another, and add outputs.
-
-    An output is the caller's own where it has that layout and lies on an input exactly or on none, else a new tensor.
-
-    The layout is the sample's own where that is dense (channels_last too), else contiguous.  The model's tensors may
-    keep a stride of their own from sample to sample, so that halves of a doubled channel dimension are not copied.
-    """
-    sample = call.sample
-    strides = output_strides(sample)
-    if call.has_scalars_a_sample and not _samples_are_blocks(sample, strides):
-        strides = _contiguous_strides(sample)
-    model = {name: tensor.resolve_neg() for name, tensor in call.model_tensors()}
-    if len({tensor.stride() for tensor in model.values()}) > 1 or not _batched_view(call.model_output, strides):
-        model = {name: laid_out(tensor, strides) for name, tensor in model.items()}
-    plain = replace(
-        call,
-        sample=laid_out(sample, strides),
-        history=tuple(None if h is None else laid_out(h, strides) for h in call.history),
-        noise=None if call.noise is None else laid_out(call.noise, strides),
-        table=call.table.contiguous().resolve_neg(),
-        guidance=None if call.guidance is None else call.guidance.contiguous().resolve_neg(),
-        threshold=None if call.threshold is None else call.threshold.reshape(-1).contiguous().resolve_neg(),
-        **model,  # type: ignore[arg-type]
-    )
-    targets = out or (None,) * (call.keeps + 1)
-    return replace(
-        plain,
-        outputs=tuple(
-            target
-            if target is not None and target.stride() == strides and _writable_in_place(target, plain)
-            else torch.empty_strided(sample.shape, strides, dtype=sample.dtype, device=sample.device)
-            for target in targets
-        ),
-    )
-
-
-def _writable_in_place(target: Tensor, plain: StepCall) -> bool:
-    """Whether a kernel that reads each element before it writes it may write this tensor."""
-    for _, tensor in plain.inputs():
-        same = tensor.data_ptr() == target.data_ptr() and tensor.stride() == target.stride()
-        if not same and _share_memory(target, tensor):
-            return False
-    return True
-
-
-def output_strides(sample: Tensor) -> tuple[int, ...]:
-    """The layout of a step's results: the sample's own where that is dense, else contiguous."""
-    return sample.stride() if _is_dense(sample) else _contiguous_strides(sample)
-
-
-def laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """The tensor itself where it has these strides, else a copy that does."""
-    if tensor.stride() == strides:
-        return tensor.resolve_neg()
-    copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
-    return copy.copy_(tensor)
-
-
-def _samples_are_blocks(tensor: Tensor, strides: tuple[int, ...]) -> bool:
-    """Whether, with these dense strides, each sample is one block of memory."""
-    return tensor.dim() > 0 and (tensor.shape[0] <= 1 or strides[0] * tensor.shape[0] >= tensor.numel())
-
-
-def _batched_view(tensor: Tensor, strides: tuple[int, ...]) -> bool:
-    """Whether each sample of `tensor` has the layout `strides`, the samples lying at least as far apart."""
-    if tensor.stride() == strides:
-        return True
-    apart = tensor.dim() > 0 and tensor.stride(0) >= strides[0] and tensor.stride()[1:] == strides[1:]
-    return apart and _samples_are_blocks(tensor, strides)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one block of memory without gaps or repeats, in any order of dimensions."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _contiguous_strides(tensor: Tensor) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(tensor.shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
+def _check_writable(name: str, tensor: Tensor) -> None:
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        raise ValueError(
+            _refusal(name, "holds the same element twice", "memory of its own for each element", "clone it")
+        )
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(_refusal(name, "requires grad", "a tensor outside the graph", "leave it out, or detach it"))

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..call import StepCall
 from ..errors import sentence
+from ..philox import Purpose
 from ..table import Variance, compute_dtype
 from . import backends
-from .checks import check, laid_out, make_plain, output_strides
+from .checks import check
+from .layout import hand_back, laid_out, make_plain, output_strides
 
 _is_compiling = torch.compiler.is_compiling
 _extension_step = None if backends.extension is None else backends.extension.step
@@ -24,7 +27,7 @@ def direct_step(
     sample: Tensor,
     model_output: Tensor,
     table: Tensor,
-    row: int,
+    row: int | Tensor,
     uncond: Tensor | None,
     guidance: float | Tensor | None,
     history: Sequence[Tensor | None],
@@ -34,6 +37,11 @@ def direct_step(
     variance_kind: int,
     keeps: int,
     out: Sequence[Tensor | None] | None,
+    seeds: Tensor | None = None,
+    noise_step: int | Tensor = 0,
+    purpose: int = 1,
+    model_input: Tensor | None = None,
+    scatter: bool = False,
 ) -> tuple[Tensor, ...] | None:
     """Hand a call to the extension as it is; None where it declines, and `step` has to look at it.
 
@@ -50,7 +58,7 @@ def direct_step(
         return None
     done: tuple[Tensor, ...] | None = _extension_step(
         sample, model_output, table, row, uncond, guidance, history, noise, variance, threshold, variance_kind, keeps,
-        out, stream,
+        out, stream, seeds, noise_step, purpose, model_input, scatter,
     )  # fmt: skip
     return done
 
@@ -59,17 +67,21 @@ def step(
     sample: Tensor,
     model_output: Tensor,
     table: Tensor,
-    row: int,
+    row: int | Tensor,
     *,
     uncond: Tensor | None = None,
     guidance: float | Tensor | None = None,
     history: Sequence[Tensor | None] = (),
     noise: Tensor | None = None,
+    seeds: Tensor | None = None,
+    noise_step: int | Tensor = 0,
+    purpose: int = Purpose.STEP,
     variance: Tensor | None = None,
     threshold: Tensor | None = None,
     variance_kind: int = Variance.FIXED,
     keeps: int = 0,
     out: Sequence[Tensor | None] | None = None,
+    model_input: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     """Take one step of any sampler.
@@ -87,16 +99,25 @@ def step(
         sample: x, ``[...]`` or ``[B, ...]``; float16, bfloat16, float32 or float64, any strides.
         model_output: c, like `sample`.  (All tensors "like sample" share its shape, dtype and device.)
         table: ``[R, 32]`` from `StepTable.rows_as(sample.dtype, sample.device)`.
-        row: which row, 0 to R − 1.
+        row: which row, 0 to R − 1; or an int64 tensor ``[]`` or ``[1]``, one row for all that is read on the device, or
+            ``[B]``, one a sample.  A sample whose row in a tensor is negative stays as it is.
         uncond: u, the unconditional output, like `sample`.
         guidance: g, a float, or a tensor ``[]``, ``[1]`` or ``[B]`` in the table's dtype; goes with `uncond`.
         history: up to four tensors like `sample`, or None, by register.
         noise: z, standard normal, like `sample`.
+        seeds: instead of `noise`: it is drawn in the same pass, each sample's from its own seed, ``[B]`` int64 (see
+            `fastdiff.as_seeds`).  The numbers are those of ``fastdiff.randn(shape, seeds, noise_step, purpose)`` in
+            float32; they are not rounded to a half type.
+        noise_step: of the noise, 0 to 2³² − 1, or an int64 tensor ``[1]`` or ``[B]``.
+        purpose: of the noise, 0 to 2³² − 1; see `fastdiff.Purpose`.
         variance: the model's second output, like `sample`, where `variance_kind` is not 0.
         threshold: ``[B]`` in the table's dtype, each above 0.
         variance_kind: how `variance` scales the noise, a `fastdiff.table.Variance`.
         keeps: how many tensors to keep, 0 to 2.
         out: ``1 + keeps`` tensors to write, None for a new one.  They may be inputs: the step can be taken in place.
+            A sample that stays leaves kept tensors as they were; new ones hold 0 for it.
+        model_input: a tensor to write the next model input to: the row's scale times prev_sample, rounded to its dtype
+            (any of the four).  ``[B, ...]``, or ``[2·B, ...]`` to hold it twice, for guidance in one batch.
         backend: a name of `BACKENDS`, to force it.
 
     Returns:
@@ -104,21 +125,77 @@ def step(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and the remedy.
+            Rows in a tensor on a GPU are not looked at: one beyond the table there leaves its sample as it is.
         RuntimeError: a forced backend is missing, or gradients are asked of a compiled backend.
     """
     if backend is None:
         done = direct_step(
             sample, model_output, table, row, uncond, guidance, history, noise, variance, threshold, variance_kind,
-            keeps, out,
+            keeps, out, seeds, noise_step, purpose, model_input,
         )  # fmt: skip
         if done is not None:
             return done
     scale = _on_device(guidance, sample)
     call = StepCall(
         sample, model_output, table, row, uncond, scale, tuple(history), noise, variance, threshold,
-        variance_kind, keeps,
+        variance_kind, keeps, seeds, noise_step, purpose, model_input,
     )  # fmt: skip
     return _checked_step(call, None if out is None else tuple(out), backend)
+
+
+def step_rows(
+    sample: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    registers: Sequence[Tensor | None] = (),
+    *,
+    uncond: Tensor | None = None,
+    guidance: float | Tensor | None = None,
+    noise: Tensor | None = None,
+    seeds: Tensor | None = None,
+    noise_step: int | Tensor = 0,
+    purpose: int = Purpose.STEP,
+    variance: Tensor | None = None,
+    threshold: Tensor | None = None,
+    variance_kind: int = Variance.FIXED,
+    out: Tensor | None = None,
+    model_input: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Take one step of each sample by its own row: other solvers, other places in their loops, one launch.
+
+    The table may be several tables' rows, one after another.  What a row keeps goes to the registers that it names, in
+    place.  Each sample's result is, bit for bit, what it would be alone.
+
+    Args:
+        sample: x, ``[B, ...]``, as in `step`; so are all arguments not named here.
+        table: ``[R, 32]``.
+        rows: int64 ``[B]``, each sample's row, or ``[1]``, one for all.  A sample whose row is negative stays as it is,
+            and so do its registers.
+        registers: up to four tensors like `sample`: history, read and **written**.  None where no row uses one.
+        out: a tensor to write instead of a new one; may be `sample`.
+
+    Returns:
+        prev_sample.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `step`.  Nothing has been written then.
+    """
+    outs = None if out is None else (out,)
+    if backend is None:
+        done = direct_step(
+            sample, model_output, table, rows, uncond, guidance, registers, noise, variance, threshold, variance_kind,
+            0, outs, seeds, noise_step, purpose, model_input, True,
+        )  # fmt: skip
+        if done is not None:
+            return done[0]
+    scale = _on_device(guidance, sample)
+    call = StepCall(
+        sample, model_output, table, rows, uncond, scale, tuple(registers), noise, variance, threshold,
+        variance_kind, 0, seeds, noise_step, purpose, model_input, scatter=True,
+    )  # fmt: skip
+    return _checked_step(call, outs, backend)[0]
 
 
 def _checked_step(call: StepCall, out: tuple[Tensor | None, ...] | None, backend: str | None) -> tuple[Tensor, ...]:
@@ -128,13 +205,14 @@ def _checked_step(call: StepCall, out: tuple[Tensor | None, ...] | None, backend
     if _is_compiling():
         results = _library_step(call, name)
     elif name == "reference":
-        results = tuple(backends.reference_outputs(call))
+        results = _reference_step(call, out)
     else:
         _refuse_gradients(call, name)
         plain = make_plain(call, out)
         if call.sample.numel() > 0:
             backends.RUN[name](plain)
         results = plain.outputs
+        hand_back(call, plain)
     results = tuple(laid_out(result, output_strides(call.sample)) for result in results)
     if out is None:
         return results
@@ -142,6 +220,39 @@ def _checked_step(call: StepCall, out: tuple[Tensor | None, ...] | None, backend
         value if target is None or target is value else target.copy_(value)
         for target, value in zip(out, results, strict=True)
     )
+
+
+def _reference_step(call: StepCall, out: tuple[Tensor | None, ...] | None) -> tuple[Tensor, ...]:
+    """The reference's own results, inside autograd's graph; registers and the model input are written."""
+    noise = call.noise
+    if call.seeds is not None:
+        noise = reference.drawn_noise(call.sample, call.seeds, call.noise_step, call.purpose)
+    keywords: dict[str, Any] = {
+        "uncond": call.uncond,
+        "guidance": call.guidance,
+        "history": call.history,
+        "noise": noise,
+        "variance": call.variance,
+        "threshold": call.threshold,
+        "variance_kind": call.variance_kind,
+        "keeps": 2 if call.scatter else call.keeps,
+    }
+    if isinstance(call.row, Tensor):
+        results = reference.step_rows(call.sample, call.model_output, call.table, call.row, out=out, **keywords)
+    else:
+        results = reference.step(call.sample, call.model_output, call.table[call.row], **keywords)
+    after: list[Tensor | None] = []
+    if call.scatter:
+        assert isinstance(call.row, Tensor)
+        after = reference.stored(call.table, call.row, call.history, results[1:])
+        results = results[:1]
+    if call.model_input is not None:
+        copies = 1 if call.model_input.shape == call.sample.shape else 2
+        call.model_input.copy_(reference.model_input(results[0], call.table, call.row, call.model_input.dtype, copies))
+    for register, value in zip(call.history, after, strict=False):
+        if register is not None and value is not None:
+            register.copy_(value)
+    return tuple(results)
 
 
 def _refuse_gradients(call: StepCall, name: str) -> None:
