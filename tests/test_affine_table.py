@@ -78,7 +78,7 @@ def test_table_lays_out_its_rows() -> None:
     assert table.rows.dtype == torch.float64
     assert table.rows.shape == (2, 32)
     row = table.rows[1].tolist()
-    assert row[:8] == [0.5, 0.25, 0.9, -1.0, 0.125, 0.0, 0.0, 0.0]
+    assert row[:8] == [0.5, 0.25, 0.9, -1.0, 0.125, 1.0, 3.0, 0.0]
     assert row[8:16] == [2.0, 0, 0, 0, 0, 0, 0, 3.0]
     assert row[16:24] == [0, -1.0, 0, 0, 0, 4.0, 0, 0]
     assert row[24:32] == [0, 0, 1.0, 0, 0, 0, 0, 0]
