@@ -13,6 +13,8 @@ import typer
 
 from . import __version__, ops
 from .errors import require, sentence, unknown_name
+from .ops import randn
+from .philox import spawn_seeds
 from .sampling_config import SamplingMethod
 from .schedules import create_noise_scheduler
 
@@ -119,14 +121,14 @@ def draw_digits(
     shares = [n // len(labels) + (i < n % len(labels)) for i in range(len(labels))]
     wanted = torch.tensor([label for label, share in zip(labels, shares, strict=True) for _ in range(share)])
     wanted = wanted.to(device)
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn((n, *IMAGE_SHAPE), generator=generator).to(device)
+    seeds = spawn_seeds(seed, n)  # an image's noise is its own, however many are drawn beside it
+    latents = randn((n, *IMAGE_SHAPE), seeds, device=device)
     result = engine.sample(
         model,
         latents,
         wanted,
         torch.full_like(wanted, NULL_CLASS),
-        generator=generator,
+        seeds=seeds,
         progress=progress,
         backend=backend,
     )
