@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "bindings/copy.h"
 #include "bindings/step.h"
 
 namespace py = pybind11;
@@ -32,5 +33,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #else
     m.attr("cuda") = false;
 #endif
+    m.def("_copy_kernel", &copy_kernel, py::arg("src"), py::arg("dst"), py::arg("streaming"),
+          "Copies src to dst, for benchmarks; see csrc/bindings/copy.h.");
     if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }

@@ -12,6 +12,8 @@
 #pragma GCC target("avx2,fma,f16c")
 #define FASTDIFF_ISA avx2
 #define FASTDIFF_F16C 1
+#define FASTDIFF_VECTOR_BYTES 32
+#include "copy_loop.inc"
 #include "step_loop.inc"
 #pragma GCC pop_options
 #endif

@@ -11,6 +11,8 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
 #define FASTDIFF_ISA avx512
 #define FASTDIFF_F16C 1
+#define FASTDIFF_VECTOR_BYTES 64
+#include "copy_loop.inc"
 #include "step_loop.inc"
 #pragma GCC pop_options
 #endif

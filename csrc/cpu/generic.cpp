@@ -2,5 +2,10 @@
 // The loops for any processor. On x86-64 without FMA every multiply_add calls the C library: slow, and the same bits.
 #include "half.h"
 
+#ifdef FASTDIFF_X86_BUILDS
+#include <emmintrin.h>
+#define FASTDIFF_VECTOR_BYTES 16  // every x86-64 has these
+#endif
 #define FASTDIFF_ISA generic
+#include "copy_loop.inc"
 #include "step_loop.inc"
