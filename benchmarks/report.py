@@ -12,6 +12,7 @@ NOTES = (
     "µs/step: median of the rounds, in brackets the quantiles at 20 and 80 %. A peer's column: its time over ours.",
     "bytes: each tensor that a step uses read once and each output written once, the mean of the loop's steps.",
     "% of copy: against a vectorised copy of as many bytes on as many threads, the better of ordinary and streaming.",
+    "A step in place reads and writes the same tensor, a copy does not: in a cache a step may be above 100 %.",
     "cold: so many sets of all tensors take turns that none is in a cache.",
     "k-diffusion's loops do not stop between steps: cold, its model's outputs take turns and its samples stay warm.",
     "k-diffusion's Euler and Heun draw noise at every step, though nothing uses it here.",
@@ -27,7 +28,7 @@ def render(report: dict[str, Any], *, peers: list[str]) -> None:
     ]
     heads = ["op", "shape", "dtype", "threads", "cache", "µs/step", "bytes", "% of copy", *peers]
     _print("what a step costs", heads, rows, report)
-    _say(NOTES if "k-diffusion" in peers else NOTES[:4])
+    _say(NOTES if "k-diffusion" in peers else NOTES[:5])
 
 
 def render_base(report: dict[str, Any]) -> None:
