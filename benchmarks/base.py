@@ -100,7 +100,8 @@ class Worker:
     """A process that measures the fastdiff in `tree`."""
 
     def __init__(self, tree: Path, names: Path) -> None:
-        environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(names), str(tree)])}
+        paths = [str(names), str(tree), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", f"{ALIAS}.worker"],
             stdin=subprocess.PIPE,

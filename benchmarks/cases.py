@@ -42,7 +42,7 @@ class Op:
         config: fields of SamplingConfig.
         diffusers: a scheduler's class and its arguments.
         k_diffusion: a function of k_diffusion.sampling and its arguments.
-        seeded: the kernel draws the noise itself, from seeds that the step is given; peers then draw theirs as ever.
+        seeded: the kernel draws the noise itself, from seeds that the step is given; peers draw theirs as ever.
     """
 
     config: dict[str, Any]
@@ -76,7 +76,7 @@ OPS: dict[str, Op] = {
 
 def seeded(op: Op) -> Op:
     """The same sampler with its noise drawn in the kernel: ``OPS["ddpm (philox)"] = seeded(OPS["ddpm"])``."""
-    return dataclasses.replace(op, config={**op.config, "noise": "philox"}, seeded=True)
+    return dataclasses.replace(op, seeded=True)
 
 
 class Tensors(NamedTuple):
@@ -107,6 +107,10 @@ class Case:
     @functools.cached_property
     def sampler(self) -> Any:
         return create_sampler("linear", num_inference_steps=self.steps, **OPS[self.op].config)
+
+    @functools.cached_property
+    def seeded_sampler(self) -> Any:
+        return create_sampler("linear", num_inference_steps=self.steps, noise="philox", **OPS[self.op].config)
 
     @functools.cached_property
     def table(self) -> Any:

@@ -46,15 +46,16 @@ def walks(peer: str, case: Case, sets: Sequence[Tensors]) -> list[Walk]:
 def _fastdiff_walk(case: Case, tensors: Tensors, backend: str | None) -> Callable[[], object]:
     start, cond, uncond = tensors
     sample = torch.empty_like(start)
+    sampler = case.sampler
     draws: dict[str, Any] = {"generator": torch.Generator().manual_seed(0)}
-    if OPS[case.op].seeded:
-        draws = {"seeds": torch.arange(case.shape[0])}
-    stepper = None
+    if OPS[case.op].seeded and backend is None:
+        sampler, draws = case.seeded_sampler, {"seeds": torch.arange(case.shape[0])}
+    stepper: Any = None
 
     def advance() -> None:
         nonlocal stepper
         if stepper is None or stepper.done:  # a loop's own beginnings are part of its time
-            stepper = case.sampler.stepper(backend)
+            stepper = sampler.stepper(backend)
             sample.copy_(start)
         # In place, as the samplers' own loop does.
         stepper.step(sample, cond, uncond=uncond, guidance=GUIDANCE, out=sample, **draws)

@@ -36,7 +36,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axis.axhline(1.0, color="black", linewidth=0.8)
         axis.set_ylabel(title, fontsize=8)
         if title != COPY:
-            axis.set_yscale("log")
+            axis.set_yscale("log", base=2)
+            axis.yaxis.set_major_formatter("{x:g}")
     axes[-1, 0].set_xticks(range(len(ops)), ops, fontsize=8)
     about = report["conditions"]
     axes[0, 0].set_title(
@@ -57,10 +58,10 @@ COPY = "share of copy bandwidth"
 def _panels(results: list[dict[str, Any]]) -> dict[str, Any]:
     """What each panel shows, by its axis: functions from a line to a figure, or to None where there is none."""
     if any("base_over_this" in line for line in results):
-        return {"base's time / this": lambda line: line.get("base_over_this")}
+        return {"base / this": lambda line: line.get("base_over_this")}
     peers = dict.fromkeys(peer for line in results for peer in line["over_fastdiff"])
     panels: dict[str, Any] = {
-        f"{peer}'s time / ours": lambda line, peer=peer: line["over_fastdiff"].get(peer) for peer in peers
+        f"{peer} / fastdiff": lambda line, peer=peer: line["over_fastdiff"].get(peer) for peer in peers
     }
     if any(line["share_of_copy"] for line in results):
         panels[COPY] = lambda line: line["share_of_copy"]
