@@ -47,7 +47,7 @@ format: $(PACKAGES)  ## rewrite the sources in the house format
 	$(BIN)/ruff format .
 	$(if $(CSRC),$(BIN)/clang-format -i $(CSRC))
 
-bench: $(BUILD)  ## run the benchmarks
+bench: $(BUILD)  ## print what a step costs beside its peers
 	$(PY) -m benchmarks $(BENCH_ARGS)
 
 setup: $(BUILD)  ## make .venv and build the extension

@@ -39,12 +39,13 @@ MODES = ("auto", "cpu", "cuda", "none")
 # PyPI package `kernels`, which diffusers imports.
 PACKAGES = [
     "fastdiff",
+    "fastdiff.benchmarks",
     "fastdiff.digits",
     "fastdiff.kernels",
     "fastdiff.ops",
     "fastdiff.solvers",
 ]
-PACKAGE_DIR = {"fastdiff.kernels": "kernels/triton"}
+PACKAGE_DIR = {"fastdiff.benchmarks": "benchmarks", "fastdiff.kernels": "kernels/triton"}
 PACKAGE_DATA = {"fastdiff": ["py.typed"], "fastdiff.digits": ["weights.safetensors", "figures.json"]}
 
 # The commands that end in an extension. The others (sdist, egg_info, clean, …) describe the tree and need no compiler.

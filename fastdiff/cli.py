@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The command line: ``fastdiff sample`` draws digits with the model that ships, ``fastdiff env`` says what is here."""
+"""The command line: ``fastdiff sample`` draws digits with the model that ships, ``fastdiff env`` says what is here,
+``fastdiff bench`` what a step costs."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import platform
 from pathlib import Path
@@ -88,6 +90,27 @@ def sample(
 def env() -> None:
     """Print versions, backends, and why a missing one is missing."""
     print_environment()
+
+
+# The benchmarks read their arguments themselves: they run from a checkout without typer as well.
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Measure a step beside its peers and beside a copy; `fastdiff bench --help` lists the options."""
+    try:
+        benchmarks = importlib.import_module("fastdiff.benchmarks.__main__")
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("fastdiff.benchmarks"):
+            raise
+        raise RuntimeError(
+            sentence(
+                "bench",
+                "fastdiff.benchmarks",
+                "cannot be imported",
+                "an installation that knows of it",
+                "install it again, or run python -m benchmarks in the checkout",
+            )
+        ) from error
+    benchmarks.main(context.args, prog="fastdiff bench")
 
 
 def draw_digits(

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # What the extras bring, by the names that are imported.
 OPTIONAL_MODULES = {
-    *("PIL", "accelerate", "diffusers", "matplotlib", "rich", "safetensors"),
-    *("scipy", "sklearn", "torchsde", "tqdm", "triton", "typer"),
+    *("PIL", "accelerate", "diffusers", "k_diffusion", "matplotlib", "rich", "safetensors"),
+    *("scipy", "sklearn", "torchdiffeq", "torchsde", "tqdm", "triton", "typer"),
 }
 
 EXTRAS = {"triton", "diffusers", "plots", "cli", "training", "spacings", "test", "docs"}
@@ -175,7 +175,7 @@ def test_root_has_no_package_that_shadows_kernels() -> None:
 
 
 def test_packages_listed_are_those_on_disk() -> None:
-    found = {"fastdiff.kernels"}
+    found = set(setup_py.PACKAGE_DIR)
     for init in (ROOT / "fastdiff").rglob("__init__.py"):
         found.add(".".join(init.parent.relative_to(ROOT).parts))
     # A folder of modules without an __init__.py would be left out of a wheel in silence.
@@ -201,7 +201,7 @@ def test_extras_are_the_documented_ones() -> None:
 
 def test_extras_named_in_messages_exist() -> None:
     named = set()
-    for module in (*(ROOT / "fastdiff").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")):
+    for module in (path for folder in ("fastdiff", "kernels", "benchmarks") for path in (ROOT / folder).rglob("*.py")):
         named |= set(re.findall(r"fastdiff-kernels\[(\w+)\]", module.read_text(encoding="utf-8")))
     assert named <= EXTRAS
 
@@ -225,6 +225,14 @@ def test_import_needs_torch_alone(tmp_path: Path) -> None:
     program = "import sys, torch; before = set(sys.modules); import fastdiff; print(*set(sys.modules) - before)"
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert OPTIONAL_MODULES & set(answer.stdout.split()) == set()
+
+
+@pytest.mark.parametrize("start", ["root", "elsewhere"])
+def test_benchmarks_are_found_from_any_folder(start: str, tmp_path: Path) -> None:
+    program = "import importlib.util; print(importlib.util.find_spec('fastdiff.benchmarks').origin)"
+    folder = ROOT if start == "root" else tmp_path
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=folder)
+    assert Path(answer.stdout.strip()).parts[-2:] == ("benchmarks", "__init__.py")
 
 
 @pytest.mark.parametrize("start", ["root", "elsewhere"])
@@ -267,7 +275,7 @@ def test_sdist_holds_what_building_and_testing_need(distributions: tuple[set[str
     in_sdist, _, _ = distributions
     needed = {"setup.py", "pyproject.toml", "Makefile", "requirements-dev.txt", "LICENSE", ".clang-format", ".ci/run"}
     needed |= {"fastdiff/py.typed", "fastdiff/digits/weights.safetensors", "fastdiff/digits/figures.json"}
-    for folder in ("csrc", "kernels", "tests", "fastdiff"):
+    for folder in ("csrc", "kernels", "tests", "fastdiff", "benchmarks"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in {".py", ".cpp", ".h", ".inc", ".cu", ".cuh"}:
                 needed.add(path.relative_to(ROOT).as_posix())
@@ -281,7 +289,8 @@ def test_wheel_holds_every_module_and_the_data(distributions: tuple[set[str], se
     needed = {"fastdiff/py.typed", "fastdiff/digits/weights.safetensors", "fastdiff/digits/figures.json"}
     needed |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastdiff").rglob("*.py")}
     needed |= {f"fastdiff/kernels/{path.name}" for path in (ROOT / "kernels" / "triton").glob("*.py")}
-    assert "fastdiff/kernels/step.py" in needed
+    needed |= {f"fastdiff/benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py")}
+    assert {"fastdiff/kernels/step.py", "fastdiff/benchmarks/__main__.py"} <= needed
     packaged = {path for path in in_wheel if ".dist-info/" not in path}
     assert packaged == needed
     assert any(path.endswith(".dist-info/licenses/LICENSE") for path in in_wheel)

@@ -6,32 +6,28 @@
 
 namespace fastdiff {
 
-// Runs elements [begin, end) of the batch × inner elements of one step.
-using StepRange = void (*)(const StepArgs& args, int64_t begin, int64_t end);
-// Fills elements [begin, end) of the batch × inner normal numbers.
-using RandnRange = void (*)(const RandnArgs& args, int64_t begin, int64_t end);
+struct CpuBuild {
+    const char* name;
+    // Runs elements [begin, end) of the batch × inner elements of one step.
+    void (*step_range)(const StepArgs& args, int64_t begin, int64_t end);
+    // Fills elements [begin, end) of the batch × inner normal numbers.
+    void (*randn_range)(const RandnArgs& args, int64_t begin, int64_t end);
+    // Copies bytes; `streaming` writes past the caches.
+    void (*copy_range)(const void* source, void* target, int64_t bytes, bool streaming);
+};
 
 namespace generic {
-void step_range(const StepArgs& args, int64_t begin, int64_t end);
-void randn_range(const RandnArgs& args, int64_t begin, int64_t end);
-}  // namespace generic
+extern const CpuBuild build;
+}
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FASTDIFF_X86_BUILDS 1
 namespace avx2 {
-void step_range(const StepArgs& args, int64_t begin, int64_t end);
-void randn_range(const RandnArgs& args, int64_t begin, int64_t end);
-}  // namespace avx2
+extern const CpuBuild build;
+}
 namespace avx512 {
-void step_range(const StepArgs& args, int64_t begin, int64_t end);
-void randn_range(const RandnArgs& args, int64_t begin, int64_t end);
-}  // namespace avx512
+extern const CpuBuild build;
+}
 #endif
-
-struct CpuBuild {
-    const char* name;
-    StepRange step_range;
-    RandnRange randn_range;
-};
 
 // The build to run: `wanted` ("generic", "avx2", "avx512"), or the widest that this processor has if null or empty.
 // name is null where the wanted one is unknown or the processor lacks it.
