@@ -40,6 +40,13 @@ inline bool ordinary(const at::Tensor& tensor) {
            !(tensor.requires_grad() && at::GradMode::is_enabled());
 }
 
+// Whether the storage holds `count` elements from the tensor's first on: it may have been freed or cut short behind the
+// tensor's back. What has no storage of its own says so itself when its data is asked for.
+inline bool backed(const at::Tensor& tensor, int64_t count) {
+    const at::Storage& storage = tensor.unsafeGetTensorImpl()->unsafe_storage();
+    return !storage || static_cast<size_t>(tensor.storage_offset() + count) * tensor.element_size() <= storage.nbytes();
+}
+
 inline bool served(const at::Tensor& sample) {
 #ifdef FASTDIFF_CUDA
     return sample.is_cpu() || sample.is_cuda();

@@ -26,7 +26,8 @@ class Call {
   public:
     Call(const at::Tensor& sample, const at::Tensor& table, int64_t row) : sample_(sample) {
         const auto dtype = dtype_of(sample.scalar_type());
-        plain = dtype.has_value() && ordinary(sample) && sample.is_non_overlapping_and_dense() && sample.numel() > 0;
+        plain = dtype.has_value() && ordinary(sample) && sample.is_non_overlapping_and_dense() && sample.numel() > 0 &&
+                backed(sample, sample.numel());
         if (!plain) return;
         compute_type_ = sample.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
         args.dtype = *dtype;
@@ -42,7 +43,8 @@ class Call {
 
     const void* like_sample(MaybeTensor tensor) {
         if (tensor == nullptr || !plain) return nullptr;
-        plain = same_kind(*tensor) && tensor->sizes() == sample_.sizes() && tensor->strides() == sample_.strides();
+        plain = same_kind(*tensor) && tensor->sizes() == sample_.sizes() && tensor->strides() == sample_.strides() &&
+                backed(*tensor, sample_.numel());
         return plain ? tensor->const_data_ptr() : nullptr;
     }
 
@@ -55,7 +57,8 @@ class Call {
             plain = tensor->stride(i) == sample_.stride(i) || sample_.size(i) == 1;
         if (!plain) return nullptr;
         const int64_t stride = args.batch > 1 ? tensor->stride(0) : args.inner;
-        plain = stride >= args.inner && (!model_seen_ || stride == args.model_stride);
+        plain = stride >= args.inner && (!model_seen_ || stride == args.model_stride) &&
+                backed(*tensor, (args.batch - 1) * stride + args.inner);
         args.model_stride = stride;
         model_seen_ = true;
         return tensor->const_data_ptr();
@@ -91,8 +94,8 @@ class Call {
 
     // Outputs may be inputs, or lie apart from them; a partial overlap is declined.
     void output(const at::Tensor& tensor) {
-        plain =
-            plain && same_kind(tensor) && tensor.sizes() == sample_.sizes() && tensor.strides() == sample_.strides();
+        plain = plain && same_kind(tensor) && tensor.sizes() == sample_.sizes() &&
+                tensor.strides() == sample_.strides() && backed(tensor, sample_.numel());
         if (!plain) return;
         args.outputs[args.num_outputs++] = tensor.data_ptr();
     }
@@ -128,7 +131,7 @@ class Call {
     }
     bool scalars(const at::Tensor& tensor) const {
         return ordinary(tensor) && tensor.scalar_type() == compute_type_ && tensor.device() == sample_.device() &&
-               tensor.is_contiguous();
+               tensor.is_contiguous() && backed(tensor, tensor.numel());
     }
 
     const void* scalars_a_sample(const at::Tensor& tensor, bool one_for_all) {

@@ -29,6 +29,7 @@ def check(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> None:
         raise TypeError(
             _refusal("sample", f"has dtype {sample.dtype}", "float16, bfloat16, float32 or float64", "convert it first")
         )
+    _check_memory("sample", sample)
     for name, tensor in call.inputs():
         _check_like_sample(name, tensor, sample)
     _check_table(call)
@@ -71,6 +72,23 @@ def _check_like_sample(name: str, tensor: object, sample: Tensor) -> None:
         raise ValueError(
             _refusal(name, f"is on {tensor.device}", f"{sample.device} like sample", f"move it to {sample.device}")
         )
+    _check_memory(name, tensor)
+
+
+def _check_memory(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor whose storage was freed or cut short behind its back: to read it would end the process."""
+    if torch.compiler.is_compiling():
+        return
+    try:
+        held = tensor.untyped_storage().nbytes()
+    except RuntimeError:
+        return  # no storage of its own: a sparse tensor, one inside vmap
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.element_size() if tensor.numel() > 0 else 0
+    if held < needed:
+        raise ValueError(
+            _refusal(name, f"has a storage of {held} bytes", f"the {needed} that it views", "its storage was resized")
+        )
 
 
 def _check_table(call: StepCall) -> None:
@@ -87,6 +105,7 @@ def _check_table(call: StepCall) -> None:
         )
     if table.device != sample.device:
         raise ValueError(_refusal("table", f"is on {table.device}", f"{sample.device} like sample", remedy))
+    _check_memory("table", table)
     if isinstance(call.row, bool) or not isinstance(call.row, int):
         raise TypeError(_refusal("row", f"is a {type(call.row).__name__}", "an int", "pass the index of a row"))
     if not 0 <= call.row < table.shape[0]:
@@ -141,6 +160,7 @@ def _check_scalars(name: str, scalars: Tensor, sample: Tensor, *, one_for_all: b
     if not fits:
         choices = f"[{batch}], a number a sample" + (", or one number" if one_for_all else "")
         raise ValueError(_refusal(name, f"has shape {list(scalars.shape)}", choices, "give one value a sample"))
+    _check_memory(name, scalars)
 
 
 def _check_out(out: tuple[Tensor | None, ...], call: StepCall) -> None:
@@ -231,6 +251,8 @@ def make_plain(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> 
 
 def _writable_in_place(target: Tensor, plain: StepCall) -> bool:
     """Whether a kernel that reads each element before it writes it may write this tensor."""
+    if any(_share_memory(target, scalars) for _, scalars in plain.scalars()):
+        return False  # they are read again after elements have been written
     for _, tensor in plain.inputs():
         same = tensor.data_ptr() == target.data_ptr() and tensor.stride() == target.stride()
         if not same and _share_memory(target, tensor):
