@@ -9,6 +9,7 @@
 #include <ATen/Parallel.h>
 
 #include <string>
+#include <utility>
 
 #include "common.h"
 #ifdef FASTDIFF_CUDA
@@ -108,7 +109,16 @@ class Call {
         };
         const int64_t model_bytes =
             ((args.batch - 1) * args.model_stride + args.inner) * static_cast<int64_t>(sample_.element_size());
+        // The row and the scalars of a sample are read again after elements have been written.
+        const auto width = static_cast<int64_t>(at::elementSize(compute_type_));
+        const std::pair<const void*, int64_t> scalars[] = {
+            {args.row, kRowWidth * width},
+            {args.guidance, ((args.batch - 1) * args.guidance_stride + 1) * width},
+            {args.threshold, args.batch * width},
+        };
         for (int o = 0; o < args.num_outputs; ++o) {
+            for (const auto& [values, size] : scalars)
+                if (values != nullptr && !apart(args.outputs[o], values, size)) return true;
             for (int other = 0; other < o; ++other)
                 if (!apart(args.outputs[o], args.outputs[other], bytes)) return true;
             for (const void* input :
