@@ -224,6 +224,10 @@ inline PyObject* step(PyObject* /*module*/, PyObject* const* objects, Py_ssize_t
         call.output(outputs[o]);
     }
     if (!call.plain || (outs != -1 && call.overlaps_badly())) Py_RETURN_NONE;
+    // As every operation that writes in place: so that autograd finds a tensor changed that it has saved. Inference
+    // tensors are not counted, and no graph saves them.
+    for (int64_t o = 0; outs != -1 && o <= keeps; ++o)
+        if (out[o] != nullptr && !out[o]->is_inference()) out[o]->unsafeGetTensorImpl()->bump_version();
     call.join_samples();
     launch(*sample, args, stream);
 

@@ -175,6 +175,8 @@ def _run_triton(call: StepCall) -> None:
     module, error = _load_triton()
     assert module is not None, error
     module.launch(call)
+    # As the extension does itself: autograd has to find a tensor changed that it has saved.
+    torch.autograd.graph.increment_version([output for output in call.outputs if not output.is_inference()])
 
 
 def reference_outputs(call: StepCall) -> list[Tensor]:
