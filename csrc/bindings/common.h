@@ -41,10 +41,13 @@ inline bool ordinary(const at::Tensor& tensor) {
 }
 
 // Whether the storage holds `count` elements from the tensor's first on: it may have been freed or cut short behind the
-// tensor's back. What has no storage of its own says so itself when its data is asked for.
+// tensor's back, and under functionalization there is a storage of the right size without memory. What has no storage
+// of its own says so itself when its data is asked for.
 inline bool backed(const at::Tensor& tensor, int64_t count) {
     const at::Storage& storage = tensor.unsafeGetTensorImpl()->unsafe_storage();
-    return !storage || static_cast<size_t>(tensor.storage_offset() + count) * tensor.element_size() <= storage.nbytes();
+    if (!storage) return true;
+    const size_t needed = static_cast<size_t>(tensor.storage_offset() + count) * tensor.element_size();
+    return needed <= storage.nbytes() && storage.data() != nullptr;
 }
 
 inline bool served(const at::Tensor& sample) {
