@@ -76,13 +76,19 @@ def _check_like_sample(name: str, tensor: object, sample: Tensor) -> None:
 
 
 def _check_memory(name: str, tensor: Tensor) -> None:
-    """Refuse a tensor whose storage was freed or cut short behind its back: to read it would end the process."""
+    """Refuse what is not strided memory, or memory that was freed or cut short behind the tensor's back: to read it
+    would end the process.
+    """
+    if tensor.layout != torch.strided:
+        raise TypeError(
+            _refusal(name, f"has layout {tensor.layout}", "torch.strided", "convert it first, with .to_dense()")
+        )
     if torch.compiler.is_compiling():
         return
     try:
         held = tensor.untyped_storage().nbytes()
     except RuntimeError:
-        return  # no storage of its own: a sparse tensor, one inside vmap
+        return  # no storage of its own, as inside vmap
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     needed = (tensor.storage_offset() + last + 1) * tensor.element_size() if tensor.numel() > 0 else 0
     if held < needed:
@@ -177,7 +183,7 @@ def _check_out(out: tuple[Tensor | None, ...], call: StepCall) -> None:
         if tensor is None:
             continue
         _check_like_sample(f"out[{i}]", tensor, call.sample)
-        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        if _repeats_an_element(tensor):
             raise ValueError(
                 _refusal(f"out[{i}]", "holds the same element twice", "memory of its own for each element", "clone it")
             )
@@ -189,6 +195,23 @@ def _check_out(out: tuple[Tensor | None, ...], call: StepCall) -> None:
             raise ValueError(
                 _refusal(f"out[{i}]", "shares memory with another output", "memory of its own", "allocate it apart")
             )
+
+
+def _repeats_an_element(tensor: Tensor) -> bool:
+    """Whether two elements of a tensor have one address."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:  # it may: two dimensions interleave, or slide over each other
+            break
+        reach += (size - 1) * stride
+    else:
+        return False
+    if tensor.numel() == 0:
+        return False
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    marks = torch.zeros(last + 1, dtype=torch.bool)
+    marks.as_strided(tensor.shape, tensor.stride()).fill_(True)
+    return int(marks.sum()) < tensor.numel()
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
@@ -251,6 +274,8 @@ def make_plain(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> 
 
 def _writable_in_place(target: Tensor, plain: StepCall) -> bool:
     """Whether a kernel that reads each element before it writes it may write this tensor."""
+    if not has_memory(target) or target.is_neg():
+        return False
     if any(_share_memory(target, scalars) for _, scalars in plain.scalars()):
         return False  # they are read again after elements have been written
     for _, tensor in plain.inputs():
@@ -258,6 +283,12 @@ def _writable_in_place(target: Tensor, plain: StepCall) -> bool:
         if not same and _share_memory(target, tensor):
             return False
     return True
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor is its own values; a fake one, a functional one or a wrapper only stands for them."""
+    # What Tensor has under this name disables the dispatch to Python.
+    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ and not torch._is_functional_tensor(tensor)
 
 
 def output_strides(sample: Tensor) -> tuple[int, ...]:
