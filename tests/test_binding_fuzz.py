@@ -226,6 +226,8 @@ def build(plan: Plan) -> tuple[dict[str, Any], set[str]]:
     unreadable: dict[int, str] = {}
     arguments: dict[str, Any] = {"row": 0, "variance_kind": plan.variance_kind, "keeps": plan.keeps}
     for slot, change in plan.changes:
+        if id(entries.get(slot)) in unreadable:
+            continue  # torch itself would read what is not there
         if slot in SLOTS and change in TENSOR_CHANGES and isinstance(entries.get(slot), Tensor):
             try:
                 entries[slot] = TENSOR_CHANGES[change](entries[slot])
