@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+import fastdiff
+import sanitize
 from setup_script import load_setup
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,6 +118,36 @@ def test_build_refuses_with_what_is_missing_and_a_remedy(
     assert _is_full_sentence(str(refusal.value))
     for part in named:
         assert part in str(refusal.value)
+
+
+def test_sanitizers_are_compiled_in_where_they_are_asked_for() -> None:
+    assert setup_py.sanitize_flags({}) == setup_py.sanitize_flags({"FASTDIFF_SANITIZE": "0"}) == []
+    assert setup_py.sanitize_flags({"FASTDIFF_SANITIZE": ""}) == []
+    flags = setup_py.sanitize_flags({"FASTDIFF_SANITIZE": "1"})
+    # Without the second, undefined behaviour would be reported and the tests pass.
+    assert {"-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"} <= set(flags)
+    with pytest.raises(setup_py.BuildError) as refusal:
+        setup_py.sanitize_flags({"FASTDIFF_SANITIZE": "yes"})
+    assert _is_full_sentence(str(refusal.value))
+
+
+@pytest.mark.parametrize("flags", [[], ["-fsanitize=address"]])
+def test_sanitizers_reach_the_compiler_and_the_linker(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Describing an extension sets PATH and CXX; they are put back.
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    described, _ = setup_py.extension("cpu", CPU_TORCH, flags)
+    assert [flag for flag in described.extra_compile_args["cxx"] if flag.startswith("-fsanitize")] == flags
+    assert described.extra_link_args == flags
+
+
+def test_an_extension_without_instruments_is_refused_by_make_sanitize() -> None:
+    if fastdiff.ops.backends.extension is None or "LD_PRELOAD" in os.environ:
+        pytest.skip("needs the plain extension")
+    try:
+        problem = sanitize.instrument_problem(ROOT, "generic")
+    except SystemExit as missing:
+        pytest.skip(str(missing))
+    assert "a deliberate fault ended with 0 and without 'AddressSanitizer: heap-buffer-overflow'" in problem
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,9 @@ def _run_extension(call: StepCall) -> None:
 
 def _run_triton(call: StepCall) -> None:
     triton_module("step").launch(call)
+    # As the extension does itself: autograd has to find a tensor changed that it has saved.
+    written = [*call.outputs, *(call.history if call.scatter else ()), call.model_input]
+    torch.autograd.graph.increment_version([t for t in written if t is not None and not t.is_inference()])
 
 
 #: How a plain call is run; the reference takes any call as it is.
