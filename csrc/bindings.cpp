@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "bindings/reduce.h"
 #include "bindings/step.h"
 
 namespace py = pybind11;
@@ -32,5 +33,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #else
     m.attr("cuda") = false;
 #endif
+    define_reductions(m);
     if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }

@@ -12,5 +12,8 @@
 #define FASTDIFF_ISA avx512
 #define FASTDIFF_F16C 1
 #include "step_loop.inc"
+// After the step's loops, whose conversions they use.
+#include "reduce_loop.inc"
+#include "select_loop.inc"
 #pragma GCC pop_options
 #endif

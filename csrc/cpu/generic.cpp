@@ -4,3 +4,6 @@
 
 #define FASTDIFF_ISA generic
 #include "step_loop.inc"
+// After the step's loops, whose conversions they use.
+#include "reduce_loop.inc"
+#include "select_loop.inc"
