@@ -7,11 +7,13 @@
     ops/checks.py      what a call must satisfy, and the sentences that say so
     ops/backends.py    which implementations there are, why one is missing, which one answers
     ops/functional.py  cfg_combine, ddpm_step, ddim_step, dpm_solver_step, euler_step
+    ops/reductions.py  quantile, mean, std, norm, dot: one scalar a sample
 """
 
 from .backends import BACKENDS, backend_for, backend_status, cpu_build, use_backend
 from .functional import cfg_combine, ddim_step, ddpm_step, dpm_solver_step, euler_step
 from .fused import direct_step, step
+from .reductions import dot, mean, norm, quantile, std
 
 __all__ = [
     "BACKENDS",
@@ -22,8 +24,13 @@ __all__ = [
     "ddim_step",
     "ddpm_step",
     "direct_step",
+    "dot",
     "dpm_solver_step",
     "euler_step",
+    "mean",
+    "norm",
+    "quantile",
+    "std",
     "step",
     "use_backend",
 ]
