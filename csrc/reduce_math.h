@@ -64,9 +64,9 @@ FASTDIFF_INLINE double block_total(const C* parts, int64_t count) {
 // What it adds to Σ(x−mean)²: its own spread around its own mean, and that mean's distance.
 template <typename C>
 FASTDIFF_INLINE double block_spread(const C* parts, int64_t count, double mean) {
-    const double n = static_cast<double>(count), rest = static_cast<double>(parts[1]);
-    const double own = multiply_add(-(rest / n), rest, static_cast<double>(parts[2]));
-    const double away = block_total<Sum::kStd>(parts, count) / n - mean;
+    const double n = static_cast<double>(count), share = 1.0 / n, rest = static_cast<double>(parts[1]);
+    const double own = multiply_add(-(rest * share), rest, static_cast<double>(parts[2]));
+    const double away = multiply_add(block_total<Sum::kStd>(parts, count), share, -mean);
     return multiply_add(n * away, away, own);
 }
 

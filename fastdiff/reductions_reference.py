@@ -67,8 +67,8 @@ def std(x: Tensor, correction: float) -> Tensor:
     n, rest = count.double(), _block_sums(away).double()
     totals = n * center.double() + rest
     average = _total(totals) / inner
-    own = _block_sums(away * away).double() - (rest / n) * rest
-    distance = totals / n - average[:, None]
+    own = _block_sums(away * away).double() - rest * (1.0 / n) * rest
+    distance = totals * (1.0 / n) - average[:, None]
     spread = _total(own + n * distance * distance).clamp(min=0.0)
     return (spread / max(inner - correction, 0.0)).sqrt().to(dtype)
 
