@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The logic of the reductions' CUDA kernels, where there is no GPU: compiled as C++ and run on the CPU.
 
-``tests/cuda_on_host/blocks.h`` runs the threads of a block in turns, from one barrier or shuffle to the next, forwards or
-backwards; shared memory and atomics are plain memory.  What is shown is that the kernels add in the order of
-``csrc/reduce_math.h`` and find the same elements as the CPU's loops, on any alignment, and write nothing else.  What is
-not: memory ordering between blocks that really run at once, and speed.
+``tests/cuda_on_host/blocks.h`` runs the threads of a block in turns, from one barrier or shuffle to the next, forwards
+or backwards; shared memory and atomics are plain memory.  What is shown is that the kernels add in the order of
+``csrc/reduce_math.h`` and find the same elements as the CPU's loops, on any alignment, and write nothing else.  What
+is not: memory ordering between blocks that really run at once, and speed.
 """
 
 from __future__ import annotations
