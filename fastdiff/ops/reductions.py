@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -121,7 +122,8 @@ def _sum(kind: int, x: Tensor, y: Any, correction: Any, backend: str | None) -> 
     if (
         backend is None
         and _may_go_directly(x)
-        and isinstance(correction, (int, float))
+        and type(correction) in (int, float)
+        and math.isfinite(correction)
         and (y is None or isinstance(y, Tensor))
         and (y is None) == (kind != _DOT)
     ):

@@ -3,8 +3,8 @@
 
 A key is an integer in the order of the numbers: their bits, those of negative numbers but the sign inverted.  A pass
 counts the values of the next bits among the keys that agree in those before; the next finds the one that the rank
-falls on.  When all bits are known, one more pass finds the smallest key above.  No order of programs matters: counts are
-integers, and so is a minimum.
+falls on.  When all bits are known, one more pass finds the smallest key above.  No order of programs matters: counts
+are integers, and so is a minimum.
 """
 
 from __future__ import annotations
