@@ -192,6 +192,19 @@ def test_quantiles_on_host_have_the_bits_of_the_cpu(library: ctypes.CDLL, dtype:
     check()
 
 
+@pytest.mark.parametrize("backwards", [0, 1], ids=["forwards", "backwards"])
+def test_threads_in_either_order_wait_for_each_other(library: ctypes.CDLL, backwards: int) -> None:
+    # More blocks than lanes, and other numbers in every call: what a thread finds too early is of the call before.
+    for seed in range(3):
+        library.set_runtime(0, backwards, 0)
+        x, y = (numbers(seed + i, 2, 70_000, torch.float32, "wide") for i in range(2))
+        for kind, arguments in (("mean", ()), ("std", (0.5,)), ("norm", ()), ("dot", (y,))):
+            got = run_sum(library, kind, x, y if kind == "dot" else None, 0.5, 0)
+            assert_same_bits([got], [getattr(ops, kind)(x, *arguments, backend="cpu")])
+        for q in (0.1, 0.9):
+            assert_same_bits([run_quantile(library, x, q, False, 0)], [ops.quantile(x, q, backend="cpu")])
+
+
 def test_a_second_call_finds_nothing_of_the_first(library: ctypes.CDLL) -> None:
     # Scratch memory may hold anything: here it is full of ones, then of what another call has left.
     for seed in range(3):
