@@ -54,7 +54,7 @@ def quantile(x: Tensor, q: float, absolute: bool = False, *, backend: str | None
     if backend is None and type(q) is float and 0.0 <= q <= 1.0 and _may_go_directly(x):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         low, weight = _rank(q, x.numel() // x.shape[0], dtype)
-        done: Tensor | None = backends.extension.quantile(x, low, weight, absolute, _stream(x))  # type: ignore[union-attr]
+        done: Tensor | None = backends.extension.quantile(x, low, weight, bool(absolute), _stream(x))  # type: ignore[union-attr]
         if done is not None:
             return done
     _check("quantile", x)
