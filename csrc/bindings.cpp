@@ -4,6 +4,7 @@
 #include <string>
 
 #include "bindings/randn.h"
+#include "bindings/reduce.h"
 #include "bindings/copy.h"
 #include "bindings/step.h"
 
@@ -36,5 +37,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           py::arg("stream"));
     m.def("_copy_kernel", &copy_kernel, py::arg("src"), py::arg("dst"), py::arg("streaming"),
           "Copies src to dst, for benchmarks; see csrc/bindings/copy.h.");
+    define_reductions(m);
     if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }

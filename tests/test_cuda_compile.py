@@ -168,6 +168,26 @@ def test_packed_step_on_cuda_moves_16_bytes_an_access(compiled: Compiled) -> Non
     assert {name: _count(code[name], r"STG\b.*\.128") for name in PACKED} == dict.fromkeys(PACKED, 3)
 
 
+#: Kernels of the reductions that read whole samples, and how many accesses of 16 bytes are in flight: four rounds of a
+#: block, once more where the deviation looks again, and of both factors of a product.
+READERS = {
+    "reduce.cu": {("sum_kernel", 0): 4, ("sum_kernel", 1): 8, ("sum_kernel", 2): 4, ("sum_kernel", 3): 8},
+    "select.cu": {("select_kernel", 0): 1, ("select_kernel", 1): 1},
+}
+
+
+@needs_nvcc
+def test_reductions_on_cuda_read_16_bytes_an_access(compiled: Compiled) -> None:
+    if compiled.source not in READERS:
+        pytest.skip(f"{compiled.source} holds another kernel")
+    code = _machine_code(compiled)
+    for (kernel, variant), accesses in READERS[compiled.source].items():
+        for stored in ("half", "nv_bfloat16", "float", "double"):
+            name = f"{kernel}<{stored}, {variant}>"
+            # The compiler may unroll a loop further.
+            assert _count(code[name], r"LDG\b.*\.128") >= accesses, name
+
+
 @needs_nvcc
 def test_cuda_kernels_touch_no_local_memory(compiled: Compiled) -> None:
     assert {name: n for name, code in _machine_code(compiled).items() if (n := _count(code, r"(LDL|STL)\b"))} == {}
@@ -183,7 +203,9 @@ def test_cuda_arithmetic_rounds_as_it_is_written(compiled: Compiled) -> None:
         # What CUDA's expf consists of: an approximation of 2 to a power, and a rounding to an integer by a sum.
         opcodes -= {"ex2.approx.ftz.f32", "fma.rm.f32"}
         assert [op for op in opcodes if not re.match(r"\w+\.rn\.f", op)] == [], name
-        narrowed = {"half": {"cvt.rn.f16.f32"}, "nv_bfloat16": {"cvt.rn.bf16.f32"}}
+        # The step stores what it has read; the reductions store their compute dtype.
+        step = compiled.source == "step.cu"
+        narrowed = {"half": {"cvt.rn.f16.f32"}, "nv_bfloat16": {"cvt.rn.bf16.f32"}} if step else {}
         stored = re.search(r"<(\w+),", name)[1]  # type: ignore[index]
         assert set(re.findall(r"\bcvt\.[\w.]*f16\w*\.f32", code)) == narrowed.get(stored, set()), name
 
