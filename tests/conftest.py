@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from cuda_host import Kernel
 
 HAS_CUDA = torch.cuda.is_available()
 
@@ -24,6 +28,14 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(4, os.cp
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=False, print_blob=True)
 hypothesis.settings.register_profile("thorough", hypothesis.settings.get_profile("ci"), max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(scope="session")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
+    """The CUDA kernels, compiled for the host; see cuda_host.py."""
+    from cuda_host import build  # it imports fastdiff, whose kernels need the environment above
+
+    return build(tmp_path_factory.mktemp("cuda_on_host"))
 
 
 def pytest_report_header() -> str:

@@ -133,7 +133,9 @@ def test_the_output_is_found_in_every_form(wrap: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [None, 1.0, "sample", (), {}, {"out": X}, (None, X), SimpleNamespace(sample=3)], ids=lambda wrong: type(wrong).__name__
+    "wrong",
+    [None, 1.0, "sample", (), {}, {"out": X}, (None, X), SimpleNamespace(sample=3)],
+    ids=lambda wrong: type(wrong).__name__,
 )
 def test_any_other_form_is_refused(wrong: Any) -> None:
     with pytest.raises(TypeError, match=r"^sample: model returned a \w+, expected a tensor, .+; return "):
