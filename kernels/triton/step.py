@@ -113,13 +113,13 @@ def _weighted_sum(map_ptr, x, m, d, h0, h1, h2, h3, z, HISTORY: tl.constexpr, HA
 
 
 @triton.jit
-def _reads(row_ptr, column, MAPS: tl.constexpr):
-    """Whether one of the row's first maps has a coefficient in this column."""
-    reads = tl.load(row_ptr + _PREV_SAMPLE + column) != 0
+def _reads(row_ptr, column, zero, MAPS: tl.constexpr):
+    """Whether one of the row's first maps has a coefficient in this column, in the shape of `zero`."""
+    reads = zero + tl.load(row_ptr + _PREV_SAMPLE + column) != 0
     if MAPS >= 2:
-        reads = reads | (tl.load(row_ptr + _KEEP_0 + column) != 0)
+        reads = reads | (zero + tl.load(row_ptr + _KEEP_0 + column) != 0)
     if MAPS >= 3:
-        reads = reads | (tl.load(row_ptr + _KEEP_1 + column) != 0)
+        reads = reads | (zero + tl.load(row_ptr + _KEEP_1 + column) != 0)
     return reads
 
 
@@ -132,7 +132,7 @@ def _register(
     value = like
     if PRESENT:
         if SCATTER:  # the registers are those of all solvers, and most rows read few of them
-            mask = mask & _reads(row_ptr, _HISTORY_0 + j, MAPS)
+            mask = mask & _reads(row_ptr, _HISTORY_0 + j, tl.zeros_like(like), MAPS)
         value = tl.load(pointer + here, mask=mask, other=0.0).to(like.dtype)
     return value
 
@@ -145,12 +145,16 @@ def _keep(
     pointer = tl.where(slot == 0, history_0_ptr, history_1_ptr)
     pointer = tl.where(slot == 2, history_2_ptr, pointer)
     pointer = tl.where(slot == 3, history_3_ptr, pointer)
-    there = (
-        ((slot == 0) & ((HISTORY & 1) != 0))
-        | ((slot == 1) & ((HISTORY & 2) != 0))
-        | ((slot == 2) & ((HISTORY & 4) != 0))
-        | ((slot == 3) & ((HISTORY & 8) != 0))
-    )
+    slot = tl.zeros_like(value) + slot
+    there = slot != slot  # false, for a register is no NaN
+    if HISTORY & 1:
+        there = there | (slot == 0)
+    if HISTORY & 2:
+        there = there | (slot == 1)
+    if HISTORY & 4:
+        there = there | (slot == 2)
+    if HISTORY & 8:
+        there = there | (slot == 3)
     tl.store(pointer + here, value.to(history_0_ptr.dtype.element_ty), mask=mask & there)
 
 
@@ -255,7 +259,7 @@ def _step_kernel(
         z = tl.load(noise_ptr + here, mask=mask, other=0.0).to(compute)
     if DRAWS:
         z = tl.zeros_like(x)
-        if _reads(row_ptr, _NOISE, MAPS):
+        if _reads(row_ptr, _NOISE, 0.0, MAPS):
             seed = tl.load(seeds_ptr + b)
             step = step_of(noise_steps_ptr, b, noise_step, NOISE_STEPS)
             if DRAWS == 2:
