@@ -258,7 +258,7 @@ def randn_on_host(
     step: int | Tensor,
     purpose: int,
     dtype: torch.dtype,
-    shift: int,
+    shift: int = 0,
 ) -> Tensor:
     """Normal numbers in guarded memory `shift` elements off 16 bytes; check what was touched."""
     out = torch.full(tuple(shape), math.nan, dtype=dtype)
