@@ -17,12 +17,12 @@ __global__ void __launch_bounds__(kThreads) randn_kernel(const RandnArgs args, i
     const int64_t left = args.inner - at;
     float z[V];
     draw_in_order(stream_of(args.draw, b), at, z);
-    const int64_t here = b * args.inner + at;
     if (wide && left >= V) {
-        store<T>(z, args.out, here, V);
+        // b · inner + at, since samples are whole packs or there is one; written so, stores stay 16 bytes wide.
+        store<T>(z, args.out, pack * V, V);
         return;
     }
-    T* target = static_cast<T*>(args.out) + here;
+    T* target = static_cast<T*>(args.out) + b * args.inner + at;
 #pragma unroll
     for (int i = 0; i < V; ++i)
         if (i < left) narrow(z[i], target + i);
