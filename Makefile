@@ -21,11 +21,17 @@ PACKAGES := $(VENV)/.stamp-packages
 INSTALL := $(VENV)/.stamp-install
 BUILD := $(VENV)/.stamp-build-$(FASTDIFF_BUILD)
 
+# An extension with sanitizers has a folder of its own, beside a copy of the package. SANITIZE_TESTS: the tests that run
+# our C++ on every kind of call; what is not there yet, or not any more, the wildcard leaves out.
+SANITIZED := build/sanitize
+SANITIZE_TESTS ?= $(sort $(wildcard $(addprefix tests/test_,$(addsuffix .py,step_parity step_layout step_functional \
+  step_checks step_properties step_memory binding_fuzz reductions* philox*))))
+
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null | sort)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup versions sample test lint format bench clean
+.PHONY: help setup versions sample test sanitize lint format bench clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*  ## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-9s %s\n", $$1, $$2 }'
@@ -35,6 +41,11 @@ sample: $(BUILD)  ## draw 100 digits with the small model that ships, into sampl
 
 test: $(BUILD)  ## run the tests
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+sanitize: $(INSTALL)  ## run the tests of the step over a build with address and undefined-behaviour sanitizers
+	@rm -rf $(SANITIZED)/lib
+	FASTDIFF_SANITIZE=1 FASTDIFF_BUILD=cpu $(PY) setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	$(PY) tests/sanitize.py $(SANITIZED)/lib $(SANITIZE_TESTS)
 
 lint: $(PACKAGES)  ## check format, lint and types
 	$(BIN)/ruff check .
@@ -47,7 +58,7 @@ format: $(PACKAGES)  ## rewrite the sources in the house format
 	$(BIN)/ruff format .
 	$(if $(CSRC),$(BIN)/clang-format -i $(CSRC))
 
-bench: $(BUILD)  ## run the benchmarks
+bench: $(BUILD)  ## print what a step costs beside its peers
 	$(PY) -m benchmarks $(BENCH_ARGS)
 
 setup: $(BUILD)  ## make .venv and build the extension

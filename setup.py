@@ -13,6 +13,9 @@
 ``auto`` looks at what is installed, never at a visible GPU, so that a build machine without one builds for one. It
 steps down only for what is absent; sources that fail to compile are an error in every mode. What is known about the
 machine is gathered in ``Facts`` and judged by ``decide``, which touches nothing and so can be tested for any machine.
+
+``FASTDIFF_SANITIZE=1`` compiles the C++ with AddressSanitizer and UndefinedBehaviorSanitizer. Python loads such an
+extension only with their runtimes preloaded: ``make sanitize`` builds one in a folder of its own and tests it.
 """
 
 from __future__ import annotations
@@ -39,12 +42,13 @@ MODES = ("auto", "cpu", "cuda", "none")
 # PyPI package `kernels`, which diffusers imports.
 PACKAGES = [
     "fastdiff",
+    "fastdiff.benchmarks",
     "fastdiff.digits",
     "fastdiff.kernels",
     "fastdiff.ops",
     "fastdiff.solvers",
 ]
-PACKAGE_DIR = {"fastdiff.kernels": "kernels/triton"}
+PACKAGE_DIR = {"fastdiff.benchmarks": "benchmarks", "fastdiff.kernels": "kernels/triton"}
 PACKAGE_DATA = {"fastdiff": ["py.typed"], "fastdiff.digits": ["weights.safetensors", "figures.json"]}
 
 # The commands that end in an extension. The others (sdist, egg_info, clean, …) describe the tree and need no compiler.
@@ -62,6 +66,16 @@ CXX_FLAGS = [
     "-fvisibility=hidden",
     "-Wall",
     "-Wextra",
+]
+# The last -O and -g win. The first report ends the process: what goes on behind it proves nothing. The library's own
+# assertions catch an index that leaves an array without leaving its object.
+SANITIZE_FLAGS = [
+    "-O1",
+    "-g",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+    "-D_GLIBCXX_ASSERTIONS",
 ]
 NVCC_FLAGS = ["-O3", "--fmad=false", "-Xcompiler=-ffp-contract=off,-fvisibility=hidden,-Wall,-Wextra"]
 
@@ -260,7 +274,21 @@ def sources(mode: str) -> list[str]:
     return [path.relative_to(ROOT).as_posix() for pattern in patterns for path in sorted(ROOT.glob(pattern))]
 
 
-def extension(mode: str, facts: Facts) -> tuple[Extension, type]:
+def sanitize_flags(environ: Mapping[str, str]) -> list[str]:
+    """List what ``FASTDIFF_SANITIZE`` adds to the compiler's and the linker's flags.
+
+    Raises:
+        BuildError: the value is neither 0 nor 1.
+    """
+    wanted = environ.get("FASTDIFF_SANITIZE") or "0"
+    if wanted not in ("0", "1"):
+        raise BuildError(
+            _sentence("FASTDIFF_SANITIZE", f"is {wanted!r}", "0 or 1", "set 1 to build with sanitizers, or unset it")
+        )
+    return SANITIZE_FLAGS if wanted == "1" else []
+
+
+def extension(mode: str, facts: Facts, sanitize: list[str]) -> tuple[Extension, type]:
     """Describe ``fastdiff._C`` and the command that builds it. The first to import torch's build helpers."""
     if facts.compiler and facts.compiler != "c++":
         os.environ.setdefault("CXX", facts.compiler)  # torch compiles and setuptools links with the same one
@@ -295,7 +323,7 @@ def extension(mode: str, facts: Facts) -> tuple[Extension, type]:
 
     # OpenMP is switched on for compiling only (at::parallel_for is a header). It is not linked: the symbols come from
     # the OpenMP runtime that torch has loaded, and a second runtime would bring a second set of threads.
-    cxx_flags = CXX_FLAGS + ([] if sys.platform == "darwin" else ["-fopenmp"])
+    cxx_flags = CXX_FLAGS + ([] if sys.platform == "darwin" else ["-fopenmp"]) + sanitize
     describe: Any = CUDAExtension if mode == "cuda" else CppExtension
     described = describe(
         "fastdiff._C",
@@ -304,6 +332,7 @@ def extension(mode: str, facts: Facts) -> tuple[Extension, type]:
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("FASTDIFF_CUDA", None)] if mode == "cuda" else [],
         extra_compile_args={"cxx": cxx_flags, "nvcc": NVCC_FLAGS},
+        extra_link_args=sanitize,
     )
     # Headers of torch, Python and CUDA as system headers: -Wall and -Wextra are for our own. nvcc needs none of them.
     for folder in described.include_dirs[1:]:
@@ -320,12 +349,13 @@ def main() -> None:
         facts = Facts() if requested == "none" else gather(os.environ)
         try:
             decision = decide(requested, facts)
+            sanitize = sanitize_flags(os.environ)
         except BuildError as error:
             raise SystemExit(f"error: {error}") from None
         if decision.warning:
             print(f"warning: {decision.warning}", file=sys.stderr)
         if decision.mode != "none":
-            described, command = extension(decision.mode, facts)
+            described, command = extension(decision.mode, facts, sanitize)
             arguments = {"ext_modules": [described], "cmdclass": {"build_ext": command}}
     setup(
         packages=PACKAGES,

@@ -1,48 +1,71 @@
 # SPDX-License-Identifier: MIT
-"""``python -m benchmarks``: every sampler at every shape, beside the reference and diffusers, in one run."""
+"""``fastdiff bench``, and ``python -m benchmarks`` from a checkout: one table of one run."""
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import json
-from pathlib import Path
+import sys
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from .cases import SAMPLERS, SHAPES, all_cases
-from .plots import plot_ratios
-from .run import conditions, measure
+from fastdiff.errors import require
+
+from .conditions import conditions
+from .measure import measure
+from .options import cases, parse
+from .report import render, render_base
+
+SCHEMA = 2
 
 
-def main() -> None:
-    """Measure, print the table as it grows, write the report."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15, help="rounds in which the peers take turns")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time for each peer of a case, all rounds together")
-    parser.add_argument("--samplers", nargs="+", choices=list(SAMPLERS), default=list(SAMPLERS))
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--out", type=Path, help="write the report as JSON")
-    parser.add_argument("--plot", type=Path, help="draw the ratios")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmarks") -> None:
+    """Measure, print the table, write what was asked for.
+
+    Raises:
+        ValueError, RuntimeError, ImportError: with one sentence for the user.
+    """
+    options = parse(arguments, prog)
+    require("rich", "cli", "fastdiff bench")  # before the measuring, not after it
+    if options.plot is not None:
+        require("matplotlib", "plots", "fastdiff bench --plot")
+    report: dict[str, Any] = {"schema": SCHEMA, "conditions": conditions(), "absent": {}, "results": []}
+    if options.base is not None:
+        importlib.import_module(".base", __package__).compare(options, report)
+        render_base(report)
+    else:
+        _measure_all(options, report)
+        render(report, peers=options.peers)
+    if options.json is not None:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    if options.plot is not None:
+        importlib.import_module(".plots", __package__).plot(report, options.plot)
+
+
+def _measure_all(options: Any, report: dict[str, Any]) -> None:
+    before = torch.get_num_threads(), torch.is_grad_enabled()
     torch.set_grad_enabled(False)
-    report = {"conditions": conditions(), "unit": "microseconds a step, guidance included", "results": []}
-    print(json.dumps(report["conditions"]))
-    print(f"{'case':46} {'fastdiff':>10} {'reference':>10} {'diffusers':>10}   x reference   x diffusers")
-    for case in all_cases():
-        if case.sampler not in options.samplers or case.shape not in options.shapes:
-            continue
-        result = measure(case, options.rounds, options.seconds)
-        report["results"].append(result)
-        times = " ".join(f"{result[peer]['median_us']:10.1f}" for peer in ("fastdiff", "reference", "diffusers"))
-        ratios = [result[f"{peer}_over_fastdiff"] for peer in ("reference", "diffusers")]
-        print(f"{result['case']:46} {times} {ratios[0]:13.1f} {ratios[1]:13.1f}", flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
-    if options.plot:
-        plot_ratios(report, options.plot)
+    try:
+        for threads in options.threads:
+            torch.set_num_threads(threads)
+            for case in cases(options):
+                for cache in options.caches:
+                    print(f"{case.name}, {threads} thread(s), {cache}", file=sys.stderr, flush=True)
+                    line = measure(
+                        case, cache, options.peers, rounds=options.rounds, seconds=options.seconds,
+                        absent=report["absent"],
+                    )  # fmt: skip
+                    report["results"].append(line)
+    finally:
+        torch.set_num_threads(before[0])
+        torch.set_grad_enabled(before[1])
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        sys.exit(2)

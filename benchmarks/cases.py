@@ -1,116 +1,139 @@
 # SPDX-License-Identifier: MIT
-"""What is measured: one whole loop of steps with classifier-free guidance, the model's outputs made beforehand.
-
-A loop rather than a step, since a scheduler's step has state; what is quoted is a loop's time over its steps.
-"""
+"""What is measured: steps of whole loops with classifier-free guidance, the model's outputs made beforehand."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdiff import create_sampler
 
+from .traffic import bytes_a_step
+
 STEPS = 20
 GUIDANCE = 3.0
 
-SHAPES = {
+SHAPES: dict[str, tuple[int, ...]] = {
     "digits": (100, 1, 8, 8),
     "image": (1, 4, 64, 64),
     "images": (8, 4, 128, 128),
     "video": (1, 16, 21, 90, 160),
 }
 
-#: Each sampler as fields of SamplingConfig and as a diffusers scheduler with its arguments.
-SAMPLERS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
-    "ddim": ({"method": "ddim"}, "DDIMScheduler", {"clip_sample": False}),
-    "dpmsolver++2m": ({"method": "dpm_solver", "solver_order": 2}, "DPMSolverMultistepScheduler", {"solver_order": 2}),
-    "dpmsolver++3m": ({"method": "dpm_solver", "solver_order": 3}, "DPMSolverMultistepScheduler", {"solver_order": 3}),
-    "euler": ({"method": "euler"}, "EulerDiscreteScheduler", {}),
-    "heun": ({"method": "heun"}, "HeunDiscreteScheduler", {}),
-    "ddpm": ({"method": "ddpm"}, "DDPMScheduler", {"clip_sample": False}),
-    "euler-ancestral": ({"method": "euler_ancestral"}, "EulerAncestralDiscreteScheduler", {}),
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
 }
 
-#: Samplers that draw noise at every step: there torch's own randn is most of what is left.
-STOCHASTIC = ("ddpm", "euler-ancestral")
 
-PEERS = ("fastdiff", "reference", "diffusers")
+@dataclass(frozen=True)
+class Op:
+    """A sampler, as its peers know it.
+
+    Args:
+        config: fields of SamplingConfig.
+        diffusers: a scheduler's class and its arguments.
+        k_diffusion: a function of k_diffusion.sampling and its arguments.
+        seeded: the kernel draws the noise itself, from seeds that the step is given; peers draw theirs as ever.
+    """
+
+    config: dict[str, Any]
+    diffusers: tuple[str, dict[str, Any]]
+    k_diffusion: tuple[str, dict[str, Any]]
+    seeded: bool = False
+
+
+def seeded(op: Op) -> Op:
+    """The same sampler with its noise drawn in the kernel."""
+    return dataclasses.replace(op, seeded=True)
+
+
+#: By the name of the table's first column. DDIM is Euler, and DDPM Euler-ancestral, in the coordinates of k-diffusion;
+#: its third-order multistep solver is the one for SDEs, which with eta 0 draws no noise.
+OPS: dict[str, Op] = {
+    "ddim": Op({"method": "ddim"}, ("DDIMScheduler", {"clip_sample": False}), ("sample_euler", {})),
+    "dpmsolver++2m": Op(
+        {"method": "dpm_solver", "solver_order": 2},
+        ("DPMSolverMultistepScheduler", {"solver_order": 2}),
+        ("sample_dpmpp_2m", {}),
+    ),
+    "dpmsolver++3m": Op(
+        {"method": "dpm_solver", "solver_order": 3},
+        ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+        ("sample_dpmpp_3m_sde", {"eta": 0.0}),
+    ),
+    "euler": Op({"method": "euler"}, ("EulerDiscreteScheduler", {}), ("sample_euler", {})),
+    "heun": Op({"method": "heun"}, ("HeunDiscreteScheduler", {}), ("sample_heun", {})),
+    "ddpm": Op({"method": "ddpm"}, ("DDPMScheduler", {"clip_sample": False}), ("sample_euler_ancestral", {})),
+    "euler-ancestral": Op(
+        {"method": "euler_ancestral"}, ("EulerAncestralDiscreteScheduler", {}), ("sample_euler_ancestral", {})
+    ),
+}
+
+
+OPS |= {f"{name} (philox)": seeded(OPS[name]) for name in ("ddpm", "euler-ancestral")}
+
+
+class Tensors(NamedTuple):
+    """What a step is given; `sample` is where a loop starts, and is not written."""
+
+    sample: Tensor
+    cond: Tensor
+    uncond: Tensor
 
 
 @dataclass(frozen=True)
 class Case:
-    """One sampler at one shape and dtype; `loop(peer)` makes the callable that is timed."""
+    """One sampler at one shape and dtype."""
 
-    sampler: str
-    shape: str
-    dtype: torch.dtype = torch.float32
+    op: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    steps: int = field(default=STEPS, repr=False)
+
+    @property
+    def dimensions(self) -> str:
+        return "x".join(str(size) for size in self.shape)
 
     @property
     def name(self) -> str:
-        dimensions = "x".join(str(size) for size in SHAPES[self.shape])
-        return f"{self.sampler} {dimensions} {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.op} {self.dimensions} {self.dtype}"
+
+    @functools.cached_property
+    def sampler(self) -> Any:
+        return create_sampler("linear", num_inference_steps=self.steps, **OPS[self.op].config)
+
+    @functools.cached_property
+    def table(self) -> Any:
+        return self.sampler.stepper().table
 
     @property
-    def calls(self) -> int:
-        """Steps in a loop, a model call each."""
-        return 2 * STEPS - 1 if self.sampler == "heun" else STEPS
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Sample, conditional and unconditional output."""
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def tensor_bytes(self) -> int:
+        return self.numel * self.torch_dtype.itemsize
+
+    @property
+    def bytes_a_step(self) -> float:
+        """Bytes that a step must move, the mean of the loop's rows."""
+        return bytes_a_step(self.table, self.tensor_bytes, guided=True, noise_in_memory=not OPS[self.op].seeded)
+
+    def tensors(self, copies: int = 1) -> list[Tensors]:
+        """As many sets of tensors, each its own memory; of the same values, which cost nothing to tell apart."""
         generator = torch.Generator().manual_seed(0)
-        return tuple(torch.randn(SHAPES[self.shape], generator=generator).to(self.dtype) for _ in range(3))  # type: ignore[return-value]
-
-    def loop(self, peer: str) -> Callable[[], Tensor]:
-        """A callable that takes a loop's steps and returns the last sample."""
-        if peer == "diffusers":
-            return self._diffusers_loop()
-        return self._fastdiff_loop(None if peer == "fastdiff" else peer)
-
-    def _fastdiff_loop(self, backend: str | None) -> Callable[[], Tensor]:
-        x, cond, uncond = self.tensors()
-        sampler = create_sampler("linear", num_inference_steps=STEPS, **SAMPLERS[self.sampler][0])
-        generator = torch.Generator().manual_seed(0)
-
-        def run() -> Tensor:
-            stepper = sampler.stepper(backend)
-            sample = x.clone()
-            while not stepper.done:  # in place, as the samplers' own loop does
-                stepper.step(sample, cond, uncond=uncond, guidance=GUIDANCE, generator=generator, out=sample)
-            return sample
-
-        return run
-
-    def _diffusers_loop(self) -> Callable[[], Tensor]:
-        import diffusers
-
-        x, cond, uncond = self.tensors()
-        _, class_name, arguments = SAMPLERS[self.sampler]
-        scheduler = getattr(diffusers, class_name)(**arguments)
-        scheduler.set_timesteps(STEPS)
-        draws = {"generator": torch.Generator().manual_seed(0)} if self.sampler in STOCHASTIC else {}
-        state = ("_step_index", "lower_order_nums", "model_outputs", "dt", "prev_derivative", "sample")
-        fresh = {name: value for name, value in vars(scheduler).items() if name in state}
-
-        def run() -> Tensor:
-            # What set_timesteps would reset, without its cost: it is not part of a step.
-            for name, value in fresh.items():
-                setattr(scheduler, name, list(value) if isinstance(value, list) else value)
-            sample = x
-            for timestep in scheduler.timesteps:
-                scheduler.scale_model_input(sample, timestep)  # as every pipeline does; most return their argument
-                guided = uncond + GUIDANCE * (cond - uncond)
-                sample = scheduler.step(guided, timestep, sample, return_dict=False, **draws)[0]
-            return sample
-
-        return run
-
-
-def all_cases() -> list[Case]:
-    """Every sampler at every shape."""
-    return [Case(sampler, shape) for shape, sampler in itertools.product(SHAPES, SAMPLERS)]
+        first = Tensors(*(torch.randn(self.shape, generator=generator).to(self.torch_dtype) for _ in range(3)))
+        return [first] + [Tensors(*(tensor.clone() for tensor in first)) for _ in range(copies - 1)]

@@ -1,32 +1,61 @@
 # SPDX-License-Identifier: MIT
-"""The cases under pytest-benchmark: ``pytest benchmarks --benchmark-group-by=param:case``.
+"""The cases under pytest-benchmark: ``pytest benchmarks --benchmark-group-by=group``.
 
-It times a whole loop; divide by the steps.  Peers of one case run one after another here; `python -m benchmarks` takes
-them in turn, which is what figures are quoted from.
+A round is a whole loop; divide by the steps in extra_info. Peers of one case run one after another here, with a warm
+cache; `fastdiff bench` takes them in turn, which is what figures are quoted from.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from .cases import PEERS, SAMPLERS, Case
+from .cases import OPS, SHAPES, Case
+from .copying import STORES, copy_walk, why_absent
+from .peers import PEERS, walks
 
 
-@pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("shape", ["image", "video"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_loop(benchmark: Any, sampler: str, shape: str, peer: str) -> None:
-    if peer == "diffusers":
-        pytest.importorskip("diffusers")
-    case = Case(sampler, shape)
-    benchmark.group = case.name
-    benchmark.extra_info["steps"] = case.calls
+@pytest.fixture(autouse=True)
+def _one_thread_without_gradients() -> Iterator[None]:
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    loop = case.loop(peer)
     with torch.no_grad():
-        small = shape == "image"
-        last = benchmark.pedantic(loop, rounds=20 if small else 3, iterations=5 if small else 1, warmup_rounds=1)
-    assert bool(torch.isfinite(last).all())
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("peer", ["fastdiff", *PEERS])
+@pytest.mark.parametrize("shape", ["image", "video"])
+@pytest.mark.parametrize("op", OPS)
+def test_loop(benchmark: Any, op: str, shape: str, peer: str) -> None:
+    case = Case(op, SHAPES[shape])
+    try:
+        (walk,) = walks(peer, case, case.tensors())
+    except (ImportError, RuntimeError) as absent:
+        pytest.skip(str(absent))
+
+    def loop() -> None:
+        for _ in range(len(case.table) // walk.steps):
+            walk.advance()
+
+    benchmark.group = case.name
+    benchmark.extra_info.update(steps=len(case.table), bytes_a_step=case.bytes_a_step)
+    small = shape == "image"
+    benchmark.pedantic(loop, rounds=20 if small else 3, iterations=5 if small else 1, warmup_rounds=1)
+
+
+@pytest.mark.skipif(bool(why_absent()), reason=why_absent())
+@pytest.mark.parametrize("stores", STORES)
+@pytest.mark.parametrize("shape", ["image", "video"])
+def test_copy(benchmark: Any, shape: str, stores: str) -> None:
+    case = Case("ddim", SHAPES[shape])
+    walk = copy_walk(case.bytes_a_step, "warm", stores)
+    benchmark.group = f"copy of as many bytes as {case.name}"
+    benchmark.extra_info.update(steps=walk.steps, bytes_a_step=case.bytes_a_step)
+    benchmark.pedantic(walk.advance, rounds=20, iterations=1, warmup_rounds=1)
+
+
+# Reductions (norms, quantiles for thresholds) get their cases here, below the steps.

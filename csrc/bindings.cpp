@@ -4,6 +4,8 @@
 #include <string>
 
 #include "bindings/randn.h"
+#include "bindings/reduce.h"
+#include "bindings/copy.h"
 #include "bindings/step.h"
 
 namespace {
@@ -33,5 +35,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #endif
     m.def("randn", &randn, py::arg("out"), py::arg("seeds"), py::arg("steps"), py::arg("step"), py::arg("purpose"),
           py::arg("stream"));
+    m.def("_copy_kernel", &copy_kernel, py::arg("src"), py::arg("dst"), py::arg("streaming"),
+          "Copies src to dst, for benchmarks; see csrc/bindings/copy.h.");
+    define_reductions(m);
     if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The command line: ``fastdiff sample`` draws digits with the model that ships, ``fastdiff env`` says what is here."""
+"""The command line: ``fastdiff sample`` draws digits with the model that ships, ``fastdiff env`` says what is here,
+``fastdiff bench`` what a step costs."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import platform
 from pathlib import Path
@@ -13,6 +15,8 @@ import typer
 
 from . import __version__, ops
 from .errors import require, sentence, unknown_name
+from .ops import randn
+from .philox import spawn_seeds
 from .sampling_config import SamplingMethod
 from .schedules import create_noise_scheduler
 
@@ -88,6 +92,27 @@ def env() -> None:
     print_environment()
 
 
+# The benchmarks read their arguments themselves: they run from a checkout without typer as well.
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Measure a step beside its peers and beside a copy; `fastdiff bench --help` lists the options."""
+    try:
+        benchmarks = importlib.import_module("fastdiff.benchmarks.__main__")
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("fastdiff.benchmarks"):
+            raise
+        raise RuntimeError(
+            sentence(
+                "bench",
+                "fastdiff.benchmarks",
+                "cannot be imported",
+                "an installation that knows of it",
+                "install it again, or run python -m benchmarks in the checkout",
+            )
+        ) from error
+    benchmarks.main(context.args, prog="fastdiff bench")
+
+
 def draw_digits(
     sampling: dict[str, Any],
     *,
@@ -119,14 +144,14 @@ def draw_digits(
     shares = [n // len(labels) + (i < n % len(labels)) for i in range(len(labels))]
     wanted = torch.tensor([label for label, share in zip(labels, shares, strict=True) for _ in range(share)])
     wanted = wanted.to(device)
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn((n, *IMAGE_SHAPE), generator=generator).to(device)
+    seeds = spawn_seeds(seed, n)  # an image's noise is its own, however many are drawn beside it
+    latents = randn((n, *IMAGE_SHAPE), seeds, device=device)
     result = engine.sample(
         model,
         latents,
         wanted,
         torch.full_like(wanted, NULL_CLASS),
-        generator=generator,
+        seeds=seeds,
         progress=progress,
         backend=backend,
     )

@@ -50,6 +50,7 @@ class GuidedModel:
         channels: how many times the sample's channels the model returns: 2 with a learned variance.
         check_finite: look for NaN and infinity in every output, at the cost of a host sync on a GPU.
         model_kwargs: passed on with every call.
+        model_dtype: what the model is called in, the samples' own where None.
 
     Raises:
         ValueError: guidance needs a negative condition that is missing or does not match.
@@ -63,6 +64,7 @@ class GuidedModel:
     channels: int = 1
     check_finite: bool = True
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    model_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         negative = self.negative_prompt_embeds
@@ -99,29 +101,53 @@ class GuidedModel:
         assert self.negative_prompt_embeds is not None
         return torch.cat([self.negative_prompt_embeds, self.prompt_embeds])
 
-    def __call__(self, x: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    @property
+    def copies(self) -> int:
+        """How many times the samples stand in one model call's batch."""
+        return 2 if self.guided and self.mode is GuidanceMode.BATCHED else 1
+
+    def prepare(self, x: Tensor) -> Tensor | None:
+        """A tensor to hold the model's input throughout a loop, filled for the first call; None where x itself will do.
+
+        Args:
+            x: ``[B, ...]``, dense.
+
+        Returns:
+            ``[B, ...]`` or ``[2·B, ...]`` in the model's dtype; the step writes it for the calls that follow.
+        """
+        dtype = self.model_dtype or x.dtype
+        if self.copies == 1 and dtype == x.dtype:
+            return None
+        return torch.cat([x.to(dtype)] * self.copies)
+
+    def __call__(
+        self, x: Tensor, timestep: Tensor, prepared: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Call the model at one timestep.
 
         Args:
             x: ``[B, ...]``.
             timestep: ``[]``, int64 or float32, on the device of x.
+            prepared: what `prepare` gave for this x, or the step has written since.
 
         Returns:
             The conditional output, the unconditional one or None, and the variance output or None; like x.
         """
+        inputs = self.prepare(x) if prepared is None else prepared
+        inputs = x if inputs is None else inputs
         if not self.guided:
-            output, variance = self._split(self._call(x, timestep, self.prompt_embeds), x)
+            output, variance = self._split(self._call(inputs, timestep, self.prompt_embeds, x.dtype), x)
             return output, None, variance
         if self.mode is GuidanceMode.SEQUENTIAL:
-            uncond, _ = self._split(self._call(x, timestep, self.negative_prompt_embeds), x)
-            output, variance = self._split(self._call(x, timestep, self.prompt_embeds), x)
+            uncond, _ = self._split(self._call(inputs, timestep, self.negative_prompt_embeds, x.dtype), x)
+            output, variance = self._split(self._call(inputs, timestep, self.prompt_embeds, x.dtype), x)
             return output, uncond, variance
-        both = self._call(torch.cat([x, x]), timestep, self._both_embeds)
+        both = self._call(inputs, timestep, self._both_embeds, x.dtype)
         uncond, output = both.chunk(2)
         (uncond, _), (output, variance) = self._split(uncond, x), self._split(output, x)
         return output, uncond, variance
 
-    def _call(self, x: Tensor, timestep: Tensor, embeds: Tensor | None) -> Tensor:
+    def _call(self, x: Tensor, timestep: Tensor, embeds: Tensor | None, dtype: torch.dtype) -> Tensor:
         arguments = (x, timestep.expand(x.shape[0])) if embeds is None else (x, timestep.expand(x.shape[0]), embeds)
         output = unwrap(self.model(*arguments, **self.model_kwargs))
         expected = [x.shape[0], self.channels * x.shape[1], *x.shape[2:]] if self.channels > 1 else list(x.shape)
@@ -132,8 +158,8 @@ class GuidedModel:
             elif x.dim() > 1 and list(output.shape) == [x.shape[0], 2 * x.shape[1], *x.shape[2:]]:
                 remedy = "set variance_type='learned_range' if the model predicts a variance"
             raise ValueError(sentence("sample", "model", f"returned shape {list(output.shape)}", f"{expected}", remedy))
-        if output.dtype != x.dtype:
-            output = output.to(x.dtype)  # a model under autocast answers in its own precision
+        if output.dtype != dtype:
+            output = output.to(dtype)  # a half model, or one under autocast, answers in its own precision
         if self.check_finite and not bool(torch.isfinite(output).all()):
             what = "NaN" if bool(torch.isnan(output).any()) else "infinity"
             raise ValueError(

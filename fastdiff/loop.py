@@ -93,10 +93,11 @@ def run_loop(
     timesteps = timesteps.to(latents.device)
     total = len(stepper.table)
     scale = model.guidance_scale if model.guided else None
+    prepared = model.prepare(sample)
     with progress_bar(total, progress) as bar:
         for index, timestep in enumerate(timesteps):
             with stopwatch.part("model"):
-                output, uncond, variance = model(sample, timestep)
+                output, uncond, variance = model(sample, timestep, prepared)
             with stopwatch.part("step"):
                 sample = stepper.step(
                     sample,
@@ -107,6 +108,7 @@ def run_loop(
                     generator=generator,
                     # A callback may keep what it is shown; without one the loop's own copy is written over.
                     out=None if callback else sample,
+                    model_input=prepared if index + 1 < total else None,
                 )
             bar.update()
             if callback is not None:

@@ -8,7 +8,7 @@ stepper of its own.  So a sampler can be shared: a loop that fails or stops leav
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from .errors import sentence, unknown_name
 from .guidance import GuidedModel, Model
 from .levels import Levels, VariancePreservingPath, levels_from_sigmas, levels_from_timesteps
 from .loop import Callback, SamplingResult, check_latents, run_loop
+from .philox import as_seeds
 from .rng import Generators, generator_states
 from .sampling_config import SamplingConfig, SamplingMethod, check_guidance_scale
 from .schedules import BaseNoiseScheduler, NoiseSchedulerConfig, create_noise_scheduler
@@ -135,12 +136,13 @@ class BaseSampler(ABC):
         """The standard deviation of the first sample; samples stay in the model's coordinates, so 1 as a rule."""
         return self.table.initial_scale
 
-    def stepper(self, backend: str | None = None) -> Stepper:
-        """A fresh walk over the table, for a loop of one's own."""
+    def stepper(self, backend: str | None = None, *, seeds: int | Sequence[int] | Tensor | None = None) -> Stepper:
+        """A fresh walk over the table, for a loop of one's own; `seeds` as in `sample`."""
         return Stepper(
             self.table,
             dynamic_thresholding_ratio=self.config.dynamic_thresholding_ratio,
             sample_max_value=self.scheduler.config.sample_max_value,
+            seeds=seeds,
             backend=backend,
         )
 
@@ -154,10 +156,12 @@ class BaseSampler(ABC):
         *,
         guidance_scale: float | None = None,
         generator: Generators = None,
+        seeds: int | Sequence[int] | Tensor | None = None,
         callback: Callback | None = None,
         progress: bool | None = None,
         check_finite: bool | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
+        model_dtype: torch.dtype | None = None,
         backend: str | None = None,
     ) -> SamplingResult:
         """Run the whole loop.
@@ -170,11 +174,16 @@ class BaseSampler(ABC):
             negative_prompt_embeds: the condition of the unconditional call of guidance, like `prompt_embeds`.
             guidance_scale: instead of the configuration's.
             generator: of the noise that stochastic samplers add: one, or one a sample.
+            seeds: instead of a generator, a seed for each sample (see `fastdiff.randn`): the step draws the noise
+                itself, several times faster, and a sample comes out the same alone or in any batch.  Latents of the
+                same kind are ``fastdiff.randn(shape, seeds)``.
             callback: called with a `StepInfo` after each step; returning False stops the loop.
             progress: show a progress bar; None shows it where tqdm is installed.
             check_finite: look at every model output for NaN and infinity.  None: on the CPU; on a GPU looking is a
                 host sync.  The finished samples are always looked at.
             model_kwargs: passed on with every model call.
+            model_dtype: what the model is called in, the latents' own where None: a half model may so work on
+                latents in float32.  Its input is written by the step, with no conversion of its own.
             backend: forces one, as in `fastdiff.ops.step`.
 
         Raises:
@@ -182,6 +191,12 @@ class BaseSampler(ABC):
                 the latents and the generators are then as they were.
         """
         check_latents(latents)
+        if seeds is not None:
+            if generator is not None:
+                raise ValueError(
+                    sentence("sample", "generator", "is given beside seeds", "one source of noise", "leave out one")
+                )
+            seeds = as_seeds(seeds, latents.shape[0], latents.device)
         config = self.config
         if guidance_scale is None:
             guidance_scale = config.guidance_scale
@@ -195,12 +210,13 @@ class BaseSampler(ABC):
             channels=1 if self.table.variance is Variance.FIXED else 2,
             check_finite=latents.device.type == "cpu" if check_finite is None else check_finite,
             model_kwargs=model_kwargs or {},
+            model_dtype=model_dtype,
         )
         states = generator_states(generator)
         try:
             return run_loop(
                 guided,
-                self.stepper(backend),
+                self.stepper(backend, seeds=seeds),
                 self.timesteps,
                 latents,
                 generator=generator,

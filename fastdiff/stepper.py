@@ -50,11 +50,17 @@ class Stepper:
         self._rows: Tensor | None = None
         self._shape: torch.Size
         self._dtype: torch.dtype
+        self._on_cpu: bool
+        #: The last step's result: samples that come back need not be looked at again.
+        self._seen: Tensor | None = None
+        self._end = len(table)
+        self._plan = tuple(zip(table.reads, table.store, table.draws_noise, strict=True))
+        self._measures = table.thresholding or table.variance != Variance.FIXED
         self._prediction_rows: Tensor | None = None
 
     @property
     def done(self) -> bool:
-        return self.index == len(self.table)
+        return self.index == self._end
 
     def step(
         self,
@@ -87,36 +93,38 @@ class Stepper:
             TypeError, ValueError: as `fastdiff.ops.step`; the stepper is then as it was.
         """
         row = self.index
-        plan = self.table
-        if row == len(plan.store):
+        if row == self._end:
             raise IndexError(
                 sentence(
                     "step",
                     "index",
                     f"is {row}",
-                    f"less than the table's {len(plan)} rows",
+                    f"less than the table's {self._end} rows",
                     "the loop has ended: start a new stepper",
                 )
             )
-        registers = self._registers
-        reads, store = plan.reads[row], plan.store[row]
-        rows = self._rows
-        if rows is None or sample.shape != self._shape or sample.dtype is not self._dtype:
-            rows = self._rows_for(sample)
+        if sample is not self._seen:
+            self._look_at(sample)
+        registers, rows = self._registers, self._rows
+        reads, store, draws = self._plan[row]
         seeds = None
-        if noise is None and plan.draws_noise[row]:
+        if draws and noise is None:
             seeds = self._seeds
             if seeds is None:
                 noise = draw(sample.shape, generator, dtype=sample.dtype, device=sample.device)
-        threshold = self._threshold(sample, model_output, uncond, guidance) if plan.thresholding else None
-        kind = 0 if plan.variance == 0 else self._variance_kind(variance)
-        history = [registers[j] if j in reads else None for j in range(reads[-1] + 1)] if reads else ()
-        outs = [out, *[registers[j] for j in store]] if store or out is not None else None
+        threshold, kind = None, 0
+        if self._measures:
+            threshold, kind = self._measure(sample, model_output, uncond, guidance, variance)
+        keeps = len(store)
+        outs = (out, *[registers[j] for j in store]) if keeps else None if out is None else (out,)
+        # A small step's time is the way to its loop: on the CPU registers that a row does not read cost nothing.
+        history = registers if self._on_cpu else [registers[j] if j in reads else None for j in range(NUM_REGISTERS)]
+        assert rows is not None
         results = None
         if self.backend is None:
             results = ops.direct_step(
                 sample, model_output, rows, row, uncond, guidance, history, noise, variance, threshold, kind,
-                len(store), outs, seeds, row, 1, model_input,
+                keeps, outs, seeds, row, 1, model_input,
             )  # fmt: skip
         if results is None:
             results = ops.step(
@@ -126,7 +134,7 @@ class Stepper:
                 row,
                 uncond=uncond,
                 guidance=guidance,
-                history=history,
+                history=[registers[j] if j in reads else None for j in range(NUM_REGISTERS)],
                 noise=noise,
                 seeds=seeds,
                 noise_step=row,
@@ -134,18 +142,22 @@ class Stepper:
                 variance=variance,
                 threshold=threshold,
                 variance_kind=kind,
-                keeps=len(store),
+                keeps=keeps,
                 out=outs,
                 backend=self.backend,
             )
-        for i, slot in enumerate(store, 1):
-            registers[slot] = results[i]
+        if keeps:
+            for slot, value in zip(store, results[1:], strict=True):
+                registers[slot] = value
         self.index = row + 1
-        return results[0]
+        self._seen = result = results[0]
+        return result
 
-    def _rows_for(self, sample: Tensor) -> Tensor:
-        """The table for these samples; made at the first step, whose samples the later ones must resemble."""
+    def _look_at(self, sample: Tensor) -> None:
+        """Compare samples with those of the steps before; at the first step, make what depends on them."""
         if self._rows is not None:
+            if sample.shape == self._shape and sample.dtype is self._dtype:
+                return
             raise ValueError(
                 sentence(
                     "step",
@@ -157,9 +169,20 @@ class Stepper:
             )
         if self._given_seeds is not None:
             self._seeds = as_seeds(self._given_seeds, sample.shape[0], sample.device)
-        self._shape, self._dtype = sample.shape, sample.dtype
+        self._shape, self._dtype, self._on_cpu = sample.shape, sample.dtype, sample.device.type == "cpu"
         self._rows = self.table.rows_as(sample.dtype, sample.device)
-        return self._rows
+
+    def _measure(
+        self,
+        sample: Tensor,
+        model_output: Tensor,
+        uncond: Tensor | None,
+        guidance: float | Tensor | None,
+        variance: Tensor | None,
+    ) -> tuple[Tensor | None, int]:
+        """What a step needs beside its tensors, where the table asks: the threshold and the kind of variance."""
+        threshold = self._threshold(sample, model_output, uncond, guidance) if self.table.thresholding else None
+        return threshold, self._variance_kind(variance)
 
     def _threshold(
         self, sample: Tensor, model_output: Tensor, uncond: Tensor | None, guidance: float | Tensor | None

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .ops.reductions import quantile
 from .table import compute_dtype
 
 
@@ -18,22 +19,12 @@ def dynamic_threshold(x0: Tensor, ratio: float, sample_max_value: float = 1.0) -
         sample_max_value: the largest bound, 1 or more.
 
     Returns:
-        ``[B]``, the quantile held to [1, sample_max_value], float32 (float64 for float64 samples).
+        ``[B]``, the quantile held to [1, sample_max_value], float32 (float64 for float64 samples); that of
+        torch.quantile, bit for bit.
     """
     if x0.numel() == 0:
         return torch.ones(x0.shape[0], dtype=compute_dtype(x0.dtype), device=x0.device)
-    magnitude = x0.to(compute_dtype(x0.dtype)).abs().reshape(x0.shape[0], -1)
-    bound = _quantile(magnitude, ratio)
-    return bound.clamp(1.0, max(sample_max_value, 1.0))
-
-
-def _quantile(values: Tensor, ratio: float) -> Tensor:
-    """Linear interpolation between the two order statistics around `ratio`, as torch.quantile, at any size."""
-    position = ratio * (values.shape[1] - 1)
-    low = int(position)
-    count = values.shape[1] - low
-    # The quantiles that thresholding wants lie near the top: the few largest values suffice.
-    top = torch.topk(values, count, dim=1).values
-    below = top[:, -1]
-    weight = position - low
-    return torch.lerp(below, top[:, -2], weight) if weight else below
+    largest = max(sample_max_value, 1.0)
+    # Between two infinite numbers, and in a sample with a NaN, there is no quantile: the largest bound lets the other
+    # elements keep their meaning.
+    return quantile(x0, ratio, absolute=True).nan_to_num(nan=largest).clamp(1.0, largest)

@@ -27,6 +27,8 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(4, os.cp
 # ones; a failure prints what repeats it.
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=False, print_blob=True)
 hypothesis.settings.register_profile("thorough", hypothesis.settings.get_profile("ci"), max_examples=2000)
+# Instrumented code is several times slower, and a report needs one example that gets there, not many.
+hypothesis.settings.register_profile("sanitize", hypothesis.settings.get_profile("ci"), max_examples=30)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

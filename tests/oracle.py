@@ -49,7 +49,7 @@ EXP_UNITS = {"cpu": 1.0, "reference": 1.0, "cuda": 2.0, "triton": 3.0}
 #: Neglected products of two errors: fewer than 40 roundings, so less than 40·u of the bound itself.
 SECOND_ORDER = 1.0 + 40 * 2.0**-24
 #: Below the smallest normal number a rounding errs by half the smallest subnormal one, once an operation.
-UNDERFLOW = {torch.float64: 40 * 2.0**-1075}
+UNDERFLOW = {torch.float64: 20 * 2.0**-1074}  # not 40 · 2⁻¹⁰⁷⁵, which in a double is 0
 UNDERFLOW_SINGLE = 40 * 2.0**-150
 #: The oracle rounds too. On x86 its unit is 2⁻⁶⁴, 2000 times below float64's; where longdouble is double it counts.
 ORACLE_ROUNDOFF = float(np.finfo(np.longdouble).eps) / 2
@@ -60,6 +60,10 @@ FORMULA_ROUNDING = 64 * 100 * 30 * 2.0**-53
 #: order 1.
 SCHEDULER_ROUNDING = 64 * 30 * 2.0**-24
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+#: The binding's last arguments where a step draws nothing: stream, seeds, noise_step, purpose, model_input, scatter.
+NOTHING_MORE = (0, None, 0, 1, None, False)
 
 
 def backends_at_hand() -> list[object]:

@@ -176,7 +176,8 @@ def test_table_prediction_rows_give_d_unclipped() -> None:
     for row in rows.tolist():
         assert row[:3] == [0.5, 0.25, math.inf]
         assert row[8:16] == list(PREDICTION.coefficients)
-        assert row[3:8] + row[16:] == [0.0] * 21
+        assert row[3:5] + row[16:] == [0.0] * 18
+        assert row[5:8] == [1.0, -1.0, -1.0], "the model's input as it is, and nothing stored"
     assert table.rows[0, 2] == 0.5, "the table itself is not written to"
 
 
@@ -213,6 +214,9 @@ LAYOUT = {
     "CLIP": layout.CLIP,
     "VARIANCE_OFFSET": layout.VARIANCE_OFFSET,
     "VARIANCE_SLOPE": layout.VARIANCE_SLOPE,
+    "MODEL_INPUT_SCALE": layout.MODEL_INPUT_SCALE,
+    "STORE_0": layout.STORE_0,
+    "STORE_1": layout.STORE_1,
     "PREV_SAMPLE": layout.PREV_SAMPLE,
     "KEEP_0": layout.KEEP_0,
     "KEEP_1": layout.KEEP_1,
@@ -250,6 +254,6 @@ def test_layout_of_the_triton_kernel_is_the_tables() -> None:
 
 def test_layout_has_no_overlap() -> None:
     head = sorted(LAYOUT[name] for name in LAYOUT if LAYOUT[name] < layout.PREV_SAMPLE)
-    assert head == list(range(5))
+    assert head == list(range(layout.PREV_SAMPLE))
     maps = [layout.PREV_SAMPLE, layout.KEEP_0, layout.KEEP_1, layout.ROW_WIDTH]
     assert [b - a for a, b in itertools.pairwise(maps)] == [len(COLUMNS)] * 3

@@ -15,14 +15,16 @@ from pathlib import Path
 
 import pytest
 
+import fastdiff
+import sanitize
 from setup_script import load_setup
 
 ROOT = Path(__file__).resolve().parents[1]
 
 # What the extras bring, by the names that are imported.
 OPTIONAL_MODULES = {
-    *("PIL", "accelerate", "diffusers", "matplotlib", "rich", "safetensors"),
-    *("scipy", "sklearn", "torchsde", "tqdm", "triton", "typer"),
+    *("PIL", "accelerate", "diffusers", "k_diffusion", "matplotlib", "rich", "safetensors"),
+    *("scipy", "sklearn", "torchdiffeq", "torchsde", "tqdm", "triton", "typer"),
 }
 
 EXTRAS = {"triton", "diffusers", "plots", "cli", "training", "spacings", "test", "docs"}
@@ -118,6 +120,36 @@ def test_build_refuses_with_what_is_missing_and_a_remedy(
         assert part in str(refusal.value)
 
 
+def test_sanitizers_are_compiled_in_where_they_are_asked_for() -> None:
+    assert setup_py.sanitize_flags({}) == setup_py.sanitize_flags({"FASTDIFF_SANITIZE": "0"}) == []
+    assert setup_py.sanitize_flags({"FASTDIFF_SANITIZE": ""}) == []
+    flags = setup_py.sanitize_flags({"FASTDIFF_SANITIZE": "1"})
+    # Without the second, undefined behaviour would be reported and the tests pass.
+    assert {"-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"} <= set(flags)
+    with pytest.raises(setup_py.BuildError) as refusal:
+        setup_py.sanitize_flags({"FASTDIFF_SANITIZE": "yes"})
+    assert _is_full_sentence(str(refusal.value))
+
+
+@pytest.mark.parametrize("flags", [[], ["-fsanitize=address"]])
+def test_sanitizers_reach_the_compiler_and_the_linker(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Describing an extension sets PATH and CXX; they are put back.
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    described, _ = setup_py.extension("cpu", CPU_TORCH, flags)
+    assert [flag for flag in described.extra_compile_args["cxx"] if flag.startswith("-fsanitize")] == flags
+    assert described.extra_link_args == flags
+
+
+def test_an_extension_without_instruments_is_refused_by_make_sanitize() -> None:
+    if fastdiff.ops.backends.extension is None or "LD_PRELOAD" in os.environ:
+        pytest.skip("needs the plain extension")
+    try:
+        problem = sanitize.instrument_problem(ROOT, "generic")
+    except SystemExit as missing:
+        pytest.skip(str(missing))
+    assert "a deliberate fault ended with 0 and without 'AddressSanitizer: heap-buffer-overflow'" in problem
+
+
 @pytest.mark.parametrize(
     ("toolkit", "architectures"),
     [("12.4", "8.0;9.0+PTX"), ("12.8", "8.0;9.0;10.0+PTX"), ("13.0", "8.0;9.0;10.0+PTX")],
@@ -175,7 +207,7 @@ def test_root_has_no_package_that_shadows_kernels() -> None:
 
 
 def test_packages_listed_are_those_on_disk() -> None:
-    found = {"fastdiff.kernels"}
+    found = set(setup_py.PACKAGE_DIR)
     for init in (ROOT / "fastdiff").rglob("__init__.py"):
         found.add(".".join(init.parent.relative_to(ROOT).parts))
     # A folder of modules without an __init__.py would be left out of a wheel in silence.
@@ -201,7 +233,7 @@ def test_extras_are_the_documented_ones() -> None:
 
 def test_extras_named_in_messages_exist() -> None:
     named = set()
-    for module in (*(ROOT / "fastdiff").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")):
+    for module in (path for folder in ("fastdiff", "kernels", "benchmarks") for path in (ROOT / folder).rglob("*.py")):
         named |= set(re.findall(r"fastdiff-kernels\[(\w+)\]", module.read_text(encoding="utf-8")))
     assert named <= EXTRAS
 
@@ -225,6 +257,14 @@ def test_import_needs_torch_alone(tmp_path: Path) -> None:
     program = "import sys, torch; before = set(sys.modules); import fastdiff; print(*set(sys.modules) - before)"
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert OPTIONAL_MODULES & set(answer.stdout.split()) == set()
+
+
+@pytest.mark.parametrize("start", ["root", "elsewhere"])
+def test_benchmarks_are_found_from_any_folder(start: str, tmp_path: Path) -> None:
+    program = "import importlib.util; print(importlib.util.find_spec('fastdiff.benchmarks').origin)"
+    folder = ROOT if start == "root" else tmp_path
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=folder)
+    assert Path(answer.stdout.strip()).parts[-2:] == ("benchmarks", "__init__.py")
 
 
 @pytest.mark.parametrize("start", ["root", "elsewhere"])
@@ -267,7 +307,7 @@ def test_sdist_holds_what_building_and_testing_need(distributions: tuple[set[str
     in_sdist, _, _ = distributions
     needed = {"setup.py", "pyproject.toml", "Makefile", "requirements-dev.txt", "LICENSE", ".clang-format", ".ci/run"}
     needed |= {"fastdiff/py.typed", "fastdiff/digits/weights.safetensors", "fastdiff/digits/figures.json"}
-    for folder in ("csrc", "kernels", "tests", "fastdiff"):
+    for folder in ("csrc", "kernels", "tests", "fastdiff", "benchmarks"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in {".py", ".cpp", ".h", ".inc", ".cu", ".cuh"}:
                 needed.add(path.relative_to(ROOT).as_posix())
@@ -281,7 +321,8 @@ def test_wheel_holds_every_module_and_the_data(distributions: tuple[set[str], se
     needed = {"fastdiff/py.typed", "fastdiff/digits/weights.safetensors", "fastdiff/digits/figures.json"}
     needed |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastdiff").rglob("*.py")}
     needed |= {f"fastdiff/kernels/{path.name}" for path in (ROOT / "kernels" / "triton").glob("*.py")}
-    assert "fastdiff/kernels/step.py" in needed
+    needed |= {f"fastdiff/benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py")}
+    assert {"fastdiff/kernels/step.py", "fastdiff/benchmarks/__main__.py"} <= needed
     packaged = {path for path in in_wheel if ".dist-info/" not in path}
     assert packaged == needed
     assert any(path.endswith(".dist-info/licenses/LICENSE") for path in in_wheel)

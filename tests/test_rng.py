@@ -63,7 +63,7 @@ def test_an_empty_batch_takes_an_empty_list() -> None:
 
 @pytest.mark.parametrize(("shape", "count"), [((2, 3), 1), ((2, 3), 3), ((2, 3), 0), ((), 1)])
 def test_another_number_of_generators_than_samples_is_refused(shape: tuple[int, ...], count: int) -> None:
-    with pytest.raises(ValueError, match=rf"^draw: generator is a list of {count}, expected one generator .+; pass "):
+    with pytest.raises(ValueError, match=rf"^step: generator is a list of {count}, expected one generator .+; pass "):
         draw(shape, [seeded(i) for i in range(count)], dtype=torch.float32, device=CPU)
 
 

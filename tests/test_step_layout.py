@@ -15,6 +15,7 @@ import fastdiff
 from oracle import (
     DTYPES,
     INTERPRETED,
+    NOTHING_MORE,
     Case,
     Shape,
     assert_same_bits,
@@ -368,7 +369,7 @@ def test_halves_of_doubled_channels_are_read_where_they_lie() -> None:
     output, variance = both.chunk(2, dim=1)
     table = plain_row(prev_x=1.0, prev_m=1.0, prev_z=1.0)
     done = fastdiff.ops.backends.extension.step(
-        sample, output, table, 0, None, None, [], sample, variance.abs_(), None, 2, 0, None, 0
+        sample, output, table, 0, None, None, [], sample, variance.abs_(), None, 2, 0, None, *NOTHING_MORE
     )
     assert done is not None
     assert_within_rounding(Case(sample, output, table, noise=sample, variance=variance, variance_kind=2), done, "cpu")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastdiff.table import compute_dtype
 from fastdiff.thresholding import dynamic_threshold
-from oracle import DTYPES, UNIT_ROUNDOFF
+from oracle import DTYPES, SECOND_ORDER, UNIT_ROUNDOFF
 
 RATIOS = st.one_of(st.sampled_from([1.0, 0.995, 0.5, 1e-6]), st.floats(1e-6, 1.0))
 #: lerp: a difference, a product and a sum, each rounded once and none larger than the larger of the two neighbours
@@ -39,7 +39,12 @@ def test_the_threshold_is_the_linear_quantile_to_rounding(
     low, high = math.floor(position), math.ceil(position)
     exact = (1 - (position - low)) * ordered[:, low] + (position - low) * ordered[:, high]
     bound = (LERP_ROUNDINGS * UNIT_ROUNDOFF[dtype] + 4 * UNIT_ROUNDOFF[torch.float64]) * ordered[:, high]
+    # The position is torch's: the ratio and its product with a count, each rounded, move it along a gap.
+    gap = ordered.diff(dim=1).amax(dim=1) if ordered.shape[1] > 1 else 0.0
+    bound += 2 * SECOND_ORDER * UNIT_ROUNDOFF[dtype] * position * gap
     assert bool(((got.double() - exact.clamp(min=1.0)).abs() <= bound).all())
+    values = x0.to(compute_dtype(dtype)).abs().flatten(1)
+    assert torch.equal(got, torch.quantile(values, ratio, dim=1, interpolation="linear").clamp(min=1.0))
     # torch.quantile in double is the oracle's oracle; its own position is rounded, so neighbours' distance counts.
     by_torch = torch.quantile(x0.double().abs().flatten(1), ratio, dim=1, interpolation="linear").clamp(min=1.0)
     slack = bound + 1e-12 * ordered.shape[1] * ordered[:, -1]
@@ -79,6 +84,14 @@ def test_an_infinite_value_above_the_quantile_does_not_make_it_nan() -> None:
     # A half-precision overflow in one element: the quantile below it is a number, and weight 0 of infinity is nothing.
     x0 = torch.tensor([[1.0, 2.0, math.inf]])
     assert dynamic_threshold(x0, 0.5, 10.0).tolist() == [2.0]
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_where_there_is_no_quantile_the_largest_bound_serves(bad: float) -> None:
+    # All of the largest numbers infinite, or one not a number: the others are still to be scaled by something finite.
+    x0 = torch.tensor([[1.0, 2.0, bad, bad], [1.0, 2.0, 3.0, 4.0]])
+    assert dynamic_threshold(x0, 1.0, 10.0).tolist() == [10.0, 4.0]
+    assert dynamic_threshold(x0, 0.9, 10.0).tolist()[0] == 10.0
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (3,), (1,)])

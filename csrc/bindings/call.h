@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <utility>
 
 #include "common.h"
 
@@ -14,7 +15,8 @@ class Call {
   public:
     Call(const at::Tensor& sample, const at::Tensor& table) : sample_(sample) {
         const auto dtype = dtype_of(sample.scalar_type());
-        plain = dtype.has_value() && ordinary(sample) && sample.is_non_overlapping_and_dense() && sample.numel() > 0;
+        plain = dtype.has_value() && ordinary(sample) && sample.is_non_overlapping_and_dense() && sample.numel() > 0 &&
+                backed(sample, sample.numel());
         if (!plain) return;
         compute_type_ = sample.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
         args.dtype = *dtype;
@@ -87,7 +89,8 @@ class Call {
     // A tensor in the samples' own layout; null where it is absent or not plain.
     void* like_sample(MaybeTensor tensor) {
         if (tensor == nullptr || !plain) return nullptr;
-        plain = same_kind(*tensor) && tensor->sizes() == sample_.sizes() && tensor->strides() == sample_.strides();
+        plain = same_kind(*tensor) && tensor->sizes() == sample_.sizes() && tensor->strides() == sample_.strides() &&
+                backed(*tensor, sample_.numel());
         return plain ? const_cast<void*>(tensor->const_data_ptr()) : nullptr;
     }
 
@@ -100,7 +103,8 @@ class Call {
             plain = tensor->stride(i) == sample_.stride(i) || sample_.size(i) == 1;
         if (!plain) return nullptr;
         const int64_t stride = args.batch > 1 ? tensor->stride(0) : args.inner;
-        plain = stride >= args.inner && (!model_seen_ || stride == args.model_stride);
+        plain = stride >= args.inner && (!model_seen_ || stride == args.model_stride) &&
+                backed(*tensor, (args.batch - 1) * stride + args.inner);
         args.model_stride = stride;
         model_seen_ = true;
         return tensor->const_data_ptr();
@@ -123,7 +127,8 @@ class Call {
 
     void output(const at::Tensor& tensor) {
         if (!plain) return;
-        plain = same_kind(tensor) && tensor.sizes() == sample_.sizes() && tensor.strides() == sample_.strides();
+        plain = same_kind(tensor) && tensor.sizes() == sample_.sizes() && tensor.strides() == sample_.strides() &&
+                backed(tensor, sample_.numel());
         if (!plain) return;
         args.outputs[args.num_outputs++] = tensor.data_ptr();
     }
@@ -138,6 +143,7 @@ class Call {
         for (int64_t i = 0; plain && i < sample_.dim(); ++i)
             plain = (i == 0 || tensor->size(i) == sample_.size(i)) &&
                     (tensor->size(i) == 1 || tensor->stride(i) == (i == 0 ? args.inner : sample_.stride(i)));
+        plain = plain && backed(*tensor, tensor->numel());
         if (!plain) return;
         args.model_input = tensor->data_ptr();
         args.model_input_dtype = *dtype;
@@ -154,6 +160,17 @@ class Call {
         const std::array<const void*, 2 + kRegisters> state{args.sample,     args.noise,      args.history[0],
                                                             args.history[1], args.history[2], args.history[3]};
         const std::array<const void*, 3> model{args.model_output, args.uncond, args.variance};
+        // Scalars of a sample are read again after elements have been written.
+        const auto width = static_cast<int64_t>(at::elementSize(compute_type_)), word = int64_t{sizeof(int64_t)};
+        const auto extent = [&](int64_t stride) { return (args.batch - 1) * stride + 1; };
+        const std::array<std::pair<const void*, int64_t>, 6> scalars{{
+            {args.table, args.num_rows * kRowWidth * width},
+            {args.guidance, extent(args.guidance_stride) * width},
+            {args.threshold, args.batch * width},
+            {args.rows, extent(args.rows_stride) * word},
+            {args.draw.seeds, args.batch * word},
+            {args.draw.steps, extent(args.draw.steps_stride) * word},
+        }};
         // Where registers are written they are outputs that lie on themselves.
         std::array<const void*, kMaxOutputs + kRegisters> written{};
         size_t count = 0;
@@ -162,6 +179,8 @@ class Call {
             if (args.history[j] != nullptr) written[count++] = args.history[j];
         for (size_t o = 0; o < count; ++o) {
             if (meet(args.model_input, model_input_bytes_, written[o], bytes)) return true;
+            for (const auto& [values, size] : scalars)
+                if (meet(written[o], bytes, values, size)) return true;
             for (size_t other = 0; other < o; ++other)
                 if (meet(written[o], bytes, written[other], bytes)) return true;
             for (const void* input : state)
@@ -171,6 +190,8 @@ class Call {
                     (input != written[o] || args.model_stride != args.inner))
                     return true;
         }
+        for (const auto& [values, size] : scalars)
+            if (meet(args.model_input, model_input_bytes_, values, size)) return true;
         for (const void* input : state)
             if (meet(args.model_input, model_input_bytes_, input, bytes)) return true;
         for (const void* input : model)
@@ -196,11 +217,11 @@ class Call {
     }
     bool scalars(const at::Tensor& tensor) const {
         return ordinary(tensor) && tensor.scalar_type() == compute_type_ && tensor.device() == sample_.device() &&
-               tensor.is_contiguous();
+               tensor.is_contiguous() && backed(tensor, tensor.numel());
     }
     bool integers(const at::Tensor& tensor) const {
         return ordinary(tensor) && tensor.scalar_type() == at::kLong && tensor.device() == sample_.device() &&
-               tensor.is_contiguous();
+               tensor.is_contiguous() && backed(tensor, tensor.numel());
     }
     bool blocks_are_samples() const { return sample_.dim() == 0 || args.batch == sample_.size(0); }
     int64_t rows_given() const { return args.rows_stride == 0 ? 1 : args.batch; }

@@ -42,6 +42,21 @@ inline bool ordinary(const at::Tensor& tensor) {
            !(tensor.requires_grad() && at::GradMode::is_enabled());
 }
 
+// Whether the storage holds `count` elements from the tensor's first on: it may have been freed or cut short behind the
+// tensor's back, and under functionalization there is a storage of the right size without memory. What has no storage
+// of its own says so itself when its data is asked for.
+inline bool backed(const at::Tensor& tensor, int64_t count) {
+    const at::Storage& storage = tensor.unsafeGetTensorImpl()->unsafe_storage();
+    if (!storage) return true;
+    const size_t needed = static_cast<size_t>(tensor.storage_offset() + count) * tensor.element_size();
+    return needed <= storage.nbytes() && storage.data() != nullptr;
+}
+
+// Says that a tensor has been written in place. Inference tensors are not counted, and no graph saves them.
+inline void count_change(const at::Tensor& tensor) {
+    if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+}
+
 inline bool served(const at::Tensor& sample) {
 #ifdef FASTDIFF_CUDA
     return sample.is_cpu() || sample.is_cuda();

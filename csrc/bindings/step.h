@@ -104,6 +104,12 @@ inline PyObject* step(PyObject* /*module*/, PyObject* const* objects, Py_ssize_t
     call.model_input(model_input);
     const bool may_overlap = outs != -1 || scatter || model_input != nullptr;
     if (!call.plain || (may_overlap && call.overlaps_badly())) Py_RETURN_NONE;
+    // As every operation that writes in place: so that autograd finds a tensor changed that it has saved.
+    for (int64_t o = 0; outs != -1 && o <= keeps; ++o)
+        if (out[o] != nullptr) count_change(*out[o]);
+    for (const MaybeTensor& kept : history)
+        if (scatter && kept != nullptr) count_change(*kept);
+    if (model_input != nullptr) count_change(*model_input);
     call.join_samples();
     launch(*sample, args, stream);
 

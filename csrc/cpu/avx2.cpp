@@ -14,8 +14,7 @@
 #define FASTDIFF_ISA avx2
 #define FASTDIFF_LANES 8
 #define FASTDIFF_F16C 1
-#include "tile_loops.inc"
-#include "philox_loop.inc"
-#include "step_loop.inc"
+#define FASTDIFF_VECTOR_BYTES 32
+#include "build.inc"
 #pragma GCC pop_options
 #endif

@@ -18,8 +18,7 @@
 #define FASTDIFF_ISA avx512
 #define FASTDIFF_LANES 16
 #define FASTDIFF_F16C 1
-#include "tile_loops.inc"
-#include "philox_loop.inc"
-#include "step_loop.inc"
+#define FASTDIFF_VECTOR_BYTES 64
+#include "build.inc"
 #pragma GCC pop_options
 #endif

@@ -2,36 +2,45 @@
 // The loops on the CPU: one build of each for an instruction set, and the choice among them.
 #pragma once
 
+#include "../reduce_math.h"
 #include "../step_math.h"
 
 namespace fastdiff {
 
-// Runs elements [begin, end) of the batch × inner elements of one step.
-using StepRange = void (*)(const StepArgs& args, int64_t begin, int64_t end);
-// Fills elements [begin, end) of the batch × inner normal numbers.
-using RandnRange = void (*)(const RandnArgs& args, int64_t begin, int64_t end);
+struct CpuBuild {
+    const char* name;
+    // Runs elements [begin, end) of the batch × inner elements of one step.
+    void (*step_range)(const StepArgs& args, int64_t begin, int64_t end);
+    // Fills elements [begin, end) of the batch × inner normal numbers.
+    void (*randn_range)(const RandnArgs& args, int64_t begin, int64_t end);
+    // Copies bytes; `streaming` writes past the caches.
+    void (*copy_range)(const void* source, void* target, int64_t bytes, bool streaming);
+    // Sums: what blocks [begin, end) of the batch × blocks leave behind, then the values of samples [begin, end).
+    void (*sum_blocks)(const SumArgs& args, int64_t begin, int64_t end);
+    void (*finish_samples)(const SumArgs& args, int64_t begin, int64_t end);
+    // Selection. Adds the first digits of `count` (below 2^32) elements to counts[kDigits]; whether one is NaN.
+    bool (*count_keys)(DType dtype, bool absolute, const void* from, int64_t count, int64_t* counts);
+    // The digits of the elements of rank *low and *low + next; *low becomes the rank among the elements of the first.
+    void (*find_rank)(const int64_t* counts, int64_t* low, int next, int* first, int* last);
+    // Copies the keys whose first digits are `first` to `last` out, and returns how many there are.
+    int64_t (*gather_keys)(DType dtype, bool absolute, const void* from, int64_t count, int first, int last,
+                           void* keys);
+    // The value at a rank among these keys, which are moved about.
+    void (*finish_keys)(const SelectArgs& args, void* keys, int64_t count, int64_t rank, void* out);
+};
 
 namespace generic {
-void step_range(const StepArgs& args, int64_t begin, int64_t end);
-void randn_range(const RandnArgs& args, int64_t begin, int64_t end);
-}  // namespace generic
+extern const CpuBuild build;
+}
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FASTDIFF_X86_BUILDS 1
 namespace avx2 {
-void step_range(const StepArgs& args, int64_t begin, int64_t end);
-void randn_range(const RandnArgs& args, int64_t begin, int64_t end);
-}  // namespace avx2
+extern const CpuBuild build;
+}
 namespace avx512 {
-void step_range(const StepArgs& args, int64_t begin, int64_t end);
-void randn_range(const RandnArgs& args, int64_t begin, int64_t end);
-}  // namespace avx512
+extern const CpuBuild build;
+}
 #endif
-
-struct CpuBuild {
-    const char* name;
-    StepRange step_range;
-    RandnRange randn_range;
-};
 
 // The build to run: `wanted` ("generic", "avx2", "avx512"), or the widest that this processor has if null or empty.
 // name is null where the wanted one is unknown or the processor lacks it.

@@ -3,8 +3,10 @@
 #include "../philox.h"
 #include "half.h"
 
+#ifdef FASTDIFF_X86_BUILDS
+#include <emmintrin.h>
+#define FASTDIFF_VECTOR_BYTES 16  // every x86-64 has these
+#endif
 #define FASTDIFF_ISA generic
 #define FASTDIFF_LANES 1
-#include "tile_loops.inc"
-#include "philox_loop.inc"
-#include "step_loop.inc"
+#include "build.inc"

@@ -7,17 +7,17 @@ namespace fastdiff {
 
 CpuBuild select_cpu_build(const char* wanted) {
     const bool any = wanted == nullptr || *wanted == '\0';
+    const auto chosen = [=](const CpuBuild& build) { return any || strcmp(wanted, build.name) == 0; };
 #ifdef FASTDIFF_X86_BUILDS
     __builtin_cpu_init();
     const bool has_avx2 =
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (has_avx512 && (any || strcmp(wanted, "avx512") == 0))
-        return {"avx512", avx512::step_range, avx512::randn_range};
-    if (has_avx2 && (any || strcmp(wanted, "avx2") == 0)) return {"avx2", avx2::step_range, avx2::randn_range};
+    if (has_avx512 && chosen(avx512::build)) return avx512::build;
+    if (has_avx2 && chosen(avx2::build)) return avx2::build;
 #endif
-    if (any || strcmp(wanted, "generic") == 0) return {"generic", generic::step_range, generic::randn_range};
+    if (chosen(generic::build)) return generic::build;
     return {};
 }
 

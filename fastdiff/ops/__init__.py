@@ -9,12 +9,14 @@
     ops/random.py      the noise that a step draws, on its own
     ops/backends.py    which implementations there are, why one is missing, which one answers
     ops/functional.py  cfg_combine, ddpm_step, ddim_step, dpm_solver_step, euler_step
+    ops/reductions.py  quantile, mean, std, norm, dot: one scalar a sample
 """
 
 from .backends import BACKENDS, backend_for, backend_status, cpu_build, use_backend
 from .functional import cfg_combine, ddim_step, ddpm_step, dpm_solver_step, euler_step
 from .fused import direct_step, step, step_rows
 from .random import randn
+from .reductions import dot, mean, norm, quantile, std
 
 __all__ = [
     "BACKENDS",
@@ -25,9 +27,14 @@ __all__ = [
     "ddim_step",
     "ddpm_step",
     "direct_step",
+    "dot",
     "dpm_solver_step",
     "euler_step",
+    "mean",
+    "norm",
+    "quantile",
     "randn",
+    "std",
     "step",
     "step_rows",
     "use_backend",

@@ -102,12 +102,13 @@ def _serves(name: str, device: torch.device) -> bool:
     return device.type == name
 
 
-def backend_for(sample: Tensor, backend: str | None = None) -> str:
+def backend_for(sample: Tensor, backend: str | None = None, operation: str = "step") -> str:
     """The name of the backend that answers a step on this tensor.
 
     Args:
         sample: any tensor on the device in question.
         backend: a forced choice, as in `step`.
+        operation: who asks, for the message of a refusal.
 
     Raises:
         ValueError: the name is unknown, or that backend does not serve the tensor's device.
@@ -118,11 +119,11 @@ def backend_for(sample: Tensor, backend: str | None = None) -> str:
     if name is not None:
         missing = why_missing(name)
         if missing:
-            raise RuntimeError(f"step: backend {name!r} was asked for and is missing: {missing}")
+            raise RuntimeError(f"{operation}: backend {name!r} was asked for and is missing: {missing}")
         if not _serves(name, device):
             raise ValueError(
                 sentence(
-                    "step",
+                    operation,
                     "backend",
                     f"is {name!r} for tensors on {device}",
                     f"one that serves {device.type}",
@@ -183,6 +184,9 @@ def _run_extension(call: StepCall) -> None:
 
 def _run_triton(call: StepCall) -> None:
     triton_module("step").launch(call)
+    # As the extension does itself: autograd has to find a tensor changed that it has saved.
+    written = [*call.outputs, *(call.history if call.scatter else ()), call.model_input]
+    torch.autograd.graph.increment_version([t for t in written if t is not None and not t.is_inference()])
 
 
 #: How a plain call is run; the reference takes any call as it is.

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..call import StepCall
 from ..errors import sentence
 from ..table import NUM_REGISTERS, ROW_WIDTH, STORE_0, STORE_1, Variance, compute_dtype
-from .layout import share_memory
+from .layout import repeats_an_element, share_memory
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -28,6 +28,7 @@ def check(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> None:
         raise TypeError(
             _refusal("sample", f"has dtype {sample.dtype}", "float16, bfloat16, float32 or float64", "convert it first")
         )
+    _check_memory("sample", sample)
     for name, tensor in call.inputs():
         _check_like_sample(name, tensor, sample)
     _check_table(call)
@@ -75,6 +76,29 @@ def _check_like_sample(name: str, tensor: object, sample: Tensor) -> None:
         raise ValueError(
             _refusal(name, f"is on {tensor.device}", f"{sample.device} like sample", f"move it to {sample.device}")
         )
+    _check_memory(name, tensor)
+
+
+def _check_memory(name: str, tensor: Tensor) -> None:
+    """Refuse what is not strided memory, or memory that was freed or cut short behind the tensor's back: to read it
+    would end the process.
+    """
+    if tensor.layout != torch.strided:
+        raise TypeError(
+            _refusal(name, f"has layout {tensor.layout}", "torch.strided", "convert it first, with .to_dense()")
+        )
+    if torch.compiler.is_compiling():
+        return
+    try:
+        held = tensor.untyped_storage().nbytes()
+    except RuntimeError:
+        return  # no storage of its own, as inside vmap
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.element_size() if tensor.numel() > 0 else 0
+    if held < needed:
+        raise ValueError(
+            _refusal(name, f"has a storage of {held} bytes", f"the {needed} that it views", "its storage was resized")
+        )
 
 
 def _check_table(call: StepCall) -> None:
@@ -91,6 +115,7 @@ def _check_table(call: StepCall) -> None:
         )
     if table.device != sample.device:
         raise ValueError(_refusal("table", f"is on {table.device}", f"{sample.device} like sample", remedy))
+    _check_memory("table", table)
     last = table.shape[0] - 1
     if isinstance(call.row, Tensor):
         _check_counters("row", call.row, sample, one_for_all=True)
@@ -123,6 +148,7 @@ def _check_counters(name: str, counters: Tensor, sample: Tensor, *, one_for_all:
     if not fits:
         choices = f"[{batch}], one a sample" + (", or one number" if one_for_all else "")
         raise ValueError(_refusal(name, f"has shape {list(counters.shape)}", choices, "give one value a sample"))
+    _check_memory(name, counters)
 
 
 def _check_noise(call: StepCall) -> None:
@@ -162,6 +188,7 @@ def _check_model_input(tensor: object, sample: Tensor) -> None:
         raise ValueError(
             _refusal("model_input", f"has shape {list(tensor.shape)}", f"{once}, or {twice} for guidance", "make it so")
         )
+    _check_memory("model_input", tensor)
     _check_writable("model_input", tensor)
 
 
@@ -232,6 +259,7 @@ def _check_scalars(name: str, scalars: Tensor, sample: Tensor, *, one_for_all: b
     if not fits:
         choices = f"[{batch}], a number a sample" + (", or one number" if one_for_all else "")
         raise ValueError(_refusal(name, f"has shape {list(scalars.shape)}", choices, "give one value a sample"))
+    _check_memory(name, scalars)
 
 
 def _check_out(out: tuple[Tensor | None, ...], call: StepCall) -> None:
@@ -256,7 +284,7 @@ def _check_out(out: tuple[Tensor | None, ...], call: StepCall) -> None:
 
 
 def _check_writable(name: str, tensor: Tensor) -> None:
-    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+    if repeats_an_element(tensor):
         raise ValueError(
             _refusal(name, "holds the same element twice", "memory of its own for each element", "clone it")
         )

@@ -17,7 +17,7 @@ from ..philox import Purpose
 from ..table import Variance, compute_dtype
 from . import backends
 from .checks import check
-from .layout import hand_back, laid_out, make_plain, output_strides
+from .layout import hand_back, has_memory, laid_out, make_plain, output_strides
 
 _is_compiling = torch.compiler.is_compiling
 _extension_step = None if backends.extension is None else backends.extension.step
@@ -198,11 +198,17 @@ def step_rows(
     return _checked_step(call, outs, backend)[0]
 
 
-def _checked_step(call: StepCall, out: tuple[Tensor | None, ...] | None, backend: str | None) -> tuple[Tensor, ...]:
-    """Check, choose, make plain, run: the way of every call that the extension does not take at once."""
+def _checked_step(
+    call: StepCall, out: tuple[Tensor | None, ...] | None, backend: str | None, *, operator: bool = True
+) -> tuple[Tensor, ...]:
+    """Check, choose, make plain, run: the way of every call that the extension does not take at once.
+
+    `operator` is whether torch's dispatcher may be asked: not where it is the one that asks.
+    """
     check(call, out)
     name = backends.backend_for(call.sample, backend)
-    if _is_compiling():
+    tensors = (*call.inputs(), *call.scalars(), *call.counters())
+    if _is_compiling() or (operator and not all(has_memory(tensor) for _, tensor in tensors)):
         results = _library_step(call, name)
     elif name == "reference":
         results = _reference_step(call, out)
@@ -308,7 +314,7 @@ def _step_op(
         variance_kind, keeps,
     )  # fmt: skip
     with torch.no_grad():
-        return list(_checked_step(call, None, backend or None))
+        return list(_checked_step(call, None, backend or None, operator=False))
 
 
 @_step_op.register_fake

@@ -11,6 +11,23 @@ from torch import Tensor
 from ..call import StepCall
 
 
+def repeats_an_element(tensor: Tensor) -> bool:
+    """Whether two elements of a tensor have one address."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:  # it may: two dimensions interleave, or slide over each other
+            break
+        reach += (size - 1) * stride
+    else:
+        return False
+    if tensor.numel() == 0:
+        return False
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    marks = torch.zeros(last + 1, dtype=torch.bool)
+    marks.as_strided(tensor.shape, tensor.stride()).fill_(True)
+    return int(marks.sum()) < tensor.numel()
+
+
 def share_memory(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have a byte in common."""
     if a.numel() == 0 or b.numel() == 0 or a.device != b.device:
@@ -63,7 +80,7 @@ def make_plain(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> 
     )
     if call.scatter:
         plain = replace(plain, history=_registers_apart(plain))
-    taken = [tensor for _, tensor in plain.inputs()]
+    taken = [tensor for _, tensor in (*plain.inputs(), *plain.scalars(), *plain.counters())]
     outputs: list[Tensor] = []
     for o, target in enumerate(out or (None,) * (call.keeps + 1)):
         fits = target is not None and target.stride() == strides and _writable_in_place(target, plain)
@@ -72,8 +89,10 @@ def make_plain(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> 
     if call.model_input is None:
         return plain
     wanted = (_samples_strides(strides, sample), *strides[1:])
-    fits = call.model_input.stride() == wanted and not any(
-        share_memory(call.model_input, other) for other in [*taken, *outputs]
+    fits = (
+        has_memory(call.model_input)
+        and call.model_input.stride() == wanted
+        and not any(share_memory(call.model_input, other) for other in [*taken, *outputs])
     )
     own = torch.empty_strided(
         call.model_input.shape, wanted, dtype=call.model_input.dtype, device=call.model_input.device
@@ -83,6 +102,10 @@ def make_plain(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> 
 
 def _writable_in_place(target: Tensor, plain: StepCall) -> bool:
     """Whether a kernel that reads each element before it writes it may write this tensor."""
+    if not has_memory(target) or target.is_neg():
+        return False
+    if any(share_memory(target, scalars) for _, scalars in (*plain.scalars(), *plain.counters())):
+        return False  # they are read again after elements have been written
     for _, tensor in plain.inputs():
         same = tensor.data_ptr() == target.data_ptr() and tensor.stride() == target.stride()
         if not same and share_memory(target, tensor):
@@ -112,9 +135,16 @@ def _new_output(call: StepCall, strides: tuple[int, ...], o: int, target: Tensor
 def _registers_apart(plain: StepCall) -> tuple[Tensor | None, ...]:
     """The registers, cloned where writing them would change another input of the call."""
     others = [tensor for name, tensor in plain.inputs() if not name.startswith("history")]
+    others += [tensor for _, tensor in (*plain.scalars(), *plain.counters())]
     return tuple(
         h.clone() if h is not None and any(share_memory(h, other) for other in others) else h for h in plain.history
     )
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor is its own values; a fake one, a functional one or a wrapper only stands for them."""
+    # What Tensor has under this name disables the dispatch to Python.
+    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ and not torch._is_functional_tensor(tensor)
 
 
 def output_strides(sample: Tensor) -> tuple[int, ...]:

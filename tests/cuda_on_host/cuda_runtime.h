@@ -50,6 +50,10 @@ struct State {
 };
 inline State state;
 
+#ifdef CUDA_ON_HOST_BLOCKS
+void run_block(unsigned threads, bool backwards, std::function<void()> body);  // in blocks.h
+#endif
+
 }  // namespace cuda_on_host
 
 inline cudaError_t cudaGetDevice(int* device) {
@@ -98,6 +102,14 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     state.stream = config->stream;
     gridDim = config->gridDim;
     blockDim = config->blockDim;
+#ifdef CUDA_ON_HOST_BLOCKS
+    for (uint64_t i = 0; i < blocks; ++i) {
+        blockIdx.x = static_cast<unsigned>(state.backwards ? blocks - 1 - i : i);
+        cuda_on_host::run_block(static_cast<unsigned>(threads), state.backwards,
+                                [&] { kernel(static_cast<Expected>(given)...); });
+    }
+    return cudaSuccess;
+#endif
     for (uint64_t i = 0; i < blocks * threads; ++i) {
         const uint64_t thread = state.backwards ? blocks * threads - 1 - i : i;
         blockIdx.x = static_cast<unsigned>(thread / threads);

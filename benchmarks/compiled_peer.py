@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: MIT
+"""The reference's formula under torch.compile, given every advantage that a table allows.
+
+A graph is compiled for each form that rows of the table have: which terms an output sums is then constant, and only the
+weights come as a tensor, so that no row compiles again. It writes in place, as fastdiff does; without that, inductor
+would allocate outputs. The form of `fastdiff.reference.step` itself cannot be compiled whole: it looks at its weights.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdiff.affine import COLUMNS
+from fastdiff.rng import draw
+from fastdiff.table import compute_dtype
+
+from .cases import GUIDANCE, Case, Tensors
+from .peers import Walk
+
+_SAMPLE, _OUTPUT, _PREDICTION, _HISTORY, _NOISE = 0, 1, 2, 3, 7
+
+
+class Plan(NamedTuple):
+    """One row: its graph, its scalars, the registers that it reads and stores to, whether it draws noise."""
+
+    step: Callable[..., None]
+    scalars: Tensor
+    reads: tuple[int, ...]
+    store: tuple[int, ...]
+    draws_noise: bool
+
+
+#: Which terms each output sums: columns, with history counted by its place among the registers that are read.
+Form = tuple[tuple[int, ...], ...]
+
+
+def formula(form: Form) -> Callable[..., None]:
+    """The step for rows of one form, in place; its scalars are p, q, clip and then the weights, output by output."""
+
+    def step(
+        sample: Tensor,
+        cond: Tensor,
+        uncond: Tensor,
+        scalars: Tensor,
+        history: tuple[Tensor, ...],
+        noise: Tensor | None,
+        registers: tuple[Tensor, ...],
+    ) -> None:
+        dtype = scalars.dtype
+        x, c, u = sample.to(dtype), cond.to(dtype), uncond.to(dtype)
+        m = u + GUIDANCE * (c - u)
+        terms: dict[int, Any] = {_SAMPLE: x, _OUTPUT: m}
+        if any(_PREDICTION in columns for columns in form):
+            terms[_PREDICTION] = torch.clamp(scalars[0] * x + scalars[1] * m, -scalars[2], scalars[2])
+        terms.update({_HISTORY + j: tensor.to(dtype) for j, tensor in enumerate(history)})
+        if noise is not None:
+            terms[_NOISE] = noise.to(dtype)
+        at = 3
+        results = []
+        for columns in form:
+            total = scalars[at] * terms[columns[0]]
+            for k, column in enumerate(columns[1:], at + 1):
+                total = total + scalars[k] * terms[column]
+            at += len(columns)
+            results.append(total.to(sample.dtype))
+        for target, result in zip((sample, *registers), results, strict=True):
+            target.copy_(result)
+
+    # A code object of its own: what is compiled is kept by code, and the forms would share one list of guards.
+    step.__code__ = step.__code__.replace()
+    return step
+
+
+@functools.lru_cache(maxsize=2)  # a case's cold run follows its warm one
+def plans(case: Case, threads: int) -> list[Plan]:
+    """The table's rows, ready to run. Graphs are made for a number of threads."""
+    compiled: dict[Form, Callable[..., None]] = {}
+    dtype = compute_dtype(case.torch_dtype)
+    made = []
+    for i, row in enumerate(case.table):
+        reads = case.table.reads[i]
+        place = {_HISTORY + register: _HISTORY + j for j, register in enumerate(reads)}
+        maps = [form.coefficients for form in (row.prev_sample, *row.keep)]
+        used = [[column for column in range(len(COLUMNS)) if weights[column]] for weights in maps]
+        form = tuple(tuple(place.get(column, column) for column in columns) for columns in used)
+        weights = [weights[column] for weights, columns in zip(maps, used, strict=True) for column in columns]
+        scalars = torch.tensor([*row.prediction, row.clip, *weights], dtype=dtype)
+        if form not in compiled:
+            compiled[form] = torch.compile(formula(form), fullgraph=True, dynamic=False)
+        made.append(Plan(compiled[form], scalars, reads, case.table.store[i], case.table.draws_noise[i]))
+    return made
+
+
+def walks(case: Case, sets: Sequence[Tensors]) -> list[Walk]:
+    """A walk a set, compiled already.
+
+    Raises:
+        RuntimeError: torch cannot compile here, for want of a C++ compiler most likely.
+    """
+    rows = plans(case, torch.get_num_threads())
+    made = [Walk(_walk(rows, tensors)) for tensors in sets]
+    try:
+        for _ in range(len(rows)):
+            made[0].advance()
+    except Exception as error:  # of many kinds, by what inductor lacks
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise RuntimeError(f"unavailable ({reason})") from error
+    return made
+
+
+def _walk(rows: list[Plan], tensors: Tensors) -> Callable[[], object]:
+    start, cond, uncond = tensors
+    sample = torch.empty_like(start)
+    registers = {j: torch.zeros_like(start) for row in rows for j in row.store}
+    generator = torch.Generator().manual_seed(0)
+    # Which tensors a row reads and writes is known: looked up here once, not at each step.
+    places = [(tuple(registers[j] for j in row.reads), tuple(registers[j] for j in row.store)) for row in rows]
+    position = len(rows)
+
+    def advance() -> None:
+        nonlocal position
+        if position == len(rows):
+            sample.copy_(start)
+            position = 0
+        row = rows[position]
+        history, store = places[position]
+        noise = draw(start.shape, generator, dtype=start.dtype, device=start.device) if row.draws_noise else None
+        row.step(sample, cond, uncond, row.scalars, history, noise, store)
+        position += 1
+
+    return advance

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: MIT
+"""k-diffusion's sampling functions, with a model that combines two outputs made beforehand.
+
+The combination stands for the denoised sample as it is: a wrapper around a real model would do more.
+
+``import k_diffusion`` brings in what it trains and evaluates with (torchvision, wandb, clean-fid, ...), none of which
+its samplers use. So its sampling.py is loaded alone, unchanged, and of its utils.py the functions that sampling.py
+names: today `append_dims`, four lines. torchdiffeq and torchsde, which sampling.py imports, have to be there.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .cases import GUIDANCE, OPS, Case, Tensors
+from .peers import Walk
+
+_ALONE = "_k_diffusion_alone"
+
+
+@functools.cache
+def load_sampling() -> ModuleType:
+    """k_diffusion.sampling without the rest of the package.
+
+    Raises:
+        ImportError: k-diffusion, or what its sampling.py imports, is not installed.
+    """
+    found = importlib.util.find_spec("k_diffusion")
+    if found is None or not found.submodule_search_locations:
+        raise ImportError("k-diffusion is not installed")
+    folder = Path(found.submodule_search_locations[0])
+    path = folder / "sampling.py"
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "utils"
+    }
+    source = ast.parse((folder / "utils.py").read_text())
+    source.body = [node for node in source.body if isinstance(node, ast.FunctionDef) and node.name in used]
+    package, utils = ModuleType(_ALONE), ModuleType(f"{_ALONE}.utils")
+    exec(compile(source, str(folder / "utils.py"), "exec"), vars(utils))
+    vars(package).update(__path__=[], utils=utils)
+    spec = importlib.util.spec_from_file_location(f"{_ALONE}.sampling", path)
+    assert spec is not None
+    assert spec.loader is not None
+    sampling = importlib.util.module_from_spec(spec)
+    sys.modules[_ALONE] = package
+    spec.loader.exec_module(sampling)
+    return sampling
+
+
+def walks(case: Case, sets: Sequence[Tensors]) -> list[Walk]:
+    """One walk, of a whole loop at a time: its functions do not stop between steps. The sets of outputs take turns."""
+    sampling = load_sampling()
+    name, arguments = OPS[case.op].k_diffusion
+    function = getattr(sampling, name)
+    sigmas = sampling.get_sigmas_karras(case.steps, 0.03, 14.6)
+    outputs = itertools.cycle(sets)
+
+    def model(x: Any, sigma: Any) -> Any:
+        _, cond, uncond = next(outputs)
+        return uncond + GUIDANCE * (cond - uncond)
+
+    def advance() -> None:
+        function(model, sets[0].sample, sigmas, disable=True, **arguments)
+
+    return [Walk(advance, len(case.table))]

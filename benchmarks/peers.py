@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: MIT
+"""Who takes the steps. A peer turns sets of tensors into walks: callables that take the next step, round and round."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .cases import GUIDANCE, OPS, Case, Tensors
+
+
+class Walk(NamedTuple):
+    """One loop that never ends: `advance` takes its next `steps` steps, and starts over after the last."""
+
+    advance: Callable[[], object]
+    steps: int = 1
+
+
+#: The table's column, and the module whose `walks` makes its walks.
+PEERS = {
+    "reference": None,
+    "torch.compile": "compiled_peer",
+    "diffusers": "diffusers_peer",
+    "k-diffusion": "k_diffusion_peer",
+}
+
+
+def walks(peer: str, case: Case, sets: Sequence[Tensors]) -> list[Walk]:
+    """Walks of a peer, one a set of tensors where it can stop after a step, else one that changes sets as it goes.
+
+    Raises:
+        ImportError, RuntimeError: the peer is not installed, or cannot take these steps.
+    """
+    module = PEERS.get(peer)
+    if module is not None:
+        made: list[Walk] = importlib.import_module(f".{module}", __package__).walks(case, sets)
+        return made
+    backend = None if peer == "fastdiff" else peer
+    return [Walk(_fastdiff_walk(case, tensors, backend)) for tensors in sets]
+
+
+def _fastdiff_walk(case: Case, tensors: Tensors, backend: str | None) -> Callable[[], object]:
+    start, cond, uncond = tensors
+    sample = torch.empty_like(start)
+    sampler = case.sampler
+    generator: torch.Generator | None = torch.Generator().manual_seed(0)
+    seeds: dict[str, Any] = {}
+    if OPS[case.op].seeded and backend is None:
+        generator, seeds = None, {"seeds": torch.arange(case.shape[0])}
+    stepper: Any = None
+
+    def advance() -> None:
+        nonlocal stepper
+        if stepper is None or stepper.done:  # a loop's own beginnings are part of its time
+            stepper = sampler.stepper(backend, **seeds)
+            sample.copy_(start)
+        # In place, as the samplers' own loop does.
+        stepper.step(sample, cond, uncond=uncond, guidance=GUIDANCE, out=sample, generator=generator)
+
+    return advance
+
+
+def version(package: str) -> str:
+    """A package's version, or that it is absent."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: MIT
+"""The bytes that a step must move: every tensor that its row uses read once, every output written once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastdiff.affine import COLUMNS
+
+_SAMPLE, _OUTPUT, _PREDICTION = (COLUMNS.index(name) for name in ("sample", "model_output", "prediction"))
+
+
+def tensors_moved(table: Any, index: int, *, guided: bool, noise_in_memory: bool = True) -> int:
+    """How many tensors like the sample row `index` of a StepTable must read and write.
+
+    Args:
+        guided: the model's output is combined with an unconditional one, which is then read wherever it is.
+        noise_in_memory: noise comes as a tensor; False where the kernel draws it.
+    """
+    row = table.source[index]
+    maps = [form.coefficients for form in (row.prev_sample, *row.keep)]
+    # d = p·x + q·m reads what p and q do not leave out; a threshold of d is a pass of its own, not counted here.
+    prediction = any(weights[_PREDICTION] for weights in maps)
+    sample = any(weights[_SAMPLE] for weights in maps) or (prediction and row.prediction[0] != 0)
+    output = any(weights[_OUTPUT] for weights in maps) or (prediction and row.prediction[1] != 0)
+    draws = table.draws_noise[index]
+    read = int(sample) + (1 + guided) * int(output) + len(table.reads[index])
+    read += int(draws and noise_in_memory) + int(draws and table.variance != 0)
+    return read + 1 + len(table.store[index])
+
+
+def bytes_a_step(table: Any, tensor_bytes: int, *, guided: bool, noise_in_memory: bool = True) -> float:
+    """Bytes that a step of this table must move, the mean of its rows; `tensor_bytes` is the size of one tensor."""
+    moved = [tensors_moved(table, i, guided=guided, noise_in_memory=noise_in_memory) for i in range(len(table))]
+    return sum(moved) / len(moved) * tensor_bytes

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: MIT
+// The binding of the copy that benchmarks measure a machine's bandwidth with. Nothing of the library calls it.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include "common.h"
+
+namespace fastdiff::bindings {
+
+// Bytes up to which one thread copies alone: the step's own bound in float32, for like is held against like.
+constexpr int64_t kCopyGrain = 262144;
+constexpr int64_t kCacheLine = 64;
+
+// Copies a row of 2-D tensors at a time, or a 1-D tensor as one row, each row shared out among torch's threads. Rows
+// may be the same memory again (an expanded tensor): one call then stands for many, and the way here counts little.
+inline void copy_kernel(const at::Tensor& src, const at::Tensor& dst, bool streaming) {
+    const auto rows_of_bytes = [](const at::Tensor& tensor) {
+        return tensor.is_cpu() && ordinary(tensor) && (tensor.dim() == 1 || tensor.dim() == 2) &&
+               (tensor.size(-1) <= 1 || tensor.stride(-1) == 1);
+    };
+    TORCH_CHECK_VALUE(
+        rows_of_bytes(src) && rows_of_bytes(dst),
+        "_copy_kernel: src or dst is laid out otherwise, expected 1-D or 2-D CPU tensors with dense rows; "
+        "pass contiguous ones");
+    TORCH_CHECK_VALUE(src.sizes() == dst.sizes() && src.scalar_type() == dst.scalar_type(),
+                      "_copy_kernel: dst has shape ", dst.sizes(), " and ", dst.scalar_type(), ", expected ",
+                      src.sizes(), " and ", src.scalar_type(), " like src; make it with torch.empty_like");
+    const auto copy_range = cpu_build.copy_range;
+    const bool many = src.dim() == 2;
+    const int64_t rows = many ? src.size(0) : 1;
+    const int64_t item = static_cast<int64_t>(src.element_size());
+    const int64_t bytes = src.size(-1) * item;
+    const char* from = static_cast<const char*>(src.const_data_ptr());
+    char* to = static_cast<char*>(dst.data_ptr());
+    const int64_t from_stride = many ? src.stride(0) * item : 0, to_stride = many ? dst.stride(0) * item : 0;
+
+    py::gil_scoped_release release;
+    for (int64_t row = 0; row < rows; ++row, from += from_stride, to += to_stride) {
+        if (bytes <= kCopyGrain) {
+            copy_range(from, to, bytes, streaming);
+            continue;
+        }
+        // In whole cache lines, so that threads share none.
+        const int64_t lines = (bytes + kCacheLine - 1) / kCacheLine;
+        at::parallel_for(0, lines, kCopyGrain / kCacheLine, [&](int64_t begin, int64_t end) {
+            const int64_t first = begin * kCacheLine, last = std::min(end * kCacheLine, bytes);
+            copy_range(from + first, to + first, last - first, streaming);
+        });
+    }
+}
+
+}  // namespace fastdiff::bindings

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: MIT
+// Reductions to one number a sample, for host and device alike: the order in which a sum is taken, and the keys by
+// which elements are selected. All backends add in this order, so they agree bit for bit, on any number of threads.
+//
+// Sums. The elements of a sample, in memory order, fall into blocks of 1024. In a block, element i belongs to lane
+// i % 64; a lane starts at 0 and takes its elements in order, in the compute dtype, by one add or fma each; the 64
+// lanes are folded in halves (lane i takes lane i + 32, then i + 16, …). What a block gives is widened to float64, and
+// the blocks are added the same way: block j belongs to lane j % 64. The last steps are in float64, rounded once.
+// Missing elements of the last block count as 0, which changes no lane: one that starts at +0 never holds −0.
+//
+// The standard deviation needs one pass over memory: a block takes its mean c, then Σ(x−c) and Σ(x−c)², while it is in
+// the cache. The first of these corrects the rounding of c (the corrected two-pass algorithm of Chan, Golub and
+// LeVeque, The American Statistician 37, 1983), and blocks are put together by their formula in float64.
+#pragma once
+
+#include "step_math.h"
+
+namespace fastdiff {
+
+constexpr int kLanes = 64;
+constexpr int kBlock = 1024;
+
+enum class Sum : int { kMean = 0, kStd = 1, kNorm = 2, kDot = 3 };
+
+// Numbers that a block leaves behind: its sum; for the deviation its mean c, Σ(x−c) and Σ(x−c)².
+FASTDIFF_INLINE constexpr int parts_of(Sum kind) { return kind == Sum::kStd ? 3 : 1; }
+
+// One reduction. Samples are blocks of memory, one after another.
+struct SumArgs {
+    int64_t batch;
+    int64_t inner;  // elements a sample, 1 or more
+    const void* x;
+    const void* y;      // of a dot product; null otherwise
+    void* partials;     // [batch, blocks, parts_of(kind)], compute dtype
+    void* out;          // [batch], compute dtype
+    double correction;  // of the standard deviation
+    Sum kind;
+    DType dtype;
+};
+
+FASTDIFF_INLINE int64_t blocks_of(int64_t inner) { return (inner + kBlock - 1) / kBlock; }
+
+// Elements of block j.
+FASTDIFF_INLINE int64_t elements_of(int64_t inner, int64_t j) {
+    const int64_t left = inner - j * kBlock;
+    return left < kBlock ? left : kBlock;
+}
+
+// One element's part in a lane.
+template <Sum K, typename C>
+FASTDIFF_INLINE C take(C lane, C x, C y) {
+    if (K == Sum::kNorm) return multiply_add(x, x, lane);
+    if (K == Sum::kDot) return multiply_add(x, y, lane);
+    return lane + x;
+}
+
+// What block j of `count` elements adds to its sample's total.
+template <Sum K, typename C>
+FASTDIFF_INLINE double block_total(const C* parts, int64_t count) {
+    if (K != Sum::kStd) return static_cast<double>(parts[0]);
+    return multiply_add(static_cast<double>(count), static_cast<double>(parts[0]), static_cast<double>(parts[1]));
+}
+
+// What it adds to Σ(x−mean)²: its own spread around its own mean, and that mean's distance.
+template <typename C>
+FASTDIFF_INLINE double block_spread(const C* parts, int64_t count, double mean) {
+    const double n = static_cast<double>(count), share = 1.0 / n, rest = static_cast<double>(parts[1]);
+    const double own = multiply_add(-(rest * share), rest, static_cast<double>(parts[2]));
+    const double away = multiply_add(block_total<Sum::kStd>(parts, count), share, -mean);
+    return multiply_add(n * away, away, own);
+}
+
+FASTDIFF_INLINE double mean_of(double total, int64_t inner) { return total / static_cast<double>(inner); }
+
+// One element is 0/0, as torch has it. A spread below 0 is rounding's.
+FASTDIFF_INLINE double std_of(double spread, int64_t inner, double correction) {
+    const double freedom = static_cast<double>(inner) - correction;
+    return square_root((spread < 0.0 ? 0.0 : spread) / (freedom < 0.0 ? 0.0 : freedom));
+}
+
+template <Sum K>
+FASTDIFF_INLINE double value_of(double total, int64_t inner) {
+    if (K == Sum::kMean) return mean_of(total, inner);
+    if (K == Sum::kNorm) return square_root(total);
+    return total;
+}
+
+// --- Selection -------------------------------------------------------------------------------------------------------
+
+// A key is an unsigned integer in the order of the numbers: the bits, with those of negative numbers inverted and the
+// sign on top; of magnitudes the bits without the sign. NaN is looked for apart. Keys are told apart from the top,
+// kDigitBits at a time: a pass counts the values of the next bits, and only the elements at the rank go on.
+constexpr int kDigitBits = 11;
+constexpr int kDigits = 1 << kDigitBits;
+
+// Which elements are wanted: the one of rank `low` (from 0) and, where weight is above 0, the one after it.
+struct SelectArgs {
+    int64_t batch;
+    int64_t inner;  // elements a sample, 1 or more
+    int64_t low;
+    double weight;  // of the second, below 1
+    const void* x;
+    void* out;  // [batch], compute dtype
+    bool absolute;
+    DType dtype;
+};
+
+template <typename K>
+FASTDIFF_INLINE K key_of(K bits, bool absolute) {
+    constexpr int kSign = 8 * sizeof(K) - 1;
+    const K sign = static_cast<K>(bits >> kSign);
+    // All ones for a negative number, the sign alone for another.
+    const K flip = static_cast<K>(static_cast<K>(K(0) - sign) | static_cast<K>(K(1) << kSign));
+    const K magnitude = static_cast<K>(bits & static_cast<K>(~static_cast<K>(K(1) << kSign)));
+    return absolute ? magnitude : static_cast<K>(bits ^ flip);
+}
+
+template <typename K>
+FASTDIFF_INLINE K bits_of_key(K key, bool absolute) {
+    constexpr int kSign = 8 * sizeof(K) - 1;
+    const K top = static_cast<K>(K(1) << kSign);
+    if (absolute) return key;
+    return (key & top) != 0 ? static_cast<K>(key ^ top) : static_cast<K>(~key);
+}
+
+// Bits of a key that are significant, and the shift of its first digit. A magnitude's keys have no sign.
+FASTDIFF_INLINE constexpr int key_bits(int size, bool absolute) { return 8 * size - (absolute ? 1 : 0); }
+FASTDIFF_INLINE constexpr int first_shift(int bits) { return bits > kDigitBits ? bits - kDigitBits : 0; }
+
+// The linear interpolation of torch.quantile: from the nearer end, its product fused as torch's builds for AVX2,
+// AVX-512 and CUDA have it. Infinity less infinity is NaN there and here.
+template <typename C>
+FASTDIFF_INLINE C interpolate(C low, C high, C weight) {
+    const C apart = high - low;
+    return weight < C(0.5) ? multiply_add(weight, apart, low) : multiply_add(weight - C(1), apart, high);
+}
+
+}  // namespace fastdiff

@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: MIT
+"""Reductions that feed the step one scalar a sample: quantile, mean, standard deviation, norm, scalar product.
+
+They reduce all dimensions but the first, in float32 (float64 for float64).  Compiled backends add in one fixed order,
+that of ``csrc/reduce_math.h``: over the elements of a sample **in memory order**, so a sum depends on the layout (a
+channels_last tensor is added as it lies) but not on threads, instruction set or device.  A tensor whose samples are not
+blocks of memory, one after another, is made contiguous first.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reductions_reference as reference
+from ..errors import checked_float, sentence
+from ..table import compute_dtype
+from . import backends
+from .checks import DTYPES
+
+_is_compiling = torch.compiler.is_compiling
+_MEAN, _STD, _NORM, _DOT = range(4)
+_NAMES = ("mean", "std", "norm", "dot")
+_rank = functools.lru_cache(maxsize=256)(reference.rank)
+
+
+def quantile(x: Tensor, q: float, absolute: bool = False, *, backend: str | None = None) -> Tensor:
+    """The q-th quantile of each sample, found by selection on the bits rather than by sorting.
+
+    It is ``torch.quantile(x.flatten(1), q, dim=1)`` (of ``x.abs()`` with `absolute`) with linear interpolation, bit for
+    bit, infinities included; halves are taken as their float32 values.  A sample with a NaN gives NaN.  The sign of a
+    result that is zero may differ: here −0 comes before +0, where torch takes them as they come.  Samples of more than
+    2²⁴ elements, which torch refuses, are taken; their position q·(n − 1) is computed in float64.
+
+    Args:
+        x: ``[B, ...]``, float16, bfloat16, float32 or float64, any strides, at least one element a sample.
+        q: which quantile, in [0, 1].
+        absolute: take the magnitudes, as dynamic thresholding does (arXiv 2205.11487, section 2.3).
+        backend: a name of `BACKENDS`, to force it.
+
+    Returns:
+        ``[B]``, float32 (float64 for float64).  Its gradient goes to the two elements it lies between, as torch's.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, what was expected and the remedy.
+        RuntimeError: a forced backend is missing.
+    """
+    if backend is None and type(q) is float and 0.0 <= q <= 1.0 and _may_go_directly(x):
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        low, weight = _rank(q, x.numel() // x.shape[0], dtype)
+        done: Tensor | None = backends.extension.quantile(x, low, weight, bool(absolute), _stream(x))  # type: ignore[union-attr]
+        if done is not None:
+            return done
+    _check("quantile", x)
+    q = _checked_q(q)
+    name = backends.backend_for(x, backend, "quantile")
+    result: Tensor = torch.ops.fastdiff.quantile(x, q, bool(absolute), name)
+    return result
+
+
+def mean(x: Tensor, *, backend: str | None = None) -> Tensor:
+    """The mean of each sample, ``[B, ...]`` to ``[B]``; NaN of samples without elements, as torch.mean.
+
+    Arguments, dtypes and errors are those of `quantile`.
+    """
+    return _sum(_MEAN, x, None, 0.0, backend)
+
+
+def std(x: Tensor, correction: float = 1, *, backend: str | None = None) -> Tensor:
+    """The standard deviation of each sample, ``[B, ...]`` to ``[B]``, in one pass over memory.
+
+    Blocks of 1024 elements give their mean and spread, which are put together in float64 (T. F. Chan, G. H. Golub and
+    R. J. LeVeque, "Algorithms for computing the sample variance", The American Statistician 37, 1983).
+
+    Args:
+        x: as in `quantile`.
+        correction: what is taken from the number of elements before dividing by it, 1 for the unbiased variance; a
+            number of elements of up to `correction` gives NaN or infinity, as torch.std.
+        backend: a name of `BACKENDS`, to force it.
+    """
+    return _sum(_STD, x, None, correction, backend)
+
+
+def norm(x: Tensor, *, backend: str | None = None) -> Tensor:
+    """The Euclidean norm of each sample, ``[B, ...]`` to ``[B]``; 0 of samples without elements.
+
+    Squares are taken in float32 (float64 for float64): beyond 1.8e19 in float32 they are infinite, as torch's.
+    """
+    return _sum(_NORM, x, None, 0.0, backend)
+
+
+def dot(x: Tensor, y: Tensor, *, backend: str | None = None) -> Tensor:
+    """The scalar product of each pair of samples, ``[B, ...]`` twice to ``[B]``; 0 of samples without elements.
+
+    `y` is like `x` in shape, dtype and device; where its strides differ it is copied to those of `x`.
+    """
+    return _sum(_DOT, x, y, 0.0, backend)
+
+
+def _may_go_directly(x: object) -> bool:
+    return (
+        backends.extension is not None
+        and backends.forced is None
+        and not _is_compiling()
+        and isinstance(x, Tensor)
+        and x.dim() > 0
+        and x.numel() > 0
+    )
+
+
+def _stream(x: Tensor) -> int:
+    return 0 if x.is_cpu else backends.current_stream(x)
+
+
+def _sum(kind: int, x: Tensor, y: Any, correction: Any, backend: str | None) -> Tensor:
+    if (
+        backend is None
+        and _may_go_directly(x)
+        and type(correction) in (int, float)
+        and math.isfinite(correction)
+        and (y is None or isinstance(y, Tensor))
+        and (y is None) == (kind != _DOT)
+    ):
+        done: Tensor | None = backends.extension.sum(kind, x, y, correction, _stream(x))  # type: ignore[union-attr]
+        if done is not None:
+            return done
+    operation = _NAMES[kind]
+    _check(operation, x)
+    name = backends.backend_for(x, backend, operation)
+    arguments: list[Any] = [x]
+    if kind == _DOT:
+        _check_like(y, x)
+        arguments.append(y)
+    if kind == _STD:
+        arguments.append(checked_float(operation, "correction", correction, -float("inf")))
+    result: Tensor = getattr(torch.ops.fastdiff, operation)(*arguments, name)
+    return result
+
+
+# --- Checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check(operation: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(sentence(operation, "x", f"is a {type(x).__name__}", "a torch.Tensor", "pass a tensor"))
+    if x.dtype not in DTYPES:
+        expected = "float16, bfloat16, float32 or float64"
+        raise TypeError(sentence(operation, "x", f"has dtype {x.dtype}", expected, "convert it first"))
+    if x.dim() == 0:
+        remedy = "add a dimension of samples with x[None]"
+        raise ValueError(sentence(operation, "x", "has no dimension", "[B, ...], a batch of samples", remedy))
+    if operation == "quantile" and x.shape[0] > 0 and x[0].numel() == 0:
+        got = f"has shape {list(x.shape)}"
+        raise ValueError(sentence(operation, "x", got, "an element or more a sample", "leave out what is empty"))
+
+
+def _check_like(y: object, x: Tensor) -> None:
+    if not isinstance(y, Tensor):
+        raise TypeError(sentence("dot", "y", f"is a {type(y).__name__}", "a torch.Tensor", "pass a tensor"))
+    for name, got, wanted in (
+        ("shape", list(y.shape), list(x.shape)),
+        ("dtype", y.dtype, x.dtype),
+        ("device", y.device, x.device),
+    ):
+        if got != wanted:
+            kind = TypeError if name == "dtype" else ValueError
+            raise kind(sentence("dot", "y", f"has {name} {got}", f"{wanted} like x", "make the two alike"))
+
+
+def _checked_q(q: float) -> float:
+    number = checked_float("quantile", "q", q, 0.0)
+    if number > 1.0:
+        raise ValueError(sentence("quantile", "q", f"is {number!r}", "0 to 1", "pass a share, not a percentage"))
+    return number
+
+
+# --- How a call is run -----------------------------------------------------------------------------------------------
+
+
+def _in_blocks(x: Tensor) -> Tensor:
+    """The tensor itself where each sample is a block of memory after the one before it, else contiguous."""
+    x = x.resolve_neg()
+    expected = 1
+    inner = sorted((stride, size) for stride, size in zip(x.stride()[1:], x.shape[1:], strict=True) if size != 1)
+    for stride, size in [*inner, (x.stride(0), x.shape[0])]:
+        if size != 1 and stride != expected:
+            return x.contiguous()
+        expected *= size
+    return x
+
+
+def _like(y: Tensor, x: Tensor) -> Tensor:
+    if y.stride() == x.stride():
+        return y.resolve_neg()
+    return torch.empty_strided(x.shape, x.stride(), dtype=y.dtype, device=y.device).copy_(y)
+
+
+def _kernels(module: str) -> Any:
+    return importlib.import_module(f"fastdiff.kernels.{module}")
+
+
+def _run_quantile(x: Tensor, q: float, absolute: bool, backend: str) -> Tensor:
+    _check("quantile", x)
+    name = backends.backend_for(x, backend or None, "quantile")
+    if x.shape[0] == 0:
+        return x.new_empty(0, dtype=compute_dtype(x.dtype))
+    x = _in_blocks(x.detach())
+    low, weight = _rank(_checked_q(q), x[0].numel(), compute_dtype(x.dtype))
+    if name == "reference":
+        return reference.quantile(x, low, weight, absolute)
+    if name == "triton":
+        return _kernels("select").quantile(x, low, weight, absolute)  # type: ignore[no-any-return]
+    return _answer(backends.extension.quantile(x, low, weight, absolute, _stream(x)))  # type: ignore[union-attr]
+
+
+def _run_sum(kind: int, x: Tensor, y: Tensor | None, correction: float, backend: str) -> Tensor:
+    _check(_NAMES[kind], x)
+    name = backends.backend_for(x, backend or None, _NAMES[kind])
+    if x.numel() == 0:
+        nothing = 0.0 if kind in (_NORM, _DOT) else float("nan")
+        return torch.full(x.shape[:1], nothing, dtype=compute_dtype(x.dtype), device=x.device)
+    x = _in_blocks(x.detach())
+    if y is not None:
+        _check_like(y, x)
+        y = _like(y.detach(), x)
+    if name == "reference":
+        by_kind: tuple[Callable[[], Tensor], ...] = (
+            lambda: reference.mean(x),
+            lambda: reference.std(x, correction),
+            lambda: reference.norm(x),
+            lambda: reference.dot(x, y),  # type: ignore[arg-type]
+        )
+        return by_kind[kind]()
+    if name == "triton":
+        return _kernels("reduce").reduce(kind, x, y, correction)  # type: ignore[no-any-return]
+    return _answer(backends.extension.sum(kind, x, y, correction, _stream(x)))  # type: ignore[union-attr]
+
+
+def _answer(done: Tensor | None) -> Tensor:
+    if done is None:
+        raise AssertionError("the extension declined a reduction that was made plain")
+    return done
+
+
+# --- The operators of the dispatcher ---------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fastdiff::quantile", mutates_args=())
+def _quantile_op(x: Tensor, q: float, absolute: bool, backend: str) -> Tensor:
+    """`quantile` for torch.compile, export, autograd and torch.ops.fastdiff.quantile."""
+    return _run_quantile(x, q, absolute, backend)
+
+
+@torch.library.custom_op("fastdiff::mean", mutates_args=())
+def _mean_op(x: Tensor, backend: str) -> Tensor:
+    """`mean`, likewise."""
+    return _run_sum(_MEAN, x, None, 0.0, backend)
+
+
+@torch.library.custom_op("fastdiff::std", mutates_args=())
+def _std_op(x: Tensor, correction: float, backend: str) -> Tensor:
+    """`std`, likewise."""
+    return _run_sum(_STD, x, None, correction, backend)
+
+
+@torch.library.custom_op("fastdiff::norm", mutates_args=())
+def _norm_op(x: Tensor, backend: str) -> Tensor:
+    """`norm`, likewise."""
+    return _run_sum(_NORM, x, None, 0.0, backend)
+
+
+@torch.library.custom_op("fastdiff::dot", mutates_args=())
+def _dot_op(x: Tensor, y: Tensor, backend: str) -> Tensor:
+    """`dot`, likewise."""
+    return _run_sum(_DOT, x, y, 0.0, backend)
+
+
+def _fake(x: Tensor, *_: object) -> Tensor:
+    return x.new_empty((x.shape[0],), dtype=compute_dtype(x.dtype))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    ctx.numbers = [value for value in inputs if not isinstance(value, Tensor)]
+    ctx.save_for_backward(*tensors, output)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(compute_dtype(x.dtype))
+
+
+def _a_sample(scalars: Tensor, x: Tensor) -> Tensor:
+    return scalars.reshape(-1, *[1] * (x.dim() - 1))
+
+
+def _count(x: Tensor) -> int:
+    count = 1
+    for size in x.shape[1:]:
+        count *= size
+    return count
+
+
+def _quantile_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, _ = ctx.saved_tensors
+    q, absolute, _backend = ctx.numbers
+    flat = _wide(x).reshape(x.shape[0], -1)
+    count = _count(x)
+    # `reference.rank` in tensors, for a number of elements that may be a symbol.
+    position = torch.full((), q, dtype=flat.dtype if count <= 2**24 else torch.float64, device=x.device) * (count - 1)
+    low, high = position.floor().long(), position.ceil().long()
+    weight = (position - low).to(flat.dtype)
+    # A sort after all: the order of equal elements decides which one the gradient goes to, and torch's is this one.
+    ordered, places = (flat.abs() if absolute else flat).sort(dim=1)
+    poisoned, last = ordered[:, -1].isnan(), torch.full_like(places[:, 0], count - 1)
+    result = torch.zeros_like(flat)
+    for rank, share, of_nan in ((low, 1.0 - weight, 1.0), (high, weight, 0.0)):
+        at = places.gather(1, torch.where(poisoned, last, rank)[:, None])
+        result = result.scatter_add(1, at, (grad * torch.where(poisoned, of_nan, share))[:, None])
+    if absolute:
+        result = result * flat.sign()
+    return result.reshape(x.shape).to(x.dtype), None, None, None
+
+
+def _mean_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, _ = ctx.saved_tensors
+    return (_a_sample(grad / _count(x), x).expand(x.shape).to(x.dtype), None)
+
+
+def _std_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, result = ctx.saved_tensors
+    wide = _wide(x)
+    around = wide.reshape(x.shape[0], -1).mean(dim=1)
+    scale = grad / (result * max(_count(x) - ctx.numbers[0], 0.0))
+    # As torch: a sample without spread has no direction to grow in.
+    scale = scale.masked_fill(result == 0, 0.0)
+    return ((_a_sample(scale, x) * (wide - _a_sample(around, x))).to(x.dtype), None, None)
+
+
+def _norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, result = ctx.saved_tensors
+    scale = (grad / result).masked_fill(result == 0, 0.0)
+    return ((_a_sample(scale, x) * _wide(x)).to(x.dtype), None)
+
+
+def _dot_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, y, _ = ctx.saved_tensors
+    scale = _a_sample(grad, x)
+    return ((scale * _wide(y)).to(x.dtype), (scale * _wide(x)).to(y.dtype), None)
+
+
+for _op, _backward in (
+    (_quantile_op, _quantile_backward),
+    (_mean_op, _mean_backward),
+    (_std_op, _std_backward),
+    (_norm_op, _norm_backward),
+    (_dot_op, _dot_backward),
+):
+    _op.register_fake(_fake)
+    _op.register_autograd(_backward, setup_context=_save)
