@@ -237,8 +237,8 @@ def test_cuda_arithmetic_rounds_as_it_is_written(compiled: Compiled) -> None:
         # What CUDA's expf consists of: an approximation of 2 to a power, and a rounding to an integer by a sum.
         opcodes -= {"ex2.approx.ftz.f32", "fma.rm.f32"}
         assert [op for op in opcodes if not re.match(r"\w+\.rn\.f", op)] == [], name
-        # To the nearest, whatever is narrowed, and no integer becomes a float in another way. The reductions store their
-        # compute dtype.
+        # To the nearest, whatever is narrowed, and no integer becomes a float in another way.
+        # The reductions store their compute dtype.
         own = compiled.source in KERNELS
         narrowed = {"half": {"cvt.rn.f16.f32"}, "nv_bfloat16": {"cvt.rn.bf16.f32"}} if own else {}
         every = {"cvt.rn.f16.f32", "cvt.rn.bf16.f32"}
