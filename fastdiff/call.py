@@ -90,3 +90,15 @@ class StepCall:
             return 1, total, total
         batch = self.sample.shape[0] if self.sample.dim() > 0 else 1
         return batch, total // batch, self.model_output.stride(0) if batch > 1 else total // batch
+
+    def channels(self) -> int:
+        """Of a plain call: 1 where each sample's memory is in row-major order, its channels where it is channels-last.
+
+        Any other dense order counts as the latter; only a call with seeds asks, and has neither.
+        """
+        expected = 1
+        for size, stride in zip(reversed(self.sample.shape[1:]), reversed(self.sample.stride()[1:]), strict=True):
+            if size != 1 and stride != expected:
+                return self.sample.shape[1]
+            expected *= size
+        return 1

@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from cuda_host import Kernel
 
 HAS_CUDA = torch.cuda.is_available()
 
@@ -28,6 +32,14 @@ hypothesis.settings.register_profile("sanitize", hypothesis.settings.get_profile
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+@pytest.fixture(scope="session")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
+    """The CUDA kernels, compiled for the host; see cuda_host.py."""
+    from cuda_host import build  # it imports fastdiff, whose kernels need the environment above
+
+    return build(tmp_path_factory.mktemp("cuda_on_host"))
+
+
 def pytest_report_header() -> str:
     """Say in the first lines what the run can reach."""
     gpu = torch.cuda.get_device_name() if HAS_CUDA else "none"
@@ -42,5 +54,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
     for item in items:
-        if "gpu" in item.keywords:
+        # Not item.keywords: those hold the names of folders too, and a checkout may lie in one called gpu.
+        if item.get_closest_marker("gpu") is not None:
             item.add_marker(skip)

@@ -50,12 +50,17 @@ class Compiled:
 
 
 def _short(mangled: str) -> str:
-    """``step_kernel<float, 4>`` of a mangled name: how tensors are stored, and elements a thread."""
-    found = re.search(r"([a-z_]+_kernel)I(\w+?)[fd]Li(\d+)E", mangled)
+    """``step_kernel<float, 4>`` of a mangled name: how tensors are stored, and elements a thread.
+
+    ``, more`` follows where the step's kernel may draw noise and write the next model input.
+    """
+    found = re.search(r"([a-z_]+_kernel)I(\w+?)[fd]?Li(\d+)E(Lb1E)?", mangled)
     assert found is not None, mangled
-    name, stored, width = found.groups()
+    name, stored, width, more = found.groups()
+    if name == "randn_kernel":  # it has no type of computation after the stored one
+        stored = re.search(r"_kernelI(\w+?)Li", mangled)[1]  # type: ignore[index]
     stored = {"f": "float", "d": "double"}.get(stored, stored.lstrip("0123456789_"))
-    return f"{name}<{stored}, {width}>"
+    return f"{name}<{stored}, {width}{', more' if more else ''}>"
 
 
 def _cuobjdump() -> str | None:
@@ -128,9 +133,14 @@ def _count(instructions: Counter[str], pattern: str) -> int:
     return sum(n for opcode, n in instructions.items() if re.match(pattern, opcode))
 
 
-#: Of step.cu, 16 bytes a thread and one element a thread.
-PACKED = ["step_kernel<half, 8>", "step_kernel<nv_bfloat16, 8>", "step_kernel<float, 4>", "step_kernel<double, 2>"]
-SINGLE = ["step_kernel<half, 1>", "step_kernel<nv_bfloat16, 1>", "step_kernel<float, 1>", "step_kernel<double, 1>"]
+#: Of step.cu, 16 bytes a thread and one element a thread; each without and with noise and a model input.
+WIDTHS = {"half": 8, "nv_bfloat16": 8, "float": 4, "double": 2}
+PACKED = [f"step_kernel<{stored}, {width}>" for stored, width in WIDTHS.items()]
+MORE = [f"step_kernel<{stored}, {width}, more>" for stored, width in WIDTHS.items()]
+SINGLE = [f"step_kernel<{stored}, 1{more}>" for stored in WIDTHS for more in ("", ", more")]
+#: Of randn.cu: whole chunks of four a thread.
+RANDN = [f"randn_kernel<{stored}, {max(width, 4)}>" for stored, width in WIDTHS.items()]
+KERNELS = {"step.cu": [*PACKED, *MORE, *SINGLE], "randn.cu": RANDN}
 
 
 @needs_nvcc
@@ -139,8 +149,8 @@ def test_cuda_sources_compile_for_every_architecture_without_a_warning(compiled:
     wanted = {"sm_" + v.removesuffix("+PTX").replace(".", "") for v in setup_py.cuda_architectures(RELEASE).split(";")}
     assert {"sm_80", "sm_90"} <= wanted
     assert {arch for arch, _ in compiled.functions} == wanted
-    if compiled.source == "step.cu":
-        assert compiled.functions.keys() == {(arch, name) for arch in wanted for name in (*PACKED, *SINGLE)}
+    if compiled.source in KERNELS:
+        assert compiled.functions.keys() == {(arch, name) for arch in wanted for name in KERNELS[compiled.source]}
 
 
 @needs_nvcc
@@ -162,10 +172,34 @@ def test_packed_step_on_cuda_moves_16_bytes_an_access(compiled: Compiled) -> Non
     if compiled.source != "step.cu":
         pytest.skip(f"{compiled.source} holds another kernel")
     code = _machine_code(compiled)
-    # The sample, the model's three tensors, the noise and four registers; what is narrower are tails and scalars.
-    assert {name: _count(code[name], r"LDG\b.*\.128") for name in PACKED} == dict.fromkeys(PACKED, 9)
-    # Three outputs. In pieces, each store of a warp would touch all the lines that the whole one does.
-    assert {name: _count(code[name], r"STG\b.*\.128") for name in PACKED} == dict.fromkeys(PACKED, 3)
+    # The sample, the model's three tensors, the noise and four registers, and once more the sample where it stays as it
+    # is; what is narrower are tails and scalars.
+    for names in (PACKED, MORE):
+        assert {name: _count(code[name], r"LDG\b.*\.128") for name in names} == dict.fromkeys(names, 10)
+    # Three outputs, and the sample that stays. In pieces, each store of a warp would touch all the lines that the whole
+    # one does.
+    assert {name: _count(code[name], r"STG\b.*\.128") for name in PACKED} == dict.fromkeys(PACKED, 4)
+    # And the model input, after a step and of a sample that stays: a whole pack of the samples' own dtype, several of a
+    # wider one, one of the other half type.
+    for name, width in zip(MORE, WIDTHS.values(), strict=True):
+        inputs = sum(width * size // 16 for size in (2, 2, 4, 8) if width * size >= 16)
+        assert _count(code[name], r"STG\b.*\.128") == 4 + 2 * inputs, name
+
+
+@needs_nvcc
+def test_cuda_randn_makes_each_chunk_once_and_stores_16_bytes_an_access(compiled: Compiled) -> None:
+    if compiled.source != "randn.cu":
+        pytest.skip(f"{compiled.source} holds another kernel")
+    code = _machine_code(compiled)
+    for name, (_, width) in zip(RANDN, WIDTHS.items(), strict=True):
+        chunks = max(width, 4) // 4
+        assert _count(code[name], r"STG\b.*\.128") == max(width, 4) // width, name
+        ptx = compiled.ptx[name]
+        # Two transforms a chunk: of each two words and the inverse of one become floats, unsigned and to the nearest;
+        # one root; and the fma of csrc/philox.h, 11 for the logarithm and 7 for the angle.
+        assert len(re.findall(r"\bcvt\.rn\.f32\.u32\b", ptx)) == 3 * 2 * chunks
+        assert len(re.findall(r"\bsqrt\.rn\.f32\b", ptx)) == 2 * chunks
+        assert len(re.findall(r"\bfma\.rn\.f32\b", ptx)) == (11 + 7) * 2 * chunks
 
 
 #: Kernels of the reductions that read whole samples, and how many accesses of 16 bytes are in flight: four rounds of a
@@ -203,11 +237,19 @@ def test_cuda_arithmetic_rounds_as_it_is_written(compiled: Compiled) -> None:
         # What CUDA's expf consists of: an approximation of 2 to a power, and a rounding to an integer by a sum.
         opcodes -= {"ex2.approx.ftz.f32", "fma.rm.f32"}
         assert [op for op in opcodes if not re.match(r"\w+\.rn\.f", op)] == [], name
-        # The step stores what it has read; the reductions store their compute dtype.
-        step = compiled.source == "step.cu"
-        narrowed = {"half": {"cvt.rn.f16.f32"}, "nv_bfloat16": {"cvt.rn.bf16.f32"}} if step else {}
+        # To the nearest, whatever is narrowed, and no integer becomes a float in another way.
+        # The reductions store their compute dtype.
+        own = compiled.source in KERNELS
+        narrowed = {"half": {"cvt.rn.f16.f32"}, "nv_bfloat16": {"cvt.rn.bf16.f32"}} if own else {}
+        every = {"cvt.rn.f16.f32", "cvt.rn.bf16.f32"}
         stored = re.search(r"<(\w+),", name)[1]  # type: ignore[index]
-        assert set(re.findall(r"\bcvt\.[\w.]*f16\w*\.f32", code)) == narrowed.get(stored, set()), name
+        wanted = every if "more" in name else narrowed.get(stored, set())
+        assert set(re.findall(r"\bcvt\.[\w.]*f16\w*\.f32", code)) == wanted, name
+        assert set(re.findall(r"\bcvt\.[\w.]*f32\.(?:f64|u32|s32)", code)) <= {
+            "cvt.rn.f32.f64",
+            "cvt.rn.f32.u32",
+            "cvt.rn.f32.s32",
+        }, name
 
 
 def test_cuda_sources_include_cuda_and_the_standard_library_alone() -> None:

@@ -15,10 +15,13 @@ from torch.profiler import ProfilerActivity, profile
 import fastdiff
 from fastdiff import ops
 from fastdiff.ops import backends
-from fastdiff.table import Variance
+from fastdiff.table import MODEL_INPUT_SCALE, Variance
+from mixed import copied, laid_out, random_batch, run, solvers
 from oracle import DTYPES, INTERPRETED, Case, Shape, assert_same_bits, assert_within_rounding, make, plain_row
 
 pytestmark = pytest.mark.gpu
+
+needs_cpu_backend = pytest.mark.skipif(backends.extension is None, reason="needs the C++ extension to compare with")
 
 BACKENDS = ("cuda", "triton")
 #: Enough that the host is done with a step long before the device begins it.
@@ -92,7 +95,7 @@ def test_step_on_gpu_is_the_formula_to_rounding(backend: str, dtype: torch.dtype
         assert_within_rounding(case, out, backend)
 
 
-@pytest.mark.skipif(backends.extension is None, reason="needs the C++ extension to compare with")
+@needs_cpu_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_step_on_gpu_gives_the_bits_of_the_cpu(backend: str, dtype: torch.dtype) -> None:
     for plan in plans(dtype, 12):
@@ -123,6 +126,131 @@ def test_step_on_gpu_takes_tensors_off_16_bytes(backend: str) -> None:
             return torch.cat([tensor.new_zeros(1), tensor.reshape(-1)])[1:].view(tensor.shape)
 
         assert_same_bits(on_host(case.with_tensors(shifted).run(backend)), on_host(expected))
+
+
+# --- Noise, rows of a sample's own, the next model input -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_randn_on_gpu_gives_the_bits_of_the_cpu(backend: str, dtype: torch.dtype) -> None:
+    seeds = torch.tensor([0, -1, 0x0123456789ABCDEF])
+    for shape in ((3, 1), (3, 37), (3, 4, 16, 16), (3, 100_003)):
+        for step in (0, 2**32 - 1, torch.tensor([2**31]), torch.tensor([1, 2, 2**32 - 1])):
+            on_gpu = step.cuda() if isinstance(step, Tensor) else step
+            drawn = ops.randn(shape, seeds.cuda(), on_gpu, 2**31, dtype=dtype, backend=backend)
+            assert_same_bits([drawn.cpu()], [ops.randn(shape, seeds, step, 2**31, dtype=dtype)])
+
+
+def test_every_word_becomes_the_same_numbers_on_gpu(backend: str) -> None:
+    # A million transforms: enough to meet every exponent of ln u that is likelier than one in 2²⁰, and all octants.
+    seeds = torch.tensor([20240229])
+    drawn = ops.randn((1, 2**21), seeds.cuda(), 3, 4, backend=backend)
+    assert_same_bits([drawn.cpu()], [ops.randn((1, 2**21), seeds, 3, 4)])
+
+
+@needs_cpu_backend
+@pytest.mark.parametrize("channels_last", [False, True], ids=["row-major", "channels-last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_noise_drawn_in_a_step_on_gpu_gives_the_bits_of_the_cpu(
+    backend: str, dtype: torch.dtype, channels_last: bool
+) -> None:
+    table = plain_row(dtype, prev_x=0.5, prev_m=0.25, prev_z=0.75)
+    for shape in ((2, 4, 16, 16), (2, 3, 5, 7), (1, 16, 33, 1)):
+        x, m = (laid_out(torch.randn(shape).to(dtype), channels_last) for _ in range(2))
+        seeds = torch.randint(-(2**62), 2**62, (shape[0],))
+        rest = {"noise_step": 2**32 - 1, "purpose": 7}
+        expected = ops.step(x, m, table, 0, seeds=seeds, backend="cpu", **rest)  # type: ignore[arg-type]
+        results = ops.step(x.cuda(), m.cuda(), table.cuda(), 0, seeds=seeds.cuda(), backend=backend, **rest)  # type: ignore[arg-type]
+        assert_same_bits(on_host(results), expected)
+
+
+@needs_cpu_backend
+@pytest.mark.parametrize("channels_last", [False, True], ids=["row-major", "channels-last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mixed_solvers_on_gpu_give_the_bits_of_the_cpu(backend: str, dtype: torch.dtype, channels_last: bool) -> None:
+    for seed, inner in enumerate([(4, 16, 16), (3, 5, 7), (4, 64, 64)]):
+        batch = solvers(seed, dtype, inner, channels_last=channels_last)
+        assert_same_bits(on_host(tuple(run(copied(batch, "cuda"), backend))), run(batch, "cpu"))
+
+
+@needs_cpu_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_rows_on_gpu_give_the_bits_of_the_cpu(backend: str, dtype: torch.dtype) -> None:
+    # Few for Triton, which compiles each kind anew.
+    for seed in range(12 if backend == "triton" else 60):
+        batch = random_batch(seed, dtype)
+        if batch["variance_kind"] == Variance.LEARNED_RANGE:
+            batch["variance_kind"] = int(Variance.LEARNED)  # exp is nobody's standard
+        assert_same_bits(on_host(tuple(run(copied(batch, "cuda"), backend))), run(batch, "cpu"))
+
+
+def test_row_beyond_the_table_on_gpu_leaves_its_sample_as_it_is(backend: str) -> None:
+    # Looking would be a sync, so the kernel has to.
+    x = torch.randn(4, 1000, device="cuda")
+    rows = torch.tensor([0, 1, -1, 2**40], device="cuda")
+    result = ops.step_rows(x, x, plain_row(prev_x=2.0).cuda(), rows, backend=backend)
+    assert_same_bits([result.cpu()], [torch.cat([2 * x[:1], x[1:]]).cpu()])
+
+
+@needs_cpu_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_model_input_on_gpu_gives_the_bits_of_the_cpu(backend: str, dtype: torch.dtype) -> None:
+    table = plain_row(dtype, prev_x=0.5, prev_m=0.3)
+    table[0, MODEL_INPUT_SCALE] = 0.7316
+    for shape in ((2, 4, 16, 16), (3, 37), (1, 37)):
+        x, m = (torch.randn(shape).to(dtype) for _ in range(2))
+        for other in DTYPES:
+            for copies in (1, 2):
+                expected = torch.full((copies * shape[0], *shape[1:]), float("nan"), dtype=other)
+                target = expected.cuda()
+                ops.step(x, m, table, 0, model_input=expected, backend="cpu")
+                ops.step(x.cuda(), m.cuda(), table.cuda(), 0, model_input=target, backend=backend)
+                assert_same_bits([target.cpu()], [expected])
+
+
+def test_triton_compiles_one_kernel_for_all_steps_and_rows() -> None:
+    if backends.why_missing("triton") or INTERPRETED:
+        pytest.skip("Triton does not compile here")
+    kernel = backends.triton_module("step")._step_kernel
+    if not hasattr(kernel, "device_caches"):
+        pytest.skip("this version of triton keeps what it has compiled elsewhere")
+    x, seeds = torch.randn(2, 4096, device="cuda"), torch.tensor([1, 2], device="cuda")
+    tables = [plain_row(prev_x=1.0, prev_z=1.0).cuda().repeat(count, 1) for count in (1, 16, 33)]
+
+    def compiled() -> int:
+        return sum(len(cache[0]) for cache in kernel.device_caches.values())
+
+    ops.step(x, x, tables[0], 0, seeds=seeds, backend="triton")
+    before = compiled()
+    for table in tables:
+        for row in {0, 1, 16, len(table) - 1} & set(range(len(table))):
+            for step in (0, 1, 16, 2**31 - 1, 2**31, 2**32 - 1):
+                ops.step(x, x, table, row, seeds=seeds, noise_step=step, purpose=step, backend="triton")
+    assert compiled() == before
+
+
+def test_captured_rows_and_steps_are_those_in_memory_when_it_is_replayed(backend: str) -> None:
+    x = torch.randn(2, 3000, device="cuda")
+    table = torch.cat([plain_row(prev_x=2.0, prev_z=1.0), plain_row(prev_x=-3.0, prev_z=0.5)]).cuda()
+    rows, steps = torch.tensor([0, 1], device="cuda"), torch.tensor([4, 5], device="cuda")
+    seeds = torch.tensor([7, 8], device="cuda")
+    out = torch.full_like(x, float("nan"))
+
+    def step() -> None:
+        ops.step_rows(x, x, table, rows, seeds=seeds, noise_step=steps, out=out, backend=backend)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    rows.copy_(torch.tensor([1, -1]))
+    steps.copy_(torch.tensor([6, 9]))
+    seeds.copy_(torch.tensor([8, 7]))
+    graph.replay()
+    replayed = out.clone()
+    step()
+    assert_same_bits([replayed.cpu()], [out.cpu()])
+    assert torch.equal(replayed[1], x[1])
 
 
 # --- The caller's stream and device ----------------------------------------------------------------------------------

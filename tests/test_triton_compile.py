@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What Triton makes of the step kernel for NVIDIA GPUs, compiled ahead of time on any machine.
+"""What Triton makes of its kernels for NVIDIA GPUs, compiled ahead of time on any machine.
 
 Elsewhere the kernel runs under Triton's interpreter, which knows nothing of rounding, fusion or vector accesses.  Here
 the PTX and the machine code are looked at: 16 bytes an access, the roundings that were written, no local memory.
@@ -35,8 +35,14 @@ PLAIN = {
     "HAS_THRESHOLD": False,
     "VARIANCE": 0,
     "KEEPS": 0,
+    "ROWS": 0,
+    "SCATTER": False,
+    "DRAWS": 0,
+    "NOISE_STEPS": 0,
+    "MODEL_INPUTS": 0,
 }
 FULL = {
+    **PLAIN,
     "HAS_UNCOND": True,
     "GUIDANCE_A_SAMPLE": True,
     "HISTORY": 15,
@@ -45,38 +51,63 @@ FULL = {
     "VARIANCE": 1,
     "KEEPS": 2,
 }
-CONFIGURATIONS = {"plain": PLAIN, "full": FULL, "sqrt": {**FULL, "VARIANCE": 2}}
+ROWS = {
+    **PLAIN,
+    "GUIDANCE_A_SAMPLE": True,
+    "HISTORY": 15,
+    "ROWS": 2,
+    "SCATTER": True,
+    "DRAWS": 1,
+    "NOISE_STEPS": 2,
+}
+CONFIGURATIONS = {
+    "plain": PLAIN,
+    "full": FULL,
+    "sqrt": {**FULL, "VARIANCE": 2},
+    "rows": ROWS,
+    "drawn": {**PLAIN, "DRAWS": 1},
+    "channels-last": {**PLAIN, "DRAWS": 2},
+    "next": {**PLAIN, "MODEL_INPUTS": 2},
+}
 
 CASES = [(config, dtype, 90) for config in CONFIGURATIONS for dtype in DTYPES]
-CASES += [(config, dtype, arch) for arch in (80, 100) for config in ("plain", "full") for dtype in DTYPES]
+CASES += [(config, dtype, arch) for arch in (80, 100) for config in ("plain", "full", "rows") for dtype in DTYPES]
 #: Those whose fma can be counted: exp of float64 is a polynomial, of fma too.
 COUNTED = [case for case in CASES if case[:2] != ("full", "fp64")]
+
+#: Of the kernel of normal numbers: dtypes and architectures.
+RANDN = [(dtype, arch) for arch in ARCHITECTURES for dtype in DTYPES]
 
 # Compiles what it reads from stdin. A process of its own, because with TRITON_INTERPRET=1, as the other tests want it,
 # `triton.jit` makes no function that could be compiled.
 PROGRAM = r"""
-import importlib.util, json, sys
+import importlib, importlib.util, json, pathlib, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 path, folder, cases = json.load(sys.stdin)
-spec = importlib.util.spec_from_file_location("step", path)
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-kernel = module._step_kernel
-names = kernel.arg_names
+# The package without the one above it, whose import of torch would be most of the time.
+spec = importlib.util.spec_from_file_location("kernels", f"{path}/__init__.py", submodule_search_locations=[path])
+sys.modules["kernels"] = importlib.util.module_from_spec(spec)
+module, philox = importlib.import_module("kernels.step"), importlib.import_module("kernels.philox")
+names = module._step_kernel.arg_names
 scalars = ("table_ptr", "guidance_ptr", "threshold_ptr")
+integers = ("rows_ptr", "seeds_ptr", "noise_steps_ptr", "steps_ptr")
 results = {}
 for key, constants, dtype, arch, aligned in cases:
-    constants = {**constants, "BLOCK": module.BLOCK}
+    kernel = module._step_kernel if constants else philox._randn_kernel
+    constants = {**(constants or {"STEPS": 2}), "BLOCK": module.BLOCK}
     compute = "fp64" if dtype == "fp64" else "fp32"
-    signature = {n: "*" + (compute if n in scalars else dtype) for n in names if n.endswith("_ptr")}
+    args = kernel.arg_names
+    signature = {n: "*" + (compute if n in scalars else dtype) for n in args if n.endswith("_ptr")}
+    signature |= {n: "*i64" for n in integers}
     signature |= dict.fromkeys(constants, "constexpr")
-    signature = {n: signature.get(n, "i32") for n in names}
+    signature = {n: signature.get(n, "i32") for n in args}
     # As launch() would find them: torch's memory is aligned, and so is the size of a sample.
-    divisible = [n for n in names if n.endswith("_ptr") or n in ("inner", "model_stride")] if aligned else []
-    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in divisible}
+    sizes = ("inner", "model_stride", "copy_stride")
+    divisible = [n for n in args if n.endswith("_ptr") or n in sizes] if aligned else []
+    attrs = {(args.index(n),): [["tt.divisibility", 16]] for n in divisible}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     options = {"num_warps": module.NUM_WARPS, "enable_fp_fusion": False}
     done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -99,12 +130,13 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         pytest.skip("needs a build of triton that can compile for NVIDIA GPUs")
     folder = tmp_path_factory.mktemp("triton")
     cases = [(_key(*case), CONFIGURATIONS[case[0]], case[1], case[2], True) for case in CASES]
+    cases += [(_key("randn", dtype, arch), None, dtype, arch, True) for dtype, arch in RANDN]
     cases.append(("unaligned", PLAIN, "fp32", 90, False))
     environ = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     environ["TRITON_CACHE_DIR"] = str(folder / "cache")
     answer = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        input=json.dumps([str(ROOT / "kernels" / "triton" / "step.py"), str(folder), cases]),
+        input=json.dumps([str(ROOT / "kernels" / "triton"), str(folder), cases]),
         env=environ,
         capture_output=True,
         text=True,
@@ -129,14 +161,30 @@ def _tensors_read(config: dict[str, Any]) -> int:
     return 2 + config["HAS_UNCOND"] + config["HISTORY"].bit_count() + config["HAS_NOISE"] + bool(config["VARIANCE"])
 
 
+def _maps(config: dict[str, Any]) -> int:
+    return 3 if config["SCATTER"] else 1 + config["KEEPS"]
+
+
+def _transforms(config: dict[str, Any], elements: int) -> int:
+    """How often a thread transforms two words into two normal numbers: of which channels-last memory uses one."""
+    return {0: 0, 1: elements // 2, 2: elements}[config["DRAWS"]]
+
+
+#: Of one transform: ln u takes 2 fma for the two forms of its argument, 6 for the polynomial and 3 for the sum; the
+#: angle takes 1, sine and cosine 3 each.  The products that are rounded alone: −2·ln u, f², f²·f, −½·f², y², the
+#: sine's last, and r times both.
+FMA_A_TRANSFORM, PRODUCTS_A_TRANSFORM = 18, 8
+
+
 @pytest.mark.parametrize(("config", "dtype", "arch"), CASES)
 def test_triton_step_moves_16_bytes_an_access(compiled: dict[str, Any], config: str, dtype: str, arch: int) -> None:
     opcodes = _opcodes(compiled["results"][_key(config, dtype, arch)]["ptx"])
     accesses = compiled["block"] // compiled["threads"] * DTYPES[dtype] // 16
     constants = CONFIGURATIONS[config]
     wide = r"\.global(\.\w+)*\.(v4\.[bfu]32|v2\.[bfu]64|b128)"
-    assert _count(opcodes, "ld" + wide) == accesses * _tensors_read(constants)
-    assert _count(opcodes, "st" + wide) == accesses * (1 + constants["KEEPS"])
+    stays = constants["ROWS"] > 0  # a sample that stays as it is is copied
+    assert _count(opcodes, "ld" + wide) == accesses * (_tensors_read(constants) + stays)
+    assert _count(opcodes, "st" + wide) == accesses * (_maps(constants) + stays + constants["MODEL_INPUTS"])
     # What is left are scalars of the row: none is stored, none is wide.
     assert _count(opcodes, r"st\.global.*") == _count(opcodes, "st" + wide)
 
@@ -149,10 +197,12 @@ def test_triton_step_rounds_as_it_is_written(compiled: dict[str, Any], config: s
     # Triton's exp of float32 is 2 to the power x·log2(e), by the hardware's approximation.
     approximate = {"ex2.approx.f32", "ex2.approx.ftz.f32"} if CONFIGURATIONS[config]["VARIANCE"] == 1 else set()
     assert [op for op in floats if not re.match(r"\w+\.rn\.f", op) and op not in approximate] == []
-    narrow = {"fp16": r"cvt\.rn\.f16x2\.f32", "bf16": r"cvt\.rn\.bf16x2\.f32"}
+    # One by one where the rounded sample is read again, else in pairs.
+    narrow = {"fp16": r"cvt\.rn\.f16(x2)?\.f32", "bf16": r"cvt\.rn\.bf16(x2)?\.f32"}
     elements = compiled["block"] // compiled["threads"]
     if dtype in narrow:
-        assert _count(opcodes, narrow[dtype]) == elements * (1 + CONFIGURATIONS[config]["KEEPS"])
+        rounded = _maps(CONFIGURATIONS[config]) + bool(CONFIGURATIONS[config]["MODEL_INPUTS"])
+        assert _count(opcodes, narrow[dtype]) == elements * rounded
         assert _count(opcodes, r"cvt\..*f16(x2)?\.f32") == _count(opcodes, narrow[dtype])
 
 
@@ -162,16 +212,22 @@ def test_triton_step_fuses_the_products_that_are_written_and_no_others(
 ) -> None:
     opcodes = _opcodes(compiled["results"][_key(config, dtype, arch)]["ptx"])
     constants = CONFIGURATIONS[config]
-    terms = 3 + constants["HISTORY"].bit_count() + constants["HAS_NOISE"]
+    terms = 3 + constants["HISTORY"].bit_count() + (constants["HAS_NOISE"] or constants["DRAWS"] > 0)
     elements = compiled["block"] // compiled["threads"]
     # The guidance's and the prediction's, the exponent's and two of its reduction, and one a term of an output.
-    fused = constants["HAS_UNCOND"] + 1 + 3 * (constants["VARIANCE"] == 1) + terms * (1 + constants["KEEPS"])
-    assert _count(opcodes, r"fma\.rn\..*") == elements * fused
+    fused = constants["HAS_UNCOND"] + 1 + 3 * (constants["VARIANCE"] == 1) + terms * _maps(constants)
+    transforms = _transforms(constants, elements)
+    assert _count(opcodes, r"fma\.rn\..*") == elements * fused + transforms * FMA_A_TRANSFORM
     assert _count(opcodes, r"div\.rn\.f\d+") == elements * constants["HAS_THRESHOLD"]
-    assert _count(opcodes, r"sqrt\.rn\.f\d+") == elements * (constants["VARIANCE"] == 2)
-    # p·x; the noise's; and exp's: log2(e) twice, once to reduce, and the power of two.
-    products = 1 + bool(constants["VARIANCE"]) + 3 * (constants["VARIANCE"] == 1)
-    assert _count(opcodes, r"mul\.rn\..*") == elements * products
+    assert _count(opcodes, r"sqrt\.rn\.f\d+") == elements * (constants["VARIANCE"] == 2) + transforms
+    # p·x; the noise's; and exp's: log2(e) twice, once to reduce, and the power of two; the model input's.
+    products = 1 + bool(constants["VARIANCE"]) + 3 * (constants["VARIANCE"] == 1) + bool(constants["MODEL_INPUTS"])
+    # In channels-last memory only one of the two numbers is multiplied by r.
+    products_a_transform = PRODUCTS_A_TRANSFORM - (constants["DRAWS"] == 2)
+    assert _count(opcodes, r"mul\.rn\..*") == elements * products + transforms * products_a_transform
+    # Both words of a transform and the inverse of one become floats, unsigned and to the nearest.
+    assert _count(opcodes, r"cvt\.rn\.f32\.u32") == 3 * transforms
+    assert _count(opcodes, r"cvt\..*f32\.u32") == 3 * transforms
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
@@ -197,9 +253,14 @@ def test_triton_step_keeps_everything_in_registers(
     compiled: dict[str, Any], config: str, dtype: str, arch: int
 ) -> None:
     result = compiled["results"][_key(config, dtype, arch)]
-    # Shared memory would mean that a tensor changes its layout between threads on the way.
-    assert result["shared"] == 0
-    assert re.findall(r"\b(?:ld|st)\.(?:local|shared)|\.local\b", result["ptx"]) == []
+    # Shared memory would mean that a tensor changes its layout between threads on the way. Noise alone may, a number an
+    # element: a chunk is made by one thread, and its four numbers go to where the other tensors have those elements.
+    if not CONFIGURATIONS[config]["DRAWS"]:
+        assert result["shared"] == 0
+    opcodes = _opcodes(result["ptx"])
+    through = sum(n * int((re.search(r"\.v(\d)", op) or [0, "1"])[1]) for op, n in opcodes.items() if "ld.shared" in op)
+    assert through in (0, compiled["block"] // compiled["threads"] if result["shared"] else 0)
+    assert re.findall(r"\b(?:ld|st)\.local|\.local\b", result["ptx"]) == []
     usage = _cuobjdump(compiled, "--dump-resource-usage", _key(config, dtype, arch))
     found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
     assert found is not None, usage
@@ -214,6 +275,25 @@ def test_triton_step_without_known_alignment_still_compiles(compiled: dict[str, 
     assert _count(opcodes, r"(ld|st)\.global(\.\w+)*\.v\d.*") == 0
 
 
+@pytest.mark.parametrize(("dtype", "arch"), RANDN)
+def test_triton_randn_makes_each_chunk_once_and_stores_16_bytes(
+    compiled: dict[str, Any], dtype: str, arch: int
+) -> None:
+    result = compiled["results"][_key("randn", dtype, arch)]
+    opcodes = _opcodes(result["ptx"])
+    elements = compiled["block"] // compiled["threads"]
+    assert _count(opcodes, r"fma\.rn\.f32(x2)?") == elements // 2 * FMA_A_TRANSFORM
+    assert _count(opcodes, r"mul\.rn\.f32(x2)?") == elements // 2 * PRODUCTS_A_TRANSFORM
+    assert _count(opcodes, r"sqrt\.rn\.f32") == elements // 2
+    assert _count(opcodes, r"cvt\.rn\.f32\.u32") == elements // 2 * 3
+    floats = [op for op in opcodes if re.match(r"(add|sub|mul|fma|mad|div|sqrt|rcp)\..*f(16|32|64)", op)]
+    assert [op for op in floats if not re.match(r"\w+\.rn\.f", op)] == []
+    stores = _count(opcodes, r"st\.global(\.\w+)*\.(v4\.[bfu]32|v2\.[bfu]64|b128)")
+    assert stores == _count(opcodes, r"st\.global.*") == elements * DTYPES[dtype] // 16
+    usage = _cuobjdump(compiled, "--dump-resource-usage", _key("randn", dtype, arch))
+    assert re.search(r"STACK:0 .*LOCAL:0", usage) is not None, usage
+
+
 # --- The source ------------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +301,8 @@ def test_triton_step_takes_no_float_argument(compiled: dict[str, Any]) -> None:
     # A coefficient as an argument would be double precision under Inductor, cost a launch time, and be baked into a
     # captured graph. What is not a pointer or a compile-time choice is a count or an index.
     runtime = {n for n in compiled["names"] if not n.endswith("_ptr") and not n.isupper()}
-    assert runtime == {"row", "inner", "model_stride", "blocks_a_sample"}
+    counts = {"row", "num_rows", "noise_step", "purpose", "channels"}
+    assert runtime == counts | {"inner", "model_stride", "copy_stride", "blocks_a_sample"}
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)

@@ -3,70 +3,92 @@
 //
 // The row is read from device memory, where every thread of a warp asks for the same word. Its coefficients never
 // travel as arguments: a captured graph reads the table that is there when it is replayed.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
+#include "access.h"
+#include "draw.h"
+#include "step_cuda.h"
 
 #include <initializer_list>
-
-#include "step_cuda.h"
 
 namespace fastdiff {
 namespace {
 
-constexpr int kThreads = 256;
-
-__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
-__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ __forceinline__ float widen(float value) { return value; }
-__device__ __forceinline__ double widen(double value) { return value; }
-
-__device__ __forceinline__ void narrow(float value, __half* out) { *out = __float2half_rn(value); }
-__device__ __forceinline__ void narrow(float value, __nv_bfloat16* out) { *out = __float2bfloat16_rn(value); }
-__device__ __forceinline__ void narrow(float value, float* out) { *out = value; }
-__device__ __forceinline__ void narrow(double value, double* out) { *out = value; }
-
-// V consecutive elements, moved in one access where V of them are 16 bytes.
-template <typename T, int V>
-struct alignas(V * sizeof(T)) Pack {
-    T values[V];
-};
-
-// Elements [0, count) at `from`, count <= V; the rest is 0.
-template <typename T, typename C, int V>
-__device__ __forceinline__ void load(const void* from, int64_t offset, int count, C (&to)[V]) {
-    const T* source = static_cast<const T*>(from) + offset;
-    Pack<T, V> pack;
-    if (count == V) {
-        pack = *reinterpret_cast<const Pack<T, V>*>(source);
-    } else {
-#pragma unroll
-        for (int i = 0; i < V; ++i) narrow(C(0), &pack.values[i]);
-#pragma unroll
-        for (int i = 0; i < V; ++i)
-            if (i < count) pack.values[i] = source[i];
-    }
-#pragma unroll
-    for (int i = 0; i < V; ++i) to[i] = widen(pack.values[i]);
+// The sample's row; null where it stays as it is.
+template <typename C>
+__device__ __forceinline__ const C* row_of(const StepArgs& args, int64_t b) {
+    const int64_t index = args.rows == nullptr ? args.row : args.rows[b * args.rows_stride];
+    if (index < 0 || index >= args.num_rows) return nullptr;
+    return static_cast<const C*>(args.table) + index * kRowWidth;
 }
 
-template <typename T, typename C, int V>
-__device__ __forceinline__ void store(const C (&from)[V], void* to, int64_t offset, int count) {
-    T* target = static_cast<T*>(to) + offset;
-    Pack<T, V> pack;
+// Where output `o` goes; null for nowhere.
+template <typename C>
+__device__ __forceinline__ void* target_of(const StepArgs& args, const C* row, int o) {
+    if (o == 0) return args.outputs[0];
+    if (!args.scatter) return o < args.num_outputs ? args.outputs[o] : nullptr;
+    const C slot = row[static_cast<int>(kStore0) + o - 1];
+    // A choice among the four rather than an index: a kernel's arguments cannot be indexed without a copy on the stack.
+    void* target = nullptr;
 #pragma unroll
-    for (int i = 0; i < V; ++i) narrow(from[i], &pack.values[i]);
-    if (count == V) {
-        *reinterpret_cast<Pack<T, V>*>(target) = pack;
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < V; ++i)
-        if (i < count) target[i] = pack.values[i];
+    for (int j = 0; j < kRegisters; ++j)
+        if (slot == static_cast<C>(j)) target = args.history[j];
+    return target;
 }
 
+// Whether a map of this row has a coefficient in this column; maps that are not written are 0 or cost a read at most.
+template <typename C>
+__device__ __forceinline__ bool row_reads(const C* row, int maps, int column) {
+    bool reads = false;
+#pragma unroll
+    for (int o = 0; o < kMaxOutputs; ++o)
+        reads =
+            reads || (o < maps && row[static_cast<int>(kPrevSample) + o * static_cast<int>(kColumns) + column] != C(0));
+    return reads;
+}
+
+// The next model input: scale times the sample as it has been rounded.
 template <typename T, typename C, int V>
-__global__ void __launch_bounds__(kThreads) step_kernel(const StepArgs args, int64_t packs_a_sample) {
+__device__ __forceinline__ void write_model_input(const StepArgs& args, C scale, const Pack<T, V>& sample, int64_t here,
+                                                  int count) {
+    C scaled[V];
+    widen_pack(sample, scaled);
+#pragma unroll
+    for (int i = 0; i < V; ++i) scaled[i] = scale * scaled[i];
+    for (int copy = 0; copy < args.model_input_copies; ++copy) {
+        const int64_t offset = copy * args.batch * args.inner + here;
+        switch (args.model_input_dtype) {
+            case DType::kFloat16:
+                store<__half>(scaled, args.model_input, offset, count);
+                break;
+            case DType::kBFloat16:
+                store<__nv_bfloat16>(scaled, args.model_input, offset, count);
+                break;
+            case DType::kFloat32:
+                store<float>(scaled, args.model_input, offset, count);
+                break;
+            case DType::kFloat64:
+                store<double>(scaled, args.model_input, offset, count);
+                break;
+        }
+    }
+}
+
+// A sample that stays as it is: its bits, NaN's too.
+template <typename T, typename C, int V, bool kMore>
+__device__ __forceinline__ void leave(const StepArgs& args, int64_t here, int count) {
+    const bool writes_input = kMore && args.model_input != nullptr;
+    if (args.outputs[0] == args.sample && !writes_input) return;
+    const Pack<T, V> sample = load_pack<T, V>(args.sample, here, count);
+    if (args.outputs[0] != args.sample) store_pack(sample, args.outputs[0], here, count);
+    if (writes_input) write_model_input(args, C(1), sample, here, count);
+}
+
+// Whether a step draws noise.
+FASTDIFF_INLINE bool draws(const StepArgs& args) { return args.noise == nullptr && args.draw.seeds != nullptr; }
+
+// kMore: noise may come from seeds, and a model input may be written. A kernel of its own, so that these cost other
+// steps no registers. Two blocks a multiprocessor: ptxas would otherwise spill to fit four.
+template <typename T, typename C, int V, bool kMore>
+__global__ void __launch_bounds__(kThreads, 2) step_kernel(const StepArgs args, int64_t packs_a_sample) {
     const int64_t pack = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     const int64_t b = pack / packs_a_sample;
     if (b >= args.batch) return;
@@ -76,7 +98,12 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const StepArgs args, int
     // b · inner + at, since packs of more than one element fill their samples; written so, stores stay 16 bytes wide.
     const int64_t here = pack * V;
     const int64_t there = b * args.model_stride + at;
-    const C* __restrict__ row = static_cast<const C*>(args.row);
+    const C* __restrict__ row = row_of<C>(args, b);
+    if (row == nullptr) {
+        leave<T, C, V, kMore>(args, here, count);
+        return;
+    }
+    const int maps = args.scatter ? int{kMaxOutputs} : args.num_outputs;
 
     C terms[kColumns][V];
     bool present[kColumns] = {};
@@ -87,13 +114,18 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const StepArgs args, int
     if (args.uncond != nullptr) load<T>(args.uncond, there, count, uncond);
 #pragma unroll
     for (int j = 0; j < kRegisters; ++j) {
-        present[kHistory0 + j] = args.history[j] != nullptr;
+        // Where rows are a sample's own the registers are those of all solvers, and most rows read few of them.
+        present[kHistory0 + j] =
+            args.history[j] != nullptr && (!args.scatter || row_reads(row, maps, int{kHistory0} + j));
         if (present[kHistory0 + j]) load<T>(args.history[j], here, count, terms[kHistory0 + j]);
     }
-    present[kNoise] = args.noise != nullptr;
+    const bool drawn = kMore && draws(args);
+    present[kNoise] = drawn ? row_reads(row, maps, int{kNoise}) : args.noise != nullptr;
     const bool learned = present[kNoise] && args.variance_kind != Variance::kFixed;
-    if (present[kNoise]) load<T>(args.noise, here, count, terms[kNoise]);
+    if (!drawn && present[kNoise]) load<T>(args.noise, here, count, terms[kNoise]);
     if (learned) load<T>(args.variance, there, count, variance);
+    // After the loads: the numbers are made while those are under way.
+    if (drawn && present[kNoise]) draw_normals(args.draw, args.inner, b, at, terms[kNoise]);
 
     if (args.uncond != nullptr) {
         const C scale = static_cast<const C*>(args.guidance)[b * args.guidance_stride];
@@ -118,7 +150,9 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const StepArgs args, int
 
 #pragma unroll
     for (int o = 0; o < kMaxOutputs; ++o) {
-        if (o >= args.num_outputs) break;
+        if (o >= maps) break;
+        void* const target = target_of(args, row, o);
+        if (target == nullptr) continue;
         C sum[V];
 #pragma unroll
         for (int i = 0; i < V; ++i) sum[i] = C(0);
@@ -129,13 +163,16 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const StepArgs args, int
 #pragma unroll
             for (int i = 0; i < V; ++i) sum[i] = multiply_add(weight, terms[c][i], sum[i]);
         }
-        store<T>(sum, args.outputs[o], here, count);
+        Pack<T, V> result;
+#pragma unroll
+        for (int i = 0; i < V; ++i) narrow(sum[i], &result.values[i]);
+        store_pack(result, target, here, count);
+        if (kMore && o == 0 && args.model_input != nullptr)
+            write_model_input(args, row[kModelInputScale], result, here, count);
     }
 }
 static_assert(int{kKeep0} == int{kPrevSample} + int{kColumns} && int{kKeep1} == int{kKeep0} + int{kColumns},
               "the maps of a row follow one another");
-
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // Whether every access of V elements falls on 16 bytes.
 bool vectorizable(const StepArgs& args, int elements) {
@@ -146,19 +183,18 @@ bool vectorizable(const StepArgs& args, int elements) {
         if (!aligned(pointer)) return false;
     for (int o = 0; o < args.num_outputs; ++o)
         if (!aligned(args.outputs[o])) return false;
-    return true;
+    // A second copy begins where the first one ends.
+    return aligned(args.model_input) && (args.model_input_copies < 2 || args.inner % elements == 0);
 }
 
 template <typename T, typename C, int V>
 void launch_packs(const StepArgs& args, cudaStream_t stream) {
     const int64_t packs_a_sample = (args.inner + V - 1) / V;
-    const int64_t blocks = (args.batch * packs_a_sample + kThreads - 1) / kThreads;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(kThreads);
-    config.stream = stream;
-    // An error of the launch is read once, in launch_step.
-    (void)cudaLaunchKernelEx(&config, step_kernel<T, C, V>, args, packs_a_sample);
+    const cudaLaunchConfig_t config = launch_of(args.batch * packs_a_sample, stream);
+    const bool more = draws(args) || args.model_input != nullptr;
+    const auto kernel = more ? step_kernel<T, C, V, true> : step_kernel<T, C, V, false>;
+    // An error of the launch is read once, in launch_on.
+    (void)cudaLaunchKernelEx(&config, kernel, args, packs_a_sample);
 }
 
 template <typename T, typename C>
@@ -173,31 +209,19 @@ void launch_as(const StepArgs& args, cudaStream_t stream) {
 }  // namespace
 
 const char* launch_step(const StepArgs& args, int device, void* stream) {
-    int before = device;
-    cudaError_t error = cudaGetDevice(&before);
-    if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
     const auto on = static_cast<cudaStream_t>(stream);
-    switch (args.dtype) {
-        case DType::kFloat16:
-            launch_as<__half, float>(args, on);
-            break;
-        case DType::kBFloat16:
-            launch_as<__nv_bfloat16, float>(args, on);
-            break;
-        case DType::kFloat32:
-            launch_as<float, float>(args, on);
-            break;
-        case DType::kFloat64:
-            launch_as<double, double>(args, on);
-            break;
-    }
-    error = cudaGetLastError();
-    if (before != device) {
-        const cudaError_t restored = cudaSetDevice(before);
-        if (error == cudaSuccess) error = restored;
-    }
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    return launch_on(device, [&] {
+        switch (args.dtype) {
+            case DType::kFloat16:
+                return launch_as<__half, float>(args, on);
+            case DType::kBFloat16:
+                return launch_as<__nv_bfloat16, float>(args, on);
+            case DType::kFloat32:
+                return launch_as<float, float>(args, on);
+            case DType::kFloat64:
+                return launch_as<double, double>(args, on);
+        }
+    });
 }
 
 }  // namespace fastdiff

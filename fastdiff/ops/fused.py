@@ -244,7 +244,9 @@ def _reference_step(call: StepCall, out: tuple[Tensor | None, ...] | None) -> tu
         "keeps": 2 if call.scatter else call.keeps,
     }
     if isinstance(call.row, Tensor):
-        results = reference.step_rows(call.sample, call.model_output, call.table, call.row, out=out, **keywords)
+        # What registers held is `stored`'s to keep, not the outputs'.
+        before = None if call.scatter else out
+        results = reference.step_rows(call.sample, call.model_output, call.table, call.row, out=before, **keywords)
     else:
         results = reference.step(call.sample, call.model_output, call.table[call.row], **keywords)
     after: list[Tensor | None] = []

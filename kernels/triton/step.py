@@ -7,13 +7,14 @@ loaded from the table on the device: as kernel arguments they would cost a launc
 
 from __future__ import annotations
 
-import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 import triton
 import triton.language as tl
+
+from .philox import as_int32, how_many, normals, normals_at, on_device, step_of
 
 if TYPE_CHECKING:
     from fastdiff.call import StepCall
@@ -28,9 +29,14 @@ _PREDICTION_OUTPUT = tl.constexpr(1)
 _CLIP = tl.constexpr(2)
 _VARIANCE_OFFSET = tl.constexpr(3)
 _VARIANCE_SLOPE = tl.constexpr(4)
+_MODEL_INPUT_SCALE = tl.constexpr(5)
+_STORE_0 = tl.constexpr(6)
+_STORE_1 = tl.constexpr(7)
 _PREV_SAMPLE = tl.constexpr(8)
 _KEEP_0 = tl.constexpr(16)
 _KEEP_1 = tl.constexpr(24)
+_HISTORY_0 = tl.constexpr(3)  # columns of a map
+_NOISE = tl.constexpr(7)
 _ROW_WIDTH = tl.constexpr(32)
 
 _LEARNED_RANGE = tl.constexpr(1)
@@ -106,7 +112,66 @@ def _weighted_sum(map_ptr, x, m, d, h0, h1, h2, h3, z, HISTORY: tl.constexpr, HA
     return total
 
 
-@triton.jit(do_not_specialize=["row"])
+@triton.jit
+def _reads(row_ptr, column, zero, MAPS: tl.constexpr):
+    """Whether one of the row's first maps has a coefficient in this column, in the shape of `zero`."""
+    reads = zero + tl.load(row_ptr + _PREV_SAMPLE + column) != 0
+    if MAPS >= 2:
+        reads = reads | (zero + tl.load(row_ptr + _KEEP_0 + column) != 0)
+    if MAPS >= 3:
+        reads = reads | (zero + tl.load(row_ptr + _KEEP_1 + column) != 0)
+    return reads
+
+
+@triton.jit
+def _register(
+    pointer, here, mask, like, row_ptr, j: tl.constexpr, PRESENT: tl.constexpr, SCATTER: tl.constexpr,
+    MAPS: tl.constexpr,
+):  # fmt: skip
+    """Register j of the history; `like`, which no sum will read, where it is absent."""
+    value = like
+    if PRESENT:
+        if SCATTER:  # the registers are those of all solvers, and most rows read few of them
+            mask = mask & _reads(row_ptr, _HISTORY_0 + j, tl.zeros_like(like), MAPS)
+        value = tl.load(pointer + here, mask=mask, other=0.0).to(like.dtype)
+    return value
+
+
+@triton.jit
+def _keep(
+    value, slot, here, mask, history_0_ptr, history_1_ptr, history_2_ptr, history_3_ptr, HISTORY: tl.constexpr
+):  # fmt: skip
+    """Store to the register that the row names; to none if it is negative or absent."""
+    pointer = tl.where(slot == 0, history_0_ptr, history_1_ptr)
+    pointer = tl.where(slot == 2, history_2_ptr, pointer)
+    pointer = tl.where(slot == 3, history_3_ptr, pointer)
+    slot = tl.zeros_like(value) + slot
+    there = slot != slot  # false, for a register is no NaN
+    if HISTORY & 1:
+        there = there | (slot == 0)
+    if HISTORY & 2:
+        there = there | (slot == 1)
+    if HISTORY & 4:
+        there = there | (slot == 2)
+    if HISTORY & 8:
+        there = there | (slot == 3)
+    tl.store(pointer + here, value.to(history_0_ptr.dtype.element_ty), mask=mask & there)
+
+
+@triton.jit
+def _write_model_input(pointer, here, copy_stride, scale, sample, mask, compute: tl.constexpr, COPIES: tl.constexpr):
+    """The next model input: scale times the sample as it has been rounded."""
+    scaled = scale * sample.to(compute)
+    if pointer.dtype.element_ty.primitive_bitwidth == 16:
+        scaled = scaled.to(tl.float32)  # double goes to a half type by way of float, as torch takes it
+    scaled = scaled.to(pointer.dtype.element_ty)
+    tl.store(pointer + here, scaled, mask=mask)
+    if COPIES == 2:
+        tl.store(pointer + copy_stride + here, scaled, mask=mask)
+
+
+# Of scalars that change from step to step only the type may matter to the compiler.
+@triton.jit(do_not_specialize=["row", "num_rows", "noise_step", "purpose", "channels"])
 def _step_kernel(
     sample_ptr,  # [batch, inner], as all tensors of the samples' dtype
     model_output_ptr,
@@ -117,33 +182,59 @@ def _step_kernel(
     history_1_ptr,
     history_2_ptr,
     history_3_ptr,
-    table_ptr,  # [rows, 32], compute dtype
+    table_ptr,  # [num_rows, 32], compute dtype
     guidance_ptr,  # [1] or [batch], compute dtype
     threshold_ptr,  # [batch], compute dtype
     prev_sample_ptr,
     keep_0_ptr,
     keep_1_ptr,
+    model_input_ptr,  # [MODEL_INPUTS, batch, inner], any dtype
+    rows_ptr,  # [1] or [batch], int64, as are the next two
+    seeds_ptr,  # [batch]
+    noise_steps_ptr,
     row,
+    num_rows,
+    noise_step,
+    purpose,
+    channels,  # of channels-last memory, in which noise finds its places
     inner,
     model_stride,  # elements from sample to sample in model_output, uncond and variance
+    copy_stride,  # elements from one copy of the model input to the other
     blocks_a_sample,
     HAS_UNCOND: tl.constexpr,
     GUIDANCE_A_SAMPLE: tl.constexpr,
-    HISTORY: tl.constexpr,  # bit j: register j is read
+    HISTORY: tl.constexpr,  # bit j: register j is there
     HAS_NOISE: tl.constexpr,
     HAS_THRESHOLD: tl.constexpr,
     VARIANCE: tl.constexpr,
     KEEPS: tl.constexpr,
+    ROWS: tl.constexpr,  # 0: `row`; 1: one in memory for all; 2: one a sample
+    SCATTER: tl.constexpr,  # kept tensors go to the registers that the row names
+    DRAWS: tl.constexpr,  # 0: no; 1: noise in row-major memory; 2: in channels-last memory
+    NOISE_STEPS: tl.constexpr,  # as ROWS
+    MODEL_INPUTS: tl.constexpr,  # copies of the model input, 0 to 2
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     b = program // blocks_a_sample
-    offsets = (program % blocks_a_sample) * BLOCK + tl.arange(0, BLOCK)
+    first = (program % blocks_a_sample) * BLOCK
+    offsets = first + tl.arange(0, BLOCK)
     mask = offsets < inner
     here = b * inner + offsets
     there = b * model_stride + offsets
-    row_ptr = table_ptr + row.to(tl.int64) * _ROW_WIDTH
     compute = table_ptr.dtype.element_ty
+
+    index = row.to(tl.int64)
+    if ROWS:
+        index = tl.load(rows_ptr + b) if ROWS == 2 else tl.load(rows_ptr)
+        if (index < 0) | (index >= num_rows):  # the sample stays as it is
+            stays = tl.load(sample_ptr + here, mask=mask, other=0.0)
+            tl.store(prev_sample_ptr + here, stays, mask=mask)
+            if MODEL_INPUTS:
+                _write_model_input(model_input_ptr, here, copy_stride, 1.0, stays, mask, compute, MODEL_INPUTS)
+            return
+    row_ptr = table_ptr + index * _ROW_WIDTH
+    MAPS: tl.constexpr = 3 if SCATTER else 1 + KEEPS
 
     x = tl.load(sample_ptr + here, mask=mask, other=0.0).to(compute)
     m = tl.load(model_output_ptr + there, mask=mask, other=0.0).to(compute)
@@ -159,48 +250,66 @@ def _step_kernel(
         threshold = tl.load(threshold_ptr + b)
         d = _divide(_clamp_to(d, threshold), threshold)
 
-    h0 = x
-    h1 = x
-    h2 = x
-    h3 = x
-    if HISTORY & 1:
-        h0 = tl.load(history_0_ptr + here, mask=mask, other=0.0).to(compute)
-    if HISTORY & 2:
-        h1 = tl.load(history_1_ptr + here, mask=mask, other=0.0).to(compute)
-    if HISTORY & 4:
-        h2 = tl.load(history_2_ptr + here, mask=mask, other=0.0).to(compute)
-    if HISTORY & 8:
-        h3 = tl.load(history_3_ptr + here, mask=mask, other=0.0).to(compute)
+    h0 = _register(history_0_ptr, here, mask, x, row_ptr, 0, HISTORY & 1, SCATTER, MAPS)
+    h1 = _register(history_1_ptr, here, mask, x, row_ptr, 1, HISTORY & 2, SCATTER, MAPS)
+    h2 = _register(history_2_ptr, here, mask, x, row_ptr, 2, HISTORY & 4, SCATTER, MAPS)
+    h3 = _register(history_3_ptr, here, mask, x, row_ptr, 3, HISTORY & 8, SCATTER, MAPS)
     z = x
     if HAS_NOISE:
         z = tl.load(noise_ptr + here, mask=mask, other=0.0).to(compute)
-        if VARIANCE:
-            v = tl.load(variance_ptr + there, mask=mask, other=1.0).to(compute)
-            z = z * _learned_std(v, row_ptr, VARIANCE)
+    if DRAWS:
+        z = tl.zeros_like(x)
+        if _reads(row_ptr, _NOISE, 0.0, MAPS):
+            seed = tl.load(seeds_ptr + b)
+            step = step_of(noise_steps_ptr, b, noise_step, NOISE_STEPS)
+            if DRAWS == 2:
+                at = offsets.to(inner.dtype)  # int32 where that is enough: its division is several times as fast
+                place = at % channels * (inner // channels) + at // channels
+                z = normals_at(place.to(tl.int64), seed, step, purpose.to(tl.uint32)).to(compute)
+            else:
+                z = normals(first, seed, step, purpose.to(tl.uint32), BLOCK).to(compute)
+    if VARIANCE:
+        v = tl.load(variance_ptr + there, mask=mask, other=1.0).to(compute)
+        z = z * _learned_std(v, row_ptr, VARIANCE)
 
     # Outputs may be inputs: everything is loaded above before the first store.
-    prev = _weighted_sum(row_ptr + _PREV_SAMPLE, x, m, d, h0, h1, h2, h3, z, HISTORY, HAS_NOISE)
-    if KEEPS >= 1:
-        keep_0 = _weighted_sum(row_ptr + _KEEP_0, x, m, d, h0, h1, h2, h3, z, HISTORY, HAS_NOISE)
-        tl.store(keep_0_ptr + here, keep_0.to(keep_0_ptr.dtype.element_ty), mask=mask)
-    if KEEPS >= 2:
-        keep_1 = _weighted_sum(row_ptr + _KEEP_1, x, m, d, h0, h1, h2, h3, z, HISTORY, HAS_NOISE)
-        tl.store(keep_1_ptr + here, keep_1.to(keep_1_ptr.dtype.element_ty), mask=mask)
-    tl.store(prev_sample_ptr + here, prev.to(prev_sample_ptr.dtype.element_ty), mask=mask)
+    HAS_Z: tl.constexpr = HAS_NOISE or DRAWS > 0
+    prev = _weighted_sum(row_ptr + _PREV_SAMPLE, x, m, d, h0, h1, h2, h3, z, HISTORY, HAS_Z)
+    prev = prev.to(prev_sample_ptr.dtype.element_ty)
+    if MAPS >= 2:
+        keep_0 = _weighted_sum(row_ptr + _KEEP_0, x, m, d, h0, h1, h2, h3, z, HISTORY, HAS_Z)
+        if SCATTER:
+            slot = tl.load(row_ptr + _STORE_0)
+            _keep(keep_0, slot, here, mask, history_0_ptr, history_1_ptr, history_2_ptr, history_3_ptr, HISTORY)
+        else:
+            tl.store(keep_0_ptr + here, keep_0.to(keep_0_ptr.dtype.element_ty), mask=mask)
+    if MAPS >= 3:
+        keep_1 = _weighted_sum(row_ptr + _KEEP_1, x, m, d, h0, h1, h2, h3, z, HISTORY, HAS_Z)
+        if SCATTER:
+            slot = tl.load(row_ptr + _STORE_1)
+            _keep(keep_1, slot, here, mask, history_0_ptr, history_1_ptr, history_2_ptr, history_3_ptr, HISTORY)
+        else:
+            tl.store(keep_1_ptr + here, keep_1.to(keep_1_ptr.dtype.element_ty), mask=mask)
+    tl.store(prev_sample_ptr + here, prev, mask=mask)
+    if MODEL_INPUTS:
+        scale = tl.load(row_ptr + _MODEL_INPUT_SCALE)
+        _write_model_input(model_input_ptr, here, copy_stride, scale, prev, mask, compute, MODEL_INPUTS)
 
 
 def launch(call: StepCall) -> None:
-    """Run a plain call (see `fastdiff.ops.checks.make_plain`) on the current stream of its device."""
+    """Run a plain call (see `fastdiff.ops.layout.make_plain`) on the current stream of its device."""
     x = call.sample
     batch, inner, model_stride = call.blocks()
     blocks_a_sample = triton.cdiv(inner, BLOCK)
     history = [*call.history, None, None, None, None][:4]
     keeps = [*call.outputs[1:], x, x][:2]
+    channels = call.channels()
+    draws = 0 if call.seeds is None else 1 if channels == 1 else 2
 
-    def pointer(tensor: torch.Tensor | None) -> torch.Tensor:
-        return x if tensor is None else tensor
+    def pointer(tensor: torch.Tensor | int | None) -> torch.Tensor:
+        return tensor if isinstance(tensor, torch.Tensor) else x
 
-    with _on_device(x.device):
+    with on_device(x.device):
         _step_kernel[(batch * blocks_a_sample,)](
             x,
             call.model_output,
@@ -213,24 +322,33 @@ def launch(call: StepCall) -> None:
             pointer(call.threshold),
             call.outputs[0],
             *keeps,
-            call.row,
+            pointer(call.model_input),
+            pointer(call.row),
+            pointer(call.seeds),
+            pointer(call.noise_step),
+            0 if isinstance(call.row, torch.Tensor) else call.row,
+            call.table.shape[0],
+            0 if isinstance(call.noise_step, torch.Tensor) else as_int32(call.noise_step),
+            as_int32(call.purpose),
+            channels,
             inner,
             model_stride,
+            batch * inner,
             blocks_a_sample,
             HAS_UNCOND=call.uncond is not None,
             GUIDANCE_A_SAMPLE=call.guidance is not None and call.guidance.numel() > 1,
             HISTORY=sum(1 << j for j, h in enumerate(history) if h is not None),
             HAS_NOISE=call.noise is not None,
             HAS_THRESHOLD=call.threshold is not None,
-            VARIANCE=int(call.variance_kind),
+            # Without noise nothing is scaled, and the variance is not read.
+            VARIANCE=int(call.variance_kind) if draws or call.noise is not None else 0,
             KEEPS=call.keeps,
+            ROWS=how_many(call.row),
+            SCATTER=call.scatter,
+            DRAWS=draws,
+            NOISE_STEPS=how_many(call.noise_step),
+            MODEL_INPUTS=0 if call.model_input is None else call.model_input.numel() // x.numel(),
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
             enable_fp_fusion=False,  # only the fused products that are written: the same bits as the CPU
         )
-
-
-def _on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    if device.type == "cpu":  # Triton's interpreter
-        return contextlib.nullcontext()
-    return torch.get_device_module(device).device(device)  # type: ignore[no-any-return]

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-// csrc/cuda/step.cu, compiled for the CPU against the headers beside this file, behind an interface for ctypes.
+// csrc/cuda, compiled for the CPU against the headers beside this file, behind an interface for ctypes.
 #include "cuda/step.cu"
+#include "cuda/randn.cu"
 
 #include "accesses.h"
 
@@ -9,10 +10,37 @@
 // What is around the kernel is not what is watched.
 #define UNWATCHED __attribute__((no_sanitize("thread")))
 
-// `sizes`: batch, inner, model_stride, guidance_stride, num_outputs, variance_kind, dtype, device. `inputs`: sample,
-// model_output, uncond, variance, noise, four histories, row, guidance, threshold.
-// Returns null, what launch_step returned, or what is wrong with an access.
-EXPORT UNWATCHED const char* step_on_host(const int64_t* sizes, const void* const* inputs, void* const* outputs,
+namespace {
+
+// Null, what the launch returned, or what is wrong with an access. `frame` is that of the function which holds the
+// arguments.
+template <typename Launch>
+UNWATCHED const char* watched(accesses::Span* spans, int64_t num_spans, const void* frame, const Launch& launch) {
+    switch (setjmp(accesses::refused)) {
+        case accesses::kFine:
+            break;
+        case accesses::kOutside:
+            return "an access outside the tensors";
+        default:
+            return "an access that is not aligned as a device wants it";
+    }
+    accesses::watch(spans, num_spans, frame);
+    const char* error = launch();
+    accesses::stop();
+    return error;
+}
+
+UNWATCHED fastdiff::NoiseArgs noise_args(const int64_t* sizes, const void* seeds, const void* steps) {
+    return {static_cast<const int64_t*>(seeds), static_cast<const int64_t*>(steps), sizes[0],
+            static_cast<uint32_t>(sizes[1]),    static_cast<uint32_t>(sizes[2]),    sizes[3]};
+}
+
+}  // namespace
+
+// `sizes`: batch, inner, model_stride, guidance_stride, num_outputs, variance_kind, dtype, num_rows, row, rows_stride,
+// scatter, model_input_copies, model_input_dtype; steps_stride, step, purpose, channels. `inputs`: sample,
+// model_output, uncond, variance, noise, four histories, table, guidance, threshold, rows, seeds, steps, model_input.
+EXPORT UNWATCHED const char* step_on_host(const int64_t* sizes, void* const* inputs, void* const* outputs, int device,
                                           void* stream, accesses::Span* spans, int64_t num_spans) {
     fastdiff::StepArgs args{};
     args.batch = sizes[0];
@@ -22,28 +50,40 @@ EXPORT UNWATCHED const char* step_on_host(const int64_t* sizes, const void* cons
     args.num_outputs = static_cast<int>(sizes[4]);
     args.variance_kind = static_cast<fastdiff::Variance>(sizes[5]);
     args.dtype = static_cast<fastdiff::DType>(sizes[6]);
+    args.num_rows = sizes[7];
+    args.row = sizes[8];
+    args.rows_stride = sizes[9];
+    args.scatter = sizes[10] != 0;
+    args.model_input_copies = static_cast<int>(sizes[11]);
+    args.model_input_dtype = static_cast<fastdiff::DType>(sizes[12]);
     args.sample = inputs[0];
     args.model_output = inputs[1];
     args.uncond = inputs[2];
     args.variance = inputs[3];
     args.noise = inputs[4];
     for (int j = 0; j < fastdiff::kRegisters; ++j) args.history[j] = inputs[5 + j];
-    args.row = inputs[9];
+    args.table = inputs[9];
     args.guidance = inputs[10];
     args.threshold = inputs[11];
+    args.rows = static_cast<const int64_t*>(inputs[12]);
+    args.draw = noise_args(sizes + 13, inputs[13], inputs[14]);
+    args.model_input = inputs[15];
     for (int o = 0; o < args.num_outputs; ++o) args.outputs[o] = outputs[o];
-    switch (setjmp(accesses::refused)) {
-        case accesses::kFine:
-            break;
-        case accesses::kOutside:
-            return "an access outside the tensors";
-        default:
-            return "an access that is not aligned as a device wants it";
-    }
-    accesses::watch(spans, num_spans, __builtin_frame_address(0));
-    const char* error = fastdiff::launch_step(args, static_cast<int>(sizes[7]), stream);
-    accesses::stop();
-    return error;
+    return watched(spans, num_spans, __builtin_frame_address(0),
+                   [&] { return fastdiff::launch_step(args, device, stream); });
+}
+
+// `sizes`: batch, inner, dtype; steps_stride, step, purpose, channels. `tensors`: out, seeds, steps.
+EXPORT UNWATCHED const char* randn_on_host(const int64_t* sizes, void* const* tensors, int device, void* stream,
+                                           accesses::Span* spans, int64_t num_spans) {
+    fastdiff::RandnArgs args{};
+    args.batch = sizes[0];
+    args.inner = sizes[1];
+    args.dtype = static_cast<fastdiff::DType>(sizes[2]);
+    args.draw = noise_args(sizes + 3, tensors[1], tensors[2]);
+    args.out = tensors[0];
+    return watched(spans, num_spans, __builtin_frame_address(0),
+                   [&] { return fastdiff::launch_randn(args, device, stream); });
 }
 
 // The variables that every thread of a device has, for the list of spans; and the state of the runtime.

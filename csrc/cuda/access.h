@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: MIT
+// What the CUDA kernels share: conversions, accesses of 16 bytes, and a launch on somebody's stream and device.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "../step_math.h"
+
+namespace fastdiff {
+
+constexpr int kThreads = 256;
+
+__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
+__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float widen(float value) { return value; }
+__device__ __forceinline__ double widen(double value) { return value; }
+
+__device__ __forceinline__ void narrow(float value, __half* out) { *out = __float2half_rn(value); }
+__device__ __forceinline__ void narrow(float value, __nv_bfloat16* out) { *out = __float2bfloat16_rn(value); }
+__device__ __forceinline__ void narrow(float value, float* out) { *out = value; }
+__device__ __forceinline__ void narrow(float value, double* out) { *out = static_cast<double>(value); }
+__device__ __forceinline__ void narrow(double value, double* out) { *out = value; }
+__device__ __forceinline__ void narrow(double value, float* out) { *out = static_cast<float>(value); }
+// double goes to a half type by way of float, as torch takes it.
+__device__ __forceinline__ void narrow(double value, __half* out) { narrow(static_cast<float>(value), out); }
+__device__ __forceinline__ void narrow(double value, __nv_bfloat16* out) { narrow(static_cast<float>(value), out); }
+
+// V consecutive elements, moved in one access where V of them are 16 bytes.
+template <typename T, int V>
+struct alignas(V * sizeof(T)) Pack {
+    T values[V];
+};
+
+// Elements [0, count) at `from`, count <= V; the rest is 0.
+template <typename T, int V>
+__device__ __forceinline__ Pack<T, V> load_pack(const void* from, int64_t offset, int count) {
+    const T* source = static_cast<const T*>(from) + offset;
+    Pack<T, V> pack;
+    if (count == V) {
+        pack = *reinterpret_cast<const Pack<T, V>*>(source);
+    } else {
+#pragma unroll
+        for (int i = 0; i < V; ++i) narrow(0.0f, &pack.values[i]);
+#pragma unroll
+        for (int i = 0; i < V; ++i)
+            if (i < count) pack.values[i] = source[i];
+    }
+    return pack;
+}
+
+template <typename T, int V, typename C>
+__device__ __forceinline__ void widen_pack(const Pack<T, V>& pack, C (&to)[V]) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) to[i] = widen(pack.values[i]);
+}
+
+template <typename T, typename C, int V>
+__device__ __forceinline__ void load(const void* from, int64_t offset, int count, C (&to)[V]) {
+    widen_pack(load_pack<T, V>(from, offset, count), to);
+}
+
+// Elements [0, count) of a pack.
+template <typename T, int V>
+__device__ __forceinline__ void store_pack(const Pack<T, V>& pack, void* to, int64_t offset, int count) {
+    T* target = static_cast<T*>(to) + offset;
+    if (count == V) {
+        *reinterpret_cast<Pack<T, V>*>(target) = pack;
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < V; ++i)
+        if (i < count) target[i] = pack.values[i];
+}
+
+// Elements [0, count) of `from` as T, in packs of 16 bytes where V of them are more.
+template <typename T, typename C, int V>
+__device__ __forceinline__ void store(const C (&from)[V], void* to, int64_t offset, int count) {
+    constexpr int kPart = V * sizeof(T) > 16 ? 16 / static_cast<int>(sizeof(T)) : V;
+    T* target = static_cast<T*>(to) + offset;
+    Pack<T, kPart> parts[V / kPart];
+#pragma unroll
+    for (int i = 0; i < V; ++i) narrow(from[i], &parts[i / kPart].values[i % kPart]);
+    if (count == V) {
+#pragma unroll
+        for (int i = 0; i < V; i += kPart) *reinterpret_cast<Pack<T, kPart>*>(target + i) = parts[i / kPart];
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < V; ++i)
+        if (i < count) target[i] = parts[i / kPart].values[i % kPart];
+}
+
+inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// A launch of one thread for each of `packs` packs.
+inline cudaLaunchConfig_t launch_of(int64_t packs, cudaStream_t stream) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>((packs + kThreads - 1) / kThreads));
+    config.blockDim = dim3(kThreads);
+    config.stream = stream;
+    return config;
+}
+
+// Calls `launch`, which need not look at errors, with a device as the current one. Returns null, or what CUDA says.
+template <typename Launch>
+const char* launch_on(int device, const Launch& launch) {
+    int before = device;
+    cudaError_t error = cudaGetDevice(&before);
+    if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+    launch();
+    error = cudaGetLastError();
+    if (before != device) {
+        const cudaError_t restored = cudaSetDevice(before);
+        if (error == cudaSuccess) error = restored;
+    }
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace fastdiff

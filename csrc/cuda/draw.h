@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: MIT
+// Normal numbers for V consecutive elements in a thread's registers.
+#pragma once
+
+#include "../philox.h"
+
+namespace fastdiff {
+
+// One sample's numbers: the seed is the key, step and purpose are the upper half of the counter.
+struct Stream {
+    uint64_t seed;
+    uint32_t step;
+    uint32_t purpose;
+
+    __device__ __forceinline__ Words words(int64_t chunk) const {
+        const uint64_t at = static_cast<uint64_t>(chunk);
+        const Words counter = {{static_cast<uint32_t>(at), static_cast<uint32_t>(at >> 32), step, purpose}};
+        return philox(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+    }
+};
+
+__device__ __forceinline__ Stream stream_of(const NoiseArgs& draw, int64_t b) {
+    const uint32_t step = draw.steps == nullptr ? draw.step : static_cast<uint32_t>(draw.steps[b * draw.steps_stride]);
+    return {static_cast<uint64_t>(draw.seeds[b]), step, draw.purpose};
+}
+
+// The two numbers at places `place` and `place` + 1, of which the first is even: one transform of a chunk's two.
+__device__ __forceinline__ NormalPair normal_pair(const Stream& stream, int64_t place) {
+    const Words words = stream.words(place / 4);
+    const bool second = (place & 2) != 0;
+    return box_muller(second ? words.w[2] : words.w[0], second ? words.w[3] : words.w[1]);
+}
+
+__device__ __forceinline__ float normal_at(const Stream& stream, int64_t place) {
+    const NormalPair pair = normal_pair(stream, place & ~int64_t{1});
+    return (place & 1) != 0 ? pair.second : pair.first;
+}
+
+// The numbers of elements [at, at + V) of a sample in row-major order; `at` is a multiple of V.
+template <typename C, int V>
+__device__ __forceinline__ void draw_in_order(const Stream& stream, int64_t at, C (&z)[V]) {
+    if constexpr (V == 1) {
+        z[0] = static_cast<C>(normal_at(stream, at));
+    } else if constexpr (V == 2) {
+        const NormalPair pair = normal_pair(stream, at);
+        z[0] = static_cast<C>(pair.first);
+        z[1] = static_cast<C>(pair.second);
+    } else {
+#pragma unroll
+        for (int i = 0; i < V; i += 4) {
+            const Words words = stream.words((at + i) / 4);
+            const NormalPair a = box_muller(words.w[0], words.w[1]);
+            const NormalPair b = box_muller(words.w[2], words.w[3]);
+            z[i] = static_cast<C>(a.first);
+            z[i + 1] = static_cast<C>(a.second);
+            z[i + 2] = static_cast<C>(b.first);
+            z[i + 3] = static_cast<C>(b.second);
+        }
+    }
+}
+
+// The numbers of elements [at, at + V) in the order of memory.
+template <typename C, int V>
+__device__ __forceinline__ void draw_normals(const NoiseArgs& draw, int64_t inner, int64_t b, int64_t at, C (&z)[V]) {
+    const Stream stream = stream_of(draw, b);
+    if (draw.channels == 1) {
+        draw_in_order(stream, at, z);
+        return;
+    }
+    // Channels-last: neighbours in memory are far apart in the sample. One division a thread, not one an element.
+    const int64_t places = inner / draw.channels;
+    int64_t s = at / draw.channels;
+    int64_t c = at - s * draw.channels;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+        z[i] = static_cast<C>(normal_at(stream, c * places + s));
+        if (++c == draw.channels) c = 0, ++s;
+    }
+}
+
+}  // namespace fastdiff
