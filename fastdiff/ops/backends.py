@@ -17,6 +17,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..call import StepCall
 from ..errors import sentence, unknown_name
@@ -155,8 +156,18 @@ def current_stream(sample: Tensor) -> int:
 
 
 def _run_extension(call: StepCall) -> None:
+    done = _extension_step(call)
+    if done is None:
+        # The extension declines under dispatch modes, so that they see the operator; this is the operator's inside.
+        with _disable_current_modes():
+            done = _extension_step(call)
+    if done is None:
+        raise AssertionError(f"step: the extension declined a call that was made plain: {call}")
+
+
+def _extension_step(call: StepCall) -> tuple[Tensor, ...] | None:
     assert extension is not None
-    done = extension.step(
+    done: tuple[Tensor, ...] | None = extension.step(
         call.sample,
         call.model_output,
         call.table,
@@ -177,8 +188,7 @@ def _run_extension(call: StepCall) -> None:
         call.model_input,
         int(call.scatter),
     )
-    if done is None:
-        raise AssertionError(f"step: the extension declined a call that was made plain: {call}")
+    return done
 
 
 def _run_triton(call: StepCall) -> None:

@@ -7,12 +7,30 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..call import StepCall
 
 
+def in_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's memory can be looked at: it is no stand-in of a compiler's or of torch.func's."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor is a tracer's, with a shape and no values."""
+    return isinstance(tensor, FakeTensor | FunctionalTensor)
+
+
 def share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have a byte in common."""
+    """Whether two tensors have a byte in common; of tensors without memory of their own, whether they are one."""
+    if not (in_memory(a) and in_memory(b)):
+        return a is b
     if a.numel() == 0 or b.numel() == 0 or a.device != b.device:
         return False
 
@@ -71,7 +89,7 @@ def make_plain(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> 
     plain = replace(plain, outputs=tuple(outputs))
     if call.model_input is None:
         return plain
-    wanted = (_samples_strides(strides, sample), *strides[1:])
+    wanted = (_samples_stride(sample), *strides[1:])
     fits = call.model_input.stride() == wanted and not any(
         share_memory(call.model_input, other) for other in [*taken, *outputs]
     )
@@ -135,7 +153,15 @@ def _samples_are_blocks(tensor: Tensor, strides: tuple[int, ...]) -> bool:
     return tensor.dim() > 0 and (tensor.shape[0] <= 1 or strides[0] * tensor.shape[0] >= tensor.numel())
 
 
-def _samples_strides(strides: tuple[int, ...], sample: Tensor) -> int:
+def model_input_strides(sample: Tensor) -> tuple[int, ...]:
+    """The layout of a new model input, once or twice along the batch: the results' own where samples are blocks."""
+    strides = output_strides(sample)
+    if not _samples_are_blocks(sample, strides):
+        strides = _contiguous_strides(sample)
+    return (_samples_stride(sample), *strides[1:])
+
+
+def _samples_stride(sample: Tensor) -> int:
     """Elements from one sample to the next where each is one block of memory."""
     return max(sample.numel() // max(sample.shape[0], 1), 1)
 
