@@ -59,7 +59,8 @@ def _fold_scalars(scalars: Tensor, dim: int | None, size: int, batch: int) -> Te
     """One for all stays one; else one for each sample of the folded batch."""
     if dim is None and scalars.numel() == 1 and size * batch != 1:
         return scalars.reshape(1) if batch > 1 else scalars.reshape(1).expand(size)
-    mapped = _mapped_first(scalars, dim, size).reshape(size, -1)
+    mapped = _mapped_first(scalars, dim, size)
+    mapped = mapped.reshape(size, mapped.numel() // size)
     return mapped.expand(size, batch).reshape(-1)
 
 
