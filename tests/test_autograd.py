@@ -21,7 +21,7 @@ from fastdiff.affine import Affine
 from fastdiff.ops import backends
 from fastdiff.stepper import Stepper
 from fastdiff.table import Row, StepTable
-from oracle import UNIT_ROUNDOFF, plain_row
+from oracle import INTERPRETED, UNIT_ROUNDOFF, plain_row
 
 pytestmark = pytest.mark.skipif(backends.extension is None, reason="the C++ extension was not built")
 INF = float("inf")
@@ -296,3 +296,18 @@ def test_forward_mode_is_refused_and_the_reference_has_it() -> None:
             ops.step(dual, x, table, 0)
         (prev,) = ops.step(dual, x, table, 0, backend="reference")
         assert torch.equal(torch.autograd.forward_ad.unpack_dual(prev).tangent, 6 * x)
+
+
+@pytest.mark.skipif(not INTERPRETED or bool(backends.why_missing("triton")), reason="Triton is not interpreted here")
+@pytest.mark.parametrize("clip", [INF, 0.7])
+def test_triton_s_gradients_are_the_extension_s(clip: float) -> None:
+    table = torch.randn(1, 32, dtype=torch.float64)
+    table[0, 2] = clip
+    leaves = [torch.randn(2, 9, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    found = []
+    for backend in ("triton", "cpu"):
+        x, c, u, h = leaves
+        results = ops.step(x, c, table, 0, uncond=u, guidance=1.5, history=[h], keeps=2, backend=backend)
+        found.append(torch.autograd.grad([r.square().sum() for r in results], leaves))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.0, atol=1e-10)  # as CLOSE; the outputs, below 10², are factors too

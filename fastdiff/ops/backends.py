@@ -156,16 +156,17 @@ def current_stream(sample: Tensor) -> int:
 
 
 def _run_extension(call: StepCall) -> None:
-    done = _extension_step(call)
+    done = extension_step(call)
     if done is None:
         # The extension declines under dispatch modes, so that they see the operator; this is the operator's inside.
         with _disable_current_modes():
-            done = _extension_step(call)
+            done = extension_step(call)
     if done is None:
         raise AssertionError(f"step: the extension declined a call that was made plain: {call}")
 
 
-def _extension_step(call: StepCall) -> tuple[Tensor, ...] | None:
+def extension_step(call: StepCall) -> tuple[Tensor, ...] | None:
+    """A call by the extension, to its outputs or to new ones; None where it declines."""
     assert extension is not None
     done: tuple[Tensor, ...] | None = extension.step(
         call.sample,
@@ -180,7 +181,7 @@ def _extension_step(call: StepCall) -> tuple[Tensor, ...] | None:
         call.threshold,
         int(call.variance_kind),
         call.keeps,
-        call.outputs,
+        call.outputs or None,
         current_stream(call.sample),
         call.seeds,
         call.noise_step,

@@ -3,8 +3,8 @@
 
 A step's outputs are affine maps of x, m, d, the history and the noise, so the gradient of each input is an affine map
 of the outputs' gradients, with the same coefficients in columns instead of rows.  They go into a table of their own,
-and `fastdiff::step` computes three of the maps a launch: its sample and registers are the gradients, its outputs the
-inputs' gradients.  Because it is that operator again, the backward has a backward.
+and `fastdiff::step` computes three of the maps a launch: its registers are the outputs' gradients, its outputs the
+inputs'.  Because it is that operator again, the backward has a backward.
 
 Where the row is not linear the maps that pass through d or the learned standard deviation are taken first, in the
 compute dtype, and multiplied by the local derivative in torch operators.  Whether a row clips is looked up where that
@@ -38,11 +38,12 @@ from ..table import (
     compute_dtype,
 )
 from .checks import may_look
+from .layout import in_memory
+from .run import execute
 from .vmap import fold_step
 
 _X, _M, _D, _H0, _Z = (COLUMNS.index(name) for name in ("sample", "model_output", "prediction", "history_0", "noise"))
-#: Where the gradients stand among the step's inputs: at most three of outputs, and that of d.
-_SOURCES = (_X, _H0, _H0 + 1, _M)
+#: Maps a launch: as many as a row has.
 _MAPS = 3
 
 #: The operator's arguments, in the order of its schema.
@@ -97,11 +98,15 @@ def backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, .
 
 
 class _Function(torch.autograd.Function):
-    """The operator for torch.func, which cannot transform the autograd that torch.library makes for an operator."""
+    """The operator in eager calls: for torch.func, which cannot transform the autograd that torch.library makes.
+
+    Without torch.func it saves the way through the dispatcher, which takes a Python operator a tenth of a millisecond.
+    """
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(torch.ops.fastdiff.step(*arguments))
+        at_hand = all(in_memory(a) for a in arguments if isinstance(a, Tensor))
+        return tuple((execute if at_hand else torch.ops.fastdiff.step)(*arguments))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -119,10 +124,16 @@ class _Function(torch.autograd.Function):
 
 def apply_step(*arguments: Any) -> Sequence[Tensor]:
     """`fastdiff::step`, so that autograd, torch.func and compilers see it."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        applied: tuple[Tensor, ...] = _Function.apply(*arguments)  # type: ignore[no-untyped-call]
-        return applied
-    results: list[Tensor] = torch.ops.fastdiff.step(*arguments)
+    tensors = [a for a in arguments if isinstance(a, Tensor)]
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    transformed = not traced and torch._C._are_functorch_transforms_active()
+    results: Sequence[Tensor]
+    if traced or not (transformed or all(in_memory(a) for a in tensors)):
+        results = torch.ops.fastdiff.step(*arguments)
+    elif transformed or (torch.is_grad_enabled() and any(a.requires_grad for a in tensors)):
+        results = _Function.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        results = execute(*arguments)
     return results
 
 
@@ -150,6 +161,7 @@ class _Pullback:
         self.saved, self.wanted, self.dtype = saved, wanted, dtype
         self.compute = compute_dtype(dtype)
         self.rows = _chosen_rows(saved["table"], saved["row"], saved["rows"])
+        self.columns = self.rows[:, PREV_SAMPLE:].reshape(len(self.rows), _MAPS, len(COLUMNS))
         self.through_d = clips and any(
             wanted[name] for name in ("sample", "model_output", "uncond", "guidance", "threshold")
         )
@@ -163,30 +175,23 @@ class _Pullback:
         self.sources = [grad.to(self.compute) if wide else grad for grad in outputs if grad is not None]
 
     def run(self) -> dict[str, Tensor | None]:
-        p, q = self.rows[:, PREDICTION_SAMPLE, None], self.rows[:, PREDICTION_OUTPUT, None]
-        sources, maps = self.sources, {}
         found: dict[str, Tensor | None] = {}
+        sources = self.sources
+        learned = self.saved["variance_kind"] != Variance.FIXED
         if self.through_d:
             grad_d, found["threshold"] = self._through_bounds(self._combine(sources, {"d": self._weights(_D)})["d"])
             sources = [*sources, grad_d]
-            maps["sample"] = torch.cat([self._weights(_X), p], 1)
-            of_m = torch.cat([self._weights(_M), q], 1)
-        else:
-            maps["sample"] = self._weights(_X) + p * self._weights(_D)
-            of_m = self._weights(_M) + q * self._weights(_D)
-        maps |= self._maps_of_model(of_m)
+        maps: dict[str, Tensor] = {}
+        if self.wanted["sample"]:
+            maps["sample"] = self._with_d(_X, PREDICTION_SAMPLE)
+        if self.wanted["model_output"] or self.wanted["uncond"] or self.wanted["guidance"]:
+            maps |= self._maps_of_model(self._with_d(_M, PREDICTION_OUTPUT))
         for j in range(NUM_REGISTERS):
-            maps[f"history_{j}"] = self._of_outputs_only(self._weights(_H0 + j))
-        maps["noise"] = self._of_outputs_only(self._weights(_Z))
-        learned = self.saved["variance_kind"] != Variance.FIXED
-        asked = {
-            name
-            for name in maps
-            if self.wanted.get(name)
-            or (name == "m" and self.wanted["guidance"])
-            or (name == "noise" and learned and self.wanted["variance"])
-        }
-        collected = self._combine(sources, {name: maps[name] for name in maps if name in asked})
+            if self.wanted[f"history_{j}"]:
+                maps[f"history_{j}"] = self._of_outputs_only(self._weights(_H0 + j))
+        if self.wanted["noise"] or (learned and self.wanted["variance"]):
+            maps["noise"] = self._of_outputs_only(self._weights(_Z))
+        collected = self._combine(sources, maps)
         found |= collected
         if "m" in collected:
             found |= self._through_guidance(collected["m"])
@@ -196,7 +201,14 @@ class _Pullback:
         return {name: grad if grad is None or name in scalars else grad.to(self.dtype) for name, grad in found.items()}
 
     def _weights(self, column: int) -> Tensor:
-        return torch.stack([self.rows[:, PREV_SAMPLE + len(COLUMNS) * o + column] for o in self.of], 1)
+        return self.columns[:, self.of, column]
+
+    def _with_d(self, column: int, factor: int) -> Tensor:
+        """The weights of a tensor that d is made of: the gradient of d is a source, or is not needed by itself."""
+        factors = self.rows[:, factor, None]
+        if self.through_d:
+            return torch.cat([self._weights(column), factors], 1)
+        return self._weights(column) + factors * self._weights(_D)
 
     def _of_outputs_only(self, weights: Tensor) -> Tensor:
         return torch.nn.functional.pad(weights, (0, 1)) if self.through_d else weights
@@ -207,35 +219,25 @@ class _Pullback:
         if self.wanted["guidance"]:
             return {"m": of_m}  # the scale's own gradient needs m's; the halves are then taken in torch operators
         scale = self.saved["guidance"].double().reshape(-1, 1)
-        return {"model_output": scale * of_m, "uncond": (1.0 - scale) * of_m}
+        shares = {"model_output": scale, "uncond": 1.0 - scale}
+        return {name: share * of_m for name, share in shares.items() if self.wanted[name]}
 
     def _combine(self, sources: Sequence[Tensor], maps: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The maps of the sources, three a launch of the step."""
+        """The maps of the sources, three a launch of the step, whose registers they are."""
         found: dict[str, Tensor] = {}
         names = list(maps)
         for first in range(0, len(names), _MAPS):
             group = names[first : first + _MAPS]
             samples = max(len(maps[name]) for name in group)
-            blocks = [self._block(maps[name]).expand(samples, -1) for name in group]
-            blocks += [torch.zeros_like(blocks[0])] * (_MAPS - len(group))
-            table = torch.cat([_head(self.rows).expand(samples, -1), *blocks], 1)
-            results = self._launch(sources, table, len(group) - 1)
+            weights = torch.stack([maps[name].expand(samples, -1) for name in group], 1)
+            after = NUM_REGISTERS - len(sources) + 1
+            block = torch.nn.functional.pad(weights, (_H0, after, 0, _MAPS - len(group)))
+            head = _head(block).expand(len(block), -1)
+            table = torch.cat([head, block.flatten(1)], 1).to(compute_dtype(sources[0].dtype))
+            history = (*sources, *[None] * NUM_REGISTERS)[:NUM_REGISTERS]
+            results = _step(sources[0], sources[0], table, history, len(group) - 1, self.saved["backend"])
             found |= dict(zip(group, results, strict=True))
         return found
-
-    def _block(self, weights: Tensor) -> Tensor:
-        columns = [torch.zeros_like(weights[:, 0])] * len(COLUMNS)
-        # The gradient of d, where there is one, is the last source, and stands for the model's output.
-        places = _SOURCES[: len(self.sources)] + ((_M,) if weights.shape[1] > len(self.sources) else ())
-        for place, weight in zip(places, weights.unbind(1), strict=True):
-            columns[place] = weight
-        return torch.stack(columns, 1)
-
-    def _launch(self, sources: Sequence[Tensor], table: Tensor, keeps: int) -> Sequence[Tensor]:
-        first, *rest = sources
-        model = rest.pop() if len(sources) > len(self.sources) else first
-        history = (*rest, *[None] * NUM_REGISTERS)[:NUM_REGISTERS]
-        return _step(first, model, table.to(compute_dtype(first.dtype)), history, keeps, self.saved["backend"])
 
     def _through_bounds(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         """The gradient of d before it was clamped, and that of the threshold."""
@@ -319,11 +321,9 @@ def _chosen_rows(table: Tensor, row: int, rows: Tensor | None) -> Tensor:
 
 def _head(like: Tensor) -> Tensor:
     """The scalars before the maps of a row without prediction."""
-    head = torch.zeros(1, PREV_SAMPLE, dtype=like.dtype, device=like.device)
-    head[0, CLIP] = float("inf")
-    head[0, MODEL_INPUT_SCALE] = 1.0
-    head[0, STORE_0 : STORE_1 + 1] = -1.0
-    return head
+    head = [0.0] * PREV_SAMPLE
+    head[CLIP], head[MODEL_INPUT_SCALE], head[STORE_0], head[STORE_1] = float("inf"), 1.0, -1.0, -1.0
+    return torch.tensor([head], dtype=like.dtype, device=like.device)
 
 
 def _sum_a_sample(values: Tensor, scalars: Tensor) -> Tensor:

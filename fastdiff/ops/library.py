@@ -9,7 +9,6 @@ operator, in torch operators that a compiler sees.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,11 +17,9 @@ from torch import Tensor
 from .. import reference
 from ..call import StepCall
 from ..table import NUM_REGISTERS
-from . import backends
-from .checks import check
 from .gradients import apply_step, backward, setup_context
-from .layout import laid_out, model_input_strides, output_strides
-from .run import run
+from .layout import output_strides
+from .run import execute, new_model_input, run_new
 from .vmap import fold_step, refuse_step_rows
 
 #: An operator's results keep the strides that its fake tells, whatever inductor does to its inputs.
@@ -59,12 +56,11 @@ def step_op(
 
     `rows` and `noise_steps` take the place of `row` and `noise_step`; an empty `backend` leaves the choice.
     """
-    call = StepCall(
-        sample, model_output, table, row if rows is None else rows, uncond, guidance,
-        (history_0, history_1, history_2, history_3), noise, variance, threshold, variance_kind, keeps, seeds,
-        noise_step if noise_steps is None else noise_steps, purpose,
+    return execute(
+        sample, model_output, table, row, rows, uncond, guidance, history_0, history_1, history_2, history_3, noise,
+        variance, threshold, variance_kind, keeps, seeds, noise_step, noise_steps, purpose, model_input_dtype,
+        model_input_copies, backend,
     )  # fmt: skip
-    return _run_new(call, model_input_dtype, model_input_copies, backend)
 
 
 @step_op.register_fake
@@ -72,7 +68,7 @@ def _(sample: Tensor, *rest: Any) -> list[Tensor]:
     keeps, dtype, copies = rest[_AFTER_SAMPLE["keeps"]], rest[_AFTER_SAMPLE["model_input_dtype"]], rest[-2]
     strides = output_strides(sample)
     results = [sample.new_empty_strided(sample.shape, strides) for _ in range(keeps + 1)]
-    return results + _new_model_input(sample, dtype, copies)
+    return results + new_model_input(sample, dtype, copies)
 
 
 NAMES = tuple(argument.name for argument in step_op._opoverload._schema.arguments)
@@ -114,36 +110,18 @@ def step_rows_op(
         sample, model_output, table, rows, uncond, guidance, tuple(history), noise, variance, threshold,
         variance_kind, 0, seeds, noise_step if noise_steps is None else noise_steps, purpose, scatter=True,
     )  # fmt: skip
-    new, *model_input = _run_new(call, model_input_dtype, model_input_copies, backend)
+    new, *model_input = run_new(call, model_input_dtype, model_input_copies, backend)
     return new, model_input[0] if model_input else sample.new_empty(0)
 
 
 @step_rows_op.register_fake
 def _(sample: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     new = sample.new_empty_strided(sample.shape, output_strides(sample))
-    model_input = _new_model_input(sample, rest[-3], rest[-2])
+    model_input = new_model_input(sample, rest[-3], rest[-2])
     return new, model_input[0] if model_input else sample.new_empty(0)
 
 
 torch.library.register_vmap(step_rows_op, refuse_step_rows)
-
-
-def _run_new(call: StepCall, dtype: torch.dtype | None, copies: int, backend: str) -> list[Tensor]:
-    """Run a call to tensors of its own."""
-    model_input = _new_model_input(call.sample, dtype, copies)
-    with torch.no_grad():
-        call = replace(call, model_input=model_input[0] if model_input else None)
-        check(call)
-        results = run(call, None, backends.backend_for(call.sample, backend or None))
-        strides = output_strides(call.sample)
-        return [laid_out(result, strides) for result in results] + model_input
-
-
-def _new_model_input(sample: Tensor, dtype: torch.dtype | None, copies: int) -> list[Tensor]:
-    if dtype is None:
-        return []
-    shape = (copies * sample.shape[0], *sample.shape[1:])
-    return [sample.new_empty_strided(shape, model_input_strides(sample), dtype=dtype)]
 
 
 def call_library(call: StepCall, out: Sequence[Tensor | None] | None, backend: str) -> tuple[Tensor, ...]:

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import reference
 from ..call import StepCall
 from . import backends
-from .layout import hand_back, make_plain
+from .checks import check
+from .layout import hand_back, laid_out, make_plain, model_input_strides, output_strides
 
 
 def run(call: StepCall, out: tuple[Tensor | None, ...] | None, name: str) -> tuple[Tensor, ...]:
@@ -22,6 +25,46 @@ def run(call: StepCall, out: tuple[Tensor | None, ...] | None, name: str) -> tup
         backends.RUN[name](plain)
     hand_back(call, plain)
     return plain.outputs
+
+
+def execute(
+    sample: Tensor, model_output: Tensor, table: Tensor, row: int, rows: Tensor | None, uncond: Tensor | None,
+    guidance: Tensor | None, history_0: Tensor | None, history_1: Tensor | None, history_2: Tensor | None,
+    history_3: Tensor | None, noise: Tensor | None, variance: Tensor | None, threshold: Tensor | None,
+    variance_kind: int, keeps: int, seeds: Tensor | None, noise_step: int, noise_steps: Tensor | None, purpose: int,
+    model_input_dtype: torch.dtype | None, model_input_copies: int, backend: str,
+) -> list[Tensor]:  # fmt: skip
+    """The inside of `fastdiff::step`, with its arguments."""
+    call = StepCall(
+        sample, model_output, table, row if rows is None else rows, uncond, guidance,
+        (history_0, history_1, history_2, history_3), noise, variance, threshold, variance_kind, keeps, seeds,
+        noise_step if noise_steps is None else noise_steps, purpose,
+    )  # fmt: skip
+    return run_new(call, model_input_dtype, model_input_copies, backend)
+
+
+def run_new(call: StepCall, dtype: torch.dtype | None, copies: int, backend: str) -> list[Tensor]:
+    """Check a call and run it to tensors of its own, the model input last."""
+    model_input = new_model_input(call.sample, dtype, copies)
+    with torch.no_grad():
+        if model_input:
+            call = replace(call, model_input=model_input[0])
+        if backends.extension is not None and (backend or backends.forced) in (None, "cpu", "cuda"):
+            done = backends.extension_step(call)
+            if done is not None:
+                return [*done, *model_input]
+        check(call)
+        results = run(call, None, backends.backend_for(call.sample, backend or None))
+        strides = output_strides(call.sample)
+        return [laid_out(result, strides) for result in results] + model_input
+
+
+def new_model_input(sample: Tensor, dtype: torch.dtype | None, copies: int) -> list[Tensor]:
+    """A tensor for the next model input in a list, an empty one where none is asked for."""
+    if dtype is None:
+        return []
+    shape = (copies * sample.shape[0], *sample.shape[1:])
+    return [sample.new_empty_strided(shape, model_input_strides(sample), dtype=dtype)]
 
 
 def reference_step(call: StepCall, out: tuple[Tensor | None, ...] | None) -> tuple[Tensor, ...]:
