@@ -70,7 +70,7 @@ def step(
     scalar = _Scalars(row, x)
     if uncond is not None and guidance is not None:
         u = uncond.to(dtype)
-        m = u + _a_sample(guidance, x) * (m - u)
+        m = u + a_sample(guidance, x) * (m - u)
     maps = (PREV_SAMPLE, KEEP_0, KEEP_1)[: keeps + 1]
     d = None
     if any(scalar.known[first + COLUMNS.index("prediction")] != 0.0 for first in maps):
@@ -98,9 +98,9 @@ def step_rows(
     Returns:
         As `step`; of a sample that stays, the kept tensors hold what `out` does there, or 0.
     """
-    chosen, taken = _chosen(table, rows)
-    results = step(sample, model_output, chosen if len(chosen) > 1 else chosen[0], **rest)
-    taken = _a_sample(taken, sample)
+    scalars, taken = chosen(table, rows)
+    results = step(sample, model_output, scalars if len(scalars) > 1 else scalars[0], **rest)
+    taken = a_sample(taken, sample)
     before = [sample, *(out[1:] if out is not None else [None] * len(results[1:]))]
     return [
         torch.where(taken, value, torch.zeros_like(value) if old is None else old)
@@ -108,7 +108,7 @@ def step_rows(
     ]
 
 
-def _chosen(table: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def chosen(table: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """The rows, ``[B, 32]``, and which of them are in the table at all."""
     rows = rows.reshape(-1)
     return table[rows.clamp(0, len(table) - 1)], (rows >= 0) & (rows < len(table))
@@ -118,12 +118,12 @@ def stored(
     table: Tensor, rows: Tensor, registers: Sequence[Tensor | None], kept: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """The registers after a step: each sample's kept tensors where its row says, what they held elsewhere."""
-    chosen, taken = _chosen(table, rows)
+    scalars, taken = chosen(table, rows)
     after: list[Tensor | None] = []
     for j, register in enumerate(registers):
         if register is not None:
             for store, value in zip((STORE_0, STORE_1), kept, strict=True):
-                register = torch.where(_a_sample(taken & (chosen[:, store] == j), value), value, register)
+                register = torch.where(a_sample(taken & (scalars[:, store] == j), value), value, register)
         after.append(register)
     return after
 
@@ -132,9 +132,9 @@ def model_input(prev_sample: Tensor, table: Tensor, row: int | Tensor, dtype: to
     """The next model input: the rounded sample times the row's scale (1 where a sample stays), in `dtype`."""
     x = prev_sample.to(compute_dtype(prev_sample.dtype))
     if isinstance(row, Tensor):
-        chosen, taken = _chosen(table, row)
-        scale = torch.where(taken, chosen[:, MODEL_INPUT_SCALE], 1.0)
-        scaled = _a_sample(scale, x) * x
+        scalars, taken = chosen(table, row)
+        scale = torch.where(taken, scalars[:, MODEL_INPUT_SCALE], 1.0)
+        scaled = a_sample(scale, x) * x
     else:
         scaled = table[row, MODEL_INPUT_SCALE] * x
     once = scaled.to(dtype)
@@ -159,14 +159,14 @@ class _Scalars:
         self.known: list[float] = row.tolist() if at_hand else [math.nan] * row.shape[-1]
 
     def __getitem__(self, column: int) -> Tensor:
-        return _a_sample(self._row[..., column], self._like)
+        return a_sample(self._row[..., column], self._like)
 
 
 def _prediction(x: Tensor, m: Tensor, scalar: _Scalars, threshold: Tensor | None) -> Tensor:
     d = scalar[PREDICTION_SAMPLE] * x + scalar[PREDICTION_OUTPUT] * m
     d = torch.clamp(d, -scalar[CLIP], scalar[CLIP])
     if threshold is not None:
-        s = _a_sample(threshold, x)
+        s = a_sample(threshold, x)
         d = torch.clamp(d, -s, s) / s
     return d
 
@@ -192,7 +192,7 @@ def _learned_std(v: Tensor, scalar: _Scalars, variance_kind: int) -> Tensor:
     return torch.sqrt(v)
 
 
-def _a_sample(scalars: Tensor, like: Tensor) -> Tensor:
+def a_sample(scalars: Tensor, like: Tensor) -> Tensor:
     """Scalars ``[1]``, ``[]`` or ``[B]`` shaped to multiply ``[B, ...]``."""
     if scalars.numel() == 1:
         return scalars.reshape(())

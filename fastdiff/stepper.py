@@ -127,6 +127,8 @@ class Stepper:
                 keeps, outs, seeds, row, 1, model_input,
             )  # fmt: skip
         if results is None:
+            if outs is not None:
+                outs = (out, *[_writable(registers[j]) for j in store])
             results = ops.step(
                 sample,
                 model_output,
@@ -213,3 +215,10 @@ class Stepper:
                 )
             )
         return int(self.table.variance if variance is not None else Variance.FIXED)
+
+
+def _writable(register: Tensor | None) -> Tensor | None:
+    """A register to write in place; None where autograd may want what it holds, or a compiler knows better."""
+    if register is None or torch.compiler.is_compiling() or (register.requires_grad and torch.is_grad_enabled()):
+        return None
+    return register

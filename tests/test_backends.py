@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which backend answers: chosen by device, forced in three ways, never swapped in silence; and torch's dispatcher."""
+"""Which backend answers: chosen by device, forced in three ways, never swapped in silence."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import fastdiff
 from fastdiff import ops
-from fastdiff.ops import backends, fused
-from oracle import DTYPES, Shape, assert_same_bits, backends_at_hand, device_of, make, plain_row
+from fastdiff.ops import backends, run
+from oracle import backends_at_hand, device_of, plain_row
 
 BACKENDS = backends_at_hand()
 needs_extension = pytest.mark.skipif(backends.extension is None, reason="the C++ extension was not built")
@@ -33,8 +32,8 @@ def which_ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for name in backends.RUN:
         spy(name)
-    reference = fused._reference_step
-    monkeypatch.setattr(fused, "_reference_step", lambda call, out: (ran.append("reference"), reference(call, out))[1])
+    reference = run.reference_step
+    monkeypatch.setattr(run, "reference_step", lambda call, out: (ran.append("reference"), reference(call, out))[1])
     return ran
 
 
@@ -157,95 +156,3 @@ def test_a_wrong_name_in_the_environment_is_refused_at_import() -> None:
     done = run_python("import fastdiff", FASTDIFF_BACKEND="gpu")
     assert done.returncode != 0
     assert "FASTDIFF_BACKEND is 'gpu', expected one of cpu, cuda, reference, triton; " in done.stderr
-
-
-# --- torch's dispatcher ----------------------------------------------------------------------------------------------
-
-
-def library_arguments(plan: Shape, backend: str) -> tuple[object, ...]:
-    case = make(plan)
-    return (
-        case.sample, case.model_output, case.table, 0, case.uncond, case.guidance, list(case.history), case.noise,
-        case.variance, case.threshold, case.variance_kind, case.keeps, backend,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_operator_of_the_dispatcher_gives_the_step(dtype: torch.dtype) -> None:
-    plan = Shape(1, dtype, (2, 3, 5), "a sample", 5, True, 1, True, 2, True)
-    results = torch.ops.fastdiff.step(*library_arguments(plan, ""))
-    assert_same_bits(results, make(plan).run())
-
-
-@pytest.mark.parametrize("backend", [name for name in ("cpu", "reference") if not backends.why_missing(name)])
-@pytest.mark.parametrize(
-    "plan",
-    [
-        Shape(1, torch.float32, (2, 3, 5), "a sample", 5, True, 1, True, 2, True),
-        Shape(2, torch.bfloat16, (2, 3, 5)),
-        Shape(3, torch.float32, (0, 3), "scalar", 1, True),
-        Shape(4, torch.float64, (), "scalar", 15, True, 2, True, 1, True),
-    ],
-    ids=["everything", "bare", "empty", "0-dim"],
-)
-def test_the_operator_passes_opcheck(plan: Shape, backend: str) -> None:
-    torch.library.opcheck(torch.ops.fastdiff.step.default, library_arguments(plan, backend))
-
-
-def reversed_in_memory(tensor: Tensor) -> Tensor:
-    return tensor.permute(2, 1, 0).contiguous().permute(2, 1, 0)
-
-
-def every_other(tensor: Tensor) -> Tensor:
-    return reversed_in_memory(tensor.repeat_interleave(2, dim=2))[..., ::2]
-
-
-@pytest.mark.parametrize("backend", [name for name in ("cpu", "reference") if not backends.why_missing(name)])
-@pytest.mark.parametrize("layout", [reversed_in_memory, every_other])
-@pytest.mark.parametrize("threshold", [False, True])
-def test_the_fake_of_the_operator_tells_the_strides_of_the_results(
-    layout: object, threshold: bool, backend: str
-) -> None:
-    # Inductor lays out what follows by them.
-    case = make(Shape(7, torch.float32, (2, 3, 4), "none", 0, False, 0, threshold, 1))
-    sample = layout(case.sample)  # type: ignore[operator]
-    arguments = (sample, case.model_output, case.table, 0, None, None, [], None, None, case.threshold, 0, 1, backend)
-    torch.library.opcheck(torch.ops.fastdiff.step.default, arguments, test_utils="test_faketensor")
-    with torch._subclasses.FakeTensorMode() as mode:
-        faked = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments]
-        fakes = torch.ops.fastdiff.step(*faked)
-    assert [f.stride() for f in fakes] == [r.stride() for r in torch.ops.fastdiff.step(*arguments)]
-
-
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-@pytest.mark.parametrize("backend", [None, *(name for name in ("cpu", "reference") if not backends.why_missing(name))])
-def test_a_function_around_a_step_compiles_in_one_graph_to_the_same_bits(compiler: str, backend: str | None) -> None:
-    case = make(Shape(11, torch.float32, (2, 3, 5), "a sample", 3, True, 0, True, 1, True))
-
-    def loop(x: Tensor, m: Tensor) -> tuple[Tensor, ...]:
-        prev, kept = ops.step(
-            x * 2, m, case.table, 0, uncond=case.uncond, guidance=2.5, history=case.history, noise=case.noise,
-            threshold=case.threshold, keeps=1, backend=backend,
-        )  # fmt: skip
-        return prev + 1, kept
-
-    torch._dynamo.reset()
-    with torch.no_grad():
-        expected = loop(case.sample, case.model_output)
-        compiled = torch.compile(loop, fullgraph=True, backend=compiler)
-        assert_same_bits(compiled(case.sample, case.model_output), expected)
-
-
-def test_a_compiled_function_refuses_what_the_step_refuses() -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda x, m: ops.step(x, m, ROW, 0)[0], fullgraph=True, backend="aot_eager")
-    with pytest.raises(Exception, match="model_output has shape"):
-        compiled(torch.ones(2, 3), torch.ones(2, 4))
-
-
-def test_a_gradient_through_the_compiled_operator_raises_instead_of_being_zero() -> None:
-    torch._dynamo.reset()
-    x = torch.ones(2, 3, requires_grad=True)
-    compiled = torch.compile(lambda x: ops.step(x, x.detach(), ROW, 0)[0], fullgraph=True, backend="aot_eager")
-    with pytest.raises(Exception, match=r"(?i)autograd|requires grad"):
-        compiled(x).sum().backward()

@@ -36,10 +36,16 @@ inline std::optional<DType> dtype_of(at::ScalarType type) {
     }
 }
 
-// Whether a tensor is strided memory that may be read as it lies, outside of autograd.
+// Whether a tensor is strided memory that may be read as it lies: no wrapper of a tracer or of torch.func, nothing that
+// autograd would have to see, in reverse or in forward mode.
 inline bool ordinary(const at::Tensor& tensor) {
-    return tensor.layout() == at::kStrided && !tensor.is_neg() && !tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
-           !(tensor.requires_grad() && at::GradMode::is_enabled());
+    constexpr c10::DispatchKeySet kSpecial({c10::DispatchKey::Python, c10::DispatchKey::Negative,
+                                            c10::DispatchKey::ZeroTensor, c10::DispatchKey::Functionalize,
+                                            c10::DispatchKey::FuncTorchBatched,
+                                            c10::DispatchKey::FuncTorchGradWrapper});
+    const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+    if (impl->key_set().has_any(kSpecial) || impl->layout() != at::kStrided) return false;
+    return !(impl->requires_grad() && at::GradMode::is_enabled()) && !tensor._fw_grad(0).defined();
 }
 
 // Whether the storage holds `count` elements from the tensor's first on: it may have been freed or cut short behind the

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <string>
 
@@ -76,7 +77,8 @@ inline PyObject* step(PyObject* /*module*/, PyObject* const* objects, Py_ssize_t
                           (variance != nullptr) == (variance_kind != 0) && keeps >= 0 && keeps < kMaxOutputs &&
                           variance_kind >= 0 && variance_kind <= 2 && (outs == -1 || outs == keeps + 1) &&
                           (noise == nullptr || seeds == nullptr) && (keeps == 0 || !scatter) && served(*sample);
-    if (!complete) Py_RETURN_NONE;
+    // A dispatch mode, a tracer's for one, has to see an operator.
+    if (!complete || c10::impl::TorchDispatchModeTLS::any_modes_set()) Py_RETURN_NONE;
 
     Call call(*sample, *table);
     StepArgs& args = call.args;

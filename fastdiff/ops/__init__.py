@@ -3,7 +3,11 @@
 
 `step` is the one operation that every backend implements; the others make a row of scalars and call it::
 
-    ops/fused.py       the public step, its torch.library schema
+    ops/fused.py       the public step
+    ops/library.py     the step as operators of torch's dispatcher, for compilers and autograd
+    ops/gradients.py   its backward, which is the step with other scalars
+    ops/vmap.py        its batching rules
+    ops/run.py         a checked call on the backend that was chosen
     ops/checks.py      what a call must satisfy, and the sentences that say so
     ops/layout.py      which tensors share memory, and one dense layout for all
     ops/random.py      the noise that a step draws, on its own

@@ -17,6 +17,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..call import StepCall
 from ..errors import sentence, unknown_name
@@ -156,8 +157,19 @@ def current_stream(sample: Tensor) -> int:
 
 
 def _run_extension(call: StepCall) -> None:
+    done = extension_step(call)
+    if done is None:
+        # The extension declines under dispatch modes, so that they see the operator; this is the operator's inside.
+        with _disable_current_modes():
+            done = extension_step(call)
+    if done is None:
+        raise AssertionError(f"step: the extension declined a call that was made plain: {call}")
+
+
+def extension_step(call: StepCall) -> tuple[Tensor, ...] | None:
+    """A call by the extension, to its outputs or to new ones; None where it declines."""
     assert extension is not None
-    done = extension.step(
+    done: tuple[Tensor, ...] | None = extension.step(
         call.sample,
         call.model_output,
         call.table,
@@ -170,7 +182,7 @@ def _run_extension(call: StepCall) -> None:
         call.threshold,
         int(call.variance_kind),
         call.keeps,
-        call.outputs,
+        call.outputs or None,
         current_stream(call.sample),
         call.seeds,
         call.noise_step,
@@ -178,8 +190,7 @@ def _run_extension(call: StepCall) -> None:
         call.model_input,
         int(call.scatter),
     )
-    if done is None:
-        raise AssertionError(f"step: the extension declined a call that was made plain: {call}")
+    return done
 
 
 def _run_triton(call: StepCall) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..call import StepCall
 from ..errors import sentence
 from ..table import NUM_REGISTERS, ROW_WIDTH, STORE_0, STORE_1, Variance, compute_dtype
-from .layout import repeats_an_element, share_memory
+from .layout import in_memory, repeats_an_element, share_memory
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -120,7 +120,7 @@ def _check_table(call: StepCall) -> None:
     if isinstance(call.row, Tensor):
         _check_counters("row", call.row, sample, one_for_all=True)
         # On a GPU looking would be a sync: there a sample whose row is not in the table stays as it is.
-        if _may_look(call.row) and call.row.numel() > 0 and int(call.row.max()) > last:
+        if may_look(call.row) and call.row.numel() > 0 and int(call.row.max()) > last:
             raise ValueError(
                 _refusal("row", f"holds {int(call.row.max())}", f"{last} at most", "a negative row skips its sample")
             )
@@ -133,9 +133,9 @@ def _check_table(call: StepCall) -> None:
         raise ValueError(_refusal("row", f"is {call.row}", f"0 to {last}", "the loop has run out of rows: start again"))
 
 
-def _may_look(tensor: Tensor) -> bool:
+def may_look(tensor: Tensor) -> bool:
     """Whether reading a tensor's values is no sync, and possible."""
-    return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
+    return tensor.device.type == "cpu" and in_memory(tensor)
 
 
 def _check_counters(name: str, counters: Tensor, sample: Tensor, *, one_for_all: bool) -> None:
@@ -202,7 +202,7 @@ def _check_registers(call: StepCall, out: tuple[Tensor | None, ...] | None) -> N
     for i, (name, register) in enumerate(registers):
         if any(share_memory(register, other) for _, other in registers[:i]):
             raise ValueError(_refusal(name, "shares memory with another", "memory of its own", "allocate it apart"))
-    if not (_may_look(call.table) and isinstance(call.row, Tensor) and _may_look(call.row)):
+    if not (may_look(call.table) and isinstance(call.row, Tensor) and may_look(call.row)):
         return
     rows = call.row.reshape(-1)
     stores = call.table[rows[rows >= 0]][:, [STORE_0, STORE_1]]

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..call import StepCall
 from ..errors import sentence
 from ..philox import Purpose
 from ..table import Variance, compute_dtype
 from . import backends
 from .checks import check
-from .layout import hand_back, has_memory, laid_out, make_plain, output_strides
+from .layout import in_memory, is_fake, laid_out, output_strides
+from .library import call_library
+from .run import run
 
 _is_compiling = torch.compiler.is_compiling
 _extension_step = None if backends.extension is None else backends.extension.step
@@ -126,7 +127,8 @@ def step(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and the remedy.
             Rows in a tensor on a GPU are not looked at: one beyond the table there leaves its sample as it is.
-        RuntimeError: a forced backend is missing, or gradients are asked of a compiled backend.
+        RuntimeError: a forced backend is missing, or a compiled one is asked for what it has no gradient for: that of
+            the table, and forward mode.
     """
     if backend is None:
         done = direct_step(
@@ -198,28 +200,15 @@ def step_rows(
     return _checked_step(call, outs, backend)[0]
 
 
-def _checked_step(
-    call: StepCall, out: tuple[Tensor | None, ...] | None, backend: str | None, *, operator: bool = True
-) -> tuple[Tensor, ...]:
-    """Check, choose, make plain, run: the way of every call that the extension does not take at once.
-
-    `operator` is whether torch's dispatcher may be asked: not where it is the one that asks.
-    """
+def _checked_step(call: StepCall, out: tuple[Tensor | None, ...] | None, backend: str | None) -> tuple[Tensor, ...]:
+    """Check, choose, make plain, run: the way of every call that the extension does not take at once."""
     check(call, out)
     name = backends.backend_for(call.sample, backend)
-    tensors = (*call.inputs(), *call.scalars(), *call.counters())
-    if _is_compiling() or (operator and not all(has_memory(tensor) for _, tensor in tensors)):
-        results = _library_step(call, name)
-    elif name == "reference":
-        results = _reference_step(call, out)
-    else:
-        _refuse_gradients(call, name)
-        plain = make_plain(call, out)
-        if call.sample.numel() > 0:
-            backends.RUN[name](plain)
-        results = plain.outputs
-        hand_back(call, plain)
-    results = tuple(laid_out(result, output_strides(call.sample)) for result in results)
+    if _needs_dispatcher(call, name):
+        if call.scatter:
+            _refuse_gradients(call)
+        return call_library(call, out, name)
+    results = tuple(laid_out(result, output_strides(call.sample)) for result in run(call, out, name))
     if out is None:
         return results
     return tuple(
@@ -228,53 +217,49 @@ def _checked_step(
     )
 
 
-def _reference_step(call: StepCall, out: tuple[Tensor | None, ...] | None) -> tuple[Tensor, ...]:
-    """The reference's own results, inside autograd's graph; registers and the model input are written."""
-    noise = call.noise
-    if call.seeds is not None:
-        noise = reference.drawn_noise(call.sample, call.seeds, call.noise_step, call.purpose)
-    keywords: dict[str, Any] = {
-        "uncond": call.uncond,
-        "guidance": call.guidance,
-        "history": call.history,
-        "noise": noise,
-        "variance": call.variance,
-        "threshold": call.threshold,
-        "variance_kind": call.variance_kind,
-        "keeps": 2 if call.scatter else call.keeps,
-    }
-    if isinstance(call.row, Tensor):
-        # What registers held is `stored`'s to keep, not the outputs'.
-        before = None if call.scatter else out
-        results = reference.step_rows(call.sample, call.model_output, call.table, call.row, out=before, **keywords)
-    else:
-        results = reference.step(call.sample, call.model_output, call.table[call.row], **keywords)
-    after: list[Tensor | None] = []
-    if call.scatter:
-        assert isinstance(call.row, Tensor)
-        after = reference.stored(call.table, call.row, call.history, results[1:])
-        results = results[:1]
-    if call.model_input is not None:
-        copies = 1 if call.model_input.shape == call.sample.shape else 2
-        call.model_input.copy_(reference.model_input(results[0], call.table, call.row, call.model_input.dtype, copies))
-    for register, value in zip(call.history, after, strict=False):
-        if register is not None and value is not None:
-            register.copy_(value)
-    return tuple(results)
+def _needs_dispatcher(call: StepCall, name: str) -> bool:
+    """Whether torch has to see the step as one operator: it traces, or transforms, or wants gradients.
+
+    The reference is torch operators already, and outside of a compiled function is left to be seen as those.
+    """
+    if _is_compiling():
+        return True
+    tensors = [tensor for _, tensor in (*call.inputs(), *call.scalars(), *call.counters())]
+    if name == "reference":
+        return any(is_fake(tensor) for tensor in tensors)
+    _refuse_tangents(call, name)
+    graph = torch.is_grad_enabled()
+    return torch._C._len_torch_dispatch_stack() > 0 or any(
+        (graph and tensor.requires_grad) or not in_memory(tensor) for tensor in tensors
+    )
 
 
-def _refuse_gradients(call: StepCall, name: str) -> None:
+def _refuse_tangents(call: StepCall, name: str) -> None:
+    for argument, tensor in (*call.inputs(), *call.scalars()):
+        if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+            raise RuntimeError(
+                sentence(
+                    "step",
+                    argument,
+                    f"carries a forward-mode tangent and backend {name!r} has reverse-mode gradients only",
+                    "a tensor without one",
+                    "pass backend='reference', or use torch.func.vjp",
+                )
+            )
+
+
+def _refuse_gradients(call: StepCall) -> None:
     if not torch.is_grad_enabled():
         return
     for argument, tensor in (*call.inputs(), *call.scalars()):
         if tensor.requires_grad:
             raise RuntimeError(
                 sentence(
-                    "step",
+                    "step_rows",
                     argument,
-                    f"requires grad and backend {name!r} has no gradient",
+                    "requires grad and registers are written in place",
                     "a tensor outside autograd's graph",
-                    "sample under torch.no_grad(), or pass backend='reference'",
+                    "call ops.step(row=rows), one row a sample, with history= and keeps=, or use torch.no_grad()",
                 )
             )
 
@@ -282,75 +267,21 @@ def _refuse_gradients(call: StepCall, name: str) -> None:
 def _on_device(guidance: Any, sample: object) -> Tensor | None:
     """A guidance scale as a tensor; what is no number, or has no sample to go by, is left for the checks to refuse."""
     if isinstance(guidance, (float, int)) and isinstance(sample, Tensor):
-        return _scalar(float(guidance), compute_dtype(sample.dtype), sample.device)
+        # A tensor that a tracer made belongs to its trace: only those of eager calls are kept.
+        scalar = _kept_scalar if in_memory(sample) else _scalar
+        return scalar(float(guidance), compute_dtype(sample.dtype), sample.device)
     return guidance  # type: ignore[no-any-return]
 
 
-@functools.lru_cache(maxsize=256)
 def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number as a tensor on the samples' device, kept: a guidance scale is the same for a whole loop."""
-    return torch.tensor([value], dtype=dtype, device=device)
+    return torch.full((1,), value, dtype=dtype, device=device)
 
 
-@torch.library.custom_op("fastdiff::step", mutates_args=())
-def _step_op(
-    sample: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    row: int,
-    uncond: Tensor | None,
-    guidance: Tensor | None,
-    history: list[Tensor | None],
-    noise: Tensor | None,
-    variance: Tensor | None,
-    threshold: Tensor | None,
-    variance_kind: int,
-    keeps: int,
-    backend: str,
-) -> list[Tensor]:
-    """The step as an operator of the dispatcher, for torch.compile, export and torch.ops.fastdiff.step."""
-    call = StepCall(
-        sample, model_output, table, row, uncond, guidance, tuple(history), noise, variance, threshold,
-        variance_kind, keeps,
-    )  # fmt: skip
-    with torch.no_grad():
-        return list(_checked_step(call, None, backend or None, operator=False))
+@functools.lru_cache(maxsize=256)
+def _kept_scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number as a tensor on the samples' device, kept: a guidance scale is the same for a whole loop.
 
-
-@_step_op.register_fake
-def _(
-    sample: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    row: int,
-    uncond: Tensor | None,
-    guidance: Tensor | None,
-    history: list[Tensor | None],
-    noise: Tensor | None,
-    variance: Tensor | None,
-    threshold: Tensor | None,
-    variance_kind: int,
-    keeps: int,
-    backend: str,
-) -> list[Tensor]:
-    strides = output_strides(sample)
-    return [sample.new_empty_strided(sample.shape, strides) for _ in range(keeps + 1)]
-
-
-def _library_step(call: StepCall, name: str) -> tuple[Tensor, ...]:
-    results = torch.ops.fastdiff.step(
-        call.sample,
-        call.model_output,
-        call.table,
-        call.row,
-        call.uncond,
-        call.guidance,
-        list(call.history),
-        call.noise,
-        call.variance,
-        call.threshold,
-        int(call.variance_kind),
-        call.keeps,
-        name,
-    )
-    return tuple(results)
+    It must not be an inference tensor, which autograd could not save for a later call's backward.
+    """
+    with torch.inference_mode(False):
+        return _scalar(value, dtype, device)

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..call import StepCall
 
@@ -28,8 +30,26 @@ def repeats_an_element(tensor: Tensor) -> bool:
     return int(marks.sum()) < tensor.numel()
 
 
+def in_memory(tensor: Tensor) -> bool:
+    """Whether a tensor is its own values: no stand-in of a compiler's, of torch.func's, or of a wrapper's."""
+    return (
+        not torch.compiler.is_compiling()
+        # What Tensor has under this name disables the dispatch to Python.
+        and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+        and not torch._is_functional_tensor(tensor)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor is a tracer's, with a shape and no values."""
+    return isinstance(tensor, FakeTensor | FunctionalTensor)
+
+
 def share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have a byte in common."""
+    """Whether two tensors have a byte in common; of tensors without memory of their own, whether they are one."""
+    if not (in_memory(a) and in_memory(b)):
+        return a is b
     if a.numel() == 0 or b.numel() == 0 or a.device != b.device:
         return False
 
@@ -88,9 +108,9 @@ def make_plain(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> 
     plain = replace(plain, outputs=tuple(outputs))
     if call.model_input is None:
         return plain
-    wanted = (_samples_strides(strides, sample), *strides[1:])
+    wanted = (_samples_stride(sample), *strides[1:])
     fits = (
-        has_memory(call.model_input)
+        in_memory(call.model_input)
         and call.model_input.stride() == wanted
         and not any(share_memory(call.model_input, other) for other in [*taken, *outputs])
     )
@@ -102,7 +122,7 @@ def make_plain(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> 
 
 def _writable_in_place(target: Tensor, plain: StepCall) -> bool:
     """Whether a kernel that reads each element before it writes it may write this tensor."""
-    if not has_memory(target) or target.is_neg():
+    if not in_memory(target) or target.is_neg():
         return False
     if any(share_memory(target, scalars) for _, scalars in (*plain.scalars(), *plain.counters())):
         return False  # they are read again after elements have been written
@@ -141,12 +161,6 @@ def _registers_apart(plain: StepCall) -> tuple[Tensor | None, ...]:
     )
 
 
-def has_memory(tensor: Tensor) -> bool:
-    """Whether a tensor is its own values; a fake one, a functional one or a wrapper only stands for them."""
-    # What Tensor has under this name disables the dispatch to Python.
-    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ and not torch._is_functional_tensor(tensor)
-
-
 def output_strides(sample: Tensor) -> tuple[int, ...]:
     """The layout of a step's results: the sample's own where that is dense, else contiguous."""
     return sample.stride() if _is_dense(sample) else _contiguous_strides(sample)
@@ -165,7 +179,15 @@ def _samples_are_blocks(tensor: Tensor, strides: tuple[int, ...]) -> bool:
     return tensor.dim() > 0 and (tensor.shape[0] <= 1 or strides[0] * tensor.shape[0] >= tensor.numel())
 
 
-def _samples_strides(strides: tuple[int, ...], sample: Tensor) -> int:
+def model_input_strides(sample: Tensor) -> tuple[int, ...]:
+    """The layout of a new model input, once or twice along the batch: the results' own where samples are blocks."""
+    strides = output_strides(sample)
+    if not _samples_are_blocks(sample, strides):
+        strides = _contiguous_strides(sample)
+    return (_samples_stride(sample), *strides[1:])
+
+
+def _samples_stride(sample: Tensor) -> int:
     """Elements from one sample to the next where each is one block of memory."""
     return max(sample.numel() // max(sample.shape[0], 1), 1)
 

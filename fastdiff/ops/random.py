@@ -13,6 +13,8 @@ from ..errors import sentence
 from ..philox import Purpose, as_seeds, normals
 from . import backends
 from .checks import DTYPES
+from .layout import in_memory
+from .vmap import fold_randn
 
 
 def randn(
@@ -65,7 +67,7 @@ def randn(
                 sentence("randn", name, f"is {value!r}", "an int from 0 to 2**32 - 1", "take it modulo 2**32")
             )
     name = backends.backend_for(keys, backend)
-    if torch.compiler.is_compiling():
+    if not in_memory(keys) or torch._C._len_torch_dispatch_stack() > 0:
         drawn: Tensor = torch.ops.fastdiff.randn(keys, shape, steps, number, int(purpose), dtype, name)
         return drawn
     return _draw(keys, shape, steps, number, int(purpose), dtype, name)
@@ -115,3 +117,6 @@ def _(
     seeds: Tensor, shape: Sequence[int], steps: Tensor | None, step: int, purpose: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
     return seeds.new_empty(tuple(shape), dtype=dtype)
+
+
+torch.library.register_vmap(_randn_op, fold_randn)

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: MIT
+"""torch.func.vmap of the step: the mapped dimension is folded into the batch.
+
+Samples stand next to each other in a batch anyway, each with a row, a scale and a seed of its own, so a mapped step is
+one launch of a larger batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import sentence
+
+_LIKE_SAMPLE = (
+    "sample", "model_output", "uncond", "history_0", "history_1", "history_2", "history_3", "noise", "variance",
+)  # fmt: skip
+_A_SAMPLE = ("rows", "guidance", "threshold", "seeds", "noise_steps")
+
+
+def fold_step(
+    info: Any, in_dims: tuple[int | None, ...], *args: Any, apply: Any = None
+) -> tuple[list[Tensor], list[int]]:
+    """`fastdiff::step` under vmap; `apply` calls the operator, for who has to see it."""
+    names = [argument.name for argument in torch.ops.fastdiff.step.default._schema.arguments]
+    given, dims = dict(zip(names, args, strict=True)), dict(zip(names, in_dims, strict=True))
+    size = info.batch_size
+    example = _mapped_first(given["sample"], dims["sample"], size)
+    inner = example.shape[1:]
+    batch = inner[0] if len(inner) > 0 else 1
+    folded = dict(given)
+    for name in _LIKE_SAMPLE:
+        if given[name] is not None:
+            mapped = _mapped_first(given[name], dims[name], size)
+            folded[name] = mapped.reshape(size * batch, *inner[1:])
+    for name in _A_SAMPLE:
+        if given[name] is not None:
+            folded[name] = _fold_scalars(given[name], dims[name], size, batch)
+    if dims["table"] is not None:
+        folded |= _fold_tables(_mapped_first(given["table"], dims["table"], size), folded, given["row"], batch)
+    results = (apply or torch.ops.fastdiff.step)(*(folded[name] for name in names))
+    count = given["keeps"] + 1
+    out = [result.reshape(size, *inner) for result in results[:count]]
+    copies = given["model_input_copies"]
+    out += [
+        result.reshape(copies, size, batch, *inner[1:]).movedim(1, 0).reshape(size, copies * batch, *inner[1:])
+        for result in results[count:]
+    ]
+    return out, [0] * len(out)
+
+
+def _mapped_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _fold_scalars(scalars: Tensor, dim: int | None, size: int, batch: int) -> Tensor:
+    """One for all stays one; else one for each sample of the folded batch."""
+    if dim is None and scalars.numel() == 1 and size * batch != 1:
+        return scalars.reshape(1) if batch > 1 else scalars.reshape(1).expand(size)
+    mapped = _mapped_first(scalars, dim, size)
+    mapped = mapped.reshape(size, mapped.numel() // size)
+    return mapped.expand(size, batch).reshape(-1)
+
+
+def _fold_tables(tables: Tensor, folded: dict[str, Any], row: int, batch: int) -> dict[str, Any]:
+    """Tables one after another, and each sample's row in its own."""
+    size, length = tables.shape[:2]
+    rows = folded["rows"]
+    if rows is None:
+        rows = torch.full((1,), row, dtype=torch.int64, device=tables.device)
+    first = torch.arange(size, device=tables.device).repeat_interleave(batch) * length
+    # A row outside its table skips its sample; it must not reach into the next table.
+    rows = torch.where((rows >= 0) & (rows < length), rows + first, -1)
+    return {"table": tables.reshape(size * length, -1), "rows": rows}
+
+
+def fold_randn(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    seeds: Tensor,
+    shape: list[int],
+    steps: Tensor | None,
+    step: int,
+    purpose: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, int]:
+    """`fastdiff::randn` under vmap."""
+    size, batch = info.batch_size, shape[0]
+    keys = _fold_scalars(seeds, in_dims[0], size, batch)
+    numbers = None if steps is None else _fold_scalars(steps, in_dims[2], size, batch)
+    drawn = torch.ops.fastdiff.randn(keys, [size * batch, *shape[1:]], numbers, step, purpose, dtype, backend)
+    return drawn.reshape(size, *shape), 0
+
+
+def refuse_step_rows(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    """`fastdiff::step_rows` under vmap: registers that are not mapped would be written once for each."""
+    raise RuntimeError(
+        sentence(
+            "step_rows",
+            "registers",
+            "are written in place and vmap has no rule for that",
+            "a step without registers to write",
+            "call ops.step(row=rows) with history= and keeps= under vmap",
+        )
+    )
