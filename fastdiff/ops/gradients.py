@@ -126,6 +126,8 @@ def apply_step(*arguments: Any) -> Sequence[Tensor]:
     """`fastdiff::step`, so that autograd, torch.func and compilers see it."""
     tensors = [a for a in arguments if isinstance(a, Tensor)]
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    # torch.func.functionalize has rules for operators alone.
+    traced = traced or any(torch._is_functional_tensor(a) for a in tensors)
     transformed = not traced and torch._C._are_functorch_transforms_active()
     results: Sequence[Tensor]
     if traced or not (transformed or all(in_memory(a) for a in tensors)):
