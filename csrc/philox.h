@@ -35,26 +35,6 @@ FASTDIFF_INLINE Words philox(Words counter, uint32_t key0, uint32_t key1) {
     return counter;
 }
 
-FASTDIFF_INLINE uint32_t bits_of(float value) {
-#ifdef __CUDA_ARCH__
-    return __float_as_uint(value);
-#else
-    uint32_t bits;
-    __builtin_memcpy(&bits, &value, sizeof bits);
-    return bits;
-#endif
-}
-
-FASTDIFF_INLINE float float_of(uint32_t bits) {
-#ifdef __CUDA_ARCH__
-    return __uint_as_float(bits);
-#else
-    float value;
-    __builtin_memcpy(&value, &bits, sizeof value);
-    return value;
-#endif
-}
-
 // ln u for u = (w + 1/2)·2⁻³², below 1. Near 1 the difference u − 1 is taken from the bits of ~w, which keeps the
 // digits that u itself has lost.
 FASTDIFF_INLINE float log_of_uniform(uint32_t w) {

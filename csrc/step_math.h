@@ -99,6 +99,27 @@ FASTDIFF_INLINE double exponential(double x) { return exp(x); }
 FASTDIFF_INLINE float square_root(float x) { return sqrtf(x); }
 FASTDIFF_INLINE double square_root(double x) { return sqrt(x); }
 
+// A float as its bits, and back.
+FASTDIFF_INLINE uint32_t bits_of(float value) {
+#ifdef __CUDA_ARCH__
+    return __float_as_uint(value);
+#else
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, sizeof bits);
+    return bits;
+#endif
+}
+
+FASTDIFF_INLINE float float_of(uint32_t bits) {
+#ifdef __CUDA_ARCH__
+    return __uint_as_float(bits);
+#else
+    float value;
+    __builtin_memcpy(&value, &bits, sizeof value);
+    return value;
+#endif
+}
+
 // m = u + g·(c − u)
 template <typename C>
 FASTDIFF_INLINE C guide(C cond, C uncond, C scale) {

@@ -172,7 +172,7 @@ class Stepper:
         if self._given_seeds is not None:
             self._seeds = as_seeds(self._given_seeds, sample.shape[0], sample.device)
         self._shape, self._dtype, self._on_cpu = sample.shape, sample.dtype, sample.device.type == "cpu"
-        self._rows = self.table.rows_as(sample.dtype, sample.device)
+        self._rows = self.table.shared_rows(sample.dtype, sample.device)
 
     def _measure(
         self,

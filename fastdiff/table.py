@@ -101,6 +101,9 @@ class StepTable:
     store: tuple[tuple[int, ...], ...] = field(init=False, compare=False, repr=False)
     reads: tuple[tuple[int, ...], ...] = field(init=False, compare=False, repr=False)
     draws_noise: tuple[bool, ...] = field(init=False, compare=False, repr=False)
+    _shared: dict[tuple[torch.dtype, torch.device], torch.Tensor] = field(
+        init=False, compare=False, repr=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         if not self.source:
@@ -171,6 +174,19 @@ class StepTable:
     def rows_as(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
         """The rows for samples of `dtype`: float64 for float64, else float32; rounded once."""
         return self.rows.to(device=device, dtype=compute_dtype(dtype)).contiguous()
+
+    def shared_rows(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The rows of `rows_as`, made once for a dtype and a device and read by every loop: not to be written."""
+        if torch.compiler.is_compiling():
+            return self.rows_as(dtype, device)
+        key = compute_dtype(dtype), device
+        rows = self._shared.get(key)
+        if rows is None:
+            with torch.inference_mode(False):  # an inference tensor could not be saved by a later loop's autograd
+                rows = self.rows_as(dtype, device)
+            if type(rows) is torch.Tensor:  # a tracer's stand-in would outlive the trace
+                self._shared[key] = rows
+        return rows
 
     def prediction_rows(self) -> torch.Tensor:
         """Rows that return d itself, unclipped, as the previous sample: what dynamic thresholding measures."""
