@@ -50,7 +50,7 @@ class Stepper:
         self._rows: Tensor | None = None
         self._shape: torch.Size
         self._dtype: torch.dtype
-        self._on_cpu: bool
+        self._direct: bool
         #: The last step's result: samples that come back need not be looked at again.
         self._seen: Tensor | None = None
         self._end = len(table)
@@ -116,16 +116,23 @@ class Stepper:
         if self._measures:
             threshold, kind = self._measure(sample, model_output, uncond, guidance, variance)
         keeps = len(store)
-        outs = (out, *[registers[j] for j in store]) if keeps else None if out is None else (out,)
-        # A small step's time is the way to its loop: on the CPU registers that a row does not read cost nothing.
-        history = registers if self._on_cpu else [registers[j] if j in reads else None for j in range(NUM_REGISTERS)]
-        assert rows is not None
+        outs: tuple[Tensor | None, ...] | None = None
+        if keeps == 1:
+            outs = (out, registers[store[0]])
+        elif keeps == 2:
+            outs = (out, registers[store[0]], registers[store[1]])
+        elif out is not None:
+            outs = (out,)
         results = None
-        if self.backend is None:
-            results = ops.direct_step(
-                sample, model_output, rows, row, uncond, guidance, history, noise, variance, threshold, kind,
-                keeps, outs, seeds, row, 1, model_input,
+        # A small step's time is the way to its loop: the shortest is taken first, and registers that a row does not
+        # read cost nothing there.
+        run = ops.extension_step() if self._direct else None
+        if run is not None:
+            results = run(
+                sample, model_output, rows, row, uncond, guidance, registers, noise, variance, threshold, kind, keeps,
+                outs, 0, seeds, row, 1, model_input, False,
             )  # fmt: skip
+        assert rows is not None
         if results is None:
             if outs is not None:
                 outs = (out, *[_writable(registers[j]) for j in store])
@@ -149,8 +156,9 @@ class Stepper:
                 backend=self.backend,
             )
         if keeps:
-            for slot, value in zip(store, results[1:], strict=True):
-                registers[slot] = value
+            registers[store[0]] = results[1]
+        if keeps == 2:
+            registers[store[1]] = results[2]
         self.index = row + 1
         self._seen = result = results[0]
         return result
@@ -171,7 +179,8 @@ class Stepper:
             )
         if self._given_seeds is not None:
             self._seeds = as_seeds(self._given_seeds, sample.shape[0], sample.device)
-        self._shape, self._dtype, self._on_cpu = sample.shape, sample.dtype, sample.device.type == "cpu"
+        self._shape, self._dtype = sample.shape, sample.dtype
+        self._direct = self.backend is None and sample.device.type == "cpu"
         self._rows = self.table.shared_rows(sample.dtype, sample.device)
 
     def _measure(

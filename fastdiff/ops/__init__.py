@@ -18,7 +18,7 @@
 
 from .backends import BACKENDS, backend_for, backend_status, cpu_build, use_backend
 from .functional import cfg_combine, ddim_step, ddpm_step, dpm_solver_step, euler_step
-from .fused import direct_step, step, step_rows
+from .fused import direct_step, extension_step, step, step_rows
 from .random import randn
 from .reductions import dot, mean, norm, quantile, std
 
@@ -34,6 +34,7 @@ __all__ = [
     "dot",
     "dpm_solver_step",
     "euler_step",
+    "extension_step",
     "mean",
     "norm",
     "quantile",

@@ -24,6 +24,14 @@ _is_compiling = torch.compiler.is_compiling
 _extension_step = None if backends.extension is None else backends.extension.step
 
 
+def extension_step() -> Any:
+    """The extension's own step, where a call may go straight to it; None while compiling, or where one is forced.
+
+    It takes the arguments of csrc/bindings/step.h, and returns None for a call that `step` has to look at.
+    """
+    return None if backends.forced is not None or _is_compiling() else _extension_step
+
+
 def direct_step(
     sample: Tensor,
     model_output: Tensor,
