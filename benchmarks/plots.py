@@ -10,46 +10,65 @@ from fastdiff.errors import require
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Draw a report of ``fastdiff bench`` into `path`: a panel for each peer and one for the copy.
+    """Draw a report of ``fastdiff bench`` into `path`: a row of panels for each peer and one for the copy, a column for
+    each number of threads and state of the caches.
 
-    A panel has a group of bars for each sampler and a bar for each line of the table, with its quantiles.
+    A panel has a group of bars for each sampler, and in it a bar for each shape and dtype, with its quantiles.
     """
     matplotlib = require("matplotlib", "plots", "fastdiff bench --plot")
     matplotlib.use("Agg")
     pyplot = require("matplotlib.pyplot", "plots", "fastdiff bench --plot")
     results = report["results"]
     panels = _panels(results)
+    columns = list(dict.fromkeys((line["threads"], line["cache"]) for line in results))
     ops = list(dict.fromkeys(line["op"] for line in results))
     series = list(dict.fromkeys(_series(line) for line in results))
-    figure, axes = pyplot.subplots(len(panels), 1, figsize=(9, 2.4 * len(panels)), sharex=True, squeeze=False)
-    width = 0.8 / len(series)
-    for axis, (title, pick) in zip(axes[:, 0], panels.items(), strict=True):
-        for i, name in enumerate(series):
-            found = [(ops.index(line["op"]), pick(line)) for line in results if _series(line) == name and pick(line)]
-            places = [place + (i - len(series) / 2 + 0.5) * width for place, _ in found]
-            heights = [figure["median"] for _, figure in found]
-            spread = [
-                [max(0.0, figure["median"] - figure["p20"]) for _, figure in found],
-                [max(0.0, figure["p80"] - figure["median"]) for _, figure in found],
-            ]
-            axis.bar(places, heights, width, yerr=spread, label=name, error_kw={"linewidth": 0.6})
-        axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.set_ylabel(title, fontsize=8)
-        if title != COPY:
-            axis.set_yscale("log", base=2)
-            axis.yaxis.set_major_formatter("{x:g}")
-    axes[-1, 0].set_xticks(range(len(ops)), ops, fontsize=8)
+    figure, axes = pyplot.subplots(
+        len(panels),
+        len(columns),
+        figsize=(4.6 * len(columns), 2.1 * len(panels)),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+    )
+    for row, (title, pick) in zip(axes, panels.items(), strict=True):
+        for axis, column in zip(row, columns, strict=True):
+            lines = [line for line in results if (line["threads"], line["cache"]) == column and pick(line)]
+            _bars(axis, lines, pick, ops, series)
+            if title != COPY:
+                axis.set_yscale("log", base=2)
+                axis.yaxis.set_major_formatter("{x:g}")
+        row[0].set_ylabel(title, fontsize=8)
+    for axis, (threads, cache) in zip(axes[0], columns, strict=True):
+        axis.set_title(f"{threads} thread{'s' * (threads > 1)}, {cache} cache", fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xticks(range(len(ops)), ops, fontsize=7, rotation=40, ha="right")
     about = report["conditions"]
-    axes[0, 0].set_title(
+    figure.suptitle(
         f"One guided step: {about['cpu']} ({about['cpu_build']}), torch {about['torch']}, "
         f"diffusers {about['diffusers']}, k-diffusion {about['k-diffusion']}, {about['date']}",
         fontsize=8,
     )
     figure.tight_layout()
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.01), ncol=2, fontsize=8)
+    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.01), ncol=len(series), fontsize=8)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
+
+
+def _bars(axis: Any, lines: list[dict[str, Any]], pick: Any, ops: list[str], series: list[str]) -> None:
+    """A panel's bars, and the line where both are equal."""
+    width = 0.8 / len(series)
+    for i, name in enumerate(series):
+        found = [(ops.index(line["op"]), pick(line)) for line in lines if _series(line) == name]
+        places = [place + (i - len(series) / 2 + 0.5) * width for place, _ in found]
+        heights = [figure["median"] for _, figure in found]
+        spread = [
+            [max(0.0, figure["median"] - figure["p20"]) for _, figure in found],
+            [max(0.0, figure["p80"] - figure["median"]) for _, figure in found],
+        ]
+        axis.bar(places, heights, width, yerr=spread, label=name, error_kw={"linewidth": 0.6})
+    axis.axhline(1.0, color="black", linewidth=0.8)
 
 
 COPY = "share of copy bandwidth"
@@ -70,4 +89,4 @@ def _panels(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _series(line: dict[str, Any]) -> str:
     shape = "x".join(str(size) for size in line["shape"])
-    return f"{shape} {line['dtype']}, {line['threads']} thread(s), {line['cache']}"
+    return f"{shape} {line['dtype']}"
