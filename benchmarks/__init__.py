@@ -12,7 +12,7 @@ measure.py             all of them in turn, round by round, in one process
 base.py, worker.py     this code beside that of another commit, in processes that take turns
 options.py, report.py, plots.py, conditions.py    the command's arguments, its table, its picture, its circumstances
 __main__.py            ``fastdiff bench``; from a checkout also ``python -m benchmarks``
-test_step.py           the same cases under pytest-benchmark
+test_step.py           the same cases under pytest-benchmark; test_reductions.py reductions and noise there
 
 Installed as ``fastdiff.benchmarks``; within, imports are relative, so that it runs under either name.
 """

@@ -56,6 +56,3 @@ def test_copy(benchmark: Any, shape: str, stores: str) -> None:
     benchmark.group = f"copy of as many bytes as {case.name}"
     benchmark.extra_info.update(steps=walk.steps, bytes_a_step=case.bytes_a_step)
     benchmark.pedantic(walk.advance, rounds=20, iterations=1, warmup_rounds=1)
-
-
-# Reductions (norms, quantiles for thresholds) get their cases here, below the steps.
