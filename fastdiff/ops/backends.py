@@ -188,7 +188,7 @@ def extension_step(call: StepCall) -> tuple[Tensor, ...] | None:
         call.noise_step,
         call.purpose,
         call.model_input,
-        int(call.scatter),
+        call.scatter,
     )
     return done
 

@@ -41,7 +41,7 @@ def check(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> None:
         raise ValueError(
             _refusal("history", f"holds {len(call.history)} tensors", f"{NUM_REGISTERS} at most", "drop the oldest")
         )
-    if call.keeps not in (0, 1, 2):
+    if not _is_integer(call.keeps) or call.keeps not in (0, 1, 2):
         raise ValueError(_refusal("keeps", f"is {call.keeps}", "0, 1 or 2", "keep two tensors a step at most"))
     if call.model_input is not None:
         _check_model_input(call.model_input, sample)
@@ -53,6 +53,11 @@ def check(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> None:
 
 def _refusal(argument: str, got: str, expected: str, remedy: str) -> str:
     return sentence("step", argument, got, expected, remedy)
+
+
+def _is_integer(value: object) -> bool:
+    """Whether a value is an int, or a tracer's; a bool in an int's place is a mistake."""
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
 
 
 def _check_like_sample(name: str, tensor: object, sample: Tensor) -> None:
@@ -125,7 +130,7 @@ def _check_table(call: StepCall) -> None:
                 _refusal("row", f"holds {int(call.row.max())}", f"{last} at most", "a negative row skips its sample")
             )
         return
-    if isinstance(call.row, bool) or not isinstance(call.row, int | torch.SymInt):
+    if not _is_integer(call.row):
         raise TypeError(
             _refusal("row", f"is a {type(call.row).__name__}", "an int or an int64 tensor", "pass the index of a row")
         )
@@ -169,7 +174,11 @@ def _check_noise(call: StepCall) -> None:
         _check_counters("noise_step", call.noise_step, call.sample, one_for_all=True)
     for name in ("noise_step", "purpose"):
         value = getattr(call, name)
-        if not isinstance(value, Tensor) and (isinstance(value, bool) or not 0 <= value < 2**32):
+        if name == "noise_step" and isinstance(value, Tensor):
+            continue
+        if not _is_integer(value):
+            raise TypeError(_refusal(name, f"is a {type(value).__name__}", "an int", "take it modulo 2**32"))
+        if not 0 <= value < 2**32:
             raise ValueError(_refusal(name, f"is {value!r}", "0 to 2**32 - 1", "take it modulo 2**32"))
 
 
@@ -227,7 +236,7 @@ def _check_guidance(call: StepCall) -> None:
 
 
 def _check_variance(call: StepCall) -> None:
-    if call.variance_kind not in tuple(Variance):
+    if not _is_integer(call.variance_kind) or call.variance_kind not in tuple(Variance):
         raise ValueError(
             _refusal(
                 "variance_kind", f"is {call.variance_kind}", "0, 1 or 2", "use a member of fastdiff.table.Variance"
