@@ -115,6 +115,8 @@ def main(package: Path, tests: list[str]) -> int:
         # From the package's folder: `-m` puts the current one first, and there lies the other extension. Triton and the
         # reference have no C++ of ours, and what runs all builds by itself is run here build by build.
         options = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-q", "-p", "no:cacheprovider"]
+        # A report ends the process: what pytest holds back of the descriptors would be lost with it.
+        options += ["--capture=sys"]
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *options, "-k", "not triton and not reference and not cpu_build", *tests],
             env={"HYPOTHESIS_PROFILE": "sanitize", **runtime_environment(package, build)},

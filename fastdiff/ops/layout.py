@@ -95,7 +95,7 @@ def make_plain(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> 
         guidance=None if call.guidance is None else call.guidance.contiguous().resolve_neg(),
         threshold=None if call.threshold is None else call.threshold.reshape(-1).contiguous().resolve_neg(),
         model_input=None,
-        **{name: tensor.reshape(-1).contiguous() for name, tensor in call.counters()},  # type: ignore[arg-type]
+        **{name: tensor.reshape(-1).contiguous().resolve_neg() for name, tensor in call.counters()},  # type: ignore[arg-type]
         **model,  # type: ignore[arg-type]
     )
     if call.scatter:
