@@ -111,6 +111,7 @@ def make_plain(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> 
     wanted = (_samples_stride(sample), *strides[1:])
     fits = (
         in_memory(call.model_input)
+        and not call.model_input.is_neg()
         and call.model_input.stride() == wanted
         and not any(share_memory(call.model_input, other) for other in [*taken, *outputs])
     )
