@@ -146,6 +146,8 @@ def build(plan: Plan) -> tuple[dict[str, Any], set[str]]:
     outs = [entries[name] for name in entries if name.startswith("out ")]
     arguments["out"] = outs if plan.outs else None
     for slot, change in plan.changes:
+        if slot == "scatter" and plan.way not in ("binding", "direct"):
+            continue  # no argument of theirs
         if slot in arguments and change in OTHER_CHANGES and (slot not in TENSORS or change not in TENSOR_CHANGES):
             arguments[slot] = OTHER_CHANGES[change]
     if arguments["seeds"] is None and isinstance(arguments["noise_step"], Tensor):
@@ -227,7 +229,7 @@ def _hold_to_itself(plan: Plan, again: dict[str, Any], got: list[Tensor]) -> Non
     row, guidance = again["row"], again["guidance"]
     rest = {name: again[name] for name in ARGUMENTS[4:] if name != "scatter"}
     rest["guidance"] = guidance if guidance is None or isinstance(guidance, Tensor) else float(guidance)
-    if plan.scatters:
+    if again["scatter"] is True:
         first = [again["sample"], again["model_output"], again["table"], row]
         expected = public_rows([*first[:3], row if isinstance(row, Tensor) else torch.tensor([row])], rest, "cpu")
     else:
@@ -247,7 +249,7 @@ def _hold_to_the_formula(plan: Plan, clean: dict[str, Any], results: tuple[Tenso
     stores = table[:, STORE_0 : STORE_1 + 1].reshape(-1).tolist()
     whole = all(s in (-1, 0, 1, 2, 3) for s in stores)
     # Two kept tensors in one register are no table: which of them stays is nobody's promise.
-    twice = plan.scatters and any(a == b >= 0 for a, b in zip(stores[::2], stores[1::2], strict=True))
+    twice = clean["scatter"] is True and any(a == b >= 0 for a, b in zip(stores[::2], stores[1::2], strict=True))
     if not (finite and positive and whole) or twice:
         return
     noise = clean["noise"]
@@ -255,7 +257,7 @@ def _hold_to_the_formula(plan: Plan, clean: dict[str, Any], results: tuple[Tenso
         noise = reference.drawn_noise(sample, clean["seeds"], clean["noise_step"], clean["purpose"])
     rows = clean["row"].reshape(-1).tolist() if isinstance(clean["row"], Tensor) else [int(clean["row"])]
     batch = sample.shape[0] if sample.dim() else 1
-    kept = 2 if plan.scatters else clean["keeps"]
+    kept = 2 if clean["scatter"] is True else clean["keeps"]
     history = [*(clean["history"] or ()), *[None] * 4][:4]
     after_history = [*(after["history"] or ()), *[None] * 4][:4]
     wide = compute_dtype(sample.dtype)
@@ -281,7 +283,7 @@ def _hold_to_the_formula(plan: Plan, clean: dict[str, Any], results: tuple[Tenso
             int(clean["variance_kind"]), kept,
         )  # fmt: skip
         values = [mine(result) for result in results]
-        if plan.scatters:
+        if clean["scatter"] is True:
             # What goes to no register cannot be looked at: the formula stands in.
             formula = [torch.as_tensor(value.astype(np.float64)) for value, _ in evaluate(case, "cpu")]
             values = [*values, *(value.to(sample.dtype) for value in formula[1:])]
