@@ -137,7 +137,8 @@ def build(plan: Plan) -> tuple[dict[str, Any], set[str]]:
         if slot in SLOTS and change in TENSOR_CHANGES and isinstance(entries.get(slot), Tensor):
             try:
                 entries[slot] = TENSOR_CHANGES[change](entries[slot])
-                if change in UNREADABLE:
+                empty = change in ("freed", "cut") and entries[slot].numel() == 0  # there was nothing to take away
+                if change in UNREADABLE and not empty:
                     unreadable[id(entries[slot])] = change
             except Exception:  # torch has no such tensor of this dtype or shape: the good one stays
                 continue
