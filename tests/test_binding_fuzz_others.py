@@ -69,13 +69,16 @@ def build(plan: Plan) -> dict[str, Any]:
         "src": a, "dst": b, "streaming": plan.flag,
     }  # fmt: skip
     arguments = {name: arguments[name] for name in ARGUMENTS[plan.binding]}
+    unreadable: set[str] = set()
     for slot, change in plan.changes:
         value = arguments.get(slot)
         if change in OTHER_CHANGES and slot in arguments:
             arguments[slot] = OTHER_CHANGES[change]
         elif isinstance(value, Tensor) and change in TENSOR_CHANGES and type(value) is Tensor:
-            if value.numel() and value.untyped_storage().nbytes() == 0:
+            if slot in unreadable:
                 continue  # torch itself would read what is not there
+            if change in UNREADABLE:
+                unreadable.add(slot)
             try:
                 arguments[slot] = TENSOR_CHANGES[change](value)
             except Exception:  # torch has no such tensor of this dtype or shape: the good one stays
