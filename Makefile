@@ -25,7 +25,7 @@ BUILD := $(VENV)/.stamp-build-$(FASTDIFF_BUILD)
 # our C++ on every kind of call; what is not there yet, or not any more, the wildcard leaves out.
 SANITIZED := build/sanitize
 SANITIZE_TESTS ?= $(sort $(wildcard $(addprefix tests/test_,$(addsuffix .py,step_parity step_layout step_functional \
-  step_checks step_properties step_memory binding_fuzz reductions* philox*))))
+  step_checks step_properties step_memory step_allocation binding_fuzz* reductions reductions_ops philox* rows seeds copy_kernel))))
 
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null | sort)
 

@@ -64,8 +64,8 @@ class StepCall:
             yield "threshold", self.threshold
 
     def counters(self) -> Iterator[tuple[str, Tensor]]:
-        """The integer tensors."""
-        for name in ("row", "seeds", "noise_step"):
+        """The integer tensors; without seeds a step of noise means nothing."""
+        for name in ("row",) if self.seeds is None else ("row", "seeds", "noise_step"):
             tensor = getattr(self, name)
             if isinstance(tensor, Tensor):
                 yield name, tensor

@@ -80,7 +80,7 @@ def normals(seeds: Tensor, step: int | Tensor, purpose: int, size: int) -> Tenso
     steps = step.reshape(-1, 1) & _MASK if isinstance(step, Tensor) else torch.full_like(seeds[:1, None], step)
     words = philox_words((chunk & _MASK, chunk >> 32, steps, torch.full_like(steps, purpose)), key)
     pairs = (*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3]))
-    return torch.stack(pairs, dim=-1).reshape(len(seeds), -1)[:, :size]
+    return torch.stack(pairs, dim=-1).flatten(1)[:, :size]
 
 
 def _box_muller(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:

@@ -186,6 +186,10 @@ def test_instruction_sets_draw_the_same_bits(tmp_path: object) -> None:
 # --- How numbers are distributed -------------------------------------------------------------------------------------
 
 DRAWS = 10_000_000
+#: How numbers are distributed is no question of memory, and instrumented code would take a minute to draw so many.
+statistics = pytest.mark.skipif(
+    os.environ.get("HYPOTHESIS_PROFILE") == "sanitize", reason="draws too many numbers for instrumented code"
+)
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +203,7 @@ def many() -> np.ndarray:
 STANDARD_ERRORS = 5.3
 
 
+@statistics
 @pytest.mark.parametrize(("power", "mean", "variance"), [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)])
 def test_moments(many: np.ndarray, power: int, mean: float, variance: float) -> None:
     # E zᵏ is 0, 1, 0, 3; Var zᵏ = E z²ᵏ − (E zᵏ)² is 1, 2, 15, 105 − 9.
@@ -206,10 +211,12 @@ def test_moments(many: np.ndarray, power: int, mean: float, variance: float) -> 
     assert abs(estimate - mean) <= STANDARD_ERRORS * (variance / DRAWS) ** 0.5
 
 
+@statistics
 def test_kolmogorov_smirnov(many: np.ndarray) -> None:
     assert stats.kstest(many.reshape(-1), "norm").pvalue > 1e-4
 
 
+@statistics
 def test_tails_are_there(many: np.ndarray) -> None:
     # Beyond 5 lie 5.73 of ten million; a generator that lost its tail would have none.
     beyond = int((abs(many) > 4.5).sum())
@@ -223,6 +230,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float((a.astype(np.float64) * b).mean()) * a.size**0.5
 
 
+@statistics
 def test_streams_are_not_correlated(many: np.ndarray) -> None:
     shape = (1, 1_000_000)
     base = fastdiff.randn(shape, 1, 1, 1).numpy()

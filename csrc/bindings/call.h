@@ -112,11 +112,12 @@ class Call {
 
     // The kept tensors go where each sample's row says: to registers, which must be there.
     void scatter() {
+        plain = plain && args.rows != nullptr;
         if (!plain) return;
         args.scatter = true;
         if (!sample_.is_cpu()) return;
         for (int64_t b = 0; b < rows_given(); ++b) {
-            const int64_t row = args.rows == nullptr ? args.row : args.rows[b];
+            const int64_t row = args.rows[b];
             for (int store = kStore0; row >= 0 && store <= kStore1; ++store) {
                 const double slot = table_entry(row, store);
                 const bool named = slot >= 0;

@@ -57,6 +57,14 @@ inline bool backed(const at::Tensor& tensor, int64_t count) {
     return needed <= storage.nbytes() && storage.data() != nullptr;
 }
 
+// Whether the storage reaches the tensor's last element, whatever its strides.
+inline bool reached(const at::Tensor& tensor) {
+    if (tensor.numel() == 0) return true;
+    int64_t last = 0;
+    for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+    return backed(tensor, last + 1);
+}
+
 // Says that a tensor has been written in place. Inference tensors are not counted, and no graph saves them.
 inline void count_change(const at::Tensor& tensor) {
     if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
@@ -79,14 +87,21 @@ class Arguments {
 
     MaybeTensor tensor() { return tensor_of(object()); }
 
+    // An int, of an enumeration too; a bool in an int's place is a mistake, for Python to name.
     int64_t integer() {
         PyObject* object = this->object();
-        good = good && PyLong_Check(object);
+        good = good && PyLong_Check(object) && !PyBool_Check(object);
         if (!good) return 0;
         int overflow = 0;
         const int64_t value = PyLong_AsLongLongAndOverflow(object, &overflow);
         good = overflow == 0;
         return value;
+    }
+
+    bool flag() {
+        PyObject* object = this->object();
+        good = good && PyBool_Check(object);
+        return object == Py_True;
     }
 
     // Up to N tensors or None of a list or tuple; -1 for None in its place.

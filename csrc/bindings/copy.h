@@ -16,7 +16,7 @@ constexpr int64_t kCacheLine = 64;
 // may be the same memory again (an expanded tensor): one call then stands for many, and the way here counts little.
 inline void copy_kernel(const at::Tensor& src, const at::Tensor& dst, bool streaming) {
     const auto rows_of_bytes = [](const at::Tensor& tensor) {
-        return tensor.is_cpu() && ordinary(tensor) && (tensor.dim() == 1 || tensor.dim() == 2) &&
+        return tensor.is_cpu() && ordinary(tensor) && reached(tensor) && (tensor.dim() == 1 || tensor.dim() == 2) &&
                (tensor.size(-1) <= 1 || tensor.stride(-1) == 1);
     };
     TORCH_CHECK_VALUE(
@@ -31,6 +31,7 @@ inline void copy_kernel(const at::Tensor& src, const at::Tensor& dst, bool strea
     const int64_t rows = many ? src.size(0) : 1;
     const int64_t item = static_cast<int64_t>(src.element_size());
     const int64_t bytes = src.size(-1) * item;
+    if (bytes == 0) return;  // what is empty may have no address
     const char* from = static_cast<const char*>(src.const_data_ptr());
     char* to = static_cast<char*>(dst.data_ptr());
     const int64_t from_stride = many ? src.stride(0) * item : 0, to_stride = many ? dst.stride(0) * item : 0;

@@ -22,7 +22,7 @@ constexpr int64_t kReduceGrain = 65536;
 
 // Whether each sample of x is one block of memory, the samples one after another.
 inline bool samples_are_blocks(const at::Tensor& x) {
-    return ordinary(x) && served(x) && x.dim() > 0 && x.numel() > 0 && x.is_non_overlapping_and_dense() &&
+    return ordinary(x) && served(x) && x.dim() > 0 && x.numel() > 0 && reached(x) && x.is_non_overlapping_and_dense() &&
            dtype_of(x.scalar_type()).has_value() && (x.size(0) == 1 || x.stride(0) * x.size(0) >= x.numel());
 }
 
@@ -40,8 +40,11 @@ void share(int64_t count, int64_t elements, Work work) {
 inline py::object sum(int64_t kind, const at::Tensor& x, const std::optional<at::Tensor>& y, double correction,
                       int64_t stream) {
     if (!samples_are_blocks(x)) return py::none();
-    if (y.has_value() && (!ordinary(*y) || y->scalar_type() != x.scalar_type() || y->device() != x.device() ||
-                          y->sizes() != x.sizes() || y->strides() != x.strides()))
+    if (kind < 0 || kind > static_cast<int64_t>(Sum::kDot) ||
+        y.has_value() != (kind == static_cast<int64_t>(Sum::kDot)))
+        return py::none();
+    if (y.has_value() && (!ordinary(*y) || !reached(*y) || y->scalar_type() != x.scalar_type() ||
+                          y->device() != x.device() || y->sizes() != x.sizes() || y->strides() != x.strides()))
         return py::none();
     SumArgs args{};
     args.kind = static_cast<Sum>(kind);
@@ -141,7 +144,7 @@ inline py::object quantile(const at::Tensor& x, int64_t low, double weight, bool
     SelectArgs args{};
     args.batch = x.size(0);
     args.inner = x.numel() / args.batch;
-    if (low < 0 || low + (weight > 0 ? 1 : 0) >= args.inner) return py::none();
+    if (low < 0 || low >= args.inner - (weight > 0 ? 1 : 0)) return py::none();
     args.low = low;
     args.weight = weight;
     args.absolute = absolute;

@@ -24,7 +24,8 @@ constexpr int64_t kGrain = 65536;
 // Where noise is drawn an element costs several times as much.
 constexpr int64_t kDrawGrain = 16384;
 
-inline void launch(const at::Tensor& sample, const StepArgs& args, int64_t stream) {
+inline void launch(const at::Tensor& sample, const std::array<MaybeTensor, kRegisters>& history, const StepArgs& args,
+                   int64_t stream) {
     const int64_t total = args.batch * args.inner;
     if (sample.is_cpu()) {
         const auto step_range = cpu_build.step_range;
@@ -33,6 +34,11 @@ inline void launch(const at::Tensor& sample, const StepArgs& args, int64_t strea
             step_range(args, 0, total);
             return;
         }
+        // The call holds its arguments and `outputs` what is written. A list of registers is the caller's: without the
+        // GIL another thread may empty it, and with it go the tensors that nobody else holds.
+        std::array<at::Tensor, kRegisters> held;
+        for (size_t j = 0; j < history.size(); ++j)
+            if (history[j] != nullptr) held[j] = *history[j];
         const py::gil_scoped_release release;
         at::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) { step_range(args, begin, end); });
         return;
@@ -71,7 +77,7 @@ inline PyObject* step(PyObject* /*module*/, PyObject* const* objects, Py_ssize_t
     PyObject* noise_step = given.object();
     const int64_t purpose = given.integer();
     const MaybeTensor model_input = given.tensor();
-    const bool scatter = given.integer() != 0;
+    const bool scatter = given.flag();
     const bool complete = given.good && sample != nullptr && model_output != nullptr && table != nullptr &&
                           (uncond != nullptr) == (guidance != Py_None) &&
                           (variance != nullptr) == (variance_kind != 0) && keeps >= 0 && keeps < kMaxOutputs &&
@@ -113,7 +119,7 @@ inline PyObject* step(PyObject* /*module*/, PyObject* const* objects, Py_ssize_t
         if (scatter && kept != nullptr) count_change(*kept);
     if (model_input != nullptr) count_change(*model_input);
     call.join_samples();
-    launch(*sample, args, stream);
+    launch(*sample, history, args, stream);
 
     PyObject* result = PyTuple_New(keeps + 1);
     if (result == nullptr) throw python_error();

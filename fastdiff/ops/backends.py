@@ -185,10 +185,10 @@ def extension_step(call: StepCall) -> tuple[Tensor, ...] | None:
         call.outputs or None,
         current_stream(call.sample),
         call.seeds,
-        call.noise_step,
-        call.purpose,
+        # Without seeds nobody has looked at these.
+        *((0, 0) if call.seeds is None else (call.noise_step, call.purpose)),
         call.model_input,
-        int(call.scatter),
+        call.scatter,
     )
     return done
 

@@ -28,7 +28,7 @@ def check(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> None:
         raise TypeError(
             _refusal("sample", f"has dtype {sample.dtype}", "float16, bfloat16, float32 or float64", "convert it first")
         )
-    _check_memory("sample", sample)
+    check_memory("sample", sample)
     for name, tensor in call.inputs():
         _check_like_sample(name, tensor, sample)
     _check_table(call)
@@ -41,7 +41,7 @@ def check(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> None:
         raise ValueError(
             _refusal("history", f"holds {len(call.history)} tensors", f"{NUM_REGISTERS} at most", "drop the oldest")
         )
-    if call.keeps not in (0, 1, 2):
+    if not _is_integer(call.keeps) or call.keeps not in (0, 1, 2):
         raise ValueError(_refusal("keeps", f"is {call.keeps}", "0, 1 or 2", "keep two tensors a step at most"))
     if call.model_input is not None:
         _check_model_input(call.model_input, sample)
@@ -49,10 +49,16 @@ def check(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> None:
         _check_registers(call, out)
     if out is not None:
         _check_out(out, call)
+    _check_written_apart(call, out)
 
 
 def _refusal(argument: str, got: str, expected: str, remedy: str) -> str:
     return sentence("step", argument, got, expected, remedy)
+
+
+def _is_integer(value: object) -> bool:
+    """Whether a value is an int, or a tracer's; a bool in an int's place is a mistake."""
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
 
 
 def _check_like_sample(name: str, tensor: object, sample: Tensor) -> None:
@@ -76,16 +82,18 @@ def _check_like_sample(name: str, tensor: object, sample: Tensor) -> None:
         raise ValueError(
             _refusal(name, f"is on {tensor.device}", f"{sample.device} like sample", f"move it to {sample.device}")
         )
-    _check_memory(name, tensor)
+    check_memory(name, tensor)
 
 
-def _check_memory(name: str, tensor: Tensor) -> None:
+def check_memory(name: str, tensor: Tensor, operation: str = "step") -> None:
     """Refuse what is not strided memory, or memory that was freed or cut short behind the tensor's back: to read it
     would end the process.
     """
     if tensor.layout != torch.strided:
         raise TypeError(
-            _refusal(name, f"has layout {tensor.layout}", "torch.strided", "convert it first, with .to_dense()")
+            sentence(
+                operation, name, f"has layout {tensor.layout}", "torch.strided", "convert it first, with .to_dense()"
+            )
         )
     if torch.compiler.is_compiling():
         return
@@ -97,7 +105,13 @@ def _check_memory(name: str, tensor: Tensor) -> None:
     needed = (tensor.storage_offset() + last + 1) * tensor.element_size() if tensor.numel() > 0 else 0
     if held < needed:
         raise ValueError(
-            _refusal(name, f"has a storage of {held} bytes", f"the {needed} that it views", "its storage was resized")
+            sentence(
+                operation,
+                name,
+                f"has a storage of {held} bytes",
+                f"the {needed} that it views",
+                "its storage was resized",
+            )
         )
 
 
@@ -115,7 +129,7 @@ def _check_table(call: StepCall) -> None:
         )
     if table.device != sample.device:
         raise ValueError(_refusal("table", f"is on {table.device}", f"{sample.device} like sample", remedy))
-    _check_memory("table", table)
+    check_memory("table", table)
     last = table.shape[0] - 1
     if isinstance(call.row, Tensor):
         _check_counters("row", call.row, sample, one_for_all=True)
@@ -125,7 +139,11 @@ def _check_table(call: StepCall) -> None:
                 _refusal("row", f"holds {int(call.row.max())}", f"{last} at most", "a negative row skips its sample")
             )
         return
-    if isinstance(call.row, bool) or not isinstance(call.row, int | torch.SymInt):
+    if call.scatter:
+        raise TypeError(
+            sentence("step_rows", "rows", f"is a {type(call.row).__name__}", "an int64 tensor", "put it into a tensor")
+        )
+    if not _is_integer(call.row):
         raise TypeError(
             _refusal("row", f"is a {type(call.row).__name__}", "an int or an int64 tensor", "pass the index of a row")
         )
@@ -148,7 +166,7 @@ def _check_counters(name: str, counters: Tensor, sample: Tensor, *, one_for_all:
     if not fits:
         choices = f"[{batch}], one a sample" + (", or one number" if one_for_all else "")
         raise ValueError(_refusal(name, f"has shape {list(counters.shape)}", choices, "give one value a sample"))
-    _check_memory(name, counters)
+    check_memory(name, counters)
 
 
 def _check_noise(call: StepCall) -> None:
@@ -169,7 +187,11 @@ def _check_noise(call: StepCall) -> None:
         _check_counters("noise_step", call.noise_step, call.sample, one_for_all=True)
     for name in ("noise_step", "purpose"):
         value = getattr(call, name)
-        if not isinstance(value, Tensor) and (isinstance(value, bool) or not 0 <= value < 2**32):
+        if name == "noise_step" and isinstance(value, Tensor):
+            continue
+        if not _is_integer(value):
+            raise TypeError(_refusal(name, f"is a {type(value).__name__}", "an int", "take it modulo 2**32"))
+        if not 0 <= value < 2**32:
             raise ValueError(_refusal(name, f"is {value!r}", "0 to 2**32 - 1", "take it modulo 2**32"))
 
 
@@ -188,8 +210,20 @@ def _check_model_input(tensor: object, sample: Tensor) -> None:
         raise ValueError(
             _refusal("model_input", f"has shape {list(tensor.shape)}", f"{once}, or {twice} for guidance", "make it so")
         )
-    _check_memory("model_input", tensor)
+    check_memory("model_input", tensor)
     _check_writable("model_input", tensor)
+
+
+def _check_written_apart(call: StepCall, out: tuple[Tensor | None, ...] | None) -> None:
+    """The model input may lie on what is read; on what is written one result would overwrite another."""
+    if call.model_input is None:
+        return
+    written = [(f"out[{o}]", tensor) for o, tensor in enumerate(out or ())]
+    if call.scatter:
+        written += [(f"registers[{j}]", tensor) for j, tensor in enumerate(call.history)]
+    for name, tensor in written:
+        if tensor is not None and share_memory(call.model_input, tensor):
+            raise ValueError(_refusal("model_input", f"shares memory with {name}", "memory of its own", "allocate it"))
 
 
 def _check_registers(call: StepCall, out: tuple[Tensor | None, ...] | None) -> None:
@@ -227,7 +261,7 @@ def _check_guidance(call: StepCall) -> None:
 
 
 def _check_variance(call: StepCall) -> None:
-    if call.variance_kind not in tuple(Variance):
+    if not _is_integer(call.variance_kind) or call.variance_kind not in tuple(Variance):
         raise ValueError(
             _refusal(
                 "variance_kind", f"is {call.variance_kind}", "0, 1 or 2", "use a member of fastdiff.table.Variance"
@@ -259,7 +293,7 @@ def _check_scalars(name: str, scalars: Tensor, sample: Tensor, *, one_for_all: b
     if not fits:
         choices = f"[{batch}], a number a sample" + (", or one number" if one_for_all else "")
         raise ValueError(_refusal(name, f"has shape {list(scalars.shape)}", choices, "give one value a sample"))
-    _check_memory(name, scalars)
+    check_memory(name, scalars)
 
 
 def _check_out(out: tuple[Tensor | None, ...], call: StepCall) -> None:

@@ -95,7 +95,7 @@ def make_plain(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> 
         guidance=None if call.guidance is None else call.guidance.contiguous().resolve_neg(),
         threshold=None if call.threshold is None else call.threshold.reshape(-1).contiguous().resolve_neg(),
         model_input=None,
-        **{name: tensor.reshape(-1).contiguous() for name, tensor in call.counters()},  # type: ignore[arg-type]
+        **{name: tensor.reshape(-1).contiguous().resolve_neg() for name, tensor in call.counters()},  # type: ignore[arg-type]
         **model,  # type: ignore[arg-type]
     )
     if call.scatter:
@@ -111,6 +111,7 @@ def make_plain(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> 
     wanted = (_samples_stride(sample), *strides[1:])
     fits = (
         in_memory(call.model_input)
+        and not call.model_input.is_neg()
         and call.model_input.stride() == wanted
         and not any(share_memory(call.model_input, other) for other in [*taken, *outputs])
     )

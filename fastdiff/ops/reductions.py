@@ -22,7 +22,7 @@ from .. import reductions_reference as reference
 from ..errors import checked_float, sentence
 from ..table import compute_dtype
 from . import backends
-from .checks import DTYPES
+from .checks import DTYPES, check_memory
 
 _is_compiling = torch.compiler.is_compiling
 _MEAN, _STD, _NORM, _DOT = range(4)
@@ -155,6 +155,7 @@ def _check(operation: str, x: object) -> None:
     if x.dim() == 0:
         remedy = "add a dimension of samples with x[None]"
         raise ValueError(sentence(operation, "x", "has no dimension", "[B, ...], a batch of samples", remedy))
+    check_memory("x", x, operation)
     if operation == "quantile" and x.shape[0] > 0 and x[0].numel() == 0:
         got = f"has shape {list(x.shape)}"
         raise ValueError(sentence(operation, "x", got, "an element or more a sample", "leave out what is empty"))
@@ -171,6 +172,7 @@ def _check_like(y: object, x: Tensor) -> None:
         if got != wanted:
             kind = TypeError if name == "dtype" else ValueError
             raise kind(sentence("dot", "y", f"has {name} {got}", f"{wanted} like x", "make the two alike"))
+    check_memory("y", y, "dot")
 
 
 def _checked_q(q: float) -> float:
