@@ -128,9 +128,9 @@ def _hold(binding: str, clean: dict[str, Any], result: Any, written: Tensor | No
         assert result.shape == x.shape[:1]
         if kind == 0 and x.dtype == torch.float64 and bool(torch.isfinite(x).all()):
             # Whole numbers of up to 1500, which float64 adds exactly in any order; the division rounds once.
-            assert torch.equal(result, x.flatten(1).sum(1) / x[0].numel())
+            assert torch.equal(result, x.reshape(len(x), -1).sum(1) / x[0].numel())
     elif binding == "quantile":
-        x, low = clean["x"].flatten(1), int(clean["low"])
+        x, low = clean["x"].reshape(len(clean["x"]), -1), int(clean["low"])
         x = x.abs() if clean["absolute"] else x
         if clean["weight"] == 0 and not x.isnan().any():
             assert torch.equal(result.to(x.dtype), x.sort(dim=1).values[:, low])
