@@ -205,7 +205,8 @@ def run_call(kernel: Kernel, call: StepCall, layout: Layout = Layout()) -> None:
         return int(name in counters and counters[name].numel() > 1)
 
     def number(name: str) -> int:
-        return 0 if name in counters else getattr(call, name)
+        value = getattr(call, name)
+        return 0 if isinstance(value, Tensor) else value
 
     sizes = [
         *(batch, inner, inner + layout.gap, int(call.guidance is not None and call.guidance.numel() > 1)),

@@ -136,5 +136,6 @@ def test_triton_sums_fuse_each_product_once(compiled: dict[str, Any], dtype: str
     for kind, fused in (("mean", 0), ("norm", elements), ("dot", elements), ("std", elements)):
         opcodes = _opcodes(compiled["ptx"][f"sum-{kind}-{dtype}-{arch}"])
         wide = "f64" if dtype == "fp64" else "f32"
-        assert _count(opcodes, rf"fma\.rn\.{wide}(x2)?") == fused, kind
+        # Blackwell multiplies halves as they are and adds in float32: their product is exact there too.
+        assert _count(opcodes, rf"fma\.rn\.{wide}(x2|\.b?f16)?") == fused, kind
         assert _count(opcodes, rf"mul\.rn\.{wide}(x2)?") == 0, kind
