@@ -27,11 +27,14 @@ SANITIZED := build/sanitize
 SANITIZE_TESTS ?= $(sort $(wildcard $(addprefix tests/test_,$(addsuffix .py,step_parity step_layout step_functional \
   step_checks step_properties step_memory step_allocation binding_fuzz* reductions reductions_ops philox* rows seeds copy_kernel))))
 
+# The tests that draw their examples.
+FUZZ_TESTS ?= $(shell grep -l '^from hypothesis' tests/test_*.py)
+
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null | sort)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup versions sample test sanitize lint format bench clean
+.PHONY: help setup versions sample test fuzz sanitize lint format bench clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*  ## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-9s %s\n", $$1, $$2 }'
@@ -41,6 +44,9 @@ sample: $(BUILD)  ## draw 100 digits with the small model that ships, into sampl
 
 test: $(BUILD)  ## run the tests
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+fuzz: $(BUILD)  ## run the properties on thousands of fresh examples: half an hour or more
+	HYPOTHESIS_PROFILE=thorough $(PY) -m pytest $(PYTEST_ARGS) $(FUZZ_TESTS)
 
 sanitize: $(INSTALL)  ## run the tests of the step over a build with address and undefined-behaviour sanitizers
 	@rm -rf $(SANITIZED)/lib

@@ -23,13 +23,15 @@ if not HAS_CUDA:
 # The tensors of most tests are small: more threads only wait for each other. Workers of pytest-xdist share the cores.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(4, os.cpu_count() or 1))
 
-# No deadline: the first example of a test may compile something. Examples stay random, so that every run looks at new
-# ones; a failure prints what repeats it.
-hypothesis.settings.register_profile("ci", deadline=None, derandomize=False, print_blob=True)
-hypothesis.settings.register_profile("thorough", hypothesis.settings.get_profile("ci"), max_examples=2000)
+# No deadline: the first example of a test may compile something. By default examples are random, so that every run
+# looks at new ones, and a failure prints what repeats it; "ci" takes the same ones each time, so that a change passes
+# or fails by what it is; "thorough" is for `make fuzz`.
+hypothesis.settings.register_profile("fresh", deadline=None, print_blob=True)
+hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("fresh"), derandomize=True)
+hypothesis.settings.register_profile("thorough", hypothesis.settings.get_profile("fresh"), max_examples=2000)
 # Instrumented code is several times slower, and a report needs one example that gets there, not many.
 hypothesis.settings.register_profile("sanitize", hypothesis.settings.get_profile("ci"), max_examples=30)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fresh"))
 
 
 @pytest.fixture(scope="session")

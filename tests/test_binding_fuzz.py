@@ -114,6 +114,16 @@ def test_every_change_of_every_tensor_by_every_way(way: str, change: str) -> Non
 
 
 @pytest.mark.parametrize("way", WAYS_THAT_DIFFER)
+@pytest.mark.parametrize("change", sorted(OTHER_CHANGES))
+def test_every_change_of_every_other_argument_by_every_way(way: str, change: str) -> None:
+    least = Plan(1, "float32", (2, 3), "none", 0, "none", 0, False, 0, False, way, row_as="a sample")
+    for slot in (*COUNTERS, *INTEGERS, *LISTS, *TENSORS, "scatter"):
+        for base in (replace(GOOD, way=way), least):
+            answer = SERVER.ask(replace(base, changes=((slot, change),)))
+            assert not answer.startswith("failed"), f"{slot}: {answer}"
+
+
+@pytest.mark.parametrize("way", WAYS_THAT_DIFFER)
 @pytest.mark.parametrize("owner", SLOTS)
 def test_every_tensor_over_every_other_by_every_way(way: str, owner: str) -> None:
     for mover in SLOTS:

@@ -39,7 +39,7 @@ def direct_step(
     row: int | Tensor,
     uncond: Tensor | None,
     guidance: float | Tensor | None,
-    history: Sequence[Tensor | None],
+    history: Sequence[Tensor | None] | None,
     noise: Tensor | None,
     variance: Tensor | None,
     threshold: Tensor | None,
@@ -80,7 +80,7 @@ def step(
     *,
     uncond: Tensor | None = None,
     guidance: float | Tensor | None = None,
-    history: Sequence[Tensor | None] = (),
+    history: Sequence[Tensor | None] | None = (),
     noise: Tensor | None = None,
     seeds: Tensor | None = None,
     noise_step: int | Tensor = 0,
@@ -112,7 +112,7 @@ def step(
             ``[B]``, one a sample.  A sample whose row in a tensor is negative stays as it is.
         uncond: u, the unconditional output, like `sample`.
         guidance: g, a float, or a tensor ``[]``, ``[1]`` or ``[B]`` in the table's dtype; goes with `uncond`.
-        history: up to four tensors like `sample`, or None, by register.
+        history: up to four tensors like `sample`, or None, by register; None in place of all where there are none.
         noise: z, standard normal, like `sample`.
         seeds: instead of `noise`: it is drawn in the same pass, each sample's from its own seed, ``[B]`` int64 (see
             `fastdiff.as_seeds`).  The numbers are those of ``fastdiff.randn(shape, seeds, noise_step, purpose)`` in
@@ -145,12 +145,12 @@ def step(
         )  # fmt: skip
         if done is not None:
             return done
-    scale = _on_device(guidance, sample)
+    scale, given = _on_device(guidance, sample), _entries("step", "history", history) or ()
     call = StepCall(
-        sample, model_output, table, row, uncond, scale, tuple(history), noise, variance, threshold,
-        variance_kind, keeps, seeds, noise_step, purpose, model_input,
+        sample, model_output, table, row, uncond, scale, given, noise, variance, threshold, variance_kind, keeps,
+        seeds, noise_step, purpose, model_input,
     )  # fmt: skip
-    return _checked_step(call, None if out is None else tuple(out), backend)
+    return _checked_step(call, _entries("step", "out", out), backend)
 
 
 def step_rows(
@@ -158,7 +158,7 @@ def step_rows(
     model_output: Tensor,
     table: Tensor,
     rows: Tensor,
-    registers: Sequence[Tensor | None] = (),
+    registers: Sequence[Tensor | None] | None = (),
     *,
     uncond: Tensor | None = None,
     guidance: float | Tensor | None = None,
@@ -200,12 +200,21 @@ def step_rows(
         )  # fmt: skip
         if done is not None:
             return done[0]
-    scale = _on_device(guidance, sample)
+    scale, given = _on_device(guidance, sample), _entries("step_rows", "registers", registers) or ()
     call = StepCall(
-        sample, model_output, table, rows, uncond, scale, tuple(registers), noise, variance, threshold,
-        variance_kind, 0, seeds, noise_step, purpose, model_input, scatter=True,
+        sample, model_output, table, rows, uncond, scale, given, noise, variance, threshold, variance_kind, 0,
+        seeds, noise_step, purpose, model_input, scatter=True,
     )  # fmt: skip
     return _checked_step(call, outs, backend)[0]
+
+
+def _entries(operation: str, argument: str, values: object) -> tuple[Any, ...] | None:
+    """What a list or tuple holds, for the checks to look at; None where it is absent."""
+    if values is None or isinstance(values, (list, tuple)):
+        return None if values is None else tuple(values)
+    remedy = f"pass {argument}=[tensor]" if isinstance(values, Tensor) else "pass a list"
+    expected = "a list or tuple of tensors or None"
+    raise TypeError(sentence(operation, argument, f"is a {type(values).__name__}", expected, remedy))
 
 
 def _checked_step(call: StepCall, out: tuple[Tensor | None, ...] | None, backend: str | None) -> tuple[Tensor, ...]:
