@@ -34,7 +34,7 @@ class StepCall:
     model_input: Tensor | None = None
     #: Whether kept tensors go to the registers in `history` that the rows name, instead of to outputs of their own.
     scatter: bool = False
-    #: The tensors to write; empty until `fastdiff.ops.checks.make_plain` has allocated them.
+    #: The tensors to write; empty until `fastdiff.ops.layout.make_plain` has allocated them.
     outputs: tuple[Tensor, ...] = ()
 
     def model_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -69,6 +69,13 @@ class StepCall:
             tensor = getattr(self, name)
             if isinstance(tensor, Tensor):
                 yield name, tensor
+
+    @property
+    def model_input_copies(self) -> int:
+        """How many times the model input holds the samples: 0 where none is asked for."""
+        if self.model_input is None:
+            return 0
+        return 1 if self.model_input.shape == self.sample.shape else 2
 
     @property
     def tells_samples_apart(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import ops
 from .errors import sentence
-from .philox import as_seeds
+from .philox import Purpose, as_seeds
 from .rng import Generators, draw
 from .table import NUM_REGISTERS, StepTable, Variance
 from .thresholding import dynamic_threshold
@@ -126,11 +126,11 @@ class Stepper:
         results = None
         # A small step's time is the way to its loop: the shortest is taken first, and registers that a row does not
         # read cost nothing there.
-        run = ops.extension_step() if self._direct else None
-        if run is not None:
-            results = run(
+        extension = ops.direct_extension() if self._direct else None
+        if extension is not None:
+            results = extension.step(
                 sample, model_output, rows, row, uncond, guidance, registers, noise, variance, threshold, kind, keeps,
-                outs, 0, seeds, row, 1, model_input, False,
+                outs, 0, seeds, row, Purpose.STEP, model_input, False,
             )  # fmt: skip
         assert rows is not None
         if results is None:

@@ -18,6 +18,10 @@ namespace py = pybind11;
 // Null where the caller gave None.
 using MaybeTensor = const at::Tensor*;
 
+// Elements up to which one thread works alone where noise is drawn: at a nanosecond for two of them, waking another
+// costs as much.
+constexpr int64_t kDrawGrain = 16384;
+
 // The build of the CPU loops that runs, chosen when the module loads.
 inline CpuBuild cpu_build;
 

@@ -36,10 +36,8 @@ inline void randn(const at::Tensor& out, const at::Tensor& seeds, const std::opt
     args.out = out.data_ptr();
     args.dtype = *dtype_of(out.scalar_type());
     if (out.is_cpu()) {
-        // Elements up to which one thread works alone: at a nanosecond for two of them, waking another costs as much.
-        constexpr int64_t kGrain = 16384;
         const py::gil_scoped_release release;
-        at::parallel_for(0, out.numel(), kGrain,
+        at::parallel_for(0, out.numel(), kDrawGrain,
                          [&](int64_t begin, int64_t end) { cpu_build.randn_range(args, begin, end); });
         return;
     }

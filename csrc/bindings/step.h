@@ -21,8 +21,6 @@ namespace fastdiff::bindings {
 // Elements up to which one thread works alone. Measured (DDIM with guidance, float32, a 2-core EPYC): 65536 elements
 // take 9 µs on one thread, 98304 take 16 on one and 9 on two.
 constexpr int64_t kGrain = 65536;
-// Where noise is drawn an element costs several times as much.
-constexpr int64_t kDrawGrain = 16384;
 
 inline void launch(const at::Tensor& sample, const std::array<MaybeTensor, kRegisters>& history, const StepArgs& args,
                    int64_t stream) {

@@ -16,9 +16,9 @@
     ops/reductions.py  quantile, mean, std, norm, dot: one scalar a sample
 """
 
-from .backends import BACKENDS, backend_for, backend_status, cpu_build, use_backend
+from .backends import BACKENDS, backend_for, backend_status, cpu_build, direct_extension, use_backend
 from .functional import cfg_combine, ddim_step, ddpm_step, dpm_solver_step, euler_step
-from .fused import direct_step, extension_step, step, step_rows
+from .fused import direct_step, step, step_rows
 from .random import randn
 from .reductions import dot, mean, norm, quantile, std
 
@@ -30,11 +30,11 @@ __all__ = [
     "cpu_build",
     "ddim_step",
     "ddpm_step",
+    "direct_extension",
     "direct_step",
     "dot",
     "dpm_solver_step",
     "euler_step",
-    "extension_step",
     "mean",
     "norm",
     "quantile",

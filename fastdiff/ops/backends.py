@@ -24,6 +24,8 @@ from ..errors import sentence, unknown_name
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
+_is_compiling = torch.compiler.is_compiling
+
 #: The backend that FASTDIFF_BACKEND or `use_backend` asks for.
 forced: str | None = None
 
@@ -154,6 +156,14 @@ def use_backend(name: str | None) -> Iterator[None]:
 def current_stream(sample: Tensor) -> int:
     """The stream that the extension launches on: CUDA's current one as a pointer, 0 elsewhere."""
     return torch.cuda.current_stream(sample.device).cuda_stream if sample.is_cuda else 0
+
+
+def direct_extension() -> ModuleType | None:
+    """The extension, where a call may go straight to it: nothing is forced, and no compiler has to see operators.
+
+    Its functions return None for a call that has to be looked at first.
+    """
+    return None if forced is not None or _is_compiling() else extension
 
 
 def _run_extension(call: StepCall) -> None:

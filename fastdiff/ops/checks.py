@@ -9,7 +9,7 @@ from torch import Tensor
 from ..call import StepCall
 from ..errors import sentence
 from ..table import NUM_REGISTERS, ROW_WIDTH, STORE_0, STORE_1, Variance, compute_dtype
-from .layout import in_memory, repeats_an_element, share_memory
+from .layout import extent, in_memory, repeats_an_element, share_memory
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -101,8 +101,7 @@ def check_memory(name: str, tensor: Tensor, operation: str = "step") -> None:
         held = tensor.untyped_storage().nbytes()
     except RuntimeError:
         return  # no storage of its own, as inside vmap
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    needed = (tensor.storage_offset() + last + 1) * tensor.element_size() if tensor.numel() > 0 else 0
+    needed = (tensor.storage_offset() + extent(tensor)) * tensor.element_size() if tensor.numel() > 0 else 0
     if held < needed:
         raise ValueError(
             sentence(
@@ -157,16 +156,19 @@ def may_look(tensor: Tensor) -> bool:
 
 
 def _check_counters(name: str, counters: Tensor, sample: Tensor, *, one_for_all: bool) -> None:
-    batch = sample.shape[0] if sample.dim() > 0 else 1
     if counters.dtype != torch.int64:
         raise TypeError(_refusal(name, f"has dtype {counters.dtype}", "int64", "convert it with .to(torch.int64)"))
-    if counters.device != sample.device:
-        raise ValueError(_refusal(name, f"is on {counters.device}", f"{sample.device} like sample", "move it there"))
-    fits = counters.dim() <= 1 and (counters.numel() == batch or (one_for_all and counters.numel() == 1))
-    if not fits:
+    _check_one_a_sample(name, counters, sample, one_for_all)
+
+
+def _check_one_a_sample(name: str, values: Tensor, sample: Tensor, one_for_all: bool) -> None:
+    batch = sample.shape[0] if sample.dim() > 0 else 1
+    if values.device != sample.device:
+        raise ValueError(_refusal(name, f"is on {values.device}", f"{sample.device} like sample", "move it there"))
+    if values.dim() > 1 or not (values.numel() == batch or (one_for_all and values.numel() == 1)):
         choices = f"[{batch}], one a sample" + (", or one number" if one_for_all else "")
-        raise ValueError(_refusal(name, f"has shape {list(counters.shape)}", choices, "give one value a sample"))
-    check_memory(name, counters)
+        raise ValueError(_refusal(name, f"has shape {list(values.shape)}", choices, "give one value a sample"))
+    check_memory(name, values)
 
 
 def _check_noise(call: StepCall) -> None:
@@ -185,14 +187,16 @@ def _check_noise(call: StepCall) -> None:
         raise ValueError(_refusal("seeds", "has shape []", f"[{call.sample.shape[0]}]", "give one seed a sample"))
     if isinstance(call.noise_step, Tensor):
         _check_counters("noise_step", call.noise_step, call.sample, one_for_all=True)
-    for name in ("noise_step", "purpose"):
-        value = getattr(call, name)
-        if name == "noise_step" and isinstance(value, Tensor):
-            continue
-        if not _is_integer(value):
-            raise TypeError(_refusal(name, f"is a {type(value).__name__}", "an int", "take it modulo 2**32"))
-        if not 0 <= value < 2**32:
-            raise ValueError(_refusal(name, f"is {value!r}", "0 to 2**32 - 1", "take it modulo 2**32"))
+    else:
+        _check_word("noise_step", call.noise_step)
+    _check_word("purpose", call.purpose)
+
+
+def _check_word(name: str, value: object) -> None:
+    if not _is_integer(value):
+        raise TypeError(_refusal(name, f"is a {type(value).__name__}", "an int", "take it modulo 2**32"))
+    if not 0 <= value < 2**32:  # type: ignore[operator]
+        raise ValueError(_refusal(name, f"is {value!r}", "0 to 2**32 - 1", "take it modulo 2**32"))
 
 
 def _check_model_input(tensor: object, sample: Tensor) -> None:
@@ -280,20 +284,13 @@ def _check_variance(call: StepCall) -> None:
 
 def _check_scalars(name: str, scalars: Tensor, sample: Tensor, *, one_for_all: bool) -> None:
     wanted = compute_dtype(sample.dtype)
-    batch = sample.shape[0] if sample.dim() > 0 else 1
     if not isinstance(scalars, Tensor):
         raise TypeError(_refusal(name, f"is a {type(scalars).__name__}", "a float or a torch.Tensor", "pass a tensor"))
     if scalars.dtype != wanted:
         raise TypeError(
             _refusal(name, f"has dtype {scalars.dtype}", f"{wanted} for samples of {sample.dtype}", "convert it first")
         )
-    if scalars.device != sample.device:
-        raise ValueError(_refusal(name, f"is on {scalars.device}", f"{sample.device} like sample", "move it there"))
-    fits = scalars.dim() <= 1 and (scalars.numel() == batch or (one_for_all and scalars.numel() == 1))
-    if not fits:
-        choices = f"[{batch}], a number a sample" + (", or one number" if one_for_all else "")
-        raise ValueError(_refusal(name, f"has shape {list(scalars.shape)}", choices, "give one value a sample"))
-    check_memory(name, scalars)
+    _check_one_a_sample(name, scalars, sample, one_for_all)
 
 
 def _check_out(out: tuple[Tensor | None, ...], call: StepCall) -> None:

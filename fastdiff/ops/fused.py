@@ -20,17 +20,6 @@ from .layout import in_memory, is_fake, laid_out, output_strides
 from .library import call_library
 from .run import run
 
-_is_compiling = torch.compiler.is_compiling
-_extension_step = None if backends.extension is None else backends.extension.step
-
-
-def extension_step() -> Any:
-    """The extension's own step, where a call may go straight to it; None while compiling, or where one is forced.
-
-    It takes the arguments of csrc/bindings/step.h, and returns None for a call that `step` has to look at.
-    """
-    return None if backends.forced is not None or _is_compiling() else _extension_step
-
 
 def direct_step(
     sample: Tensor,
@@ -48,7 +37,7 @@ def direct_step(
     out: Sequence[Tensor | None] | None,
     seeds: Tensor | None = None,
     noise_step: int | Tensor = 0,
-    purpose: int = 1,
+    purpose: int = Purpose.STEP,
     model_input: Tensor | None = None,
     scatter: bool = False,
 ) -> tuple[Tensor, ...] | None:
@@ -56,7 +45,8 @@ def direct_step(
 
     Positional and without a check of its own: in eager mode, half of a small step's time is the way to its loop.
     """
-    if _extension_step is None or backends.forced is not None or _is_compiling():
+    extension = backends.direct_extension()
+    if extension is None:
         return None
     try:
         stream = 0
@@ -65,7 +55,7 @@ def direct_step(
             guidance = _on_device(guidance, sample)
     except AttributeError:  # no tensor: the checks of `step` say what it is
         return None
-    done: tuple[Tensor, ...] | None = _extension_step(
+    done: tuple[Tensor, ...] | None = extension.step(
         sample, model_output, table, row, uncond, guidance, history, noise, variance, threshold, variance_kind, keeps,
         out, stream, seeds, noise_step, purpose, model_input, scatter,
     )  # fmt: skip
@@ -239,7 +229,7 @@ def _needs_dispatcher(call: StepCall, name: str) -> bool:
 
     The reference is torch operators already, and outside of a compiled function is left to be seen as those.
     """
-    if _is_compiling():
+    if torch.compiler.is_compiling():
         return True
     tensors = [tensor for _, tensor in (*call.inputs(), *call.scalars(), *call.counters())]
     if name == "reference":

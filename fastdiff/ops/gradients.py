@@ -39,29 +39,18 @@ from ..table import (
 )
 from .checks import may_look
 from .layout import in_memory
-from .run import execute
+from .run import ARGUMENTS, TENSORS, execute
 from .vmap import fold_step
 
 _X, _M, _D, _H0, _Z = (COLUMNS.index(name) for name in ("sample", "model_output", "prediction", "history_0", "noise"))
 #: Maps a launch: as many as a row has.
 _MAPS = 3
 
-#: The operator's arguments, in the order of its schema.
-_TENSORS = (
-    "sample", "model_output", "table", "rows", "uncond", "guidance", "history_0", "history_1", "history_2",
-    "history_3", "noise", "variance", "threshold", "seeds", "noise_steps",
-)  # fmt: skip
-_ARGUMENTS = (
-    "sample", "model_output", "table", "row", "rows", "uncond", "guidance", "history_0", "history_1", "history_2",
-    "history_3", "noise", "variance", "threshold", "variance_kind", "keeps", "seeds", "noise_step", "noise_steps",
-    "purpose", "model_input_dtype", "model_input_copies", "backend",
-)  # fmt: skip
-
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Keep what the gradients that are wanted need: of a linear row with a fixed scale no tensor but the table."""
-    given = dict(zip(_ARGUMENTS, inputs, strict=True))
-    wanted = dict(zip(_ARGUMENTS, ctx.needs_input_grad, strict=False))
+    given = dict(zip(ARGUMENTS, inputs, strict=True))
+    wanted = dict(zip(ARGUMENTS, ctx.needs_input_grad, strict=False))
     if wanted["table"]:
         raise RuntimeError(
             sentence(
@@ -82,19 +71,19 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         kept |= {"variance", "noise", "seeds", "noise_steps"}
     ctx.clips = clips
     ctx.dtype, ctx.shape = given["sample"].dtype, given["sample"].shape
-    ctx.plain = {name: value for name, value in given.items() if name not in _TENSORS}
-    ctx.save_for_backward(*(given[name] if name in kept else None for name in _TENSORS))
+    ctx.plain = {name: value for name, value in given.items() if name not in TENSORS}
+    ctx.save_for_backward(*(given[name] if name in kept else None for name in TENSORS))
     ctx.set_materialize_grads(False)
 
 
 def backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The gradients of the operator's arguments, of those that want one."""
-    wanted = dict(zip(_ARGUMENTS, ctx.needs_input_grad, strict=False))
+    wanted = dict(zip(ARGUMENTS, ctx.needs_input_grad, strict=False))
     found: dict[str, Tensor | None] = {}
     if any(grad is not None for grad in grads):
-        saved = {**ctx.plain, **dict(zip(_TENSORS, ctx.saved_tensors, strict=True))}
+        saved = {**ctx.plain, **dict(zip(TENSORS, ctx.saved_tensors, strict=True))}
         found = _Pullback(saved, wanted, ctx.clips, ctx.dtype, grads).run()
-    return tuple(found.get(name) if wanted[name] else None for name in _ARGUMENTS)
+    return tuple(found.get(name) if wanted[name] else None for name in ARGUMENTS)
 
 
 class _Function(torch.autograd.Function):

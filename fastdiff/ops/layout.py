@@ -13,6 +13,13 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from ..call import StepCall
 
 
+def extent(tensor: Tensor) -> int:
+    """Elements from a tensor's first to its last in memory, both counted; 0 where it has none."""
+    if tensor.numel() == 0:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def repeats_an_element(tensor: Tensor) -> bool:
     """Whether two elements of a tensor have one address."""
     reach = 0
@@ -22,10 +29,7 @@ def repeats_an_element(tensor: Tensor) -> bool:
         reach += (size - 1) * stride
     else:
         return False
-    if tensor.numel() == 0:
-        return False
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    marks = torch.zeros(last + 1, dtype=torch.bool)
+    marks = torch.zeros(extent(tensor), dtype=torch.bool)
     marks.as_strided(tensor.shape, tensor.stride()).fill_(True)
     return int(marks.sum()) < tensor.numel()
 
@@ -54,8 +58,7 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
         return False
 
     def span(t: Tensor) -> tuple[int, int]:
-        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+        return t.data_ptr(), t.data_ptr() + extent(t) * t.element_size()
 
     (a_low, a_high), (b_low, b_high) = span(a), span(b)
     if a_high <= b_low or b_high <= a_low:
@@ -79,9 +82,9 @@ def make_plain(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> 
     keep a stride of their own from sample to sample, so that halves of a doubled channel dimension are not copied.
     """
     sample = call.sample
-    strides = output_strides(sample)
     apart = call.tells_samples_apart or call.model_input is not None
-    if (apart and not _samples_are_blocks(sample, strides)) or (call.seeds is not None and not _countable(sample)):
+    strides = block_strides(sample) if apart else output_strides(sample)
+    if call.seeds is not None and not _countable(sample):
         strides = _contiguous_strides(sample)
     model = {name: tensor.resolve_neg() for name, tensor in call.model_tensors()}
     if len({tensor.stride() for tensor in model.values()}) > 1 or not _batched_view(call.model_output, strides):
@@ -180,12 +183,15 @@ def _samples_are_blocks(tensor: Tensor, strides: tuple[int, ...]) -> bool:
     return tensor.dim() > 0 and (tensor.shape[0] <= 1 or strides[0] * tensor.shape[0] >= tensor.numel())
 
 
-def model_input_strides(sample: Tensor) -> tuple[int, ...]:
-    """The layout of a new model input, once or twice along the batch: the results' own where samples are blocks."""
+def block_strides(sample: Tensor) -> tuple[int, ...]:
+    """A dense layout in which each sample is one block of memory: the results' own where it is, else contiguous."""
     strides = output_strides(sample)
-    if not _samples_are_blocks(sample, strides):
-        strides = _contiguous_strides(sample)
-    return (_samples_stride(sample), *strides[1:])
+    return strides if _samples_are_blocks(sample, strides) else _contiguous_strides(sample)
+
+
+def model_input_strides(sample: Tensor) -> tuple[int, ...]:
+    """The layout of a new model input, once or twice along the batch."""
+    return (_samples_stride(sample), *block_strides(sample)[1:])
 
 
 def _samples_stride(sample: Tensor) -> int:
@@ -197,11 +203,11 @@ def _countable(sample: Tensor) -> bool:
     """Whether each sample's memory is in row-major order or channels-last, so that a kernel can count its places."""
     if sample.dim() == 0:
         return True
-    inner, strides = sample[:1], output_strides(sample)
-    order = (0, *range(2, sample.dim()), 1)
+    strides = output_strides(sample)
+    channels_last = _permuted_strides(sample, (0, *range(2, sample.dim()), 1))
     return any(
-        _same_where_it_matters(strides[1:], view[1:], inner.shape[1:])
-        for view in (_contiguous_strides(sample), _permuted_strides(sample, order))
+        _same_where_it_matters(strides[1:], view[1:], sample.shape[1:])
+        for view in (_contiguous_strides(sample), channels_last)
     )
 
 
@@ -239,8 +245,4 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _contiguous_strides(tensor: Tensor) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(tensor.shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
+    return _permuted_strides(tensor, tuple(range(tensor.dim())))

@@ -19,7 +19,7 @@ from ..call import StepCall
 from ..table import NUM_REGISTERS
 from .gradients import apply_step, backward, setup_context
 from .layout import output_strides
-from .run import execute, new_model_input, run_new
+from .run import ARGUMENTS, execute, new_model_input, run_new
 from .vmap import fold_step, refuse_step_rows
 
 #: An operator's results keep the strides that its fake tells, whatever inductor does to its inputs.
@@ -65,14 +65,12 @@ def step_op(
 
 @step_op.register_fake
 def _(sample: Tensor, *rest: Any) -> list[Tensor]:
-    keeps, dtype, copies = rest[_AFTER_SAMPLE["keeps"]], rest[_AFTER_SAMPLE["model_input_dtype"]], rest[-2]
+    given = dict(zip(ARGUMENTS[1:], rest, strict=True))
     strides = output_strides(sample)
-    results = [sample.new_empty_strided(sample.shape, strides) for _ in range(keeps + 1)]
-    return results + new_model_input(sample, dtype, copies)
+    results = [sample.new_empty_strided(sample.shape, strides) for _ in range(given["keeps"] + 1)]
+    return results + new_model_input(sample, given["model_input_dtype"], given["model_input_copies"])
 
 
-NAMES = tuple(argument.name for argument in step_op._opoverload._schema.arguments)
-_AFTER_SAMPLE = {name: i for i, name in enumerate(NAMES[1:])}
 torch.library.register_autograd(step_op, backward, setup_context=setup_context)
 torch.library.register_vmap(step_op, fold_step)
 
@@ -130,7 +128,7 @@ def call_library(call: StepCall, out: Sequence[Tensor | None] | None, backend: s
     drawn = (call.seeds, 0 if isinstance(call.noise_step, Tensor) else call.noise_step, steps, int(call.purpose))
     asked: tuple[Any, ...] = (None, 1)
     if call.model_input is not None:
-        asked = (call.model_input.dtype, 1 if call.model_input.shape == call.sample.shape else 2)
+        asked = (call.model_input.dtype, call.model_input_copies)
     guided = (call.uncond, call.guidance)
     if call.scatter:
         slots = [j for j, register in enumerate(call.history) if register is not None]

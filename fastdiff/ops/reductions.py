@@ -10,9 +10,9 @@ blocks of memory, one after another, is made contiguous first.
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ from ..errors import checked_float, sentence
 from ..table import compute_dtype
 from . import backends
 from .checks import DTYPES, check_memory
+from .layout import block_strides, laid_out
 
-_is_compiling = torch.compiler.is_compiling
 _MEAN, _STD, _NORM, _DOT = range(4)
 _NAMES = ("mean", "std", "norm", "dot")
 _rank = functools.lru_cache(maxsize=256)(reference.rank)
@@ -51,12 +51,14 @@ def quantile(x: Tensor, q: float, absolute: bool = False, *, backend: str | None
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and the remedy.
         RuntimeError: a forced backend is missing.
     """
-    if backend is None and type(q) is float and 0.0 <= q <= 1.0 and _may_go_directly(x):
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        low, weight = _rank(q, x.numel() // x.shape[0], dtype)
-        done: Tensor | None = backends.extension.quantile(x, low, weight, bool(absolute), _stream(x))  # type: ignore[union-attr]
-        if done is not None:
-            return done
+    if backend is None and type(q) is float and 0.0 <= q <= 1.0:
+        extension = _extension_for(x)
+        if extension is not None:
+            low, weight = _rank(q, x.numel() // x.shape[0], compute_dtype(x.dtype))
+            stream = backends.current_stream(x)
+            done: Tensor | None = extension.quantile(x, low, weight, bool(absolute), stream)
+            if done is not None:
+                return done
     _check("quantile", x)
     q = _checked_q(q)
     name = backends.backend_for(x, backend, "quantile")
@@ -103,31 +105,21 @@ def dot(x: Tensor, y: Tensor, *, backend: str | None = None) -> Tensor:
     return _sum(_DOT, x, y, 0.0, backend)
 
 
-def _may_go_directly(x: object) -> bool:
-    return (
-        backends.extension is not None
-        and backends.forced is None
-        and not _is_compiling()
-        and isinstance(x, Tensor)
-        and x.dim() > 0
-        and x.numel() > 0
-    )
-
-
-def _stream(x: Tensor) -> int:
-    return 0 if x.is_cpu else backends.current_stream(x)
+def _extension_for(x: object) -> ModuleType | None:
+    """The extension, where it may look at x at once."""
+    return backends.direct_extension() if isinstance(x, Tensor) and x.dim() > 0 and x.numel() > 0 else None
 
 
 def _sum(kind: int, x: Tensor, y: Any, correction: Any, backend: str | None) -> Tensor:
     if (
         backend is None
-        and _may_go_directly(x)
+        and (extension := _extension_for(x)) is not None
         and type(correction) in (int, float)
         and math.isfinite(correction)
         and (y is None or isinstance(y, Tensor))
         and (y is None) == (kind != _DOT)
     ):
-        done: Tensor | None = backends.extension.sum(kind, x, y, correction, _stream(x))  # type: ignore[union-attr]
+        done: Tensor | None = extension.sum(kind, x, y, correction, backends.current_stream(x))
         if done is not None:
             return done
     operation = _NAMES[kind]
@@ -185,40 +177,18 @@ def _checked_q(q: float) -> float:
 # --- How a call is run -----------------------------------------------------------------------------------------------
 
 
-def _in_blocks(x: Tensor) -> Tensor:
-    """The tensor itself where each sample is a block of memory after the one before it, else contiguous."""
-    x = x.resolve_neg()
-    expected = 1
-    inner = sorted((stride, size) for stride, size in zip(x.stride()[1:], x.shape[1:], strict=True) if size != 1)
-    for stride, size in [*inner, (x.stride(0), x.shape[0])]:
-        if size != 1 and stride != expected:
-            return x.contiguous()
-        expected *= size
-    return x
-
-
-def _like(y: Tensor, x: Tensor) -> Tensor:
-    if y.stride() == x.stride():
-        return y.resolve_neg()
-    return torch.empty_strided(x.shape, x.stride(), dtype=y.dtype, device=y.device).copy_(y)
-
-
-def _kernels(module: str) -> Any:
-    return importlib.import_module(f"fastdiff.kernels.{module}")
-
-
 def _run_quantile(x: Tensor, q: float, absolute: bool, backend: str) -> Tensor:
     _check("quantile", x)
     name = backends.backend_for(x, backend or None, "quantile")
     if x.shape[0] == 0:
         return x.new_empty(0, dtype=compute_dtype(x.dtype))
-    x = _in_blocks(x.detach())
+    x = laid_out(x.detach(), block_strides(x))
     low, weight = _rank(_checked_q(q), x[0].numel(), compute_dtype(x.dtype))
     if name == "reference":
         return reference.quantile(x, low, weight, absolute)
     if name == "triton":
-        return _kernels("select").quantile(x, low, weight, absolute)  # type: ignore[no-any-return]
-    return _answer(backends.extension.quantile(x, low, weight, absolute, _stream(x)))  # type: ignore[union-attr]
+        return backends.triton_module("select").quantile(x, low, weight, absolute)  # type: ignore[no-any-return]
+    return _answer(backends.extension.quantile(x, low, weight, absolute, backends.current_stream(x)))  # type: ignore[union-attr]
 
 
 def _run_sum(kind: int, x: Tensor, y: Tensor | None, correction: float, backend: str) -> Tensor:
@@ -227,10 +197,10 @@ def _run_sum(kind: int, x: Tensor, y: Tensor | None, correction: float, backend:
     if x.numel() == 0:
         nothing = 0.0 if kind in (_NORM, _DOT) else float("nan")
         return torch.full(x.shape[:1], nothing, dtype=compute_dtype(x.dtype), device=x.device)
-    x = _in_blocks(x.detach())
+    x = laid_out(x.detach(), block_strides(x))
     if y is not None:
         _check_like(y, x)
-        y = _like(y.detach(), x)
+        y = laid_out(y.detach(), x.stride())
     if name == "reference":
         by_kind: tuple[Callable[[], Tensor], ...] = (
             lambda: reference.mean(x),
@@ -240,8 +210,8 @@ def _run_sum(kind: int, x: Tensor, y: Tensor | None, correction: float, backend:
         )
         return by_kind[kind]()
     if name == "triton":
-        return _kernels("reduce").reduce(kind, x, y, correction)  # type: ignore[no-any-return]
-    return _answer(backends.extension.sum(kind, x, y, correction, _stream(x)))  # type: ignore[union-attr]
+        return backends.triton_module("reduce").reduce(kind, x, y, correction)  # type: ignore[no-any-return]
+    return _answer(backends.extension.sum(kind, x, y, correction, backends.current_stream(x)))  # type: ignore[union-attr]
 
 
 def _answer(done: Tensor | None) -> Tensor:
@@ -301,18 +271,11 @@ def _a_sample(scalars: Tensor, x: Tensor) -> Tensor:
     return scalars.reshape(-1, *[1] * (x.dim() - 1))
 
 
-def _count(x: Tensor) -> int:
-    count = 1
-    for size in x.shape[1:]:
-        count *= size
-    return count
-
-
 def _quantile_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, _ = ctx.saved_tensors
     q, absolute, _backend = ctx.numbers
     flat = _wide(x).reshape(x.shape[0], -1)
-    count = _count(x)
+    count = math.prod(x.shape[1:])
     # `reference.rank` in tensors, for a number of elements that may be a symbol.
     position = torch.full((), q, dtype=flat.dtype if count <= 2**24 else torch.float64, device=x.device) * (count - 1)
     low, high = position.floor().long(), position.ceil().long()
@@ -331,14 +294,14 @@ def _quantile_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _mean_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, _ = ctx.saved_tensors
-    return (_a_sample(grad / _count(x), x).expand(x.shape).to(x.dtype), None)
+    return (_a_sample(grad / math.prod(x.shape[1:]), x).expand(x.shape).to(x.dtype), None)
 
 
 def _std_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, result = ctx.saved_tensors
     wide = _wide(x)
     around = wide.reshape(x.shape[0], -1).mean(dim=1)
-    scale = grad / (result * max(_count(x) - ctx.numbers[0], 0.0))
+    scale = grad / (result * max(math.prod(x.shape[1:]) - ctx.numbers[0], 0.0))
     # As torch: a sample without spread has no direction to grow in.
     scale = scale.masked_fill(result == 0, 0.0)
     return ((_a_sample(scale, x) * (wide - _a_sample(around, x))).to(x.dtype), None, None)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +42,11 @@ def execute(
         noise_step if noise_steps is None else noise_steps, purpose,
     )  # fmt: skip
     return run_new(call, model_input_dtype, model_input_copies, backend)
+
+
+#: The arguments of `fastdiff::step` in order, and those that are tensors.
+ARGUMENTS = tuple(inspect.signature(execute).parameters)
+TENSORS = tuple(name for name in ARGUMENTS if "Tensor" in execute.__annotations__[name])
 
 
 def run_new(call: StepCall, dtype: torch.dtype | None, copies: int, backend: str) -> list[Tensor]:
@@ -94,8 +100,8 @@ def reference_step(call: StepCall, out: tuple[Tensor | None, ...] | None) -> tup
         after = reference.stored(call.table, call.row, call.history, results[1:])
         results = results[:1]
     if call.model_input is not None:
-        copies = 1 if call.model_input.shape == call.sample.shape else 2
-        call.model_input.copy_(reference.model_input(results[0], call.table, call.row, call.model_input.dtype, copies))
+        scaled = (call.table, call.row, call.model_input.dtype, call.model_input_copies)
+        call.model_input.copy_(reference.model_input(results[0], *scaled))
     for register, value in zip(call.history, after, strict=False):
         if register is not None and value is not None:
             register.copy_(value)

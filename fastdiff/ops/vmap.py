@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import sentence
+from .run import ARGUMENTS
 
 _LIKE_SAMPLE = (
     "sample", "model_output", "uncond", "history_0", "history_1", "history_2", "history_3", "noise", "variance",
@@ -24,8 +25,7 @@ def fold_step(
     info: Any, in_dims: tuple[int | None, ...], *args: Any, apply: Any = None
 ) -> tuple[list[Tensor], list[int]]:
     """`fastdiff::step` under vmap; `apply` calls the operator, for who has to see it."""
-    names = [argument.name for argument in torch.ops.fastdiff.step.default._schema.arguments]
-    given, dims = dict(zip(names, args, strict=True)), dict(zip(names, in_dims, strict=True))
+    given, dims = dict(zip(ARGUMENTS, args, strict=True)), dict(zip(ARGUMENTS, in_dims, strict=True))
     size = info.batch_size
     example = _mapped_first(given["sample"], dims["sample"], size)
     inner = example.shape[1:]
@@ -40,7 +40,7 @@ def fold_step(
             folded[name] = _fold_scalars(given[name], dims[name], size, batch)
     if dims["table"] is not None:
         folded |= _fold_tables(_mapped_first(given["table"], dims["table"], size), folded, given["row"], batch)
-    results = (apply or torch.ops.fastdiff.step)(*(folded[name] for name in names))
+    results = (apply or torch.ops.fastdiff.step)(*(folded[name] for name in ARGUMENTS))
     count = given["keeps"] + 1
     out = [result.reshape(size, *inner) for result in results[:count]]
     copies = given["model_input_copies"]
