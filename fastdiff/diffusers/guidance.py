@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: MIT
+"""Classifier-free guidance on its own, and how far it has to be scaled back."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import ops
+
+
+def rescaling(uncond: Tensor, cond: Tensor, scale: float | Tensor, share: float, sample: Tensor) -> Tensor:
+    """What the guided output of each sample is multiplied by (arXiv 2305.08891, eq. 15 and 16).
+
+    Args:
+        uncond, cond: the model's outputs, like `sample` or with twice its channels, of which the first half counts.
+        scale: of guidance, a float or ``[B]``.
+        share: how far the output is brought to the standard deviation of the conditional one, 0 to 1.
+        sample: the samples, ``[B, ...]``.
+
+    Returns:
+        ``[B]``, float32 (float64 for float64).
+    """
+    if cond.shape != sample.shape:
+        uncond, cond = uncond[:, : sample.shape[1]], cond[:, : sample.shape[1]]
+    guided = ops.cfg_combine(cond, uncond, scale)
+    return share * (ops.std(cond) / ops.std(guided)) + (1.0 - share)
+
+
+def combined(uncond: Tensor, cond: Tensor, scale: float | Tensor, factor: Tensor | None) -> Tensor:
+    """The guided output as a tensor, for a step that is not fused."""
+    guided = ops.cfg_combine(cond, uncond, scale)
+    if factor is None:
+        return guided
+    return guided * factor.reshape(-1, *[1] * (guided.dim() - 1)).to(guided.dtype)

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: MIT
+"""A traced step as a row of the fused step's table, and what becomes of its results."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..affine import COLUMNS
+from ..table import PREV_SAMPLE, ROW_WIDTH, compute_dtype
+from .form import row_form, take_mask_apart
+from .symbols import NotAffine, Terms
+from .tracing import INPUTS, USUAL, Constant, Given, Made, Trace, Value
+
+#: Arguments by the names that formulas have for them.
+_NAMES = {leaf: name for name, leaf in INPUTS.items()}
+#: The most tensors that the fused step makes: the previous sample and two to keep.
+MOST_MADE = 3
+
+
+@dataclass(eq=False)
+class Plan:
+    """One step of one scheduler in one state, ready to be run any number of times.
+
+    A value of the result or of the state afterwards is a `Constant`, or the number of a slot.  Slots hold in turn what
+    comes from attributes, from the three usual arguments, from other arguments, from draws of noise, and what the step
+    makes.
+
+    Attributes:
+        row: the step's scalars, float64 ``[32]``.
+        dtype: in which the step is taken; inputs of another are converted.
+        from_attributes: by name, and by the place in a list where there is one.
+        from_arguments, from_keywords: by the number among `USUAL`, and by name.
+        registers: the slots of the history tensors, by register.
+        made: the dtype of each tensor that the step makes.
+        kind, names, results: how the result is put together.
+        attributes, lists: what is written to the scheduler afterwards: single values, and lists with whether the list
+            stays the same object.
+        draws: the dtype of each draw of noise.
+        noise: the slot of the noise that counts, or None.
+        draws_inside: the fused step draws that noise itself.
+        spans: for noise from the scheduler's own sampler, its arguments.
+        variance_kind, thresholding: of the fused step.
+        blend: (slot of a mask, made, made): the first result is the one plus mask times the other.
+    """
+
+    row: Tensor
+    dtype: torch.dtype
+    from_attributes: tuple[tuple[str, int | None], ...]
+    from_arguments: tuple[int, ...]
+    from_keywords: tuple[str, ...]
+    registers: tuple[int, ...]
+    made: tuple[torch.dtype, ...]
+    kind: type | None
+    names: tuple[str, ...] | None
+    results: tuple[Constant | int, ...]
+    attributes: tuple[tuple[str, Constant | int], ...]
+    lists: tuple[tuple[str, bool, tuple[Constant | int, ...]], ...]
+    draws: tuple[torch.dtype, ...]
+    noise: int | None
+    draws_inside: bool
+    spans: tuple[tuple[float, float], ...]
+    variance_kind: int
+    thresholding: bool
+    blend: tuple[int, int, int] | None
+    #: How many tensors the fused step keeps beside the previous sample.
+    keeps: int
+    #: Whether all tensors, before and after, are of `dtype`.
+    uniform: bool
+    #: The plan of the same call at the next timestep with nothing changed between, once one has followed.
+    follower: Plan | None = field(default=None, init=False, repr=False)
+    _tables: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @functools.cached_property
+    def simple(self) -> bool:
+        """Whether the step is one call of the fused step, and nothing before or after it but a draw of noise."""
+        more = self.thresholding or self.variance_kind or self.spans or self.blend or not self.made
+        return self.uniform and not more
+
+    @functools.cached_property
+    def constants(self) -> dict[str, Any]:
+        """The attributes that are set to constants."""
+        return {name: value.value for name, value in self.attributes if isinstance(value, Constant)}
+
+    @functools.cached_property
+    def variables(self) -> tuple[tuple[str, int], ...]:
+        """The attributes that are set to tensors, and the slots of those."""
+        return tuple((name, value) for name, value in self.attributes if not isinstance(value, Constant))
+
+    def table(self, device: torch.device) -> Tensor:
+        """The row as a table on the samples' device, brought there once."""
+        table = self._tables.get(device)
+        if table is None:
+            with torch.inference_mode(False):
+                table = self.row.to(device=device, dtype=compute_dtype(self.dtype)).reshape(1, ROW_WIDTH)
+            self._tables[device] = table
+        return table
+
+    def prediction_table(self, device: torch.device) -> Tensor:
+        """A table whose step gives the prediction itself, unclipped: what dynamic thresholding measures."""
+        key = device, "prediction"
+        if key not in self._tables:
+            row = torch.zeros_like(self.row)
+            row[:2] = self.row[:2]
+            row[2], row[5] = math.inf, 1.0
+            row[6:8] = -1.0
+            row[PREV_SAMPLE + COLUMNS.index("prediction")] = 1.0
+            self._tables[key] = row.to(device=device, dtype=compute_dtype(self.dtype)).reshape(1, ROW_WIDTH)
+        return self._tables[key]
+
+
+def compile_trace(
+    trace: Trace, dtypes: Mapping[str, torch.dtype], *, guided: bool = False, drawn: bool = False
+) -> Plan:
+    """The plan of a traced step.
+
+    Args:
+        trace: what the step does.
+        dtypes: of the tensors that stand before it, by place.
+        guided: the model's output is combined of two within the step, and exists nowhere else.
+        drawn: likewise the noise.
+
+    Raises:
+        NotAffine: the step needs more than a row can say.
+    """
+    absent = {"model_output"} if guided else set()
+    absent |= {f"noise:{k}" for k in range(len(trace.draws))} if drawn else set()
+    made: list[tuple[Terms, torch.dtype]] = []
+
+    def located(value: Value) -> Constant | str | int:
+        """A constant, the place of what stands before the step, or the number of what it makes."""
+        if isinstance(value, Constant):
+            return value
+        if isinstance(value, Given):
+            if value.where not in absent:
+                return value.where
+            value = Made(Terms.of(value.where), dtypes["sample"])
+        entry = (value.terms, value.dtype)
+        if entry not in made:
+            made.append(entry)
+        return made.index(entry)
+
+    results = [located(value) for value in trace.results]
+    singles = [(name, located(v)) for name, v in trace.state.items() if not isinstance(v, tuple)]
+    lists = [(n, v[0], [located(entry) for entry in v[1]]) for n, v in trace.state.items() if isinstance(v, tuple)]
+    formulas = [terms for terms, _ in made]
+    if not formulas:
+        raise NotAffine("computes no tensor")
+    blend = take_mask_apart(formulas)
+    if len(formulas) > MOST_MADE:
+        raise NotAffine(f"computes {len(formulas)} tensors, and {MOST_MADE} is the most")
+    form = row_form(formulas)
+    noise = None if form.noise is None or form.noise in absent else form.noise
+
+    wanted = [*results, *(at for _, at in singles), *(at for _, _, entries in lists for at in entries)]
+    places = {*form.registers, *filter(None, [noise, "mask" if blend else None])}
+    places |= {at for at in wanted if isinstance(at, str)}
+    attributes = sorted(place for place in places if place.startswith("self."))
+    arguments = [place for place in USUAL if place in places]
+    keywords = sorted(places - {*attributes, *arguments} - {p for p in places if _is_draw(p)})
+    draws = [f"noise:{k}" for k in range(0 if drawn else len(trace.draws))]
+    slots = [*attributes, *arguments, *keywords, *draws]
+
+    def slot(at: Constant | str | int) -> Constant | int:
+        if isinstance(at, Constant):
+            return at
+        return slots.index(at) if isinstance(at, str) else len(slots) + at
+
+    read = {"sample", "model_output", *form.registers, *filter(None, [noise])}
+    dtype = _widest([dtypes[place] for place in sorted(read) if place in dtypes])
+    return Plan(
+        row=torch.tensor(form.row.scalars(), dtype=torch.float64),
+        dtype=dtype,
+        from_attributes=tuple(map(_attribute, attributes)),
+        from_arguments=tuple(map(USUAL.index, arguments)),
+        from_keywords=tuple(_NAMES.get(place, place) for place in keywords),
+        registers=tuple(slots.index(place) for place in form.registers),
+        made=tuple(d for _, d in made),
+        kind=trace.kind,
+        names=trace.names,
+        results=tuple(map(slot, results)),
+        attributes=tuple((name, slot(at)) for name, at in singles),
+        lists=tuple((name, same, tuple(map(slot, entries))) for name, same, entries in lists),
+        draws=trace.draws,
+        noise=None if noise is None else slots.index(noise),
+        draws_inside=drawn and form.noise is not None,
+        spans=trace.noise_spans,
+        variance_kind=int(form.variance_kind),
+        thresholding=form.thresholding,
+        blend=None if blend is None else (slots.index("mask"), *blend),
+        keeps=len(formulas) - 1,
+        uniform={dtype, *(dtypes[place] for place in read if place in dtypes), *(d for _, d in made)} == {dtype},
+    )
+
+
+def _is_draw(place: str) -> bool:
+    return place.startswith("noise:") and place[6:].isdigit()
+
+
+def _attribute(place: str) -> tuple[str, int | None]:
+    name, _, index = place.removeprefix("self.").partition(":")
+    return name, int(index) if index else None
+
+
+def _widest(dtypes: list[torch.dtype]) -> torch.dtype:
+    """The dtype that holds all of them."""
+    return functools.reduce(torch.promote_types, dtypes)

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: MIT
+"""A plan's step on real tensors: gather, draw, one fused step, hand out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .. import ops
+from ..affine import COLUMNS
+from ..table import KEEP_0, KEEP_1, PREDICTION_OUTPUT, PREV_SAMPLE
+from ..thresholding import dynamic_threshold
+from .plan import Plan
+from .tracing import USUAL
+
+
+def run_plan(
+    plan: Plan,
+    attributes: dict[str, Any],
+    arguments: Mapping[str, Any],
+    uncond: Tensor | None,
+    guidance: float | Tensor | None,
+    seeds: Tensor | None,
+    noise_step: int,
+    factor: Tensor | None = None,
+) -> Any:
+    """Take a step.
+
+    Args:
+        plan: of this step in this state.
+        attributes: the scheduler's, which are written once the step has succeeded.
+        arguments: of the call, by name.
+        uncond, guidance: of a guided step; `model_output` is then the conditional output.
+        seeds, noise_step: of noise that the fused step draws.
+        factor: what each sample's model output is multiplied by, ``[B]``.
+    """
+    sample = arguments["sample"]
+    output = arguments.get("model_output", sample)
+    variance = None
+    if output.shape != sample.shape:
+        output, variance = output.chunk(2, dim=1)
+        if uncond is not None:
+            uncond = uncond.chunk(2, dim=1)[0]
+        variance = variance if plan.variance_kind else None
+    drawn = _draw(plan, attributes, arguments, output)
+    values: list[Any] = [
+        attributes[name] if index is None else attributes[name][index] for name, index in plan.from_attributes
+    ]
+    values += [arguments[name] for name in (*(USUAL[i] for i in plan.from_arguments), *plan.from_keywords)]
+    values += drawn
+    history = [values[slot] for slot in plan.registers]
+    noise = None if plan.noise is None else values[plan.noise]
+    dtype = plan.dtype
+    if not plan.uniform:
+        sample, output, uncond, noise, variance = (
+            t if t is None or t.dtype is dtype else t.to(dtype) for t in (sample, output, uncond, noise, variance)
+        )
+        history = [t if t.dtype is dtype else t.to(dtype) for t in history]
+    threshold = None
+    if plan.thresholding:
+        rows = _rows(plan.prediction_table(sample.device), factor)
+        (x0,) = ops.step(sample, output, *rows, uncond=uncond, guidance=guidance)
+        config = attributes["_internal_dict"]
+        threshold = dynamic_threshold(x0, config["dynamic_thresholding_ratio"], config["sample_max_value"])
+    rows = _rows(plan.table(sample.device), factor)
+    made = _step(plan, rows, sample, output, uncond, guidance, history, noise, variance, threshold,
+                 seeds if plan.draws_inside else None, noise_step)  # fmt: skip
+    if plan.blend is not None:
+        mask, a, b = plan.blend
+        blended = torch.addcmul(made[a], values[mask].to(dtype), made[b])
+        made = (blended, *(t for k, t in enumerate(made) if k not in (a, b)))
+    if not plan.uniform:
+        made = tuple(t if t.dtype is wanted else t.to(wanted) for t, wanted in zip(made, plan.made, strict=True))
+    values.extend(made)
+    _write(plan, attributes, values)
+    return _result(plan, values)
+
+
+def run_simple(
+    plan: Plan, attributes: dict[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], uncond: Any, scale: Any,
+    seeds: Tensor | None, noise_step: int,
+) -> Any:  # fmt: skip
+    """The short way of `run_plan`, for a `simple` plan and a call (model_output, timestep, sample, *, ...)."""
+    output, _, sample = args
+    values: list[Any] = [
+        attributes[name] if index is None else attributes[name][index] for name, index in plan.from_attributes
+    ]
+    values += [args[index] for index in plan.from_arguments]
+    values += [kwargs[name] for name in plan.from_keywords]
+    if plan.draws and seeds is None:
+        generator = kwargs.get("generator")
+        values += [randn_tensor(output.shape, generator, output.device, dtype) for dtype in plan.draws]
+    noise = None if plan.noise is None else values[plan.noise]
+    history = [values[slot] for slot in plan.registers]
+    rows = plan.table(sample.device), 0
+    values += _step(plan, rows, sample, output, uncond, scale, history, noise, None, None, seeds, noise_step)
+    _write(plan, attributes, values)
+    return _result(plan, values)
+
+
+def _draw(plan: Plan, attributes: dict[str, Any], arguments: Mapping[str, Any], output: Tensor) -> list[Any]:
+    """The step's noise, drawn as diffusers draws it and as often."""
+    if plan.spans:
+        sampler = attributes["noise_sampler"]
+        return [sampler(start, end).to(output.device) for start, end in plan.spans]
+    if not plan.draws or plan.draws_inside:
+        return []
+    generator = arguments.get("generator")
+    return [randn_tensor(output.shape, generator, output.device, dtype) for dtype in plan.draws]
+
+
+#: The columns of a row that multiply the model's output, itself or within the prediction.
+_OF_OUTPUT = [PREDICTION_OUTPUT, *(first + COLUMNS.index("model_output") for first in (PREV_SAMPLE, KEEP_0, KEEP_1))]
+
+
+def _rows(table: Tensor, factor: Tensor | None) -> tuple[Tensor, int | Tensor]:
+    """A table of one row for all, or of one for each sample with the output's coefficients times its factor."""
+    if factor is None:
+        return table, 0
+    rows = table.repeat(len(factor), 1)
+    rows[:, _OF_OUTPUT] *= factor[:, None].to(table.dtype)
+    return rows, torch.arange(len(factor), device=table.device)
+
+
+def _step(plan: Plan, rows: tuple[Tensor, int | Tensor], sample: Tensor, output: Tensor, uncond: Any, guidance: Any,
+          history: Any, noise: Any, variance: Any, threshold: Any, seeds: Any, noise_step: int) -> Any:  # fmt: skip
+    """One call of the fused step: (prev_sample, and what it keeps)."""
+    kind = plan.variance_kind
+    done = ops.direct_step(
+        sample, output, *rows, uncond, guidance, history, noise, variance, threshold, kind, plan.keeps, None, seeds,
+        noise_step,
+    )  # fmt: skip
+    if done is not None:
+        return done
+    return ops.step(
+        sample, output, *rows, uncond=uncond, guidance=guidance, history=history, noise=noise, seeds=seeds,
+        noise_step=noise_step, variance=variance, threshold=threshold, variance_kind=kind, keeps=plan.keeps,
+    )  # fmt: skip
+
+
+def _write(plan: Plan, attributes: dict[str, Any], values: list[Any]) -> None:
+    """Bring the scheduler to its state after the step."""
+    attributes.update(plan.constants)
+    for name, slot in plan.variables:
+        attributes[name] = values[slot]
+    for name, same, entries in plan.lists:
+        items = [values[v] if type(v) is int else v.value for v in entries]  # type: ignore[union-attr]
+        if same:
+            attributes[name][:] = items
+        else:
+            attributes[name] = items
+
+
+def _result(plan: Plan, values: list[Any]) -> Any:
+    results = [values[v] if type(v) is int else v.value for v in plan.results]  # type: ignore[union-attr]
+    if plan.kind is tuple:
+        return tuple(results)
+    if plan.kind is None:
+        return results[0]
+    return plan.kind(**dict(zip(plan.names, results, strict=True)))  # type: ignore[arg-type]

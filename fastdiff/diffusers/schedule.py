@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: MIT
+"""What of a scheduler stays from step to step, and what its state is: the two keys under which plans are kept."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .plan import Plan
+from .tracing import HISTORY
+
+#: Attributes that hold a tensor with one number, made by one step for the next.
+SCALARS_OF_STATE = frozenset(("dt", "mid_point_sigma"))
+#: Where the object of this module hangs.
+FUSED = "_fused"
+#: Schedules whose plans are kept, the latest ones.
+MOST_SCHEDULES = 128
+_PLANS: OrderedDict[Any, dict[Any, Plan | str]] = OrderedDict()
+
+
+class Schedule:
+    """A scheduler's configuration and its arrays, as they were when they were looked at, and the plans made for them.
+
+    Plans are shared by all schedulers of one class with the same configuration and the same numbers.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        attributes = vars(scheduler)
+        self.config = attributes["_internal_dict"]
+        arrays = {
+            name: value
+            for name, value in attributes.items()
+            if isinstance(value, np.ndarray) or (isinstance(value, Tensor) and not _of_state(name))
+        }
+        self.tensors = tuple((n, t, version_of(t)) for n, t in arrays.items() if isinstance(t, Tensor))
+        self.arrays = tuple((n, a) for n, a in arrays.items() if isinstance(a, np.ndarray))
+        self.names = frozenset(arrays) | {"_internal_dict", FUSED}
+        with torch.inference_mode(False):
+            self.host = {name: tensor.detach().cpu() for name, tensor, _ in self.tensors}
+        self._locate(attributes.get("timesteps"))
+        numbers = {name: tensor.numpy() for name, tensor in self.host.items()} | dict(self.arrays)
+        contents = tuple((n, str(a.dtype), a.shape, a.tobytes()) for n, a in sorted(numbers.items()))
+        key = type(scheduler), repr(sorted(self.config.items())), contents
+        self.plans = _PLANS.setdefault(key, {})
+        _PLANS.move_to_end(key)
+        while len(_PLANS) > MOST_SCHEDULES:
+            _PLANS.popitem(last=False)
+
+    def _locate(self, timesteps: object) -> None:
+        self._dtype: torch.dtype | None = None
+        self.step_bytes = 1
+        if isinstance(timesteps, Tensor) and timesteps.dim() == 1 and len(timesteps) > 0:
+            self._dtype, self._count = timesteps.dtype, len(timesteps)
+            self._first, self.step_bytes = timesteps.data_ptr(), timesteps.element_size() * max(timesteps.stride(0), 1)
+
+    def holds(self, attributes: dict[str, Any]) -> bool:
+        """Whether a scheduler still has this configuration and these arrays, unwritten since."""
+        if attributes["_internal_dict"] is not self.config:
+            return False
+        for name, tensor, version in self.tensors:
+            if attributes.get(name) is not tensor or version_of(tensor) != version:
+                return False
+        return all(attributes.get(name) is array for name, array in self.arrays)
+
+    def position(self, timestep: Tensor) -> int | None:
+        """Which of the schedule's own timesteps a tensor is a view of; None for any other.
+
+        A loop over `timesteps` yields views, so no value has to be fetched from a device.
+        """
+        if timestep.dtype is not self._dtype or timestep.dim() != 0:
+            return None
+        place, rest = divmod(timestep.data_ptr() - self._first, self.step_bytes)
+        return place if rest == 0 and 0 <= place < self._count else None
+
+    def state(self, attributes: dict[str, Any]) -> tuple[Any, ...]:
+        """All other attributes: numbers by value, tensors of history by their dtype."""
+        return tuple((n, _state_of(n, v)) for n, v in attributes.items() if n not in self.names)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor has been written; of inference tensors nobody counts."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _of_state(name: str) -> bool:
+    return name in HISTORY or name in SCALARS_OF_STATE
+
+
+def _state_of(name: str, value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        return float(value) if name in SCALARS_OF_STATE else value.dtype
+    if isinstance(value, (list, tuple)):
+        if name in HISTORY:
+            return tuple(item.dtype if isinstance(item, Tensor) else item for item in value)
+        return len(value), tuple(None if isinstance(item, Tensor) else _state_of(name, item) for item in value)
+    code = getattr(value, "__code__", None)
+    if code is not None and not value.__closure__ and not value.__defaults__:
+        return code  # a function that depends on its arguments alone
+    try:
+        hash(value)
+    except TypeError:
+        return repr(value)
+    return value

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: MIT
+"""What stands before the class of a diffusers scheduler and makes its steps fused ones.
+
+The first time that a scheduler takes a step in some state, the step is traced and compiled to a `Plan`; from then on
+the plan is run.  What a plan depends on is looked at in every step, so that what is assigned from outside between two
+steps counts: where nothing was and the next timestep follows, by identity alone, which takes a microsecond.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from operator import is_
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..philox import as_seeds
+from .guidance import combined, rescaling
+from .plan import Plan, compile_trace
+from .running import run_plan, run_simple
+from .schedule import FUSED, Schedule, version_of
+from .symbols import NotAffine
+from .tracing import HISTORY, INPUTS, USUAL, trace_step
+
+
+class Fused:
+    """What a scheduler has beside its own attributes; not part of its configuration, copies or pickles.
+
+    Attributes:
+        schedule: what stays from step to step, with the plans.
+        seeds: of noise that the fused step draws, or None.
+        steps_taken: since the seeds were given or the timesteps set: the step of that noise.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.schedule = Schedule(scheduler)
+        self.seeds: int | Sequence[int] | Tensor | None = None
+        self.steps_taken = 0
+        self.plan: Plan | None = None
+        self._seeds_kept: Tensor | None = None
+
+    def seeds_for(self, sample: Tensor) -> Tensor:
+        """The seeds as a tensor beside the samples, kept for the loop."""
+        kept = self._seeds_kept
+        if kept is None or kept.device != sample.device or len(kept) != len(sample):
+            assert self.seeds is not None
+            kept = self._seeds_kept = as_seeds(self.seeds, sample.shape[0], sample.device)
+        return kept
+
+    def remember(
+        self, plan: Plan, name: str, guided: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any], attributes: Any
+    ) -> None:
+        """Look at the scheduler and the call after a step that was taken the longer way."""
+        place = self.schedule.position(args[1]) if len(args) == 3 and isinstance(args[1], Tensor) else None
+        if place is None:
+            self.plan = None
+            return
+        self.name, self.guided = name, guided
+        self.dtypes = args[0].dtype, args[1].dtype, args[2].dtype
+        self.names, self.rest = tuple(kwargs), tuple(kwargs.values())
+        self.versions = tuple((tensor, version) for _, tensor, version in self.schedule.tensors)
+        self.pointer = args[1].data_ptr()
+        self.look(plan, attributes)
+
+    def look(self, plan: Plan, attributes: dict[str, Any]) -> None:
+        """Remember the scheduler's attributes as they are after a step, and that the next timestep comes next."""
+        self.plan = plan
+        self.pointer += self.schedule.step_bytes
+        self.values = tuple(attributes.values())
+        self.lists = tuple((attributes[name], tuple(attributes[name])) for name, _, _ in plan.lists)
+
+    def undisturbed(
+        self, name: str, guided: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any], attributes: dict[str, Any]
+    ) -> bool:
+        """Whether a call is the last one again, one timestep on, with nothing changed between."""
+        if self.plan is None or len(args) != 3 or name != self.name or guided is not self.guided:
+            return False
+        output, timestep, sample = args
+        try:
+            if timestep.data_ptr() != self.pointer or (output.dtype, timestep.dtype, sample.dtype) != self.dtypes:
+                return False
+        except AttributeError:  # a number
+            return False
+        if timestep.dim() != 0 or tuple(kwargs) != self.names or not all(map(is_, kwargs.values(), self.rest)):
+            return False
+        values = attributes.values()
+        if len(values) != len(self.values) or not all(map(is_, values, self.values)):
+            return False
+        for tensor, version in self.versions:
+            if version_of(tensor) != version:
+                return False
+        return all(len(listed) == len(items) and all(map(is_, listed, items)) for listed, items in self.lists)
+
+
+class FusedScheduler:
+    """Mixed in before a diffusers scheduler, of which it replaces the methods named in `stepping`."""
+
+    #: Methods that take a step.
+    stepping: ClassVar[tuple[str, ...]] = ("step",)
+    #: The diffusers class, and each stepping method's arguments in order.
+    original: ClassVar[type]
+    arguments: ClassVar[dict[str, tuple[str, ...]]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.original = next(base for base in cls.__mro__[1:] if not issubclass(base, FusedScheduler))
+        # Configurations and pipelines write a class down by its module's library and its name: they find diffusers'.
+        cls.__module__ = cls.original.__module__
+        cls.arguments = {}
+        for name in cls.stepping:
+            method = getattr(cls.original, name)
+            signature = inspect.signature(method)
+            cls.arguments[name] = tuple(signature.parameters)[1:]
+            setattr(cls, name, _stepping_method(name, method, signature))
+        if hasattr(cls.original, "index_for_timestep"):
+            cls.index_for_timestep = _index_for_timestep  # type: ignore[attr-defined]
+
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        """As the diffusers class's own; noise of `use_philox` starts again with its first step."""
+        super().set_timesteps(*args, **kwargs)  # type: ignore[misc]
+        fused: Fused | None = vars(self).get(FUSED)
+        if fused is not None:
+            fused.steps_taken = 0
+
+    def guided_step(
+        self,
+        model_output_uncond: Tensor,
+        model_output_cond: Tensor,
+        guidance_scale: float | Tensor,
+        timestep: Any,
+        sample: Tensor,
+        guidance_rescale: float = 0.0,
+        **kwargs: Any,
+    ) -> Any:
+        """`step` of the guided output uncond + scale·(cond − uncond), which is combined within the step.
+
+        Args:
+            model_output_uncond, model_output_cond: like `sample`, or with twice the channels for a learned variance.
+            guidance_scale: a float, or a tensor ``[]``, ``[1]`` or ``[B]`` in the compute dtype.
+            timestep, sample: as in `step`.
+            guidance_rescale: φ of arXiv 2305.08891, section 3.4: the guided output is scaled to the standard deviation
+                of the conditional one, a share φ of the way.
+            kwargs: what `step` takes besides.
+        """
+        factor = None
+        if guidance_rescale != 0.0:
+            factor = rescaling(model_output_uncond, model_output_cond, guidance_scale, guidance_rescale, sample)
+        args = (model_output_cond, timestep, sample)
+        if self.arguments["step"][:3] != USUAL:
+            kwargs, args = {**dict(zip(USUAL, args, strict=True)), **kwargs}, ()  # type: ignore[assignment]
+        if factor is not None:
+            return _take_carefully(self, "step", args, kwargs, model_output_uncond, guidance_scale, factor=factor)
+        return _take(self, "step", args, kwargs, model_output_uncond, guidance_scale)
+
+    def use_philox(self, seeds: int | Sequence[int] | Tensor | None) -> None:
+        """Draw the step's noise inside the step, each sample's from its own seed; None goes back to generators.
+
+        It is no part of the configuration.  A generator passed to `step` is then not asked.
+
+        Args:
+            seeds: one for each sample, as in `fastdiff.randn`; its `step` is the number of steps taken since
+                `set_timesteps`.
+        """
+        fused = fused_of(self)
+        fused.seeds, fused.steps_taken, fused.plan, fused._seeds_kept = seeds, 0, None, None
+
+    def stepper(self) -> Any:
+        """A scheduler of its own for one loop: its state is its own, the schedule and the plans are shared.
+
+        diffusers' schedulers hold the state of one loop, so threads must not share one; each may have a stepper.
+        """
+        own = type(self).__new__(type(self))
+        for name, value in vars(self).items():
+            if name != FUSED:
+                vars(own)[name] = list(value) if isinstance(value, list) else value
+        return own
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != FUSED}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (type(self).__name__,), self.__getstate__()
+
+
+def _rebuild(name: str) -> Any:
+    from . import schedulers
+
+    cls = getattr(schedulers, name)
+    return cls.__new__(cls)
+
+
+def _stepping_method(name: str, method: Any, signature: inspect.Signature) -> Any:
+    @functools.wraps(method)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _take(self, name, args, kwargs, None, None)
+
+    step.__signature__ = signature  # type: ignore[attr-defined]
+    return step
+
+
+def _index_for_timestep(self: Any, timestep: Any, schedule_timesteps: Any = None) -> Any:
+    """As the diffusers class's own, without fetching a view of the schedule from a device."""
+    if schedule_timesteps is None and isinstance(timestep, Tensor):
+        schedule = fused_of(self).schedule
+        place = schedule.position(timestep)
+        if place is not None:
+            schedule_timesteps = schedule.host["timesteps"]
+            timestep = schedule_timesteps[place]
+    return self.original.index_for_timestep(self, timestep, schedule_timesteps)
+
+
+def fused_of(scheduler: Any) -> Fused:
+    """What hangs on a scheduler, with the schedule that it has now."""
+    attributes = vars(scheduler)
+    fused: Fused | None = attributes.get(FUSED)
+    if fused is None:
+        fused = attributes[FUSED] = Fused(scheduler)
+    elif not fused.schedule.holds(attributes):
+        fused.schedule, fused.plan = Schedule(scheduler), None
+    return fused
+
+
+def _take(scheduler: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], uncond: Any, scale: Any) -> Any:
+    attributes = scheduler.__dict__
+    fused = attributes.get(FUSED)
+    undisturbed = fused is not None and fused.undisturbed(name, uncond is not None, args, kwargs, attributes)
+    if undisturbed and (plan := fused.plan.follower) is not None and args[0].shape == args[2].shape:
+        seeds = fused.seeds_for(args[2]) if plan.draws_inside else None
+        result = run_simple(plan, attributes, args, kwargs, uncond, scale, seeds, fused.steps_taken)
+        fused.steps_taken += 1
+        fused.look(plan, attributes)
+        return result
+    return _take_carefully(scheduler, name, args, kwargs, uncond, scale, undisturbed)
+
+
+def _take_carefully(
+    scheduler: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], uncond: Any, scale: Any,
+    undisturbed: bool = False, factor: Tensor | None = None,
+) -> Any:  # fmt: skip
+    """A step whose plan has to be looked up, or made; or one that the scheduler's own code takes."""
+    names = scheduler.arguments[name]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    output, sample = given.get("model_output"), given.get("sample")
+    if name == "scale_model_input":
+        output = sample
+    if not isinstance(output, Tensor) or not isinstance(sample, Tensor) or len(args) > len(names):
+        return getattr(scheduler.original, name)(scheduler, *args, **kwargs)  # which says what is wrong
+    fused = fused_of(scheduler)
+    schedule, attributes = fused.schedule, vars(scheduler)
+    key = (name, uncond is None, fused.seeds is None, output.shape == sample.shape, schedule.state(attributes),
+           _arguments_key(schedule, given))  # fmt: skip
+    plan = schedule.plans.get(key)
+    if plan is None:
+        plan = schedule.plans[key] = _compile(scheduler, name, given, fused, uncond is not None)
+    if isinstance(plan, str):
+        fused.plan = None
+        if uncond is not None:
+            given["model_output"] = combined(uncond, output, scale, factor)
+        return getattr(scheduler.original, name)(scheduler, **given)
+    seeds = fused.seeds_for(sample) if plan.draws_inside else None
+    result = run_plan(plan, attributes, given, uncond, scale, seeds, fused.steps_taken, factor)
+    fused.steps_taken += 1
+    if undisturbed and plan.simple:
+        fused.plan.follower = plan  # type: ignore[union-attr]
+    if names[:3] == USUAL:
+        fused.remember(plan, name, uncond is not None, args, kwargs, attributes)
+    return result
+
+
+def _arguments_key(schedule: Schedule, given: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple((name, _argument_key(schedule, name, value)) for name, value in given.items() if name != "generator")
+
+
+def _argument_key(schedule: Schedule, name: str, value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return type(value), value
+    if name in INPUTS:
+        return value.dtype
+    place = schedule.position(value)
+    return ("timesteps", place) if place is not None else (value.dtype, value.dim(), *value.reshape(-1).tolist())
+
+
+def _compile(scheduler: Any, name: str, given: Mapping[str, Any], fused: Fused, guided: bool) -> Plan | str:
+    """The plan of a step in the scheduler's present state, or why there is none."""
+    schedule, attributes = fused.schedule, vars(scheduler)
+    sample, output = given["sample"], given.get("model_output", given["sample"])
+    doubled = output.dim() > 1 and (output.shape[0], output.shape[1] // 2, *output.shape[2:]) == sample.shape
+    if output.shape != sample.shape and not doubled:
+        return "the model's output and the samples have different shapes"
+    if attributes.get("noise_sampler", 0) is None:
+        return "the first step makes the noise sampler"
+    arguments = {n: v for n, v in given.items() if n != "generator"}
+    timestep = arguments.get("timestep")
+    place = schedule.position(timestep) if isinstance(timestep, Tensor) else None
+    if place is not None:
+        arguments["timestep"] = schedule.host["timesteps"][place]
+    state = {n: schedule.host.get(n, v) for n, v in attributes.items() if n != FUSED}
+    try:
+        trace = trace_step(scheduler.original, name, arguments, state)
+        dtypes = dict(_dtypes(given, attributes)) | {f"noise:{k}": dtype for k, dtype in enumerate(trace.draws)}
+        return compile_trace(trace, dtypes, guided=guided, drawn=fused.seeds is not None and len(trace.draws) == 1)
+    except NotAffine as reason:
+        return str(reason)
+
+
+def _dtypes(given: Mapping[str, Any], attributes: Mapping[str, Any]) -> Iterator[tuple[str, torch.dtype]]:
+    """Of each tensor that a step may read, its place and its dtype."""
+    for name, value in given.items():
+        if name in INPUTS and isinstance(value, Tensor):
+            yield INPUTS[name], value.dtype
+    for name in HISTORY & attributes.keys():
+        value = attributes[name]
+        if isinstance(value, Tensor):
+            yield f"self.{name}", value.dtype
+        for i, item in enumerate(value if isinstance(value, list) else ()):
+            if isinstance(item, Tensor):
+                yield f"self.{name}:{i}", item.dtype

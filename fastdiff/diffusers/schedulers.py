@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: MIT
+"""The classes: each of diffusers' continuous schedulers, under its own name, with fused steps.
+
+Schedulers of discrete tokens (Amused, VQ diffusion, discrete DDIM, block refinement) add up no tensors; they have no
+class here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from .scheduler import FusedScheduler
+
+#: Class by class, the methods that take a step, and the module where diffusers does not export it.
+_SCHEDULERS: dict[str, tuple[tuple[str, ...], str]] = {
+    **{
+        f"{name}Scheduler": (("step",), "diffusers")
+        for name in (
+            "CMStochasticIterative", "CogVideoXDDIM", "CogVideoXDPM", "CosineDPMSolverMultistep", "DDIM", "DDIMInverse",
+            "DDIMParallel", "DDPM", "DDPMParallel", "DDPMWuerstchen", "DEISMultistep", "DPMSolverMultistep",
+            "DPMSolverMultistepInverse", "DPMSolverSDE", "DPMSolverSinglestep", "EDMDPMSolverMultistep", "EDMEuler",
+            "EulerAncestralDiscrete", "EulerDiscrete", "FlowMapEulerDiscrete", "FlowMatchEulerDiscrete",
+            "FlowMatchHeunDiscrete", "FlowMatchLCM", "HeunDiscrete", "IPNDM", "KDPM2AncestralDiscrete", "KDPM2Discrete",
+            "LCM", "LMSDiscrete", "LTXEulerAncestralRF", "RePaint", "SASolver", "SCM", "TCD", "UnCLIP",
+            "UniPCMultistep",
+        )
+    },
+    "PNDMScheduler": (("step", "step_prk", "step_plms"), "diffusers"),
+    "ConsistencyDecoderScheduler": (("step",), "diffusers.schedulers.scheduling_consistency_decoder"),
+}  # fmt: skip
+
+#: Classes whose `scale_model_input` is more than its argument.
+_SCALES_MODEL_INPUT = frozenset(
+    f"{name}Scheduler"
+    for name in (
+        "CMStochasticIterative", "ConsistencyDecoder", "CosineDPMSolverMultistep", "DPMSolverSDE",
+        "EDMDPMSolverMultistep", "EDMEuler", "EulerAncestralDiscrete", "EulerDiscrete", "HeunDiscrete",
+        "KDPM2AncestralDiscrete", "KDPM2Discrete", "LMSDiscrete",
+    )
+)  # fmt: skip
+
+
+def _fused_class(name: str, stepping: tuple[str, ...], module: str) -> Any:
+    """The class over diffusers' own of that name; None where the installed diffusers has none."""
+    original = getattr(importlib.import_module(module), name, None)
+    # What diffusers exports without what it needs (scipy, torchsde) is a stand-in that raises when it is made.
+    if original is None or not hasattr(original, "step"):
+        return None
+    if name in _SCALES_MODEL_INPUT:
+        stepping = (*stepping, "scale_model_input")
+    doc = f"diffusers' {name} with fused steps; see `fastdiff.diffusers`.\n\n{original.__doc__ or ''}"
+    return type(name, (FusedScheduler, original), {"stepping": stepping, "__doc__": doc})
+
+
+CLASSES: dict[str, Any] = {
+    name: made for name, spec in sorted(_SCHEDULERS.items()) if (made := _fused_class(name, *spec)) is not None
+}
+globals().update(CLASSES)
+__all__ = sorted(CLASSES)
