@@ -13,7 +13,13 @@ The way of the data::
     csrc/ kernels/ reference.py    its implementations
 
 `samplers.py` and `manager.py` put them together; nothing below knows what is above it.
+
+`fastdiff.diffusers`, `fastdiff.patch` and `fastdiff.unpatch` import diffusers, and so are imported when they are asked for.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from . import ops
 from .loop import SamplingResult, StepInfo
@@ -50,6 +56,10 @@ from .schedules import (
 from .stepper import Stepper
 from .table import StepTable
 
+if TYPE_CHECKING:
+    from . import diffusers
+    from .diffusers import patch, unpatch
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -85,7 +95,19 @@ __all__ = [
     "create_advanced_sampling_manager",
     "create_noise_scheduler",
     "create_sampler",
+    "diffusers",
     "ops",
+    "patch",
     "randn",
     "spawn_seeds",
+    "unpatch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("diffusers", "patch", "unpatch"):
+        from importlib import import_module
+
+        module = import_module(".diffusers", __name__)
+        return module if name == "diffusers" else getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,9 @@
 A class here is a subclass of diffusers' own: configuration, timesteps, state and refusals are those of the installed
 diffusers.  Only `step` is replaced: the first time that a scheduler is in some state it is traced (`tracing`,
 `symbols`), brought into the form of a row of the fused step's table (`form`, `plan`), and from then on run (`running`).
+
+`patch` and `unpatch` do the same to a pipeline as it stands (`patching`); the guiders of modular pipelines are here too
+(`guiders`); `explain` says what a scheduler's steps come to.
 """
 
 from __future__ import annotations
@@ -16,14 +19,29 @@ from ..errors import require
 
 require("diffusers", "diffusers", "fastdiff.diffusers")
 
+from .explain import Explanation, ExplainedStep, explain  # noqa: E402
+from .guiders import GUIDERS, FusedGuider  # noqa: E402
+from .patching import Part, PatchReport, patch, unpatch  # noqa: E402
 from .scheduler import FusedScheduler  # noqa: E402
 from .schedulers import CLASSES  # noqa: E402
 
-__all__ = ["FusedScheduler", *CLASSES]
+__all__ = [  # noqa: PLE0604, the classes are those that the installed diffusers has
+    "ExplainedStep",
+    "Explanation",
+    "FusedGuider",
+    "FusedScheduler",
+    "Part",
+    "PatchReport",
+    "explain",
+    "patch",
+    "unpatch",
+    *CLASSES,
+    *GUIDERS,
+]
 
 
 def __getattr__(name: str) -> Any:
     try:
-        return CLASSES[name]
+        return CLASSES[name] if name in CLASSES else GUIDERS[name]
     except KeyError:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: MIT
+"""The guiders of diffusers' modular pipelines under their own names, each combination one fused pass.
+
+Every one of them is u, c and at times a running average, added up with a weight a sample.  The weights come from
+reductions of `fastdiff.ops`; the sum is one call of the fused step with a row a sample.  Only `forward` is replaced,
+and only where it combines: outside the interval of steps, where gradients are wanted, for tensors of different shapes
+or dtypes and for norms over some of a sample's dimensions, diffusers' own `forward` runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..affine import COLUMNS
+from ..table import CLIP, KEEP_0, MODEL_INPUT_SCALE, PREV_SAMPLE, ROW_WIDTH, STORE_0, STORE_1, compute_dtype
+
+try:
+    from diffusers import guiders as _originals
+    from diffusers.guiders.guider_utils import GuiderOutput
+except ImportError:  # diffusers 0.35 has guiders that return something else
+    _originals = None
+
+#: A weight of a sum: one number, or one for each sample.
+Weight = float | Tensor
+_SAMPLE, _OUTPUT, _HISTORY = (COLUMNS.index(name) for name in ("sample", "model_output", "history_0"))
+
+
+class FusedGuider:
+    """Mixed in before a diffusers guider; what it combines is `_combined`."""
+
+    original: ClassVar[Any]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.original = next((base for base in cls.__mro__[1:] if not issubclass(base, FusedGuider)), object)
+        if cls.original is not object:
+            # Configurations and pipelines write a class down by its module's library and its name: they find diffusers'.
+            cls.__module__ = cls.original.__module__
+
+    def forward(self: Any, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> Any:
+        """As the diffusers guider's own.
+
+        Args:
+            pred_cond, pred_uncond: the model's outputs, ``[B, ...]``.
+
+        Returns:
+            diffusers' `GuiderOutput`.
+        """
+        if self.num_conditions == 1 or not self._fuses(pred_cond, pred_uncond):
+            return self.original.forward(self, pred_cond, pred_uncond)
+        pred, uncond = self._combined(pred_cond, pred_uncond, float(self.guidance_rescale))
+        return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=uncond)
+
+    def _fuses(self: Any, cond: Any, uncond: Any) -> bool:
+        """Whether these are two like tensors of samples, and no gradient has to pass."""
+        return (
+            isinstance(cond, Tensor)
+            and isinstance(uncond, Tensor)
+            and cond.dim() > 1
+            and cond.numel() > 0
+            and cond.is_floating_point()
+            and (cond.shape, cond.dtype, cond.device) == (uncond.shape, uncond.dtype, uncond.device)
+            and not (torch.is_grad_enabled() and (cond.requires_grad or uncond.requires_grad))
+            and isinstance(self.guidance_scale, (int, float))
+        )
+
+    def _combined(self, cond: Tensor, uncond: Tensor, rescale: float) -> tuple[Tensor, Tensor]:
+        """The guided output, and the unconditional one as the caller is to see it."""
+        raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (type(self).__name__,), vars(self)
+
+
+def _rebuild(name: str) -> Any:
+    return GUIDERS[name].__new__(GUIDERS[name])
+
+
+class _ClassifierFree(FusedGuider):
+    """u + g·(c − u), or c + g·(c − u)."""
+
+    def _combined(self: Any, cond: Tensor, uncond: Tensor, rescale: float) -> tuple[Tensor, Tensor]:
+        scale = _extrapolation(self, self.guidance_scale)
+        return _extrapolated(cond, uncond, scale, rescale), uncond
+
+
+class _ZeroStar(FusedGuider):
+    """The same with α·u in place of u, α = ⟨c, u⟩ / (‖u‖² + 1e-8) (arXiv 2503.18886, eq. 7); zero at first."""
+
+    def _fuses(self: Any, cond: Any, uncond: Any) -> bool:
+        return super()._fuses(cond, uncond) and self._step >= self.zero_init_steps
+
+    def _combined(self: Any, cond: Tensor, uncond: Tensor, rescale: float) -> tuple[Tensor, Tensor]:
+        alpha = ops.dot(cond, uncond) / (ops.dot(uncond, uncond) + 1e-8)
+        scale = _extrapolation(self, self.guidance_scale)
+        pred, scaled = _sum(cond, uncond, (scale, alpha * (1.0 - scale)), kept=(0.0, alpha))
+        return _rescaled(pred, cond, rescale), scaled
+
+
+class _Tangential(FusedGuider):
+    """The same with u projected on the first right singular vector of the two rows c and u (arXiv 2503.18137).
+
+    The left singular vectors are those of the Gram matrix [[⟨c,c⟩, ⟨c,u⟩], [⟨c,u⟩, ⟨u,u⟩]]; the first is (cos θ, sin θ)
+    with tan 2θ = 2⟨c,u⟩ / (⟨c,c⟩ − ⟨u,u⟩), and the projection of u is sin θ·(cos θ·c + sin θ·u).
+    """
+
+    def _combined(self: Any, cond: Tensor, uncond: Tensor, rescale: float) -> tuple[Tensor, Tensor]:
+        difference = ops.dot(cond, cond) - ops.dot(uncond, uncond)
+        twice = 2.0 * ops.dot(cond, uncond)
+        length = torch.hypot(difference, twice)
+        # Of orthogonal rows of one length every direction is a first one: take c, on which u has no part.
+        none = length == 0.0
+        sine = torch.where(none, 0.0, twice / length)
+        cosine = torch.where(none, 1.0, difference / length)
+        of_cond, of_uncond = 0.5 * sine, 0.5 * (1.0 - cosine)
+        scale = _extrapolation(self, self.guidance_scale)
+        rest = 1.0 - scale
+        (pred,) = _sum(cond, uncond, (scale + rest * of_cond, rest * of_uncond))
+        return _rescaled(pred, cond, rescale), uncond
+
+
+class _MagnitudeAware(FusedGuider):
+    """A scale that falls with the size of the difference, e^(−α·‖c − u‖/‖u‖) (arXiv 2508.03442)."""
+
+    def _combined(self: Any, cond: Tensor, uncond: Tensor, rescale: float) -> tuple[Tensor, Tensor]:
+        (difference,) = _sum(cond, uncond, (1.0, -1.0))
+        falling = torch.exp(-self.alpha * ops.norm(difference) / ops.norm(uncond))
+        scale = self.guidance_scale
+        scale = 1.0 + (scale * falling if self.use_original_formulation else (scale - 1.0) * falling)
+        return _extrapolated(cond, uncond, scale, rescale), uncond
+
+
+class _Projected(FusedGuider):
+    """A difference averaged over the steps, held to a length, and split along and across c (arXiv 2410.02416)."""
+
+    def _fuses(self: Any, cond: Any, uncond: Any) -> bool:
+        if not super()._fuses(cond, uncond):
+            return False
+        dims = getattr(self, "adaptive_projected_guidance_norm_dim", None)
+        if dims is not None:
+            dims = {dim % cond.dim() for dim in ((dims,) if isinstance(dims, int) else dims)}
+            if dims != set(range(1, cond.dim())):
+                return False
+        running = None if self.momentum_buffer is None else self.momentum_buffer.running_average
+        return not isinstance(running, Tensor) or super()._fuses(cond, running)
+
+    def _combined(self: Any, cond: Tensor, uncond: Tensor, rescale: float) -> tuple[Tensor, Tensor]:
+        return self._projected(cond, uncond, self.guidance_scale, rescale), uncond
+
+    def _projected(self: Any, cond: Tensor, uncond: Tensor, scale: float, rescale: float) -> Tensor:
+        buffer = self.momentum_buffer
+        running, momentum = _running(buffer)
+        (average,) = _sum(cond, uncond, (1.0, -1.0, momentum), running)
+        if buffer is not None:
+            buffer.running_average = average
+        limit = self.adaptive_projected_guidance_rescale
+        shrunk: Weight = torch.clamp(limit / ops.norm(average), max=1.0) if limit > 0 else 1.0
+        # d⊥ + η·d∥ = d + (η − 1)·d∥, and d∥ = ⟨d, c⟩/‖c‖²·c with the norm that torch's normalize divides by.
+        along = ops.dot(average, cond) / ops.norm(cond).clamp(min=1e-12).square()
+        across = scale * shrunk
+        of_cond = across * (self.eta - 1.0) * along
+        if self.use_original_formulation:
+            weights: tuple[Weight, ...] = (1.0 + of_cond, 0.0, across)
+        else:
+            weights = (of_cond, 1.0, across)
+        (pred,) = _sum(cond, uncond, weights, average)
+        return _rescaled(pred, cond, rescale)
+
+
+class _ProjectedMix(_Projected):
+    """Plain guidance at first, with the average kept along; projected guidance from some step on."""
+
+    def _combined(self: Any, cond: Tensor, uncond: Tensor, rescale: float) -> tuple[Tensor, Tensor]:
+        if self._is_apg_enabled():
+            return self._projected(cond, uncond, self.adaptive_projected_guidance_scale, rescale), uncond
+        scale = _extrapolation(self, self.guidance_scale)
+        buffer = self.momentum_buffer
+        if buffer is None:
+            return _extrapolated(cond, uncond, scale, rescale), uncond
+        running, momentum = _running(buffer)
+        pred, buffer.running_average = _sum(
+            cond, uncond, (scale, 1.0 - scale), running, kept=(1.0, -1.0, momentum)
+        )
+        return _rescaled(pred, cond, rescale), uncond
+
+
+def _running(buffer: Any) -> tuple[Tensor | None, float]:
+    """The average so far and its weight; at first there is none."""
+    if buffer is None or not isinstance(buffer.running_average, Tensor):
+        return None, 0.0
+    return buffer.running_average, float(buffer.momentum)
+
+
+def _extrapolation(guider: Any, scale: float) -> float:
+    """g of u + g·(c − u), which c + (g − 1)·(c − u) is too."""
+    return scale + 1.0 if guider.use_original_formulation else float(scale)
+
+
+def _extrapolated(cond: Tensor, uncond: Tensor, scale: Weight, rescale: float) -> Tensor:
+    pred = ops.cfg_combine(cond, uncond, scale)
+    if rescale <= 0.0:
+        return pred
+    # From the model's outputs again, and not from `pred`: half types are rounded once.
+    factor = _rescaling(pred, cond, rescale)
+    return _step(cond, cond, [(_OUTPUT, factor)], [], uncond=uncond, guidance=scale, out=pred)[0]
+
+
+def _rescaling(pred: Tensor, cond: Tensor, rescale: float) -> Tensor:
+    """What each sample is multiplied by, ``[B]`` (arXiv 2305.08891, eq. 15 and 16)."""
+    return rescale * (ops.std(cond) / ops.std(pred)) + (1.0 - rescale)
+
+
+def _rescaled(pred: Tensor, cond: Tensor, rescale: float) -> Tensor:
+    if rescale <= 0.0:
+        return pred
+    return _step(pred, pred, [(_SAMPLE, _rescaling(pred, cond, rescale))], [], out=pred)[0]
+
+
+def _sum(
+    cond: Tensor, uncond: Tensor, weights: tuple[Weight, ...], running: Tensor | None = None,
+    kept: tuple[Weight, ...] = (),
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """One or two weighted sums of c, u and a running average, in one pass.
+
+    Args:
+        cond, uncond, running: ``[B, ...]``.
+        weights: of these three, each a number or ``[B]``.
+        kept: likewise, of a second sum.
+    """
+    columns = (_SAMPLE, _OUTPUT, _HISTORY)
+    first, second = (list(zip(columns, given, strict=False)) for given in (weights, kept))
+    return _step(cond, uncond, first, second, history=() if running is None else (running,))
+
+
+def _step(
+    sample: Tensor, output: Tensor, first: list[tuple[int, Weight]], second: list[tuple[int, Weight]],
+    out: Tensor | None = None, **tensors: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The fused step with a row for each sample, or one for all where the weights are numbers."""
+    entries = [(PREV_SAMPLE + c, w) for c, w in first] + [(KEEP_0 + c, w) for c, w in second]
+    numbers = tuple((c, float(w)) for c, w in entries if not isinstance(w, Tensor))
+    dtype, keeps = compute_dtype(sample.dtype), 1 if second else 0
+    table = _fixed_row(numbers, keeps, dtype, sample.device)
+    rows: int | Tensor = 0
+    if len(numbers) < len(entries):
+        table = table.repeat(len(sample), 1)
+        for column, weight in entries:
+            if isinstance(weight, Tensor):
+                table[:, column] = weight
+        rows = _count(len(sample), sample.device)
+    outs = None if out is None else (out,)
+    return ops.step(sample, output, table, rows, keeps=keeps, out=outs, **tensors)
+
+
+@functools.lru_cache(maxsize=1024)
+def _fixed_row(numbers: tuple[tuple[int, float], ...], keeps: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    row = torch.zeros(1, ROW_WIDTH, dtype=torch.float64)
+    row[0, CLIP], row[0, MODEL_INPUT_SCALE] = math.inf, 1.0
+    row[0, STORE_0], row[0, STORE_1] = (0.0 if keeps else -1.0), -1.0
+    for column, number in numbers:
+        row[0, column] = number
+    with torch.inference_mode(False):
+        return row.to(device=device, dtype=dtype).clone()
+
+
+@functools.lru_cache(maxsize=64)
+def _count(number: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(number, device=device)
+
+
+_KINDS: dict[str, type] = {
+    "AdaptiveProjectedGuidance": _Projected,
+    "AdaptiveProjectedMixGuidance": _ProjectedMix,
+    "AutoGuidance": _ClassifierFree,
+    "ClassifierFreeGuidance": _ClassifierFree,
+    "ClassifierFreeZeroStarGuidance": _ZeroStar,
+    "MagnitudeAwareGuidance": _MagnitudeAware,
+    "TangentialClassifierFreeGuidance": _Tangential,
+}
+
+
+def _fused_guider(name: str, kind: type) -> Any:
+    """The class over diffusers' own of that name; None where the installed diffusers has none."""
+    original = getattr(_originals, name, None)
+    if original is None:
+        return None
+    doc = f"diffusers' {name}, its combination one fused pass.\n\n{kind.__doc__}\n\n{original.__doc__ or ''}"
+    return type(name, (kind, original), {"__doc__": doc})
+
+
+#: The classes by name: those that the installed diffusers has.
+GUIDERS: dict[str, Any] = {
+    name: made for name, kind in sorted(_KINDS.items()) if (made := _fused_guider(name, kind)) is not None
+}
