@@ -115,15 +115,10 @@ class FusedScheduler:
             signature = inspect.signature(method)
             cls.arguments[name] = tuple(signature.parameters)[1:]
             setattr(cls, name, _stepping_method(name, method, signature))
+        if hasattr(cls.original, "set_timesteps"):
+            cls.set_timesteps = _setting_method(cls.original.set_timesteps)  # type: ignore[attr-defined]
         if hasattr(cls.original, "index_for_timestep"):
             cls.index_for_timestep = _index_for_timestep  # type: ignore[attr-defined]
-
-    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        """As the diffusers class's own; noise of `use_philox` starts again with its first step."""
-        super().set_timesteps(*args, **kwargs)  # type: ignore[misc]
-        fused: Fused | None = vars(self).get(FUSED)
-        if fused is not None:
-            fused.steps_taken = 0
 
     def guided_step(
         self,
@@ -199,6 +194,18 @@ def _stepping_method(name: str, method: Any, signature: inspect.Signature) -> An
 
     step.__signature__ = signature  # type: ignore[attr-defined]
     return step
+
+
+def _setting_method(method: Any) -> Any:
+    @functools.wraps(method)  # with its signature: pipelines look there for `sigmas` and `timesteps`
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        fused: Fused | None = vars(self).get(FUSED)
+        if fused is not None:
+            fused.steps_taken = 0  # noise of `use_philox` starts again with its first step
+        return result
+
+    return set_timesteps
 
 
 def _index_for_timestep(self: Any, timestep: Any, schedule_timesteps: Any = None) -> Any:
