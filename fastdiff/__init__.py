@@ -14,7 +14,7 @@ The way of the data::
 
 `samplers.py` and `manager.py` put them together; nothing below knows what is above it.
 
-`fastdiff.diffusers`, `fastdiff.patch` and `fastdiff.unpatch` import diffusers, and so are imported when they are asked for.
+`fastdiff.diffusers`, `fastdiff.patch` and `fastdiff.unpatch` need diffusers: they are imported when they are asked for.
 """
 
 from __future__ import annotations

@@ -72,8 +72,17 @@ def test_what_was_made_fused_stays_fused():
     assert isinstance(pipe.scheduler, FusedScheduler)
 
 
-@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler",
-                                  "LMSDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "PNDMScheduler"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DPMSolverMultistepScheduler",
+        "FlowMatchEulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "LMSDiscreteScheduler",
+        "PNDMScheduler",
+        "UniPCMultistepScheduler",
+    ],
+)
 def test_a_loop_goes_on_where_it_was(name):
     """Plain, patched and unpatched again in the middle of a loop: the same samples as plain throughout."""
     start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -183,7 +192,10 @@ def test_guiders_of_modular_pipelines():
     from diffusers.modular_pipelines import ModularPipeline
 
     pipe = ModularPipeline.__new__(ModularPipeline)
-    guider, other = diffusers.guiders.ClassifierFreeGuidance(4.0), diffusers.guiders.SkipLayerGuidance(skip_layer_guidance_layers=[1])
+    guider, other = (
+        diffusers.guiders.ClassifierFreeGuidance(4.0),
+        diffusers.guiders.SkipLayerGuidance(skip_layer_guidance_layers=[1]),
+    )
     guider.set_state(2, 9, torch.tensor(7))
     vars(pipe).update(guider=guider, other=other, scheduler=diffusers.EulerDiscreteScheduler())
     report = fastdiff.patch(pipe)
@@ -205,7 +217,9 @@ def test_ddim_pipeline_makes_a_scheduler_of_its_own():
 
 
 def test_importing_fastdiff_does_not_import_diffusers():
-    code = "import sys, fastdiff; assert 'diffusers' not in sys.modules; fastdiff.patch; assert 'diffusers' in sys.modules"
+    code = (
+        "import sys, fastdiff; assert 'diffusers' not in sys.modules; fastdiff.patch; assert 'diffusers' in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'unknown'"):
         fastdiff.unknown  # noqa: B018

@@ -33,7 +33,7 @@ import fastdiff  # noqa: E402
 from fastdiff.diffusers import FusedScheduler  # noqa: E402
 
 SIZE = 32
-STEPS = 6
+STEPS = 10
 
 
 def embeddings(*shapes, seed=1):
@@ -160,9 +160,9 @@ def mask():
     return half
 
 
-_SD, _IMAGE, _PAINT = (
-    diffusers.StableDiffusionPipeline, diffusers.StableDiffusionImg2ImgPipeline, diffusers.StableDiffusionInpaintPipeline,
-)  # fmt: skip
+_SD = diffusers.StableDiffusionPipeline
+_IMAGE = diffusers.StableDiffusionImg2ImgPipeline
+_PAINT = diffusers.StableDiffusionInpaintPipeline
 _FLOW = functools.partial(FlowMatchEulerDiscreteScheduler, shift=3.0)
 _SOLVER = functools.partial(DPMSolverMultistepScheduler, algorithm_type="sde-dpmsolver++", use_karras_sigmas=True)
 _UNI = functools.partial(
@@ -179,7 +179,7 @@ CASES = {
     "StableDiffusion PNDM": (stable_diffusion(_SD), functools.partial(PNDMScheduler, skip_prk_steps=True), text()),
     "StableDiffusion DPM++ 2M": (stable_diffusion(_SD), DPMSolverMultistepScheduler, text(guidance_rescale=0.5)),
     "StableDiffusion DPM++ SDE": (stable_diffusion(_SD), _SOLVER, text()),
-    "StableDiffusion UniPC": (stable_diffusion(_SD), UniPCMultistepScheduler, text(num_inference_steps=8)),
+    "StableDiffusion UniPC": (stable_diffusion(_SD), UniPCMultistepScheduler, text()),
     "StableDiffusion LCM": (stable_diffusion(_SD), LCMScheduler, text(num_inference_steps=4, guidance_scale=1.0)),
     "StableDiffusionXL Euler": (stable_diffusion_xl, EulerDiscreteScheduler, pooled(32, 64)),
     "StableDiffusionXL Euler-a": (stable_diffusion_xl, EulerAncestralDiscreteScheduler, pooled(32, 64)),
@@ -208,10 +208,10 @@ CASES = {
 
 
 class Stopwatch:
-    """The time in a scheduler's steps, and what is returned by them."""
+    """How many steps a scheduler takes in a call of a pipeline, the time in them and that of the whole call."""
 
     def __init__(self, pipe, monkeypatch):
-        self.steps, self.seconds = 0, 0.0
+        self.steps, self.seconds, self.whole = 0, 0.0, 0.0
         kind = type(pipe.scheduler)
         step = kind.step
 
@@ -225,6 +225,19 @@ class Stopwatch:
 
         monkeypatch.setattr(kind, "step", timed)
 
+    def __str__(self):
+        each, share = self.seconds / self.steps, self.seconds / self.whole
+        return f"whole call {self.whole * 1e3:6.1f} ms, the steps {share:5.1%} of it, {each * 1e6:5.0f} us each"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Models as small as these gain nothing by a second thread, and lose much where it has to wait for a core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 def call(pipe, arguments):
     """A pipeline's pictures, or frames, as an array, and the seconds it took."""
@@ -235,22 +248,28 @@ def call(pipe, arguments):
     return np.asarray(output.frames if hasattr(output, "frames") else output.images), seconds
 
 
+def timed_calls(pipe, arguments, monkeypatch):
+    """A pipeline's pictures, and the fastest of three calls after a first."""
+    pictures, _ = call(pipe, arguments)
+    watches = []
+    for _ in range(3):
+        with monkeypatch.context() as patched:
+            watches.append(Stopwatch(pipe, patched))
+            again, watches[-1].whole = call(pipe, arguments)
+        assert np.array_equal(again, pictures)
+    return pictures, min(watches, key=lambda watch: watch.whole)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_pictures_are_the_same(case, monkeypatch):
     make, scheduler, arguments = CASES[case]
     torch.manual_seed(0)
     pipe = make(scheduler())
     pipe.set_progress_bar_config(disable=True)
-    call(pipe, arguments)  # what a first call does once is in no time below
-    with monkeypatch.context() as patched:
-        plain = Stopwatch(pipe, patched)
-        expected, before = call(pipe, arguments)
+    expected, plain = timed_calls(pipe, arguments, monkeypatch)
     fastdiff.patch(pipe)
     assert isinstance(pipe.scheduler, FusedScheduler)
-    call(pipe, arguments)
-    with monkeypatch.context() as patched:
-        fused = Stopwatch(pipe, patched)
-        pictures, after = call(pipe, arguments)
+    pictures, fused = timed_calls(pipe, arguments, monkeypatch)
     fastdiff.unpatch(pipe)
     again, _ = call(pipe, arguments)
     assert np.array_equal(again, expected)
@@ -260,8 +279,4 @@ def test_the_pictures_are_the_same(case, monkeypatch):
     assert np.isfinite(expected).all()
     assert expected.std() > 1e-3  # a picture, and not one colour
     assert float(np.abs(pictures - expected).max()) <= 1.0 / 255.0
-    print(
-        f"\n{case}: {fused.steps} steps; whole call {before * 1e3:.0f} ms with diffusers' scheduler, {after * 1e3:.0f} ms "
-        f"patched; the steps {plain.seconds / before:.1%} and {fused.seconds / after:.1%} of it, "
-        f"{plain.seconds / plain.steps * 1e6:.0f} and {fused.seconds / fused.steps * 1e6:.0f} us each"
-    )
+    print(f"\n{case}: {fused.steps} steps\n  diffusers: {plain}\n  patched:   {fused}")

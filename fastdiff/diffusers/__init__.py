@@ -19,13 +19,13 @@ from ..errors import require
 
 require("diffusers", "diffusers", "fastdiff.diffusers")
 
-from .explain import Explanation, ExplainedStep, explain  # noqa: E402
+from .explain import ExplainedStep, Explanation, explain  # noqa: E402
 from .guiders import GUIDERS, FusedGuider  # noqa: E402
 from .patching import Part, PatchReport, patch, unpatch  # noqa: E402
 from .scheduler import FusedScheduler  # noqa: E402
 from .schedulers import CLASSES  # noqa: E402
 
-__all__ = [  # noqa: PLE0604, the classes are those that the installed diffusers has
+__all__ = [
     "ExplainedStep",
     "Explanation",
     "FusedGuider",

@@ -8,6 +8,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -28,12 +29,19 @@ _LEFT_BEHIND = HISTORY | SCALARS_OF_STATE | {
 }  # fmt: skip
 #: Operators that touch no element.
 _FREE = frozenset(
-    "_reshape_alias _unsafe_view alias as_strided detach empty empty_like empty_strided expand lift_fresh new_empty "
-    "permute reshape select slice split squeeze t transpose unbind unsqueeze view".split()
-)
+    (
+        "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided",
+        "expand", "lift_fresh", "new_empty", "permute", "reshape", "select", "slice", "split", "squeeze", "t",
+        "transpose", "unbind", "unsqueeze", "view",
+    )
+)  # fmt: skip
 #: What a call of a noise sampler is counted as.
 _SAMPLER = "noise_sampler"
-_DRAWS = frozenset("noise_sampler bernoulli_ normal normal_ rand rand_like randint randn randn_like uniform_".split())
+_DRAWS = frozenset(
+    (
+        _SAMPLER, "bernoulli_", "normal", "normal_", "rand", "rand_like", "randint", "randn", "randn_like", "uniform_",
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -189,11 +197,11 @@ class _Recorder(dict[Any, Any]):
         self.plans[key] = value
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The operators that touch elements; a call of the scheduler's own noise sampler, which has hundreds, is one."""
 
     def __init__(self, scheduler: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         sampler = getattr(scheduler, "noise_sampler", None)
         self.sampling = getattr(type(sampler).__call__, "__code__", None) if sampler is not None else None
         self.calls: list[Any] = []
@@ -206,7 +214,7 @@ class _Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _count(self, name: str) -> None:
-        frame = sys._getframe(2)
+        frame: FrameType | None = sys._getframe(2)
         while frame is not None:
             if frame.f_code is _compile.__code__:
                 return  # a step is traced once for a state, and not when it is taken
@@ -215,7 +223,7 @@ class _Counter(TorchDispatchMode):
                     self.calls.append(frame)
                     self.operations.append(_SAMPLER)
                 return
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         self.operations.append(name)
 
 
@@ -282,9 +290,7 @@ def _visited(scheduler: Any) -> Iterator[tuple[int, Tensor]]:
             yield index, timestep
 
 
-def _others(
-    names: tuple[str, ...], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> dict[str, Any]:
+def _others(names: tuple[str, ...], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     others: dict[str, Any] = {"return_dict": False} if "return_dict" in names else {}
     if "original_image" in names:
         others["original_image"] = torch.randn(shape, dtype=dtype, device=device)

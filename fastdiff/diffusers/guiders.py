@@ -24,7 +24,7 @@ try:
     from diffusers import guiders as _originals
     from diffusers.guiders.guider_utils import GuiderOutput
 except ImportError:  # diffusers 0.35 has guiders that return something else
-    _originals = None
+    _originals = None  # type: ignore[assignment]
 
 #: A weight of a sum: one number, or one for each sample.
 Weight = float | Tensor
@@ -40,7 +40,7 @@ class FusedGuider:
         super().__init_subclass__()
         cls.original = next((base for base in cls.__mro__[1:] if not issubclass(base, FusedGuider)), object)
         if cls.original is not object:
-            # Configurations and pipelines write a class down by its module's library and its name: they find diffusers'.
+            # Configurations and pipelines write a class down by its module's library and its name: diffusers'.
             cls.__module__ = cls.original.__module__
 
     def forward(self: Any, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> Any:
@@ -184,9 +184,7 @@ class _ProjectedMix(_Projected):
         if buffer is None:
             return _extrapolated(cond, uncond, scale, rescale), uncond
         running, momentum = _running(buffer)
-        pred, buffer.running_average = _sum(
-            cond, uncond, (scale, 1.0 - scale), running, kept=(1.0, -1.0, momentum)
-        )
+        pred, buffer.running_average = _sum(cond, uncond, (scale, 1.0 - scale), running, kept=(1.0, -1.0, momentum))
         return _rescaled(pred, cond, rescale), uncond
 
 

@@ -81,8 +81,8 @@ def patch(pipe: Any) -> PatchReport:
     """Make the schedulers and guiders of a pipeline fused ones, in place.
 
     Each keeps its identity, its configuration and its state, in the middle of a loop too, and is saved as before.
-    Doing it twice does no more than doing it once.  What a pipeline makes later is not changed: `DDIMPipeline`, for one,
-    makes a scheduler of its own when it is constructed, so it is patched after that.
+    Doing it twice does no more than doing it once.  What a pipeline makes later is not changed: `DDIMPipeline`, for
+    one, makes a scheduler of its own when it is constructed, so it is patched after that.
 
     Args:
         pipe: a pipeline, a modular pipeline or its blocks, a scheduler, a guider, or a dict, list or tuple of those.
