@@ -10,9 +10,9 @@ from torch import Tensor
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """The tensor on `device`; the caller's own where it is there already.
 
-    A copy from the CPU to a CUDA device is only enqueued, on the current stream: what runs there later finds the values,
-    and the host does not wait.  (From ordinary memory it would, until the device has come that far.)  torch keeps the
-    pinned memory until the copy is over.
+    A copy from the CPU to a CUDA device is only enqueued, on the current stream: what runs there later finds the
+    values, and the host does not wait.  (From ordinary memory it would, until the device has come that far.)
+    torch keeps the pinned memory until the copy is over.
 
     Args:
         tensor: any shape and dtype.
