@@ -83,6 +83,17 @@ class CudaGraph:
 RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaGraph}
 
 
+@contextmanager
+def without_autocast_cache() -> Iterator[None]:
+    """Let autocast convert weights anew at each use: those it keeps go when its block ends, and a graph reads on."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
 def check_can_capture(mode: object, latents: Tensor) -> None:
     """Refuse a mode that there is not, and a device without graphs."""
     if mode not in GRAPH_MODES:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import ops
 from .errors import sentence
-from .graph_recorder import RECORDERS, check_can_capture, check_can_show
+from .graph_recorder import RECORDERS, check_can_capture, check_can_show, without_autocast_cache
 from .guidance import GuidanceMode, GuidedModel
 from .loop import Callback, StepInfo, progress_bar
 from .philox import as_seeds
@@ -39,8 +39,8 @@ class CapturedLoop:
 
     Latents, conditions, tensors among the model's keyword arguments, guidance scales and seeds are copied into memory
     of the loop's own at each replay.  Fixed are the table, their shapes and dtypes, whether there is guidance, all
-    other keyword arguments, and whatever Python the model runs: it does not run again.  Weights are read where they lie,
-    so they may change in place but not be replaced.
+    other keyword arguments, and whatever Python the model runs: it does not run again.  Weights are read where they
+    lie, so they may change in place but not be replaced.
 
     It serves one caller at a time: others wait for their turn, the host for the host, and streams for each other.
 
@@ -332,7 +332,7 @@ class CapturedLoop:
             for _ in range(len(self.table) if self.mode == "loop" else 1):
                 self._take_row()
 
-        with _ONE_CAPTURE, self._recorder.turn(self._buffers):
+        with _ONE_CAPTURE, without_autocast_cache(), self._recorder.turn(self._buffers):
             first = self._x.clone()
             for _ in range(WARM_UPS):
                 self._begin(first)

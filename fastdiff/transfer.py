@@ -19,14 +19,21 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
         device: where to; a CUDA device without a number is the current one.
     """
     device = torch.device(device)
-    if tensor.device.type != "cpu" or device.type != "cuda" or _is_traced():
+    if tensor.device.type != "cpu" or device.type != "cuda" or _is_watched():
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def _is_traced() -> bool:
-    """Whether somebody looks at operators rather than at values, and need not see where host memory comes from."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+def _is_watched() -> bool:
+    """Whether operators are traced, which need not see where host memory comes from, or captured.
+
+    A graph would read pinned memory again that has long been somebody else's; torch refuses the plain copy.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.cuda.is_current_stream_capturing()
+    )
 
 
 class OnDevice:
