@@ -55,11 +55,14 @@ class CudaGraph:
     def capture(self, body: Body) -> None:
         # A stream of its own: torch's default for captures is one of whichever device came first.  "thread_local": what
         # other threads do to the device meanwhile, allocations and all, is their own affair.
-        with (
-            torch.cuda.device(self._device),
-            torch.cuda.graph(self._graph, stream=self._side, capture_error_mode="thread_local"),
-        ):
-            body()
+        with torch.cuda.device(self._device):
+            before = torch.cuda.current_stream()
+            try:
+                with torch.cuda.graph(self._graph, stream=self._side, capture_error_mode="thread_local"):
+                    body()
+            finally:
+                # Where a capture fails, torch leaves its stream the current one.
+                torch.cuda.set_stream(before)
 
     def replay(self) -> None:
         self._graph.replay()
