@@ -93,7 +93,7 @@ class CapturedLoop:
         seeds: int | Sequence[int] | Tensor | None = None,
         model_kwargs: Any = None,
         callback: Callback | None = None,
-        progress: bool | None = None,
+        progress: bool | None = False,
     ) -> Tensor:
         """Run the loop on other inputs, without waiting for the device.
 
@@ -136,7 +136,7 @@ class CapturedLoop:
         seeds: int | Sequence[int] | Tensor | None = None,
         model_kwargs: Any = None,
         callback: Callback | None = None,
-        progress: bool | None = None,
+        progress: bool | None = False,
     ) -> tuple[Tensor, int]:
         """`replay`, and how many steps were taken."""
         check_can_show(self.mode, callback, progress)
