@@ -199,8 +199,7 @@ class Stepper:
         self, sample: Tensor, model_output: Tensor, uncond: Tensor | None, guidance: float | Tensor | None
     ) -> Tensor:
         if self._prediction_rows is None:
-            assert self._rows is not None
-            self._prediction_rows = self.table.prediction_rows().to(self._rows)
+            self._prediction_rows = self.table.shared_rows(sample.dtype, sample.device, prediction=True)
         (x0,) = ops.step(
             sample,
             model_output,
