@@ -45,6 +45,7 @@ PACKAGES = [
     "fastdiff.benchmarks",
     "fastdiff.diffusers",
     "fastdiff.digits",
+    "fastdiff.graphs",
     "fastdiff.kernels",
     "fastdiff.ops",
     "fastdiff.solvers",

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from .errors import sentence, unknown_name
-from .graph_cache import GraphCache
-from .graph_recorder import check_can_capture, check_can_show, check_graph_options
-from .graphs import CapturedLoop
+from .graphs import CapturedLoop, GraphCache, check_can_capture, check_can_show, check_graph_options
+from .graphs.static_inputs import signature
 from .guidance import GuidedModel, Model
 from .levels import Levels, VariancePreservingPath, levels_from_sigmas, levels_from_timesteps
 from .loop import Callback, SamplingResult, check_latents, finish, run_loop, start_measuring
@@ -29,7 +28,6 @@ from .rng import Generators, generator_states
 from .sampling_config import SamplingConfig, SamplingMethod, check_guidance_scale
 from .schedules import BaseNoiseScheduler
 from .solvers import Prediction
-from .static_inputs import signature
 from .stepper import Stepper
 from .table import StepTable, Variance
 from .timesteps import sigma_schedule, timestep_schedule

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastdiff.ops import checks, reductions
+from fastdiff.ops import checks
 
 _LOOKS_AT_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _HOST_CALLS = {
@@ -101,7 +101,7 @@ class _Call:
 
 
 class EmulatedGraph:
-    """A `fastdiff.graph_recorder.Recorder` on the CPU."""
+    """A `fastdiff.graphs.recorder.Recorder` on the CPU."""
 
     #: All that were made, for tests to look into.
     made: list[EmulatedGraph] = []  # noqa: RUF012 (a fixture empties it)
@@ -166,12 +166,6 @@ def _storage(tensor: Tensor) -> int:
 
 @contextmanager
 def looked_at_as_a_gpu() -> Iterator[None]:
-    """Let the step's checks leave values alone, as they do where looking would be a sync.
-
-    And let reductions be operators for whoever watches: unlike the step, the extension does not decline them then.
-    """
-    with (
-        mock.patch.object(checks, "may_look", return_value=False),
-        mock.patch.object(reductions, "_may_go_directly", return_value=False),
-    ):
+    """Let the step's checks leave values alone, as they do where looking would be a sync."""
+    with mock.patch.object(checks, "may_look", return_value=False):
         yield

@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdiff import BaseSampler, CapturedLoop, StepInfo, graph_recorder, ops
+from fastdiff import BaseSampler, CapturedLoop, StepInfo, ops
 from fastdiff.digits import IMAGE_SHAPE, NULL_CLASS, load_digit_unet
-from fastdiff.graph_cache import CAPACITY
+from fastdiff.graphs import recorder
+from fastdiff.graphs.cache import CAPACITY
 from fastdiff.guidance import GuidanceMode, GuidedModel
 from fastdiff.loop import run_loop
 from fastdiff.ops import backends
@@ -34,7 +35,7 @@ MODES = ("loop", "step")
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> list[EmulatedGraph]:
     """Let the CPU capture; gives the graphs that are made."""
-    monkeypatch.setitem(graph_recorder.RECORDERS, "cpu", EmulatedGraph)
+    monkeypatch.setitem(recorder.RECORDERS, "cpu", EmulatedGraph)
     monkeypatch.setattr(EmulatedGraph, "made", [])
     return EmulatedGraph.made
 
@@ -290,7 +291,7 @@ def test_emulation_catches_a_step_index_that_is_baked_in(
 
     sampler, model = sampler_of("ddim-0.0"), Model()
     monkeypatch.setattr(CapturedLoop, "_take_row", take_row)
-    monkeypatch.setattr("fastdiff.graphs.WARM_UPS", 0)
+    monkeypatch.setattr("fastdiff.graphs.captured.WARM_UPS", 0)
     taken = [0]
     loop = sampler.capture(model, Inputs(0).latents, mode=mode)
     got, expected = loop.replay(Inputs(1).latents), _eager(sampler, model, Inputs(1))

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .errors import sentence
-from .graph_recorder import RECORDERS, check_can_capture, check_can_show, without_autocast_cache
-from .guidance import GuidanceMode, GuidedModel
-from .loop import Callback, StepInfo, progress_bar
-from .philox import as_seeds
-from .sampling_config import check_guidance_scale
+from .. import ops
+from ..errors import sentence
+from ..guidance import GuidanceMode, GuidedModel
+from ..loop import Callback, StepInfo, progress_bar
+from ..philox import as_seeds
+from ..sampling_config import check_guidance_scale
+from ..table import NUM_REGISTERS, StepTable, Variance, compute_dtype
+from ..thresholding import dynamic_threshold
+from ..transfer import to_device
+from .recorder import RECORDERS, check_can_capture, check_can_show, without_autocast_cache
 from .static_inputs import StaticInput, StaticTree
-from .table import NUM_REGISTERS, StepTable, Variance, compute_dtype
-from .thresholding import dynamic_threshold
-from .transfer import to_device
 
 #: torch's recommendation: so often does a body run on a side stream before it is captured.
 WARM_UPS = 3
@@ -48,7 +48,7 @@ class CapturedLoop:
         model: the model with its conditions; it is called here and not by replays.
         table, timesteps: of the sampler.
         latents: what the loop is captured for; only shape, dtype, device and strides matter.
-        mode: one of `fastdiff.graph_recorder.GRAPH_MODES`.
+        mode: one of `fastdiff.graphs.GRAPH_MODES`.
         ratio, max_value: of `fastdiff.thresholding.dynamic_threshold`.
         backend: forces one, as in `fastdiff.ops.step`.
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .errors import sentence, unknown_name
+from ..errors import sentence, unknown_name
 
 #: "loop": all rows in one graph, one launch a loop.  "step": one row in a graph, launched once a row.
 GRAPH_MODES = ("loop", "step")

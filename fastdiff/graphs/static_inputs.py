@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import sentence
+from ..errors import sentence
 
 #: Keys and indices that lead to a value, from the outside in.
 Path = tuple[Any, ...]

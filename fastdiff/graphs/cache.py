@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .graphs import CapturedLoop
-from .guidance import GuidedModel, Model
+from ..guidance import GuidedModel, Model
+from .captured import CapturedLoop
 from .static_inputs import leaves, signature
 
 #: How many loops a sampler keeps.  Each holds a few tensors of the latents' size and the activations of one model call.
