@@ -21,7 +21,7 @@ from ..philox import as_seeds
 from .guidance import combined, rescaling
 from .plan import Plan, compile_trace
 from .running import run_plan, run_simple
-from .schedule import FUSED, Schedule, version_of
+from .schedule import FUSED, Schedule
 from .symbols import NotAffine
 from .tracing import HISTORY, INPUTS, USUAL, trace_step
 
@@ -61,7 +61,7 @@ class Fused:
         self.name, self.guided = name, guided
         self.dtypes = args[0].dtype, args[1].dtype, args[2].dtype
         self.names, self.rest = tuple(kwargs), tuple(kwargs.values())
-        self.versions = tuple((tensor, version) for _, tensor, version in self.schedule.tensors)
+        self.versions = self.schedule.versions_read()
         self.pointer = args[1].data_ptr()
         self.look(plan, attributes)
 
@@ -70,7 +70,7 @@ class Fused:
         self.plan = plan
         self.pointer += self.schedule.step_bytes
         self.values = tuple(attributes.values())
-        self.lists = tuple((attributes[name], tuple(attributes[name])) for name, _, _ in plan.lists)
+        self.lists = [(attributes[name], tuple(attributes[name])) for name, _, _ in plan.lists]
 
     def undisturbed(
         self, name: str, guided: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any], attributes: dict[str, Any]
@@ -80,19 +80,24 @@ class Fused:
             return False
         output, timestep, sample = args
         try:
-            if timestep.data_ptr() != self.pointer or (output.dtype, timestep.dtype, sample.dtype) != self.dtypes:
+            if timestep.data_ptr() != self.pointer or timestep.dim() != 0:
                 return False
         except AttributeError:  # a number
             return False
-        if timestep.dim() != 0 or tuple(kwargs) != self.names or not all(map(is_, kwargs.values(), self.rest)):
+        if (output.dtype, timestep.dtype, sample.dtype) != self.dtypes or output.shape != sample.shape:
+            return False
+        if tuple(kwargs) != self.names or not all(map(is_, kwargs.values(), self.rest)):
             return False
         values = attributes.values()
         if len(values) != len(self.values) or not all(map(is_, values, self.values)):
             return False
         for tensor, version in self.versions:
-            if version_of(tensor) != version:
+            if tensor._version != version:
                 return False
-        return all(len(listed) == len(items) and all(map(is_, listed, items)) for listed, items in self.lists)
+        for listed, items in self.lists:  # noqa: SIM110, a generator would take longer than the rest
+            if len(listed) != len(items) or not all(map(is_, listed, items)):
+                return False
+        return True
 
 
 class FusedScheduler:
@@ -227,7 +232,7 @@ def _take(scheduler: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str,
     attributes = scheduler.__dict__
     fused = attributes.get(FUSED)
     undisturbed = fused is not None and fused.undisturbed(name, uncond is not None, args, kwargs, attributes)
-    if undisturbed and (plan := fused.plan.follower) is not None and args[0].shape == args[2].shape:
+    if undisturbed and (plan := fused.plan.follower) is not None:
         seeds = fused.seeds_for(args[2]) if plan.draws_inside else None
         result = run_simple(plan, attributes, args, kwargs, uncond, scale, seeds, fused.steps_taken)
         fused.steps_taken += 1
