@@ -111,7 +111,9 @@ class FusedScheduler:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.original = next(base for base in cls.__mro__[1:] if not issubclass(base, FusedScheduler))
+        cls.original = next(
+            base for base in cls.__mro__[1:] if not issubclass(base, FusedScheduler) and hasattr(base, "step")
+        )
         # Configurations and pipelines write a class down by its module's library and its name: they find diffusers'.
         cls.__module__ = cls.original.__module__
         cls.arguments = {}
@@ -171,6 +173,10 @@ class FusedScheduler:
         """
         fused = fused_of(self)
         fused.seeds, fused.steps_taken, fused.plan, fused._seeds_kept = seeds, 0, None, None
+
+    def step_otherwise(self, name: str, given: Mapping[str, Any]) -> Any:
+        """Take a step that has no plan, by the diffusers class's own code."""
+        return getattr(self.original, name)(self, **given)
 
     def stepper(self) -> Any:
         """A scheduler of its own for one loop: its state is its own, the schedule and the plans are shared.
@@ -264,7 +270,7 @@ def _take_carefully(
         fused.plan = None
         if uncond is not None:
             given["model_output"] = combined(uncond, output, scale, factor)
-        return getattr(scheduler.original, name)(scheduler, **given)
+        return scheduler.step_otherwise(name, given)
     seeds = fused.seeds_for(sample) if plan.draws_inside else None
     result = run_plan(plan, attributes, given, uncond, scale, seeds, fused.steps_taken, factor)
     fused.steps_taken += 1
