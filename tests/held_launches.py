@@ -10,6 +10,8 @@ would hand over another one.
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
 import itertools
 import os
 import time
@@ -23,13 +25,13 @@ import triton.compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 import recording_driver
 from fastdiff.call import StepCall
 from fastdiff.kernels import config, launch, philox, reduce, select, step
 from fastdiff.kernels.launch import Launcher
 from recording_driver import LAUNCHES, RecordingDriver
-from triton.runtime.jit import JITFunction
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KERNELS = (
@@ -63,7 +65,7 @@ def forget() -> None:
         kernel.device_caches.clear()
     for launcher in LAUNCHERS:
         launcher._held.clear()
-        launcher._traits.clear()
+        launcher._rules.clear()
 
 
 @pytest.fixture
@@ -321,9 +323,7 @@ def test_what_changes_the_compiler_goes_through_the_jit(
     assert LAUNCHES[0][0] != LAUNCHES[1][0] == LAUNCHES[2][0]
 
 
-def test_an_unknown_triton_goes_through_the_jit_and_says_so(
-    monkeypatch: pytest.MonkeyPatch, asked: list[str]
-) -> None:
+def test_an_unknown_triton_goes_through_the_jit_and_says_so(monkeypatch: pytest.MonkeyPatch, asked: list[str]) -> None:
     monkeypatch.setattr(triton, "__version__", "9.1.0")
     assert "triton is 9.1.0" in launch._unknown_runtime()
     monkeypatch.setattr(launch, "_unknown", launch._unknown_runtime())
@@ -331,6 +331,33 @@ def test_an_unknown_triton_goes_through_the_jit_and_says_so(
     for _ in range(3):
         plain_step()
     assert len(asked) == len(LAUNCHES) == 3
+
+
+def test_a_kind_of_gpu_that_was_not_read_goes_through_the_jit_and_is_named(
+    monkeypatch: pytest.MonkeyPatch, driver: RecordingDriver, asked: list[str]
+) -> None:
+    monkeypatch.setattr(launch, "TARGETS", ("cuda",))
+    driver.device = 2
+    assert launch.why_through_jit() == "compiled kernels are held for cuda, and this device is hip"
+    plain_step()
+    plain_step()
+    assert len(asked) == 2
+    driver.device = 0
+    assert launch.why_through_jit() == ""
+
+
+@pytest.mark.parametrize("vendor", ["nvidia", "amd"])
+def test_vendors_launchers_take_what_is_handed_over(vendor: str) -> None:
+    driver = importlib.import_module(f"triton.backends.{vendor}.driver")
+    launcher = driver.CudaLauncher if vendor == "nvidia" else driver.HIPLauncher
+    given = inspect.signature(launcher.__call__).bind("self", 5, 1, 1, 1234, "function", "packed", None, None, None, 7)
+    names = ("stream", "function", "kernel_metadata", "launch_metadata", "launch_enter_hook", "launch_exit_hook")
+    rest = list(given.arguments["args"])
+    expected = dict(zip(names, (1234, "function", "packed", None, None, None), strict=True))
+    for name, value in expected.items():
+        # An older launcher takes those after the function as it is given them, in the same order.
+        assert (given.arguments[name] if name in given.arguments else rest.pop(0)) == value
+    assert rest == [7]
 
 
 def test_kernels_held_are_not_without_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,7 +399,7 @@ def test_compiled_kernels_are_held_for_every_vendor(
     assert functions[-1] == functions[-2]
     assert all(function[1] == device for function in functions)
     target = recording_driver.CHIPS[device]
-    held = [kernel for kernel in step._step_kernel.device_caches[device][0].values()]
+    held = list(step._step_kernel.device_caches[device][0].values())
     assert [kernel.metadata.target for kernel in held] == [target]
 
 

@@ -120,5 +120,7 @@ def test_the_step_for_amd_fuses_the_products_that_are_written_and_no_others(
 def test_the_step_for_amd_moves_at_least_8_bytes_an_access(compiled: dict[str, Any], dtype: str) -> None:
     result = compiled[f"plain-{dtype}"]
     opcodes = _opcodes(result["code"])
-    wide = sum(n * (2 if "x4" in op else 1) for op, n in opcodes.items() if re.match(r"(global|buffer)_load_dwordx[24]", op))
+    wide = sum(
+        n * (2 if "x4" in op else 1) for op, n in opcodes.items() if re.match(r"(global|buffer)_load_dwordx[24]", op)
+    )
     assert wide * 8 == result["elements"] * SIZES[dtype] * _tensors_read(CONFIGURATIONS["plain"])

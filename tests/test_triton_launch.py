@@ -49,6 +49,7 @@ def test_how_kernels_are_launched_is_said_with_the_reason(monkeypatch: pytest.Mo
     assert ops.triton_launcher().startswith("missing: torch finds no GPU")
     monkeypatch.setattr(backends, "why_missing", lambda name: "")
     monkeypatch.setattr(launch, "_unknown", "")
+    monkeypatch.setattr(launch, "_unknown_target", lambda: "")
     assert ops.triton_launcher() == "holds compiled kernels"
     with launch.through_jit():
         assert ops.triton_launcher().startswith("through Triton's JIT: it was asked for")

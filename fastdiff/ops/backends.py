@@ -6,8 +6,8 @@ choice can be forced for a call (``backend=``), a block (`use_backend`) or a pro
 asked for (`backend_for`).  A forced backend that cannot run raises and says why.
 
 On a GPU the order is that of the way from Python to the kernel too.  The extension reads its arguments and launches in
-C++; Triton's kernels are launched by a `fastdiff.kernels.launch.Launcher`, which holds what was compiled and hands it to
-Triton's runner; and where that cannot be (`triton_launcher` says why), they go through Triton's JIT, which classifies
+C++; Triton's kernels are launched by a `fastdiff.kernels.launch.Launcher`, which holds what was compiled and hands it
+to Triton's runner; where that cannot be (`triton_launcher` says why), they go through Triton's JIT, which classifies
 all arguments again.
 """
 

@@ -27,7 +27,8 @@ class Config:
     """One configuration.
 
     Attributes:
-        block: elements a program (step, draw, randn); blocks of 1024 elements a program (sum); elements a tile (select).
+        block: elements a program (step, draw, randn); blocks of 1024 elements a program (sum); elements a tile
+            (select).
         num_warps: of a program.
         tiles: a program takes one after another (select alone).
 

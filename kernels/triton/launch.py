@@ -8,7 +8,7 @@ The first call of a kind goes through the JIT, which compiles.
 
 A key that forgets something would be a wrong result, so it holds whatever Triton may specialise on, as it is: the
 device, every tensor's dtype and whether its address is a multiple of 16 (or what the compiler's backend makes of the
-tensor, where it has rules of its own), sizes as numbers, of the integers in ``do_not_specialize`` how wide they are, all
+tensor, where it has rules of its own), sizes as numbers, how wide the integers in ``do_not_specialize`` are, all
 compile-time constants, and the warps.  Where anything else could change what is run or who is told, the JIT is asked:
 launch hooks, Triton's debug mode, instrumentation, hooks of the compiler, a version of Triton that was not read.
 """
@@ -26,8 +26,9 @@ from torch import Tensor
 import triton
 from triton.runtime.jit import JITFunction
 
-#: The versions whose runtime is known to take what `Launcher` hands it.
+#: The versions whose runtime is known to take what `Launcher` hands it, and the kinds of GPU.
 VERSIONS = ((3, 6), (3, 7))
+TARGETS = ("cuda", "hip")
 
 #: The programs that one launch may have, on every GPU.
 MOST_PROGRAMS = 2**31 - 1
@@ -61,7 +62,17 @@ def why_through_jit() -> str:
         return _unknown
     if _through_jit:
         return "it was asked for: FASTDIFF_TRITON_LAUNCHER is jit, or a block wants it"
-    return "a launch hook, Triton's debug mode or its instrumentation is set" if _interfered_with() else ""
+    if _interfered_with():
+        return "a launch hook, Triton's debug mode or its instrumentation is set"
+    return _unknown_target()
+
+
+def _unknown_target() -> str:
+    """Why nothing is held for the current device, as a clause; empty where it is."""
+    kind = triton.runtime.driver.active.get_current_target().backend
+    return (
+        "" if kind in TARGETS else f"compiled kernels are held for {' and '.join(TARGETS)}, and this device is {kind}"
+    )
 
 
 def _interfered_with() -> bool:
@@ -97,7 +108,7 @@ class Launcher:
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self._held: dict[tuple[Any, ...], tuple[Callable[..., None], Any, Any]] = {}
-        self._traits: dict[int, Callable[..., str] | None] = {}
+        self._rules: dict[int, Callable[..., str] | None] = {}
         self._loose = 0
         self._may_hold = isinstance(kernel, JITFunction) and not _unknown
         if self._may_hold:
@@ -152,13 +163,18 @@ class Launcher:
         first = tensors[0]
         address, dtype = first.data_ptr(), first.dtype
         addresses = [address if t is first else t.data_ptr() for t in tensors]
-        loose = self._loose
+        if device not in self._rules:
+            if _unknown_target():
+                self._ask_jit(programs, tensors, integers, constants, num_warps)
+                return
+            self._rules[device] = _own_rules()
+        rules, loose = self._rules[device], self._loose
         key = (
             device,
             num_warps,
             constants,
             tuple([dtype if t is first else t.dtype for t in tensors]),
-            self._traits_of(device, tensors, addresses),
+            _alignments(addresses) if rules is None else tuple([rules(t, align=True) for t in tensors]),
             tuple(integers[loose:]),
             tuple([0 if -0x80000000 <= i <= 0x7FFFFFFF else 1 if i < 2**63 else 2 for i in integers[:loose]]),
         )
@@ -170,18 +186,6 @@ class Launcher:
         # No metadata for hooks and no hooks: there are none.
         stream = driver.get_current_stream(device)
         run(programs, 1, 1, stream, function, metadata, None, None, None, *addresses, *integers, *constants)
-
-    def _traits_of(self, device: int, tensors: Sequence[Tensor], addresses: list[int]) -> tuple[Any, ...]:
-        """What of the tensors but their dtypes may matter to the compiler."""
-        if device not in self._traits:
-            self._traits[device] = _own_rules()
-        rules = self._traits[device]
-        if rules is not None:
-            return tuple([rules(t, align=True) for t in tensors])
-        together = 0
-        for address in addresses:
-            together |= address
-        return () if together % 16 == 0 else tuple([address % 16 == 0 for address in addresses])
 
     def _hold(self, key: tuple[Any, ...], kernel: Any) -> None:
         # None where a hook has taken over; a kernel that is still being compiled is asked for again.
@@ -203,6 +207,14 @@ class Launcher:
         return self.kernel[(programs,)](
             *tensors, *integers, *constants, num_warps=num_warps, enable_fp_fusion=False
         )  # fmt: skip
+
+
+def _alignments(addresses: list[int]) -> tuple[bool, ...]:
+    """Which addresses are multiples of 16; nothing where all are."""
+    together = 0
+    for address in addresses:
+        together |= address
+    return () if together % 16 == 0 else tuple([address % 16 == 0 for address in addresses])
 
 
 def blocks_of(count: int, size: int) -> int:
