@@ -13,7 +13,6 @@ import dataclasses
 import importlib
 import inspect
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -193,7 +192,7 @@ def test_what_is_held_is_launched_as_the_jit_would_have(
     all_kernels(torch.empty(2, 64))
 
     # What earlier examples left is held: calls of all kinds come in any order.
-    @settings(max_examples=int(os.environ.get("FASTDIFF_HELD_EXAMPLES", "400")))
+    @settings(max_examples=400)
     @given(
         calls=st.lists(st.one_of(step_calls(), step_calls(), other_calls()), min_size=1, max_size=4),
         devices=st.lists(st.integers(0, 2), min_size=4, max_size=4),
