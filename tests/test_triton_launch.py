@@ -56,6 +56,27 @@ def test_how_kernels_are_launched_is_said_with_the_reason(monkeypatch: pytest.Mo
     assert ops.triton_launcher() == "holds compiled kernels"
 
 
+@pytest.mark.parametrize(("value", "expected"), [("jit", "True"), ("held", "False"), ("", "False")])
+def test_the_environment_chooses_the_launcher_for_a_process(value: str, expected: str) -> None:
+    done = import_launch(value)
+    assert done.stdout.strip() == expected, done.stderr
+
+
+def test_a_launcher_that_is_none_is_refused() -> None:
+    done = import_launch("fast")
+    assert done.returncode != 0
+    assert "FASTDIFF_TRITON_LAUNCHER is 'fast', expected held or jit; " in done.stderr
+
+
+def import_launch(value: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(Path(fastdiff.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", "from fastdiff.kernels import launch; print(launch._through_jit)"],
+        env={**os.environ, "PYTHONPATH": path, "FASTDIFF_TRITON_LAUNCHER": value},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
 def test_an_accelerator_of_any_kind_but_apple_s_is_one_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
