@@ -43,6 +43,7 @@ MODES = ("auto", "cpu", "cuda", "none")
 PACKAGES = [
     "fastdiff",
     "fastdiff.benchmarks",
+    "fastdiff.benchmarks.gpu",
     "fastdiff.digits",
     "fastdiff.kernels",
     "fastdiff.ops",

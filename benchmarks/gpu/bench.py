@@ -123,7 +123,7 @@ class Run:
     def _mixed(self, case: mixed.MixedCase) -> None:
         tensor_bytes = torch.Size(case.shape).numel() * {"float32": 4, "bfloat16": 2}[case.dtype]
         cache = self._caches(tensor_bytes)[-1]
-        made, moved = mixed.units(case, self._copies(cache, 7 * tensor_bytes), self.absent)
+        made, moved = mixed.units(case, self._copies(cache, 7 * tensor_bytes), self.absent, 1 if self.rehearse else 8)
         for unit in made.values():
             unit.run()
         copies = ceiling.copy_units(moved, cache, self.device)
@@ -138,11 +138,9 @@ class Run:
         self.report["cases"].append({**line, **self._measured(made, copies, cache)})
 
     def _pieces(self) -> None:
-        for kind, shape, makers in pieces.groups(self.device, self.rehearse):
-            made = {}
-            for name, make in makers.items():
-                made[name] = make()
-                made[name].run()
+        for kind, shape, made in pieces.groups(self.device, self.rehearse):
+            for unit in made.values():
+                unit.run()
             times = self._in_turns(made)
             self.report["pieces"].append(
                 {"op": kind, "shape": list(shape), "dtype": "float32", **_all_quantiles(times)}
@@ -189,7 +187,7 @@ class Run:
     def _caches(self, tensor_bytes: int) -> tuple[str, ...]:
         """A cold cache makes a difference to steps that are bound by memory: from an eighth of the cache on."""
         if self.rehearse:
-            return ("warm", "cold")
+            return ("warm",) if tensor_bytes > 100 else ("warm", "cold")
         return ("warm", "cold") if tensor_bytes >= l2_bytes() // 8 else ("warm",)
 
     def _copies(self, cache: str, of_bytes: int) -> int:

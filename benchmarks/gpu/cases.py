@@ -29,7 +29,15 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "latents-64": (64, 16, 128, 128),
     "video": (1, 16, 21, 90, 160),
 }
-SMALL: dict[str, tuple[int, ...]] = {"image-64": (1, 2, 4, 4), "image-128": (2, 2, 4, 4), "video": (1, 2, 3, 4, 5)}
+#: A rehearsal's: loops of so many steps at so small sizes, for Triton's interpreter takes 10 ms a step.
+SMALL: dict[str, tuple[int, ...]] = {"image-128": (2, 2, 4, 4), "video": (1, 2, 3, 2, 2)}
+REHEARSED = (
+    ("image-128", "float32", "dpmsolver++2m", True),
+    ("video", "float32", "ddim", False),
+    ("video", "bfloat16", "flow-euler", False),
+    ("image-128", "float32", "ddpm (philox)", False),
+)
+REHEARSED_STEPS = 4
 
 #: Everybody takes these; of the others torch.compile would take the longest part of a run.
 CORE = (
@@ -95,12 +103,12 @@ def chosen(device: str, rehearse: bool, only: list[str] | None = None) -> list[G
     Raises:
         ValueError: `only` names a sampler that there is not.
     """
+    steps = {"steps": REHEARSED_STEPS} if rehearse else {}
     listed = [(*entry, True) for entry in CORE] + [(*entry, False) for entry in EAGER]
-    made = []
-    for shape, dtype, op, core in listed:
-        shapes = SMALL if rehearse else SHAPES
-        if shape in shapes:
-            made.append(GpuCase(op, shapes[shape], dtype, device=device, core=core))
+    made = [
+        GpuCase(op, (SMALL if rehearse else SHAPES)[shape], dtype, device=device, core=core, **steps)
+        for shape, dtype, op, core in (REHEARSED if rehearse else listed)
+    ]
     inputs = [dataclasses.replace(case, model_input=True, core=False) for case in made[:4] if case.op == "ddim"]
     made += inputs
     for name in only or ():

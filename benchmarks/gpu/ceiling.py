@@ -33,17 +33,17 @@ def why_missing() -> str:
 def copy_units(moved: float, cache: str, device: str) -> dict[str, Unit]:
     """A unit for each way to copy; each copy reads and writes `moved` bytes in all."""
     words = max(4, round(moved / 2) // 4)
-    holds = l2_bytes() if device == "cuda" else 1 << 16
+    holds = l2_bytes() if device == "cuda" else 1 << 10
     copies = copies_for(cache, 8 * words, holds)
     pairs = [
         tuple(torch.ones(words, dtype=torch.int32, device=device) for _ in range(2))
         for _ in range(copies)
     ]  # fmt: skip
-    calls = pairs * max(1, _CALLS // copies)
+    calls = pairs * max(1, (_CALLS if device == "cuda" else 2) // copies)
     found = {"copy, torch": Unit(_nothing, functools.partial(_all, calls, _by_torch), len(calls))}
     if not why_missing():
         launch = importlib.import_module(".copy_kernel", __package__).copy
-        for block, warps in TRITON_SHAPES:
+        for block, warps in TRITON_SHAPES if device == "cuda" else TRITON_SHAPES[:1]:
             one = functools.partial(launch, block=block, warps=warps)
             found[f"copy, Triton {block}/{warps}"] = Unit(_nothing, functools.partial(_all, calls, one), len(calls))
     return found

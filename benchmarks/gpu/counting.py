@@ -17,7 +17,7 @@ from ..dispatches import count_operators
 from .clock import Unit
 
 _RANGE = "fastdiff: the steps"
-_WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cuCtxSynchronize")
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cuCtxSynchronize")
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaLaunchCooperativeKernel")
 
 
@@ -56,7 +56,7 @@ def _read(events: list[Any], steps: int) -> dict[str, Any]:
         "copies": len(copies) / steps,
         "launches": _named(inside, _LAUNCHES) / steps,
         # A plain cudaMemcpy waits as well; cudaMemcpyAsync to pageable memory is followed by a wait of its own.
-        "waits": (_named(inside, _WAITS) + sum(e.name == "cudaMemcpy" for e in inside)) / steps,
+        "waits": (_named(inside, WAITS) + sum(e.name == "cudaMemcpy" for e in inside)) / steps,
         "scalar_reads": sum(e.name == "aten::_local_scalar_dense" for e in inside) / steps,
         "names": dict(Counter(e.name[:120] for e in kernels).most_common(8)),
     }

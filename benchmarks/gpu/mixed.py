@@ -47,7 +47,9 @@ class MixedCase:
         return joined, torch.tensor(rows, device=self.device), float(moved * sample_bytes)
 
 
-def units(case: MixedCase, copies: int, absent: dict[str, str]) -> tuple[dict[str, Unit], float]:
+def units(
+    case: MixedCase, copies: int, absent: dict[str, str], repeats: int = 8
+) -> tuple[dict[str, Unit], float]:
     """A unit a launcher, going round `copies` batches, and the bytes of a step."""
     table, rows, moved = case.made()
     found = {}
@@ -56,7 +58,7 @@ def units(case: MixedCase, copies: int, absent: dict[str, str]) -> tuple[dict[st
             absent[name] = launcher.missing
             continue
         batches = [_arguments(case, table, rows) for _ in range(copies)]
-        found[name] = Unit(*_steps(batches, launcher.backend), 8 * copies)
+        found[name] = Unit(*_steps(batches * repeats, launcher.backend), repeats * copies)
     return found, moved
 
 
@@ -80,7 +82,7 @@ def _arguments(case: MixedCase, table: torch.Tensor, rows: torch.Tensor) -> dict
 
 def _steps(batches: list[dict[str, Any]], backend: str | None) -> tuple[Any, Any]:
     def run() -> None:
-        for arguments in batches * 8:
+        for arguments in batches:
             ops.step_rows(**arguments, backend=backend)
 
     def nothing() -> None:

@@ -37,31 +37,32 @@ OURS: dict[str, _Reduction] = {
 }
 
 
-def groups(device: str, rehearse: bool) -> list[tuple[str, tuple[int, ...], dict[str, Callable[[], Unit]]]]:
+def groups(device: str, rehearse: bool) -> list[tuple[str, tuple[int, ...], dict[str, Unit]]]:
     """What is measured together: a name, a shape, and who does it."""
     backends = {
         name: launcher.backend
         for name, launcher in launchers(device).items()
         if not launcher.missing
     }  # fmt: skip
+    calls = 1 if rehearse else _CALLS
     made = []
     for shape in SMALL if rehearse else SHAPES:
         x = torch.randn(shape, device=device)
         seeds = torch.arange(shape[0], device=device)
-        ways: dict[str, Callable[[], Unit]] = {"torch": _unit(torch.randn, shape, device=device)}
+        ways: dict[str, Unit] = {"torch": _unit(calls, torch.randn, shape, device=device)}
         for name, backend in backends.items():
-            ways[name] = _unit(fastdiff.randn, shape, seeds, device=device, backend=backend)
+            ways[name] = _unit(calls, fastdiff.randn, shape, seeds, device=device, backend=backend)
         made.append(("randn", shape, ways))
         for kind, by_torch in TORCH.items():
-            ways = {"torch": _unit(by_torch, x)}
-            ways |= {name: _unit(OURS[kind], x, backend) for name, backend in backends.items()}
+            ways = {"torch": _unit(calls, by_torch, x)}
+            ways |= {name: _unit(calls, OURS[kind], x, backend) for name, backend in backends.items()}
             made.append((kind, shape, ways))
     return made
 
 
-def _unit(function: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[[], Unit]:
+def _unit(calls: int, function: Callable[..., Any], *arguments: Any, **options: Any) -> Unit:
     def run() -> None:
-        for _ in range(_CALLS):
+        for _ in range(calls):
             function(*arguments, **options)
 
-    return lambda: Unit(lambda: None, run, _CALLS)
+    return Unit(lambda: None, run, calls)
