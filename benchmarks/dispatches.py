@@ -11,6 +11,7 @@ device, where its tensor is on the device.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -70,7 +71,9 @@ class _Counter(TorchDispatchMode):
             return result
         self.counted.names[name] += 1
         self.counted.reads += name in _READS
-        tensors = [value for value in torch.utils._pytree.tree_leaves((args, kwargs, result)) if isinstance(value, Tensor)]
+        tensors = [
+            value for value in torch.utils._pytree.tree_leaves((args, kwargs, result)) if isinstance(value, Tensor)
+        ]
         self.counted.full += any(value.numel() >= self._numel for value in tensors)
         return result
 
@@ -137,10 +140,8 @@ def rows() -> list[dict[str, Any]]:
     lines = []
     for name, (scheduler, arguments, op) in SCHEDULERS.items():
         line: dict[str, Any] = {"solver": name, "diffusers": None, "fastdiff": None}
-        try:
+        with contextlib.suppress(ImportError):
             line["diffusers"] = _a_step(*of_diffusers(scheduler, arguments))
-        except ImportError:
-            pass
         if op is not None:
             line["fastdiff"] = of_ours(op)
         lines.append(line)
@@ -157,7 +158,10 @@ def _a_step(counted: Counted, steps: int) -> dict[str, float]:
 
 def markdown(lines: list[dict[str, Any]]) -> str:
     """The table, for docs/performance.md."""
-    text = ["| a step of | full-size | small | numbers read back | fastdiff: operators beside its one pass |", "|" + "---|" * 5]
+    text = [
+        "| a step of | full-size | small | numbers read back | fastdiff: operators beside its one pass |",
+        "|" + "---|" * 5,
+    ]
     for line in lines:
         theirs = line["diffusers"] or {}
         cells = [_number(theirs.get(column)) for column in ("full", "small", "reads")] + [_number(line["fastdiff"])]

@@ -14,6 +14,7 @@ from fastdiff.table import MODEL_INPUT_SCALE, ROW_WIDTH, compute_dtype
 from mixed import alone, copied, of_sample, random_batch, run, solvers
 from oracle import DTYPES, INTERPRETED, assert_same_bits, backends_at_hand, device_of, plain_row
 
+pytestmark = pytest.mark.answers
 BACKENDS = backends_at_hand()
 HALVES = (torch.float16, torch.bfloat16)
 

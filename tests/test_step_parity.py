@@ -34,6 +34,7 @@ from oracle import (
     plain_row,
 )
 
+pytestmark = pytest.mark.answers
 BACKENDS = backends_at_hand()
 HALVES = (torch.float16, torch.bfloat16)
 

@@ -22,6 +22,7 @@ from . import ceiling, mixed, pieces, results
 from .cases import SHAPES, SMALL, GpuCase, absent_packages, chosen, footprint
 from .clock import Clock, Unit, clock_for
 from .counting import count
+from .launchers import NAMES
 from .machine import l2_bytes, machine
 from .verdict import verdict
 from .ways import COMPILING, PEERS, units
@@ -106,7 +107,7 @@ class Run:
         sets = case.tensors(self._copies(cache, footprint(case)))
         # Graphs are compiled for a warm cache as for a cold one: once is enough, and so is counting.
         skip = () if self._compile_peers and cache == "warm" else COMPILING
-        wanted = [name for name in ("C++ op", "Triton, held", "Triton, JIT", "CUDA graph", *PEERS) if name not in skip]
+        wanted = [name for name in (*NAMES, "CUDA graph", *PEERS) if name not in skip]
         made = units(case, sets, self.absent, wanted)
         copies = ceiling.copy_units(case.bytes_a_step, cache, self.device)
         line: dict[str, Any] = {
@@ -146,7 +147,7 @@ class Run:
                 {"op": kind, "shape": list(shape), "dtype": "float32", **_all_quantiles(times)}
             )
 
-    # ---------------------------------------------------------------------------------------------------- how it is done
+    # ------------------------------------------------------------------------------------------------- how it is done
 
     def _measured(self, made: dict[str, Unit], copies: dict[str, Unit], cache: str) -> dict[str, Any]:
         """Counts, times in turns, and shares of the best copy of as many bytes."""

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from fastdiff.errors import unknown_name
 from fastdiff.levels import levels_from_flow_times
 from fastdiff.solvers import Prediction, ddim
 from fastdiff.stepper import Stepper
 
 from ..cases import Case, Op, Tensors
-from fastdiff.errors import unknown_name
 from ..peers import version
 
 #: Of the paper's straight path, Euler is DDIM; k-diffusion's Euler takes the same update on σ.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a GPU's memory allows: copies of as many bytes as a step must move, by Triton and by torch; the best one counts."""
+"""What a GPU's memory allows: copies of as many bytes as a step must move, by Triton and by torch; the best counts."""
 
 from __future__ import annotations
 

@@ -68,8 +68,8 @@ class CudaClock:
     def elapsed(self, unit: Unit, host: float) -> float:
         """Microseconds of the device from one step's beginning to the next one's.
 
-        The device sleeps for as long as the host needs to enqueue them all, `host` microseconds a step: what is measured is
-        the device alone, gaps between kernels included. Who waits for the device inside a step pays for the way there.
+        The device sleeps for as long as the host needs to enqueue them all, `host` microseconds a step: what is timed
+        is the device alone, gaps between kernels included. Who waits for it inside a step pays for the way there.
         """
         unit.prepare()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

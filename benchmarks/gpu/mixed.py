@@ -47,9 +47,7 @@ class MixedCase:
         return joined, torch.tensor(rows, device=self.device), float(moved * sample_bytes)
 
 
-def units(
-    case: MixedCase, copies: int, absent: dict[str, str], repeats: int = 8
-) -> tuple[dict[str, Unit], float]:
+def units(case: MixedCase, copies: int, absent: dict[str, str], repeats: int = 8) -> tuple[dict[str, Unit], float]:
     """A unit a launcher, going round `copies` batches, and the bytes of a step."""
     table, rows, moved = case.made()
     found = {}
@@ -58,7 +56,7 @@ def units(
             absent[name] = launcher.missing
             continue
         batches = [_arguments(case, table, rows) for _ in range(copies)]
-        found[name] = Unit(*_steps(batches * repeats, launcher.backend), repeats * copies)
+        found[name] = launcher.hold(Unit(*_steps(batches * repeats, launcher.backend), repeats * copies))
     return found, moved
 
 

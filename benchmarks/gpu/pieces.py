@@ -39,23 +39,19 @@ OURS: dict[str, _Reduction] = {
 
 def groups(device: str, rehearse: bool) -> list[tuple[str, tuple[int, ...], dict[str, Unit]]]:
     """What is measured together: a name, a shape, and who does it."""
-    backends = {
-        name: launcher.backend
-        for name, launcher in launchers(device).items()
-        if not launcher.missing
-    }  # fmt: skip
+    here = {name: launcher for name, launcher in launchers(device).items() if not launcher.missing}
     calls = 1 if rehearse else _CALLS
     made = []
     for shape in SMALL if rehearse else SHAPES:
         x = torch.randn(shape, device=device)
         seeds = torch.arange(shape[0], device=device)
         ways: dict[str, Unit] = {"torch": _unit(calls, torch.randn, shape, device=device)}
-        for name, backend in backends.items():
-            ways[name] = _unit(calls, fastdiff.randn, shape, seeds, device=device, backend=backend)
+        for name, way in here.items():
+            ways[name] = way.hold(_unit(calls, fastdiff.randn, shape, seeds, device=device, backend=way.backend))
         made.append(("randn", shape, ways))
         for kind, by_torch in TORCH.items():
             ways = {"torch": _unit(calls, by_torch, x)}
-            ways |= {name: _unit(calls, OURS[kind], x, backend) for name, backend in backends.items()}
+            ways |= {name: way.hold(_unit(calls, OURS[kind], x, way.backend)) for name, way in here.items()}
             made.append((kind, shape, ways))
     return made
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from fastdiff.errors import sentence
 
+from .launchers import NAMES
 from .ways import PEERS
 
 BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
-_OURS = ("C++ op", "Triton, held", "Triton, JIT", "CUDA graph")
+_OURS = (*NAMES, "CUDA graph")
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -26,7 +27,9 @@ def markdown(report: dict[str, Any]) -> str:
         )
     if not report.get("cases"):
         raise ValueError(sentence("table", "the report", "holds no case", "a run's", "run `make gpu STAGES=bench`"))
-    return "\n\n".join([_machine(report), _verdict(report), _times(report), _counts(report), _pieces(report), _rest(report)])
+    return "\n\n".join(
+        [_machine(report), _verdict(report), _times(report), _counts(report), _pieces(report), _rest(report)]
+    )
 
 
 def write(report: dict[str, Any], document: Path) -> None:
@@ -73,7 +76,12 @@ def _times(report: dict[str, Any]) -> str:
 
 
 def _counts(report: dict[str, Any]) -> str:
-    text = ["Kernels and copies a step, waits of the host a step:", "", "| case | way | kernels | copies | waits |", "|" + "---|" * 5]
+    text = [
+        "Kernels and copies a step, waits of the host a step:",
+        "",
+        "| case | way | kernels | copies | waits |",
+        "|" + "---|" * 5,
+    ]
     for line in report["cases"]:
         for way, counts in line["counts"].items():
             if "kernels" in counts:
@@ -84,7 +92,12 @@ def _counts(report: dict[str, Any]) -> str:
 
 def _pieces(report: dict[str, Any]) -> str:
     ways = [way for way in ("torch", *_OURS) if any(way in line["elapsed"] for line in report["pieces"])]
-    text = ["Noise and reductions, device and host time in µs:", "", f"| | {' | '.join(ways)} |", "|" + "---|" * (len(ways) + 1)]
+    text = [
+        "Noise and reductions, device and host time in µs:",
+        "",
+        f"| | {' | '.join(ways)} |",
+        "|" + "---|" * (len(ways) + 1),
+    ]
     for line in report["pieces"]:
         text.append(f"| {_name(line)} | {' | '.join(_pair(line, way) for way in ways)} |")
     return "\n".join(text)

@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-#: What users get without asking comes first; a graph is what they may fill with it.
-_OURS = "C++ op"
-_EAGER = ("C++ op", "Triton, held", "Triton, JIT")
+from .launchers import NAMES
+
+#: What users get without asking; a graph is what they may fill with it.
+_OURS = NAMES[0]
 
 SHARE, HOST, GRAPH = 0.90, 10.0, 3.0
 
@@ -40,7 +41,9 @@ def verdict(report: dict[str, Any]) -> list[dict[str, Any]]:
         values = found["mismatches"] if found and found["compared"] else None
         compared = f" of {found['compared']:,}" if found else ""
         lines.append(
-            _line(f"noise by {backend}: the bits of the CPU", values, lambda value: value == 0, f"{{}} differ{compared}")
+            _line(
+                f"noise by {backend}: the bits of the CPU", values, lambda value: value == 0, f"{{}} differ{compared}"
+            )
         )
     if report.get("rehearsal", True):
         return [{**line, "verdict": "rehearsal"} if line["figure"] != "–" else line for line in lines]
@@ -74,7 +77,7 @@ def _median(line: dict[str, Any] | None, section: str, way: str) -> float | None
 
 
 def _counts(cases: list[dict[str, Any]], field: str) -> list[float]:
-    found = [line.get("counts", {}).get(way, {}).get(field) for line in cases for way in _EAGER]
+    found = [line.get("counts", {}).get(way, {}).get(field) for line in cases for way in NAMES]
     return [value for value in found if value is not None]
 
 
@@ -83,11 +86,11 @@ def _most(cases: list[dict[str, Any]], field: str) -> float | None:
 
 
 def _most_kernels(cases: list[dict[str, Any]]) -> float | None:
-    """The largest number of kernels and copies of a step; below 1 a kernel would be missing, and counts as the answer."""
+    """The number of kernels and copies of a step that is furthest from 1, above or below."""
     kernels = [
         counts["kernels"] + counts["copies"]
         for line in cases
-        for way in _EAGER
+        for way in NAMES
         if "kernels" in (counts := line.get("counts", {}).get(way, {}))
     ]
     return max(kernels, key=lambda value: abs(value - 1.0), default=None)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Everybody who takes the steps of a case, each as a unit that a clock can time.
 
-A unit is the loop without its first step: that one puts the samples back to the start, which is not part of a step. With
-several sets of tensors each step is taken on one set after the other, so that none is in a cache when its turn comes.
+A unit is the loop without its first step: that one puts the samples back to the start, which is not part of a step.
+With several sets of tensors each step is taken on one after the other, so that none is in a cache when its turn comes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..cases import GUIDANCE, Tensors
 from ..peers import Walk, fastdiff_walk
 from .cases import GpuCase
 from .clock import Unit
-from .launchers import launchers
+from .launchers import Launcher, launchers
 
 #: Ours, then those whom we are held against, by the names of the results. Who compiles is measured on core cases alone.
 COMPILING = ("ours, torch.compile", "torch.compile of the reference", "diffusers, torch.compile")
@@ -52,7 +52,7 @@ def units(
         if launcher.missing:
             absent[name] = launcher.missing
         else:
-            makers[name] = functools.partial(_ours, case, sets, launcher.backend)
+            makers[name] = functools.partial(_ours, case, sets, launcher)
     # A graph holds whichever launcher filled it: one is enough, the one that users get.
     if case.device == "cuda":
         makers["CUDA graph"] = functools.partial(_graph, case, sets)
@@ -93,9 +93,9 @@ def eager(walks: Sequence[Walk], rows: int) -> Unit:
     return Unit(first, rest, len(turns))
 
 
-def _ours(case: GpuCase, sets: Sequence[Tensors], backend: str | None) -> Unit:
-    walks = [Walk(fastdiff_walk(case, tensors, backend, model_input=_model_input(case))) for tensors in sets]
-    return eager(walks, len(case.table))
+def _ours(case: GpuCase, sets: Sequence[Tensors], launcher: Launcher) -> Unit:
+    walks = [Walk(fastdiff_walk(case, tensors, launcher.backend, model_input=_model_input(case))) for tensors in sets]
+    return launcher.hold(eager(walks, len(case.table)))
 
 
 def _graph(case: GpuCase, sets: Sequence[Tensors]) -> Unit:
@@ -133,7 +133,7 @@ def _replay(graph: Any, keeps_alive: Unit) -> None:
 def _peer(name: str, case: GpuCase, sets: Sequence[Tensors]) -> Unit:
     rows = len(case.table)
     if name == "ours, torch.compile":
-        return eager([Walk(_compiled_walk(case, tensors)) for tensors in sets], rows)
+        return eager([Walk(compiled_walk(case, tensors)) for tensors in sets], rows)
     if name == "reference":
         return eager([Walk(fastdiff_walk(case, tensors, "reference")) for tensors in sets], rows)
     if name == "torch.compile of the reference":
@@ -143,10 +143,10 @@ def _peer(name: str, case: GpuCase, sets: Sequence[Tensors]) -> Unit:
     return eager(diffusers_peer.walks(case, sets, compiled=name == "diffusers, torch.compile"), rows)
 
 
-def _compiled_walk(case: GpuCase, tensors: Tensors) -> Advance:
-    """One compiled function a step, its row in a tensor: one graph for all rows."""
+def compiled_walk(case: GpuCase, tensors: Tensors, sample: Tensor | None = None) -> Advance:
+    """One compiled function a step, its row in a tensor: one graph for all rows. It writes `sample`."""
     start, cond, uncond = tensors
-    sample = torch.empty_like(start)
+    sample = torch.empty_like(start) if sample is None else sample
     table = case.table.shared_rows(start.dtype, start.device)
     used = {j for store in case.table.store for j in store}
     registers = [torch.zeros_like(start) if j in used else None for j in range(NUM_REGISTERS)]
@@ -180,8 +180,3 @@ def _model_input(case: GpuCase) -> Tensor | None:
     if not case.model_input:
         return None
     return torch.empty((2 * case.shape[0], *case.shape[1:]), dtype=case.torch_dtype, device=case.device)
-
-
-def held_bytes(case: GpuCase, sets: int) -> int:
-    """About how much memory the ways of a case take together: each has samples, registers and outputs of its own."""
-    return 3 * sets * case.tensor_bytes + (len(PEERS) + 4) * sets * 6 * case.tensor_bytes
