@@ -13,8 +13,8 @@
 #   PYTHON=       else the python3 whose torch sees a GPU, else .venv/bin/python
 #   DRY=1         a rehearsal on the CPU: every stage as far as it goes without a GPU, in under three minutes
 #   LIMIT=540     seconds a stage may take
-#   WORKERS=4     processes of the tests, where pytest-xdist is installed
-#   RESULTS=      a folder for the results' JSON, else benchmarks/results (a rehearsal's: build/gpu)
+#   WORKERS=      processes of the tests, where pytest-xdist is installed; else three of four cores, for Triton compiles
+#   RESULTS=      a folder for the results' JSON and the timeline's picture, else benchmarks/results (a rehearsal's: build/gpu)
 #   FASTDIFF_COMMIT=  the commit, where there is no git
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -78,7 +78,7 @@ json=("${rehearse[@]}" --json "$results")
 
 pytest=("${python[@]}" -m pytest -q -p no:cacheprovider)
 workers=()
-if "$PYTHON" -c 'import xdist' 2>/dev/null && [[ $dry == 0 ]]; then workers=(-n "${WORKERS:-4}"); fi
+if "$PYTHON" -c 'import xdist' 2>/dev/null && [[ $dry == 0 ]]; then workers=(-n "${WORKERS:-$((($(nproc) * 3 + 3) / 4))}"); fi
 # Every test file whose tests take a backend by name.
 parity=(tests/test_step_parity.py tests/test_rows.py tests/test_philox.py tests/test_reductions.py)
 
@@ -111,6 +111,7 @@ if mode == "cuda":
     assert backends.extension.cuda, "the extension was built without CUDA"
     chosen = fastdiff.ops.backend_for(torch.empty(0, device="cuda"))
     assert chosen == "cuda", f"{chosen} would answer on the GPU"
+    assert not backends.why_missing("triton"), backends.why_missing("triton")
 PY
 }
 
@@ -134,7 +135,7 @@ stage_bench() {
     [[ $dry == 0 ]] || options=(--rounds 2 --no-compile)
     local failed=0
     timeout -k 10 "$limit" "${bench[@]}" bench "${json[@]}" "${options[@]}" || failed=1
-    timeout -k 10 100 "${bench[@]}" timeline "${json[@]}" || failed=1
+    timeout -k 10 100 "${bench[@]}" timeline "${json[@]}" ${RESULTS:+--picture "$RESULTS/timeline.png"} || failed=1
     return $failed
 }
 

@@ -64,6 +64,7 @@ def test_rehearsal_measures_every_case_by_all_who_are_here(rehearsal: dict[str, 
     assert {line["cache"] for line in lines} == {"warm", "cold"}
     for line in lines:
         assert line["bytes"] > 0
+        assert line["cache"] == "cold" or line["counts"]["C++ op"].keys() == {"operators", "scalar_reads"}
         assert {"C++ op"} <= set(line["elapsed"]) == set(line["host"]) == set(line["share_of_copy"])
         alone = line["op"] == "mixed rows" or line["model_input"]
         assert ("reference" in line["elapsed"]) == (not alone)
@@ -89,6 +90,22 @@ def test_rehearsal_is_refused_by_the_table(rehearsal: dict[str, Any], tmp_path: 
     ):
         table.write(rehearsal, document)
     assert "old" in document.read_text()
+
+
+def test_a_part_that_fails_is_said_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = importlib.import_module("benchmarks.gpu.bench")
+
+    def broken(self: Any, case: Any, cache: str) -> None:
+        raise ZeroDivisionError("no such thing")
+
+    monkeypatch.setattr(bench.Run, "_case", broken)
+    monkeypatch.setattr(bench.Run, "_pieces", lambda self: self.report["pieces"].append("ran"))
+    monkeypatch.setattr(bench.Run, "_mixed_cases", lambda self: [])
+    monkeypatch.setattr(bench.Run, "_ceilings", lambda self: None)
+    run = bench.Run("cpu", tmp_path / "x.json", rehearse=True, rounds=1, seconds=60.0)
+    stored = run.everything()
+    assert stored["pieces"] == ["ran"]
+    assert stored["failed"]["ddim 1x2x3x2x2 float32, warm"] == "ZeroDivisionError: no such thing"
 
 
 def test_time_that_runs_out_is_said(tmp_path: Path) -> None:
@@ -118,7 +135,7 @@ def test_noise_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = noise._draw
 
     def off(request: dict[str, Any], backend: str, device: str) -> torch.Tensor:
-        drawn = draw(request, backend, device).clone()
+        drawn = draw(request, backend, device).clone(memory_format=torch.contiguous_format)
         if backend == "reference":
             drawn.view(-1)[-1] = float("nan")
         return drawn

@@ -97,8 +97,11 @@ def _bench(options: Any) -> int:
         seconds=options.seconds or 480.0,
         compile_peers=not options.no_compile,
     )
-    run.everything(options.samplers)
-    return _show(options)
+    stored = run.everything(options.samplers)
+    _show(options)
+    for name, reason in stored["failed"].items():
+        print(f"failed: {name}: {reason}", file=sys.stderr)
+    return 1 if stored["failed"] else 0
 
 
 def _noise(options: Any) -> int:

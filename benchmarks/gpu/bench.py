@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,19 @@ class Run:
         self.clock: Clock = clock_for(device)
         self.absent: dict[str, str] = absent_packages()
         self.not_measured: list[str] = []
+        self.failed: dict[str, str] = {}
         self.report: dict[str, Any] = {"machine": machine(device), "ceilings": [], "cases": [], "pieces": []}
+        #: Which case a line of the report is of.
+        self._lines: dict[int, GpuCase | mixed.MixedCase] = {}
         self._until = time.monotonic() + seconds
         self._compile_peers = compile_peers
 
     def everything(self, only: list[str] | None = None) -> dict[str, Any]:
         """Measure, store, and return what is stored."""
+        selected = chosen(self.device, self.rehearse, only)
         parts: list[tuple[str, Callable[[], None]]] = [
             (f"{case.name}, {cache}", lambda case=case, cache=cache: self._case(case, cache))  # type: ignore[misc]
-            for case in chosen(self.device, self.rehearse, only)
+            for case in selected
             for cache in self._caches(case.tensor_bytes)
         ]
         if only is None:
@@ -57,6 +62,9 @@ class Run:
             parts.insert(0, ("copies", self._ceilings))
             parts += [(case.name, lambda case=case: self._mixed(case)) for case in self._mixed_cases()]  # type: ignore[misc]
             parts.append(("noise and reductions", self._pieces))
+        # Last: once the profiler has looked on, it may slow down whatever is launched afterwards.
+        counted = [*selected, *(self._mixed_cases() if only is None else ())]
+        parts += [(f"counting {case.name}", lambda case=case: self._count(case)) for case in counted]  # type: ignore[misc]
         grad, collecting = torch.is_grad_enabled(), gc.isenabled()
         torch.set_grad_enabled(False)
         gc.disable()
@@ -66,7 +74,11 @@ class Run:
                     self.not_measured.append(name)
                     continue
                 print(name, file=sys.stderr, flush=True)
-                part()
+                try:
+                    part()
+                except Exception as error:  # a peer or a size too many must not cost the rest of the run
+                    self.failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+                    traceback.print_exc()
                 self.store()
                 gc.collect()
                 if self.device == "cuda":
@@ -79,7 +91,7 @@ class Run:
 
     def store(self) -> dict[str, Any]:
         """Write what there is, and the verdict on it."""
-        sections = {**self.report, "absent": self.absent, "not_measured": self.not_measured}
+        sections = {**self.report, "absent": self.absent, "not_measured": self.not_measured, "failed": self.failed}
         stored = results.store(self.path, self.rehearse, **sections)
         return results.store(self.path, self.rehearse, verdict=verdict(stored))
 
@@ -105,10 +117,7 @@ class Run:
 
     def _case(self, case: GpuCase, cache: str) -> None:
         sets = case.tensors(self._copies(cache, footprint(case)))
-        # Graphs are compiled for a warm cache as for a cold one: once is enough, and so is counting.
-        skip = () if self._compile_peers and cache == "warm" else COMPILING
-        wanted = [name for name in (*NAMES, "CUDA graph", *PEERS) if name not in skip]
-        made = units(case, sets, self.absent, wanted)
+        made = units(case, sets, self.absent, self._wanted(case, cache))
         copies = ceiling.copy_units(case.bytes_a_step, cache, self.device)
         line: dict[str, Any] = {
             "op": case.op,
@@ -119,7 +128,8 @@ class Run:
             "steps": len(case.table),
             "bytes": case.bytes_a_step,
         }
-        self.report["cases"].append({**line, **self._measured(made, copies, cache)})
+        self._lines[len(self.report["cases"])] = case
+        self.report["cases"].append({**line, **self._measured(made, copies)})
 
     def _mixed(self, case: mixed.MixedCase) -> None:
         tensor_bytes = torch.Size(case.shape).numel() * {"float32": 4, "bfloat16": 2}[case.dtype]
@@ -136,7 +146,8 @@ class Run:
             "model_input": False,
             "bytes": moved,
         }
-        self.report["cases"].append({**line, **self._measured(made, copies, cache)})
+        self._lines[len(self.report["cases"])] = case
+        self.report["cases"].append({**line, **self._measured(made, copies)})
 
     def _pieces(self) -> None:
         for kind, shape, made in pieces.groups(self.device, self.rehearse):
@@ -149,27 +160,50 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------- how it is done
 
-    def _measured(self, made: dict[str, Unit], copies: dict[str, Unit], cache: str) -> dict[str, Any]:
-        """Counts, times in turns, and shares of the best copy of as many bytes."""
+    def _measured(self, made: dict[str, Unit], copies: dict[str, Unit]) -> dict[str, Any]:
+        """Times in turns, and shares of the best copy of as many bytes."""
         for unit in copies.values():
             unit.run()
-        counts: dict[str, Any] = {}
-        for name, unit in made.items() if cache == "warm" or len(made) < len(PEERS) else ():
-            try:
-                counts[name] = count(unit, self.device)
-            except RuntimeError as error:
-                self.absent["counts"] = str(error)
         times = self._in_turns({**made, **copies})
         elapsed = times["elapsed"]
         best = min(copies, key=lambda name: quantiles(elapsed[name])["median"])
-        line = {
-            "counts": counts,
+        return {
+            "counts": {},
             **_all_quantiles({kind: {name: taken[name] for name in made} for kind, taken in times.items()}),
             "copy": {"best": best, **quantiles(elapsed[best])},
             "share_of_copy": {name: quantiles(ratios(elapsed[best], elapsed[name])) for name in made},
         }
-        full = [n for n, c in counts.items() if c.get("launches", 0) * made[n].steps > QUEUE]
-        return {**line, **({"host_may_have_waited": full} if full else {})}
+
+    def _count(self, case: GpuCase | mixed.MixedCase) -> None:
+        """Count what the case's steps ask of the device, into the first line of it, if there was time for one."""
+        line = next((self.report["cases"][i] for i, found in self._lines.items() if found == case), None)
+        if line is None:
+            return
+        if isinstance(case, mixed.MixedCase):
+            made, _ = mixed.units(case, 1, self.absent)
+        else:
+            made = units(case, case.tensors(), self.absent, self._wanted(case, "warm"))
+        counts = line["counts"]
+        for name, unit in made.items():
+            unit.run()
+            try:
+                counts[name] = count(unit, self.device)
+            except RuntimeError as error:
+                self.absent["counts"] = str(error)
+        full = [name for name, counted in counts.items() if counted.get("launches", 0) * made[name].steps > QUEUE]
+        if full:
+            line["host_may_have_waited"] = full
+
+    def _wanted(self, case: GpuCase, cache: str) -> list[str]:
+        """The ways to measure; who compiles takes long, and diffusers' step is compiled for each set anew."""
+        skip = () if self._compile_peers else COMPILING
+        dtype = "float32" if len(case.shape) == 4 else "bfloat16"
+        once = (cache, case.op, case.dtype) == ("warm", "ddim", dtype)
+        return [
+            name
+            for name in (*NAMES, "CUDA graph", *PEERS)
+            if name not in skip and (once or name != "diffusers, torch.compile")
+        ]
 
     def _in_turns(self, made: Mapping[str, Unit], host: bool = True) -> dict[str, dict[str, list[float]]]:
         """For each unit, microseconds a step of each round: of the host, and elapsed on the device."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,6 @@ from fastdiff.solvers import Prediction, ddim
 from fastdiff.stepper import Stepper
 
 from ..cases import Case, Op, Tensors
-from ..peers import version
 
 #: Of the paper's straight path, Euler is DDIM; k-diffusion's Euler takes the same update on σ.
 FLOW_EULER = Op({}, ("FlowMatchEulerDiscreteScheduler", {}), ("sample_euler", {}))
@@ -124,5 +124,5 @@ def footprint(case: Case) -> int:
 
 def absent_packages() -> dict[str, str]:
     """Peers that are not installed here, by the name that the results use."""
-    packages = {"diffusers": "diffusers", "k-diffusion": "k-diffusion"}
-    return {peer: "not installed" for peer, package in packages.items() if version(package) == "absent"}
+    modules = {"diffusers": "diffusers", "k-diffusion": "k_diffusion"}
+    return {peer: "not installed" for peer, module in modules.items() if importlib.util.find_spec(module) is None}

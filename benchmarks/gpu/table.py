@@ -105,6 +105,7 @@ def _pieces(report: dict[str, Any]) -> str:
 
 def _rest(report: dict[str, Any]) -> str:
     lines = [f"- absent: {name}: {reason}" for name, reason in report.get("absent", {}).items()]
+    lines += [f"- failed: {name}: {reason}" for name, reason in report.get("failed", {}).items()]
     lines += [f"- not measured, for want of time: {name}" for name in report.get("not_measured", [])]
     return "\n".join(lines) or "Nothing was absent."
 

@@ -79,7 +79,7 @@ def profiled(unit: Unit, device: str) -> Lanes:
 def lanes_of(events: list[Any], device: str) -> Lanes:
     """Spans of what the host called from the steps themselves, of its waits, and of the device's kernels."""
     host = [event for event in events if event.device_type == DeviceType.CPU]
-    (total,) = [event for event in host if event.name == _RANGE]
+    total = next(event for event in host if event.name == _RANGE)
     zero, end = total.time_range.start, total.time_range.end
 
     def span(event: Any) -> Span:
