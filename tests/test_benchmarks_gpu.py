@@ -280,7 +280,7 @@ def test_kernels_copies_launches_and_waits_are_counted() -> None:
     assert lanes.total == (0, 100)
     assert len(lanes.device) == 5
     assert len(lanes.host) == 6
-    assert len(lanes.waits) == 2
+    assert len(lanes.waits) == 1
 
 
 def test_operators_are_counted_without_views_and_with_reads() -> None:

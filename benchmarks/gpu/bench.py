@@ -189,7 +189,7 @@ class Run:
             try:
                 counts[name] = count(unit, self.device)
             except RuntimeError as error:
-                self.absent["counts"] = str(error)
+                self.absent[f"counts: {name}"] = str(error).splitlines()[0][:300]
         full = [name for name, counted in counts.items() if counted.get("launches", 0) * made[name].steps > QUEUE]
         if full:
             line["host_may_have_waited"] = full

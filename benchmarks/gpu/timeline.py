@@ -92,7 +92,9 @@ def lanes_of(events: list[Any], device: str) -> Lanes:
         stood_for = [span(e) for e in on_device]
     else:
         stood_for = [span(e) for e in inside if not e.cpu_children] or [span(total)]
-    waits = [span(e) for e in inside if e.name.startswith(WAITS) or e.name == "aten::_local_scalar_dense"]
+    # On a GPU a number may be read back from the host's own memory: there the driver's word counts.
+    beginnings = WAITS if device == "cuda" else ("aten::_local_scalar_dense",)
+    waits = [span(e) for e in inside if e.name.startswith(beginnings)]
     return Lanes(span(total), [span(e) for e in called], waits, stood_for)
 
 
@@ -126,7 +128,7 @@ def _plot(found: dict[str, Lanes], case: GpuCase, picture: Path, rehearse: bool)
     shape = "×".join(str(size) for size in case.shape)
     title = f"{STEPS} steps of DDIM with guidance, {shape} {case.dtype}"
     axis.set_title(f"{title}: rehearsal on the CPU, operators stand in for kernels" if rehearse else title, loc="left")
-    kinds = ((_HOST, "operator or launch"), ("#dcdde1", "Python between"), (_WAIT, "number read back, wait"),
+    kinds = ((_HOST, "operator or launch"), ("#dcdde1", "Python between"), (_WAIT, "number read back" if rehearse else "wait for the device"),
              (_DEVICE, "operator, standing in" if rehearse else "kernel or copy"))  # fmt: skip
     axis.legend(
         handles=[patches.Patch(color=color, label=label) for color, label in kinds],
