@@ -128,8 +128,12 @@ def _plot(found: dict[str, Lanes], case: GpuCase, picture: Path, rehearse: bool)
     shape = "×".join(str(size) for size in case.shape)
     title = f"{STEPS} steps of DDIM with guidance, {shape} {case.dtype}"
     axis.set_title(f"{title}: rehearsal on the CPU, operators stand in for kernels" if rehearse else title, loc="left")
-    kinds = ((_HOST, "operator or launch"), ("#dcdde1", "Python between"), (_WAIT, "number read back" if rehearse else "wait for the device"),
-             (_DEVICE, "operator, standing in" if rehearse else "kernel or copy"))  # fmt: skip
+    kinds = (
+        (_HOST, "operator or launch"),
+        ("#dcdde1", "Python between"),
+        (_WAIT, "number read back" if rehearse else "wait for the device"),
+        (_DEVICE, "operator, standing in" if rehearse else "kernel or copy"),
+    )
     axis.legend(
         handles=[patches.Patch(color=color, label=label) for color, label in kinds],
         loc="lower right", fontsize=8, frameon=False,
