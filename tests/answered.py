@@ -24,7 +24,7 @@ from unittest import mock
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.ops import backends, fused, reductions, run
+from fastdiff.ops import backends, reductions, run
 from fastdiff.ops import random as noise
 
 #: The public operations, and where in their arguments the tensor is by which a backend is chosen.
@@ -89,9 +89,7 @@ def _extension(record: Record) -> list[Any]:
         return call
 
     original_randn = backends.extension.randn
-    found = [_around(backends.extension, name, recorded) for name in EXTENSION]
-    # Bound by name when it was imported: the way of calls that name no backend.
-    return [*found, _around(fused, "_extension_step", recorded)]
+    return [_around(backends.extension, name, recorded) for name in EXTENSION]
 
 
 def _triton(record: Record) -> list[Any]:
