@@ -34,7 +34,7 @@ CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.in
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup versions sample test fuzz sanitize lint format bench clean
+.PHONY: help setup versions sample test fuzz sanitize lint format bench gpu clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*  ## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-9s %s\n", $$1, $$2 }'
@@ -66,6 +66,10 @@ format: $(PACKAGES)  ## rewrite the sources in the house format
 
 bench: $(BUILD)  ## print what a step costs beside its peers
 	$(PY) -m benchmarks $(BENCH_ARGS)
+
+# No .venv and no pip: the machine with the GPU has what it has. The script says which variables it takes.
+gpu:  ## on a machine with an NVIDIA GPU: build, prove, measure; DRY=1 rehearses on the CPU, STAGES="build test" picks
+	@benchmarks/gpu.sh
 
 setup: $(BUILD)  ## make .venv and build the extension
 

@@ -43,13 +43,19 @@ MODES = ("auto", "cpu", "cuda", "none")
 PACKAGES = [
     "fastdiff",
     "fastdiff.benchmarks",
+    "fastdiff.benchmarks.gpu",
     "fastdiff.diffusers",
     "fastdiff.digits",
+    "fastdiff.graphs",
     "fastdiff.kernels",
     "fastdiff.ops",
     "fastdiff.solvers",
 ]
-PACKAGE_DIR = {"fastdiff.benchmarks": "benchmarks", "fastdiff.kernels": "kernels/triton"}
+PACKAGE_DIR = {
+    "fastdiff.benchmarks": "benchmarks",
+    "fastdiff.benchmarks.gpu": "benchmarks/gpu",
+    "fastdiff.kernels": "kernels/triton",
+}
 PACKAGE_DATA = {"fastdiff": ["py.typed"], "fastdiff.digits": ["weights.safetensors", "figures.json"]}
 
 # The commands that end in an extension. The others (sdist, egg_info, clean, …) describe the tree and need no compiler.

@@ -11,6 +11,7 @@ copying.py             the copy that a step's bytes are held against; how large 
 measure.py             all of them in turn, round by round, in one process
 base.py, worker.py     this code beside that of another commit, in processes that take turns
 options.py, report.py, plots.py, conditions.py    the command's arguments, its table, its picture, its circumstances
+gpu_configs.py         which sizes of blocks a GPU takes best; a command of its own
 __main__.py            ``fastdiff bench``; from a checkout also ``python -m benchmarks``
 test_step.py           the same cases under pytest-benchmark; test_reductions.py reductions and noise there
 

@@ -41,13 +41,13 @@ class Op:
     Args:
         config: fields of SamplingConfig.
         diffusers: a scheduler's class and its arguments.
-        k_diffusion: a function of k_diffusion.sampling and its arguments.
+        k_diffusion: a function of k_diffusion.sampling and its arguments; None where it has none.
         seeded: the kernel draws the noise itself, from seeds that the step is given; peers draw theirs as ever.
     """
 
     config: dict[str, Any]
     diffusers: tuple[str, dict[str, Any]]
-    k_diffusion: tuple[str, dict[str, Any]]
+    k_diffusion: tuple[str, dict[str, Any]] | None
     seeded: bool = False
 
 
@@ -92,12 +92,18 @@ class Tensors(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One sampler at one shape and dtype."""
+    """One sampler at one shape and dtype, on one device."""
 
     op: str
     shape: tuple[int, ...]
     dtype: str = "float32"
     steps: int = field(default=STEPS, repr=False)
+    device: str = field(default="cpu", repr=False)
+
+    @property
+    def recipe(self) -> Op:
+        """The sampler, as its peers know it."""
+        return OPS[self.op]
 
     @property
     def dimensions(self) -> str:
@@ -109,11 +115,15 @@ class Case:
 
     @functools.cached_property
     def sampler(self) -> Any:
-        return create_sampler("linear", num_inference_steps=self.steps, **OPS[self.op].config)
+        return create_sampler("linear", num_inference_steps=self.steps, **self.recipe.config)
 
     @functools.cached_property
     def table(self) -> Any:
         return self.sampler.stepper().table
+
+    def stepper(self, backend: str | None = None, **options: Any) -> Any:
+        """A fresh walk over the table."""
+        return self.sampler.stepper(backend, **options)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -130,10 +140,11 @@ class Case:
     @property
     def bytes_a_step(self) -> float:
         """Bytes that a step must move, the mean of the loop's rows."""
-        return bytes_a_step(self.table, self.tensor_bytes, guided=True, noise_in_memory=not OPS[self.op].seeded)
+        return bytes_a_step(self.table, self.tensor_bytes, guided=True, noise_in_memory=not self.recipe.seeded)
 
     def tensors(self, copies: int = 1) -> list[Tensors]:
         """As many sets of tensors, each its own memory; of the same values, which cost nothing to tell apart."""
         generator = torch.Generator().manual_seed(0)
-        first = Tensors(*(torch.randn(self.shape, generator=generator).to(self.torch_dtype) for _ in range(3)))
+        made = (torch.randn(self.shape, generator=generator).to(self.device, self.torch_dtype) for _ in range(3))
+        first = Tensors(*made)
         return [first] + [Tensors(*(tensor.clone() for tensor in first)) for _ in range(copies - 1)]

@@ -89,7 +89,7 @@ def plans(case: Case, threads: int) -> list[Plan]:
         used = [[column for column in range(len(COLUMNS)) if weights[column]] for weights in maps]
         form = tuple(tuple(place.get(column, column) for column in columns) for columns in used)
         weights = [weights[column] for weights, columns in zip(maps, used, strict=True) for column in columns]
-        scalars = torch.tensor([*row.prediction, row.clip, *weights], dtype=dtype)
+        scalars = torch.tensor([*row.prediction, row.clip, *weights], dtype=dtype, device=case.device)
         if form not in compiled:
             compiled[form] = torch.compile(formula(form), fullgraph=True, dynamic=False)
         made.append(Plan(compiled[form], scalars, reads, case.table.store[i], case.table.draws_noise[i]))
@@ -117,7 +117,7 @@ def _walk(rows: list[Plan], tensors: Tensors) -> Callable[[], object]:
     start, cond, uncond = tensors
     sample = torch.empty_like(start)
     registers = {j: torch.zeros_like(start) for row in rows for j in row.store}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(start.device).manual_seed(0)
     # Which tensors a row reads and writes is known: looked up here once, not at each step.
     places = [(tuple(registers[j] for j in row.reads), tuple(registers[j] for j in row.store)) for row in rows]
     position = len(rows)

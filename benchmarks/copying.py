@@ -36,10 +36,11 @@ def last_level_cache() -> int:
     return max(sizes, default=0) or 64 << 20
 
 
-def copies_for(cache: str, footprint: int) -> int:
+def copies_for(cache: str, footprint: int, holds: int | None = None) -> int:
     """How many sets of `footprint` bytes to go round: one for a warm cache; for a cold one twice the last level's
-    worth and one more, so that whatever is used was evicted since it was used last."""
-    return 1 if cache == "warm" else 1 + math.ceil(2 * last_level_cache() / footprint)
+    worth and one more, so that whatever is used was evicted since it was used last. `holds`: the bytes of that level,
+    where it is not the processor's."""
+    return 1 if cache == "warm" else 1 + math.ceil(2 * (holds or last_level_cache()) / footprint)
 
 
 def why_absent() -> str:

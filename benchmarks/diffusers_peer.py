@@ -9,31 +9,38 @@ from typing import Any
 
 import torch
 
-from .cases import GUIDANCE, OPS, Case, Tensors
+from .cases import GUIDANCE, Case, Tensors
 from .peers import Walk
 
 #: What a step changes in a scheduler, and set_timesteps would reset.
 _STATE = ("_step_index", "lower_order_nums", "model_outputs", "dt", "prev_derivative", "sample")
 
 
-def walks(case: Case, sets: Sequence[Tensors]) -> list[Walk]:
-    """A scheduler a set."""
+def walks(case: Case, sets: Sequence[Tensors], *, compiled: bool = False) -> list[Walk]:
+    """A scheduler a set; `compiled`: its step and the guidance before it under torch.compile, breaks and all."""
     import diffusers
 
-    class_name, arguments = OPS[case.op].diffusers
+    class_name, arguments = case.recipe.diffusers
     scheduler = getattr(diffusers, class_name)(**arguments)
-    scheduler.set_timesteps(case.steps)
-    draws = {"generator": torch.Generator().manual_seed(0)} if any(case.table.draws_noise) else {}
+    scheduler.set_timesteps(case.steps, device=case.device)
+    draws = {"generator": torch.Generator(case.device).manual_seed(0)} if any(case.table.draws_noise) else {}
     # A shallow copy shares the tables, which a step only reads.
-    return [Walk(_walk(copy.copy(scheduler), tensors, draws)) for tensors in sets]
+    return [Walk(_walk(copy.copy(scheduler), tensors, draws, compiled)) for tensors in sets]
 
 
-def _walk(scheduler: Any, tensors: Tensors, draws: dict[str, Any]) -> Callable[[], object]:
+def _walk(scheduler: Any, tensors: Tensors, draws: dict[str, Any], compiled: bool) -> Callable[[], object]:
     start, cond, uncond = tensors
     fresh = {name: value for name, value in vars(scheduler).items() if name in _STATE}
     timesteps = list(scheduler.timesteps)
+    scales = getattr(scheduler, "scale_model_input", None)  # flow schedulers have none
     position = len(timesteps)
     sample = start
+
+    def guided_step(cond: Any, uncond: Any, timestep: Any, sample: Any) -> Any:
+        guided = uncond + GUIDANCE * (cond - uncond)
+        return scheduler.step(guided, timestep, sample, return_dict=False, **draws)[0]
+
+    take = torch.compile(guided_step) if compiled else guided_step
 
     def advance() -> None:
         nonlocal position, sample
@@ -42,9 +49,9 @@ def _walk(scheduler: Any, tensors: Tensors, draws: dict[str, Any]) -> Callable[[
                 setattr(scheduler, name, list(value) if isinstance(value, list) else value)
             position, sample = 0, start
         timestep = timesteps[position]
-        scheduler.scale_model_input(sample, timestep)  # as every pipeline does; most return their argument
-        guided = uncond + GUIDANCE * (cond - uncond)
-        sample = scheduler.step(guided, timestep, sample, return_dict=False, **draws)[0]
+        if scales is not None:
+            scales(sample, timestep)  # as every pipeline does; most return their argument
+        sample = take(cond, uncond, timestep, sample)
         position += 1
 
     return advance

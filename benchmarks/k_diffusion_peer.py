@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .cases import GUIDANCE, OPS, Case, Tensors
+from .cases import GUIDANCE, Case, Tensors
 from .peers import Walk
 
 _ALONE = "_k_diffusion_alone"
@@ -60,9 +60,11 @@ def load_sampling() -> ModuleType:
 def walks(case: Case, sets: Sequence[Tensors]) -> list[Walk]:
     """One walk, of a whole loop at a time: its functions do not stop between steps. The sets of outputs take turns."""
     sampling = load_sampling()
-    name, arguments = OPS[case.op].k_diffusion
+    if case.recipe.k_diffusion is None:
+        raise RuntimeError(f"k-diffusion has no {case.op}")
+    name, arguments = case.recipe.k_diffusion
     function = getattr(sampling, name)
-    sigmas = sampling.get_sigmas_karras(case.steps, 0.03, 14.6)
+    sigmas = sampling.get_sigmas_karras(case.steps, 0.03, 14.6, device=case.device)
     outputs = itertools.cycle(sets)
 
     def model(x: Any, sigma: Any) -> Any:

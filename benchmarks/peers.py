@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from .cases import GUIDANCE, OPS, Case, Tensors
+from .cases import GUIDANCE, Case, Tensors
 
 
 class Walk(NamedTuple):
@@ -40,26 +41,35 @@ def walks(peer: str, case: Case, sets: Sequence[Tensors]) -> list[Walk]:
         made: list[Walk] = importlib.import_module(f".{module}", __package__).walks(case, sets)
         return made
     backend = None if peer == "fastdiff" else peer
-    return [Walk(_fastdiff_walk(case, tensors, backend)) for tensors in sets]
+    return [Walk(fastdiff_walk(case, tensors, backend)) for tensors in sets]
 
 
-def _fastdiff_walk(case: Case, tensors: Tensors, backend: str | None) -> Callable[[], object]:
+def fastdiff_walk(
+    case: Case,
+    tensors: Tensors,
+    backend: str | None,
+    *,
+    sample: Tensor | None = None,
+    model_input: Tensor | None = None,
+) -> Callable[[], object]:
+    """Takes the next step of a loop that starts over; `sample` and `model_input` are what it writes."""
     start, cond, uncond = tensors
-    sample = torch.empty_like(start)
-    sampler = case.sampler
-    generator: torch.Generator | None = torch.Generator().manual_seed(0)
+    sample = torch.empty_like(start) if sample is None else sample
+    generator: torch.Generator | None = torch.Generator(start.device).manual_seed(0)
     seeds: dict[str, Any] = {}
-    if OPS[case.op].seeded and backend is None:
-        generator, seeds = None, {"seeds": torch.arange(case.shape[0])}
+    if case.recipe.seeded and backend != "reference":
+        generator, seeds = None, {"seeds": torch.arange(case.shape[0], device=start.device)}
     stepper: Any = None
 
     def advance() -> None:
         nonlocal stepper
         if stepper is None or stepper.done:  # a loop's own beginnings are part of its time
-            stepper = sampler.stepper(backend, **seeds)
+            stepper = case.stepper(backend, **seeds)
             sample.copy_(start)
         # In place, as the samplers' own loop does.
-        stepper.step(sample, cond, uncond=uncond, guidance=GUIDANCE, out=sample, generator=generator)
+        stepper.step(
+            sample, cond, uncond=uncond, guidance=GUIDANCE, out=sample, generator=generator, model_input=model_input
+        )
 
     return advance
 

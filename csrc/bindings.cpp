@@ -5,6 +5,7 @@
 
 #include "bindings/randn.h"
 #include "bindings/reduce.h"
+#include "bindings/config.h"
 #include "bindings/copy.h"
 #include "bindings/step.h"
 
@@ -30,6 +31,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.attr("cpu_build") = cpu_build.name;
 #ifdef FASTDIFF_CUDA
     m.attr("cuda") = true;
+    define_config(m);
 #else
     m.attr("cuda") = false;
 #endif

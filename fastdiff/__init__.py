@@ -8,7 +8,7 @@ The way of the data::
     levels.py      α and σ there
     solvers/       a paper's formula, run once on symbols (affine.py) ...
     table.py       ... gives a row of scalars a model call
-    stepper.py     walks the rows; loop.py calls the model in between
+    stepper.py     walks the rows; loop.py calls the model in between, graphs.py captures both
     ops/           the one fused operation, its checks, and the choice among
     csrc/ kernels/ reference.py    its implementations
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import ops
+from .graphs import CapturedLoop
 from .loop import SamplingResult, StepInfo
 from .manager import AdvancedSamplingManager, create_advanced_sampling_manager
 from .ops import randn
@@ -66,6 +67,7 @@ __all__ = [
     "AdvancedSamplingManager",
     "BaseNoiseScheduler",
     "BaseSampler",
+    "CapturedLoop",
     "CosineNoiseScheduler",
     "CustomNoiseScheduler",
     "DDIMSampler",

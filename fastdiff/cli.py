@@ -177,13 +177,16 @@ def print_environment() -> None:
     for name, status in ops.backend_status().items():
         detail = f" ({ops.cpu_build()} build)" if name == "cpu" and status == "available" else ""
         backends.add_row(name, plain(status + detail))
+    backends.add_row("triton launches", plain(ops.triton_launcher()))
     console.print(versions)
     console.print(backends)
     threads = torch.get_num_threads()
     console.print(f"a step on the CPU is answered by {ops.backend_for(torch.empty(0))}, with {threads} threads")
-    if torch.cuda.is_available():
-        on_gpu = torch.empty(0, device="cuda")
-        console.print(f"a step on {torch.cuda.get_device_name()} is answered by {ops.backend_for(on_gpu)}")
+    if torch.accelerator.is_available():
+        on_gpu = torch.empty(0, device=torch.accelerator.current_accelerator())
+        module = torch.get_device_module(on_gpu.device)
+        name = module.get_device_name() if hasattr(module, "get_device_name") else str(on_gpu.device)
+        console.print(f"a step on {name} is answered by {ops.backend_for(on_gpu)}")
 
 
 def _version(package: str) -> str:

@@ -45,7 +45,8 @@ class GuidedModel:
         model: any callable ``(x, t)`` or ``(x, t, encoder_hidden_states)``; t has shape ``[B]``.
         prompt_embeds: the condition, ``[B, ...]`` of any dtype, or None for a model without one.
         negative_prompt_embeds: the condition of the unconditional output, like `prompt_embeds`.
-        guidance_scale: 1 (or no `prompt_embeds`) asks for no unconditional output.
+        guidance_scale: 1 (or no `prompt_embeds`) asks for no unconditional output; a tensor ``[B]``, a scale a sample,
+            asks for it without being looked at.
         mode: one doubled batch or two calls.
         channels: how many times the sample's channels the model returns: 2 with a learned variance.
         check_finite: look for NaN and infinity in every output, at the cost of a host sync on a GPU.
@@ -59,7 +60,7 @@ class GuidedModel:
     model: Model
     prompt_embeds: Tensor | None = None
     negative_prompt_embeds: Tensor | None = None
-    guidance_scale: float = 1.0
+    guidance_scale: float | Tensor = 1.0
     mode: GuidanceMode = GuidanceMode.BATCHED
     channels: int = 1
     check_finite: bool = True
@@ -71,12 +72,14 @@ class GuidedModel:
         if not self.guided or self.prompt_embeds is None:
             return
         if self.mode is GuidanceMode.BATCHED and negative is None:
+            scale = self.guidance_scale
+            at_scale = "with a guidance_scale a sample" if isinstance(scale, Tensor) else f"at guidance_scale {scale:g}"
             raise ValueError(
                 sentence(
                     "sample",
                     "negative_prompt_embeds",
                     "is missing",
-                    f"a condition for the unconditional half at guidance_scale {self.guidance_scale:g}",
+                    f"a condition for the unconditional half {at_scale}",
                     "pass it, or set guidance_mode='sequential' to call the model without one",
                 )
             )
@@ -93,10 +96,12 @@ class GuidedModel:
 
     @property
     def guided(self) -> bool:
-        return self.guidance_scale != 1.0 and self.prompt_embeds is not None
+        scale = self.guidance_scale
+        return self.prompt_embeds is not None and (isinstance(scale, Tensor) or scale != 1.0)
 
     @functools.cached_property
-    def _both_embeds(self) -> Tensor:
+    def both_embeds(self) -> Tensor:
+        """The condition of the doubled batch, ``[2·B, ...]``, the unconditional half first: made once, then kept."""
         assert self.prompt_embeds is not None
         assert self.negative_prompt_embeds is not None
         return torch.cat([self.negative_prompt_embeds, self.prompt_embeds])
@@ -142,7 +147,7 @@ class GuidedModel:
             uncond, _ = self._split(self._call(inputs, timestep, self.negative_prompt_embeds, x.dtype), x)
             output, variance = self._split(self._call(inputs, timestep, self.prompt_embeds, x.dtype), x)
             return output, uncond, variance
-        both = self._call(inputs, timestep, self._both_embeds, x.dtype)
+        both = self._call(inputs, timestep, self.both_embeds, x.dtype)
         uncond, output = both.chunk(2)
         (uncond, _), (output, variance) = self._split(uncond, x), self._split(output, x)
         return output, uncond, variance

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import importlib.util
-import time
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from .guidance import GuidedModel
 from .measure import Stopwatch, peak_memory
 from .rng import Generators
 from .stepper import Stepper
+from .transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -45,20 +46,35 @@ Callback = Callable[[StepInfo], object]
 class SamplingResult:
     """What `sample` returns.
 
+    Where the finished samples were not looked at (``check_finite=False``), a GPU may still be at work on them: use them
+    on the same stream.  The times below then wait for it when they are first read, and not before.
+
     Attributes:
         samples: ``[B, ...]``, dtype and device of the latents.
-        processing_time: seconds of the whole loop.
         peak_memory: bytes; see `fastdiff.measure.peak_memory`.
-        model_time, step_time: seconds spent in the model and in the step.
         steps: how many steps were taken, fewer than planned where a callback stopped the loop.
+        stopwatch: where the times come from: the clock on the CPU, the device's own on a GPU.
     """
 
     samples: Tensor
-    processing_time: float
     peak_memory: int
-    model_time: float
-    step_time: float
     steps: int
+    stopwatch: Stopwatch = field(repr=False, compare=False)
+
+    @property
+    def processing_time(self) -> float:
+        """Seconds of the whole loop."""
+        return self.stopwatch.seconds()["loop"]
+
+    @property
+    def model_time(self) -> float:
+        """Seconds spent in the model; NaN of a loop that ran as a CUDA graph, which does not tell the two apart."""
+        return self.stopwatch.seconds().get("model", math.nan)
+
+    @property
+    def step_time(self) -> float:
+        """Seconds spent in the step; NaN likewise."""
+        return self.stopwatch.seconds().get("step", math.nan)
 
     @property
     def step_share(self) -> float:
@@ -75,6 +91,7 @@ def run_loop(
     generator: Generators = None,
     callback: Callback | None = None,
     progress: bool | None = None,
+    check_finite: bool = True,
 ) -> SamplingResult:
     """Walk a stepper's table to its end, or until the callback returns False.
 
@@ -84,18 +101,15 @@ def run_loop(
         timesteps: what to tell the model, one a row, int64 or float32.
         latents: standard normal noise, ``[B, ...]``; not written to.
         generator, callback, progress: as in `fastdiff.samplers.BaseSampler.sample`.
+        check_finite: look at the finished samples, which waits for a GPU; without it nothing here does.
     """
-    stopwatch = Stopwatch(latents.device)
-    if latents.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(latents.device)
-    started = time.perf_counter()
-    sample = latents.clone() if stepper.table.initial_scale == 1.0 else latents * stepper.table.initial_scale
-    timesteps = timesteps.to(latents.device)
+    stopwatch = start_measuring(latents.device)
     total = len(stepper.table)
     scale = model.guidance_scale if model.guided else None
-    prepared = model.prepare(sample)
-    with progress_bar(total, progress) as bar:
-        for index, timestep in enumerate(timesteps):
+    with stopwatch.part("loop"), progress_bar(total, progress) as bar:
+        sample = latents.clone() if stepper.table.initial_scale == 1.0 else latents * stepper.table.initial_scale
+        prepared = model.prepare(sample)
+        for index, timestep in enumerate(to_device(timesteps, latents.device)):
             with stopwatch.part("model"):
                 output, uncond, variance = model(sample, timestep, prepared)
             with stopwatch.part("step"):
@@ -115,8 +129,19 @@ def run_loop(
                 info = StepInfo(index, total, stepper.table.timesteps[index], sample, output)
                 if callback(info) is False:
                     break
-    seconds = stopwatch.seconds()
-    if not bool(torch.isfinite(sample).all()):
+    return finish(sample, stepper.index, stopwatch, check_finite)
+
+
+def start_measuring(device: torch.device) -> Stopwatch:
+    """A stopwatch for a loop that begins now; from here the peak of the memory counts."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    return Stopwatch(device)
+
+
+def finish(samples: Tensor, steps: int, stopwatch: Stopwatch, check_finite: bool) -> SamplingResult:
+    """The result of a loop whose last step is enqueued, looked at where that is asked for."""
+    if check_finite and not bool(torch.isfinite(samples).all()):
         raise ValueError(
             sentence(
                 "sample",
@@ -126,14 +151,7 @@ def run_loop(
                 "pass check_finite=True to see whether the model did it; else half precision has overflowed",
             )
         )
-    return SamplingResult(
-        sample,
-        time.perf_counter() - started,
-        peak_memory(latents.device),
-        seconds["model"],
-        seconds["step"],
-        stepper.index,
-    )
+    return SamplingResult(samples, peak_memory(samples.device), steps, stopwatch)
 
 
 def check_latents(latents: object) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import sentence
+from .transfer import to_device
 
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
@@ -160,7 +161,7 @@ def as_seeds(seeds: int | Sequence[int] | Tensor, batch: int, device: torch.devi
             raise ValueError(
                 sentence("randn", "seeds", f"has shape {list(seeds.shape)}", f"[{batch}]", "give one seed a sample")
             )
-        return seeds.to(device).contiguous()
+        return to_device(seeds, device).contiguous()
     listed = [seeds] if isinstance(seeds, int) else list(seeds)
     for seed in listed:
         if isinstance(seed, bool) or not isinstance(seed, int):
@@ -177,7 +178,8 @@ def as_seeds(seeds: int | Sequence[int] | Tensor, batch: int, device: torch.devi
                 "give one seed a sample, such as fastdiff.spawn_seeds(seed, batch)",
             )
         )
-    return torch.tensor([seed - 2**64 if seed >= 2**63 else seed for seed in listed], dtype=torch.int64, device=device)
+    signed = [seed - 2**64 if seed >= 2**63 else seed for seed in listed]
+    return to_device(torch.tensor(signed, dtype=torch.int64, device="cpu"), device)
 
 
 def spawn_seeds(seed: int, count: int) -> list[int]:

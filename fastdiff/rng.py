@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import sentence
+from .transfer import to_device
 
 #: One generator for the whole batch, one for each sample, or torch's default.
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -30,7 +31,7 @@ def draw(shape: Sequence[int], generator: Generators = None, *, dtype: torch.dty
     """
     if generator is None or isinstance(generator, torch.Generator):
         drawn_on = device if generator is None else generator.device
-        return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=drawn_on).to(device)
+        return to_device(torch.randn(tuple(shape), generator=generator, dtype=dtype, device=drawn_on), device)
     if len(shape) == 0 or len(generator) != shape[0]:
         raise ValueError(
             sentence(
@@ -41,7 +42,8 @@ def draw(shape: Sequence[int], generator: Generators = None, *, dtype: torch.dty
                 "pass one generator a sample, or a single one",
             )
         )
-    parts = [torch.randn((1, *shape[1:]), generator=g, dtype=dtype, device=g.device).to(device) for g in generator]
+    one = (1, *shape[1:])
+    parts = [to_device(torch.randn(one, generator=g, dtype=dtype, device=g.device), device) for g in generator]
     return torch.cat(parts) if parts else torch.empty(tuple(shape), dtype=dtype, device=device)
 
 

@@ -51,6 +51,7 @@ class Stepper:
         self._shape: torch.Size
         self._dtype: torch.dtype
         self._direct: bool
+        self._on_cuda: bool
         #: The last step's result: samples that come back need not be looked at again.
         self._seen: Tensor | None = None
         self._end = len(table)
@@ -132,6 +133,14 @@ class Stepper:
                 sample, model_output, rows, row, uncond, guidance, registers, noise, variance, threshold, kind, keeps,
                 outs, 0, seeds, row, Purpose.STEP, model_input, False,
             )  # fmt: skip
+        elif self._on_cuda:
+            # The same without the checks, but that a stream is looked up and guidance is on the device; a register that
+            # is given is read there.
+            results = ops.direct_step(
+                sample, model_output, rows, row, uncond, guidance,  # type: ignore[arg-type]
+                [registers[j] if j in reads else None for j in range(NUM_REGISTERS)], noise, variance, threshold, kind,
+                keeps, outs, seeds, row, Purpose.STEP, model_input,
+            )  # fmt: skip
         assert rows is not None
         if results is None:
             if outs is not None:
@@ -181,6 +190,7 @@ class Stepper:
             self._seeds = as_seeds(self._given_seeds, sample.shape[0], sample.device)
         self._shape, self._dtype = sample.shape, sample.dtype
         self._direct = self.backend is None and sample.device.type == "cpu"
+        self._on_cuda = self.backend is None and sample.device.type == "cuda"
         self._rows = self.table.shared_rows(sample.dtype, sample.device)
 
     def _measure(
@@ -199,8 +209,7 @@ class Stepper:
         self, sample: Tensor, model_output: Tensor, uncond: Tensor | None, guidance: float | Tensor | None
     ) -> Tensor:
         if self._prediction_rows is None:
-            assert self._rows is not None
-            self._prediction_rows = self.table.prediction_rows().to(self._rows)
+            self._prediction_rows = self.table.shared_rows(sample.dtype, sample.device, prediction=True)
         (x0,) = ops.step(
             sample,
             model_output,

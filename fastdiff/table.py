@@ -22,6 +22,7 @@ import torch
 
 from .affine import COLUMNS, ZERO, Affine
 from .errors import sentence
+from .transfer import OnDevice, to_device
 
 #: Scalars of a row before the three affine maps.  csrc/step_math.h and kernels/triton/step.py read the same layout.
 PREDICTION_SAMPLE, PREDICTION_OUTPUT, CLIP, VARIANCE_OFFSET, VARIANCE_SLOPE = range(5)
@@ -101,7 +102,7 @@ class StepTable:
     store: tuple[tuple[int, ...], ...] = field(init=False, compare=False, repr=False)
     reads: tuple[tuple[int, ...], ...] = field(init=False, compare=False, repr=False)
     draws_noise: tuple[bool, ...] = field(init=False, compare=False, repr=False)
-    _shared: dict[tuple[torch.dtype, torch.device], torch.Tensor] = field(
+    _shared: dict[tuple[torch.dtype, torch.device, bool], OnDevice] = field(
         init=False, compare=False, repr=False, default_factory=dict
     )
 
@@ -173,20 +174,28 @@ class StepTable:
 
     def rows_as(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
         """The rows for samples of `dtype`: float64 for float64, else float32; rounded once."""
-        return self.rows.to(device=device, dtype=compute_dtype(dtype)).contiguous()
+        return to_device(self.rows.to(compute_dtype(dtype)), device).contiguous()
 
-    def shared_rows(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """The rows of `rows_as`, made once for a dtype and a device and read by every loop: not to be written."""
+    def shared_rows(self, dtype: torch.dtype, device: torch.device, *, prediction: bool = False) -> torch.Tensor:
+        """The rows of `rows_as`, made once for a dtype and a device and read by every loop: not to be written.
+
+        With `prediction` those of `prediction_rows` instead.
+        """
+        source = self.prediction_rows if prediction else lambda: self.rows
         if torch.compiler.is_compiling():
-            return self.rows_as(dtype, device)
-        key = compute_dtype(dtype), device
-        rows = self._shared.get(key)
-        if rows is None:
+            return source().to(device=device, dtype=compute_dtype(dtype)).contiguous()
+        key = compute_dtype(dtype), device, prediction
+        shared = self._shared.get(key)
+        if shared is None:
             with torch.inference_mode(False):  # an inference tensor could not be saved by a later loop's autograd
-                rows = self.rows_as(dtype, device)
-            if type(rows) is torch.Tensor:  # a tracer's stand-in would outlive the trace
-                self._shared[key] = rows
-        return rows
+                shared = OnDevice(source().to(compute_dtype(dtype)).contiguous(), device)
+            if type(shared.get()) is torch.Tensor:  # a tracer's stand-in would outlive the trace
+                self._shared[key] = shared
+        return shared.get()
+
+    def __getstate__(self) -> dict[str, object]:
+        """A copy, or a pickle, brings its rows to devices itself."""
+        return {**self.__dict__, "_shared": {}}
 
     def prediction_rows(self) -> torch.Tensor:
         """Rows that return d itself, unclipped, as the previous sample: what dynamic thresholding measures."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import hypothesis
@@ -40,6 +41,21 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
     from cuda_host import build  # it imports fastdiff, whose kernels need the environment above
 
     return build(tmp_path_factory.mktemp("cuda_on_host"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Hold a test that is marked ``answers`` to the backend that it names; see answered.py."""
+    if item.get_closest_marker("answers") is None:
+        return (yield)
+    from answered import answered  # it imports fastdiff, whose kernels need the environment above
+
+    with answered() as record:
+        result = yield  # a test that fails or is skipped raises here
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    if "backend" in parameters:
+        record.check(parameters["backend"])
+    return result
 
 
 def pytest_report_header() -> str:

@@ -107,7 +107,7 @@ def test_cuda_is_missing_with_a_reason_where_there_is_no_device() -> None:
 
 def test_triton_without_a_gpu_or_the_interpreter_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(backends, "_load_triton", lambda: (fastdiff, ""))
     with pytest.raises(RuntimeError, match="missing: torch finds no GPU, and TRITON_INTERPRET is not 1"):
         ops.backend_for(X, "triton")

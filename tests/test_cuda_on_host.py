@@ -8,6 +8,7 @@ about speed, about how a device rounds, divides or takes exp, or about what nvcc
 
 from __future__ import annotations
 
+import ctypes
 import math
 import random
 
@@ -16,7 +17,15 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from cuda_host import INVALID_CONFIGURATION, Kernel, Layout, needs_compiler, needs_cpu_backend, run_on_host
+from cuda_host import (
+    INVALID_CONFIGURATION,
+    Kernel,
+    Layout,
+    needs_compiler,
+    needs_cpu_backend,
+    randn_on_host,
+    run_on_host,
+)
 from fastdiff.table import Variance
 from oracle import (
     DTYPES,
@@ -198,3 +207,85 @@ def test_launch_that_fails_says_why_and_restores_the_device(kernel: Kernel) -> N
     assert kernel.state["device"] == 1
     assert kernel.state["launches"] == 0
     run_on_host(kernel, case)  # the error has been taken: the next launch is not blamed for it
+
+
+# --- Configurations --------------------------------------------------------------------------------------------------
+
+#: step, draw, randn, sum, select, as in csrc/cuda/config.h: the smallest, the largest, and each another.
+CONFIGS = [(32, 32, 32, 32, 1), (512, 512, 512, 512, 1024), (64, 128, 32, 256, 4)]
+
+
+def taken(kernel: Kernel, config: tuple[int, ...] | None) -> bool:
+    return bool(kernel.library.set_config(None if config is None else (ctypes.c_int * 5)(*config)))
+
+
+def last_launch(kernel: Kernel) -> list[int]:
+    """Threads a block, blocks, and how often a device was asked for its capability."""
+    values = (ctypes.c_int64 * 3)()
+    kernel.library.get_launch(values)
+    return list(values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_on_host_do_not_depend_on_the_configuration(kernel: Kernel, dtype: torch.dtype) -> None:
+    kernel.runtime()
+    case = make(Shape(21, dtype, (3, 1003), "a sample", 5, noise=True, keeps=1))
+    seeds = torch.tensor([1, -2, 3])
+
+    def results() -> tuple[Tensor, ...]:
+        return (
+            *run_on_host(kernel, case),
+            *run_on_host(kernel, case, Layout(shift=1)),
+            randn_on_host(kernel, (3, 1003), seeds, 4, 5, dtype),
+        )
+
+    expected = results()
+    try:
+        for config in CONFIGS:
+            assert taken(kernel, config)
+            assert_same_bits(results(), expected)
+            assert last_launch(kernel)[0] == config[2]
+            run_on_host(kernel, case)
+            assert last_launch(kernel)[:2] == [config[0], -(-3 * 1003 // config[0])]
+    finally:
+        assert taken(kernel, None)
+
+
+def test_capability_is_read_once_a_device_and_without_an_entry_the_default_is_taken(kernel: Kernel) -> None:
+    values = (ctypes.c_int * 5)()
+    for device in (0, 1):
+        kernel.library.get_config(device, values)
+        assert list(values) == [256, 256, 256, 128, 16]
+    kernel.runtime()
+    for device in (0, 1, 0, 1):
+        kernel.library.get_config(device, values)
+    assert last_launch(kernel)[2] == 0
+    # One that is not there cannot be asked: its launch says so itself.
+    kernel.library.get_config(7, values)
+    assert list(values) == [256, 256, 256, 128, 16]
+
+
+@pytest.mark.parametrize(
+    "config", [(16, 256, 256, 128, 16), (256, 1024, 256, 128, 16), (256, 256, 96, 128, 16), (256, 256, 256, 128, 0)]
+)
+def test_configurations_that_no_kernel_takes_are_refused(kernel: Kernel, config: tuple[int, ...]) -> None:
+    assert taken(kernel, (64, 64, 64, 64, 4))
+    try:
+        assert not taken(kernel, config)
+        values = (ctypes.c_int * 5)()
+        kernel.library.get_config(0, values)
+        assert list(values) == [64, 64, 64, 64, 4]
+    finally:
+        assert taken(kernel, None)
+
+
+def test_more_blocks_than_a_grid_has_are_refused_not_cut_off(kernel: Kernel) -> None:
+    # 2³² + 1 blocks: in 32 bits that would be one. Nothing is read, so the memory need not be there.
+    kernel.runtime()
+    sizes = [1, 256 * 2**32 + 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+    sizes[2], sizes[4], sizes[6] = sizes[1], 1, DTYPES.index(torch.float64)
+    off = torch.zeros(3, dtype=torch.float64)[1:]  # one element a thread
+    pointers = [off, off, *[None] * 7, off, *[None] * 6]
+    with pytest.raises(AssertionError, match="invalid configuration argument"):
+        kernel.run("step_on_host", [], sizes, pointers, [off])
+    assert kernel.state["launches"] == 0

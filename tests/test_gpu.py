@@ -1,29 +1,26 @@
 # SPDX-License-Identifier: MIT
-"""The step on a real GPU: the bits of the CPU, the caller's stream and device, one kernel a step, no wait for it."""
+"""The step on a real GPU: the bits of the CPU, the caller's stream and device."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
-import fastdiff
+from answered import answered
 from fastdiff import ops
 from fastdiff.ops import backends
 from fastdiff.table import MODEL_INPUT_SCALE, Variance
 from mixed import copied, laid_out, random_batch, run, solvers
+from on_gpu import BACKENDS, kernels_of, on_host, skip_where_missing
 from oracle import DTYPES, INTERPRETED, Case, Shape, assert_same_bits, assert_within_rounding, make, plain_row
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.answers]
 
 needs_cpu_backend = pytest.mark.skipif(backends.extension is None, reason="needs the C++ extension to compare with")
 
-BACKENDS = ("cuda", "triton")
 #: Enough that the host is done with a step long before the device begins it.
 CYCLES = 100_000_000
 
@@ -32,20 +29,8 @@ CYCLES = 100_000_000
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend that a GPU may have here."""
     name: str = request.param
-    reason = backends.why_missing(name)
-    if not reason and name == "triton" and INTERPRETED:
-        reason = "TRITON_INTERPRET is 1: Triton's kernels run on the CPU"
-    if reason:
-        pytest.skip(f"backend {name!r} is missing: {reason}")
+    skip_where_missing(name)
     return name
-
-
-@pytest.fixture
-def syncs_refused() -> Iterator[None]:
-    """Put torch's mode back, whatever a test has set."""
-    before = torch.cuda.get_sync_debug_mode()
-    yield
-    torch.cuda.set_sync_debug_mode(before)
 
 
 def plans(dtype: torch.dtype, count: int) -> list[Shape]:
@@ -69,10 +54,6 @@ def plans(dtype: torch.dtype, count: int) -> list[Shape]:
     ]
 
 
-def on_host(outputs: tuple[Tensor, ...]) -> list[Tensor]:
-    return [output.cpu() for output in outputs]
-
-
 # --- Which backend, and what it computes -----------------------------------------------------------------------------
 
 
@@ -83,7 +64,29 @@ def test_gpu_is_answered_by_the_first_backend_that_is_there() -> None:
 
 
 def test_gpu_backend_that_is_forced_answers(backend: str) -> None:
-    assert ops.backend_for(torch.zeros(1, device="cuda"), backend) == backend
+    x = torch.ones(3, device="cuda")
+    assert ops.backend_for(x, backend) == backend
+    with answered() as record:
+        (result,) = ops.step(x, x, plain_row(prev_x=2.0).cuda(), 0, backend=backend)
+    assert record.computed == {backend: 1}
+    assert torch.equal(result, 2 * x)
+
+
+def test_kernels_on_gpu_are_those_of_the_backend(backend: str) -> None:
+    # The device's own word: kernels of Triton are called as their functions are, those of C++ with their template.
+    x, seeds = torch.randn(2, 5000, device="cuda"), torch.tensor([1, 2], device="cuda")
+    table = plain_row(prev_x=1.0, prev_z=1.0).cuda()
+    calls = {
+        "step_kernel": lambda: ops.step(x, x, table, 0, seeds=seeds, backend=backend),
+        "randn_kernel": lambda: ops.randn((2, 5000), seeds, backend=backend),
+        "sum_kernel": lambda: ops.std(x, backend=backend),
+    }
+    for kernel, call in calls.items():
+        call()
+        on_device = kernels_of(call)
+        ours = [name for name in on_device if kernel in name]
+        assert len(ours) == 1, on_device
+        assert (ours[0] == f"_{kernel}") == (backend == "triton"), ours
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -294,80 +297,3 @@ def test_captured_step_reads_the_table_that_is_there_when_it_is_replayed(backend
     table.copy_(plain_row(prev_x=-2.0))
     graph.replay()
     assert_same_bits(on_host(out), [-2.0 * sample.cpu()])
-
-
-# --- What a loop costs -----------------------------------------------------------------------------------------------
-
-
-def _sampler(method: str, steps: int) -> fastdiff.BaseSampler:
-    return fastdiff.create_sampler("linear", method, num_inference_steps=steps)
-
-
-@pytest.mark.parametrize("method", ["ddim", "dpm_solver"])
-def test_step_on_gpu_is_one_kernel(backend: str, method: str) -> None:
-    steps = 6
-    sample, output, uncond = torch.randn(3, 2, 4, 32, 32, device="cuda").unbind()
-    # What the device chooses by itself is taken as users take it, not forced.
-    stepper = _sampler(method, steps).stepper(None if ops.backend_for(sample) == backend else backend)
-
-    def step() -> None:
-        stepper.step(sample, output, uncond=uncond, guidance=3.0, out=sample)
-
-    # The first steps bring the table to the device, and compile.
-    for _ in range(3):
-        step()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        for _ in range(3, steps):
-            step()
-        torch.cuda.synchronize()
-    on_device = [event.name for event in profiler.events() or [] if event.device_type == DeviceType.CUDA]
-    if not on_device:
-        pytest.skip("the profiler is not allowed to see kernels here")
-    assert len(on_device) == steps - 3, on_device
-    assert all("step_kernel" in name for name in on_device)
-
-
-@pytest.mark.parametrize("method", ["ddim", "dpm_solver"])
-def test_loop_on_gpu_never_waits_for_the_device(backend: str, method: str, syncs_refused: None) -> None:
-    steps = 12
-
-    def model(x: Tensor, t: Tensor, embeds: Tensor) -> Tensor:
-        return x * 0.5 + embeds[:, :, None, None] * t[:, None, None, None] * 1e-4
-
-    def after(info: fastdiff.StepInfo) -> None:
-        # The first step brings the table to the device; after the last one the samples are looked at.
-        torch.cuda.set_sync_debug_mode("error" if info.index < steps - 1 else "default")
-
-    latents = torch.randn(2, 4, 16, 16, device="cuda")
-    embeds, negative = torch.randn(2, 2, 4, device="cuda").unbind()
-    result = _sampler(method, steps).sample(
-        model,
-        latents,
-        embeds,
-        negative,
-        guidance_scale=3.0,
-        callback=after,
-        progress=False,
-        check_finite=False,
-        backend=backend,
-    )
-    assert result.steps == steps
-    assert bool(torch.isfinite(result.samples).all())
-
-
-@pytest.mark.parametrize("method", ["ddim", "dpm_solver"])
-def test_loop_on_gpu_ends_where_the_loop_on_the_cpu_does(backend: str, method: str) -> None:
-    if backends.extension is None:
-        pytest.skip("needs the C++ extension to compare with")
-    outputs = torch.randn(8, 2, 4, 16, 16)
-    start = torch.randn(2, 4, 16, 16)
-
-    def walk(device: str, name: str) -> Tensor:
-        stepper = _sampler(method, len(outputs)).stepper(name)
-        x = start.to(device)
-        for output in outputs:
-            x = stepper.step(x, output.to(device))
-        return x.cpu()
-
-    assert_same_bits([walk("cuda", backend)], [walk("cpu", "cpu")])

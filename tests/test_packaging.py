@@ -322,6 +322,7 @@ def test_wheel_holds_every_module_and_the_data(distributions: tuple[set[str], se
     needed |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastdiff").rglob("*.py")}
     needed |= {f"fastdiff/kernels/{path.name}" for path in (ROOT / "kernels" / "triton").glob("*.py")}
     needed |= {f"fastdiff/benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py")}
+    needed |= {f"fastdiff/benchmarks/gpu/{path.name}" for path in (ROOT / "benchmarks" / "gpu").glob("*.py")}
     assert {"fastdiff/kernels/step.py", "fastdiff/benchmarks/__main__.py"} <= needed
     packaged = {path for path in in_wheel if ".dist-info/" not in path}
     assert packaged == needed

@@ -22,6 +22,7 @@ from fastdiff.ops import backends
 from fastdiff.philox import normals, philox_words
 from oracle import DTYPES, assert_same_bits, backends_at_hand, device_of, plain_row
 
+pytestmark = pytest.mark.answers
 needs_extension = pytest.mark.skipif(backends.extension is None, reason="the C++ extension was not built")
 SEEDS = st.integers(0, 2**64 - 1)
 #: Alone, around chunks of 4, registers of 64 numbers and tiles of 512.

@@ -24,6 +24,7 @@ from fastdiff.table import compute_dtype
 from oracle import DTYPES, INTERPRETED, UNIT_ROUNDOFF, assert_same_bits, backends_at_hand, device_of
 from reductions import KINDS, LAYOUTS, QUANTILES, SEEDS, SHAPES, SPREADS, by_torch, call, laid_out, numbers, oracle
 
+pytestmark = pytest.mark.answers
 BACKENDS = backends_at_hand()
 needs_extension = pytest.mark.skipif(ops.backends.extension is None, reason="the C++ extension was not built")
 #: torch's interpolation fuses a product with its sum in its builds for AVX2 and AVX-512 and on CUDA.

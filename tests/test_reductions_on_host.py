@@ -241,6 +241,21 @@ def test_a_launch_that_fails_says_why_and_is_the_last(library: ctypes.CDLL) -> N
         run()  # the error has been taken
 
 
+@pytest.mark.parametrize("config", [(256, 256, 256, 32, 1), (256, 256, 256, 512, 1024)], ids=["small", "large"])
+def test_reductions_on_host_do_not_depend_on_the_configuration(library: ctypes.CDLL, config: tuple[int, ...]) -> None:
+    library.set_runtime(0, 0, 0)
+    assert library.set_config((ctypes.c_int * 5)(*config))
+    try:
+        for dtype in DTYPES:
+            x, y = (numbers(i, 2, 9000, dtype, "normal") for i in range(2))
+            for kind, arguments in (("mean", ()), ("std", (0.5,)), ("norm", ()), ("dot", (y,))):
+                got = run_sum(library, kind, x, y if kind == "dot" else None, 0.5, 0)
+                assert_same_bits([got], [getattr(ops, kind)(x, *arguments, backend="cpu")])
+            assert_same_bits([run_quantile(library, x, 0.3, False, 0)], [ops.quantile(x, 0.3, backend="cpu")])
+    finally:
+        assert library.set_config(None)
+
+
 def test_the_guards_would_show_a_foreign_write() -> None:
     buffer = Buffer(5, torch.float32, 1)
     assert buffer.guards_are_intact()

@@ -14,6 +14,7 @@ from fastdiff.table import MODEL_INPUT_SCALE, ROW_WIDTH, compute_dtype
 from mixed import alone, copied, of_sample, random_batch, run, solvers
 from oracle import DTYPES, INTERPRETED, assert_same_bits, backends_at_hand, device_of, plain_row
 
+pytestmark = pytest.mark.answers
 BACKENDS = backends_at_hand()
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -26,7 +27,8 @@ def examples(backend: str, count: int) -> settings:
     """A call of Triton's interpreter takes 20 ms and more: few examples, and no search for the smallest failure."""
     if interpreted(backend):
         return settings(max_examples=4, phases=[Phase.explicit, Phase.reuse, Phase.generate])
-    return settings(max_examples=count)
+    # Compiled, most examples are several more kernels to compile, a second each.
+    return settings(max_examples=min(count, 10) if backend == "triton" else count)
 
 
 def model_input_dtypes(backend: str) -> tuple[torch.dtype, ...]:

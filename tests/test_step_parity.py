@@ -34,6 +34,7 @@ from oracle import (
     plain_row,
 )
 
+pytestmark = pytest.mark.answers
 BACKENDS = backends_at_hand()
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -42,7 +43,8 @@ def few_where_interpreted(backend: str, examples: int) -> settings:
     """A call of Triton's interpreter takes 10 ms and more: few examples, and no search for the smallest failure."""
     if backend == "triton" and INTERPRETED:
         return settings(max_examples=25, phases=[Phase.explicit, Phase.reuse, Phase.generate])
-    return settings(max_examples=examples)
+    # Compiled, most examples are another kernel to compile, a second each.
+    return settings(max_examples=min(examples, 25) if backend == "triton" else examples)
 
 
 # --- The formula -----------------------------------------------------------------------------------------------------

@@ -184,3 +184,19 @@ def test_a_non_contiguous_sample_keeps_its_loop() -> None:
     for _ in range(4):
         a, b = stepper.step(a, m), plain.step(b, m)
         assert torch.equal(a, b)
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+def test_the_way_of_a_gpu_s_steps_is_the_same_loop(seed: int) -> None:
+    # Through `direct_step`, which the CPU's extension answers as well.
+    gen = torch.Generator().manual_seed(seed)
+    x, *outputs = torch.randn(5, 2, 3, generator=gen)
+    usual, other = Stepper(RING), Stepper(RING)
+    a, b = x.clone(), x.clone()
+    for output in outputs:
+        a = usual.step(a, output, uncond=x, guidance=2.0)
+        other._look_at(b)
+        other._direct, other._on_cuda = False, True
+        b = other.step(b, output, uncond=x, guidance=2.0)
+        assert torch.equal(a, b)
+    assert other.done

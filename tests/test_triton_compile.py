@@ -90,14 +90,16 @@ path, folder, cases = json.load(sys.stdin)
 # The package without the one above it, whose import of torch would be most of the time.
 spec = importlib.util.spec_from_file_location("kernels", f"{path}/__init__.py", submodule_search_locations=[path])
 sys.modules["kernels"] = importlib.util.module_from_spec(spec)
-module, philox = importlib.import_module("kernels.step"), importlib.import_module("kernels.philox")
+module, philox, config = (importlib.import_module(f"kernels.{name}") for name in ("step", "philox", "config"))
 names = module._step_kernel.arg_names
 scalars = ("table_ptr", "guidance_ptr", "threshold_ptr")
 integers = ("rows_ptr", "seeds_ptr", "noise_steps_ptr", "steps_ptr")
 results = {}
 for key, constants, dtype, arch, aligned in cases:
     kernel = module._step_kernel if constants else philox._randn_kernel
-    constants = {**(constants or {"STEPS": 2}), "BLOCK": module.BLOCK}
+    kind = "randn" if constants is None else "draw" if constants["DRAWS"] else "step"
+    chosen = config.lookup(f"sm_{arch}", kind, {"fp32": 4, "fp64": 8}.get(dtype, 2))
+    constants = {**(constants or {"STEPS": 2}), "BLOCK": chosen.block}
     compute = "fp64" if dtype == "fp64" else "fp32"
     args = kernel.arg_names
     signature = {n: "*" + (compute if n in scalars else dtype) for n in args if n.endswith("_ptr")}
@@ -109,12 +111,13 @@ for key, constants, dtype, arch, aligned in cases:
     divisible = [n for n in args if n.endswith("_ptr") or n in sizes] if aligned else []
     attrs = {(args.index(n),): [["tt.divisibility", 16]] for n in divisible}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-    options = {"num_warps": module.NUM_WARPS, "enable_fp_fusion": False}
+    options = {"num_warps": chosen.num_warps, "enable_fp_fusion": False}
     done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with open(f"{folder}/{key}.cubin", "wb") as file:
         file.write(done.asm["cubin"])
-    results[key] = {"ptx": done.asm["ptx"], "shared": done.metadata.shared}
-json.dump({"results": results, "block": module.BLOCK, "threads": 32 * module.NUM_WARPS, "names": names}, sys.stdout)
+    sizes = {"block": chosen.block, "threads": 32 * chosen.num_warps}
+    results[key] = {"ptx": done.asm["ptx"], "shared": done.metadata.shared, **sizes}
+json.dump({"results": results, "names": names}, sys.stdout)
 """
 
 
@@ -178,8 +181,9 @@ FMA_A_TRANSFORM, PRODUCTS_A_TRANSFORM = 18, 8
 
 @pytest.mark.parametrize(("config", "dtype", "arch"), CASES)
 def test_triton_step_moves_16_bytes_an_access(compiled: dict[str, Any], config: str, dtype: str, arch: int) -> None:
-    opcodes = _opcodes(compiled["results"][_key(config, dtype, arch)]["ptx"])
-    accesses = compiled["block"] // compiled["threads"] * DTYPES[dtype] // 16
+    result = compiled["results"][_key(config, dtype, arch)]
+    opcodes = _opcodes(result["ptx"])
+    accesses = result["block"] // result["threads"] * DTYPES[dtype] // 16
     constants = CONFIGURATIONS[config]
     wide = r"\.global(\.\w+)*\.(v4\.[bfu]32|v2\.[bfu]64|b128)"
     stays = constants["ROWS"] > 0  # a sample that stays as it is is copied
@@ -191,7 +195,8 @@ def test_triton_step_moves_16_bytes_an_access(compiled: dict[str, Any], config: 
 
 @pytest.mark.parametrize(("config", "dtype", "arch"), CASES)
 def test_triton_step_rounds_as_it_is_written(compiled: dict[str, Any], config: str, dtype: str, arch: int) -> None:
-    opcodes = _opcodes(compiled["results"][_key(config, dtype, arch)]["ptx"])
+    result = compiled["results"][_key(config, dtype, arch)]
+    opcodes = _opcodes(result["ptx"])
     # ptxas fuses a product and a sum only where neither names its rounding, and flushes subnormal numbers only if told.
     floats = [op for op in opcodes if re.match(r"(add|sub|mul|fma|mad|div|sqrt|rcp|ex2|lg2|rsqrt)\..*f(16|32|64)", op)]
     # Triton's exp of float32 is 2 to the power x·log2(e), by the hardware's approximation.
@@ -199,7 +204,7 @@ def test_triton_step_rounds_as_it_is_written(compiled: dict[str, Any], config: s
     assert [op for op in floats if not re.match(r"\w+\.rn\.f", op) and op not in approximate] == []
     # One by one where the rounded sample is read again, else in pairs.
     narrow = {"fp16": r"cvt\.rn\.f16(x2)?\.f32", "bf16": r"cvt\.rn\.bf16(x2)?\.f32"}
-    elements = compiled["block"] // compiled["threads"]
+    elements = result["block"] // result["threads"]
     if dtype in narrow:
         rounded = _maps(CONFIGURATIONS[config]) + bool(CONFIGURATIONS[config]["MODEL_INPUTS"])
         assert _count(opcodes, narrow[dtype]) == elements * rounded
@@ -210,10 +215,11 @@ def test_triton_step_rounds_as_it_is_written(compiled: dict[str, Any], config: s
 def test_triton_step_fuses_the_products_that_are_written_and_no_others(
     compiled: dict[str, Any], config: str, dtype: str, arch: int
 ) -> None:
-    opcodes = _opcodes(compiled["results"][_key(config, dtype, arch)]["ptx"])
+    result = compiled["results"][_key(config, dtype, arch)]
+    opcodes = _opcodes(result["ptx"])
     constants = CONFIGURATIONS[config]
     terms = 3 + constants["HISTORY"].bit_count() + (constants["HAS_NOISE"] or constants["DRAWS"] > 0)
-    elements = compiled["block"] // compiled["threads"]
+    elements = result["block"] // result["threads"]
     # The guidance's and the prediction's, the exponent's and two of its reduction, and one a term of an output.
     fused = constants["HAS_UNCOND"] + 1 + 3 * (constants["VARIANCE"] == 1) + terms * _maps(constants)
     transforms = _transforms(constants, elements)
@@ -259,7 +265,7 @@ def test_triton_step_keeps_everything_in_registers(
         assert result["shared"] == 0
     opcodes = _opcodes(result["ptx"])
     through = sum(n * int((re.search(r"\.v(\d)", op) or [0, "1"])[1]) for op, n in opcodes.items() if "ld.shared" in op)
-    assert through in (0, compiled["block"] // compiled["threads"] if result["shared"] else 0)
+    assert through in (0, result["block"] // result["threads"] if result["shared"] else 0)
     assert re.findall(r"\b(?:ld|st)\.local|\.local\b", result["ptx"]) == []
     usage = _cuobjdump(compiled, "--dump-resource-usage", _key(config, dtype, arch))
     found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
@@ -267,7 +273,7 @@ def test_triton_step_keeps_everything_in_registers(
     registers, stack, local = map(int, found.groups())
     assert (stack, local) == (0, 0)
     # Four blocks on a multiprocessor of 65536 registers, so that one's loads hide behind another's. A double takes two.
-    assert registers <= 65536 // compiled["threads"] // (2 if dtype == "fp64" else 4)
+    assert registers <= 65536 // result["threads"] // (2 if dtype == "fp64" else 4)
 
 
 def test_triton_step_without_known_alignment_still_compiles(compiled: dict[str, Any]) -> None:
@@ -281,7 +287,7 @@ def test_triton_randn_makes_each_chunk_once_and_stores_16_bytes(
 ) -> None:
     result = compiled["results"][_key("randn", dtype, arch)]
     opcodes = _opcodes(result["ptx"])
-    elements = compiled["block"] // compiled["threads"]
+    elements = result["block"] // result["threads"]
     assert _count(opcodes, r"fma\.rn\.f32(x2)?") == elements // 2 * FMA_A_TRANSFORM
     assert _count(opcodes, r"mul\.rn\.f32(x2)?") == elements // 2 * PRODUCTS_A_TRANSFORM
     assert _count(opcodes, r"sqrt\.rn\.f32") == elements // 2

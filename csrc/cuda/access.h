@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What the CUDA kernels share: conversions, accesses of 16 bytes, and a launch on somebody's stream and device.
+// What the CUDA kernels share: conversions, and accesses of 16 bytes.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,10 +7,9 @@
 #include <cuda_runtime.h>
 
 #include "../step_math.h"
+#include "launches.h"
 
 namespace fastdiff {
-
-constexpr int kThreads = 256;
 
 __device__ __forceinline__ float widen(__half value) { return __half2float(value); }
 __device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
@@ -93,30 +92,5 @@ __device__ __forceinline__ void store(const C (&from)[V], void* to, int64_t offs
 }
 
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
-// A launch of one thread for each of `packs` packs.
-inline cudaLaunchConfig_t launch_of(int64_t packs, cudaStream_t stream) {
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>((packs + kThreads - 1) / kThreads));
-    config.blockDim = dim3(kThreads);
-    config.stream = stream;
-    return config;
-}
-
-// Calls `launch`, which need not look at errors, with a device as the current one. Returns null, or what CUDA says.
-template <typename Launch>
-const char* launch_on(int device, const Launch& launch) {
-    int before = device;
-    cudaError_t error = cudaGetDevice(&before);
-    if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
-    launch();
-    error = cudaGetLastError();
-    if (before != device) {
-        const cudaError_t restored = cudaSetDevice(before);
-        if (error == cudaSuccess) error = restored;
-    }
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
 
 }  // namespace fastdiff

@@ -9,8 +9,8 @@ namespace {
 
 // V is a multiple of 4: no chunk is made twice, whatever the size of a sample.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads) randn_kernel(const RandnArgs args, int64_t packs_a_sample, bool wide) {
-    const int64_t pack = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+__global__ void __launch_bounds__(kMostThreads) randn_kernel(const RandnArgs args, int64_t packs_a_sample, bool wide) {
+    const int64_t pack = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     const int64_t b = pack / packs_a_sample;
     if (b >= args.batch) return;
     const int64_t at = (pack - b * packs_a_sample) * V;
@@ -29,31 +29,34 @@ __global__ void __launch_bounds__(kThreads) randn_kernel(const RandnArgs args, i
 }
 
 template <typename T>
-void launch_as(const RandnArgs& args, cudaStream_t stream) {
+void launch_as(const RandnArgs& args, Launches& launches) {
     constexpr int kPack = 16 / sizeof(T) < 4 ? 4 : 16 / sizeof(T);
     const int64_t packs_a_sample = (args.inner + kPack - 1) / kPack;
     const bool wide = aligned(args.out) && (args.batch == 1 || args.inner % kPack == 0);
-    const cudaLaunchConfig_t config = launch_of(args.batch * packs_a_sample, stream);
-    // An error of the launch is read once, in launch_on.
-    (void)cudaLaunchKernelEx(&config, randn_kernel<T, kPack>, args, packs_a_sample, wide);
+    const int threads = launches.config.randn;
+    const int64_t blocks = blocks_of_threads(args.batch * packs_a_sample, threads);
+    launches.run(randn_kernel<T, kPack>, blocks, threads, args, packs_a_sample, wide);
 }
 
 }  // namespace
 
 const char* launch_randn(const RandnArgs& args, int device, void* stream) {
-    const auto on = static_cast<cudaStream_t>(stream);
-    return launch_on(device, [&] {
-        switch (args.dtype) {
-            case DType::kFloat16:
-                return launch_as<__half>(args, on);
-            case DType::kBFloat16:
-                return launch_as<__nv_bfloat16>(args, on);
-            case DType::kFloat32:
-                return launch_as<float>(args, on);
-            case DType::kFloat64:
-                return launch_as<double>(args, on);
-        }
-    });
+    Launches launches(device, stream);
+    switch (args.dtype) {
+        case DType::kFloat16:
+            launch_as<__half>(args, launches);
+            break;
+        case DType::kBFloat16:
+            launch_as<__nv_bfloat16>(args, launches);
+            break;
+        case DType::kFloat32:
+            launch_as<float>(args, launches);
+            break;
+        case DType::kFloat64:
+            launch_as<double>(args, launches);
+            break;
+    }
+    return launches.finish();
 }
 
 }  // namespace fastdiff

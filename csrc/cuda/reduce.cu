@@ -8,7 +8,6 @@
 namespace fastdiff {
 namespace {
 
-constexpr int kThreads = 128;
 constexpr int kRounds = kBlock / kLanes;
 constexpr int kAhead = 4;  // rounds that are read before the first of them is added
 constexpr unsigned kWarp = 0xffffffffu;
@@ -85,11 +84,11 @@ struct Part {
 };
 
 template <typename T, typename C, int K>
-__global__ void __launch_bounds__(kThreads) sum_kernel(const SumArgs args, int64_t blocks, bool wide) {
+__global__ void __launch_bounds__(kMostThreads) sum_kernel(const SumArgs args, int64_t blocks, bool wide) {
     constexpr int V = Pack<T>::kSize;
     constexpr int kGroup = kLanes / V;
     constexpr Sum kKind = static_cast<Sum>(K);
-    const int64_t block = static_cast<int64_t>(blockIdx.x) * (kThreads / kGroup) + threadIdx.x / kGroup;
+    const int64_t block = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kGroup) + threadIdx.x / kGroup;
     const bool there = block < args.batch * blocks;  // those that are not shuffle along
     const int first = static_cast<int>(threadIdx.x % kGroup) * V;
     const int64_t b = there ? block / blocks : 0, j = there ? block - b * blocks : 0;
@@ -160,12 +159,12 @@ __global__ void __launch_bounds__(kLanes) finish_kernel(const SumArgs args, int6
 
 template <typename T, typename C, int K>
 void launch_kind(const SumArgs& args, Launches& launches) {
-    constexpr int kBlocksACta = kThreads / (kLanes / Pack<T>::kSize);
+    const int threads = launches.config.sum, blocks_a_cta = threads / (kLanes / Pack<T>::kSize);
     const int64_t blocks = blocks_of(args.inner), all = args.batch * blocks;
     // Samples start on 16 bytes where their size is a multiple of that, or where there is one.
     const bool wide = aligned(args.x) && (args.y == nullptr || aligned(args.y)) &&
                       (args.batch == 1 || args.inner % Pack<T>::kSize == 0);
-    launches.run(sum_kernel<T, C, K>, (all + kBlocksACta - 1) / kBlocksACta, kThreads, args, blocks, wide);
+    launches.run(sum_kernel<T, C, K>, (all + blocks_a_cta - 1) / blocks_a_cta, threads, args, blocks, wide);
     launches.run(finish_kernel<C, C, K>, args.batch, kLanes, args, blocks);
 }
 

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT
-// What the kernels of the reductions share: conversions, 16-byte accesses, and launches whose errors are kept.
+// What the kernels of the reductions share: conversions, and 16-byte accesses.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "launches.h"
 #include "reduce.h"
 
 namespace fastdiff {
@@ -24,41 +25,6 @@ struct alignas(16) Pack {
 };
 
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
-// A run of launches on one device and stream; after the first that fails there is none.
-class Launches {
-  public:
-    Launches(int device, void* stream) : stream_(static_cast<cudaStream_t>(stream)), before_(device) {
-        error_ = cudaGetDevice(&before_);
-        changed_ = error_ == cudaSuccess && before_ != device;
-        if (changed_) error_ = cudaSetDevice(device);
-    }
-
-    template <typename Kernel, typename... Arguments>
-    void run(Kernel kernel, int64_t blocks, int threads, const Arguments&... arguments) {
-        if (error_ != cudaSuccess) return;
-        cudaLaunchConfig_t config = {};
-        config.gridDim = dim3(static_cast<unsigned>(blocks));
-        config.blockDim = dim3(static_cast<unsigned>(threads));
-        config.stream = stream_;
-        error_ = cudaLaunchKernelEx(&config, kernel, arguments...);
-        if (error_ != cudaSuccess) (void)cudaGetLastError();  // taken: the next launch is not blamed for it
-    }
-
-    const char* finish() {
-        if (changed_) {
-            const cudaError_t restored = cudaSetDevice(before_);
-            if (error_ == cudaSuccess) error_ = restored;
-        }
-        return error_ == cudaSuccess ? nullptr : cudaGetErrorString(error_);
-    }
-
-  private:
-    cudaStream_t stream_;
-    int before_;
-    bool changed_ = false;
-    cudaError_t error_ = cudaSuccess;
-};
 
 }  // namespace
 }  // namespace fastdiff

@@ -18,7 +18,6 @@ constexpr int kThreads = 256;
 constexpr int kOwn = kDigits / kThreads;  // digits a thread looks after
 // Equal digits in one warp wait for each other: neighbouring threads count in tables of their own.
 constexpr int kTables = 4;
-constexpr int kElementsAThread = 16;
 constexpr int64_t kMostBlocks = 1056;  // eight for each multiprocessor of the largest GPU so far
 
 using Count = unsigned long long;
@@ -264,7 +263,7 @@ template <typename T, typename C>
 void launch_as(const SelectArgs& args, void* memory, Launches& launches) {
     using Key = typename KeyOf<T>::Key;
     const Scratch scratch = scratch_at(args, memory);
-    const int64_t share = int64_t{kThreads} * kElementsAThread;
+    const int64_t share = int64_t{kThreads} * launches.config.select;
     const int64_t most = kMostBlocks / args.batch > 0 ? kMostBlocks / args.batch : 1;
     const int64_t wanted = (args.inner + share - 1) / share;
     const int64_t chunks = wanted < most ? wanted : most;

@@ -86,10 +86,10 @@ __device__ __forceinline__ void leave(const StepArgs& args, int64_t here, int co
 FASTDIFF_INLINE bool draws(const StepArgs& args) { return args.noise == nullptr && args.draw.seeds != nullptr; }
 
 // kMore: noise may come from seeds, and a model input may be written. A kernel of its own, so that these cost other
-// steps no registers. Two blocks a multiprocessor: ptxas would otherwise spill to fit four.
+// steps no registers. One block a multiprocessor is the least: ptxas would otherwise spill to fit two of the largest.
 template <typename T, typename C, int V, bool kMore>
-__global__ void __launch_bounds__(kThreads, 2) step_kernel(const StepArgs args, int64_t packs_a_sample) {
-    const int64_t pack = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+__global__ void __launch_bounds__(kMostThreads, 1) step_kernel(const StepArgs args, int64_t packs_a_sample) {
+    const int64_t pack = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     const int64_t b = pack / packs_a_sample;
     if (b >= args.batch) return;
     const int64_t at = (pack - b * packs_a_sample) * V;
@@ -188,40 +188,46 @@ bool vectorizable(const StepArgs& args, int elements) {
 }
 
 template <typename T, typename C, int V>
-void launch_packs(const StepArgs& args, cudaStream_t stream) {
+void launch_packs(const StepArgs& args, Launches& launches) {
     const int64_t packs_a_sample = (args.inner + V - 1) / V;
-    const cudaLaunchConfig_t config = launch_of(args.batch * packs_a_sample, stream);
     const bool more = draws(args) || args.model_input != nullptr;
     const auto kernel = more ? step_kernel<T, C, V, true> : step_kernel<T, C, V, false>;
-    // An error of the launch is read once, in launch_on.
-    (void)cudaLaunchKernelEx(&config, kernel, args, packs_a_sample);
+    const int threads = more ? launches.config.draw : launches.config.step;
+    launches.run(kernel, blocks_of_threads(args.batch * packs_a_sample, threads), threads, args, packs_a_sample);
 }
 
 template <typename T, typename C>
-void launch_as(const StepArgs& args, cudaStream_t stream) {
+void launch_as(const StepArgs& args, Launches& launches) {
     constexpr int kPack = 16 / sizeof(T);
     if (vectorizable(args, kPack))
-        launch_packs<T, C, kPack>(args, stream);
+        launch_packs<T, C, kPack>(args, launches);
     else
-        launch_packs<T, C, 1>(args, stream);
+        launch_packs<T, C, 1>(args, launches);
 }
 
 }  // namespace
 
 const char* launch_step(const StepArgs& args, int device, void* stream) {
-    const auto on = static_cast<cudaStream_t>(stream);
-    return launch_on(device, [&] {
-        switch (args.dtype) {
-            case DType::kFloat16:
-                return launch_as<__half, float>(args, on);
-            case DType::kBFloat16:
-                return launch_as<__nv_bfloat16, float>(args, on);
-            case DType::kFloat32:
-                return launch_as<float, float>(args, on);
-            case DType::kFloat64:
-                return launch_as<double, double>(args, on);
-        }
-    });
+    Launches launches(device, stream);
+    switch (args.dtype) {
+        case DType::kFloat16:
+            launch_as<__half, float>(args, launches);
+            break;
+        case DType::kBFloat16:
+            launch_as<__nv_bfloat16, float>(args, launches);
+            break;
+        case DType::kFloat32:
+            launch_as<float, float>(args, launches);
+            break;
+        case DType::kFloat64:
+            launch_as<double, double>(args, launches);
+            break;
+    }
+    return launches.finish();
 }
+
+// Here for all of csrc/cuda.
+CudaConfig cuda_config(int device) { return config_of(device); }
+bool set_cuda_config(const CudaConfig* config) { return override_config(config); }
 
 }  // namespace fastdiff

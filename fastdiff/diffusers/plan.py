@@ -69,6 +69,8 @@ class Plan:
     variance_kind: int
     thresholding: bool
     blend: tuple[int, int, int] | None
+    #: The scheduler's attributes that the step looked at.
+    reads: frozenset[str]
     #: How many tensors the fused step keeps beside the previous sample.
     keeps: int
     #: Whether all tensors, before and after, are of `dtype`.
@@ -101,6 +103,11 @@ class Plan:
                 table = self.row.to(device=device, dtype=compute_dtype(self.dtype)).reshape(1, ROW_WIDTH)
             self._tables[device] = table
         return table
+
+    @functools.cached_property
+    def host_table(self) -> Tensor:
+        """The row as a table on the CPU."""
+        return self.table(torch.device("cpu"))
 
     def prediction_table(self, device: torch.device) -> Tensor:
         """A table whose step gives the prediction itself, unclipped: what dynamic thresholding measures."""
@@ -194,6 +201,7 @@ def compile_trace(
         variance_kind=int(form.variance_kind),
         thresholding=form.thresholding,
         blend=None if blend is None else (slots.index("mask"), *blend),
+        reads=trace.reads,
         keeps=len(formulas) - 1,
         uniform={dtype, *(dtypes[place] for place in read if place in dtypes), *(d for _, d in made)} == {dtype},
     )

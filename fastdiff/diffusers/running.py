@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..affine import COLUMNS
+from ..philox import Purpose
 from ..table import KEEP_0, KEEP_1, PREDICTION_OUTPUT, PREV_SAMPLE
 from ..thresholding import dynamic_threshold
 from .plan import Plan
@@ -89,15 +90,26 @@ def run_simple(
     values: list[Any] = [
         attributes[name] if index is None else attributes[name][index] for name, index in plan.from_attributes
     ]
-    values += [args[index] for index in plan.from_arguments]
-    values += [kwargs[name] for name in plan.from_keywords]
+    for index in plan.from_arguments:
+        values.append(args[index])
+    for name in plan.from_keywords:
+        values.append(kwargs[name])
     if plan.draws and seeds is None:
         generator = kwargs.get("generator")
         values += [randn_tensor(output.shape, generator, output.device, dtype) for dtype in plan.draws]
-    noise = None if plan.noise is None else values[plan.noise]
     history = [values[slot] for slot in plan.registers]
-    rows = plan.table(sample.device), 0
-    values += _step(plan, rows, sample, output, uncond, scale, history, noise, None, None, seeds, noise_step)
+    noise = None if plan.noise is None else values[plan.noise]
+    extension = ops.direct_extension() if sample.is_cpu else None
+    made = None
+    if extension is not None:
+        made = extension.step(
+            sample, output, plan.host_table, 0, uncond, scale, history, noise, None, None, 0, plan.keeps, None, 0,
+            seeds, noise_step, Purpose.STEP, None, False,
+        )  # fmt: skip
+    if made is None:
+        rows = plan.table(sample.device), 0
+        made = _step(plan, rows, sample, output, uncond, scale, history, noise, None, None, seeds, noise_step)
+    values += made
     _write(plan, attributes, values)
     return _result(plan, values)
 

@@ -21,7 +21,7 @@ from ..philox import as_seeds
 from .guidance import combined, rescaling
 from .plan import Plan, compile_trace
 from .running import run_plan, run_simple
-from .schedule import FUSED, Schedule, version_of
+from .schedule import FUSED, Schedule
 from .symbols import NotAffine
 from .tracing import HISTORY, INPUTS, USUAL, trace_step
 
@@ -61,7 +61,7 @@ class Fused:
         self.name, self.guided = name, guided
         self.dtypes = args[0].dtype, args[1].dtype, args[2].dtype
         self.names, self.rest = tuple(kwargs), tuple(kwargs.values())
-        self.versions = tuple((tensor, version) for _, tensor, version in self.schedule.tensors)
+        self.versions = self.schedule.versions_read()
         self.pointer = args[1].data_ptr()
         self.look(plan, attributes)
 
@@ -70,7 +70,7 @@ class Fused:
         self.plan = plan
         self.pointer += self.schedule.step_bytes
         self.values = tuple(attributes.values())
-        self.lists = tuple((attributes[name], tuple(attributes[name])) for name, _, _ in plan.lists)
+        self.lists = [(attributes[name], tuple(attributes[name])) for name, _, _ in plan.lists]
 
     def undisturbed(
         self, name: str, guided: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any], attributes: dict[str, Any]
@@ -80,19 +80,24 @@ class Fused:
             return False
         output, timestep, sample = args
         try:
-            if timestep.data_ptr() != self.pointer or (output.dtype, timestep.dtype, sample.dtype) != self.dtypes:
+            if timestep.data_ptr() != self.pointer or timestep.dim() != 0:
                 return False
         except AttributeError:  # a number
             return False
-        if timestep.dim() != 0 or tuple(kwargs) != self.names or not all(map(is_, kwargs.values(), self.rest)):
+        if (output.dtype, timestep.dtype, sample.dtype) != self.dtypes or output.shape != sample.shape:
+            return False
+        if tuple(kwargs) != self.names or not all(map(is_, kwargs.values(), self.rest)):
             return False
         values = attributes.values()
         if len(values) != len(self.values) or not all(map(is_, values, self.values)):
             return False
         for tensor, version in self.versions:
-            if version_of(tensor) != version:
+            if tensor._version != version:
                 return False
-        return all(len(listed) == len(items) and all(map(is_, listed, items)) for listed, items in self.lists)
+        for listed, items in self.lists:  # noqa: SIM110, a generator would take longer than the rest
+            if len(listed) != len(items) or not all(map(is_, listed, items)):
+                return False
+        return True
 
 
 class FusedScheduler:
@@ -106,7 +111,9 @@ class FusedScheduler:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.original = next(base for base in cls.__mro__[1:] if not issubclass(base, FusedScheduler))
+        cls.original = next(
+            base for base in cls.__mro__[1:] if not issubclass(base, FusedScheduler) and hasattr(base, "step")
+        )
         # Configurations and pipelines write a class down by its module's library and its name: they find diffusers'.
         cls.__module__ = cls.original.__module__
         cls.arguments = {}
@@ -161,6 +168,10 @@ class FusedScheduler:
         """
         fused = fused_of(self)
         fused.seeds, fused.steps_taken, fused.plan, fused._seeds_kept = seeds, 0, None, None
+
+    def step_otherwise(self, name: str, given: Mapping[str, Any]) -> Any:
+        """Take a step that has no plan, by the diffusers class's own code."""
+        return getattr(self.original, name)(self, **given)
 
     def stepper(self) -> Any:
         """A scheduler of its own for one loop: its state is its own, the schedule and the plans are shared.
@@ -234,7 +245,7 @@ def _take(scheduler: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str,
     attributes = scheduler.__dict__
     fused = attributes.get(FUSED)
     undisturbed = fused is not None and fused.undisturbed(name, uncond is not None, args, kwargs, attributes)
-    if undisturbed and (plan := fused.plan.follower) is not None and args[0].shape == args[2].shape:
+    if undisturbed and (plan := fused.plan.follower) is not None:
         seeds = fused.seeds_for(args[2]) if plan.draws_inside else None
         result = run_simple(plan, attributes, args, kwargs, uncond, scale, seeds, fused.steps_taken)
         fused.steps_taken += 1
@@ -266,7 +277,7 @@ def _take_carefully(
         fused.plan = None
         if uncond is not None:
             given["model_output"] = combined(uncond, output, scale, factor)
-        return getattr(scheduler.original, name)(scheduler, **given)
+        return scheduler.step_otherwise(name, given)
     seeds = fused.seeds_for(sample) if plan.draws_inside else None
     result = run_plan(plan, attributes, given, uncond, scale, seeds, fused.steps_taken, factor)
     fused.steps_taken += 1

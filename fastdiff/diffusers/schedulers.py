@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from .per_token import PerTokenSteps
 from .scheduler import FusedScheduler
 
 #: Class by class, the methods that take a step, and the module where diffusers does not export it.
@@ -50,7 +51,8 @@ def _fused_class(name: str, stepping: tuple[str, ...], module: str) -> Any:
     if name in _SCALES_MODEL_INPUT:
         stepping = (*stepping, "scale_model_input")
     doc = f"diffusers' {name} with fused steps; see `fastdiff.diffusers`.\n\n{original.__doc__ or ''}"
-    return type(name, (FusedScheduler, original), {"stepping": stepping, "__doc__": doc})
+    mixins: tuple[type, ...] = (PerTokenSteps,) if name == "FlowMatchEulerDiscreteScheduler" else ()
+    return type(name, (*mixins, FusedScheduler, original), {"stepping": stepping, "__doc__": doc})
 
 
 CLASSES: dict[str, Any] = {

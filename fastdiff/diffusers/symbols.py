@@ -154,7 +154,8 @@ def _shape_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             return type(value)(bare(item) for item in value)
         if isinstance(value, Tensor) and value.dim() > 0 and not isinstance(value, Symbol):
             # Scalars have been widened to float64, and must not widen the result.
-            return value.to("meta", torch.float32 if value.dtype == torch.float64 else value.dtype)
+            meant = torch.float32 if value.dtype == torch.float64 else value.dtype
+            return value.to("meta", getattr(value, "meant_dtype", meant))
         return value
 
     with torch._C.DisableTorchFunctionSubclass():
@@ -371,7 +372,10 @@ class Tracing(TorchFunctionMode):
             # Scalars of the step stay in float64, and on the host.
             wanted = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, torch.dtype)]
             if not wanted or wanted[0].is_floating_point:
-                return args[0]
+                same = args[0].view_as(args[0])
+                if wanted:
+                    same.meant_dtype = wanted[0]
+                return same
         return func(*args, **kwargs)
 
     def noise(self, like: Tensor) -> Symbol:

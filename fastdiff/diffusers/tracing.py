@@ -71,6 +71,7 @@ class Trace:
         results: what it returns, one after another.
         state: by attribute, what it is set to; of lists the entries, and whether it is still the same list.
         draws: the dtype of each draw of noise.
+        reads: the scheduler's attributes that it looked at.
         noise_spans: of each noise that comes from the scheduler's own sampler, its two arguments.
     """
 
@@ -80,6 +81,7 @@ class Trace:
     state: Mapping[str, Value | tuple[bool, tuple[Value, ...]]]
     draws: tuple[torch.dtype, ...]
     noise_spans: tuple[tuple[float, float], ...]
+    reads: frozenset[str]
 
 
 def trace_step(original: type, name: str, arguments: Mapping[str, Any], state: Mapping[str, Any]) -> Trace:
@@ -97,7 +99,8 @@ def trace_step(original: type, name: str, arguments: Mapping[str, Any], state: M
     """
     # A tree of noise has its numbers at exact times: there scalars stay as they are.
     scalars = _on_host if state.get("noise_sampler") is not None else _widened
-    stub: Any = object.__new__(original)
+    reads: set[str] = set()
+    stub: Any = object.__new__(_watched(original, reads))
     stub.__dict__.update(state)
     places: dict[int, Any] = {}
     keep_alive: list[Any] = []
@@ -163,6 +166,7 @@ def trace_step(original: type, name: str, arguments: Mapping[str, Any], state: M
         return Constant(value)
 
     changed: dict[str, Value | tuple[bool, tuple[Value, ...]]] = {}
+    seen = frozenset(reads)
     for attribute, value in vars(stub).items():
         if attribute in ("_threshold_sample", "noise_sampler"):
             continue
@@ -186,7 +190,17 @@ def trace_step(original: type, name: str, arguments: Mapping[str, Any], state: M
         names, listed = tuple(results), tuple(results.values())
     elif not isinstance(results, tuple):
         kind, listed = None, (results,)
-    return Trace(kind, names, tuple(map(value_of, listed)), changed, tuple(tracing.draws), tuple(spans))
+    return Trace(kind, names, tuple(map(value_of, listed)), changed, tuple(tracing.draws), tuple(spans), seen)
+
+
+def _watched(original: type, reads: set[str]) -> type:
+    """The class, telling which attributes are looked at."""
+
+    def look_up(self: Any, name: str) -> Any:
+        reads.add(name)
+        return object.__getattribute__(self, name)
+
+    return type(original.__name__, (original,), {"__getattribute__": look_up, "__module__": __name__})
 
 
 def _is_plain(value: Any) -> bool:

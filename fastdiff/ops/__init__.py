@@ -16,7 +16,15 @@
     ops/reductions.py  quantile, mean, std, norm, dot: one scalar a sample
 """
 
-from .backends import BACKENDS, backend_for, backend_status, cpu_build, direct_extension, use_backend
+from .backends import (
+    BACKENDS,
+    backend_for,
+    backend_status,
+    cpu_build,
+    direct_extension,
+    triton_launcher,
+    use_backend,
+)
 from .functional import cfg_combine, ddim_step, ddpm_step, dpm_solver_step, euler_step
 from .fused import direct_step, step, step_rows
 from .random import randn
@@ -42,5 +50,6 @@ __all__ = [
     "std",
     "step",
     "step_rows",
+    "triton_launcher",
     "use_backend",
 ]

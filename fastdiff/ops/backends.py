@@ -4,6 +4,11 @@
 On a GPU compiled CUDA answers, else Triton, else the reference; on the CPU compiled C++, else the reference.  The
 choice can be forced for a call (``backend=``), a block (`use_backend`) or a process (``FASTDIFF_BACKEND``), and
 asked for (`backend_for`).  A forced backend that cannot run raises and says why.
+
+On a GPU the order is that of the way from Python to the kernel too.  The extension reads its arguments and launches in
+C++; Triton's kernels are launched by a `fastdiff.kernels.launch.Launcher`, which holds what was compiled and hands it
+to Triton's runner; where that cannot be (`triton_launcher` says why), they go through Triton's JIT, which classifies
+all arguments again.
 """
 
 from __future__ import annotations
@@ -65,6 +70,25 @@ def _triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def _has_gpu() -> bool:
+    """Whether torch finds an accelerator that Triton may compile for: NVIDIA's, AMD's, Intel's, not Apple's."""
+    if not torch.accelerator.is_available():
+        return False
+    found = torch.accelerator.current_accelerator()
+    return found is not None and found.type != "mps"
+
+
+def triton_launcher() -> str:
+    """How Triton's kernels are launched at this moment, and why it is not the quickest way where it is not."""
+    reason = why_missing("triton")
+    if reason:
+        return f"missing: {reason}"
+    if _triton_interprets():
+        return "interpreted on the CPU: TRITON_INTERPRET is 1"
+    reason = triton_module("launch").why_through_jit()
+    return f"through Triton's JIT: {reason}" if reason else "holds compiled kernels"
+
+
 def why_missing(name: str) -> str:
     """Why a backend cannot run on this machine, as a clause; empty where it can."""
     if name == "reference":
@@ -81,7 +105,7 @@ def why_missing(name: str) -> str:
         module, error = _load_triton()
         if module is None:
             return error
-        if torch.cuda.is_available() or _triton_interprets():
+        if _has_gpu() or _triton_interprets():
             return ""
         return "torch finds no GPU, and TRITON_INTERPRET is not 1"
     raise unknown_name("step", "backend", name, BACKENDS)
@@ -101,7 +125,7 @@ def _serves(name: str, device: torch.device) -> bool:
     if name == "reference":
         return True
     if name == "triton":
-        return device.type != "cpu" or _triton_interprets()
+        return device.type not in ("cpu", "mps") or _triton_interprets()
     return device.type == name
 
 
@@ -153,9 +177,18 @@ def use_backend(name: str | None) -> Iterator[None]:
         forced = before
 
 
+#: The current stream of a device as a pointer. `torch.cuda.current_stream` would make two Python objects on the way to
+#: it; a build of torch without CUDA has no such function, and no tensors to ask for.
+_raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
 def current_stream(sample: Tensor) -> int:
     """The stream that the extension launches on: CUDA's current one as a pointer, 0 elsewhere."""
-    return torch.cuda.current_stream(sample.device).cuda_stream if sample.is_cuda else 0
+    if not sample.is_cuda:
+        return 0
+    if _raw_stream is None:
+        return torch.cuda.current_stream(sample.device).cuda_stream
+    return _raw_stream(sample.get_device())
 
 
 def direct_extension() -> ModuleType | None:

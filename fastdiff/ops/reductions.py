@@ -106,8 +106,11 @@ def dot(x: Tensor, y: Tensor, *, backend: str | None = None) -> Tensor:
 
 
 def _extension_for(x: object) -> ModuleType | None:
-    """The extension, where it may look at x at once."""
-    return backends.direct_extension() if isinstance(x, Tensor) and x.dim() > 0 and x.numel() > 0 else None
+    """The extension, where it may look at x at once; a dispatch mode has to see an operator."""
+    extension = backends.direct_extension()
+    if extension is None or torch._C._len_torch_dispatch_stack() > 0:
+        return None
+    return extension if isinstance(x, Tensor) and x.dim() > 0 and x.numel() > 0 else None
 
 
 def _sum(kind: int, x: Tensor, y: Any, correction: Any, backend: str | None) -> Tensor:

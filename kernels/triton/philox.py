@@ -7,18 +7,13 @@ for any GPU that rounds conversions and square roots correctly the numbers have 
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
-import torch
 from torch import Tensor
 
 import triton
 import triton.language as tl
 
-#: Elements a program of `randn`, and its warps: two chunks a thread.
-BLOCK = 1024
-NUM_WARPS = 4
+from .config import config_for
+from .launch import Launcher, blocks_of
 
 _MULTIPLIER_0 = tl.constexpr(0xD2511F53)
 _MULTIPLIER_1 = tl.constexpr(0xCD9E8D57)
@@ -164,25 +159,22 @@ def step_of(steps_ptr, b, step, STEPS: tl.constexpr):
     return result
 
 
+_randn = Launcher(_randn_kernel)
+
+
 def randn(out: Tensor, seeds: Tensor, steps: Tensor | None, step: int, purpose: int) -> None:
     """Fill a contiguous tensor ``[batch, ...]``, from a seed a sample, on the current stream of its device."""
     batch = seeds.numel()
     inner = out.numel() // batch
-    blocks_a_sample = triton.cdiv(inner, BLOCK)
-    with on_device(out.device):
-        _randn_kernel[(batch * blocks_a_sample,)](
-            out,
-            seeds,
-            seeds if steps is None else steps,
-            as_int32(step),
-            as_int32(purpose),
-            inner,
-            blocks_a_sample,
-            STEPS=how_many(steps),
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=False,  # only the fused products that are written: the same bits as the CPU
-        )
+    config = config_for("randn", out)
+    blocks_a_sample = blocks_of(inner, config.block)
+    _randn(
+        batch * blocks_a_sample,
+        (out, seeds, seeds if steps is None else steps),
+        (as_int32(step), as_int32(purpose), inner, blocks_a_sample),
+        (how_many(steps), config.block),
+        config.num_warps,
+    )
 
 
 def how_many(counters: Tensor | int | None) -> int:
@@ -195,10 +187,3 @@ def how_many(counters: Tensor | int | None) -> int:
 def as_int32(word: int) -> int:
     """A 32-bit word as the int32 of the same bits: from 2³¹ on an argument would be int64, and another kernel."""
     return word - 2**32 if word >= 2**31 else word
-
-
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The current device while a kernel is launched."""
-    if device.type == "cpu":  # Triton's interpreter
-        return contextlib.nullcontext()
-    return torch.get_device_module(device).device(device)  # type: ignore[no-any-return]

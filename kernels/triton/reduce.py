@@ -7,18 +7,15 @@ reshaping and splitting, so that the order is the program's: the same bits as th
 
 from __future__ import annotations
 
-import contextlib
 import struct
-from typing import Any
 
 import torch
 
 import triton
 import triton.language as tl
 
-#: Blocks of 1024 elements a program, and its warps: two lanes a thread.
-BLOCKS = 4
-NUM_WARPS = 4
+from .config import FEW_WARPS, config_for
+from .launch import Launcher, blocks_of
 
 _LANES = tl.constexpr(64)
 _ROUNDS = tl.constexpr(16)
@@ -123,9 +120,9 @@ def _block_numbers(partials_ptr, b, start, inner, blocks):
 def _finish_kernel(
     partials_ptr,
     out_ptr,  # [batch], compute dtype
+    correction_bits,  # of a float64
     inner,
     blocks,
-    correction_bits,  # of a float64
     KIND: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
@@ -165,31 +162,31 @@ def _finish_kernel(
     tl.store(out_ptr + b + tl.arange(0, 1), value.to(out_ptr.dtype.element_ty))
 
 
+_sum = Launcher(_sum_kernel)
+_finish = Launcher(_finish_kernel)
+
+
 def reduce(kind: int, x: torch.Tensor, y: torch.Tensor | None, correction: float) -> torch.Tensor:
     """Mean (0), standard deviation (1), norm (2) or scalar product (3) of samples that are blocks of memory."""
     batch = x.shape[0]
     inner = x.numel() // batch
-    blocks = triton.cdiv(inner, _BLOCK.value)
+    blocks = blocks_of(inner, _BLOCK.value)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     partials = torch.empty(batch * blocks * (3 if kind == _STD.value else 1), dtype=dtype, device=x.device)
     out = torch.empty(batch, dtype=dtype, device=x.device)
-    programs = triton.cdiv(blocks, BLOCKS)
-    options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}  # only the fused products that are written
-    with on_device(x.device):
-        _sum_kernel[(batch * programs,)](
-            x, x if y is None else y, partials, inner, blocks, programs, KIND=kind, BLOCKS=BLOCKS, **options
-        )
-        _finish_kernel[(batch,)](partials, out, inner, blocks, float_bits(correction), KIND=kind, **options)
+    config = config_for("sum", x)
+    programs = blocks_of(blocks, config.block)
+    _sum(
+        batch * programs,
+        (x, x if y is None else y, partials),
+        (inner, blocks, programs),
+        (kind, config.block),
+        config.num_warps,
+    )
+    _finish(batch, (partials, out), (float_bits(correction), inner, blocks), (kind,), FEW_WARPS)
     return out
 
 
 def float_bits(value: float) -> int:
     """A float64 as an integer: Triton would take a float argument as float32."""
     return int(struct.unpack("<q", struct.pack("<d", value))[0])
-
-
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The context in which kernels of a device are launched."""
-    if device.type == "cpu":  # Triton's interpreter
-        return contextlib.nullcontext()
-    return torch.get_device_module(device).device(device)  # type: ignore[no-any-return]

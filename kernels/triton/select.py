@@ -14,12 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .reduce import float_bits, on_device
-
-#: Elements a tile, tiles a program, and its warps.
-TILE = 2048
-TILES = 8
-NUM_WARPS = 8
+from .config import FEW_WARPS, config_for
+from .launch import Launcher, blocks_of
+from .reduce import float_bits
 
 DIGIT_BITS = 11
 
@@ -192,6 +189,12 @@ def passes(width: int) -> list[tuple[int, int]]:
     return result
 
 
+_count = Launcher(_count_kernel)
+_pick = Launcher(_pick_kernel)
+_next = Launcher(_next_kernel)
+_interpolate = Launcher(_interpolate_kernel)
+
+
 def quantile(x: torch.Tensor, low: int, weight: float, absolute: bool) -> torch.Tensor:
     """The number of rank `low` of each sample and `weight` of the way to the next; samples are blocks of memory."""
     batch = x.shape[0]
@@ -202,25 +205,16 @@ def quantile(x: torch.Tensor, low: int, weight: float, absolute: bool) -> torch.
     counts = torch.zeros(batch, _DIGITS.value, dtype=torch.int64, device=x.device)
     state = torch.zeros(batch, _STATE.value, dtype=torch.int64, device=x.device)
     state[:, 1] = low
-    programs = triton.cdiv(inner, TILE * TILES)
-    shape = {"ABSOLUTE": absolute, "WIDTH": width, "TILE": TILE, "TILES": TILES, "num_warps": NUM_WARPS}
-    with on_device(x.device):
-        for known, shift in passes(width):
-            first = known == width
-            _count_kernel[(batch * programs,)](
-                bits, counts, state, inner, programs, FIRST=first, KNOWN=known, SHIFT=shift, INFINITY=infinity, **shape
-            )
-            _pick_kernel[(batch,)](counts, state, FIRST=first, BITS=known - shift, LAST=shift == 0)
-        if weight > 0:
-            _next_kernel[(batch * programs,)](bits, state, inner, programs, **shape)
-        _interpolate_kernel[(batch,)](
-            state,
-            out,
-            float_bits(weight),
-            NEXT=weight > 0,
-            ABSOLUTE=absolute,
-            WIDTH=width,
-            BFLOAT=x.dtype == torch.bfloat16,
-            enable_fp_fusion=False,
-        )
+    config = config_for("select", x)
+    programs = blocks_of(inner, config.block * config.tiles)
+    sizes, shape = (inner, programs), (absolute, width, config.block, config.tiles)
+    for known, shift in passes(width):
+        first = known == width
+        levels = (first, known, shift, infinity)
+        _count(batch * programs, (bits, counts, state), sizes, (*levels, *shape), config.num_warps)
+        _pick(batch, (counts, state), (), (first, known - shift, shift == 0), FEW_WARPS)
+    if weight > 0:
+        _next(batch * programs, (bits, state), sizes, shape, config.num_warps)
+    constants = (weight > 0, absolute, width, x.dtype == torch.bfloat16)
+    _interpolate(batch, (state, out), (float_bits(weight),), constants, FEW_WARPS)
     return out

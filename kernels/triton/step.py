@@ -9,19 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 import triton
 import triton.language as tl
 
-from .philox import as_int32, how_many, normals, normals_at, on_device, step_of
+from .config import config_for
+from .launch import Launcher, blocks_of
+from .philox import as_int32, how_many, normals, normals_at, step_of
 
 if TYPE_CHECKING:
     from fastdiff.call import StepCall
-
-#: Elements a program, and warps a program: 8 elements a thread, one 16-byte access for half types and two for float32.
-BLOCK = 1024
-NUM_WARPS = 4
 
 # The layout of a row; fastdiff/table.py holds the same numbers.
 _PREDICTION_SAMPLE = tl.constexpr(0)
@@ -296,59 +292,73 @@ def _step_kernel(
         _write_model_input(model_input_ptr, here, copy_stride, scale, prev, mask, compute, MODEL_INPUTS)
 
 
+_step = Launcher(_step_kernel)
+
+
 def launch(call: StepCall) -> None:
     """Run a plain call (see `fastdiff.ops.layout.make_plain`) on the current stream of its device."""
-    x = call.sample
+    x, row, noise_step, guidance = call.sample, call.row, call.noise_step, call.guidance
+    uncond, noise, threshold, model_input = call.uncond, call.noise, call.threshold, call.model_input
     batch, inner, model_stride = call.blocks()
-    blocks_a_sample = triton.cdiv(inner, BLOCK)
-    history = [*call.history, None, None, None, None][:4]
-    keeps = [*call.outputs[1:], x, x][:2]
-    channels = call.channels()
-    draws = 0 if call.seeds is None else 1 if channels == 1 else 2
-
-    def pointer(tensor: torch.Tensor | int | None) -> torch.Tensor:
-        return tensor if isinstance(tensor, torch.Tensor) else x
-
-    with on_device(x.device):
-        _step_kernel[(batch * blocks_a_sample,)](
+    draws = channels = 0
+    if call.seeds is not None:
+        channels = call.channels()
+        draws = 1 if channels == 1 else 2
+    config = config_for("draw" if draws else "step", x)
+    blocks_a_sample = blocks_of(inner, config.block)
+    rows, noise_steps = how_many(row), how_many(noise_step)
+    h0, h1, h2, h3 = (*call.history, None, None, None, None)[:4]
+    prev_sample, keep_0, keep_1 = (*call.outputs, x, x)[:3]
+    _step(
+        batch * blocks_a_sample,
+        # The sample stands for what is absent: the kernel does not read it there.
+        (
             x,
             call.model_output,
-            pointer(call.uncond),
-            pointer(call.variance),
-            pointer(call.noise),
-            *(pointer(h) for h in history),
+            x if uncond is None else uncond,
+            x if call.variance is None else call.variance,
+            x if noise is None else noise,
+            x if h0 is None else h0,
+            x if h1 is None else h1,
+            x if h2 is None else h2,
+            x if h3 is None else h3,
             call.table,
-            pointer(call.guidance),
-            pointer(call.threshold),
-            call.outputs[0],
-            *keeps,
-            pointer(call.model_input),
-            pointer(call.row),
-            pointer(call.seeds),
-            pointer(call.noise_step),
-            0 if isinstance(call.row, torch.Tensor) else call.row,
+            x if guidance is None else guidance,
+            x if threshold is None else threshold,
+            prev_sample,
+            keep_0,
+            keep_1,
+            x if model_input is None else model_input,
+            row if rows else x,
+            x if call.seeds is None else call.seeds,
+            noise_step if noise_steps else x,
+        ),
+        (
+            0 if rows else row,
             call.table.shape[0],
-            0 if isinstance(call.noise_step, torch.Tensor) else as_int32(call.noise_step),
+            0 if noise_steps else as_int32(noise_step),
             as_int32(call.purpose),
             channels,
             inner,
             model_stride,
             batch * inner,
             blocks_a_sample,
-            HAS_UNCOND=call.uncond is not None,
-            GUIDANCE_A_SAMPLE=call.guidance is not None and call.guidance.numel() > 1,
-            HISTORY=sum(1 << j for j, h in enumerate(history) if h is not None),
-            HAS_NOISE=call.noise is not None,
-            HAS_THRESHOLD=call.threshold is not None,
+        ),
+        (
+            uncond is not None,  # HAS_UNCOND, and so on in the kernel's order
+            guidance is not None and guidance.numel() > 1,
+            (h0 is not None) + 2 * (h1 is not None) + 4 * (h2 is not None) + 8 * (h3 is not None),
+            noise is not None,
+            threshold is not None,
             # Without noise nothing is scaled, and the variance is not read.
-            VARIANCE=int(call.variance_kind) if draws or call.noise is not None else 0,
-            KEEPS=call.keeps,
-            ROWS=how_many(call.row),
-            SCATTER=call.scatter,
-            DRAWS=draws,
-            NOISE_STEPS=how_many(call.noise_step),
-            MODEL_INPUTS=0 if call.model_input is None else call.model_input.numel() // x.numel(),
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=False,  # only the fused products that are written: the same bits as the CPU
-        )
+            int(call.variance_kind) if draws or noise is not None else 0,
+            call.keeps,
+            rows,
+            call.scatter,
+            draws,
+            noise_steps,
+            0 if model_input is None else model_input.numel() // x.numel(),
+            config.block,
+        ),
+        config.num_warps,
+    )

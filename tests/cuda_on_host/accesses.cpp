@@ -57,6 +57,12 @@ ACCESSES(4)
 ACCESSES(8)
 ACCESSES(16)
 
+// Of the host's code, which keeps what it knows of devices in atomics.
+unsigned char __tsan_atomic8_load(const volatile unsigned char* at, int) { return *at; }
+void __tsan_atomic8_store(volatile unsigned char* at, unsigned char value, int) { *at = value; }
+unsigned __tsan_atomic32_load(const volatile unsigned* at, int) { return *at; }
+void __tsan_atomic32_store(volatile unsigned* at, unsigned value, int) { *at = value; }
+
 void __tsan_read_range(void* at, size_t bytes) { accesses::note(at, bytes, false); }
 void __tsan_write_range(void* at, size_t bytes) { accesses::note(at, bytes, true); }
 void __tsan_init() {}

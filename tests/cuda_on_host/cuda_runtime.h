@@ -20,6 +20,8 @@ struct dim3 {
 
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76 };
+
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 
@@ -47,6 +49,8 @@ struct State {
     int launches = 0;
     int launched_on = -1;
     cudaStream_t stream = nullptr;
+    unsigned threads = 0, blocks = 0;  // of the last launch
+    int attributes = 0;                // how often a device was asked for one
 };
 inline State state;
 
@@ -64,6 +68,14 @@ inline cudaError_t cudaGetDevice(int* device) {
 inline cudaError_t cudaSetDevice(int device) {
     if (device < 0 || device >= cuda_on_host::kDevices) return cudaErrorInvalidDevice;
     cuda_on_host::state.device = device;
+    return cudaSuccess;
+}
+
+// Device 0 is a 9.0, device 1 a 9.1.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+    if (device < 0 || device >= cuda_on_host::kDevices) return cudaErrorInvalidDevice;
+    ++cuda_on_host::state.attributes;
+    *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : device;
     return cudaSuccess;
 }
 
@@ -100,6 +112,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     ++state.launches;
     state.launched_on = state.device;
     state.stream = config->stream;
+    state.threads = static_cast<unsigned>(threads);
+    state.blocks = static_cast<unsigned>(blocks);
     gridDim = config->gridDim;
     blockDim = config->blockDim;
 #ifdef CUDA_ON_HOST_BLOCKS

@@ -94,6 +94,7 @@ EXPORT int64_t runtime_spans(accesses::Span* spans) {
         {&blockIdx, sizeof blockIdx, 1, 0, 0},
         {&threadIdx, sizeof threadIdx, 1, 0, 0},
         {&cuda_on_host::state, sizeof cuda_on_host::state, 1, 0, 0},
+        {&fastdiff::configurations, sizeof fastdiff::configurations, 1, 0, 0},
     };
     int64_t count = 0;
     for (const auto& span : own) spans[count++] = span;
@@ -105,6 +106,29 @@ EXPORT void set_runtime(int device, int backwards, int next_launch) {
     cuda_on_host::state.device = device;
     cuda_on_host::state.backwards = backwards != 0;
     cuda_on_host::state.next_launch = static_cast<cudaError_t>(next_launch);
+}
+
+// The configuration of what follows, in the order of CudaConfig's fields; the table's where there is none. Whether it
+// was taken.
+EXPORT int set_config(const int* values) {
+    if (values == nullptr) return fastdiff::set_cuda_config(nullptr);
+    const fastdiff::CudaConfig config{values[0], values[1], values[2], values[3], values[4]};
+    return fastdiff::set_cuda_config(&config);
+}
+
+// What launches on a device take now.
+EXPORT void get_config(int device, int* values) {
+    const fastdiff::CudaConfig config = fastdiff::cuda_config(device);
+    const int found[] = {config.step, config.draw, config.randn, config.sum, config.select};
+    for (int i = 0; i < 5; ++i) values[i] = found[i];
+}
+
+// Of the last launch, threads a block and blocks; how often a device was asked for its capability.
+EXPORT void get_launch(int64_t* values) {
+    const auto& state = cuda_on_host::state;
+    values[0] = state.threads;
+    values[1] = state.blocks;
+    values[2] = state.attributes;
 }
 
 // device, launches, the device launched on, the stream launched on

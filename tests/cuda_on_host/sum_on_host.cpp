@@ -26,6 +26,13 @@ EXPORT const char* sum_on_host(const int64_t* sizes, void* const* pointers, doub
     return fastdiff::launch_sum(args, static_cast<int>(sizes[4]), stream);
 }
 
+// As in step_on_host.cpp.
+EXPORT int set_config(const int* values) {
+    if (values == nullptr) return fastdiff::override_config(nullptr);
+    const fastdiff::CudaConfig config{values[0], values[1], values[2], values[3], values[4]};
+    return fastdiff::override_config(&config);
+}
+
 EXPORT void set_runtime(int device, int backwards, int next_launch) {
     cuda_on_host::state = {};
     cuda_on_host::state.device = device;

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: MIT
+// Launches on somebody's stream and device, with the device's configuration, and errors that are kept.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+
+#include "config.h"
+
+namespace fastdiff {
+
+struct Configurations {
+    static constexpr int kDevices = 64;
+    std::atomic<int> capabilities[kDevices] = {};  // 0: not read yet
+    std::atomic<bool> overridden{false};
+    CudaConfig override = kDefaultConfig;
+};
+inline Configurations configurations;
+
+// A device's capability never changes: it is read once. One that cannot be read takes the default.
+inline int capability_of(int device) {
+    const bool kept = device >= 0 && device < Configurations::kDevices;
+    int found = kept ? configurations.capabilities[device].load(std::memory_order_relaxed) : 0;
+    if (found != 0) return found;
+    int major = 0, minor = 0;
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
+        (void)cudaGetLastError();  // taken: the launch is not blamed for it
+        return 0;
+    }
+    found = 10 * major + minor;
+    if (kept) configurations.capabilities[device].store(found, std::memory_order_relaxed);
+    return found;
+}
+
+inline CudaConfig config_of(int device) {
+    if (configurations.overridden.load(std::memory_order_acquire)) return configurations.override;
+    return config_of_capability(capability_of(device));
+}
+
+inline bool override_config(const CudaConfig* config) {
+    if (config != nullptr && !allowed(*config)) return false;
+    configurations.overridden.store(false, std::memory_order_release);
+    if (config == nullptr) return true;
+    configurations.override = *config;
+    configurations.overridden.store(true, std::memory_order_release);
+    return true;
+}
+
+// A run of launches on one device and stream; after the first that fails there is none. The current device is the
+// caller's again after `finish`.
+class Launches {
+  public:
+    Launches(int device, void* stream)
+        : config(config_of(device)), stream_(static_cast<cudaStream_t>(stream)), before_(device) {
+        error_ = cudaGetDevice(&before_);
+        changed_ = error_ == cudaSuccess && before_ != device;
+        if (changed_) error_ = cudaSetDevice(device);
+    }
+
+    template <typename Kernel, typename... Arguments>
+    void run(Kernel kernel, int64_t blocks, int threads, const Arguments&... arguments) {
+        if (error_ != cudaSuccess) return;
+        // A grid has no more; cut off to 32 bits, its size would leave elements out without a word.
+        if (blocks > INT32_MAX) {
+            error_ = cudaErrorInvalidConfiguration;
+            return;
+        }
+        cudaLaunchConfig_t launch = {};
+        launch.gridDim = dim3(static_cast<unsigned>(blocks));
+        launch.blockDim = dim3(static_cast<unsigned>(threads));
+        launch.stream = stream_;
+        error_ = cudaLaunchKernelEx(&launch, kernel, arguments...);
+        if (error_ != cudaSuccess) (void)cudaGetLastError();  // taken: the next launch is not blamed for it
+    }
+
+    // Null, or what CUDA says.
+    const char* finish() {
+        if (changed_) {
+            const cudaError_t restored = cudaSetDevice(before_);
+            if (error_ == cudaSuccess) error_ = restored;
+        }
+        return error_ == cudaSuccess ? nullptr : cudaGetErrorString(error_);
+    }
+
+    const CudaConfig config;
+
+  private:
+    cudaStream_t stream_;
+    int before_;
+    bool changed_ = false;
+    cudaError_t error_ = cudaSuccess;
+};
+
+inline int64_t blocks_of_threads(int64_t packs, int threads) { return (packs + threads - 1) / threads; }
+
+}  // namespace fastdiff
