@@ -31,6 +31,7 @@ from diffusers import (  # noqa: E402
 
 import fastdiff  # noqa: E402
 from fastdiff.diffusers import FusedScheduler  # noqa: E402
+from fastdiff.diffusers.guiders import GUIDERS  # noqa: E402
 
 SIZE = 32
 STEPS = 10
@@ -280,3 +281,41 @@ def test_the_pictures_are_the_same(case, monkeypatch):
     assert expected.std() > 1e-3  # a picture, and not one colour
     assert float(np.abs(pictures - expected).max()) <= 1.0 / 255.0
     print(f"\n{case}: {fused.steps} steps\n  diffusers: {plain}\n  patched:   {fused}")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ClassifierFreeGuidance", {"guidance_rescale": 0.7, "stop": 0.8}),
+        ("ClassifierFreeZeroStarGuidance", {}),
+        ("AdaptiveProjectedGuidance", {"adaptive_projected_guidance_momentum": -0.5, "eta": 0.5}),
+        ("AdaptiveProjectedMixGuidance", {"adaptive_projected_guidance_start_step": 2}),
+        ("TangentialClassifierFreeGuidance", {}),
+    ],
+)
+def test_a_modular_pipeline_keeps_its_pictures(name, options):
+    if name not in GUIDERS:
+        pytest.skip(f"this diffusers has no {name} that returns a GuiderOutput")
+    from diffusers.modular_pipelines.stable_diffusion_xl import StableDiffusionXLAutoBlocks
+
+    torch.manual_seed(0)
+    parts = stable_diffusion_xl(EulerDiscreteScheduler())
+    blocks = StableDiffusionXLAutoBlocks()
+    blocks.sub_blocks.pop("text_encoder")
+    pipe = blocks.init_pipeline()
+    guider = GUIDERS[name].original(guidance_scale=5.0, **options)
+    pipe.update_components(unet=parts.unet, vae=parts.vae, scheduler=parts.scheduler, guider=guider)
+    arguments = pooled(32, 64) | {"num_inference_steps": STEPS, "output": "images", "output_type": "np"}
+    del arguments["guidance_scale"]
+
+    def pictures():
+        return np.asarray(pipe(**arguments, generator=torch.Generator().manual_seed(0)))
+
+    expected = pictures()
+    assert {part.where for part in fastdiff.patch(pipe).replaced} == {"guider", "scheduler"}
+    assert pipe.guider is guider
+    patched = pictures()
+    fastdiff.unpatch(pipe)
+    assert np.array_equal(pictures(), expected)
+    assert expected.std() > 1e-3
+    assert float(np.abs(patched - expected).max()) <= 1.0 / 255.0
