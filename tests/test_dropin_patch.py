@@ -208,6 +208,14 @@ def test_guiders_of_modular_pipelines():
     assert type(guider) is diffusers.guiders.ClassifierFreeGuidance
 
 
+@pytest.mark.skipif(not GUIDERS, reason="this diffusers has no guiders that return a GuiderOutput")
+def test_guiders_are_found_by_name():
+    for name, kind in GUIDERS.items():
+        assert getattr(fastdiff.diffusers, name) is kind
+    with pytest.raises(AttributeError, match="no attribute 'UnknownGuidance'"):
+        fastdiff.diffusers.UnknownGuidance  # noqa: B018
+
+
 def test_ddim_pipeline_makes_a_scheduler_of_its_own():
     # Which is why patching comes after it; should this change, the docs have to.
     made = diffusers.DDIMPipeline(unet(), CLASSES["DDIMScheduler"]())

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

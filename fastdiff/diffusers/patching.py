@@ -10,36 +10,28 @@ after, or in the middle of a loop.
 
 from __future__ import annotations
 
-import types
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..errors import sentence
-from .guiders import GUIDERS
 from .schedule import FUSED
 from .scheduler import FusedScheduler
 from .schedulers import CLASSES
 
-try:
-    from diffusers.modular_pipelines import ModularPipeline, ModularPipelineBlocks
-except ImportError:  # before modular pipelines
-    _PIPELINES: tuple[type, ...] = (DiffusionPipeline,)
-else:
-    _PIPELINES = (DiffusionPipeline, ModularPipeline, ModularPipelineBlocks)
-try:
-    from diffusers.guiders.guider_utils import BaseGuidance
-except ImportError:
-    _PARTS: tuple[type, ...] = (SchedulerMixin,)
-else:
-    _PARTS = (SchedulerMixin, BaseGuidance)
-
 #: Where an object remembers that `patch` changed its class, so that `unpatch` changes no other.
 _PATCHED = "_patched"
-_FUSED: Mapping[type, type] = types.MappingProxyType({c.original: c for c in (*CLASSES.values(), *GUIDERS.values())})
-_ORIGINALS: Mapping[type, type] = types.MappingProxyType({fused: original for original, fused in _FUSED.items()})
+#: The classes of what can hold schedulers and guiders.  Who has such an object has imported its module, which takes
+#: seconds, and nobody else has to.
+_PIPELINES = (
+    ("diffusers.pipelines.pipeline_utils", "DiffusionPipeline"),
+    ("diffusers.modular_pipelines.modular_pipeline", "ModularPipeline"),
+    ("diffusers.modular_pipelines.modular_pipeline", "ModularPipelineBlocks"),
+)
+_GUIDERS = (("diffusers.guiders.guider_utils", "BaseGuidance"),)
 
 
 @dataclass(frozen=True)
@@ -92,11 +84,12 @@ def patch(pipe: Any) -> PatchReport:
         TypeError: it is none of these, and has no scheduler and no guider.
     """
     replaced, left = [], []
+    originals = {fused.original: fused for fused in _fused_classes()}
     for where, part in _parts("patch", pipe):
         kind = type(part)
-        fused = _FUSED.get(kind)
+        fused = originals.get(kind)
         if fused is None:
-            left.append(Part(where, kind.__name__, _why_left(kind)))
+            left.append(Part(where, kind.__name__, _why_left(kind, originals)))
             continue
         part.__class__ = fused
         vars(part)[_PATCHED] = True
@@ -116,26 +109,40 @@ def unpatch(pipe: Any) -> PatchReport:
         TypeError: as `patch`.
     """
     replaced, left = [], []
+    fused = frozenset(_fused_classes())
     for where, part in _parts("unpatch", pipe):
-        original = _ORIGINALS.get(type(part))
-        if original is None:
+        if type(part) not in fused:
             left.append(Part(where, type(part).__name__, "not fused"))
         elif _PATCHED not in vars(part):
             left.append(Part(where, type(part).__name__, "made as a fused one, not by patch"))
         else:
-            part.__class__ = original
+            part.__class__ = original = type(part).original
             for name in (_PATCHED, FUSED):
                 vars(part).pop(name, None)
             replaced.append(Part(where, original.__name__))
     return PatchReport("unpatch", tuple(replaced), tuple(left))
 
 
-def _why_left(kind: type) -> str:
-    if kind in _ORIGINALS:
+def _fused_classes() -> list[Any]:
+    if not _loaded(_GUIDERS):
+        return list(CLASSES.values())
+    from .guiders import GUIDERS
+
+    return [*CLASSES.values(), *GUIDERS.values()]
+
+
+def _loaded(names: tuple[tuple[str, str], ...]) -> tuple[type, ...]:
+    """Those of some classes whose modules have been imported."""
+    found = (getattr(sys.modules.get(module), name, None) for module, name in names)
+    return tuple(kind for kind in found if kind is not None)
+
+
+def _why_left(kind: type, originals: Mapping[type, type]) -> str:
+    if kind in originals.values():
         return "fused already"
     if issubclass(kind, FusedScheduler):
         return f"a subclass in {kind.__qualname__} of a fused class, which is left to its author"
-    base = next((base for base in kind.__mro__ if base in _FUSED), None)
+    base = next((base for base in kind.__mro__ if base in originals), None)
     if base is not None:
         return f"a class of its own over {base.__name__}, whose changes a fused class would not have"
     return "no fused class of that name; see docs/diffusers.md"
@@ -143,39 +150,36 @@ def _why_left(kind: type) -> str:
 
 def _parts(operation: str, pipe: Any) -> Iterator[tuple[str, Any]]:
     """The schedulers and guiders of a pipeline, each once, with the way to it."""
-    found = list(_walk("", pipe, set()))
-    if not found and not isinstance(pipe, (*_PIPELINES, dict, list, tuple)):
-        held = [(n, v) for n, v in getattr(pipe, "__dict__", {}).items() if isinstance(v, (*_PARTS, *_PIPELINES))]
-        seen: set[int] = set()
-        found = [part for name, value in held for part in _walk(name, value, seen)]
-        if not found:
-            raise TypeError(
-                sentence(
-                    operation,
-                    "pipe",
-                    f"is a {type(pipe).__name__} without a scheduler or a guider",
-                    "a diffusers pipeline, scheduler or guider",
-                    "pass the pipeline itself",
-                )
+    parts, pipelines = (SchedulerMixin, *_loaded(_GUIDERS)), _loaded(_PIPELINES)
+    seen: set[int] = set()
+
+    def walk(where: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, parts):
+            yield where, value
+            return
+        inner: list[tuple[Any, Any]] = []
+        if isinstance(value, Mapping):
+            inner = list(value.items())
+        elif isinstance(value, (list, tuple)):
+            inner = list(enumerate(value))
+        elif isinstance(value, pipelines) or not where:
+            inner = list(getattr(value, "__dict__", {}).items())
+        for name, item in inner:
+            if isinstance(item, (*parts, *pipelines, Mapping, list, tuple)):
+                yield from walk(f"{where}.{name}" if where else str(name), item)
+
+    found = list(walk("", pipe))
+    if not found and not isinstance(pipe, (*pipelines, Mapping, list, tuple)):
+        raise TypeError(
+            sentence(
+                operation,
+                "pipe",
+                f"is a {type(pipe).__name__} without a scheduler or a guider",
+                "a diffusers pipeline, scheduler or guider",
+                "pass the pipeline itself",
             )
+        )
     return iter(found)
-
-
-def _walk(where: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, _PARTS):
-        yield where, value
-        return
-    if isinstance(value, Mapping):
-        inner = list(value.items())
-    elif isinstance(value, (list, tuple)):
-        inner = list(enumerate(value))
-    elif isinstance(value, _PIPELINES):
-        inner = list(vars(value).items())
-    else:
-        return
-    for name, item in inner:
-        if isinstance(item, (*_PARTS, *_PIPELINES, Mapping, list, tuple)):
-            yield from _walk(f"{where}.{name}" if where else str(name), item, seen)
