@@ -8,6 +8,7 @@
 #include "bindings/config.h"
 #include "bindings/copy.h"
 #include "bindings/step.h"
+#include "bindings/watch.h"
 
 namespace {
 
@@ -16,6 +17,8 @@ using namespace fastdiff::bindings;
 PyMethodDef methods[] = {
     {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&step)), METH_FASTCALL,
      "The fused step; None where the call is not plain (see csrc/bindings/step.h)."},
+    {"unchanged", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&unchanged)), METH_FASTCALL,
+     "Whether a dict, lists and tensors are as they were left (see csrc/bindings/watch.h)."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -246,13 +246,16 @@ def _step(
     dtype, keeps = compute_dtype(sample.dtype), 1 if second else 0
     table = _fixed_row(numbers, keeps, dtype, sample.device)
     rows: int | Tensor = 0
+    outs: tuple[Tensor | None, ...] | None = None if out is None else (out,)
     if len(numbers) < len(entries):
         table = table.repeat(len(sample), 1)
         for column, weight in entries:
             if isinstance(weight, Tensor):
                 table[:, column] = weight
-        rows = _count(len(sample), sample.device)
-    outs = None if out is None else (out,)
+        if len(sample) > 1:
+            rows = _count(len(sample), sample.device)
+            if keeps:  # the short way asks for them, as rows in a tensor could leave samples unwritten
+                outs = torch.empty_like(sample), torch.empty_like(sample)
     return ops.step(sample, output, table, rows, keeps=keeps, out=outs, **tensors)
 
 

@@ -105,6 +105,18 @@ class Plan:
         return table
 
     @functools.cached_property
+    def history_first(self) -> int | None:
+        """How many registers there are, where they are the first slots in order."""
+        count = len(self.registers)
+        return count if self.registers == tuple(range(count)) else None
+
+    @functools.cached_property
+    def only_result(self) -> int | None:
+        """The slot of a result that is one tensor in a tuple."""
+        alone = self.kind is tuple and len(self.results) == 1 and isinstance(self.results[0], int)
+        return self.results[0] if alone else None  # type: ignore[return-value]
+
+    @functools.cached_property
     def host_table(self) -> Tensor:
         """The row as a table on the CPU."""
         return self.table(torch.device("cpu"))
@@ -168,7 +180,9 @@ def compile_trace(
     wanted = [*results, *(at for _, at in singles), *(at for _, _, entries in lists for at in entries)]
     places = {*form.registers, *filter(None, [noise, "mask" if blend else None])}
     places |= {at for at in wanted if isinstance(at, str)}
-    attributes = sorted(place for place in places if place.startswith("self."))
+    # Registers first: in most plans they are the slots 0, 1, ...
+    attributes = [place for place in form.registers if place.startswith("self.")]
+    attributes += sorted(place for place in places - {*attributes} if place.startswith("self."))
     arguments = [place for place in USUAL if place in places]
     keywords = sorted(places - {*attributes, *arguments} - {p for p in places if _is_draw(p)})
     draws = [f"noise:{k}" for k in range(0 if drawn else len(trace.draws))]

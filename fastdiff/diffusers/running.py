@@ -87,17 +87,20 @@ def run_simple(
 ) -> Any:  # fmt: skip
     """The short way of `run_plan`, for a `simple` plan and a call (model_output, timestep, sample, *, ...)."""
     output, _, sample = args
-    values: list[Any] = [
-        attributes[name] if index is None else attributes[name][index] for name, index in plan.from_attributes
-    ]
-    for index in plan.from_arguments:
-        values.append(args[index])
+    # Loops, not comprehensions, which cost a call each in Python 3.11.
+    values: list[Any] = []
+    for name, index in plan.from_attributes:
+        value = attributes[name]
+        values.append(value if index is None else value[index])
+    for place in plan.from_arguments:
+        values.append(args[place])
     for name in plan.from_keywords:
         values.append(kwargs[name])
     if plan.draws and seeds is None:
         generator = kwargs.get("generator")
-        values += [randn_tensor(output.shape, generator, output.device, dtype) for dtype in plan.draws]
-    history = [values[slot] for slot in plan.registers]
+        for dtype in plan.draws:
+            values.append(randn_tensor(output.shape, generator, output.device, dtype))
+    history = values[: plan.history_first] if plan.history_first is not None else [values[j] for j in plan.registers]
     noise = None if plan.noise is None else values[plan.noise]
     extension = ops.direct_extension() if sample.is_cpu else None
     made = None
@@ -111,6 +114,8 @@ def run_simple(
         made = _step(plan, rows, sample, output, uncond, scale, history, noise, None, None, seeds, noise_step)
     values += made
     _write(plan, attributes, values)
+    if plan.only_result is not None:
+        return (values[plan.only_result],)
     return _result(plan, values)
 
 
@@ -160,7 +165,9 @@ def _write(plan: Plan, attributes: dict[str, Any], values: list[Any]) -> None:
     for name, slot in plan.variables:
         attributes[name] = values[slot]
     for name, same, entries in plan.lists:
-        items = [values[v] if type(v) is int else v.value for v in entries]  # type: ignore[union-attr]
+        items = []
+        for v in entries:
+            items.append(values[v] if type(v) is int else v.value)  # type: ignore[union-attr]
         if same:
             attributes[name][:] = items
         else:

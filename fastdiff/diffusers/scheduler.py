@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..ops import backends
 from ..philox import as_seeds
 from .guidance import combined, rescaling
 from .plan import Plan, compile_trace
@@ -88,16 +89,22 @@ class Fused:
             return False
         if tuple(kwargs) != self.names or not all(map(is_, kwargs.values(), self.rest)):
             return False
-        values = attributes.values()
-        if len(values) != len(self.values) or not all(map(is_, values, self.values)):
-            return False
-        for tensor, version in self.versions:
-            if tensor._version != version:
-                return False
-        for listed, items in self.lists:  # noqa: SIM110, a generator would take longer than the rest
-            if len(listed) != len(items) or not all(map(is_, listed, items)):
-                return False
-        return True
+        return _unchanged(attributes, self.values, self.lists, self.versions)
+
+
+def _unchanged_in_python(
+    attributes: dict[str, Any], values: tuple[Any, ...], lists: list[Any], versions: list[tuple[Tensor, int]]
+) -> bool:
+    """What csrc/bindings/watch.h does, where there is no extension."""
+    return (
+        len(attributes) == len(values)
+        and all(map(is_, attributes.values(), values))
+        and all(len(listed) == len(items) and all(map(is_, listed, items)) for listed, items in lists)
+        and all(tensor._version == version for tensor, version in versions)
+    )
+
+
+_unchanged = getattr(backends.extension, "unchanged", _unchanged_in_python)
 
 
 class FusedScheduler:

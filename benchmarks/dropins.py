@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: MIT
+"""What a step of each drop-in scheduler costs beside diffusers' own, whole loops in turn in one run.
+
+    python -m benchmarks.dropins                                  # every class at 1x4x64x64, one thread
+    python -m benchmarks.dropins --only DDIM,UniPCMultistep --shape 1x16x21x90x160 --json FILE
+
+A loop is `set_timesteps` and 20 steps on an output that was made beforehand; steps alone are timed, and a class's first
+loop, in which its steps are traced, is not.  "guided" has the combination of two outputs before diffusers' step and
+within ours.  Where a step draws noise it is torch's, and the time of the draw is told as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .conditions import conditions
+from .measure import quantiles, ratios
+
+STEPS = 20
+#: What a class needs to be made, and to be given timesteps, where the defaults do not do.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "DDIMScheduler": {"clip_sample": False},
+    "DDPMScheduler": {"clip_sample": False},
+    "DPMSolverSDEScheduler": {"noise_sampler_seed": 0},
+}
+TIMESTEPS: dict[str, tuple[Any, ...]] = {"SCMScheduler": (2,), "ConsistencyDecoderScheduler": (2,)}
+
+
+class Loop:
+    """Loops of one scheduler on one set of tensors."""
+
+    def __init__(self, name: str, cls: Any, shape: tuple[int, ...], dtype: torch.dtype, guided: bool) -> None:
+        self.name, self.guided = name, guided
+        self.scheduler = cls(**OPTIONS.get(name, {}))
+        made = torch.Generator().manual_seed(0)
+        self.sample, self.output, self.uncond, self.other = (
+            torch.randn(shape, generator=made).to(dtype) * 0.1 for _ in range(4)
+        )
+        self.mask = (self.other > 0).to(dtype)
+        self.fused = hasattr(cls, "guided_step")
+        self.extra: dict[str, Any] = {"return_dict": False}
+        if "generator" in inspect.signature(cls.step).parameters:
+            self.extra["generator"] = torch.Generator().manual_seed(0)
+        if name == "RePaintScheduler":
+            self.extra |= {"original_image": self.other, "mask": self.mask}
+        #: For the one class that is told the timestep before.
+        self.before: Any = None
+
+    def step(self, timestep: Any, sample: Tensor) -> Tensor:
+        """One step, with the guidance that is asked for."""
+        if self.guided and self.fused and self.name != "CogVideoXDPMScheduler":
+            return self.scheduler.guided_step(self.uncond, self.output, 3.0, timestep, sample, **self.extra)[0]
+        output = self.uncond + 3.0 * (self.output - self.uncond) if self.guided else self.output
+        if self.name == "CogVideoXDPMScheduler":
+            before, self.before = self.before, timestep
+            old = None if before is None else self.other
+            return self.scheduler.step(output, old, timestep, before, sample, **self.extra)[0]
+        return self.scheduler.step(output, timestep, sample, **self.extra)[0]
+
+    def time(self) -> float:
+        """Microseconds a step, over one loop; what begins a loop is left out."""
+        self.scheduler.set_timesteps(*TIMESTEPS.get(self.name, (STEPS,)))
+        timesteps = list(self.scheduler.timesteps)
+        self.before = None
+        if self.name in ("DDPMWuerstchenScheduler", "SCMScheduler"):
+            timesteps = timesteps[:-1]  # the last one is where a loop ends
+        if self.name == "DDPMWuerstchenScheduler":
+            timesteps = [t[None] for t in timesteps]
+        if hasattr(self.scheduler, "is_scale_input_called"):
+            self.scheduler.is_scale_input_called = True
+        sample = self.sample
+        first = min(2, len(timesteps) - 1)
+        for timestep in timesteps[:first]:
+            sample = self.step(timestep, sample)
+        started = time.perf_counter()
+        for timestep in timesteps[first:]:
+            sample = self.step(timestep, sample)
+        return (time.perf_counter() - started) / (len(timesteps) - first) * 1e6
+
+
+def draw_time(shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], float]:
+    """Microseconds of a draw of noise, as diffusers draws it."""
+    from diffusers.utils.torch_utils import randn_tensor
+
+    generator = torch.Generator().manual_seed(0)
+
+    def timed() -> float:
+        started = time.perf_counter()
+        for _ in range(STEPS):
+            randn_tensor(shape, generator, torch.device("cpu"), dtype)
+        return (time.perf_counter() - started) / STEPS * 1e6
+
+    return timed
+
+
+def measure(names: list[str], shape: tuple[int, ...], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """By class: microseconds a step of both, plain and guided, and how many times longer diffusers takes."""
+    from fastdiff.diffusers import CLASSES
+
+    lines: dict[str, Any] = {}
+    draw = [draw_time(shape, dtype)() for _ in range(max(3, rounds))]
+    for name in names:
+        cls = CLASSES[name]
+        loops = {
+            (who, guided): Loop(name, made, shape, dtype, guided)
+            for guided in (False, True)
+            for who, made in (("diffusers", cls.original), ("fastdiff", cls))
+        }
+        times: dict[tuple[str, bool], list[float]] = {key: [] for key in loops}
+        for turn in range(rounds + 1):
+            for key, loop in loops.items():
+                seconds = loop.time()
+                if turn > 0:  # the first round traces, and allocates
+                    times[key].append(seconds)
+        line: dict[str, Any] = {}
+        for guided in (False, True):
+            theirs, ours = times["diffusers", guided], times["fastdiff", guided]
+            line["guided" if guided else "plain"] = {
+                "diffusers": quantiles(theirs),
+                "fastdiff": quantiles(ours),
+                "times": quantiles(ratios(theirs, ours)),
+            }
+        line["draws"] = _draws(loops["fastdiff", False].scheduler)
+        lines[name] = line
+        print(_row(name, line), flush=True)
+    return {"draw_microseconds": quantiles(draw), "classes": lines}
+
+
+def _draws(scheduler: Any) -> bool:
+    plans = vars(scheduler)["_fused"].schedule.plans.values()
+    return any(not isinstance(plan, str) and bool(plan.draws) for plan in plans)
+
+
+def _row(name: str, line: dict[str, Any]) -> str:
+    figures = [
+        f"{line[kind][what]['median']:.1f}"
+        for kind in ("plain", "guided")
+        for what in ("diffusers", "fastdiff", "times")
+    ]
+    return "| " + " | ".join([name.removesuffix("Scheduler"), *figures, "yes" if line["draws"] else ""]) + " |"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table, and store it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="classes, without Scheduler, with commas between; else all")
+    parser.add_argument("--shape", default="1x4x64x64")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(chosen.threads)
+    from fastdiff.diffusers import CLASSES
+
+    names = [f"{name}Scheduler" for name in chosen.only.split(",")] if chosen.only else sorted(CLASSES)
+    shape, dtype = tuple(int(size) for size in chosen.shape.split("x")), getattr(torch, chosen.dtype)
+    print("| class | diffusers µs | ours µs | times | guided: diffusers | ours | times | draws |")
+    print("|---|---|---|---|---|---|---|---|")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = measure(names, shape, dtype, chosen.rounds)
+    for kind in ("plain", "guided"):
+        times = [line[kind]["times"]["median"] for line in found["classes"].values()]
+        found[f"geometric_mean_{kind}"] = math.exp(statistics.fmean(map(math.log, times)))
+        print(f"geometric mean, {kind}: {found[f'geometric_mean_{kind}']:.1f}")
+    print(f"a draw of noise: {found['draw_microseconds']['median']:.1f} µs")
+    if chosen.json is not None:
+        settings = {"shape": list(shape), "dtype": chosen.dtype, "threads": chosen.threads, "steps": STEPS}
+        chosen.json.write_text(json.dumps({"conditions": conditions(), **settings, **found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
