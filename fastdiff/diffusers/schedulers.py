@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import diffusers
+
 from .per_token import PerTokenSteps
 from .scheduler import FusedScheduler
 
@@ -43,11 +45,15 @@ _SCALES_MODEL_INPUT = frozenset(
 
 
 def _fused_class(name: str, stepping: tuple[str, ...], module: str) -> Any:
-    """The class over diffusers' own of that name; None where the installed diffusers has none."""
+    """The class over diffusers' own of that name; why there is none, where the installed diffusers has none."""
     original = getattr(importlib.import_module(module), name, None)
-    # What diffusers exports without what it needs (scipy, torchsde) is a stand-in that raises when it is made.
-    if original is None or not hasattr(original, "step"):
-        return None
+    if original is None:
+        return f"diffusers {diffusers.__version__} has none"
+    try:
+        original.step  # noqa: B018
+    except ImportError as error:
+        # What diffusers exports without what it needs (scipy, torchsde) is a stand-in that says so at each look.
+        return str(error).strip()
     if name in _SCALES_MODEL_INPUT:
         stepping = (*stepping, "scale_model_input")
     doc = f"diffusers' {name} with fused steps; see `fastdiff.diffusers`.\n\n{original.__doc__ or ''}"
@@ -55,8 +61,9 @@ def _fused_class(name: str, stepping: tuple[str, ...], module: str) -> Any:
     return type(name, (*mixins, FusedScheduler, original), {"stepping": stepping, "__doc__": doc})
 
 
-CLASSES: dict[str, Any] = {
-    name: made for name, spec in sorted(_SCHEDULERS.items()) if (made := _fused_class(name, *spec)) is not None
-}
+_MADE = {name: _fused_class(name, *spec) for name, spec in sorted(_SCHEDULERS.items())}
+CLASSES: dict[str, Any] = {name: made for name, made in _MADE.items() if isinstance(made, type)}
+#: Classes that cannot be had here, and why.
+ABSENT: dict[str, str] = {name: made for name, made in _MADE.items() if isinstance(made, str)}
 globals().update(CLASSES)
 __all__ = sorted(CLASSES)
