@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..affine import COLUMNS
+from ..ops.layout import laid_out
 from ..philox import Purpose
 from ..table import KEEP_0, KEEP_1, PREDICTION_OUTPUT, PREV_SAMPLE
 from ..thresholding import dynamic_threshold
@@ -147,10 +148,20 @@ def _step(plan: Plan, rows: tuple[Tensor, int | Tensor], sample: Tensor, output:
           history: Any, noise: Any, variance: Any, threshold: Any, seeds: Any, noise_step: int) -> Any:  # fmt: skip
     """One call of the fused step: (prev_sample, and what it keeps)."""
     kind = plan.variance_kind
-    done = ops.direct_step(
-        sample, output, *rows, uncond, guidance, history, noise, variance, threshold, kind, plan.keeps, None, seeds,
-        noise_step,
-    )  # fmt: skip
+
+    def directly() -> Any:
+        return ops.direct_step(
+            sample, output, *rows, uncond, guidance, history, noise, variance, threshold, kind, plan.keeps, None, seeds,
+            noise_step,
+        )  # fmt: skip
+
+    done = directly()
+    if done is None:
+        # Transformers' outputs are often views in another order of dimensions, and noise comes contiguous.
+        strides = sample.stride()
+        output, uncond, noise = (t if t is None else laid_out(t, strides) for t in (output, uncond, noise))
+        history = [laid_out(t, strides) for t in history]
+        done = directly()
     if done is not None:
         return done
     return ops.step(

@@ -28,7 +28,8 @@ class Schedule:
     Plans are shared by all schedulers of one class with the same configuration and the same numbers.
     """
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Any, before: Schedule | None = None) -> None:
+        """Look at a scheduler; of what is as it was at the last look, `before`, nothing is copied again."""
         attributes = vars(scheduler)
         self.config = attributes["_internal_dict"]
         arrays = {
@@ -39,12 +40,21 @@ class Schedule:
         self.tensors = tuple((n, t, version_of(t)) for n, t in arrays.items() if isinstance(t, Tensor))
         self.arrays = tuple((n, a) for n, a in arrays.items() if isinstance(a, np.ndarray))
         self.names = frozenset(arrays) | {"_internal_dict", FUSED}
+        seen = {} if before is None else {(n, id(t), version): n for n, t, version in before.tensors}
+        self.host: dict[str, Tensor] = {}
+        self._contents: dict[str, tuple[Any, ...]] = {}
         with torch.inference_mode(False):
-            self.host = {name: tensor.detach().cpu() for name, tensor, _ in self.tensors}
+            for name, tensor, version in self.tensors:
+                if before is not None and (name, id(tensor), version) in seen and not tensor.is_inference():
+                    self.host[name], self._contents[name] = before.host[name], before._contents[name]
+                else:
+                    self.host[name] = tensor.detach().cpu()
+                    self._contents[name] = _contents_of(self.host[name].numpy())
+        self._contents |= {name: _contents_of(array) for name, array in self.arrays}
         self._locate(attributes.get("timesteps"))
-        numbers = {name: tensor.numpy() for name, tensor in self.host.items()} | dict(self.arrays)
-        contents = tuple((n, str(a.dtype), a.shape, a.tobytes()) for n, a in sorted(numbers.items()))
-        key = type(scheduler), repr(sorted(self.config.items())), contents
+        same_config = before is not None and before.config is self.config
+        self._options: str = before._options if before and same_config else repr(sorted(self.config.items()))
+        key = type(scheduler), self._options, tuple(sorted(self._contents.items()))
         self.plans = _PLANS.setdefault(key, {})
         _PLANS.move_to_end(key)
         while len(_PLANS) > MOST_SCHEDULES:
@@ -86,6 +96,10 @@ class Schedule:
         return tuple((n, _state_of(n, v)) for n, v in attributes.items() if n not in self.names)
 
 
+def _contents_of(array: np.ndarray[Any, Any]) -> tuple[Any, ...]:
+    return str(array.dtype), array.shape, array.tobytes()
+
+
 def version_of(tensor: Tensor) -> int:
     """How often a tensor has been written; of inference tensors nobody counts."""
     return 0 if tensor.is_inference() else tensor._version
@@ -96,6 +110,8 @@ def _of_state(name: str) -> bool:
 
 
 def _state_of(name: str, value: Any) -> Any:
+    if name == "noise_sampler":
+        return value is None  # which one it is does not matter to a plan
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):

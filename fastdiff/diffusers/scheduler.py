@@ -244,7 +244,7 @@ def fused_of(scheduler: Any) -> Fused:
     if fused is None:
         fused = attributes[FUSED] = Fused(scheduler)
     elif not fused.schedule.holds(attributes):
-        fused.schedule, fused.plan = Schedule(scheduler), None
+        fused.schedule, fused.plan = Schedule(scheduler, fused.schedule), None
     return fused
 
 
