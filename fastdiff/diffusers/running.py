@@ -159,7 +159,8 @@ def _step(plan: Plan, rows: tuple[Tensor, int | Tensor], sample: Tensor, output:
     if done is None:
         # Transformers' outputs are often views in another order of dimensions, and noise comes contiguous.
         strides = sample.stride()
-        output, uncond, noise = (t if t is None else laid_out(t, strides) for t in (output, uncond, noise))
+        output = laid_out(output, strides)
+        uncond, noise = (t if t is None else laid_out(t, strides) for t in (uncond, noise))
         history = [laid_out(t, strides) for t in history]
         done = directly()
     if done is not None:
