@@ -71,7 +71,6 @@ MULTISTEP: list[Choices] = [
 ]  # fmt: skip
 DPM: list[Choices] = [
     *MULTISTEP, LAMBDA_CLIP, one_of("solver_type", "heun", "midpoint"),
-    one_of("algorithm_type", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver"),
     one_of("variance_type", "learned_range"),
 ]  # fmt: skip
 KARRAS: list[Choices] = [BETAS, SPACING, PREDICTION, SIGMAS]
@@ -86,6 +85,16 @@ DDPM: list[Choices] = [
 LCM: list[Choices] = [
     *DDIM, THRESHOLDING, one_of("timestep_scaling", 5.0), one_of("original_inference_steps", 20),
 ]  # fmt: skip
+
+#: Solvers of noise do not go to 0.
+ALGORITHMS: Choices = [
+    {},
+    {"algorithm_type": "sde-dpmsolver++"},
+    {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+    {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min"},
+    {"final_sigmas_type": "sigma_min"},
+    {"algorithm_type": "dpmsolver"},
+]
 
 #: Class by class, without "Scheduler": independent groups of choices.
 OPTIONS: dict[str, list[Choices]] = {
@@ -105,11 +114,13 @@ OPTIONS: dict[str, list[Choices]] = {
     "DDPMWuerstchen": [one_of("scaler", 0.5, 2.0), one_of("s", 0.01)],
     "DEISMultistep": [*MULTISTEP, SHIFTING, one_of("solver_type", "midpoint", "logrho")],
     "DPMSolverMultistep": [
-        *DPM, FINAL, EULER_FINAL, ZERO_SNR, SHIFTING, [{}, {}, {"use_lu_lambdas": True}],
+        *DPM, ALGORITHMS, EULER_FINAL, ZERO_SNR, SHIFTING, [{}, {}, {"use_lu_lambdas": True}],
     ],
-    "DPMSolverMultistepInverse": [*DPM, EULER_FINAL],
+    "DPMSolverMultistepInverse": [
+        *DPM, EULER_FINAL, one_of("algorithm_type", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver"),
+    ],
     "DPMSolverSDE": [*KARRAS, [{"noise_sampler_seed": 3}]],
-    "DPMSolverSinglestep": [*DPM, FINAL, SHIFTING],
+    "DPMSolverSinglestep": [*DPM, [*ALGORITHMS[:3], *ALGORITHMS[4:]], SHIFTING],
     "EDMDPMSolverMultistep": [
         *EDM, THRESHOLDING, ORDER, LOWER, EULER_FINAL, one_of("solver_type", "heun"),
         one_of("algorithm_type", "sde-dpmsolver++"),
@@ -178,7 +189,7 @@ VARIANCE_NOISE = ("CogVideoXDDIM", "DDIM", "DDIMParallel", "DPMSolverMultistep",
 LEARNED = ("DDPM", "DDPMParallel", "DPMSolverMultistep", "DPMSolverMultistepInverse", "DPMSolverSinglestep",
            "SASolver", "UnCLIP")  # fmt: skip
 
-SHAPES = [(2, 4, 4, 4), (1, 4, 5, 3), (2, 3, 7), (1, 2, 3, 4, 5), (3, 2, 6, 2)]
+SHAPES = [(2, 4, 4, 4), (1, 3, 4, 4), (1, 4, 5, 3), (2, 3, 7), (1, 2, 3, 4, 5), (3, 2, 6, 2)]
 LAYOUTS = ["contiguous", "channels_last", "transposed"]
 HALVES = [torch.float16, torch.bfloat16]
 

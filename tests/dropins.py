@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from dropin_cases import Case
 from fastdiff.diffusers import CLASSES
+from fastdiff.diffusers.schedule import _PLANS
 
 logging.getLogger("diffusers").setLevel(logging.CRITICAL)
 #: Classes with the last of whose timesteps no step is taken.
@@ -48,6 +49,11 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     return tensor
 
 
+def _normal(shape: tuple[int, ...] | list[int], generator: torch.Generator) -> Tensor:
+    """The same numbers whatever torch's default dtype is."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+
 class Model:
     """A cheap stand-in for a model: noise of its own at every step, and a bounded, smooth function of the sample."""
 
@@ -60,7 +66,7 @@ class Model:
         if self.case.doubled:
             shape[1] *= 2
         wide = torch.promote_types(sample.dtype, torch.float32)
-        own = torch.randn(shape, generator=self.random).to(wide)
+        own = _normal(shape, self.random).to(wide)
         x = sample.to(wide)
         x = x / (1.0 + x.square().mean().sqrt())
         x = torch.cat([x, x.tanh()], 1) if self.case.doubled else x
@@ -100,10 +106,10 @@ class Loop:
         random = torch.Generator().manual_seed(case.seed)
         self.model = Model(case)
         scale = float(getattr(self.scheduler, "init_noise_sigma", 1.0))
-        self.sample = laid_out((torch.randn(case.shape, generator=random) * scale).to(case.dtype), case.layout)
+        self.sample = laid_out((_normal(case.shape, random) * scale).to(case.dtype), case.layout)
         self.fixed = {
-            "original_image": torch.rand(case.shape, generator=random).to(case.dtype) * 2 - 1,
-            "mask": (torch.rand(case.shape, generator=random) > 0.5).to(case.dtype),
+            "original_image": _normal(case.shape, random).clamp(-1, 1).to(case.dtype),
+            "mask": (_normal(case.shape, random) > 0).to(case.dtype),
         }
         self.noises = torch.Generator().manual_seed(case.seed + 2)
         self.generator: Any = torch.Generator().manual_seed(case.seed + 3)
@@ -129,7 +135,7 @@ class Loop:
         if "generator" in takes:
             kwargs["generator"] = self.generator
         if case.noise == "variance_noise":
-            kwargs["variance_noise"] = torch.randn(case.shape, generator=self.noises).to(case.dtype)
+            kwargs["variance_noise"] = _normal(case.shape, self.noises).to(case.dtype)
             kwargs["generator"] = None
         if case.name == "RePaint":
             return (output, t, self.sample, self.fixed["original_image"], self.fixed["mask"]), kwargs
@@ -220,6 +226,11 @@ def walk(case: Case, cls: type, watch: Any = None) -> Loop:
     """A whole loop; `watch` is told of every step."""
     loop = made(case, cls)
     return loop if loop.error is not None else loop.run(watch)
+
+
+def forget_plans() -> None:
+    """As if no scheduler had been used before."""
+    _PLANS.clear()
 
 
 def plans_of(scheduler: Any) -> dict[str, Any]:

@@ -304,6 +304,9 @@ def _compile(scheduler: Any, name: str, given: Mapping[str, Any], fused: Fused, 
         return compile_trace(trace, dtypes, guided=guided, drawn=fused.seeds is not None and len(trace.draws) == 1)
     except NotAffine as reason:
         return str(reason)
+    except Exception as error:
+        # The step itself has to fail, so that generators and state stand afterwards where a failure leaves them.
+        return f"raises {type(error).__name__}"
 
 
 def _dtypes(given: Mapping[str, Any], attributes: Mapping[str, Any]) -> Iterator[tuple[str, torch.dtype]]:

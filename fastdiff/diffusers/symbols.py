@@ -78,7 +78,8 @@ class Terms:
         return {leaf for leaf, _ in self.items}
 
     def scaled(self, factor: float) -> Terms:
-        # A product of 0 and an infinite coefficient is NaN, as the tensors' would be.
+        if not math.isfinite(factor):
+            return UNBOUNDED
         return Terms(tuple((leaf, c * factor) for leaf, c in self.items if c * factor != 0.0))
 
     def plus(self, other: Terms, factor: float = 1.0) -> Terms:
@@ -91,6 +92,11 @@ class Terms:
     def only_leaf(self) -> Leaf | None:
         """The leaf that this is, and nothing else."""
         return self.items[0][0] if len(self.items) == 1 and self.items[0][1] == 1.0 else None
+
+
+#: Of something divided by zero: each element is infinite or NaN by its own sign, which no row can say.  Nothing comes of
+#: it where the step does not use it.
+UNBOUNDED = Terms(((ONE, math.nan),))
 
 
 class Symbol(Tensor):
@@ -216,8 +222,7 @@ def _quotient(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Symbol:
         raise NotAffine("divides by a tensor")
     divisor = number(b)
     if divisor == 0.0:
-        # As tensors divide: infinite, or NaN. No exception, and no row either.
-        return _result(func, args, kwargs, a.terms.scaled(math.inf))
+        return _result(func, args, kwargs, UNBOUNDED)  # as tensors divide: no exception
     return _result(func, args, kwargs, _terms(a).scaled(1.0 / divisor))
 
 
@@ -301,6 +306,18 @@ def _split(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Symb
     return Symbol.make(halves[0], Terms.of("model_output")), Symbol.make(halves[1], Terms.of("variance"))
 
 
+def _half(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Symbol:
+    """The first half of a model's output of twice the channels, by a slice."""
+    symbol, index = args
+    first = index[1] if isinstance(index, tuple) and len(index) == 2 and index[0] == slice(None) else None
+    if not isinstance(first, slice) or symbol.terms.only_leaf != "model_output":
+        raise NotAffine("takes part of a tensor")
+    like = _shape_of(func, args, kwargs)
+    if first.start not in (None, 0) or like.shape[1] * 2 != symbol.shape[1]:
+        raise NotAffine("takes other channels of the model's output than the first half")
+    return Symbol.make(like, symbol.terms)
+
+
 def _empty(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Symbol:
     return _result(func, args, kwargs, Terms())
 
@@ -337,6 +354,7 @@ RULES: dict[str, Rule] = {
     "stack": _stack,
     "einsum": _einsum,
     **dict.fromkeys(("split", "chunk"), _split),
+    "getitem": _half,
     "zeros_like": _empty,
     "lerp": _lerp,
     **dict.fromkeys(("size", "dim", "numel", "is_floating_point", "ndimension", "element_size"), _known),
