@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -250,11 +251,22 @@ class Exactly(TorchFunctionMode):
         super().__init__()
         self.draws = list(draws)
 
+    def next_draw(self, *_: Any) -> Tensor:
+        return self.draws.pop(0).double()
+
+    def __enter__(self) -> Exactly:
+        _patch_sampler(lambda *_, **__: None, lambda *_: self.next_draw())
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        _patch_sampler(_make_sampler, _sample_noise)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in ("randn", "randn_like"):
-            return self.draws.pop(0).double()
+            return self.next_draw()
         if name in ("to", "float", "half", "double", "bfloat16", "type") and args[0].is_floating_point():
             wanted = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, torch.dtype)]
             if name != "to" or not wanted or wanted[0].is_floating_point:
@@ -266,17 +278,45 @@ class Exactly(TorchFunctionMode):
 
 
 class Drawing(TorchFunctionMode):
-    """Keeps the noise that is drawn."""
+    """Keeps the noise that is drawn, that of a scheduler's own sampler too."""
 
     def __init__(self) -> None:
         super().__init__()
         self.draws: list[Tensor] = []
+        self.inside = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") in ("randn", "randn_like"):
+        if getattr(func, "__name__", "") in ("randn", "randn_like") and not self.inside:
             self.draws.append(result)
         return result
+
+    def __enter__(self) -> Drawing:
+        def making(sampler: Any, *args: Any, **kwargs: Any) -> None:
+            self.inside = True
+            _make_sampler(sampler, *args, **kwargs)
+            self.inside = False
+
+        def sampling(sampler: Any, *args: Any) -> Tensor:
+            self.inside = True
+            noise = _sample_noise(sampler, *args)
+            self.inside = False
+            self.draws.append(noise)
+            return noise
+
+        _patch_sampler(making, sampling)
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        _patch_sampler(_make_sampler, _sample_noise)
+
+
+def _patch_sampler(make: Any, sample: Any) -> None:
+    BrownianTreeNoiseSampler.__init__, BrownianTreeNoiseSampler.__call__ = make, sample
+
+
+_make_sampler, _sample_noise = BrownianTreeNoiseSampler.__init__, BrownianTreeNoiseSampler.__call__
 
 
 def widened(value: Any) -> Any:
@@ -298,21 +338,19 @@ def _double() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def widen(scheduler: Any, sampler: Any) -> None:
+def widen(scheduler: Any) -> None:
     """Bring a scheduler's tensors to float64, except timesteps, which are compared with those that are asked for."""
     attributes = vars(scheduler)
     for name, value in attributes.items():
         if name not in ("timesteps", "_internal_dict", "noise_sampler"):
             attributes[name] = widened(value)
-    if sampler is not None:
-        attributes["noise_sampler"] = lambda *span: widened(sampler(*span))
 
 
 def exact_step(scheduler: Any, draws: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a step of diffusers' own class would be in float64; the scheduler stays as it is."""
     twin = object.__new__(type(scheduler))
     vars(twin).update({n: list(v) if isinstance(v, list) else v for n, v in vars(scheduler).items()})
-    widen(twin, vars(scheduler).get("noise_sampler"))
+    widen(twin)
 
     def wide(value: Any) -> Any:
         is_time = isinstance(value, Tensor) and value.dtype == scheduler.timesteps.dtype and value.dim() < 2
@@ -322,10 +360,10 @@ def exact_step(scheduler: Any, draws: list[Tensor], args: tuple[Any, ...], kwarg
         return type(scheduler).step(twin, *map(wide, args), **{k: wide(v) for k, v in kwargs.items()})
 
 
-def exact_walk(case: Case, draws: list[Tensor], sampler: Any) -> Loop:
+def exact_walk(case: Case, draws: list[Tensor]) -> Loop:
     """A whole loop of diffusers' own class in float64, with the noise that another one drew."""
     loop = made(case, classes(case.name)[0])
     loop.case = case.of(dtype=torch.float64)
-    widen(loop.scheduler, sampler)
+    widen(loop.scheduler)
     with _double():
         return loop.run(mode=Exactly(draws))

@@ -173,7 +173,10 @@ def compile_trace(
         return slots.index(at) if isinstance(at, str) else len(slots) + at
 
     read = {"sample", "model_output", *form.registers, *filter(None, [noise])}
-    dtype = _widest([dtypes[place] for place in sorted(read) if place in dtypes])
+    dtype = _widest([*(dtypes[place] for place in sorted(read) if place in dtypes), *(d for _, d in made)])
+    if blend is not None or form.thresholding:
+        # What is made on the way to the result must not be rounded to a half type.
+        dtype = torch.promote_types(dtype, torch.float32)
     return Plan(
         row=torch.tensor(form.row.scalars(), dtype=torch.float64),
         dtype=dtype,

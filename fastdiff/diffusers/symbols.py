@@ -160,7 +160,8 @@ def _shape_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             return type(value)(bare(item) for item in value)
         if isinstance(value, Tensor) and value.dim() > 0 and not isinstance(value, Symbol):
             # Scalars have been widened to float64, and must not widen the result.
-            return value.to("meta", torch.float32 if value.dtype == torch.float64 else value.dtype)
+            own = torch.float32 if value.dtype == torch.float64 else value.dtype
+            return value.to("meta", getattr(value, _MEANT, own))
         return value
 
     with torch._C.DisableTorchFunctionSubclass():
@@ -179,6 +180,10 @@ def _terms(value: Any) -> Terms:
     constant = number(value)
     return Terms(((ONE, constant),)) if constant != 0.0 else Terms()
 
+
+#: The attribute of a tensor of scalars that says which dtype it would have, had it not stayed in float64.  Of tensors
+#: without dimensions no dtype counts.
+_MEANT = "_meant_dtype"
 
 Rule = Callable[[Any, Sequence[Any], dict[str, Any]], Any]
 
@@ -389,7 +394,11 @@ class Tracing(TorchFunctionMode):
             # Scalars of the step stay in float64, and on the host.
             wanted = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, torch.dtype)]
             if not wanted or wanted[0].is_floating_point:
-                return args[0]
+                if not wanted or args[0].dim() == 0:
+                    return args[0]
+                meant = args[0].detach()
+                setattr(meant, _MEANT, wanted[0])
+                return meant
         return func(*args, **kwargs)
 
     def noise(self, like: Tensor) -> Symbol:
