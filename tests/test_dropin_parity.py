@@ -78,7 +78,7 @@ def not_fused(case: Case, theirs: Loop) -> set[str]:
         reasons.add(f"raises {type(theirs.error).__name__}")
     if case.per_token:
         reasons.add(PER_TOKEN)
-    if case.name == "SASolver" and case.config.get("corrector_order") == 4:
+    if case.name == "SASolver" and 4 in (case.config.get("corrector_order"), case.config.get("predictor_order")):
         reasons.add("reads 5 tensors of history, and 4 is the most")
     finite = all(bool(y.isfinite().all()) for out in theirs.outputs for y in values_of(out) if isinstance(y, Tensor))
     if not finite or case.config.get("rescale_betas_zero_snr"):
@@ -115,7 +115,10 @@ def check_loop(case: Case) -> None:
         exact = exact_walk(case, drawing.draws)
         assert type(exact.error) is type(theirs.error)
         event("diffusers is not within tolerance of float64")
-        assert farthest(ours, exact) <= max(farthest(theirs, exact), LOOP_TOLERANCE), (difference, farthest(theirs, exact))
+        # With a terminal SNR of zero the first step divides by 2^-12: 2^-24 of its terms is 2^-12 of what they leave.
+        near = 8 * 2.0**-12 if case.config.get("rescale_betas_zero_snr") else LOOP_TOLERANCE
+        wrong, theirs_wrong = farthest(ours, exact), farthest(theirs, exact)
+        assert wrong <= theirs_wrong + near, (difference, wrong, theirs_wrong)
     allowed = not_fused(case, theirs)
     reasons = {plan for plan in plans_of(ours.scheduler).values() if isinstance(plan, str)}
     assert reasons <= allowed, reasons

@@ -115,7 +115,8 @@ class FusedScheduler:
             signature = inspect.signature(method)
             cls.arguments[name] = tuple(signature.parameters)[1:]
             setattr(cls, name, _stepping_method(name, method, signature))
-        if hasattr(cls.original, "index_for_timestep"):
+        index = getattr(cls.original, "index_for_timestep", None)
+        if index is not None and "schedule_timesteps" in inspect.signature(index).parameters:
             cls.index_for_timestep = _index_for_timestep  # type: ignore[attr-defined]
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
@@ -276,7 +277,7 @@ def _arguments_key(schedule: Schedule, given: Mapping[str, Any]) -> tuple[Any, .
 
 def _argument_key(schedule: Schedule, name: str, value: Any) -> Any:
     if not isinstance(value, Tensor):
-        return type(value), value
+        return type(value), repr(value) if type(value).__hash__ is None else value
     if name in INPUTS:
         return value.dtype
     place = schedule.position(value)
