@@ -12,11 +12,22 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import event, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from dropin_cases import HALVES, OPTIONS, Case, cases
-from dropins import MAKES_SAMPLER, Drawing, Loop, classes, exact_step, exact_walk, forget_plans, made, plans_of, values_of, walk
+from dropins import (
+    MAKES_SAMPLER,
+    Drawing,
+    Loop,
+    classes,
+    exact_step,
+    exact_walk,
+    forget_plans,
+    made,
+    plans_of,
+    values_of,
+    walk,
+)
 from fastdiff.diffusers import CLASSES
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"

@@ -190,7 +190,7 @@ def compile_trace(
         results=tuple(map(slot, results)),
         attributes=tuple((name, slot(at)) for name, at in singles),
         lists=tuple((name, same, tuple(map(slot, entries))) for name, same, entries in lists),
-        draws=trace.draws,
+        draws=() if drawn else trace.draws,
         noise=None if noise is None else slots.index(noise),
         draws_inside=drawn and form.noise is not None,
         spans=trace.noise_spans,
@@ -198,7 +198,8 @@ def compile_trace(
         thresholding=form.thresholding,
         blend=None if blend is None else (slots.index("mask"), *blend),
         keeps=len(formulas) - 1,
-        uniform={dtype, *(dtypes[place] for place in read if place in dtypes), *(entry.dtype for entry in made)} == {dtype},
+        uniform={dtype, *(dtypes[place] for place in read if place in dtypes), *(entry.dtype for entry in made)}
+        == {dtype},
     )
 
 

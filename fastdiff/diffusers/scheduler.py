@@ -251,7 +251,8 @@ def _take_carefully(
         return getattr(scheduler.original, name)(scheduler, *args, **kwargs)  # which says what is wrong
     fused = fused_of(scheduler)
     schedule, attributes = fused.schedule, vars(scheduler)
-    key = (name, uncond is None, fused.seeds is None, output.shape == sample.shape, schedule.state(attributes),
+    key = (name, uncond is None, fused.seeds is None, output.shape == sample.shape,
+           schedule.of_other_shapes(attributes, sample.shape), schedule.state(attributes),
            _arguments_key(schedule, given))  # fmt: skip
     plan = schedule.plans.get(key)
     if plan is None:
@@ -291,6 +292,8 @@ def _compile(scheduler: Any, name: str, given: Mapping[str, Any], fused: Fused, 
     doubled = output.dim() > 1 and (output.shape[0], output.shape[1] // 2, *output.shape[2:]) == sample.shape
     if output.shape != sample.shape and not doubled:
         return "the model's output and the samples have different shapes"
+    if schedule.of_other_shapes(attributes, sample.shape):
+        return "the history and the samples have different shapes"
     if attributes.get("noise_sampler", 0) is None:
         return "the first step makes the noise sampler"
     arguments = {n: v for n, v in given.items() if n != "generator"}

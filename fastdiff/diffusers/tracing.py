@@ -159,7 +159,11 @@ def trace_step(original: type, name: str, arguments: Mapping[str, Any], state: M
         place = places.get(id(value))
         if isinstance(value, Symbol):
             # The very tensor that it was: equal numbers in a new tensor are made anew.
-            return Given(place) if value.terms.only_leaf == place is not None else Made(value.terms, value.dtype, id(value))
+            return (
+                Given(place)
+                if value.terms.only_leaf == place is not None
+                else Made(value.terms, value.dtype, id(value))
+            )
         if place is not None and not _is_plain(value):
             return Given(place)
         if isinstance(value, Tensor) and value.dtype == torch.float64:
