@@ -167,7 +167,7 @@ class Loop:
         return True
 
     def run(self, watch: Any = None, mode: Any = None, step: Any = None) -> Loop:
-        """Go through it; `mode` holds within steps, `watch` is told of each, `step` takes it in the scheduler's place."""
+        """Go through it; `mode` holds in steps, `watch` is told of each, `step` takes it in the scheduler's place."""
         mode = contextlib.nullcontext() if mode is None else mode
         try:
             with quiet():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What people touch beside a drop-in's steps: its state, in and between steps, copies, generators, threads, gradients."""
+"""What people touch beside a drop-in's steps: state between steps, copies, generators, threads, gradients."""
 
 from __future__ import annotations
 

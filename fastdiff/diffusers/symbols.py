@@ -94,7 +94,7 @@ class Terms:
         return self.items[0][0] if len(self.items) == 1 and self.items[0][1] == 1.0 else None
 
 
-#: Of something divided by zero: each element is infinite or NaN by its own sign, which no row can say.  Nothing comes of
+#: Of something divided by zero: elements are infinite or NaN by their own signs, which no row says.  Nothing comes of
 #: it where the step does not use it.
 UNBOUNDED = Terms(((ONE, math.nan),))
 
