@@ -41,6 +41,8 @@ def row_form(formulas: Sequence[Terms]) -> Form:
         NotAffine: they have no such form.
     """
     leaves = [leaf for formula in formulas for leaf, _ in formula]
+    if not all(map(_bounded, formulas)):
+        raise NotAffine("has a coefficient that is infinite or not a number")
     clamped = _the_only([leaf for leaf in leaves if isinstance(leaf, Clamped)], "clamps two different tensors")
     scaled = _the_only([leaf for leaf in leaves if isinstance(leaf, ScaledNoise)], "scales two different noises")
     names = list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, str)))
@@ -102,6 +104,14 @@ def take_mask_apart(formulas: list[Terms]) -> tuple[int, int] | None:
     formulas[0] = rest
     formulas.append(weighted)
     return 0, len(formulas) - 1
+
+
+def _bounded(formula: Terms) -> bool:
+    """Whether all coefficients are finite, those inside a clamp too."""
+    return all(
+        math.isfinite(c) and not (isinstance(leaf, (Clamped, Masked, LearnedStd)) and not _bounded(leaf.inner))
+        for leaf, c in formula
+    )
 
 
 def _the_only(found: list[_T], otherwise: str) -> _T | None:

@@ -150,7 +150,7 @@ def compile_trace(
     """
     absent = {"model_output"} if guided else set()
     absent |= {f"noise:{k}" for k in range(len(trace.draws))} if drawn else set()
-    made: list[tuple[Terms, torch.dtype]] = []
+    made: list[Made] = []
 
     def located(value: Value) -> Constant | str | int:
         """A constant, the place of what stands before the step, or the number of what it makes."""
@@ -159,8 +159,8 @@ def compile_trace(
         if isinstance(value, Given):
             if value.where not in absent:
                 return value.where
-            value = Made(Terms.of(value.where), dtypes["sample"])
-        entry = (value.terms, value.dtype)
+            value = Made(Terms.of(value.where), dtypes["sample"], 0)
+        entry = value
         if entry not in made:
             made.append(entry)
         return made.index(entry)
@@ -168,7 +168,7 @@ def compile_trace(
     results = [located(value) for value in trace.results]
     singles = [(name, located(v)) for name, v in trace.state.items() if not isinstance(v, tuple)]
     lists = [(n, v[0], [located(entry) for entry in v[1]]) for n, v in trace.state.items() if isinstance(v, tuple)]
-    formulas = [terms for terms, _ in made]
+    formulas = [entry.terms for entry in made]
     if not formulas:
         raise NotAffine("computes no tensor")
     blend = take_mask_apart(formulas)
@@ -194,7 +194,10 @@ def compile_trace(
         return slots.index(at) if isinstance(at, str) else len(slots) + at
 
     read = {"sample", "model_output", *form.registers, *filter(None, [noise])}
-    dtype = _widest([dtypes[place] for place in sorted(read) if place in dtypes])
+    dtype = _widest([*(dtypes[place] for place in sorted(read) if place in dtypes), *(entry.dtype for entry in made)])
+    if blend is not None or form.thresholding:
+        # What is made on the way to the result must not be rounded to a half type.
+        dtype = torch.promote_types(dtype, torch.float32)
     return Plan(
         row=torch.tensor(form.row.scalars(), dtype=torch.float64),
         dtype=dtype,
@@ -202,13 +205,13 @@ def compile_trace(
         from_arguments=tuple(map(USUAL.index, arguments)),
         from_keywords=tuple(_NAMES.get(place, place) for place in keywords),
         registers=tuple(slots.index(place) for place in form.registers),
-        made=tuple(d for _, d in made),
+        made=tuple(entry.dtype for entry in made),
         kind=trace.kind,
         names=trace.names,
         results=tuple(map(slot, results)),
         attributes=tuple((name, slot(at)) for name, at in singles),
         lists=tuple((name, same, tuple(map(slot, entries))) for name, same, entries in lists),
-        draws=trace.draws,
+        draws=() if drawn else trace.draws,
         noise=None if noise is None else slots.index(noise),
         draws_inside=drawn and form.noise is not None,
         spans=trace.noise_spans,
@@ -217,7 +220,8 @@ def compile_trace(
         blend=None if blend is None else (slots.index("mask"), *blend),
         reads=trace.reads,
         keeps=len(formulas) - 1,
-        uniform={dtype, *(dtypes[place] for place in read if place in dtypes), *(d for _, d in made)} == {dtype},
+        uniform={dtype, *(dtypes[place] for place in read if place in dtypes), *(entry.dtype for entry in made)}
+        == {dtype},
     )
 
 

@@ -95,6 +95,16 @@ class Schedule:
         """All other attributes: numbers by value, tensors of history by their dtype."""
         return tuple((n, _state_of(n, v)) for n, v in attributes.items() if n not in self.names)
 
+    @staticmethod
+    def of_other_shapes(attributes: dict[str, Any], shape: torch.Size) -> bool:
+        """Whether tensors of history have another shape than the samples, which they are then broadcast to."""
+        for name in HISTORY & attributes.keys():
+            value = attributes[name]
+            for item in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(item, Tensor) and item.shape != shape:
+                    return True
+        return False
+
 
 def _contents_of(array: np.ndarray[Any, Any]) -> tuple[Any, ...]:
     return str(array.dtype), array.shape, array.tobytes()

@@ -131,7 +131,8 @@ class FusedScheduler:
             setattr(cls, name, _stepping_method(name, method, signature))
         if hasattr(cls.original, "set_timesteps"):
             cls.set_timesteps = _setting_method(cls.original.set_timesteps)  # type: ignore[attr-defined]
-        if hasattr(cls.original, "index_for_timestep"):
+        index = getattr(cls.original, "index_for_timestep", None)
+        if index is not None and "schedule_timesteps" in inspect.signature(index).parameters:
             cls.index_for_timestep = _index_for_timestep  # type: ignore[attr-defined]
 
     def guided_step(
@@ -275,7 +276,8 @@ def _take_carefully(
         return getattr(scheduler.original, name)(scheduler, *args, **kwargs)  # which says what is wrong
     fused = fused_of(scheduler)
     schedule, attributes = fused.schedule, vars(scheduler)
-    key = (name, uncond is None, fused.seeds is None, output.shape == sample.shape, schedule.state(attributes),
+    key = (name, uncond is None, fused.seeds is None, output.shape == sample.shape,
+           schedule.of_other_shapes(attributes, sample.shape), schedule.state(attributes),
            _arguments_key(schedule, given))  # fmt: skip
     plan = schedule.plans.get(key)
     if plan is None:
@@ -301,7 +303,7 @@ def _arguments_key(schedule: Schedule, given: Mapping[str, Any]) -> tuple[Any, .
 
 def _argument_key(schedule: Schedule, name: str, value: Any) -> Any:
     if not isinstance(value, Tensor):
-        return type(value), value
+        return type(value), repr(value) if type(value).__hash__ is None else value
     if name in INPUTS:
         return value.dtype
     place = schedule.position(value)
@@ -315,6 +317,8 @@ def _compile(scheduler: Any, name: str, given: Mapping[str, Any], fused: Fused, 
     doubled = output.dim() > 1 and (output.shape[0], output.shape[1] // 2, *output.shape[2:]) == sample.shape
     if output.shape != sample.shape and not doubled:
         return "the model's output and the samples have different shapes"
+    if schedule.of_other_shapes(attributes, sample.shape):
+        return "the history and the samples have different shapes"
     if attributes.get("noise_sampler", 0) is None:
         return "the first step makes the noise sampler"
     arguments = {n: v for n, v in given.items() if n != "generator"}
@@ -329,6 +333,9 @@ def _compile(scheduler: Any, name: str, given: Mapping[str, Any], fused: Fused, 
         return compile_trace(trace, dtypes, guided=guided, drawn=fused.seeds is not None and len(trace.draws) == 1)
     except NotAffine as reason:
         return str(reason)
+    except Exception as error:
+        # The step itself has to fail, so that generators and state stand afterwards where a failure leaves them.
+        return f"raises {type(error).__name__}"
 
 
 def _dtypes(given: Mapping[str, Any], attributes: Mapping[str, Any]) -> Iterator[tuple[str, torch.dtype]]:

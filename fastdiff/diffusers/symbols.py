@@ -78,7 +78,8 @@ class Terms:
         return {leaf for leaf, _ in self.items}
 
     def scaled(self, factor: float) -> Terms:
-        # A product of 0 and an infinite coefficient is NaN, as the tensors' would be.
+        if not math.isfinite(factor):
+            return UNBOUNDED
         return Terms(tuple((leaf, c * factor) for leaf, c in self.items if c * factor != 0.0))
 
     def plus(self, other: Terms, factor: float = 1.0) -> Terms:
@@ -91,6 +92,11 @@ class Terms:
     def only_leaf(self) -> Leaf | None:
         """The leaf that this is, and nothing else."""
         return self.items[0][0] if len(self.items) == 1 and self.items[0][1] == 1.0 else None
+
+
+#: Of something divided by zero: elements are infinite or NaN by their own signs, which no row says.  Nothing comes of
+#: it where the step does not use it.
+UNBOUNDED = Terms(((ONE, math.nan),))
 
 
 class Symbol(Tensor):
@@ -154,8 +160,8 @@ def _shape_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             return type(value)(bare(item) for item in value)
         if isinstance(value, Tensor) and value.dim() > 0 and not isinstance(value, Symbol):
             # Scalars have been widened to float64, and must not widen the result.
-            meant = torch.float32 if value.dtype == torch.float64 else value.dtype
-            return value.to("meta", getattr(value, "meant_dtype", meant))
+            own = torch.float32 if value.dtype == torch.float64 else value.dtype
+            return value.to("meta", getattr(value, _MEANT, own))
         return value
 
     with torch._C.DisableTorchFunctionSubclass():
@@ -174,6 +180,10 @@ def _terms(value: Any) -> Terms:
     constant = number(value)
     return Terms(((ONE, constant),)) if constant != 0.0 else Terms()
 
+
+#: The attribute of a tensor of scalars that says which dtype it would have, had it not stayed in float64.  Of tensors
+#: without dimensions no dtype counts.
+_MEANT = "_meant_dtype"
 
 Rule = Callable[[Any, Sequence[Any], dict[str, Any]], Any]
 
@@ -217,8 +227,7 @@ def _quotient(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Symbol:
         raise NotAffine("divides by a tensor")
     divisor = number(b)
     if divisor == 0.0:
-        # As tensors divide: infinite, or NaN. No exception, and no row either.
-        return _result(func, args, kwargs, a.terms.scaled(math.inf))
+        return _result(func, args, kwargs, UNBOUNDED)  # as tensors divide: no exception
     return _result(func, args, kwargs, _terms(a).scaled(1.0 / divisor))
 
 
@@ -302,6 +311,18 @@ def _split(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Symb
     return Symbol.make(halves[0], Terms.of("model_output")), Symbol.make(halves[1], Terms.of("variance"))
 
 
+def _half(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Symbol:
+    """The first half of a model's output of twice the channels, by a slice."""
+    symbol, index = args
+    first = index[1] if isinstance(index, tuple) and len(index) == 2 and index[0] == slice(None) else None
+    if not isinstance(first, slice) or symbol.terms.only_leaf != "model_output":
+        raise NotAffine("takes part of a tensor")
+    like = _shape_of(func, args, kwargs)
+    if first.start not in (None, 0) or like.shape[1] * 2 != symbol.shape[1]:
+        raise NotAffine("takes other channels of the model's output than the first half")
+    return Symbol.make(like, symbol.terms)
+
+
 def _empty(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Symbol:
     return _result(func, args, kwargs, Terms())
 
@@ -338,6 +359,7 @@ RULES: dict[str, Rule] = {
     "stack": _stack,
     "einsum": _einsum,
     **dict.fromkeys(("split", "chunk"), _split),
+    "getitem": _half,
     "zeros_like": _empty,
     "lerp": _lerp,
     **dict.fromkeys(("size", "dim", "numel", "is_floating_point", "ndimension", "element_size"), _known),
@@ -372,10 +394,11 @@ class Tracing(TorchFunctionMode):
             # Scalars of the step stay in float64, and on the host.
             wanted = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, torch.dtype)]
             if not wanted or wanted[0].is_floating_point:
-                same = args[0].view_as(args[0])
-                if wanted:
-                    same.meant_dtype = wanted[0]
-                return same
+                if not wanted or args[0].dim() == 0:
+                    return args[0]
+                meant = args[0].detach()
+                setattr(meant, _MEANT, wanted[0])
+                return meant
         return func(*args, **kwargs)
 
     def noise(self, like: Tensor) -> Symbol:

@@ -46,10 +46,14 @@ class Given:
 
 @dataclass(frozen=True)
 class Made:
-    """A tensor of the state, or of the result, that the step computes."""
+    """A tensor of the state, or of the result, that the step computes.
+
+    Two of one formula are one tensor only where the scheduler's own code has one: `identity` tells.
+    """
 
     terms: Terms
     dtype: torch.dtype
+    identity: int
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,11 @@ def trace_step(original: type, name: str, arguments: Mapping[str, Any], state: M
         place = places.get(id(value))
         if isinstance(value, Symbol):
             # The very tensor that it was: equal numbers in a new tensor are made anew.
-            return Given(place) if value.terms.only_leaf == place is not None else Made(value.terms, value.dtype)
+            return (
+                Given(place)
+                if value.terms.only_leaf == place is not None
+                else Made(value.terms, value.dtype, id(value))
+            )
         if place is not None and not _is_plain(value):
             return Given(place)
         if isinstance(value, Tensor) and value.dtype == torch.float64:
