@@ -290,8 +290,8 @@ def _take_carefully(
     seeds = fused.seeds_for(sample) if plan.draws_inside else None
     result = run_plan(plan, attributes, given, uncond, scale, seeds, fused.steps_taken, factor)
     fused.steps_taken += 1
-    if undisturbed and plan.simple:
-        fused.plan.follower = plan  # type: ignore[union-attr]
+    if undisturbed and plan.simple and fused.plan is not None:  # none: a tensor has changed that no step had read
+        fused.plan.follower = plan
     if names[:3] == USUAL:
         fused.remember(plan, name, uncond is not None, args, kwargs, attributes)
     return result
