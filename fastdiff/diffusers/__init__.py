@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import require
+from ..errors import require, sentence
 
 require("diffusers", "diffusers", "fastdiff.diffusers")
 
 from .explain import ExplainedStep, Explanation, explain  # noqa: E402
 from .patching import Part, PatchReport, patch, unpatch  # noqa: E402
 from .scheduler import FusedScheduler  # noqa: E402
-from .schedulers import CLASSES  # noqa: E402
+from .schedulers import ABSENT, CLASSES  # noqa: E402
 
 __all__ = [
     "ExplainedStep",
@@ -40,6 +40,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in CLASSES:
         return CLASSES[name]
+    if name in ABSENT:
+        remedy = "install what diffusers asks for, or a newer diffusers"
+        raise ImportError(
+            sentence("fastdiff.diffusers", name, f"is absent ({ABSENT[name]})", "it in diffusers", remedy)
+        )
     if name.endswith(("Guidance", "Guider")):  # they take a third of a second to import
         from . import guiders
 
