@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from ..affine import COLUMNS
-from ..table import PREV_SAMPLE, ROW_WIDTH, compute_dtype
+from ..table import (
+    CLIP,
+    MODEL_INPUT_SCALE,
+    PREDICTION_OUTPUT,
+    PREDICTION_SAMPLE,
+    PREV_SAMPLE,
+    ROW_WIDTH,
+    STORE_0,
+    STORE_1,
+    compute_dtype,
+)
 from .form import row_form, take_mask_apart
 from .symbols import NotAffine, Terms
 from .tracing import INPUTS, USUAL, Constant, Given, Made, Trace, Value
@@ -77,6 +87,8 @@ class Plan:
     uniform: bool
     #: The plan of the same call at the next timestep with nothing changed between, once one has followed.
     follower: Plan | None = field(default=None, init=False, repr=False)
+    #: What `scale_model_input` multiplies by in the state after this step, once it has been asked there.
+    next_scale: float | None = field(default=None, init=False, repr=False)
     _tables: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
@@ -117,6 +129,13 @@ class Plan:
         return self.results[0] if alone else None  # type: ignore[return-value]
 
     @functools.cached_property
+    def only_scale(self) -> float | None:
+        """The number that the sample is multiplied by, where that is all that the step does."""
+        alone = self.uniform and len(self.made) == 1 and not (self.registers or self.attributes or self.lists)
+        factor = float(self.row[PREV_SAMPLE])
+        return factor if alone and int((self.row[PREV_SAMPLE:] != 0).sum()) == (factor != 0) else None
+
+    @functools.cached_property
     def host_table(self) -> Tensor:
         """The row as a table on the CPU."""
         return self.table(torch.device("cpu"))
@@ -126,9 +145,9 @@ class Plan:
         key = device, "prediction"
         if key not in self._tables:
             row = torch.zeros_like(self.row)
-            row[:2] = self.row[:2]
-            row[2], row[5] = math.inf, 1.0
-            row[6:8] = -1.0
+            row[[PREDICTION_SAMPLE, PREDICTION_OUTPUT]] = self.row[[PREDICTION_SAMPLE, PREDICTION_OUTPUT]]
+            row[CLIP], row[MODEL_INPUT_SCALE] = math.inf, 1.0
+            row[[STORE_0, STORE_1]] = -1.0
             row[PREV_SAMPLE + COLUMNS.index("prediction")] = 1.0
             self._tables[key] = row.to(device=device, dtype=compute_dtype(self.dtype)).reshape(1, ROW_WIDTH)
         return self._tables[key]

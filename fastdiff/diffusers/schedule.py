@@ -40,7 +40,7 @@ class Schedule:
         self.tensors = tuple((n, t, version_of(t)) for n, t in arrays.items() if isinstance(t, Tensor))
         self.arrays = tuple((n, a) for n, a in arrays.items() if isinstance(a, np.ndarray))
         self.names = frozenset(arrays) | {"_internal_dict", FUSED}
-        seen = {} if before is None else {(n, id(t), version): n for n, t, version in before.tensors}
+        seen = set() if before is None else {(n, id(t), version) for n, t, version in before.tensors}
         self.host: dict[str, Tensor] = {}
         self._contents: dict[str, tuple[Any, ...]] = {}
         with torch.inference_mode(False):

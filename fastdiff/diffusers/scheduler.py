@@ -26,6 +26,9 @@ from .schedule import FUSED, Schedule
 from .symbols import NotAffine
 from .tracing import HISTORY, INPUTS, USUAL, trace_step
 
+#: The method that a step is no part of, though a scheduler is asked for it before each.
+SCALING = "scale_model_input"
+
 
 class Fused:
     """What a scheduler has beside its own attributes; not part of its configuration, copies or pickles.
@@ -41,6 +44,8 @@ class Fused:
         self.seeds: int | Sequence[int] | Tensor | None = None
         self.steps_taken = 0
         self.plan: Plan | None = None
+        #: The plan of the last look at `scale_model_input`.
+        self.scaling: Plan | None = None
         self._seeds_kept: Tensor | None = None
 
     def seeds_for(self, sample: Tensor) -> Tensor:
@@ -128,7 +133,8 @@ class FusedScheduler:
             method = getattr(cls.original, name)
             signature = inspect.signature(method)
             cls.arguments[name] = tuple(signature.parameters)[1:]
-            setattr(cls, name, _stepping_method(name, method, signature))
+            make = _scaling_method if name == SCALING else _stepping_method
+            setattr(cls, name, make(name, method, signature))
         if hasattr(cls.original, "set_timesteps"):
             cls.set_timesteps = _setting_method(cls.original.set_timesteps)  # type: ignore[attr-defined]
         index = getattr(cls.original, "index_for_timestep", None)
@@ -215,6 +221,30 @@ def _stepping_method(name: str, method: Any, signature: inspect.Signature) -> An
     return step
 
 
+def _scaling_method(name: str, method: Any, signature: inspect.Signature) -> Any:
+    @functools.wraps(method)
+    def scale_model_input(self: Any, *args: Any, **kwargs: Any) -> Any:
+        attributes = self.__dict__
+        fused: Fused | None = attributes.get(FUSED)
+        # Where nothing has changed since the last step, the factor is the one that was found there before.
+        after = fused.plan if fused is not None and len(args) == 2 and not kwargs else None
+        if fused is None or after is None or attributes.get("_step_index") is None:
+            return _take_carefully(self, name, args, kwargs, None, None)
+        if not _unchanged(attributes, fused.values, fused.lists, fused.versions):
+            return _take_carefully(self, name, args, kwargs, None, None)
+        sample = args[0]
+        if after.next_scale is not None and isinstance(sample, Tensor) and sample.dtype == fused.dtypes[2]:
+            return sample * after.next_scale
+        result = _take_carefully(self, name, args, kwargs, None, None)
+        plan = fused.scaling
+        if plan is not None and fused.plan is after:
+            after.next_scale = plan.only_scale
+        return result
+
+    scale_model_input.__signature__ = signature  # type: ignore[attr-defined]
+    return scale_model_input
+
+
 def _setting_method(method: Any) -> Any:
     @functools.wraps(method)  # with its signature: pipelines look there for `sigmas` and `timesteps`
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -270,7 +300,7 @@ def _take_carefully(
     names = scheduler.arguments[name]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     output, sample = given.get("model_output"), given.get("sample")
-    if name == "scale_model_input":
+    if name == SCALING:
         output = sample
     if not isinstance(output, Tensor) or not isinstance(sample, Tensor) or len(args) > len(names):
         return getattr(scheduler.original, name)(scheduler, *args, **kwargs)  # which says what is wrong
@@ -282,13 +312,18 @@ def _take_carefully(
     plan = schedule.plans.get(key)
     if plan is None:
         plan = schedule.plans[key] = _compile(scheduler, name, given, fused, uncond is not None)
-    if isinstance(plan, str):
+    if name == SCALING:
+        fused.scaling = None if isinstance(plan, str) else plan
+    elif isinstance(plan, str):
         fused.plan = None
+    if isinstance(plan, str):
         if uncond is not None:
             given["model_output"] = combined(uncond, output, scale, factor)
         return scheduler.step_otherwise(name, given)
     seeds = fused.seeds_for(sample) if plan.draws_inside else None
     result = run_plan(plan, attributes, given, uncond, scale, seeds, fused.steps_taken, factor)
+    if name == SCALING:
+        return result
     fused.steps_taken += 1
     if undisturbed and plan.simple and fused.plan is not None:  # none: a tensor has changed that no step had read
         fused.plan.follower = plan
