@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""What fastdiff.diffusers offers where diffusers, or what diffusers wants, is missing."""
+"""The classes of fastdiff.diffusers: where a package is missing, and where somebody builds on one."""
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+import torch
+
+import fastdiff.diffusers
 
 BLOCK = """
 import importlib.abc, sys
@@ -44,7 +49,24 @@ def test_without_torchsde_the_other_schedulers_are_there() -> None:
 
 @pytest.mark.parametrize("name", ["NoSuchScheduler", "UniPC"])
 def test_a_name_that_nobody_has_is_an_attribute_error(name: str) -> None:
-    import fastdiff.diffusers
-
     with pytest.raises(AttributeError, match=name):
         getattr(fastdiff.diffusers, name)
+
+
+class Doubled(fastdiff.diffusers.CLASSES["DDIMScheduler"]):  # type: ignore[misc]
+    """A class over a fused one, with a step of its own."""
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        return tuple(2 * value for value in super().step(*args, **kwargs, return_dict=False))
+
+
+def test_a_class_over_a_fused_one_keeps_what_it_overrides() -> None:
+    x, output = torch.randn(2, 1, 4, 8, 8).unbind()
+    plain, doubled = fastdiff.diffusers.DDIMScheduler(), Doubled()
+    for scheduler in (plain, doubled):
+        scheduler.set_timesteps(3)
+    once = plain.step(output, plain.timesteps[0], x, return_dict=False)[0]
+    assert torch.equal(doubled.step(output, doubled.timesteps[0], x)[0], 2 * once)
+    copied = pickle.loads(pickle.dumps(doubled))
+    assert type(copied) is Doubled
+    assert torch.equal(copied.step(output, copied.timesteps[0], x)[0], 2 * once)

@@ -123,11 +123,14 @@ class FusedScheduler:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if hasattr(cls, "original"):
+            return  # somebody's class over one of these: what it overrides stays overridden
         cls.original = next(
             base for base in cls.__mro__[1:] if not issubclass(base, FusedScheduler) and hasattr(base, "step")
         )
         # Configurations and pipelines write a class down by its module's library and its name: they find diffusers'.
         cls.__module__ = cls.original.__module__
+        _BY_NAME[cls.__name__] = cls
         cls.arguments = {}
         for name in cls.stepping:
             method = getattr(cls.original, name)
@@ -202,14 +205,19 @@ class FusedScheduler:
         return {name: value for name, value in vars(self).items() if name != FUSED}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (type(self).__name__,), self.__getstate__()
+        name = type(self).__name__
+        if _BY_NAME.get(name) is not type(self):
+            return super().__reduce_ex__(protocol)
+        # By the module that the class names, pickle would find diffusers' own.
+        return _rebuild, (name,), self.__getstate__()
 
 
-def _rebuild(name: str) -> Any:
-    from . import schedulers
+#: The classes, for pickles.
+_BY_NAME: dict[str, type[FusedScheduler]] = {}
 
-    cls = getattr(schedulers, name)
-    return cls.__new__(cls)
+
+def _rebuild(name: str) -> FusedScheduler:
+    return _BY_NAME[name].__new__(_BY_NAME[name])
 
 
 def _stepping_method(name: str, method: Any, signature: inspect.Signature) -> Any:
