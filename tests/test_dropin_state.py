@@ -471,11 +471,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
         pytest.param(
             name,
             way,
-            marks=[
-                pytest.mark.xfail(
-                    reason="torchsde's cache goes by identity: a deep copy of its tree is broken in diffusers' own loop too"
-                )
-            ]
+            marks=[pytest.mark.xfail(reason="torchsde's cache goes by identity: diffusers' own loop breaks, too")]
             if (name, way) == ("CosineDPMSolverMultistep", "deepcopy")
             else [],
         )
