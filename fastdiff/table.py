@@ -199,13 +199,18 @@ class StepTable:
 
     def prediction_rows(self) -> torch.Tensor:
         """Rows that return d itself, unclipped, as the previous sample: what dynamic thresholding measures."""
-        rows = torch.zeros_like(self.rows)
-        rows[:, [PREDICTION_SAMPLE, PREDICTION_OUTPUT]] = self.rows[:, [PREDICTION_SAMPLE, PREDICTION_OUTPUT]]
-        rows[:, CLIP] = float("inf")
-        rows[:, MODEL_INPUT_SCALE] = 1.0
-        rows[:, [STORE_0, STORE_1]] = -1.0
-        rows[:, PREV_SAMPLE + COLUMNS.index("prediction")] = 1.0
-        return rows
+        return prediction_rows(self.rows)
+
+
+def prediction_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Of rows ``[R, 32]`` those that return d itself, unclipped, as the previous sample."""
+    found = torch.zeros_like(rows)
+    found[:, [PREDICTION_SAMPLE, PREDICTION_OUTPUT]] = rows[:, [PREDICTION_SAMPLE, PREDICTION_OUTPUT]]
+    found[:, CLIP] = float("inf")
+    found[:, MODEL_INPUT_SCALE] = 1.0
+    found[:, [STORE_0, STORE_1]] = -1.0
+    found[:, PREV_SAMPLE + COLUMNS.index("prediction")] = 1.0
+    return found
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

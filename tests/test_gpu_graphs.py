@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from fastdiff import BaseSampler, SamplingResult, StepInfo, ops
-from fastdiff.ops import backends
 from graph_cases import GUIDANCE, METHODS, SHAPE, STOCHASTIC, Inputs, Model, model_of, sampler_of
-from oracle import INTERPRETED, assert_same_bits
+from on_gpu import skip_where_missing
+from oracle import assert_same_bits
 
 pytestmark = pytest.mark.gpu
 
@@ -29,11 +29,7 @@ CYCLES = 1_000_000_000
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend that a GPU may have here."""
     name: str = request.param
-    reason = backends.why_missing(name)
-    if not reason and name == "triton" and INTERPRETED:
-        reason = "TRITON_INTERPRET is 1: Triton's kernels run on the CPU"
-    if reason:
-        pytest.skip(f"backend {name!r} is missing: {reason}")
+    skip_where_missing(name)
     return name
 
 

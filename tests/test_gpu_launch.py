@@ -13,6 +13,7 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.call import StepCall
 from fastdiff.ops import backends
+from on_gpu import skip_where_missing
 from oracle import DTYPES, INTERPRETED, assert_same_bits, plain_row
 
 pytestmark = pytest.mark.gpu
@@ -33,11 +34,7 @@ CUDA = [[32, 32, 32, 32, 1], [512, 512, 512, 512, 1024]]
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     name: str = request.param
-    reason = backends.why_missing(name)
-    if not reason and name == "triton" and INTERPRETED:
-        reason = "TRITON_INTERPRET is 1: Triton's kernels run on the CPU"
-    if reason:
-        pytest.skip(f"backend {name!r} is missing: {reason}")
+    skip_where_missing(name)
     return name
 
 

@@ -22,7 +22,11 @@ def rescaling(uncond: Tensor, cond: Tensor, scale: float | Tensor, share: float,
     """
     if cond.shape != sample.shape:
         uncond, cond = uncond[:, : sample.shape[1]], cond[:, : sample.shape[1]]
-    guided = ops.cfg_combine(cond, uncond, scale)
+    return rescaling_of(ops.cfg_combine(cond, uncond, scale), cond, share)
+
+
+def rescaling_of(guided: Tensor, cond: Tensor, share: float) -> Tensor:
+    """The same of a guided output that is there already, ``[B, ...]``."""
     return share * (ops.std(cond) / ops.std(guided)) + (1.0 - share)
 
 

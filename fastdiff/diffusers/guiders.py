@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import ops
 from ..affine import COLUMNS
 from ..table import CLIP, KEEP_0, MODEL_INPUT_SCALE, PREV_SAMPLE, ROW_WIDTH, STORE_0, STORE_1, compute_dtype
+from .guidance import rescaling_of
 
 try:
     from diffusers import guiders as _originals
@@ -205,19 +206,14 @@ def _extrapolated(cond: Tensor, uncond: Tensor, scale: Weight, rescale: float) -
     if rescale <= 0.0:
         return pred
     # From the model's outputs again, and not from `pred`: half types are rounded once.
-    factor = _rescaling(pred, cond, rescale)
+    factor = rescaling_of(pred, cond, rescale)
     return _step(cond, cond, [(_OUTPUT, factor)], [], uncond=uncond, guidance=scale, out=pred)[0]
-
-
-def _rescaling(pred: Tensor, cond: Tensor, rescale: float) -> Tensor:
-    """What each sample is multiplied by, ``[B]`` (arXiv 2305.08891, eq. 15 and 16)."""
-    return rescale * (ops.std(cond) / ops.std(pred)) + (1.0 - rescale)
 
 
 def _rescaled(pred: Tensor, cond: Tensor, rescale: float) -> Tensor:
     if rescale <= 0.0:
         return pred
-    return _step(pred, pred, [(_SAMPLE, _rescaling(pred, cond, rescale))], [], out=pred)[0]
+    return _step(pred, pred, [(_SAMPLE, rescaling_of(pred, cond, rescale))], [], out=pred)[0]
 
 
 def _sum(

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,18 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..affine import COLUMNS
-from ..table import (
-    CLIP,
-    MODEL_INPUT_SCALE,
-    PREDICTION_OUTPUT,
-    PREDICTION_SAMPLE,
-    PREV_SAMPLE,
-    ROW_WIDTH,
-    STORE_0,
-    STORE_1,
-    compute_dtype,
-)
+from ..table import PREV_SAMPLE, ROW_WIDTH, compute_dtype, prediction_rows
 from .form import row_form, take_mask_apart
 from .symbols import NotAffine, Terms
 from .tracing import INPUTS, USUAL, Constant, Given, Made, Trace, Value
@@ -144,12 +132,8 @@ class Plan:
         """A table whose step gives the prediction itself, unclipped: what dynamic thresholding measures."""
         key = device, "prediction"
         if key not in self._tables:
-            row = torch.zeros_like(self.row)
-            row[[PREDICTION_SAMPLE, PREDICTION_OUTPUT]] = self.row[[PREDICTION_SAMPLE, PREDICTION_OUTPUT]]
-            row[CLIP], row[MODEL_INPUT_SCALE] = math.inf, 1.0
-            row[[STORE_0, STORE_1]] = -1.0
-            row[PREV_SAMPLE + COLUMNS.index("prediction")] = 1.0
-            self._tables[key] = row.to(device=device, dtype=compute_dtype(self.dtype)).reshape(1, ROW_WIDTH)
+            rows = prediction_rows(self.row[None])
+            self._tables[key] = rows.to(device=device, dtype=compute_dtype(self.dtype))
         return self._tables[key]
 
 
@@ -179,10 +163,9 @@ def compile_trace(
             if value.where not in absent:
                 return value.where
             value = Made(Terms.of(value.where), dtypes["sample"], 0)
-        entry = value
-        if entry not in made:
-            made.append(entry)
-        return made.index(entry)
+        if value not in made:
+            made.append(value)
+        return made.index(value)
 
     results = [located(value) for value in trace.results]
     singles = [(name, located(v)) for name, v in trace.state.items() if not isinstance(v, tuple)]
