@@ -7,8 +7,7 @@
 #include "bindings/reduce.h"
 #include "bindings/config.h"
 #include "bindings/copy.h"
-#include "bindings/step.h"
-#include "bindings/watch.h"
+#include "bindings/loop.h"
 
 namespace {
 
@@ -17,8 +16,6 @@ using namespace fastdiff::bindings;
 PyMethodDef methods[] = {
     {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&step)), METH_FASTCALL,
      "The fused step; None where the call is not plain (see csrc/bindings/step.h)."},
-    {"unchanged", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&unchanged)), METH_FASTCALL,
-     "Whether a dict, lists and tensors are as they were left (see csrc/bindings/watch.h)."},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -43,5 +40,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("_copy_kernel", &copy_kernel, py::arg("src"), py::arg("dst"), py::arg("streaming"),
           "Copies src to dst, for benchmarks; see csrc/bindings/copy.h.");
     define_reductions(m);
+    define_program(m);
+    define_loop(m);
     if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }

@@ -49,6 +49,78 @@ inline void launch(const at::Tensor& sample, const std::array<MaybeTensor, kRegi
 #endif
 }
 
+// What one step is asked for. Tensors may be null, and objects None; see `step` below.
+struct StepRequest {
+    MaybeTensor sample = nullptr, model_output = nullptr, table = nullptr;
+    PyObject* row = nullptr;
+    MaybeTensor uncond = nullptr;
+    PyObject* guidance = Py_None;
+    std::array<MaybeTensor, kRegisters> history{};
+    MaybeTensor noise = nullptr, variance = nullptr, threshold = nullptr;
+    int64_t variance_kind = 0, keeps = 0;
+    bool outs_given = false;
+    std::array<MaybeTensor, kMaxOutputs> outs{};
+    int64_t stream = 0;
+    MaybeTensor seeds = nullptr;
+    PyObject* noise_step = nullptr;
+    int64_t purpose = 0;
+    MaybeTensor model_input = nullptr;
+    bool scatter = false;
+
+    // Whether what has to be there is, and only what may be together.
+    bool complete() const {
+        return sample != nullptr && model_output != nullptr && table != nullptr &&
+               (uncond != nullptr) == (guidance != Py_None) && (variance != nullptr) == (variance_kind != 0) &&
+               keeps >= 0 && keeps < kMaxOutputs && variance_kind >= 0 && variance_kind <= 2 &&
+               (noise == nullptr || seeds == nullptr) && (keeps == 0 || !scatter) && served(*sample);
+    }
+};
+
+using Outputs = std::array<at::Tensor, kMaxOutputs>;
+
+// Takes a step into `outputs`; false, with nothing done, where the call is not plain.
+inline bool take_step(const StepRequest& request, Outputs* outputs) {
+    // A dispatch mode, a tracer's for one, has to see an operator.
+    if (!request.complete() || c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
+    const at::Tensor& sample = *request.sample;
+    Call call(sample, *request.table);
+    StepArgs& args = call.args;
+    args.variance_kind = static_cast<Variance>(request.variance_kind);
+    call.row(request.row);
+    call.guidance(request.guidance);
+    call.threshold(request.threshold);
+    call.draw(request.seeds, request.noise_step, request.purpose);
+    args.model_output = call.like_model(request.model_output);
+    args.uncond = call.like_model(request.uncond);
+    args.variance = call.like_model(request.variance);
+    args.noise = call.like_sample(request.noise);
+    for (size_t j = 0; j < kRegisters; ++j) args.history[j] = call.like_sample(request.history[j]);
+    if (request.scatter) call.scatter();
+    // A skipped sample's kept tensors are not written, so new ones would hold anything: Python makes them.
+    for (int64_t o = 1; o <= request.keeps && args.rows != nullptr; ++o)
+        call.plain = call.plain && request.outs[o] != nullptr;
+    if (!call.plain) return false;
+
+    for (int64_t o = 0; o <= request.keeps; ++o) {
+        const MaybeTensor given = request.outs[o];
+        (*outputs)[o] =
+            given != nullptr ? *given : at::empty_strided(sample.sizes(), sample.strides(), sample.options());
+        call.output((*outputs)[o]);
+    }
+    call.model_input(request.model_input);
+    const bool may_overlap = request.outs_given || request.scatter || request.model_input != nullptr;
+    if (!call.plain || (may_overlap && call.overlaps_badly())) return false;
+    // As every operation that writes in place: so that autograd finds a tensor changed that it has saved.
+    for (const MaybeTensor& written : request.outs)
+        if (written != nullptr) count_change(*written);
+    for (const MaybeTensor& kept : request.history)
+        if (request.scatter && kept != nullptr) count_change(*kept);
+    if (request.model_input != nullptr) count_change(*request.model_input);
+    call.join_samples();
+    launch(sample, request.history, args, request.stream);
+    return true;
+}
+
 constexpr Py_ssize_t kArguments = 19;
 
 // step(sample, model_output, table, row, uncond, guidance, history, noise, variance, threshold, variance_kind, keeps,
@@ -60,68 +132,33 @@ inline PyObject* step(PyObject* /*module*/, PyObject* const* objects, Py_ssize_t
     HANDLE_TH_ERRORS
     TORCH_CHECK_TYPE(count == kArguments, "step: expected ", kArguments, " arguments, got ", count);
     Arguments given(objects);
-    const MaybeTensor sample = given.tensor(), model_output = given.tensor(), table = given.tensor();
-    PyObject* row = given.object();
-    const MaybeTensor uncond = given.tensor();
-    PyObject* guidance = given.object();
-    std::array<MaybeTensor, kRegisters> history{};
-    given.tensors(&history);
-    const MaybeTensor noise = given.tensor(), variance = given.tensor(), threshold = given.tensor();
-    const int64_t variance_kind = given.integer(), keeps = given.integer();
-    std::array<MaybeTensor, kMaxOutputs> out{};
-    const int64_t outs = given.tensors(&out);
-    const int64_t stream = given.integer();
-    const MaybeTensor seeds = given.tensor();
-    PyObject* noise_step = given.object();
-    const int64_t purpose = given.integer();
-    const MaybeTensor model_input = given.tensor();
-    const bool scatter = given.flag();
-    const bool complete = given.good && sample != nullptr && model_output != nullptr && table != nullptr &&
-                          (uncond != nullptr) == (guidance != Py_None) &&
-                          (variance != nullptr) == (variance_kind != 0) && keeps >= 0 && keeps < kMaxOutputs &&
-                          variance_kind >= 0 && variance_kind <= 2 && (outs == -1 || outs == keeps + 1) &&
-                          (noise == nullptr || seeds == nullptr) && (keeps == 0 || !scatter) && served(*sample);
-    // A dispatch mode, a tracer's for one, has to see an operator.
-    if (!complete || c10::impl::TorchDispatchModeTLS::any_modes_set()) Py_RETURN_NONE;
+    StepRequest request;
+    request.sample = given.tensor();
+    request.model_output = given.tensor();
+    request.table = given.tensor();
+    request.row = given.object();
+    request.uncond = given.tensor();
+    request.guidance = given.object();
+    given.tensors(&request.history);
+    request.noise = given.tensor();
+    request.variance = given.tensor();
+    request.threshold = given.tensor();
+    request.variance_kind = given.integer();
+    request.keeps = given.integer();
+    const int64_t outs = given.tensors(&request.outs);
+    request.outs_given = outs != -1;
+    request.stream = given.integer();
+    request.seeds = given.tensor();
+    request.noise_step = given.object();
+    request.purpose = given.integer();
+    request.model_input = given.tensor();
+    request.scatter = given.flag();
+    Outputs outputs;
+    if (!given.good || (outs != -1 && outs != request.keeps + 1) || !take_step(request, &outputs)) Py_RETURN_NONE;
 
-    Call call(*sample, *table);
-    StepArgs& args = call.args;
-    args.variance_kind = static_cast<Variance>(variance_kind);
-    call.row(row);
-    call.guidance(guidance);
-    call.threshold(threshold);
-    call.draw(seeds, noise_step, purpose);
-    args.model_output = call.like_model(model_output);
-    args.uncond = call.like_model(uncond);
-    args.variance = call.like_model(variance);
-    args.noise = call.like_sample(noise);
-    for (size_t j = 0; j < history.size(); ++j) args.history[j] = call.like_sample(history[j]);
-    if (scatter) call.scatter();
-    // A skipped sample's kept tensors are not written, so new ones would hold anything: Python makes them.
-    for (int64_t o = 1; o <= keeps && args.rows != nullptr; ++o) call.plain = call.plain && out[o] != nullptr;
-    if (!call.plain) Py_RETURN_NONE;
-
-    std::array<at::Tensor, kMaxOutputs> outputs;
-    for (int64_t o = 0; o <= keeps; ++o) {
-        outputs[o] =
-            out[o] != nullptr ? *out[o] : at::empty_strided(sample->sizes(), sample->strides(), sample->options());
-        call.output(outputs[o]);
-    }
-    call.model_input(model_input);
-    const bool may_overlap = outs != -1 || scatter || model_input != nullptr;
-    if (!call.plain || (may_overlap && call.overlaps_badly())) Py_RETURN_NONE;
-    // As every operation that writes in place: so that autograd finds a tensor changed that it has saved.
-    for (int64_t o = 0; outs != -1 && o <= keeps; ++o)
-        if (out[o] != nullptr) count_change(*out[o]);
-    for (const MaybeTensor& kept : history)
-        if (scatter && kept != nullptr) count_change(*kept);
-    if (model_input != nullptr) count_change(*model_input);
-    call.join_samples();
-    launch(*sample, history, args, stream);
-
-    PyObject* result = PyTuple_New(keeps + 1);
+    PyObject* result = PyTuple_New(request.keeps + 1);
     if (result == nullptr) throw python_error();
-    for (int64_t o = 0; o <= keeps; ++o) PyTuple_SET_ITEM(result, o, THPVariable_Wrap(std::move(outputs[o])));
+    for (int64_t o = 0; o <= request.keeps; ++o) PyTuple_SET_ITEM(result, o, THPVariable_Wrap(std::move(outputs[o])));
     return result;
     END_HANDLE_TH_ERRORS
 }

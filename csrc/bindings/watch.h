@@ -1,48 +1,99 @@
 // SPDX-License-Identifier: MIT
-// Whether an object is as it was left: what a drop-in scheduler asks before each of its steps.
+// How a scheduler was left after a step: its attributes, the lists among them and the tensors that steps read.
 #pragma once
 
-#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/extension.h>
+
+#include <utility>
+#include <vector>
 
 namespace fastdiff::bindings {
 
-// Whether a list holds the very objects of a tuple, in order.
-inline bool holds(PyObject* list, PyObject* items) {
-    if (!PyList_Check(list) || !PyTuple_Check(items) || PyList_GET_SIZE(list) != PyTuple_GET_SIZE(items)) return false;
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(items); ++i)
-        if (PyList_GET_ITEM(list, i) != PyTuple_GET_ITEM(items, i)) return false;
-    return true;
-}
+namespace py = pybind11;
 
-// unchanged(attributes, values, lists, versions): whether the dict holds the very objects of the tuple `values`, in
-// order, each list of the pairs (list, tuple) in `lists` likewise, and each tensor of the pairs (tensor, version) in
-// `versions` has not been written since. The tensors count their versions: inference tensors must not be among them.
-inline PyObject* unchanged(PyObject* /*module*/, PyObject* const* objects, Py_ssize_t count) {
-    HANDLE_TH_ERRORS
-    const bool good = count == 4 && PyDict_Check(objects[0]) && PyTuple_Check(objects[1]) && PyList_Check(objects[2]) &&
-                      PyList_Check(objects[3]);
-    TORCH_CHECK_TYPE(good, "unchanged: expected a dict, a tuple and two lists of pairs");
-    PyObject *key = nullptr, *value = nullptr, *values = objects[1];
-    Py_ssize_t at = 0, i = 0;
-    if (PyDict_GET_SIZE(objects[0]) != PyTuple_GET_SIZE(values)) Py_RETURN_FALSE;
-    while (PyDict_Next(objects[0], &at, &key, &value) != 0)
-        if (value != PyTuple_GET_ITEM(values, i++)) Py_RETURN_FALSE;
-    for (int which = 2; which < 4; ++which) {
-        for (i = 0; i < PyList_GET_SIZE(objects[which]); ++i) {
-            PyObject* pair = PyList_GET_ITEM(objects[which], i);
-            TORCH_CHECK_TYPE(PyTuple_Check(pair) && PyTuple_GET_SIZE(pair) == 2, "unchanged: expected pairs");
-            PyObject *first = PyTuple_GET_ITEM(pair, 0), *second = PyTuple_GET_ITEM(pair, 1);
-            if (which == 2) {
-                if (!holds(first, second)) Py_RETURN_FALSE;
-                continue;
-            }
-            TORCH_CHECK_TYPE(THPVariable_Check(first) && PyLong_Check(second), "unchanged: expected (tensor, version)");
-            if (THPVariable_Unpack(first)._version() != PyLong_AsLongLong(second)) Py_RETURN_FALSE;
+class Watch {
+  public:
+    // Remember the attributes, and what is in the lists among them. `owner` is one of the attributes and no state; it is
+    // not held, so that the scheduler dies with its last reference.
+    void look(PyObject* attributes, PyObject* owner) {
+        // Objects that are not watched any more live until all is in order here: what dies may call back.
+        std::vector<py::object> gone;
+        gone.reserve(16);
+        const auto keep = [&gone](py::object* slot, PyObject* object) {
+            if (slot->ptr() == object) return;
+            gone.push_back(std::exchange(*slot, py::reinterpret_borrow<py::object>(object)));
+        };
+        size_t count = 0, lists = 0;
+        Py_ssize_t at = 0;
+        PyObject *key = nullptr, *value = nullptr;
+        for (size_t i = static_cast<size_t>(PyDict_GET_SIZE(attributes)); i < values_.size(); ++i) keep(&values_[i], nullptr);
+        values_.resize(static_cast<size_t>(PyDict_GET_SIZE(attributes)));
+        while (PyDict_Next(attributes, &at, &key, &value) != 0) {
+            keep(&values_[count++], value == owner ? nullptr : value);
+            if (!PyList_Check(value)) continue;
+            if (lists == lists_.size()) lists_.emplace_back();
+            auto& [list, items] = lists_[lists++];
+            list = value;
+            for (size_t i = static_cast<size_t>(PyList_GET_SIZE(value)); i < items.size(); ++i) keep(&items[i], nullptr);
+            items.resize(static_cast<size_t>(PyList_GET_SIZE(value)));
+            for (size_t i = 0; i < items.size(); ++i)
+                keep(&items[i], PyList_GET_ITEM(value, static_cast<Py_ssize_t>(i)));
+        }
+        for (size_t j = lists; j < lists_.size(); ++j)
+            for (py::object& item : lists_[j].second) keep(&item, nullptr);
+        lists_.resize(lists);
+    }
+
+    // Remember tensors and how often they have been written; inference tensors do not count that.
+    void versions(PyObject* tensors) {
+        versions_.clear();
+        for (const py::handle tensor : py::handle(tensors)) {
+            const at::Tensor& unpacked = THPVariable_Unpack(tensor.ptr());
+            versions_.emplace_back(unpacked, unpacked._version());
         }
     }
-    Py_RETURN_TRUE;
-    END_HANDLE_TH_ERRORS
-}
+
+    // Whether all of it is as it was.
+    bool unchanged(PyObject* attributes, PyObject* owner) const {
+        if (static_cast<size_t>(PyDict_GET_SIZE(attributes)) != values_.size()) return false;
+        size_t count = 0;
+        Py_ssize_t at = 0;
+        PyObject *key = nullptr, *value = nullptr;
+        while (PyDict_Next(attributes, &at, &key, &value) != 0) {
+            PyObject* kept = values_[count++].ptr();
+            if (kept != value && !(kept == nullptr && value == owner)) return false;
+        }
+        for (const auto& [list, items] : lists_) {
+            if (static_cast<size_t>(PyList_GET_SIZE(list)) != items.size()) return false;
+            for (size_t i = 0; i < items.size(); ++i)
+                if (PyList_GET_ITEM(list, static_cast<Py_ssize_t>(i)) != items[i].ptr()) return false;
+        }
+        for (const auto& [tensor, version] : versions_)
+            if (tensor._version() != version) return false;
+        return true;
+    }
+
+    // What the garbage collector has to see.
+    int traverse(visitproc visit, void* arg) const {
+        for (const py::object& value : values_) Py_VISIT(value.ptr());
+        for (const auto& [list, items] : lists_)
+            for (const py::object& item : items) Py_VISIT(item.ptr());
+        return 0;
+    }
+
+    void clear() {
+        // What dies may call back; by then there is nothing here.
+        const auto values = std::exchange(values_, {});
+        const auto lists = std::exchange(lists_, {});
+        versions_.clear();
+    }
+
+  private:
+    std::vector<py::object> values_;
+    // Each is one of the values, and held as such.
+    std::vector<std::pair<PyObject*, std::vector<py::object>>> lists_;
+    std::vector<std::pair<at::Tensor, int64_t>> versions_;
+};
 
 }  // namespace fastdiff::bindings

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import backends
 from ..table import PREV_SAMPLE, ROW_WIDTH, compute_dtype, prediction_rows
 from .form import row_form, take_mask_apart
 from .symbols import NotAffine, Terms
@@ -73,10 +74,8 @@ class Plan:
     keeps: int
     #: Whether all tensors, before and after, are of `dtype`.
     uniform: bool
-    #: The plan of the same call at the next timestep with nothing changed between, once one has followed.
-    follower: Plan | None = field(default=None, init=False, repr=False)
-    #: What `scale_model_input` multiplies by in the state after this step, once it has been asked there.
-    next_scale: float | None = field(default=None, init=False, repr=False)
+    #: Samples of which dtype `scale_model_input` multiplies by what in the state after this step, once asked there.
+    next_scale: tuple[torch.dtype, float] | None = field(default=None, init=False, repr=False)
     _tables: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
@@ -84,6 +83,11 @@ class Plan:
         """Whether the step is one call of the fused step, and nothing before or after it but a draw of noise."""
         more = self.thresholding or self.variance_kind or self.spans or self.blend or not self.made
         return self.uniform and not more
+
+    @functools.cached_property
+    def program(self) -> Any:
+        """The plan as the extension reads it (csrc/bindings/program.h); None without an extension."""
+        return None if backends.extension is None else backends.extension.Program(self)
 
     @functools.cached_property
     def constants(self) -> dict[str, Any]:
@@ -103,18 +107,6 @@ class Plan:
                 table = self.row.to(device=device, dtype=compute_dtype(self.dtype)).reshape(1, ROW_WIDTH)
             self._tables[device] = table
         return table
-
-    @functools.cached_property
-    def history_first(self) -> int | None:
-        """How many registers there are, where they are the first slots in order."""
-        count = len(self.registers)
-        return count if self.registers == tuple(range(count)) else None
-
-    @functools.cached_property
-    def only_result(self) -> int | None:
-        """The slot of a result that is one tensor in a tuple."""
-        alone = self.kind is tuple and len(self.results) == 1 and isinstance(self.results[0], int)
-        return self.results[0] if alone else None  # type: ignore[return-value]
 
     @functools.cached_property
     def only_scale(self) -> float | None:

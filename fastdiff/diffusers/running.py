@@ -13,7 +13,6 @@ from torch import Tensor
 from .. import ops
 from ..affine import COLUMNS
 from ..ops.layout import laid_out
-from ..philox import Purpose
 from ..table import KEEP_0, KEEP_1, PREDICTION_OUTPUT, PREV_SAMPLE
 from ..thresholding import dynamic_threshold
 from .plan import Plan
@@ -82,42 +81,18 @@ def run_plan(
     return _result(plan, values)
 
 
-def run_simple(
-    plan: Plan, attributes: dict[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], uncond: Any, scale: Any,
-    seeds: Tensor | None, noise_step: int,
+def draw(output: Tensor, generator: Any, dtype: torch.dtype) -> Tensor:
+    """A step's noise, drawn as diffusers draws it."""
+    return randn_tensor(output.shape, generator, output.device, dtype)
+
+
+def launch(
+    plan: Plan, sample: Tensor, output: Tensor, uncond: Any, guidance: Any, history: list[Tensor], noise: Any,
+    seeds: Any, noise_step: int,
 ) -> Any:  # fmt: skip
-    """The short way of `run_plan`, for a `simple` plan and a call (model_output, timestep, sample, *, ...)."""
-    output, _, sample = args
-    # Loops, not comprehensions, which cost a call each in Python 3.11.
-    values: list[Any] = []
-    for name, index in plan.from_attributes:
-        value = attributes[name]
-        values.append(value if index is None else value[index])
-    for place in plan.from_arguments:
-        values.append(args[place])
-    for name in plan.from_keywords:
-        values.append(kwargs[name])
-    if plan.draws and seeds is None:
-        generator = kwargs.get("generator")
-        for dtype in plan.draws:
-            values.append(randn_tensor(output.shape, generator, output.device, dtype))
-    history = values[: plan.history_first] if plan.history_first is not None else [values[j] for j in plan.registers]
-    noise = None if plan.noise is None else values[plan.noise]
-    extension = ops.direct_extension() if sample.is_cpu else None
-    made = None
-    if extension is not None:
-        made = extension.step(
-            sample, output, plan.host_table, 0, uncond, scale, history, noise, None, None, 0, plan.keeps, None, 0,
-            seeds, noise_step, Purpose.STEP, None, False,
-        )  # fmt: skip
-    if made is None:
-        rows = plan.table(sample.device), 0
-        made = _step(plan, rows, sample, output, uncond, scale, history, noise, None, None, seeds, noise_step)
-    values += made
-    _write(plan, attributes, values)
-    if plan.only_result is not None:
-        return (values[plan.only_result],)
-    return _result(plan, values)
+    """The fused step of a `simple` plan, by whichever backend it is."""
+    rows = plan.table(sample.device), 0
+    return _step(plan, rows, sample, output, uncond, guidance, history, noise, None, None, seeds, noise_step)
 
 
 def _draw(plan: Plan, attributes: dict[str, Any], arguments: Mapping[str, Any], output: Tensor) -> list[Any]:
@@ -128,7 +103,7 @@ def _draw(plan: Plan, attributes: dict[str, Any], arguments: Mapping[str, Any], 
     if not plan.draws or plan.draws_inside:
         return []
     generator = arguments.get("generator")
-    return [randn_tensor(output.shape, generator, output.device, dtype) for dtype in plan.draws]
+    return [draw(output, generator, dtype) for dtype in plan.draws]
 
 
 #: The columns of a row that multiply the model's output, itself or within the prediction.

@@ -76,10 +76,10 @@ class Schedule:
                 return False
         return all(attributes.get(name) is array for name, array in self.arrays)
 
-    def versions_read(self) -> list[tuple[Tensor, int]]:
-        """The tensors that some step has read, with their versions; inference tensors have none."""
+    def tensors_read(self) -> list[Tensor]:
+        """The tensors that some step has read, and whose writes are counted: those of inference tensors are not."""
         read: set[str] = set().union(*(plan.reads for plan in self.plans.values() if isinstance(plan, Plan)))
-        return [(tensor, version) for n, tensor, version in self.tensors if n in read and not tensor.is_inference()]
+        return [tensor for name, tensor, _ in self.tensors if name in read and not tensor.is_inference()]
 
     def position(self, timestep: Tensor) -> int | None:
         """Which of the schedule's own timesteps a tensor is a view of; None for any other.

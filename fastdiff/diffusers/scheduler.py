@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from operator import is_
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +20,7 @@ from ..ops import backends
 from ..philox import as_seeds
 from .guidance import combined, rescaling
 from .plan import Plan, compile_trace
-from .running import run_plan, run_simple
+from .running import draw, launch, run_plan
 from .schedule import FUSED, Schedule
 from .symbols import NotAffine
 from .tracing import HISTORY, INPUTS, USUAL, trace_step
@@ -30,23 +29,55 @@ from .tracing import HISTORY, INPUTS, USUAL, trace_step
 SCALING = "scale_model_input"
 
 
-class Fused:
+class _NoLoop:
+    """Stands in for the extension's `Loop` where there is none: every step's plan is looked up."""
+
+    plan: Plan | None = None
+    undisturbed = False
+
+    def __init__(self, choice: Mapping[str, Any]) -> None:
+        self.steps_taken = 0
+
+    def advance(self, *call: Any) -> Any:
+        return None
+
+    def remember(self, *step: Any) -> None:
+        return None
+
+    def forget(self) -> None:
+        return None
+
+    def unchanged(self, attributes: Mapping[str, Any]) -> bool:
+        return False
+
+
+#: What knows the last step, and takes one that follows it with nothing changed between (csrc/bindings/loop.h).
+_Loop: Any = getattr(backends.extension, "Loop", _NoLoop)
+
+
+class Fused(_Loop):  # type: ignore[misc]
     """What a scheduler has beside its own attributes; not part of its configuration, copies or pickles.
+
+    `plan` is that of the last step, where the next may follow it at once; `steps_taken` counts since the seeds were
+    given or the timesteps set, and is the step of noise drawn inside.
 
     Attributes:
         schedule: what stays from step to step, with the plans.
         seeds: of noise that the fused step draws, or None.
-        steps_taken: since the seeds were given or the timesteps set: the step of that noise.
     """
 
     def __init__(self, scheduler: Any) -> None:
+        super().__init__(vars(backends))
         self.schedule = Schedule(scheduler)
         self.seeds: int | Sequence[int] | Tensor | None = None
-        self.steps_taken = 0
-        self.plan: Plan | None = None
         #: The plan of the last look at `scale_model_input`.
         self.scaling: Plan | None = None
         self._seeds_kept: Tensor | None = None
+
+    def use_seeds(self, seeds: int | Sequence[int] | Tensor | None) -> None:
+        """Draw noise inside the step from now on, or not any more."""
+        self.seeds, self.steps_taken, self._seeds_kept = seeds, 0, None
+        self.forget()
 
     def seeds_for(self, sample: Tensor) -> Tensor:
         """The seeds as a tensor beside the samples, kept for the loop."""
@@ -56,60 +87,32 @@ class Fused:
             kept = self._seeds_kept = as_seeds(self.seeds, sample.shape[0], sample.device)
         return kept
 
-    def remember(
+    def go_on_from(
         self, plan: Plan, name: str, guided: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any], attributes: Any
     ) -> None:
         """Look at the scheduler and the call after a step that was taken the longer way."""
-        place = self.schedule.position(args[1]) if len(args) == 3 and isinstance(args[1], Tensor) else None
-        if place is None:
-            self.plan = None
-            return
-        self.name, self.guided = name, guided
-        self.dtypes = args[0].dtype, args[1].dtype, args[2].dtype
-        self.names, self.rest = tuple(kwargs), tuple(kwargs.values())
-        self.versions = self.schedule.versions_read()
-        self.pointer = args[1].data_ptr()
-        self.look(plan, attributes)
+        schedule = self.schedule
+        if len(args) == 3 and isinstance(args[1], Tensor) and schedule.position(args[1]) is not None:
+            self.remember(
+                plan, attributes, name, guided, args, kwargs, args[1].data_ptr(), schedule.step_bytes,
+                schedule.tensors_read(),
+            )  # fmt: skip
+        else:
+            self.forget()
 
-    def look(self, plan: Plan, attributes: dict[str, Any]) -> None:
-        """Remember the scheduler's attributes as they are after a step, and that the next timestep comes next."""
-        self.plan = plan
-        self.pointer += self.schedule.step_bytes
-        self.values = tuple(attributes.values())
-        self.lists = [(attributes[name], tuple(attributes[name])) for name, _, _ in plan.lists]
+    # What the loop in C++ leaves to Python.
 
-    def undisturbed(
-        self, name: str, guided: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any], attributes: dict[str, Any]
-    ) -> bool:
-        """Whether a call is the last one again, one timestep on, with nothing changed between."""
-        if self.plan is None or len(args) != 3 or name != self.name or guided is not self.guided:
-            return False
-        output, timestep, sample = args
-        try:
-            if timestep.data_ptr() != self.pointer or timestep.dim() != 0:
-                return False
-        except AttributeError:  # a number
-            return False
-        if (output.dtype, timestep.dtype, sample.dtype) != self.dtypes or output.shape != sample.shape:
-            return False
-        if tuple(kwargs) != self.names or not all(map(is_, kwargs.values(), self.rest)):
-            return False
-        return _unchanged(attributes, self.values, self.lists, self.versions)
+    draw = staticmethod(draw)
+    launch = staticmethod(launch)
 
-
-def _unchanged_in_python(
-    attributes: dict[str, Any], values: tuple[Any, ...], lists: list[Any], versions: list[tuple[Tensor, int]]
-) -> bool:
-    """What csrc/bindings/watch.h does, where there is no extension."""
-    return (
-        len(attributes) == len(values)
-        and all(map(is_, attributes.values(), values))
-        and all(len(listed) == len(items) and all(map(is_, listed, items)) for listed, items in lists)
-        and all(tensor._version == version for tensor, version in versions)
-    )
-
-
-_unchanged = getattr(backends.extension, "unchanged", _unchanged_in_python)
+    def run(
+        self, plan: Plan, attributes: dict[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], uncond: Any,
+        guidance: Any,
+    ) -> Any:  # fmt: skip
+        """A step by a plan that is not `simple`."""
+        seeds = self.seeds_for(args[2]) if plan.draws_inside else None
+        given = {**dict(zip(USUAL, args, strict=True)), **kwargs}
+        return run_plan(plan, attributes, given, uncond, guidance, seeds, self.steps_taken)
 
 
 class FusedScheduler:
@@ -183,8 +186,7 @@ class FusedScheduler:
             seeds: one for each sample, as in `fastdiff.randn`; its `step` is the number of steps taken since
                 `set_timesteps`.
         """
-        fused = fused_of(self)
-        fused.seeds, fused.steps_taken, fused.plan, fused._seeds_kept = seeds, 0, None, None
+        fused_of(self).use_seeds(seeds)
 
     def step_otherwise(self, name: str, given: Mapping[str, Any]) -> Any:
         """Take a step that has no plan, by the diffusers class's own code."""
@@ -238,15 +240,15 @@ def _scaling_method(name: str, method: Any, signature: inspect.Signature) -> Any
         after = fused.plan if fused is not None and len(args) == 2 and not kwargs else None
         if fused is None or after is None or attributes.get("_step_index") is None:
             return _take_carefully(self, name, args, kwargs, None, None)
-        if not _unchanged(attributes, fused.values, fused.lists, fused.versions):
+        if not fused.unchanged(attributes):
             return _take_carefully(self, name, args, kwargs, None, None)
         sample = args[0]
-        if after.next_scale is not None and isinstance(sample, Tensor) and sample.dtype == fused.dtypes[2]:
-            return sample * after.next_scale
+        if after.next_scale is not None and isinstance(sample, Tensor) and sample.dtype is after.next_scale[0]:
+            return sample * after.next_scale[1]
         result = _take_carefully(self, name, args, kwargs, None, None)
         plan = fused.scaling
         if plan is not None and fused.plan is after:
-            after.next_scale = plan.only_scale
+            after.next_scale = None if plan.only_scale is None else (plan.dtype, plan.only_scale)
         return result
 
     scale_model_input.__signature__ = signature  # type: ignore[attr-defined]
@@ -283,21 +285,20 @@ def fused_of(scheduler: Any) -> Fused:
     if fused is None:
         fused = attributes[FUSED] = Fused(scheduler)
     elif not fused.schedule.holds(attributes):
-        fused.schedule, fused.plan = Schedule(scheduler, fused.schedule), None
+        fused.schedule = Schedule(scheduler, fused.schedule)
+        fused.forget()
     return fused
 
 
 def _take(scheduler: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], uncond: Any, scale: Any) -> Any:
     attributes = scheduler.__dict__
     fused = attributes.get(FUSED)
-    undisturbed = fused is not None and fused.undisturbed(name, uncond is not None, args, kwargs, attributes)
-    if undisturbed and (plan := fused.plan.follower) is not None:
-        seeds = fused.seeds_for(args[2]) if plan.draws_inside else None
-        result = run_simple(plan, attributes, args, kwargs, uncond, scale, seeds, fused.steps_taken)
-        fused.steps_taken += 1
-        fused.look(plan, attributes)
-        return result
-    return _take_carefully(scheduler, name, args, kwargs, uncond, scale, undisturbed)
+    if fused is None:
+        return _take_carefully(scheduler, name, args, kwargs, uncond, scale)
+    result = fused.advance(attributes, name, args, kwargs, uncond, scale)
+    if result is None:
+        return _take_carefully(scheduler, name, args, kwargs, uncond, scale, fused.undisturbed)
+    return result
 
 
 def _take_carefully(
@@ -323,7 +324,7 @@ def _take_carefully(
     if name == SCALING:
         fused.scaling = None if isinstance(plan, str) else plan
     elif isinstance(plan, str):
-        fused.plan = None
+        fused.forget()
     if isinstance(plan, str):
         if uncond is not None:
             given["model_output"] = combined(uncond, output, scale, factor)
@@ -333,10 +334,10 @@ def _take_carefully(
     if name == SCALING:
         return result
     fused.steps_taken += 1
-    if undisturbed and plan.simple and fused.plan is not None:  # none: a tensor has changed that no step had read
-        fused.plan.follower = plan
+    if undisturbed and fused.plan is not None:  # none: a tensor has changed that no step had read
+        fused.plan.program.follow(plan.program)
     if names[:3] == USUAL:
-        fused.remember(plan, name, uncond is not None, args, kwargs, attributes)
+        fused.go_on_from(plan, name, uncond is not None, args, kwargs, attributes)
     return result
 
 

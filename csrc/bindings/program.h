@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: MIT
+// A drop-in scheduler's plan (fastdiff/diffusers/plan.py) as C++ reads it: where a step's tensors come from, the row,
+// and what becomes of the results.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common.h"
+
+namespace fastdiff::bindings {
+
+// The number of a slot, or a constant.
+struct Entry {
+    int slot = -1;
+    py::object constant;
+};
+
+struct Program {
+    // `plan` is an object with the attributes that are read here, which fastdiff.diffusers.plan.Plan describes.
+    explicit Program(const py::handle& plan) : plan(plan.ptr()) {
+        simple = plan.attr("simple").cast<bool>();
+        for (const py::handle source : plan.attr("from_attributes")) {
+            const auto pair = source.cast<py::tuple>();
+            from_attributes.emplace_back(pair[0], pair[1].is_none() ? -1 : pair[1].cast<Py_ssize_t>());
+        }
+        from_arguments = plan.attr("from_arguments").cast<std::vector<int>>();
+        from_keywords = objects(plan.attr("from_keywords"));
+        registers = plan.attr("registers").cast<std::vector<int>>();
+        draws = objects(plan.attr("draws"));
+        if (!plan.attr("noise").is_none()) noise = plan.attr("noise").cast<int>();
+        draws_inside = plan.attr("draws_inside").cast<bool>();
+        keeps = plan.attr("keeps").cast<int64_t>();
+        if (simple) table = THPVariable_Unpack(plan.attr("host_table").ptr());
+        for (const py::handle item : plan.attr("constants").attr("items")()) {
+            const auto pair = item.cast<py::tuple>();
+            constants.emplace_back(pair[0], pair[1]);
+        }
+        for (const py::handle item : plan.attr("variables")) {
+            const auto pair = item.cast<py::tuple>();
+            variables.emplace_back(pair[0], pair[1].cast<int>());
+        }
+        for (const py::handle item : plan.attr("lists")) {
+            const auto triple = item.cast<py::tuple>();
+            lists.push_back({triple[0], triple[1].cast<bool>(), entries(triple[2])});
+        }
+        results = entries(plan.attr("results"));
+        in_tuple = plan.attr("kind").ptr() == reinterpret_cast<PyObject*>(&PyTuple_Type);
+        kind = plan.attr("kind");
+        if (!plan.attr("names").is_none()) names = objects(plan.attr("names"));
+        TORCH_CHECK_VALUE(registers.size() <= kRegisters, "Program: expected up to 4 registers");
+    }
+
+    // What is written to a list of the scheduler.
+    struct List {
+        py::object name;
+        bool same;  // the list stays the same object
+        std::vector<Entry> entries;
+    };
+
+    PyObject* plan;  // who owns this
+    bool simple;
+    std::vector<std::pair<py::object, Py_ssize_t>> from_attributes;
+    std::vector<int> from_arguments;
+    std::vector<py::object> from_keywords;
+    std::vector<int> registers;
+    std::vector<py::object> draws;
+    int noise = -1;
+    bool draws_inside;
+    int64_t keeps;
+    at::Tensor table;
+    std::vector<std::pair<py::object, py::object>> constants;
+    std::vector<std::pair<py::object, int>> variables;
+    std::vector<List> lists;
+    std::vector<Entry> results;
+    bool in_tuple;
+    py::object kind;
+    std::vector<py::object> names;
+    // The program of the same call at the next timestep with nothing changed between, once one has followed. Timesteps
+    // go forward from one to the next, so no chain of them is a circle.
+    Program* follower = nullptr;
+    py::object follower_plan;
+
+  private:
+    static std::vector<py::object> objects(const py::handle& sequence) {
+        std::vector<py::object> found;
+        for (const py::handle item : sequence) found.push_back(py::reinterpret_borrow<py::object>(item));
+        return found;
+    }
+    // Of a plan, an entry is an int or a `Constant`, which has a value.
+    static std::vector<Entry> entries(const py::handle& sequence) {
+        std::vector<Entry> found;
+        for (const py::handle item : sequence) {
+            if (PyLong_CheckExact(item.ptr()))
+                found.push_back({item.cast<int>(), py::object()});
+            else
+                found.push_back({-1, item.attr("value")});
+        }
+        return found;
+    }
+};
+
+inline void define_program(py::module_& m) {
+    py::class_<Program>(m, "Program")
+        .def(py::init<const py::handle&>(), py::arg("plan"))
+        .def(
+            "follow",
+            [](Program& self, Program& next) {
+                self.follower = &next;
+                self.follower_plan = py::reinterpret_borrow<py::object>(next.plan);
+            },
+            py::arg("next"), "Say which program follows where nothing is changed.");
+}
+
+}  // namespace fastdiff::bindings
