@@ -7,7 +7,7 @@
 #include "bindings/reduce.h"
 #include "bindings/config.h"
 #include "bindings/copy.h"
-#include "bindings/loop.h"
+#include "bindings/stepping.h"
 
 namespace {
 
@@ -42,5 +42,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     define_reductions(m);
     define_program(m);
     define_loop(m);
+    define_stepping(m);
     if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }

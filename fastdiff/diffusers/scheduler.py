@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -38,9 +38,6 @@ class _NoLoop:
     def __init__(self, choice: Mapping[str, Any]) -> None:
         self.steps_taken = 0
 
-    def advance(self, *call: Any) -> Any:
-        return None
-
     def remember(self, *step: Any) -> None:
         return None
 
@@ -53,6 +50,19 @@ class _NoLoop:
 
 #: What knows the last step, and takes one that follows it with nothing changed between (csrc/bindings/loop.h).
 _Loop: Any = getattr(backends.extension, "Loop", _NoLoop)
+_SteppingMethod: Any = getattr(backends.extension, "SteppingMethod", None)
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _goes_on(name: str, *, guided: bool = False) -> Callable[[_Method], _Method]:
+    """Make of a method that takes the step called `name` one that goes on from the last step where it can."""
+
+    def decorate(otherwise: _Method) -> _Method:
+        if _SteppingMethod is None:
+            return otherwise
+        return cast(_Method, functools.update_wrapper(_SteppingMethod(name, otherwise, guided), otherwise))
+
+    return decorate
 
 
 class Fused(_Loop):  # type: ignore[misc]
@@ -147,6 +157,7 @@ class FusedScheduler:
         if index is not None and "schedule_timesteps" in inspect.signature(index).parameters:
             cls.index_for_timestep = _index_for_timestep  # type: ignore[attr-defined]
 
+    @_goes_on("step", guided=True)
     def guided_step(
         self,
         model_output_uncond: Tensor,
@@ -173,9 +184,7 @@ class FusedScheduler:
         args = (model_output_cond, timestep, sample)
         if self.arguments["step"][:3] != USUAL:
             kwargs, args = {**dict(zip(USUAL, args, strict=True)), **kwargs}, ()  # type: ignore[assignment]
-        if factor is not None:
-            return _take_carefully(self, "step", args, kwargs, model_output_uncond, guidance_scale, factor=factor)
-        return _take(self, "step", args, kwargs, model_output_uncond, guidance_scale)
+        return _take(self, "step", args, kwargs, model_output_uncond, guidance_scale, factor)
 
     def use_philox(self, seeds: int | Sequence[int] | Tensor | None) -> None:
         """Draw the step's noise inside the step, each sample's from its own seed; None goes back to generators.
@@ -223,6 +232,7 @@ def _rebuild(name: str) -> FusedScheduler:
 
 
 def _stepping_method(name: str, method: Any, signature: inspect.Signature) -> Any:
+    @_goes_on(name)
     @functools.wraps(method)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _take(self, name, args, kwargs, None, None)
@@ -239,13 +249,13 @@ def _scaling_method(name: str, method: Any, signature: inspect.Signature) -> Any
         # Where nothing has changed since the last step, the factor is the one that was found there before.
         after = fused.plan if fused is not None and len(args) == 2 and not kwargs else None
         if fused is None or after is None or attributes.get("_step_index") is None:
-            return _take_carefully(self, name, args, kwargs, None, None)
+            return _take(self, name, args, kwargs, None, None)
         if not fused.unchanged(attributes):
-            return _take_carefully(self, name, args, kwargs, None, None)
+            return _take(self, name, args, kwargs, None, None)
         sample = args[0]
         if after.next_scale is not None and isinstance(sample, Tensor) and sample.dtype is after.next_scale[0]:
             return sample * after.next_scale[1]
-        result = _take_carefully(self, name, args, kwargs, None, None)
+        result = _take(self, name, args, kwargs, None, None)
         plan = fused.scaling
         if plan is not None and fused.plan is after:
             after.next_scale = None if plan.only_scale is None else (plan.dtype, plan.only_scale)
@@ -290,20 +300,9 @@ def fused_of(scheduler: Any) -> Fused:
     return fused
 
 
-def _take(scheduler: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], uncond: Any, scale: Any) -> Any:
-    attributes = scheduler.__dict__
-    fused = attributes.get(FUSED)
-    if fused is None:
-        return _take_carefully(scheduler, name, args, kwargs, uncond, scale)
-    result = fused.advance(attributes, name, args, kwargs, uncond, scale)
-    if result is None:
-        return _take_carefully(scheduler, name, args, kwargs, uncond, scale, fused.undisturbed)
-    return result
-
-
-def _take_carefully(
+def _take(
     scheduler: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], uncond: Any, scale: Any,
-    undisturbed: bool = False, factor: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> Any:  # fmt: skip
     """A step whose plan has to be looked up, or made; or one that the scheduler's own code takes."""
     names = scheduler.arguments[name]
@@ -314,6 +313,7 @@ def _take_carefully(
     if not isinstance(output, Tensor) or not isinstance(sample, Tensor) or len(args) > len(names):
         return getattr(scheduler.original, name)(scheduler, *args, **kwargs)  # which says what is wrong
     fused = fused_of(scheduler)
+    undisturbed = fused.undisturbed and factor is None and name != SCALING
     schedule, attributes = fused.schedule, vars(scheduler)
     key = (name, uncond is None, fused.seeds is None, output.shape == sample.shape,
            schedule.of_other_shapes(attributes, sample.shape), schedule.state(attributes),
@@ -334,7 +334,7 @@ def _take_carefully(
     if name == SCALING:
         return result
     fused.steps_taken += 1
-    if undisturbed and fused.plan is not None:  # none: a tensor has changed that no step had read
+    if undisturbed and fused.plan is not None:  # none: the schedule was looked at anew
         fused.plan.program.follow(plan.program)
     if names[:3] == USUAL:
         fused.go_on_from(plan, name, uncond is not None, args, kwargs, attributes)

@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: MIT
+// A drop-in scheduler's step by a `simple` program: gather, draw, one fused step, write the state, hand out.
+#pragma once
+
+#include "program.h"
+#include "step.h"
+
+namespace fastdiff::bindings {
+
+// `fastdiff.Purpose.STEP`.
+constexpr int64_t kStepPurpose = 1;
+// Slots of one step: what it reads, draws and makes.
+constexpr size_t kSlots = 24;
+// Keywords that a call may have beside its three arguments.
+constexpr size_t kKeywords = 8;
+
+// What a step is called with; all references are the caller's.
+struct StepCall {
+    std::array<PyObject*, 3> arguments{};  // model_output (of guidance, the conditional one), timestep, sample
+    PyObject *uncond = Py_None, *guidance = Py_None;
+    std::array<std::pair<PyObject*, PyObject*>, kKeywords> keywords{};
+    size_t count = 0;
+
+    PyObject* output() const { return arguments[0]; }
+    PyObject* timestep() const { return arguments[1]; }
+    PyObject* sample() const { return arguments[2]; }
+    // By an interned name.
+    PyObject* keyword(PyObject* name) const {
+        for (size_t i = 0; i < count; ++i)
+            if (keywords[i].first == name) return keywords[i].second;
+        return nullptr;
+    }
+};
+
+// The values of one step by slot.
+class Slots {
+  public:
+    void add(py::object value) { values_[count_++] = std::move(value); }
+    void add(PyObject* borrowed) { add(py::reinterpret_borrow<py::object>(borrowed)); }
+    PyObject* of(int slot) const { return values_[static_cast<size_t>(slot)].ptr(); }
+    PyObject* of(const Entry& entry) const { return entry.slot < 0 ? entry.constant.ptr() : of(entry.slot); }
+
+  private:
+    std::array<py::object, kSlots> values_;
+    size_t count_ = 0;
+};
+
+// A new reference that is there, or the error that was set.
+inline py::object made(PyObject* object) {
+    if (object == nullptr) throw python_error();
+    return py::reinterpret_steal<py::object>(object);
+}
+
+template <typename... Objects>
+py::object call_method(PyObject* self, const char* name, Objects... arguments) {
+    const py::object method = made(PyUnicode_InternFromString(name));
+    return made(PyObject_CallMethodObjArgs(self, method.ptr(), static_cast<PyObject*>(arguments)..., nullptr));
+}
+
+inline MaybeTensor tensor_in(PyObject* object) {
+    return object != nullptr && THPVariable_Check(object) ? &THPVariable_Unpack(object) : nullptr;
+}
+
+// One step of a `simple` program.
+class SimpleStep {
+  public:
+    // `loop` has the methods of fastdiff.diffusers.scheduler.Fused; `choice` is the dictionary in which `forced` names a
+    // backend, or is None.
+    SimpleStep(PyObject* loop, PyObject* choice, const Program& program, PyObject* attributes, const StepCall& call)
+        : loop_(loop), choice_(choice), program_(program), attributes_(attributes), call_(call) {}
+
+    py::object take(int64_t steps_taken) {
+        gather();
+        draw();
+        make(steps_taken);
+        write();
+        return result();
+    }
+
+  private:
+    void gather() {
+        for (const auto& [name, index] : program_.from_attributes) {
+            PyObject* value = PyDict_GetItemWithError(attributes_, name.ptr());
+            if (value != nullptr && index >= 0)
+                value = PyList_Check(value) && index < PyList_GET_SIZE(value) ? PyList_GET_ITEM(value, index) : nullptr;
+            TORCH_INTERNAL_ASSERT(value != nullptr, "a plan's attribute is gone");
+            slots_.add(value);
+        }
+        for (const int place : program_.from_arguments) slots_.add(call_.arguments[static_cast<size_t>(place)]);
+        for (const py::object& name : program_.from_keywords) {
+            PyObject* value = call_.keyword(name.ptr());
+            TORCH_INTERNAL_ASSERT(value != nullptr, "a plan's argument is gone");
+            slots_.add(value);
+        }
+    }
+
+    void draw() {
+        if (program_.draws.empty()) return;
+        static PyObject* const generator_name = PyUnicode_InternFromString("generator");
+        PyObject* generator = call_.keyword(generator_name);
+        if (generator == nullptr) generator = Py_None;
+        for (const py::object& dtype : program_.draws)
+            slots_.add(call_method(loop_, "draw", call_.output(), generator, dtype.ptr()));
+    }
+
+    void make(int64_t steps_taken) {
+        py::object seeds = py::none();
+        const py::object noise_step = made(PyLong_FromLongLong(steps_taken));
+        if (program_.draws_inside) seeds = call_method(loop_, "seeds_for", call_.sample());
+        PyObject* noise = program_.noise < 0 ? Py_None : slots_.of(program_.noise);
+        if (directly(noise, seeds.ptr(), noise_step.ptr())) return;
+        const py::object history = made(PyList_New(static_cast<Py_ssize_t>(program_.registers.size())));
+        for (size_t j = 0; j < program_.registers.size(); ++j)
+            PyList_SET_ITEM(history.ptr(), static_cast<Py_ssize_t>(j), Py_NewRef(slots_.of(program_.registers[j])));
+        const py::object made_elsewhere =
+            call_method(loop_, "launch", program_.plan, call_.sample(), call_.output(), call_.uncond, call_.guidance,
+                        history.ptr(), noise, seeds.ptr(), noise_step.ptr());
+        TORCH_INTERNAL_ASSERT(PyTuple_Check(made_elsewhere.ptr()) &&
+                              PyTuple_GET_SIZE(made_elsewhere.ptr()) == program_.keeps + 1);
+        for (int64_t o = 0; o <= program_.keeps; ++o) slots_.add(PyTuple_GET_ITEM(made_elsewhere.ptr(), o));
+    }
+
+    // By the loops of this extension, where nothing forces another backend and all is plain.
+    bool directly(PyObject* noise, PyObject* seeds, PyObject* noise_step) {
+        static PyObject* const forced = PyUnicode_InternFromString("forced");
+        static PyObject* const first_row = PyLong_FromLong(0);
+        StepRequest request;
+        request.sample = tensor_in(call_.sample());
+        if (!request.sample->is_cpu() || PyDict_GetItemWithError(choice_, forced) != Py_None) return false;
+        request.model_output = tensor_in(call_.output());
+        request.table = &program_.table;
+        request.row = first_row;
+        request.uncond = tensor_in(call_.uncond);
+        if (request.uncond == nullptr && call_.uncond != Py_None) return false;  // for Python to say what it is
+        request.guidance = call_.guidance;
+        for (size_t j = 0; j < program_.registers.size(); ++j) {
+            request.history[j] = tensor_in(slots_.of(program_.registers[j]));
+            if (request.history[j] == nullptr) return false;
+        }
+        request.noise = tensor_in(noise);
+        request.seeds = tensor_in(seeds);
+        request.noise_step = noise_step;
+        request.purpose = kStepPurpose;
+        request.keeps = program_.keeps;
+        Outputs outputs;
+        if (!take_step(request, &outputs)) return false;
+        for (int64_t o = 0; o <= program_.keeps; ++o) slots_.add(made(THPVariable_Wrap(std::move(outputs[o]))));
+        return true;
+    }
+
+    void write() {
+        for (const auto& [name, value] : program_.constants) set(name, value.ptr());
+        for (const auto& [name, slot] : program_.variables) set(name, slots_.of(slot));
+        for (const Program::List& list : program_.lists) {
+            const py::object items = made(PyList_New(static_cast<Py_ssize_t>(list.entries.size())));
+            for (size_t i = 0; i < list.entries.size(); ++i)
+                PyList_SET_ITEM(items.ptr(), static_cast<Py_ssize_t>(i), Py_NewRef(slots_.of(list.entries[i])));
+            if (!list.same) {
+                set(list.name, items.ptr());
+                continue;
+            }
+            PyObject* before = PyDict_GetItemWithError(attributes_, list.name.ptr());
+            TORCH_INTERNAL_ASSERT(before != nullptr && PyList_Check(before), "a plan's list is gone");
+            if (PyList_SetSlice(before, 0, PyList_GET_SIZE(before), items.ptr()) != 0) throw python_error();
+        }
+    }
+
+    void set(const py::object& name, PyObject* value) {
+        if (PyDict_SetItem(attributes_, name.ptr(), value) != 0) throw python_error();
+    }
+
+    py::object result() const {
+        const std::vector<Entry>& results = program_.results;
+        if (program_.in_tuple) {
+            py::object tuple = made(PyTuple_New(static_cast<Py_ssize_t>(results.size())));
+            for (size_t i = 0; i < results.size(); ++i)
+                PyTuple_SET_ITEM(tuple.ptr(), static_cast<Py_ssize_t>(i), Py_NewRef(slots_.of(results[i])));
+            return tuple;
+        }
+        if (program_.kind.is_none()) return py::reinterpret_borrow<py::object>(slots_.of(results[0]));
+        const py::object by_name = made(PyDict_New()), nothing = made(PyTuple_New(0));
+        for (size_t i = 0; i < results.size(); ++i)
+            if (PyDict_SetItem(by_name.ptr(), program_.names[i].ptr(), slots_.of(results[i])) != 0)
+                throw python_error();
+        return made(PyObject_Call(program_.kind.ptr(), nothing.ptr(), by_name.ptr()));
+    }
+
+    PyObject *loop_, *choice_;
+    const Program& program_;
+    PyObject* attributes_;
+    const StepCall& call_;
+    Slots slots_;
+};
+
+}  // namespace fastdiff::bindings

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: MIT
+// The type `SteppingMethod`: a method of a drop-in scheduler that takes a step. It goes on in the scheduler's `Loop` where
+// it can, and calls a Python function with the same arguments where it cannot.
+#pragma once
+
+#include "loop.h"
+
+namespace fastdiff::bindings {
+
+struct SteppingMethod {
+    PyObject_HEAD
+    vectorcallfunc vectorcall;
+    PyObject* attributes;  // as a function has them: a name, a docstring, a signature
+    PyObject* name;        // of the method that takes the step
+    PyObject* otherwise;
+    bool guided;
+};
+
+// Reads a call (self, model_output, timestep, sample, **keywords) or, with guidance, (self, uncond, cond, scale,
+// timestep, sample, **keywords); false where it has another form.
+inline bool read_call(bool guided, PyObject* const* objects, Py_ssize_t positional, PyObject* names, StepCall* call) {
+    static PyObject* const rescale = PyUnicode_InternFromString("guidance_rescale");
+    if (positional != (guided ? 6 : 4)) return false;
+    if (guided) {
+        if (objects[1] == Py_None) return false;
+        call->uncond = objects[1];
+        call->guidance = objects[3];
+        call->arguments = {objects[2], objects[4], objects[5]};
+    } else {
+        call->arguments = {objects[1], objects[2], objects[3]};
+    }
+    const Py_ssize_t count = names == nullptr ? 0 : PyTuple_GET_SIZE(names);
+    if (count > static_cast<Py_ssize_t>(kKeywords)) return false;
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        PyObject *key = PyTuple_GET_ITEM(names, i), *value = objects[positional + i];
+        if (guided && key == rescale) {
+            if (!PyFloat_CheckExact(value) || PyFloat_AS_DOUBLE(value) != 0.0) return false;
+            continue;
+        }
+        call->keywords[call->count++] = {key, value};
+    }
+    return true;
+}
+
+inline PyObject* stepping_call(PyObject* self, PyObject* const* objects, size_t flagged, PyObject* names) {
+    HANDLE_TH_ERRORS
+    static PyObject* const fused = PyUnicode_InternFromString("_fused");
+    const auto* method = reinterpret_cast<SteppingMethod*>(self);
+    const Py_ssize_t positional = PyVectorcall_NARGS(flagged);
+    StepCall call;
+    if (positional > 0) {
+        const py::object attributes = made(PyObject_GenericGetDict(objects[0], nullptr));
+        PyObject* found = PyDict_GetItemWithError(attributes.ptr(), fused);
+        if (found != nullptr && PyObject_TypeCheck(found, loop_type)) {
+            const py::object loop = py::reinterpret_borrow<py::object>(found);
+            loop_of(found)->state->undisturbed = false;
+            if (read_call(method->guided, objects, positional, names, &call)) {
+                py::object result = loop_of(found)->advance(attributes.ptr(), method->name, call);
+                if (result.ptr() != nullptr) return result.release().ptr();
+            }
+        }
+    }
+    return PyObject_Vectorcall(method->otherwise, objects, flagged, names);
+    END_HANDLE_TH_ERRORS
+}
+
+inline PyObject* stepping_bind(PyObject* self, PyObject* object, PyObject* /*type*/) {
+    return object == nullptr || object == Py_None ? Py_NewRef(self) : PyMethod_New(self, object);
+}
+
+inline PyObject* stepping_new(PyTypeObject* type, PyObject* args, PyObject* /*kwargs*/) {
+    PyObject *name = nullptr, *otherwise = nullptr;
+    int guided = 0;
+    if (PyArg_ParseTuple(args, "UOp:SteppingMethod", &name, &otherwise, &guided) == 0) return nullptr;
+    PyObject* self = type->tp_alloc(type, 0);
+    if (self == nullptr) return nullptr;
+    auto* method = reinterpret_cast<SteppingMethod*>(self);
+    method->vectorcall = &stepping_call;
+    method->name = Py_NewRef(name);
+    PyUnicode_InternInPlace(&method->name);
+    method->otherwise = Py_NewRef(otherwise);
+    method->guided = guided != 0;
+    return self;
+}
+
+inline int stepping_traverse(PyObject* self, visitproc visit, void* arg) {
+    const auto* method = reinterpret_cast<SteppingMethod*>(self);
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(method->attributes);
+    Py_VISIT(method->otherwise);
+    return 0;
+}
+
+inline int stepping_clear(PyObject* self) {
+    auto* method = reinterpret_cast<SteppingMethod*>(self);
+    Py_CLEAR(method->attributes);
+    Py_CLEAR(method->otherwise);
+    return 0;
+}
+
+inline void stepping_dealloc(PyObject* self) {
+    PyTypeObject* type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    Py_XDECREF(reinterpret_cast<SteppingMethod*>(self)->name);
+    stepping_clear(self);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+inline void define_stepping(py::module_& m) {
+    static PyMemberDef members[] = {
+        {"__dictoffset__", T_PYSSIZET, offsetof(SteppingMethod, attributes), READONLY, nullptr},
+        {"__vectorcalloffset__", T_PYSSIZET, offsetof(SteppingMethod, vectorcall), READONLY, nullptr},
+        {nullptr, 0, 0, 0, nullptr},
+    };
+    static PyGetSetDef properties[] = {
+        {"__dict__", &PyObject_GenericGetDict, &PyObject_GenericSetDict, nullptr, nullptr},
+        {nullptr, nullptr, nullptr, nullptr, nullptr},
+    };
+    static PyType_Slot slots[] = {
+        {Py_tp_new, reinterpret_cast<void*>(&stepping_new)},
+        {Py_tp_call, reinterpret_cast<void*>(&PyVectorcall_Call)},
+        {Py_tp_descr_get, reinterpret_cast<void*>(&stepping_bind)},
+        {Py_tp_traverse, reinterpret_cast<void*>(&stepping_traverse)},
+        {Py_tp_clear, reinterpret_cast<void*>(&stepping_clear)},
+        {Py_tp_dealloc, reinterpret_cast<void*>(&stepping_dealloc)},
+        {Py_tp_getset, properties},
+        {Py_tp_members, members},
+        {0, nullptr},
+    };
+    static PyType_Spec spec = {"fastdiff._C.SteppingMethod", sizeof(SteppingMethod), 0,
+                               Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL |
+                                   Py_TPFLAGS_METHOD_DESCRIPTOR,
+                               slots};
+    m.attr("SteppingMethod") = made(PyType_FromSpec(&spec));
+}
+
+}  // namespace fastdiff::bindings
