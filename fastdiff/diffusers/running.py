@@ -83,7 +83,8 @@ def run_plan(
 
 def draw(output: Tensor, generator: Any, dtype: torch.dtype) -> Tensor:
     """A step's noise, drawn as diffusers draws it."""
-    return randn_tensor(output.shape, generator, output.device, dtype)
+    noise: Tensor = randn_tensor(output.shape, generator, output.device, dtype)
+    return noise
 
 
 def launch(
