@@ -31,8 +31,7 @@ struct LoopState {
 };
 
 struct Loop {
-    PyObject_HEAD
-    LoopState* state;
+    PyObject_HEAD LoopState* state;
     long long steps_taken;
 
     PyObject* self() { return reinterpret_cast<PyObject*>(this); }

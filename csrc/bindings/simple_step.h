@@ -64,8 +64,8 @@ inline MaybeTensor tensor_in(PyObject* object) {
 // One step of a `simple` program.
 class SimpleStep {
   public:
-    // `loop` has the methods of fastdiff.diffusers.scheduler.Fused; `choice` is the dictionary in which `forced` names a
-    // backend, or is None.
+    // `loop` has the methods of fastdiff.diffusers.scheduler.Fused; `choice` is the dictionary in which `forced` names
+    // a backend, or is None.
     SimpleStep(PyObject* loop, PyObject* choice, const Program& program, PyObject* attributes, const StepCall& call)
         : loop_(loop), choice_(choice), program_(program), attributes_(attributes), call_(call) {}
 

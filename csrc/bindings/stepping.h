@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: MIT
-// The type `SteppingMethod`: a method of a drop-in scheduler that takes a step. It goes on in the scheduler's `Loop` where
-// it can, and calls a Python function with the same arguments where it cannot.
+// The type `Stepping`: a method of a drop-in scheduler that takes a step. It goes on in the scheduler's `Loop`
+// where it can, and calls a Python function with the same arguments where it cannot.
 #pragma once
 
 #include "loop.h"
 
 namespace fastdiff::bindings {
 
-struct SteppingMethod {
-    PyObject_HEAD
-    vectorcallfunc vectorcall;
+struct Stepping {
+    PyObject_HEAD vectorcallfunc vectorcall;
     PyObject* attributes;  // as a function has them: a name, a docstring, a signature
     PyObject* name;        // of the method that takes the step
     PyObject* otherwise;
@@ -45,7 +44,7 @@ inline bool read_call(bool guided, PyObject* const* objects, Py_ssize_t position
 inline PyObject* stepping_call(PyObject* self, PyObject* const* objects, size_t flagged, PyObject* names) {
     HANDLE_TH_ERRORS
     static PyObject* const fused = PyUnicode_InternFromString("_fused");
-    const auto* method = reinterpret_cast<SteppingMethod*>(self);
+    const auto* method = reinterpret_cast<Stepping*>(self);
     const Py_ssize_t positional = PyVectorcall_NARGS(flagged);
     StepCall call;
     if (positional > 0) {
@@ -64,17 +63,13 @@ inline PyObject* stepping_call(PyObject* self, PyObject* const* objects, size_t 
     END_HANDLE_TH_ERRORS
 }
 
-inline PyObject* stepping_bind(PyObject* self, PyObject* object, PyObject* /*type*/) {
-    return object == nullptr || object == Py_None ? Py_NewRef(self) : PyMethod_New(self, object);
-}
-
 inline PyObject* stepping_new(PyTypeObject* type, PyObject* args, PyObject* /*kwargs*/) {
     PyObject *name = nullptr, *otherwise = nullptr;
     int guided = 0;
-    if (PyArg_ParseTuple(args, "UOp:SteppingMethod", &name, &otherwise, &guided) == 0) return nullptr;
+    if (PyArg_ParseTuple(args, "UOp:Stepping", &name, &otherwise, &guided) == 0) return nullptr;
     PyObject* self = type->tp_alloc(type, 0);
     if (self == nullptr) return nullptr;
-    auto* method = reinterpret_cast<SteppingMethod*>(self);
+    auto* method = reinterpret_cast<Stepping*>(self);
     method->vectorcall = &stepping_call;
     method->name = Py_NewRef(name);
     PyUnicode_InternInPlace(&method->name);
@@ -84,7 +79,7 @@ inline PyObject* stepping_new(PyTypeObject* type, PyObject* args, PyObject* /*kw
 }
 
 inline int stepping_traverse(PyObject* self, visitproc visit, void* arg) {
-    const auto* method = reinterpret_cast<SteppingMethod*>(self);
+    const auto* method = reinterpret_cast<Stepping*>(self);
     Py_VISIT(Py_TYPE(self));
     Py_VISIT(method->attributes);
     Py_VISIT(method->otherwise);
@@ -92,7 +87,7 @@ inline int stepping_traverse(PyObject* self, visitproc visit, void* arg) {
 }
 
 inline int stepping_clear(PyObject* self) {
-    auto* method = reinterpret_cast<SteppingMethod*>(self);
+    auto* method = reinterpret_cast<Stepping*>(self);
     Py_CLEAR(method->attributes);
     Py_CLEAR(method->otherwise);
     return 0;
@@ -101,7 +96,7 @@ inline int stepping_clear(PyObject* self) {
 inline void stepping_dealloc(PyObject* self) {
     PyTypeObject* type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
-    Py_XDECREF(reinterpret_cast<SteppingMethod*>(self)->name);
+    Py_XDECREF(reinterpret_cast<Stepping*>(self)->name);
     stepping_clear(self);
     type->tp_free(self);
     Py_DECREF(type);
@@ -109,8 +104,8 @@ inline void stepping_dealloc(PyObject* self) {
 
 inline void define_stepping(py::module_& m) {
     static PyMemberDef members[] = {
-        {"__dictoffset__", T_PYSSIZET, offsetof(SteppingMethod, attributes), READONLY, nullptr},
-        {"__vectorcalloffset__", T_PYSSIZET, offsetof(SteppingMethod, vectorcall), READONLY, nullptr},
+        {"__dictoffset__", T_PYSSIZET, offsetof(Stepping, attributes), READONLY, nullptr},
+        {"__vectorcalloffset__", T_PYSSIZET, offsetof(Stepping, vectorcall), READONLY, nullptr},
         {nullptr, 0, 0, 0, nullptr},
     };
     static PyGetSetDef properties[] = {
@@ -120,7 +115,6 @@ inline void define_stepping(py::module_& m) {
     static PyType_Slot slots[] = {
         {Py_tp_new, reinterpret_cast<void*>(&stepping_new)},
         {Py_tp_call, reinterpret_cast<void*>(&PyVectorcall_Call)},
-        {Py_tp_descr_get, reinterpret_cast<void*>(&stepping_bind)},
         {Py_tp_traverse, reinterpret_cast<void*>(&stepping_traverse)},
         {Py_tp_clear, reinterpret_cast<void*>(&stepping_clear)},
         {Py_tp_dealloc, reinterpret_cast<void*>(&stepping_dealloc)},
@@ -128,11 +122,12 @@ inline void define_stepping(py::module_& m) {
         {Py_tp_members, members},
         {0, nullptr},
     };
-    static PyType_Spec spec = {"fastdiff._C.SteppingMethod", sizeof(SteppingMethod), 0,
-                               Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL |
-                                   Py_TPFLAGS_METHOD_DESCRIPTOR,
-                               slots};
-    m.attr("SteppingMethod") = made(PyType_FromSpec(&spec));
+    static PyType_Spec spec = {"fastdiff._C.Stepping", sizeof(Stepping), 0,
+                               Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL, slots};
+    m.attr("Stepping") = made(PyType_FromSpec(&spec));
+    m.def(
+        "as_method", [](const py::object& callable) { return made(PyInstanceMethod_New(callable.ptr())); },
+        "A callable that a class binds to its objects, as it binds functions.");
 }
 
 }  // namespace fastdiff::bindings

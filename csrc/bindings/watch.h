@@ -14,8 +14,8 @@ namespace py = pybind11;
 
 class Watch {
   public:
-    // Remember the attributes, and what is in the lists among them. `owner` is one of the attributes and no state; it is
-    // not held, so that the scheduler dies with its last reference.
+    // Remember the attributes, and what is in the lists among them. `owner` is one of the attributes and no state; it
+    // is not held, so that the scheduler dies with its last reference.
     void look(PyObject* attributes, PyObject* owner) {
         // Objects that are not watched any more live until all is in order here: what dies may call back.
         std::vector<py::object> gone;
@@ -27,7 +27,8 @@ class Watch {
         size_t count = 0, lists = 0;
         Py_ssize_t at = 0;
         PyObject *key = nullptr, *value = nullptr;
-        for (size_t i = static_cast<size_t>(PyDict_GET_SIZE(attributes)); i < values_.size(); ++i) keep(&values_[i], nullptr);
+        for (size_t i = static_cast<size_t>(PyDict_GET_SIZE(attributes)); i < values_.size(); ++i)
+            keep(&values_[i], nullptr);
         values_.resize(static_cast<size_t>(PyDict_GET_SIZE(attributes)));
         while (PyDict_Next(attributes, &at, &key, &value) != 0) {
             keep(&values_[count++], value == owner ? nullptr : value);
@@ -35,7 +36,8 @@ class Watch {
             if (lists == lists_.size()) lists_.emplace_back();
             auto& [list, items] = lists_[lists++];
             list = value;
-            for (size_t i = static_cast<size_t>(PyList_GET_SIZE(value)); i < items.size(); ++i) keep(&items[i], nullptr);
+            for (size_t i = static_cast<size_t>(PyList_GET_SIZE(value)); i < items.size(); ++i)
+                keep(&items[i], nullptr);
             items.resize(static_cast<size_t>(PyList_GET_SIZE(value)));
             for (size_t i = 0; i < items.size(); ++i)
                 keep(&items[i], PyList_GET_ITEM(value, static_cast<Py_ssize_t>(i)));

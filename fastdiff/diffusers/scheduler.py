@@ -50,7 +50,6 @@ class _NoLoop:
 
 #: What knows the last step, and takes one that follows it with nothing changed between (csrc/bindings/loop.h).
 _Loop: Any = getattr(backends.extension, "Loop", _NoLoop)
-_SteppingMethod: Any = getattr(backends.extension, "SteppingMethod", None)
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
@@ -58,9 +57,10 @@ def _goes_on(name: str, *, guided: bool = False) -> Callable[[_Method], _Method]
     """Make of a method that takes the step called `name` one that goes on from the last step where it can."""
 
     def decorate(otherwise: _Method) -> _Method:
-        if _SteppingMethod is None:
+        if backends.extension is None:
             return otherwise
-        return cast(_Method, functools.update_wrapper(_SteppingMethod(name, otherwise, guided), otherwise))
+        stepping = functools.update_wrapper(backends.extension.Stepping(name, otherwise, guided), otherwise)
+        return cast(_Method, backends.extension.as_method(stepping))
 
     return decorate
 
@@ -232,13 +232,13 @@ def _rebuild(name: str) -> FusedScheduler:
 
 
 def _stepping_method(name: str, method: Any, signature: inspect.Signature) -> Any:
-    @_goes_on(name)
     @functools.wraps(method)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _take(self, name, args, kwargs, None, None)
 
+    # With the diffusers method's own signature: pipelines look there for `eta` and `generator`.
     step.__signature__ = signature  # type: ignore[attr-defined]
-    return step
+    return _goes_on(name)(step)
 
 
 def _scaling_method(name: str, method: Any, signature: inspect.Signature) -> Any:
