@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from typing import Any
 
@@ -137,4 +138,8 @@ def _state_of(name: str, value: Any) -> Any:
         hash(value)
     except TypeError:
         return repr(value)
-    return value
+    # A plan must not keep alive what it was made beside. References to one object are equal, and to a dead one to none.
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return value

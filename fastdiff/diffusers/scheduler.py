@@ -16,6 +16,7 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor
 
+from ..errors import sentence
 from ..ops import backends
 from ..philox import as_seeds
 from .guidance import combined, rescaling
@@ -177,7 +178,18 @@ class FusedScheduler:
             guidance_rescale: φ of arXiv 2305.08891, section 3.4: the guided output is scaled to the standard deviation
                 of the conditional one, a share φ of the way.
             kwargs: what `step` takes besides.
+
+        Raises:
+            TypeError: the unconditional output is no tensor.
         """
+        if not isinstance(model_output_uncond, Tensor):
+            kind = type(model_output_uncond).__name__
+            raise TypeError(
+                sentence(
+                    "guided_step", "model_output_uncond", f"is a {kind}", "a tensor like model_output_cond",
+                    "pass the model's output without the condition, or call step where there is no guidance",
+                )
+            )  # fmt: skip
         factor = None
         if guidance_rescale != 0.0:
             factor = rescaling(model_output_uncond, model_output_cond, guidance_scale, guidance_rescale, sample)
@@ -310,7 +322,8 @@ def _take(
     output, sample = given.get("model_output"), given.get("sample")
     if name == SCALING:
         output = sample
-    if not isinstance(output, Tensor) or not isinstance(sample, Tensor) or len(args) > len(names):
+    twice_or_too_many = len(given) != len(args) + len(kwargs)
+    if not isinstance(output, Tensor) or not isinstance(sample, Tensor) or twice_or_too_many:
         return getattr(scheduler.original, name)(scheduler, *args, **kwargs)  # which says what is wrong
     fused = fused_of(scheduler)
     undisturbed = fused.undisturbed and factor is None and name != SCALING

@@ -1,0 +1,455 @@
+# SPDX-License-Identifier: MIT
+"""Steps that follow each other: which calls go on from the last one, and that all others are looked at anew."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import inspect
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastdiff.diffusers
+from dropins import quiet
+from fastdiff.diffusers import scheduler as scheduling
+from fastdiff.diffusers.running import draw
+from fastdiff.ops import backends, use_backend
+from fastdiff.philox import Purpose
+from oracle import assert_same_bits
+
+pytestmark = pytest.mark.skipif(backends.extension is None, reason="steps go on in the C++ extension")
+STEPS = 6
+NAMES = ("DDIM", "DPMSolverMultistep", "EulerDiscrete", "FlowMatchEulerDiscrete", "HeunDiscrete", "IPNDM",
+         "LMSDiscrete", "PNDM", "UniPCMultistep")  # fmt: skip
+
+
+def made(name: str, **options: Any) -> Any:
+    scheduler = fastdiff.diffusers.CLASSES[f"{name}Scheduler"](**options)
+    scheduler.set_timesteps(STEPS)
+    return scheduler
+
+
+def original(name: str, **options: Any) -> Any:
+    scheduler = fastdiff.diffusers.CLASSES[f"{name}Scheduler"].original(**options)
+    scheduler.set_timesteps(STEPS)
+    return scheduler
+
+
+def tensors(*shape: int, seed: int = 0) -> list[Tensor]:
+    return list(torch.randn(STEPS * 3, *(shape or (2, 3, 4)), generator=torch.Generator().manual_seed(seed)))
+
+
+def loop(scheduler: Any, outputs: list[Tensor], between: Callable[[int, Any], None] | None = None, **extra: Any) -> Any:
+    x = outputs[-1]
+    for i, timestep in enumerate(scheduler.timesteps):
+        if between is not None:
+            between(i, scheduler)
+        if hasattr(scheduler, "is_scale_input_called"):
+            scheduler.is_scale_input_called = True
+        x = scheduler.step(outputs[i], timestep, x, return_dict=False, **extra)[0]
+    return x
+
+
+@pytest.fixture
+def looked_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The steps that were not gone on with, by method."""
+    calls: list[str] = []
+    take = scheduling._take
+
+    def counted(scheduler: Any, name: str, *rest: Any) -> Any:
+        calls.append(name)
+        return take(scheduler, name, *rest)
+
+    monkeypatch.setattr(scheduling, "_take", counted)
+    yield calls
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_second_loop_looks_up_its_first_steps_alone(name: str, looked_up: list[str]) -> None:
+    scheduler, outputs = made(name), tensors()
+    first = loop(scheduler, outputs)
+    assert len(looked_up) == len(scheduler.timesteps)
+    for _ in range(3):  # the first of them finds what follows what
+        scheduler.set_timesteps(STEPS)
+        looked_up.clear()
+        assert_same_bits([loop(scheduler, outputs)], [first])
+    assert len(looked_up) == 1
+
+
+def test_the_purpose_of_noise_is_the_one_that_cpp_knows() -> None:
+    assert Purpose.STEP == 1  # kStepPurpose in csrc/bindings/simple_step.h
+
+
+def test_guidance_goes_on_with_and_without_a_rescale_of_nothing(looked_up: list[str]) -> None:
+    scheduler, outputs = made("DDIM"), tensors()
+
+    def guided(**extra: Any) -> Tensor:
+        scheduler.set_timesteps(STEPS)
+        x = outputs[-1]
+        for i, t in enumerate(scheduler.timesteps):
+            x = scheduler.guided_step(outputs[i], outputs[i + STEPS], 3.0, t, x, return_dict=False, **extra)[0]
+        return x
+
+    plain = guided()
+    guided()
+    looked_up.clear()
+    assert_same_bits([guided(), guided(guidance_rescale=0.0)], [plain, plain])
+    assert len(looked_up) == 2
+    looked_up.clear()
+    assert not torch.equal(guided(guidance_rescale=0.7), plain)
+    assert len(looked_up) == STEPS
+
+
+def _other_shape(i: int, scheduler: Any) -> None:
+    if i == 3 and getattr(scheduler, "model_outputs", None):
+        scheduler.model_outputs[:] = [None if m is None else m[:1] for m in scheduler.model_outputs]
+
+
+def _list_shortened(i: int, scheduler: Any) -> None:
+    for name in ("ets", "derivatives"):
+        if i == 3 and hasattr(scheduler, name):
+            del getattr(scheduler, name)[0]
+
+
+def _order_lowered(i: int, scheduler: Any) -> None:
+    if i == 3 and hasattr(scheduler, "lower_order_nums"):
+        scheduler.lower_order_nums = 0
+
+
+def _sigmas_written(i: int, scheduler: Any) -> None:
+    if i == 3 and hasattr(scheduler, "sigmas"):
+        scheduler.sigmas[4:] *= 1.01
+
+
+def _attribute_more(i: int, scheduler: Any) -> None:
+    if i == 3:
+        scheduler.note = "something else"
+
+
+def _attribute_less(i: int, scheduler: Any) -> None:
+    if i == 2:
+        scheduler.note = "something else"
+    if i == 4:
+        del scheduler.note
+
+
+@pytest.mark.parametrize(
+    "between",
+    [_other_shape, _list_shortened, _order_lowered, _sigmas_written, _attribute_more, _attribute_less],
+    ids=lambda change: change.__name__[1:],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_changed_between_two_steps_counts_as_in_diffusers(name: str, between: Callable[..., None]) -> None:
+    outputs = tensors()
+    ours, theirs = made(name), original(name)
+    for _ in range(2):  # so that every step has one that follows it
+        ours.set_timesteps(STEPS)
+        loop(ours, outputs)
+    ours.set_timesteps(STEPS)
+    wanted = _outcome(lambda: loop(theirs, outputs, between))
+    found = _outcome(lambda: loop(ours, outputs, between))
+    assert found.keys() == wanted.keys(), (found, wanted)
+    if "result" in wanted:
+        worst = (found["result"] - wanted["result"]).abs() / wanted["result"].abs().clamp(min=1)
+        assert float(worst.max()) < 3e-4
+
+
+def _outcome(run: Callable[[], Tensor]) -> dict[Any, Any]:
+    try:
+        return {"result": run()}
+    except Exception as error:
+        return {type(error): str(error)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_samples_of_another_shape_in_the_middle_of_a_loop(name: str) -> None:
+    outputs = tensors(1, 3, 4)
+    ours = made(name)
+    loop(ours, outputs)
+    ours.set_timesteps(STEPS)
+
+    def widened(scheduler: Any) -> Tensor:
+        x = outputs[-1]
+        for i, timestep in enumerate(scheduler.timesteps):
+            output = outputs[i]
+            if i >= 3:
+                x, output = x.expand(2, 3, 4).contiguous(), output.expand(2, 3, 4).contiguous()
+            if hasattr(scheduler, "is_scale_input_called"):
+                scheduler.is_scale_input_called = True
+            x = scheduler.step(output, timestep, x, return_dict=False)[0]
+        return x
+
+    theirs = original(name)
+    wanted, found = _outcome(lambda: widened(theirs)), _outcome(lambda: widened(ours))
+    assert found.keys() == wanted.keys(), (found, wanted)
+    if "result" in wanted:
+        assert torch.allclose(found["result"], wanted["result"], atol=3e-4, rtol=3e-4)
+
+
+def test_a_forced_backend_answers_in_the_middle_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs, scheduler = tensors(), made("DDIM")
+    first = loop(scheduler, outputs)
+    scheduler.set_timesteps(STEPS)
+    asked = []
+    launch = scheduling.Fused.launch
+    monkeypatch.setattr(scheduling.Fused, "launch", staticmethod(lambda *call: asked.append(1) or launch(*call)))
+    loop(scheduler, outputs)
+    assert not asked
+    scheduler.set_timesteps(STEPS)
+    with use_backend("reference"):
+        found = loop(scheduler, outputs)
+    assert len(asked) == STEPS - 1
+    assert torch.allclose(found, first, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_flow_through_steps_that_follow_each_other() -> None:
+    outputs = tensors()
+    scheduler = made("DDIM", clip_sample=False)
+    loop(scheduler, outputs)
+    scheduler.set_timesteps(STEPS)
+    first = [t.clone().requires_grad_() for t in outputs]
+    loop(scheduler, first).sum().backward()
+    theirs = [t.clone().requires_grad_() for t in outputs]
+    loop(original("DDIM", clip_sample=False), theirs).sum().backward()
+    for ours, wanted in zip(first, theirs, strict=True):
+        assert (ours.grad is None) == (wanted.grad is None)
+        if wanted.grad is not None:
+            assert torch.allclose(ours.grad, wanted.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_draw_that_fails_changes_nothing() -> None:
+    outputs = tensors()
+    scheduler = made("EulerAncestralDiscrete")
+    scheduler.is_scale_input_called = True
+    wrong, timesteps = object(), scheduler.timesteps
+    for _ in range(2):
+        scheduler.set_timesteps(STEPS)
+        loop(scheduler, outputs, generator=torch.Generator().manual_seed(1))
+    scheduler.set_timesteps(STEPS)
+    timesteps = scheduler.timesteps
+    generator = torch.Generator().manual_seed(1)
+    first = scheduler.step(outputs[0], timesteps[0], outputs[-1], return_dict=False, generator=generator)[0]
+    before = {name: value for name, value in vars(scheduler).items() if name != "_fused"}
+    with pytest.raises((AttributeError, TypeError)):
+        scheduler.step(outputs[1], timesteps[1], first, return_dict=False, generator=wrong)
+    assert {name: value for name, value in vars(scheduler).items() if name != "_fused"} == before
+    again = scheduler.step(outputs[1], timesteps[1], first, return_dict=False, generator=generator)[0]
+    fresh = made("EulerAncestralDiscrete")
+    generator = torch.Generator().manual_seed(1)
+    a = fresh.step(outputs[0], fresh.timesteps[0], outputs[-1], return_dict=False, generator=generator)[0]
+    b = fresh.step(outputs[1], fresh.timesteps[1], a, return_dict=False, generator=generator)[0]
+    assert_same_bits([first, again], [a, b])
+
+
+def test_the_draw_fails_in_the_step_itself_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs, scheduler = tensors(), made("EulerAncestralDiscrete")
+    for _ in range(2):
+        scheduler.set_timesteps(STEPS)
+        loop(scheduler, outputs)
+    scheduler.set_timesteps(STEPS)
+    timesteps = scheduler.timesteps
+    scheduler.is_scale_input_called = True
+    x = scheduler.step(outputs[0], timesteps[0], outputs[-1], return_dict=False)[0]
+
+    def broken(*call: Any) -> Tensor:
+        raise MemoryError("no room for noise")
+
+    before = {name: value for name, value in vars(scheduler).items() if name != "_fused"}
+    monkeypatch.setattr(scheduling.Fused, "draw", staticmethod(broken))
+    with pytest.raises(MemoryError, match="no room"):
+        scheduler.step(outputs[1], timesteps[1], x, return_dict=False)
+    assert {name: value for name, value in vars(scheduler).items() if name != "_fused"} == before
+    monkeypatch.setattr(scheduling.Fused, "draw", staticmethod(draw))
+    assert scheduler.step(outputs[1], timesteps[1], x, return_dict=False)[0].isfinite().all()
+    assert scheduler.step_index == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_scheduler_dies_with_its_last_reference(name: str) -> None:
+    scheduler, outputs = made(name), tensors()
+    for _ in range(2):
+        scheduler.set_timesteps(STEPS)
+        loop(scheduler, outputs)
+    gc.disable()
+    try:
+        gone = weakref.ref(scheduler._fused)
+        del scheduler
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_scheduler_that_refers_to_itself_is_collected() -> None:
+    scheduler, outputs = made("DDIM"), tensors()
+    scheduler.myself = scheduler
+    scheduler.hooks = [scheduler.step]
+    for _ in range(2):
+        loop(scheduler, outputs)
+    gone = weakref.ref(scheduler._fused)
+    del scheduler
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_reference_is_lost_or_kept(name: str) -> None:
+    outputs, scheduler = tensors(), made(name)
+    for _ in range(3):
+        scheduler.set_timesteps(STEPS)
+        loop(scheduler, outputs)
+    kept = [outputs[0], scheduler.timesteps, scheduler.config, outputs[-1]]
+
+    def counts() -> list[int]:
+        gc.collect()
+        return [sys.getrefcount(value) for value in kept]
+
+    def many(times: int) -> None:
+        timesteps = scheduler.timesteps
+        for _ in range(times):
+            scheduler.set_timesteps(STEPS)
+            scheduler.timesteps = timesteps
+            loop(scheduler, outputs)
+
+    with quiet():  # pytest keeps warnings
+        many(2)
+        before, nothing = counts(), sys.getrefcount(None)
+        many(50)
+        assert counts() == before
+    assert abs(sys.getrefcount(None) - nothing) < 50  # one a loop would be 50
+
+
+def test_the_method_looks_like_the_one_that_it_replaces() -> None:
+    cls = fastdiff.diffusers.DDIMScheduler
+    for owner in (cls, cls()):
+        assert inspect.signature(owner.step) == inspect.signature(
+            cls.original.step if owner is cls else cls.original().step
+        )
+        assert owner.step.__name__ == "step"
+        assert owner.step.__doc__ == cls.original.step.__doc__
+        assert list(inspect.signature(owner.guided_step).parameters)[-7:] == [
+            "model_output_uncond", "model_output_cond", "guidance_scale", "timestep", "sample", "guidance_rescale",
+            "kwargs",
+        ]  # fmt: skip
+    assert inspect.ismethod(cls().step) and inspect.isroutine(cls().step)
+    assert inspect.unwrap(cls.step) is cls.original.step
+
+
+def test_it_is_called_in_all_the_ways_of_a_method() -> None:
+    outputs = tensors()
+    cls = fastdiff.diffusers.DDIMScheduler
+
+    class Own(cls):
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            return super().step(*args, **kwargs)
+
+    def ways() -> Iterator[Callable[[Any], Any]]:
+        yield lambda s: s.step
+        yield lambda s: functools.partial(type(s).step, s)
+        yield lambda s: copy.copy(s.step)
+        yield lambda s: lambda o, t, x, **k: s.step(*(o, t), sample=x, **k)
+        yield lambda s: lambda o, t, x, **k: s.step(sample=x, timestep=t, model_output=o, **k)
+        yield lambda s: functools.partial(cls.original.step, s)
+
+    wanted = loop(made("DDIM"), outputs)
+    for kind in (cls, Own):
+        for way in ways():
+            scheduler = kind()
+            for _ in range(2):
+                scheduler.set_timesteps(STEPS)
+                x, step = outputs[-1], way(scheduler)
+                for i, t in enumerate(scheduler.timesteps):
+                    x = step(outputs[i], t, x, return_dict=False)[0]
+                assert torch.allclose(x, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda s, o, t, x: s.step(),
+        lambda s, o, t, x: s.step(o),
+        lambda s, o, t, x: s.step(o, t, x, 0.0, False, None, None, True, "more"),
+        lambda s, o, t, x: s.step(o, t, x, sample=x),
+        lambda s, o, t, x: s.step(o, t, x, nothing=1),
+        lambda s, o, t, x: type(s).step(),
+        lambda s, o, t, x: s.guided_step(o, o),
+        lambda s, o, t, x: s.guided_step(o, o, 3.0, t, x, nothing=1),
+        lambda s, o, t, x: s.guided_step(None, o, 3.0, t, x),
+        lambda s, o, t, x: s.guided_step("uncond", o, 3.0, t, x),
+        lambda s, o, t, x: s.guided_step(o, o, "3", t, x),
+    ],
+)
+def test_a_wrong_call_is_refused_and_the_loop_goes_on(call: Callable[..., Any]) -> None:
+    outputs, scheduler = tensors(), made("DDIM")
+    for _ in range(2):
+        scheduler.set_timesteps(STEPS)
+        wanted = loop(scheduler, outputs)
+    scheduler.set_timesteps(STEPS)
+    x = outputs[-1]
+    for i, t in enumerate(scheduler.timesteps):
+        if i == 2:
+            with pytest.raises((TypeError, ValueError)):
+                call(scheduler, outputs[i], t, x)
+        x = scheduler.step(outputs[i], t, x, return_dict=False)[0]
+    assert_same_bits([x], [wanted])
+
+
+def test_threads_that_share_a_scheduler_break_nothing_but_its_loop() -> None:
+    """diffusers' schedulers hold one loop's state, so the numbers are anybody's; memory and later loops are not."""
+    outputs = [t.repeat(1, 40, 40) for t in tensors(4, 16, 16)]  # large enough to let other threads in
+    scheduler = made("UniPCMultistep")
+    wanted = loop(scheduler, outputs)
+
+    def work() -> None:
+        for _ in range(5):
+            try:
+                loop(scheduler, outputs)
+                scheduler.set_timesteps(STEPS)
+            except Exception:  # whatever diffusers' own says of a state that others have changed
+                scheduler.set_timesteps(STEPS)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    scheduler.set_timesteps(STEPS)
+    assert_same_bits([loop(scheduler, outputs)], [wanted])
+
+
+def test_a_compiled_function_around_a_step_gives_what_it_gives_without() -> None:
+    outputs, scheduler = tensors(), made("DDIM")
+
+    def after(output: Tensor, timestep: Tensor, x: Tensor) -> Tensor:
+        return scheduler.step(output, timestep, x, return_dict=False)[0] + 1
+
+    compiled = torch.compile(after, backend="eager")
+    for i, t in enumerate(scheduler.timesteps):
+        assert_same_bits([compiled(outputs[i], t, outputs[-1])], [after(outputs[i], t, outputs[-1])])
+
+
+@given(data=st.data())
+def test_any_order_of_any_timesteps_gives_what_fresh_schedulers_give(data: st.DataObject) -> None:
+    """Whatever came before, a step of a scheduler without state is that of a fresh one."""
+    scheduler, outputs = made("DDIM"), tensors()
+    loop(scheduler, outputs)
+    for index in data.draw(st.lists(st.integers(0, STEPS - 1), min_size=1, max_size=12)):
+        dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.float64]))
+        named = data.draw(st.booleans())
+        output, x = outputs[index].to(dtype), outputs[-1 - index].to(dtype)
+        fresh = made("DDIM")
+        extra = {"return_dict": False} if named else {}
+        found = scheduler.step(output, scheduler.timesteps[index], x, **extra)
+        wanted = fresh.step(output, fresh.timesteps[index], x, **extra)
+        assert_same_bits(list(found), list(wanted)) if named else assert_same_bits(
+            [found.prev_sample, found.pred_original_sample], [wanted.prev_sample, wanted.pred_original_sample]
+        )
