@@ -61,7 +61,7 @@ def loop(scheduler: Any, outputs: list[Tensor], between: Callable[[int, Any], No
 
 
 @pytest.fixture
-def looked_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def looked_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The steps that were not gone on with, by method."""
     calls: list[str] = []
     take = scheduling._take
@@ -71,7 +71,7 @@ def looked_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return take(scheduler, name, *rest)
 
     monkeypatch.setattr(scheduling, "_take", counted)
-    yield calls
+    return calls
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -340,7 +340,8 @@ def test_the_method_looks_like_the_one_that_it_replaces() -> None:
             "model_output_uncond", "model_output_cond", "guidance_scale", "timestep", "sample", "guidance_rescale",
             "kwargs",
         ]  # fmt: skip
-    assert inspect.ismethod(cls().step) and inspect.isroutine(cls().step)
+    assert inspect.ismethod(cls().step)
+    assert inspect.isroutine(cls().step)
     assert inspect.unwrap(cls.step) is cls.original.step
 
 

@@ -182,14 +182,7 @@ class FusedScheduler:
         Raises:
             TypeError: the unconditional output is no tensor.
         """
-        if not isinstance(model_output_uncond, Tensor):
-            kind = type(model_output_uncond).__name__
-            raise TypeError(
-                sentence(
-                    "guided_step", "model_output_uncond", f"is a {kind}", "a tensor like model_output_cond",
-                    "pass the model's output without the condition, or call step where there is no guidance",
-                )
-            )  # fmt: skip
+        _check_uncond(model_output_uncond)
         factor = None
         if guidance_rescale != 0.0:
             factor = rescaling(model_output_uncond, model_output_cond, guidance_scale, guidance_rescale, sample)
@@ -298,6 +291,19 @@ def _index_for_timestep(self: Any, timestep: Any, schedule_timesteps: Any = None
             schedule_timesteps = schedule.host["timesteps"]
             timestep = schedule_timesteps[place]
     return self.original.index_for_timestep(self, timestep, schedule_timesteps)
+
+
+def _check_uncond(value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            sentence(
+                "guided_step",
+                "model_output_uncond",
+                f"is a {type(value).__name__}",
+                "a tensor like model_output_cond",
+                "pass the model's output without the condition, or call step where there is no guidance",
+            )
+        )
 
 
 def fused_of(scheduler: Any) -> Fused:
