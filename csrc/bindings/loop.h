@@ -26,13 +26,16 @@ struct LoopState {
     std::vector<std::pair<py::object, py::object>> keywords;
     // Where the next timestep lies, and how far apart they are.
     int64_t pointer = 0, step_bytes = 1;
-    // Whether the last call that was declined lacked a follower and nothing else.
-    bool undisturbed = false;
+    // Counted at the beginning and at the end of every step: a step that two others stand between has met another
+    // thread's, and nothing is to be learned from the state that it leaves.
+    long long moves = 0;
 };
 
 struct Loop {
     PyObject_HEAD LoopState* state;
     long long steps_taken;
+    // The count of moves at which the last call lacked a follower and nothing else; else -1.
+    long long undisturbed_at;
 
     PyObject* self() { return reinterpret_cast<PyObject*>(this); }
 
@@ -60,9 +63,14 @@ struct Loop {
     // Takes a step that is the next one and has a program; null, having done nothing, for any other.
     py::object advance(PyObject* attributes, PyObject* name, const StepCall& call) {
         LoopState& s = *state;
-        s.undisturbed = is_next(attributes, name, call);
-        Program* next = s.undisturbed ? s.program->follower : nullptr;
-        if (next == nullptr) return py::object();
+        undisturbed_at = -1;
+        if (!is_next(attributes, name, call)) return py::object();
+        Program* next = s.program->follower;
+        if (next == nullptr) {
+            undisturbed_at = s.moves;
+            return py::object();
+        }
+        const long long begun = ++s.moves;
         py::object plan = s.program->follower_plan;
         py::object result;
         if (next->simple)
@@ -70,7 +78,10 @@ struct Loop {
         else
             result = run(plan.ptr(), attributes, call);
         ++steps_taken;
-        look(std::move(plan), next, attributes);
+        if (++s.moves == begun + 1)
+            look(std::move(plan), next, attributes);
+        else
+            forget();
         return result;
     }
 
@@ -152,13 +163,15 @@ inline PyObject* loop_plan(PyObject* self, void* /*unused*/) {
     return Py_NewRef(plan == nullptr ? Py_None : plan);
 }
 
-inline PyObject* loop_undisturbed(PyObject* self, void* /*unused*/) {
-    return PyBool_FromLong(loop_of(self)->state->undisturbed ? 1 : 0);
+inline PyObject* loop_move(PyObject* self, PyObject* /*unused*/) {
+    return PyLong_FromLongLong(++loop_of(self)->state->moves);
 }
 
 inline PyObject* loop_new(PyTypeObject* type, PyObject* /*args*/, PyObject* /*kwargs*/) {
     PyObject* self = type->tp_alloc(type, 0);
-    if (self != nullptr) loop_of(self)->state = new LoopState;
+    if (self == nullptr) return nullptr;
+    loop_of(self)->state = new LoopState;
+    loop_of(self)->undisturbed_at = -1;
     return self;
 }
 
@@ -201,17 +214,18 @@ inline void define_loop(py::module_& m) {
          "remember(plan, attributes, name, guided, args, kwargs, pointer, step_bytes, tensors): go on from a step that "
          "was taken the longer way."},
         {"forget", &loop_forget, METH_NOARGS, "forget(): there is no step to go on from."},
+        {"move", &loop_move, METH_NOARGS, "move(): count the beginning or the end of a step."},
         {"unchanged", &loop_unchanged, METH_O, "unchanged(attributes): whether they are as the last step left them."},
         {nullptr, nullptr, 0, nullptr},
     };
     static PyGetSetDef properties[] = {
         {"plan", &loop_plan, nullptr, "The plan of the last step, or None.", nullptr},
-        {"undisturbed", &loop_undisturbed, nullptr, "Whether the last call that was declined lacked a plan only.",
-         nullptr},
         {nullptr, nullptr, nullptr, nullptr, nullptr},
     };
     static PyMemberDef members[] = {
         {"steps_taken", T_LONGLONG, offsetof(Loop, steps_taken), 0, "Steps since the seeds or the timesteps were set."},
+        {"undisturbed_at", T_LONGLONG, offsetof(Loop, undisturbed_at), READONLY,
+         "The count of moves at which the last call lacked a plan and nothing else; else -1."},
         {nullptr, 0, 0, 0, nullptr},
     };
     static PyType_Slot slots[] = {

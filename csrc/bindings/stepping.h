@@ -52,7 +52,7 @@ inline PyObject* stepping_call(PyObject* self, PyObject* const* objects, size_t 
         PyObject* found = PyDict_GetItemWithError(attributes.ptr(), fused);
         if (found != nullptr && PyObject_TypeCheck(found, loop_type)) {
             const py::object loop = py::reinterpret_borrow<py::object>(found);
-            loop_of(found)->state->undisturbed = false;
+            loop_of(found)->undisturbed_at = -1;
             if (read_call(method->guided, objects, positional, names, &call)) {
                 py::object result = loop_of(found)->advance(attributes.ptr(), method->name, call);
                 if (result.ptr() != nullptr) return result.release().ptr();

@@ -34,10 +34,14 @@ class _NoLoop:
     """Stands in for the extension's `Loop` where there is none: every step's plan is looked up."""
 
     plan: Plan | None = None
-    undisturbed = False
+    undisturbed_at = -1
 
     def __init__(self, choice: Mapping[str, Any]) -> None:
-        self.steps_taken = 0
+        self.steps_taken = self._moves = 0
+
+    def move(self) -> int:
+        self._moves += 1
+        return self._moves
 
     def remember(self, *step: Any) -> None:
         return None
@@ -332,14 +336,21 @@ def _take(
     if not isinstance(output, Tensor) or not isinstance(sample, Tensor) or twice_or_too_many:
         return getattr(scheduler.original, name)(scheduler, *args, **kwargs)  # which says what is wrong
     fused = fused_of(scheduler)
-    undisturbed = fused.undisturbed and factor is None and name != SCALING
+    begun = fused.move()
+    undisturbed = fused.undisturbed_at == begun - 1 and factor is None and name != SCALING
     schedule, attributes = fused.schedule, vars(scheduler)
-    key = (name, uncond is None, fused.seeds is None, output.shape == sample.shape,
-           schedule.of_other_shapes(attributes, sample.shape), schedule.state(attributes),
-           _arguments_key(schedule, given))  # fmt: skip
+
+    def state() -> tuple[Any, ...]:
+        return (name, uncond is None, fused.seeds is None, output.shape == sample.shape,
+                schedule.of_other_shapes(attributes, sample.shape), schedule.state(attributes),
+                _arguments_key(schedule, given))  # fmt: skip
+
+    key = state()
     plan = schedule.plans.get(key)
     if plan is None:
-        plan = schedule.plans[key] = _compile(scheduler, name, given, fused, uncond is not None)
+        plan = _compile(scheduler, name, given, fused, uncond is not None)
+        if key == state():  # else another thread has taken a step of this scheduler, and it is anybody's plan
+            schedule.plans[key] = plan
     if name == SCALING:
         fused.scaling = None if isinstance(plan, str) else plan
     elif isinstance(plan, str):
@@ -350,13 +361,16 @@ def _take(
         return scheduler.step_otherwise(name, given)
     seeds = fused.seeds_for(sample) if plan.draws_inside else None
     result = run_plan(plan, attributes, given, uncond, scale, seeds, fused.steps_taken, factor)
+    alone = fused.move() == begun + 1
     if name == SCALING:
         return result
     fused.steps_taken += 1
-    if undisturbed and fused.plan is not None:  # none: the schedule was looked at anew
+    if undisturbed and alone and fused.plan is not None:  # none: the schedule was looked at anew
         fused.plan.program.follow(plan.program)
-    if names[:3] == USUAL:
+    if alone and names[:3] == USUAL:
         fused.go_on_from(plan, name, uncond is not None, args, kwargs, attributes)
+    elif not alone:
+        fused.forget()
     return result
 
 
