@@ -13,19 +13,47 @@
 
 namespace fastdiff::bindings {
 
+// What an argument of the last call has to be in the next one.
+struct Known {
+    enum Kind : int { kSame, kLike, kMoving };  // the object; a tensor of the kind; the view of the next timestep
+    Known(PyObject* name, PyObject* value, Kind kind) : name(py::reinterpret_borrow<py::object>(name)), kind(kind) {
+        if (kind == kSame) {
+            same = py::reinterpret_borrow<py::object>(value);
+            return;
+        }
+        const at::Tensor& tensor = THPVariable_Unpack(value);
+        type = tensor.scalar_type();
+        sizes = tensor.sizes().vec();
+        pointer = kind == kMoving ? reinterpret_cast<int64_t>(tensor.const_data_ptr()) : 0;
+    }
+
+    bool fits(PyObject* value) const {
+        if (kind == kSame) return value == same.ptr();
+        const MaybeTensor tensor = tensor_in(value);
+        if (tensor == nullptr || tensor->scalar_type() != type || tensor->sizes() != sizes) return false;
+        if (kind == kLike) return true;
+        return tensor->has_storage() && reinterpret_cast<int64_t>(tensor->const_data_ptr()) == pointer;
+    }
+
+    py::object name;
+    Kind kind;
+    py::object same;
+    at::ScalarType type = at::kFloat;
+    std::vector<int64_t> sizes;
+    int64_t pointer = 0;  // of what is moving, where the next one lies
+};
+
 struct LoopState {
     py::object choice;  // the dictionary in which `forced` names a backend, or is None
     py::object plan;    // of the last step; null where there is none to go on from
     Program* program = nullptr;
     Watch watch;
-    // The last call: which method, what kind of tensors, and what else was passed.
+    // The last call: which method, and what its arguments were, the three that all have first.
     py::object name;
     bool guided = false;
-    at::ScalarType output_type = at::kFloat, timestep_type = at::kFloat, sample_type = at::kFloat;
-    std::vector<int64_t> sizes;
-    std::vector<std::pair<py::object, py::object>> keywords;
-    // Where the next timestep lies, and how far apart they are.
-    int64_t pointer = 0, step_bytes = 1;
+    std::vector<Known> known;
+    // How far apart timesteps lie.
+    int64_t step_bytes = 1;
     // Counted at the beginning and at the end of every step: a step that two others stand between has met another
     // thread's, and nothing is to be learned from the state that it leaves.
     long long moves = 0;
@@ -43,20 +71,12 @@ struct Loop {
     bool is_next(PyObject* attributes, PyObject* name, const StepCall& call) {
         const LoopState& s = *state;
         if (s.program == nullptr || name != s.name.ptr() || (call.uncond != Py_None) != s.guided) return false;
-        const MaybeTensor output = tensor_in(call.output()), timestep = tensor_in(call.timestep()),
-                          sample = tensor_in(call.sample());
-        if (output == nullptr || timestep == nullptr || sample == nullptr) return false;
-        if (timestep->dim() != 0 || !timestep->has_storage() || timestep->scalar_type() != s.timestep_type ||
-            reinterpret_cast<int64_t>(timestep->const_data_ptr()) != s.pointer)
-            return false;
-        if (output->scalar_type() != s.output_type || sample->scalar_type() != s.sample_type ||
-            sample->sizes() != s.sizes || output->sizes() != sample->sizes())
-            return false;
-        if (call.count != s.keywords.size()) return false;
-        for (size_t i = 0; i < call.count; ++i)
-            if (call.keywords[i].first != s.keywords[i].first.ptr() ||
-                call.keywords[i].second != s.keywords[i].second.ptr())
-                return false;
+        if (s.known.size() != call.arguments.size() + call.count) return false;
+        const Known* known = s.known.data();
+        for (PyObject* argument : call.arguments)
+            if (!known++->fits(argument)) return false;
+        for (size_t i = 0; i < call.count; ++i, ++known)
+            if (call.more[i].first != known->name.ptr() || !known->fits(call.more[i].second)) return false;
         return s.watch.unchanged(attributes, self());
     }
 
@@ -89,7 +109,8 @@ struct Loop {
     void look(py::object plan, Program* program, PyObject* attributes) {
         LoopState& s = *state;
         s.watch.look(attributes, self());
-        s.pointer += s.step_bytes;
+        for (Known& known : s.known)
+            if (known.kind == Known::kMoving) known.pointer += s.step_bytes;
         s.program = program;
         const py::object before = std::exchange(s.plan, std::move(plan));  // dies when all is in order
     }
@@ -98,19 +119,22 @@ struct Loop {
         LoopState& s = *state;
         s.program = nullptr;
         const py::object plan = std::exchange(s.plan, py::object());
-        const auto keywords = std::exchange(s.keywords, {});
+        const auto known = std::exchange(s.known, {});
         s.watch.clear();
     }
 
   private:
     py::object run(PyObject* plan, PyObject* attributes, const StepCall& call) {
-        const py::object arguments = made(PyTuple_Pack(3, call.output(), call.timestep(), call.sample()));
-        const py::object keywords = made(PyDict_New());
-        for (size_t i = 0; i < call.count; ++i)
-            if (PyDict_SetItem(keywords.ptr(), call.keywords[i].first, call.keywords[i].second) != 0)
-                throw python_error();
-        return call_method(self(), "run", plan, attributes, arguments.ptr(), keywords.ptr(), call.uncond,
-                           call.guidance);
+        static const std::array<PyObject*, 3> names{PyUnicode_InternFromString("model_output"),
+                                                    PyUnicode_InternFromString("timestep"),
+                                                    PyUnicode_InternFromString("sample")};
+        const py::object given = made(PyDict_New());
+        const auto set = [&given](PyObject* name, PyObject* value) {
+            if (PyDict_SetItem(given.ptr(), name, value) != 0) throw python_error();
+        };
+        for (size_t i = 0; i < names.size(); ++i) set(names[i], call.arguments[i]);
+        for (size_t i = 0; i < call.count; ++i) set(call.more[i].first, call.more[i].second);
+        return call_method(self(), "run", plan, attributes, given.ptr(), call.uncond, call.guidance);
     }
 };
 
@@ -118,28 +142,21 @@ inline Loop* loop_of(PyObject* self) { return reinterpret_cast<Loop*>(self); }
 
 inline PyObject* loop_remember(PyObject* self, PyObject* const* objects, Py_ssize_t count) {
     HANDLE_TH_ERRORS
-    TORCH_CHECK_TYPE(count == 9 && PyDict_Check(objects[1]) && PyTuple_Check(objects[4]) && PyDict_Check(objects[5]),
-                     "remember: expected (plan, attributes, name, guided, args, kwargs, pointer, step_bytes, tensors)");
+    TORCH_CHECK_TYPE(count == 7 && PyDict_Check(objects[1]) && PyList_Check(objects[4]),
+                     "remember: expected (plan, attributes, name, guided, arguments, step_bytes, tensors)");
     LoopState& s = *loop_of(self)->state;
     py::object plan = py::reinterpret_borrow<py::object>(objects[0]);
     auto* program = plan.attr("program").cast<Program*>();
+    std::vector<Known> known;
+    for (const py::handle item : py::handle(objects[4])) {
+        const auto triple = item.cast<py::tuple>();
+        known.emplace_back(triple[0].ptr(), triple[1].ptr(), static_cast<Known::Kind>(triple[2].cast<int>()));
+    }
+    std::swap(s.known, known);
     s.name = py::reinterpret_borrow<py::object>(objects[2]);
     s.guided = objects[3] == Py_True;
-    const at::Tensor& output = THPVariable_Unpack(PyTuple_GET_ITEM(objects[4], 0));
-    const at::Tensor& timestep = THPVariable_Unpack(PyTuple_GET_ITEM(objects[4], 1));
-    const at::Tensor& sample = THPVariable_Unpack(PyTuple_GET_ITEM(objects[4], 2));
-    s.output_type = output.scalar_type();
-    s.timestep_type = timestep.scalar_type();
-    s.sample_type = sample.scalar_type();
-    s.sizes = sample.sizes().vec();
-    s.keywords.clear();
-    Py_ssize_t at = 0;
-    PyObject *key = nullptr, *value = nullptr;
-    while (PyDict_Next(objects[5], &at, &key, &value) != 0)
-        s.keywords.emplace_back(py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value));
-    s.pointer = py::cast<int64_t>(objects[6]);
-    s.step_bytes = py::cast<int64_t>(objects[7]);
-    s.watch.versions(objects[8]);
+    s.step_bytes = py::cast<int64_t>(objects[5]);
+    s.watch.versions(objects[6]);
     loop_of(self)->look(std::move(plan), program, objects[1]);
     Py_RETURN_NONE;
     END_HANDLE_TH_ERRORS
@@ -188,7 +205,7 @@ inline int loop_traverse(PyObject* self, visitproc visit, void* arg) {
     if (s == nullptr) return 0;
     Py_VISIT(s->choice.ptr());
     Py_VISIT(s->plan.ptr());
-    for (const auto& keyword : s->keywords) Py_VISIT(keyword.second.ptr());
+    for (const Known& known : s->known) Py_VISIT(known.same.ptr());
     return s->watch.traverse(visit, arg);
 }
 
@@ -211,8 +228,9 @@ inline PyTypeObject* loop_type = nullptr;
 inline void define_loop(py::module_& m) {
     static PyMethodDef methods[] = {
         {"remember", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&loop_remember)), METH_FASTCALL,
-         "remember(plan, attributes, name, guided, args, kwargs, pointer, step_bytes, tensors): go on from a step that "
-         "was taken the longer way."},
+         "remember(plan, attributes, name, guided, arguments, step_bytes, tensors): go on from a step that was taken "
+         "the "
+         "longer way; arguments are triples (name, value, kind), the three that all calls have first."},
         {"forget", &loop_forget, METH_NOARGS, "forget(): there is no step to go on from."},
         {"move", &loop_move, METH_NOARGS, "move(): count the beginning or the end of a step."},
         {"unchanged", &loop_unchanged, METH_O, "unchanged(attributes): whether they are as the last step left them."},

@@ -11,23 +11,23 @@ namespace fastdiff::bindings {
 constexpr int64_t kStepPurpose = 1;
 // Slots of one step: what it reads, draws and makes.
 constexpr size_t kSlots = 24;
-// Keywords that a call may have beside its three arguments.
-constexpr size_t kKeywords = 8;
+// Arguments that a call may have beside the three that all have.
+constexpr size_t kMore = 8;
 
 // What a step is called with; all references are the caller's.
 struct StepCall {
     std::array<PyObject*, 3> arguments{};  // model_output (of guidance, the conditional one), timestep, sample
     PyObject *uncond = Py_None, *guidance = Py_None;
-    std::array<std::pair<PyObject*, PyObject*>, kKeywords> keywords{};
+    std::array<std::pair<PyObject*, PyObject*>, kMore> more{};  // by name, in the call's order
     size_t count = 0;
 
     PyObject* output() const { return arguments[0]; }
     PyObject* timestep() const { return arguments[1]; }
     PyObject* sample() const { return arguments[2]; }
     // By an interned name.
-    PyObject* keyword(PyObject* name) const {
+    PyObject* argument(PyObject* name) const {
         for (size_t i = 0; i < count; ++i)
-            if (keywords[i].first == name) return keywords[i].second;
+            if (more[i].first == name) return more[i].second;
         return nullptr;
     }
 };
@@ -88,7 +88,7 @@ class SimpleStep {
         }
         for (const int place : program_.from_arguments) slots_.add(call_.arguments[static_cast<size_t>(place)]);
         for (const py::object& name : program_.from_keywords) {
-            PyObject* value = call_.keyword(name.ptr());
+            PyObject* value = call_.argument(name.ptr());
             TORCH_INTERNAL_ASSERT(value != nullptr, "a plan's argument is gone");
             slots_.add(value);
         }
@@ -97,7 +97,7 @@ class SimpleStep {
     void draw() {
         if (program_.draws.empty()) return;
         static PyObject* const generator_name = PyUnicode_InternFromString("generator");
-        PyObject* generator = call_.keyword(generator_name);
+        PyObject* generator = call_.argument(generator_name);
         if (generator == nullptr) generator = Py_None;
         for (const py::object& dtype : program_.draws)
             slots_.add(call_method(loop_, "draw", call_.output(), generator, dtype.ptr()));

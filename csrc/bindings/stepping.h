@@ -12,33 +12,55 @@ struct Stepping {
     PyObject* attributes;  // as a function has them: a name, a docstring, a signature
     PyObject* name;        // of the method that takes the step
     PyObject* otherwise;
-    bool guided;
+    PyObject* arguments;  // the names of those that may be passed by place, a tuple
 };
 
-// Reads a call (self, model_output, timestep, sample, **keywords) or, with guidance, (self, uncond, cond, scale,
-// timestep, sample, **keywords); false where it has another form.
-inline bool read_call(bool guided, PyObject* const* objects, Py_ssize_t positional, PyObject* names, StepCall* call) {
+// Puts one argument where it belongs; false where a step with it has to be looked at.
+inline bool put_argument(PyObject* name, PyObject* value, StepCall* call) {
+    static PyObject* const output = PyUnicode_InternFromString("model_output");
+    static PyObject* const timestep = PyUnicode_InternFromString("timestep");
+    static PyObject* const sample = PyUnicode_InternFromString("sample");
+    static PyObject* const uncond = PyUnicode_InternFromString("model_output_uncond");
+    static PyObject* const cond = PyUnicode_InternFromString("model_output_cond");
+    static PyObject* const scale = PyUnicode_InternFromString("guidance_scale");
     static PyObject* const rescale = PyUnicode_InternFromString("guidance_rescale");
-    if (positional != (guided ? 6 : 4)) return false;
-    if (guided) {
-        if (objects[1] == Py_None) return false;
-        call->uncond = objects[1];
-        call->guidance = objects[3];
-        call->arguments = {objects[2], objects[4], objects[5]};
+    if (name == output || name == cond) {
+        call->arguments[0] = value;
+    } else if (name == timestep) {
+        call->arguments[1] = value;
+    } else if (name == sample) {
+        call->arguments[2] = value;
+    } else if (name == uncond) {
+        call->uncond = value;
+        return value != Py_None;
+    } else if (name == scale) {
+        call->guidance = value;
+        return value != Py_None;
+    } else if (name == rescale) {
+        return PyFloat_CheckExact(value) && PyFloat_AS_DOUBLE(value) == 0.0;
     } else {
-        call->arguments = {objects[1], objects[2], objects[3]};
-    }
-    const Py_ssize_t count = names == nullptr ? 0 : PyTuple_GET_SIZE(names);
-    if (count > static_cast<Py_ssize_t>(kKeywords)) return false;
-    for (Py_ssize_t i = 0; i < count; ++i) {
-        PyObject *key = PyTuple_GET_ITEM(names, i), *value = objects[positional + i];
-        if (guided && key == rescale) {
-            if (!PyFloat_CheckExact(value) || PyFloat_AS_DOUBLE(value) != 0.0) return false;
-            continue;
-        }
-        call->keywords[call->count++] = {key, value};
+        if (call->count == kMore) return false;
+        call->more[call->count++] = {name, value};
     }
     return true;
+}
+
+// Reads a call (self, *positional, **named).
+inline bool read_call(PyObject* arguments, PyObject* const* objects, Py_ssize_t positional, PyObject* names,
+                      StepCall* call) {
+    if (positional - 1 > PyTuple_GET_SIZE(arguments)) return false;
+    for (Py_ssize_t i = 1; i < positional; ++i)
+        if (!put_argument(PyTuple_GET_ITEM(arguments, i - 1), objects[i], call)) return false;
+    const Py_ssize_t count = names == nullptr ? 0 : PyTuple_GET_SIZE(names);
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        PyObject* name = PyTuple_GET_ITEM(names, i);
+        // Passed by place and by name: for Python to say so.
+        for (Py_ssize_t j = 0; j < positional - 1; ++j)
+            if (PyTuple_GET_ITEM(arguments, j) == name) return false;
+        if (!put_argument(name, objects[positional + i], call)) return false;
+    }
+    if ((call->uncond == Py_None) != (call->guidance == Py_None)) return false;
+    return call->output() != nullptr && call->timestep() != nullptr && call->sample() != nullptr;
 }
 
 inline PyObject* stepping_call(PyObject* self, PyObject* const* objects, size_t flagged, PyObject* names) {
@@ -53,7 +75,7 @@ inline PyObject* stepping_call(PyObject* self, PyObject* const* objects, size_t 
         if (found != nullptr && PyObject_TypeCheck(found, loop_type)) {
             const py::object loop = py::reinterpret_borrow<py::object>(found);
             loop_of(found)->undisturbed_at = -1;
-            if (read_call(method->guided, objects, positional, names, &call)) {
+            if (read_call(method->arguments, objects, positional, names, &call)) {
                 py::object result = loop_of(found)->advance(attributes.ptr(), method->name, call);
                 if (result.ptr() != nullptr) return result.release().ptr();
             }
@@ -64,9 +86,8 @@ inline PyObject* stepping_call(PyObject* self, PyObject* const* objects, size_t 
 }
 
 inline PyObject* stepping_new(PyTypeObject* type, PyObject* args, PyObject* /*kwargs*/) {
-    PyObject *name = nullptr, *otherwise = nullptr;
-    int guided = 0;
-    if (PyArg_ParseTuple(args, "UOp:Stepping", &name, &otherwise, &guided) == 0) return nullptr;
+    PyObject *name = nullptr, *otherwise = nullptr, *arguments = nullptr;
+    if (PyArg_ParseTuple(args, "UOO!:Stepping", &name, &otherwise, &PyTuple_Type, &arguments) == 0) return nullptr;
     PyObject* self = type->tp_alloc(type, 0);
     if (self == nullptr) return nullptr;
     auto* method = reinterpret_cast<Stepping*>(self);
@@ -74,7 +95,7 @@ inline PyObject* stepping_new(PyTypeObject* type, PyObject* args, PyObject* /*kw
     method->name = Py_NewRef(name);
     PyUnicode_InternInPlace(&method->name);
     method->otherwise = Py_NewRef(otherwise);
-    method->guided = guided != 0;
+    method->arguments = Py_NewRef(arguments);
     return self;
 }
 
@@ -97,6 +118,7 @@ inline void stepping_dealloc(PyObject* self) {
     PyTypeObject* type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
     Py_XDECREF(reinterpret_cast<Stepping*>(self)->name);
+    Py_XDECREF(reinterpret_cast<Stepping*>(self)->arguments);
     stepping_clear(self);
     type->tp_free(self);
     Py_DECREF(type);

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import IntEnum
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -58,16 +59,36 @@ _Loop: Any = getattr(backends.extension, "Loop", _NoLoop)
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
-def _goes_on(name: str, *, guided: bool = False) -> Callable[[_Method], _Method]:
-    """Make of a method that takes the step called `name` one that goes on from the last step where it can."""
+def _goes_on(name: str, arguments: Sequence[str]) -> Callable[[_Method], _Method]:
+    """Make of a method that takes the step called `name` one that goes on from the last step where it can.
+
+    `arguments` are the names of those that may be passed by place.
+    """
 
     def decorate(otherwise: _Method) -> _Method:
         if backends.extension is None:
             return otherwise
-        stepping = functools.update_wrapper(backends.extension.Stepping(name, otherwise, guided), otherwise)
+        stepping = functools.update_wrapper(backends.extension.Stepping(name, otherwise, tuple(arguments)), otherwise)
         return cast(_Method, backends.extension.as_method(stepping))
 
     return decorate
+
+
+class Known(IntEnum):
+    """What an argument has to be in the next call for its step to go on from this one (`Known` in csrc/bindings)."""
+
+    SAME = 0
+    LIKE = 1
+    MOVING = 2
+
+
+def _known(schedule: Schedule, name: str, value: Any) -> Known | None:
+    """None for a tensor whose numbers count."""
+    if not isinstance(value, Tensor):
+        return Known.SAME
+    if name in INPUTS:
+        return Known.LIKE
+    return Known.MOVING if schedule.position(value) is not None else None
 
 
 class Fused(_Loop):  # type: ignore[misc]
@@ -102,16 +123,15 @@ class Fused(_Loop):  # type: ignore[misc]
             kept = self._seeds_kept = as_seeds(self.seeds, sample.shape[0], sample.device)
         return kept
 
-    def go_on_from(
-        self, plan: Plan, name: str, guided: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any], attributes: Any
-    ) -> None:
+    def go_on_from(self, plan: Plan, name: str, guided: bool, given: Mapping[str, Any], attributes: Any) -> None:
         """Look at the scheduler and the call after a step that was taken the longer way."""
-        schedule = self.schedule
-        if len(args) == 3 and isinstance(args[1], Tensor) and schedule.position(args[1]) is not None:
-            self.remember(
-                plan, attributes, name, guided, args, kwargs, args[1].data_ptr(), schedule.step_bytes,
-                schedule.tensors_read(),
-            )  # fmt: skip
+        known = [
+            (argument, given.get(argument), _known(self.schedule, argument, given.get(argument))) for argument in USUAL
+        ]
+        known += [(n, value, _known(self.schedule, n, value)) for n, value in given.items() if n not in USUAL]
+        if known[1][2] is Known.MOVING and all(kind is not None for _, _, kind in known):
+            schedule = self.schedule
+            self.remember(plan, attributes, name, guided, known, schedule.step_bytes, schedule.tensors_read())
         else:
             self.forget()
 
@@ -120,13 +140,9 @@ class Fused(_Loop):  # type: ignore[misc]
     draw = staticmethod(draw)
     launch = staticmethod(launch)
 
-    def run(
-        self, plan: Plan, attributes: dict[str, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], uncond: Any,
-        guidance: Any,
-    ) -> Any:  # fmt: skip
+    def run(self, plan: Plan, attributes: dict[str, Any], given: Mapping[str, Any], uncond: Any, guidance: Any) -> Any:
         """A step by a plan that is not `simple`."""
-        seeds = self.seeds_for(args[2]) if plan.draws_inside else None
-        given = {**dict(zip(USUAL, args, strict=True)), **kwargs}
+        seeds = self.seeds_for(given["sample"]) if plan.draws_inside else None
         return run_plan(plan, attributes, given, uncond, guidance, seeds, self.steps_taken)
 
 
@@ -162,7 +178,7 @@ class FusedScheduler:
         if index is not None and "schedule_timesteps" in inspect.signature(index).parameters:
             cls.index_for_timestep = _index_for_timestep  # type: ignore[attr-defined]
 
-    @_goes_on("step", guided=True)
+    @_goes_on("step", ("model_output_uncond", "model_output_cond", "guidance_scale", "timestep", "sample"))
     def guided_step(
         self,
         model_output_uncond: Tensor,
@@ -190,10 +206,8 @@ class FusedScheduler:
         factor = None
         if guidance_rescale != 0.0:
             factor = rescaling(model_output_uncond, model_output_cond, guidance_scale, guidance_rescale, sample)
-        args = (model_output_cond, timestep, sample)
-        if self.arguments["step"][:3] != USUAL:
-            kwargs, args = {**dict(zip(USUAL, args, strict=True)), **kwargs}, ()  # type: ignore[assignment]
-        return _take(self, "step", args, kwargs, model_output_uncond, guidance_scale, factor)
+        given = {**dict(zip(USUAL, (model_output_cond, timestep, sample), strict=True)), **kwargs}
+        return _take(self, "step", (), given, model_output_uncond, guidance_scale, factor)
 
     def use_philox(self, seeds: int | Sequence[int] | Tensor | None) -> None:
         """Draw the step's noise inside the step, each sample's from its own seed; None goes back to generators.
@@ -247,7 +261,7 @@ def _stepping_method(name: str, method: Any, signature: inspect.Signature) -> An
 
     # With the diffusers method's own signature: pipelines look there for `eta` and `generator`.
     step.__signature__ = signature  # type: ignore[attr-defined]
-    return _goes_on(name)(step)
+    return _goes_on(name, tuple(signature.parameters)[1:])(step)
 
 
 def _scaling_method(name: str, method: Any, signature: inspect.Signature) -> Any:
@@ -367,9 +381,9 @@ def _take(
     fused.steps_taken += 1
     if undisturbed and alone and fused.plan is not None:  # none: the schedule was looked at anew
         fused.plan.program.follow(plan.program)
-    if alone and names[:3] == USUAL:
-        fused.go_on_from(plan, name, uncond is not None, args, kwargs, attributes)
-    elif not alone:
+    if alone:
+        fused.go_on_from(plan, name, uncond is not None, given, attributes)
+    else:
         fused.forget()
     return result
 
