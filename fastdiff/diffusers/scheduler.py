@@ -123,15 +123,13 @@ class Fused(_Loop):  # type: ignore[misc]
             kept = self._seeds_kept = as_seeds(self.seeds, sample.shape[0], sample.device)
         return kept
 
-    def go_on_from(self, plan: Plan, name: str, guided: bool, given: Mapping[str, Any], attributes: Any) -> None:
+    def go_on_from(self, plan: Plan, method: str, guided: bool, given: Mapping[str, Any], attributes: Any) -> None:
         """Look at the scheduler and the call after a step that was taken the longer way."""
-        known = [
-            (argument, given.get(argument), _known(self.schedule, argument, given.get(argument))) for argument in USUAL
-        ]
-        known += [(n, value, _known(self.schedule, n, value)) for n, value in given.items() if n not in USUAL]
+        schedule = self.schedule
+        names = (*USUAL, *(name for name in given if name not in USUAL))
+        known = [(name, given.get(name), _known(schedule, name, given.get(name))) for name in names]
         if known[1][2] is Known.MOVING and all(kind is not None for _, _, kind in known):
-            schedule = self.schedule
-            self.remember(plan, attributes, name, guided, known, schedule.step_bytes, schedule.tensors_read())
+            self.remember(plan, attributes, method, guided, known, schedule.step_bytes, schedule.tensors_read())
         else:
             self.forget()
 
