@@ -64,8 +64,8 @@ class Schedule:
     def _locate(self, timesteps: object) -> None:
         self._dtype: torch.dtype | None = None
         self.step_bytes = 1
-        if isinstance(timesteps, Tensor) and timesteps.dim() == 1 and len(timesteps) > 0:
-            self._dtype, self._count = timesteps.dtype, len(timesteps)
+        if isinstance(timesteps, Tensor) and timesteps.dim() == 1 and timesteps.numel() > 0:
+            self._dtype, self._count = timesteps.dtype, timesteps.numel()
             self._first, self.step_bytes = timesteps.data_ptr(), timesteps.element_size() * max(timesteps.stride(0), 1)
 
     def holds(self, attributes: dict[str, Any]) -> bool:
@@ -108,7 +108,7 @@ class Schedule:
 
 
 def _contents_of(array: np.ndarray[Any, Any]) -> tuple[Any, ...]:
-    return str(array.dtype), array.shape, array.tobytes()
+    return array.dtype.str, array.shape, array.tobytes()
 
 
 def version_of(tensor: Tensor) -> int:
