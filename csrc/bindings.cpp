@@ -8,6 +8,7 @@
 #include "bindings/config.h"
 #include "bindings/copy.h"
 #include "bindings/step.h"
+#include "bindings/torch_normal.h"
 #include "bindings/watch.h"
 
 namespace {
@@ -19,6 +20,10 @@ PyMethodDef methods[] = {
      "The fused step; None where the call is not plain (see csrc/bindings/step.h)."},
     {"unchanged", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&unchanged)), METH_FASTCALL,
      "Whether a dict, lists and tensors are as they were left (see csrc/bindings/watch.h)."},
+    {"torch_randn", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&torch_randn)), METH_FASTCALL,
+     "torch's normal numbers as a new tensor; None where torch has to draw them (see csrc/bindings/torch_normal.h)."},
+    {"torch_randn_", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&torch_randn_)), METH_FASTCALL,
+     "torch's normal numbers into a tensor; False where torch has to draw them (see csrc/bindings/torch_normal.h)."},
     {nullptr, nullptr, 0, nullptr},
 };
 
