@@ -15,9 +15,12 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Generator.h>
 
+#include <array>
+#include <atomic>
 #include <cstring>
 #include <mutex>
 #include <optional>
+#include <thread>
 
 #include "common.h"
 
@@ -25,10 +28,8 @@ namespace fastdiff::bindings {
 
 constexpr int64_t kStateWords = at::MERSENNE_STATE_N;
 constexpr int64_t kGroup = 16;
-// Numbers made at a time, so that words are still in the cache when they become normal: a thread's first level, and for
-// all threads together enough that sharing out counts little. Whole groups.
+// Numbers made at a time: their words are still in the cache when they become normal. Whole groups.
 constexpr int64_t kChunk = 8192;
-constexpr int64_t kSharedChunk = 262144;
 
 // The words of a generator, untempered, in the order in which torch takes them. Change the generator's state by
 // `finish`.
@@ -78,23 +79,52 @@ class Words {
     at::mt19937_data_pod data_;
 };
 
+// Whole groups of normal numbers, a chunk at a time: words, which come one after another, then normals from each by
+// itself.
+class Chunks {
+  public:
+    Chunks(Words* words, float* out, int64_t count)
+        : words_(words), out_(out), count_(count), chunks_((count + kChunk - 1) / kChunk) {}
+
+    void draw() {
+        for (int64_t chunk = 0; chunk < chunks_; ++chunk) take(chunk), transform(chunk);
+    }
+
+    // The calling thread takes all words; whoever is free, itself too once it is done, makes normals of a chunk that
+    // has its words. One region for all of it: each costs a wait for the last thread to get a core.
+    void draw_shared(int64_t threads) {
+        at::parallel_for(0, std::min(threads, chunks_), 1, [this](int64_t begin, int64_t) {
+            for (int64_t chunk = 0; begin == 0 && chunk < chunks_; ++chunk) {
+                take(chunk);
+                ready_.store(chunk + 1, std::memory_order_release);
+            }
+            for (int64_t chunk = next_.fetch_add(1); chunk < chunks_; chunk = next_.fetch_add(1)) {
+                while (ready_.load(std::memory_order_acquire) <= chunk) std::this_thread::yield();
+                transform(chunk);
+            }
+        });
+    }
+
+  private:
+    int64_t size(int64_t chunk) const { return std::min(kChunk, count_ - chunk * kChunk); }
+    void take(int64_t chunk) { words_->take(out_ + chunk * kChunk, size(chunk)); }
+    void transform(int64_t chunk) const { cpu_build.words_to_normals(out_ + chunk * kChunk, size(chunk) / kGroup); }
+
+    Words* words_;
+    float* out_;
+    int64_t count_, chunks_;
+    std::atomic<int64_t> ready_{0}, next_{0};
+};
+
 // Fills `count` ≥ 16 places as torch does: whole groups in order, then, where some are left over, the last 16 anew.
 inline void draw_normals(Words* words, float* out, int64_t count) {
     const int64_t whole = count - count % kGroup;
-    const bool share = count > kDrawGrain && at::get_num_threads() > 1 && !at::in_parallel_region();
-    const int64_t chunk = share ? kSharedChunk : kChunk;
-    for (int64_t at = 0; at < whole; at += chunk) {
-        const int64_t here = std::min(chunk, whole - at);
-        float* numbers = out + at;
-        words->take(numbers, here);
-        const auto make = [numbers](int64_t begin, int64_t end) {
-            cpu_build.words_to_normals(numbers + begin * kGroup, end - begin);
-        };
-        if (share)
-            at::parallel_for(0, here / kGroup, kDrawGrain / kGroup, make);
-        else
-            make(0, here / kGroup);
-    }
+    const int64_t threads = count > kDrawGrain && !at::in_parallel_region() ? at::get_num_threads() : 1;
+    Chunks chunks(words, out, whole);
+    if (threads > 1)
+        chunks.draw_shared(threads);
+    else
+        chunks.draw();
     if (whole == count) return;
     words->take(out + whole, count - whole);  // torch draws them too, and writes over them
     words->take(out + count - kGroup, kGroup);
