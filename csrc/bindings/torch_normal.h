@@ -30,6 +30,8 @@ constexpr int64_t kStateWords = at::MERSENNE_STATE_N;
 constexpr int64_t kGroup = 16;
 // Numbers made at a time: their words are still in the cache when they become normal. Whole groups.
 constexpr int64_t kChunk = 8192;
+// Numbers up to which one thread draws alone: as many as the step that they are for takes without help.
+constexpr int64_t kAlone = 65536;
 
 // The words of a generator, untempered, in the order in which torch takes them. Change the generator's state by
 // `finish`.
@@ -119,7 +121,7 @@ class Chunks {
 // Fills `count` ≥ 16 places as torch does: whole groups in order, then, where some are left over, the last 16 anew.
 inline void draw_normals(Words* words, float* out, int64_t count) {
     const int64_t whole = count - count % kGroup;
-    const int64_t threads = count > kDrawGrain && !at::in_parallel_region() ? at::get_num_threads() : 1;
+    const int64_t threads = count > kAlone && !at::in_parallel_region() ? at::get_num_threads() : 1;
     Chunks chunks(words, out, whole);
     if (threads > 1)
         chunks.draw_shared(threads);
