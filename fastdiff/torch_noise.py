@@ -20,15 +20,15 @@ from torch import Tensor
 
 from .ops.backends import cpu_build, extension, extension_error
 
-#: Fewer numbers than one draw by which torch can be known: whole groups of 16, a last one that is not, less and more than
-#: the 624 words that the generator makes at a time, and its state full, empty and in between.
+#: The draws by which a torch is known: whole groups of 16 and others, less and more than the 624 words that a generator
+#: makes at a time, from one that has none left, all of them, or some.
 _TRIAL_SIZES = (16, 17, 591, 624, 31, 2 * 624, 1000, 4096, 16 + 623)
 _TRIAL_SEEDS = (0, 2**63 - 25)
 
 #: What torch would draw; None, and nothing drawn, where the call is not plain or there is no loop.
 _draw: Callable[[Sequence[int], Any], Any] = (lambda *_: None) if extension is None else extension.torch_randn
 _is_compiling = torch.compiler.is_compiling
-_get_default_device = torch._C._get_default_device  # type: ignore[attr-defined]
+_get_default_device = torch._C._get_default_device
 
 
 def torch_randn(
@@ -38,8 +38,8 @@ def torch_randn(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``torch.randn(shape, generator=generator, device=device, dtype=dtype)``: its bits, its refusals, and the generator
-    in the state that it leaves.
+    """``torch.randn(shape, generator=generator, device=device, dtype=dtype)``: its bits and its refusals, and the
+    generator in the state that it leaves.
 
     Args:
         shape: of the result.
@@ -94,7 +94,7 @@ def randn_like_diffusers(
         generator = generator[0]
     if not isinstance(generator, list):
         return torch_randn(shape, generator, device=drawn_on, dtype=dtype).to(device)
-    one = (1,) + shape[1:]  # type: ignore[operator]  # noqa: RUF005 - a list is refused here, as diffusers refuses it
+    one = (1,) + shape[1:]  # type: ignore[operator]  # a list is refused, as diffusers refuses it
     parts = [torch_randn(one, generator[i], device=drawn_on, dtype=dtype) for i in range(batch)]
     return torch.cat(parts, dim=0).to(device)
 
@@ -120,7 +120,8 @@ def _draw_here(
         and (device.type if isinstance(device, torch.device) else device or _get_default_device()) == "cpu"
         and (_trial.passed or _trial.passes())
     ):
-        return _draw(shape, generator)
+        drawn: Tensor | None = _draw(shape, generator)
+        return drawn
     return None
 
 

@@ -3,17 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
-#: Words of mt19937's state, and where torch keeps them in `get_state`: behind the seed (8 bytes), how many words are left
-#: before the next 624 (4), whether it was seeded (4) and where the next word is (8); each in 8 bytes.
+#: Words of mt19937's state, and where torch keeps them in `get_state`: behind the seed (8 bytes), how many are left
+#: before the next 624 (4), whether it was seeded (4) and where the next one is (8); each in 8 bytes.
 STATE_WORDS = 624
 _LEFT, _NEXT, _WORDS = 8, 16, 24
 #: Words that a generator of ours gives before it makes new ones. One less would do; these are whole groups of 16.
 CHOSEN = 608
+
+#: As torch.randn, with the generator second.
+Draw = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
+
+
+def by_torch(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(shape, generator=generator)
 
 
 def untempered(words: np.ndarray) -> np.ndarray:
@@ -59,6 +66,31 @@ def pairs_of(first: np.ndarray, second: np.ndarray) -> Iterator[tuple[torch.Tens
         for row, state in enumerate(states_giving(words.reshape(rows, CHOSEN))):
             # A copy, for torch reads a state from where its storage begins.
             yield state.clone(), min(per_state, count - row * per_state)
+
+
+def numbers_of(first: np.ndarray, second: np.ndarray, draw: Draw = by_torch) -> torch.Tensor:
+    """What is made of pairs of words: ``[n, 2]``, with a cosine and with a sine."""
+    generator, parts = torch.Generator("cpu"), []
+    for state, count in pairs_of(first, second):
+        generator.set_state(state)
+        drawn = draw((CHOSEN,), generator).view(-1, 2, 8).transpose(1, 2).reshape(-1, 2)
+        parts.append(drawn[:count])
+    return torch.cat(parts)
+
+
+def differing(first: np.ndarray, second: np.ndarray, draw: Draw) -> int:
+    """How many of these pairs of words become other bits in a draw than in torch's."""
+    drawn, expected = numbers_of(first, second, draw), numbers_of(first, second)
+    return int((drawn.view(torch.int32) != expected.view(torch.int32)).any(dim=1).sum())
+
+
+def one_of_radius_one() -> int:
+    """A word whose radius, √(−2 ln u1), is 1 in torch's arithmetic."""
+    around = round((1 - np.exp(-0.5)) * 2**24)
+    near = np.arange(around - 400, around + 400, dtype=np.uint32)
+    ones = near[numbers_of(near, np.zeros_like(near))[:, 0].numpy() == 1.0]
+    assert len(ones) > 0
+    return int(ones[0])
 
 
 def with_counters(state: torch.Tensor, left: int, following: int) -> torch.Tensor:
