@@ -4,8 +4,8 @@
     python -m benchmarks.torch_noise                       # three shapes, one thread and all
     python -m benchmarks.torch_noise --shapes 2x16 --threads 1 --rounds 51 --json FILE
 
-Both take turns on generators that hold the same numbers; the times are ratios round by round.  torch draws on one thread
-whatever it has.
+Both take turns on generators that hold the same numbers; how many times longer torch takes is told round by round.
+torch draws on one thread whatever it has.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -549,19 +548,6 @@ def test_samplers_draw_with_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     assert same_bits(together, torch.cat([torch.randn(1, 30, generator=seeded(i)) for i in (1, 2)]))
     draw((3, 30), seeded(1), dtype=torch.float32, device=CPU)
     assert sizes == [(1, 30), (1, 30), (3, 30)]
-
-
-@loop_here
-def test_the_benchmark_holds_both_to_the_same_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from benchmarks.torch_noise import main
-
-    threads = torch.get_num_threads()
-    main(["--shapes", "2x16,40", "--threads", "1,2", "--rounds", "3", "--json", str(tmp_path / "times.json")])
-    assert torch.get_num_threads() == threads
-    lines = json.loads((tmp_path / "times.json").read_text())["lines"]
-    assert [(line["shape"], line["threads"]) for line in lines] == [("2x16", 1), ("2x16", 2), ("40", 1), ("40", 2)]
-    assert all(line[what]["median"] > 0 for line in lines for what in ("torch", "fastdiff", "times"))
-    assert len(capsys.readouterr().out.splitlines()) == 6
 
 
 #: Prints the reason for which torch draws, and fails where bits or states are not torch's.
