@@ -325,7 +325,9 @@ def test_bench_is_a_command_of_fastdiff() -> None:
 @pytest.mark.skipif(bool(why_by_torch()), reason=why_by_torch())
 def test_draws_of_torchs_noise_are_timed_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
-    torch_noise.main(["--shapes", "2x16,40", "--threads", "1,2", "--rounds", "3", "--json", str(tmp_path / "times.json")])
+    torch_noise.main(
+        ["--shapes", "2x16,40", "--threads", "1,2", "--rounds", "3", "--json", str(tmp_path / "times.json")]
+    )
     assert torch.get_num_threads() == threads
     lines = json.loads((tmp_path / "times.json").read_text())["lines"]
     assert [(line["shape"], line["threads"]) for line in lines] == [("2x16", 1), ("2x16", 2), ("40", 1), ("40", 2)]
