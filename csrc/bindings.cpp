@@ -8,6 +8,7 @@
 #include "bindings/config.h"
 #include "bindings/copy.h"
 #include "bindings/stepping.h"
+#include "bindings/torch_normal.h"
 
 namespace {
 
@@ -16,6 +17,10 @@ using namespace fastdiff::bindings;
 PyMethodDef methods[] = {
     {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&step)), METH_FASTCALL,
      "The fused step; None where the call is not plain (see csrc/bindings/step.h)."},
+    {"torch_randn", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&torch_randn)), METH_FASTCALL,
+     "torch's normal numbers as a new tensor; None where torch has to draw them (see csrc/bindings/torch_normal.h)."},
+    {"torch_randn_", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&torch_randn_)), METH_FASTCALL,
+     "torch's normal numbers into a tensor; False where torch has to draw them (see csrc/bindings/torch_normal.h)."},
     {nullptr, nullptr, 0, nullptr},
 };
 

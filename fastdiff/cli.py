@@ -19,6 +19,7 @@ from .ops import randn
 from .philox import spawn_seeds
 from .sampling_config import SamplingMethod
 from .schedules import create_noise_scheduler
+from .torch_noise import why_by_torch
 
 #: Samplers by the names that people use, each as fields of SamplingConfig.
 SAMPLERS: dict[str, dict[str, Any]] = {
@@ -182,6 +183,9 @@ def print_environment() -> None:
     console.print(backends)
     threads = torch.get_num_threads()
     console.print(f"a step on the CPU is answered by {ops.backend_for(torch.empty(0))}, with {threads} threads")
+    by_torch = why_by_torch()
+    drawn = f"by torch: {by_torch}" if by_torch else "drawn by fastdiff's loop"
+    console.print(plain(f"torch's noise: {drawn}"))
     if torch.accelerator.is_available():
         on_gpu = torch.empty(0, device=torch.accelerator.current_accelerator())
         module = torch.get_device_module(on_gpu.device)

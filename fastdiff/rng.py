@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import sentence
+from .torch_noise import torch_randn
 from .transfer import to_device
 
 #: One generator for the whole batch, one for each sample, or torch's default.
@@ -31,7 +32,7 @@ def draw(shape: Sequence[int], generator: Generators = None, *, dtype: torch.dty
     """
     if generator is None or isinstance(generator, torch.Generator):
         drawn_on = device if generator is None else generator.device
-        return to_device(torch.randn(tuple(shape), generator=generator, dtype=dtype, device=drawn_on), device)
+        return to_device(torch_randn(tuple(shape), generator, dtype=dtype, device=drawn_on), device)
     if len(shape) == 0 or len(generator) != shape[0]:
         raise ValueError(
             sentence(
@@ -43,7 +44,7 @@ def draw(shape: Sequence[int], generator: Generators = None, *, dtype: torch.dty
             )
         )
     one = (1, *shape[1:])
-    parts = [to_device(torch.randn(one, generator=g, dtype=dtype, device=g.device), device) for g in generator]
+    parts = [to_device(torch_randn(one, g, dtype=dtype, device=g.device), device) for g in generator]
     return torch.cat(parts) if parts else torch.empty(tuple(shape), dtype=dtype, device=device)
 
 

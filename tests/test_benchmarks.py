@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compiled_peer, k_diffusion_peer
+from benchmarks import compiled_peer, k_diffusion_peer, torch_noise
 from benchmarks.__main__ import main
 from benchmarks.cases import GUIDANCE, OPS, Case, seeded
 from benchmarks.copying import copies_for, copy_walk, last_level_cache, why_absent
@@ -22,6 +22,7 @@ from benchmarks.peers import PEERS, Walk, walks
 from benchmarks.traffic import bytes_a_step, tensors_moved
 from fastdiff.affine import HISTORY, MODEL_OUTPUT, NOISE, PREDICTION, SAMPLE
 from fastdiff.table import Row, StepTable, Variance
+from fastdiff.torch_noise import why_by_torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (2, 1, 4, 4)
@@ -319,3 +320,16 @@ def test_bench_is_a_command_of_fastdiff() -> None:
         assert done.returncode == 2
         assert "--rounds is 0" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(bool(why_by_torch()), reason=why_by_torch())
+def test_draws_of_torchs_noise_are_timed_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    torch_noise.main(
+        ["--shapes", "2x16,40", "--threads", "1,2", "--rounds", "3", "--json", str(tmp_path / "times.json")]
+    )
+    assert torch.get_num_threads() == threads
+    lines = json.loads((tmp_path / "times.json").read_text())["lines"]
+    assert [(line["shape"], line["threads"]) for line in lines] == [("2x16", 1), ("2x16", 2), ("40", 1), ("40", 2)]
+    assert all(line[what]["median"] > 0 for line in lines for what in ("torch", "fastdiff", "times"))
+    assert len(capsys.readouterr().out.splitlines()) == 6

@@ -68,10 +68,22 @@ def test_env_names_every_backend_and_why_one_is_missing() -> None:
     done = run("env")
     assert done.returncode == 0, done.stderr
     text = " ".join(done.stdout.split())
-    for word in ("torch", "cpu", "cuda", "triton", "reference", "available"):
+    for word in ("torch", "cpu", "cuda", "triton", "reference", "available", "torch's noise: "):
         assert word in text
     if not torch.cuda.is_available():
         assert "without CUDA" in text or "no CUDA device" in text or "not built" in text
+
+
+@pytest.mark.parametrize(
+    ("reason", "line"),
+    [("", "torch's noise: drawn by fastdiff's loop"), ("of [this]", "torch's noise: by torch: of [this]")],
+)
+def test_env_says_who_draws_torchs_noise(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reason: str, line: str
+) -> None:
+    monkeypatch.setattr("fastdiff.cli.why_by_torch", lambda: reason)
+    print_environment()
+    assert line in capsys.readouterr().out
 
 
 def test_env_prints_the_extra_that_is_missing(

@@ -27,6 +27,10 @@ struct CpuBuild {
                            void* keys);
     // The value at a rank among these keys, which are moved about.
     void (*finish_keys)(const SelectArgs& args, void* keys, int64_t count, int64_t rank, void* out);
+    // torch's normal numbers; null where the build has no loop for them. Words lie where floats will: the next 624 of
+    // mt19937's state from the 624 before, and groups of 16 words turned into normal numbers in place.
+    void (*twist)(const float* state, float* next);
+    void (*words_to_normals)(float* memory, int64_t groups);
 };
 
 namespace generic {

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .. import ops
 from ..affine import COLUMNS
 from ..table import CLIP, MODEL_INPUT_SCALE, PREV_SAMPLE, ROW_WIDTH, STORE_0, STORE_1
+from ..torch_noise import randn_like_diffusers
 
 #: How far below a token's level the next one has to lie, as in diffusers.
 _APART = 1e-6
@@ -64,7 +64,9 @@ class PerTokenSteps:
         noise = None
         if stochastic:
             # In float32, as diffusers draws it for the widened samples.
-            noise = randn_tensor(sample.shape, given.get("generator"), sample.device, torch.float32).reshape(tokens)
+            noise = randn_like_diffusers(sample.shape, given.get("generator"), sample.device, torch.float32).reshape(
+                tokens
+            )
         (new,) = ops.step(
             sample.float().reshape(tokens),
             output.float().reshape(tokens),

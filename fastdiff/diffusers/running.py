@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .. import ops
@@ -15,6 +14,7 @@ from ..affine import COLUMNS
 from ..ops.layout import laid_out
 from ..table import KEEP_0, KEEP_1, PREDICTION_OUTPUT, PREV_SAMPLE
 from ..thresholding import dynamic_threshold
+from ..torch_noise import randn_like_diffusers
 from .plan import Plan
 from .tracing import USUAL
 
@@ -83,8 +83,7 @@ def run_plan(
 
 def draw(output: Tensor, generator: Any, dtype: torch.dtype) -> Tensor:
     """A step's noise, drawn as diffusers draws it."""
-    noise: Tensor = randn_tensor(output.shape, generator, output.device, dtype)
-    return noise
+    return randn_like_diffusers(output.shape, generator, output.device, dtype)
 
 
 def launch(

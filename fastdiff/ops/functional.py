@@ -21,6 +21,7 @@ from ..levels import Level, Levels, variance_preserving
 from ..solvers import Algorithm, Prediction, ddim, ddpm, dpm_multistep, euler, euler_ancestral
 from ..solvers.ddpm import VarianceType
 from ..table import Row, StepTable, compute_dtype
+from ..torch_noise import torch_randn
 from .fused import step
 
 
@@ -240,7 +241,7 @@ def _noise(
 ) -> Tensor | None:
     """The given noise, or a draw where the row wants one."""
     if noise is None and compiled.draws_noise[-1]:
-        return torch.randn(sample.shape, generator=generator, dtype=sample.dtype, device=sample.device)
+        return torch_randn(sample.shape, generator, dtype=sample.dtype, device=sample.device)
     return noise
 
 
