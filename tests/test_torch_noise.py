@@ -345,7 +345,9 @@ def deterministic() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "around", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu"), deterministic], ids=str
+    "around",
+    [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu"), deterministic],
+    ids=["inference_mode", "no_grad", "autocast", "deterministic"],
 )
 def test_what_does_not_concern_a_draw_does_not_change_it(around: Callable[[], AbstractContextManager[Any]]) -> None:
     with around():

@@ -64,9 +64,8 @@ class PerTokenSteps:
         noise = None
         if stochastic:
             # In float32, as diffusers draws it for the widened samples.
-            noise = randn_like_diffusers(sample.shape, given.get("generator"), sample.device, torch.float32).reshape(
-                tokens
-            )
+            noise = randn_like_diffusers(sample.shape, given.get("generator"), sample.device, torch.float32)
+            noise = noise.reshape(tokens)
         (new,) = ops.step(
             sample.float().reshape(tokens),
             output.float().reshape(tokens),
