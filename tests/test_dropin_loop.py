@@ -454,3 +454,39 @@ def test_any_order_of_any_timesteps_gives_what_fresh_schedulers_give(data: st.Da
         assert_same_bits(list(found), list(wanted)) if named else assert_same_bits(
             [found.prev_sample, found.pred_original_sample], [wanted.prev_sample, wanted.pred_original_sample]
         )
+
+
+@pytest.mark.parametrize("form", [lambda t: t[None], lambda t: t.expand(2)], ids=["one element", "expanded"])
+def test_a_view_of_a_timestep_is_known_by_its_address(form: Callable[[Tensor], Tensor], looked_up: list[str]) -> None:
+    scheduler, outputs = made("DDPMWuerstchen"), tensors()
+
+    def run() -> Tensor:
+        x = outputs[-1]
+        generator = torch.Generator().manual_seed(3)
+        for i, t in enumerate(scheduler.timesteps[:-1]):
+            x = scheduler.step(outputs[i], form(t), x, return_dict=False, generator=generator)[0]
+        return x
+
+    first = run()
+    run()
+    looked_up.clear()
+    assert_same_bits([run()], [first])
+    assert len(looked_up) == 1
+    theirs = original("DDPMWuerstchen")
+    x, generator = outputs[-1], torch.Generator().manual_seed(3)
+    for i, t in enumerate(theirs.timesteps[:-1]):
+        x = theirs.step(outputs[i], form(t), x, return_dict=False, generator=generator)[0]
+    assert torch.allclose(first, x, atol=3e-4, rtol=3e-4)
+
+
+def test_what_only_looks_like_a_view_of_a_timestep_is_read() -> None:
+    scheduler = made("DDPMWuerstchen")
+    position = scheduling.fused_of(scheduler).schedule.position
+    timesteps = scheduler.timesteps
+    assert [position(t) for t in timesteps] == list(range(len(timesteps)))
+    assert position(timesteps[2].expand(3)) == 2
+    assert position(timesteps[1:3]) is None
+    assert position(timesteps[2:2]) is None
+    assert position(timesteps[2].clone()) is None
+    assert position(timesteps[2].double()) is None
+    assert position(timesteps[2][None, None]) is None

@@ -32,7 +32,8 @@ struct Known {
         const MaybeTensor tensor = tensor_in(value);
         if (tensor == nullptr || tensor->scalar_type() != type || tensor->sizes() != sizes) return false;
         if (kind == kLike) return true;
-        return tensor->has_storage() && reinterpret_cast<int64_t>(tensor->const_data_ptr()) == pointer;
+        const bool one = tensor->numel() == 1 || (tensor->dim() == 1 && tensor->stride(0) == 0);
+        return one && tensor->has_storage() && reinterpret_cast<int64_t>(tensor->const_data_ptr()) == pointer;
     }
 
     py::object name;

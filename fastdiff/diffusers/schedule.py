@@ -83,11 +83,13 @@ class Schedule:
         return [tensor for name, tensor, _ in self.tensors if name in read and not tensor.is_inference()]
 
     def position(self, timestep: Tensor) -> int | None:
-        """Which of the schedule's own timesteps a tensor is a view of; None for any other.
+        """Which of the schedule's own timesteps a tensor is a view of, once or expanded; None for any other.
 
         A loop over `timesteps` yields views, so no value has to be fetched from a device.
         """
-        if timestep.dtype is not self._dtype or timestep.dim() != 0:
+        if timestep.dtype is not self._dtype or timestep.dim() > 1:
+            return None
+        if timestep.dim() == 1 and (timestep.numel() == 0 or (timestep.numel() > 1 and timestep.stride(0) != 0)):
             return None
         place, rest = divmod(timestep.data_ptr() - self._first, self.step_bytes)
         return place if rest == 0 and 0 <= place < self._count else None

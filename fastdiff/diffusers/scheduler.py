@@ -396,7 +396,9 @@ def _argument_key(schedule: Schedule, name: str, value: Any) -> Any:
     if name in INPUTS:
         return value.dtype
     place = schedule.position(value)
-    return ("timesteps", place) if place is not None else (value.dtype, value.dim(), *value.reshape(-1).tolist())
+    if place is not None:
+        return "timesteps", place, *value.shape
+    return value.dtype, value.dim(), *value.reshape(-1).tolist()
 
 
 def _compile(scheduler: Any, name: str, given: Mapping[str, Any], fused: Fused, guided: bool) -> Plan | str:
@@ -413,8 +415,11 @@ def _compile(scheduler: Any, name: str, given: Mapping[str, Any], fused: Fused, 
     arguments = {n: v for n, v in given.items() if n != "generator"}
     timestep = arguments.get("timestep")
     place = schedule.position(timestep) if isinstance(timestep, Tensor) else None
+    levels = schedule.host.get("alphas_cumprod")
+    if levels is not None and levels.dtype == torch.float64 and isinstance(timestep, Tensor) and timestep.dim() > 0:
+        return "levels in float64, looked up for a tensor of timesteps, make the result float64"
     if place is not None:
-        arguments["timestep"] = schedule.host["timesteps"][place]
+        arguments["timestep"] = schedule.host["timesteps"][place].expand(timestep.shape)  # type: ignore[union-attr]
     state = {n: schedule.host.get(n, v) for n, v in attributes.items() if n != FUSED}
     try:
         trace = trace_step(scheduler.original, name, arguments, state)
