@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "bindings/blocks.h"
 #include "bindings/randn.h"
 #include "bindings/reduce.h"
 #include "bindings/config.h"
@@ -42,6 +43,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           py::arg("stream"));
     m.def("_copy_kernel", &copy_kernel, py::arg("src"), py::arg("dst"), py::arg("streaming"),
           "Copies src to dst, for benchmarks; see csrc/bindings/copy.h.");
+    m.def("held_memory", [] { return free_blocks().held(); }, "Bytes that are kept for new outputs.");
+    m.def("release_memory", [] { return free_blocks().release(); }, "Frees what is kept; returns its bytes.");
+    m.def("kept_memory_limit", [] { return free_blocks().limit(); }, "Bytes that may be kept.");
+    m.def("limit_kept_memory", [](size_t bytes) { free_blocks().set_limit(bytes); }, py::arg("bytes"),
+          "Sets how many bytes may be kept, and frees what is.");
     define_reductions(m);
     if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }

@@ -11,6 +11,7 @@
 
 #include <string>
 
+#include "blocks.h"
 #include "call.h"
 #ifdef FASTDIFF_CUDA
 #include "../cuda/step_cuda.h"
@@ -103,8 +104,7 @@ inline PyObject* step(PyObject* /*module*/, PyObject* const* objects, Py_ssize_t
 
     std::array<at::Tensor, kMaxOutputs> outputs;
     for (int64_t o = 0; o <= keeps; ++o) {
-        outputs[o] =
-            out[o] != nullptr ? *out[o] : at::empty_strided(sample->sizes(), sample->strides(), sample->options());
+        outputs[o] = out[o] != nullptr ? *out[o] : new_output(*sample);
         call.output(outputs[o]);
     }
     call.model_input(model_input);
