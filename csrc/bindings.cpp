@@ -48,6 +48,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("kept_memory_limit", [] { return free_blocks().limit(); }, "Bytes that may be kept.");
     m.def("limit_kept_memory", [](size_t bytes) { free_blocks().set_limit(bytes); }, py::arg("bytes"),
           "Sets how many bytes may be kept, and frees what is.");
+    m.def("_stream_above", [](int64_t bytes) { std::swap(bytes, fastdiff::stream_above); return bytes; }, py::arg("bytes"),
+          "Sets how many bytes a step moves before it writes past the caches, for tests; returns what was set before.");
     define_reductions(m);
     if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }

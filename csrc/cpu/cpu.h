@@ -42,6 +42,9 @@ extern const CpuBuild build;
 }
 #endif
 
+// Bytes that a step moves at most before its new outputs are written past the caches: the last level's size.
+extern int64_t stream_above;
+
 // The build to run: `wanted` ("generic", "avx2", "avx512"), or the widest that this processor has if null or empty.
 // name is null where the wanted one is unknown or the processor lacks it.
 CpuBuild select_cpu_build(const char* wanted);
