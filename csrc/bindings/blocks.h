@@ -2,13 +2,14 @@
 // Memory for new outputs on the CPU, reused.
 //
 // A loop makes its outputs anew at every step and drops those of the step before. Left to malloc, small ones come from
-// the top of the heap, which is trimmed and grown again in turn, and large ones are mapped and unmapped: the kernel then
-// zeroes every page of every output, which costs more than the step does. Here a block that is given back is kept for
-// the next output of its size.
+// the top of the heap, which is trimmed and grown again in turn, and large ones are mapped and unmapped: the kernel
+// then zeroes every page of every output, which costs more than the step does. Here a block that is given back is kept
+// for the next output of its size.
 //
-// What a caller gets is an ordinary tensor: its own TensorImpl, its own storage, resizable by torch's CPU allocator. The
-// storage's deleter gives the block back, whoever runs it, on whatever thread and however late. As in memory that torch
-// allocates, the deleter's context is the address of the data, so that what looks for that (copy-on-write) finds it.
+// What a caller gets is an ordinary tensor: its own TensorImpl, its own storage, resizable by torch's CPU allocator.
+// The storage's deleter gives the block back, whoever runs it, on whatever thread and however late. As in memory that
+// torch allocates, the deleter's context is the address of the data, so that what looks for that (copy-on-write) finds
+// it.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -188,9 +189,9 @@ inline at::Tensor new_output(const at::Tensor& like) {
     if (block == nullptr) return at::empty_strided(like.sizes(), like.strides(), like.options());
     void* data = data_of(block);
     c10::profiledCPUMemoryReporter().New(data, bytes);
-    auto storage = c10::make_intrusive<c10::StorageImpl>(
-        c10::StorageImpl::use_byte_size_t(), bytes, at::DataPtr(data, data, &give_back, at::Device(at::kCPU)),
-        allocator, /*resizable=*/true);
+    auto storage = c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes,
+                                                         at::DataPtr(data, data, &give_back, at::Device(at::kCPU)),
+                                                         allocator, /*resizable=*/true);
     at::Tensor made = at::detail::make_tensor<c10::TensorImpl>(
         c10::Storage(std::move(storage)), c10::DispatchKeySet(c10::DispatchKey::CPU), like.dtype());
     made.unsafeGetTensorImpl()->set_sizes_and_strides(like.sizes(), like.strides());

@@ -18,7 +18,7 @@ int64_t last_level_cache() {
 
 }  // namespace
 
-int64_t stream_above = last_level_cache();
+int64_t stream_above = last_level_cache() / 2;
 
 CpuBuild select_cpu_build(const char* wanted) {
     const bool any = wanted == nullptr || *wanted == '\0';
