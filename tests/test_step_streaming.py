@@ -20,7 +20,6 @@ from torch import Tensor
 import fastdiff
 from fastdiff import ops
 from fastdiff.ops import backends
-from fastdiff.philox import Purpose
 from oracle import DTYPES, Shape, assert_same_bits, cases, make, plain_row
 
 if backends.extension is None:
@@ -116,14 +115,12 @@ def test_rows_registers_and_drawn_noise(size: int, channels_last: bool) -> None:
         x, m, *history = (torch.randn(4, 3, size, size, generator=generator) for _ in range(6))
         if channels_last:
             x, m, *history = (t.contiguous(memory_format=torch.channels_last) for t in (x, m, *history))
-        rows = [plain_row(prev_x=1.5, prev_h1=0.5, prev_z=1.0, k0_x=1.0, k0_m=2.0, k1_h0=1.0) for _ in range(2)]
-        table = torch.cat(rows)
+        row = plain_row(prev_x=1.5, prev_h1=0.5, prev_z=1.0, k0_x=1.0, k0_m=2.0, k1_h0=1.0)
+        table = torch.cat([row, row])
         table[:, 6:8] = torch.tensor([[0.0, 2.0], [3.0, -1.0]])
-        out = ops.step(
-            x, m, table, torch.tensor([1, -1, 0, 1]), history=history, seeds=torch.arange(4), noise_step=3,
-            purpose=Purpose.STEP, scatter=True,
-        )  # fmt: skip
-        return [*out, *history]
+        rows = torch.tensor([1, -1, 0, 1])
+        out = ops.step_rows(x, m, table, rows, history, seeds=torch.arange(4), noise_step=3, backend="cpu")
+        return [out, *history]
 
     expected = taken()
     with streaming():
@@ -165,4 +162,3 @@ def test_every_cpu_build_gives_the_same_bits(build: str) -> None:
     if f"FASTDIFF_CPU is '{build}'" in done.stderr:
         pytest.skip(f"this processor lacks {build}")
     assert done.stdout == "same\n", f"seed {seed}: {done.stderr}"
-
