@@ -76,7 +76,10 @@ def test_given_outputs_are_written_and_nothing_beside_them(plan: Shape, offsets:
 
 
 @settings(max_examples=200)
-@given(plan=cases(DTYPES, shapes=SHAPES), places=st.permutations(["sample", "model_output", "noise", "history", "new", "new"]))
+@given(
+    plan=cases(DTYPES, shapes=SHAPES),
+    places=st.permutations(["sample", "model_output", "noise", "history", "new", "new"]),
+)
 def test_outputs_may_be_inputs(plan: Shape, places: list[str]) -> None:
     case = make(plan)
     expected = case.run("cpu")
