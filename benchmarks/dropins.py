@@ -3,10 +3,15 @@
 
     python -m benchmarks.dropins                                  # every class at 1x4x64x64, one thread
     python -m benchmarks.dropins --only DDIM,UniPCMultistep --shape 1x16x21x90x160 --json FILE
+    python -m benchmarks.dropins --bandwidth --shape 1x16x21x90x160
 
 A loop is `set_timesteps` and 20 steps on an output that was made beforehand; steps alone are timed, and a class's first
 loop, in which its steps are traced, is not.  "guided" has the combination of two outputs before diffusers' step and
 within ours.  Where a step draws noise it is torch's, and the time of the draw is told as well.
+
+`--bandwidth` adds what share of a copy's bandwidth our steps reach: a copy of as many bytes as their plans must move,
+inputs read once and outputs written once, takes its turn with them (see copying.py; the better of both stores).  That
+says something where a step moves more than the caches hold.  A draw of torch's is in the step's time, not in its bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +31,9 @@ import torch
 from torch import Tensor
 
 from .conditions import conditions
+from .copying import STORES, copy_walk, why_absent
 from .measure import quantiles, ratios
+from .traffic import tensors_of_plan
 
 STEPS = 20
 #: What a class needs to be made, and to be given timesteps, where the defaults do not do.
@@ -68,6 +75,17 @@ class Loop:
             old = None if before is None else self.other
             return self.scheduler.step(output, old, timestep, before, sample, **self.extra)[0]
         return self.scheduler.step(output, timestep, sample, **self.extra)[0]
+
+    def plans(self) -> list[Any]:
+        """The plans of our steps in the order in which they were taken; of those that are timed, where there are."""
+        plans = [plan for plan in vars(self.scheduler)["_fused"].schedule.plans.values() if not isinstance(plan, str)]
+        return plans[2:] or plans
+
+    def bytes_a_step(self) -> float | None:
+        """Bytes that our step must move, the mean of the plans; None where one is more than a pass."""
+        moved = [tensors_of_plan(plan, guided=self.guided) for plan in self.plans()]
+        known = [tensors for tensors in moved if tensors is not None]
+        return statistics.fmean(known) * self.sample.nbytes if known and len(known) == len(moved) else None
 
     def time(self) -> float:
         """Microseconds a step, over one loop; what begins a loop is left out."""
@@ -127,8 +145,39 @@ def draw_time(shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], float]
     return timed
 
 
-def measure(names: list[str], shape: tuple[int, ...], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """By class: microseconds a step of both, plain and guided, and how many times longer diffusers takes."""
+class Copies:
+    """A copy of as many bytes as a loop's step moves, with both kinds of stores."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.bytes = loop.bytes_a_step()
+        self.walks = {} if self.bytes is None else {name: copy_walk(self.bytes, "warm", name) for name in STORES}
+        self.times: dict[str, list[float]] = {name: [] for name in self.walks}
+
+    def time(self) -> None:
+        """Take a turn: as many copies as a loop times steps."""
+        for name, walk in self.walks.items():
+            started = time.perf_counter()
+            for _ in range(STEPS - 2):
+                walk.advance()
+            self.times[name].append((time.perf_counter() - started) / ((STEPS - 2) * walk.steps) * 1e6)
+
+    def share(self, ours: list[float]) -> dict[str, Any] | None:
+        """The better copy, and its time over the step's."""
+        if self.bytes is None:
+            return None
+        best = min(self.times, key=lambda name: statistics.median(self.times[name]))
+        found = quantiles(ratios(self.times[best], ours))
+        return {"bytes": self.bytes, "copy": best, "microseconds": quantiles(self.times[best]), "share": found}
+
+
+def measure(
+    names: list[str], shape: tuple[int, ...], dtype: torch.dtype, rounds: int, *, bandwidth: bool = False
+) -> dict[str, Any]:
+    """By class: microseconds a step of both, plain and guided, and how many times longer diffusers takes.
+
+    Args:
+        bandwidth: measure the copies too.
+    """
     from fastdiff.diffusers import CLASSES
 
     lines: dict[str, Any] = {}
@@ -141,11 +190,14 @@ def measure(names: list[str], shape: tuple[int, ...], dtype: torch.dtype, rounds
             for who, made in (("diffusers", cls.original), ("fastdiff", cls))
         }
         times: dict[tuple[str, bool], list[float]] = {key: [] for key in loops}
-        for turn in range(rounds + 1):
+        for loop in loops.values():  # traces, and allocates
+            loop.time()
+        copies = {guided: Copies(loops["fastdiff", guided]) for guided in (False, True) if bandwidth}
+        for _ in range(rounds):
             for key, loop in loops.items():
-                seconds = loop.time()
-                if turn > 0:  # the first round traces, and allocates
-                    times[key].append(seconds)
+                times[key].append(loop.time())
+            for copy in copies.values():
+                copy.time()
         line: dict[str, Any] = {}
         for guided in (False, True):
             theirs, ours = times["diffusers", guided], times["fastdiff", guided]
@@ -154,15 +206,12 @@ def measure(names: list[str], shape: tuple[int, ...], dtype: torch.dtype, rounds
                 "fastdiff": quantiles(ours),
                 "times": quantiles(ratios(theirs, ours)),
             }
-        line["draws"] = _draws(loops["fastdiff", False].scheduler)
+            if bandwidth:
+                line["guided" if guided else "plain"]["bandwidth"] = copies[guided].share(ours)
+        line["draws"] = any(plan.draws for plan in loops["fastdiff", False].plans())
         lines[name] = line
         print(_row(name, line), flush=True)
     return {"draw_microseconds": quantiles(draw), "classes": lines}
-
-
-def _draws(scheduler: Any) -> bool:
-    plans = vars(scheduler)["_fused"].schedule.plans.values()
-    return any(not isinstance(plan, str) and bool(plan.draws) for plan in plans)
 
 
 def _row(name: str, line: dict[str, Any]) -> str:
@@ -171,7 +220,17 @@ def _row(name: str, line: dict[str, Any]) -> str:
         for kind in ("plain", "guided")
         for what in ("diffusers", "fastdiff", "times")
     ]
-    return "| " + " | ".join([name.removesuffix("Scheduler"), *figures, "yes" if line["draws"] else ""]) + " |"
+    shares = [_share(line[kind]["bandwidth"]) for kind in ("plain", "guided") if "bandwidth" in line[kind]]
+    return "| " + " | ".join([name.removesuffix("Scheduler"), *figures, "yes" if line["draws"] else "", *shares]) + " |"
+
+
+def _share(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "not one pass"
+    low, middle, high = (100 * found["share"][name] for name in ("p20", "median", "p80"))
+    return (
+        f"{middle:.0f} % ({low:.0f} to {high:.0f}) of {found['bytes'] / found['microseconds']['median'] / 1e3:.0f} GB/s"
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -182,6 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--bandwidth", action="store_true", help="the share of a copy's bandwidth too")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
@@ -189,11 +249,14 @@ def main(arguments: list[str] | None = None) -> None:
 
     names = [f"{name}Scheduler" for name in chosen.only.split(",")] if chosen.only else sorted(CLASSES)
     shape, dtype = tuple(int(size) for size in chosen.shape.split("x")), getattr(torch, chosen.dtype)
-    print("| class | diffusers µs | ours µs | times | guided: diffusers | ours | times | draws |")
-    print("|---|---|---|---|---|---|---|---|")
+    if chosen.bandwidth and why_absent():
+        parser.error(f"--bandwidth needs the extension's copy: {why_absent()}")
+    more = ["share of a copy", "guided: share"] if chosen.bandwidth else []
+    heads = ["class", "diffusers µs", "ours µs", "times", "guided: diffusers", "ours", "times", "draws", *more]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = measure(names, shape, dtype, chosen.rounds)
+        found = measure(names, shape, dtype, chosen.rounds, bandwidth=chosen.bandwidth)
     for kind in ("plain", "guided"):
         times = [line[kind]["times"]["median"] for line in found["classes"].values()]
         found[f"geometric_mean_{kind}"] = math.exp(statistics.fmean(map(math.log, times)))

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastdiff.affine import COLUMNS
+from fastdiff.table import KEEP_0, KEEP_1, PREDICTION_OUTPUT, PREDICTION_SAMPLE, PREV_SAMPLE
 
 _SAMPLE, _OUTPUT, _PREDICTION = (COLUMNS.index(name) for name in ("sample", "model_output", "prediction"))
 
@@ -33,3 +34,19 @@ def bytes_a_step(table: Any, tensor_bytes: int, *, guided: bool, noise_in_memory
     """Bytes that a step of this table must move, the mean of its rows; `tensor_bytes` is the size of one tensor."""
     moved = [tensors_moved(table, i, guided=guided, noise_in_memory=noise_in_memory) for i in range(len(table))]
     return sum(moved) / len(moved) * tensor_bytes
+
+
+def tensors_of_plan(plan: Any, *, guided: bool) -> int | None:
+    """How many tensors like the sample a drop-in's planned step must read and write; None where it is not one pass."""
+    if not plan.simple:
+        return None
+    row = plan.row.reshape(-1)
+    maps = [row[first : first + len(COLUMNS)] != 0 for first in (PREV_SAMPLE, KEEP_0, KEEP_1)[: plan.keeps + 1]]
+    used = [any(bool(weights[column]) for weights in maps) for column in range(len(COLUMNS))]
+    prediction = used[_PREDICTION]
+    used[_SAMPLE] |= prediction and bool(row[PREDICTION_SAMPLE] != 0)
+    used[_OUTPUT] |= prediction and bool(row[PREDICTION_OUTPUT] != 0)
+    used[_PREDICTION] = False
+    if plan.draws_inside:
+        used[COLUMNS.index("noise")] = False
+    return sum(used) + (guided and used[_OUTPUT]) + 1 + plan.keeps

@@ -2,7 +2,9 @@
 // The extension module, the only translation unit that knows torch and pybind11 (their headers cost most of its time).
 #include <cstdlib>
 #include <string>
+#include <utility>
 
+#include "bindings/blocks.h"
 #include "bindings/randn.h"
 #include "bindings/reduce.h"
 #include "bindings/config.h"
@@ -44,6 +46,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           py::arg("stream"));
     m.def("_copy_kernel", &copy_kernel, py::arg("src"), py::arg("dst"), py::arg("streaming"),
           "Copies src to dst, for benchmarks; see csrc/bindings/copy.h.");
+    m.def("held_memory", [] { return free_blocks().held(); }, "Bytes that are kept for new outputs.");
+    m.def("release_memory", [] { return free_blocks().release(); }, "Frees what is kept; returns its bytes.");
+    m.def("kept_memory_limit", [] { return free_blocks().limit(); }, "Bytes that may be kept.");
+    m.def(
+        "limit_kept_memory", [](size_t bytes) { free_blocks().set_limit(bytes); }, py::arg("bytes"),
+        "Sets how many bytes may be kept, and frees what is.");
+    m.def(
+        "_stream_above", [](int64_t bytes) { return std::exchange(fastdiff::stream_above, bytes); }, py::arg("bytes"),
+        "Sets how many bytes a step moves before it writes past the caches, for tests; returns what was set before.");
     define_reductions(m);
     define_program(m);
     define_loop(m);

@@ -25,6 +25,7 @@ from . import ops
 from .graphs import CapturedLoop
 from .loop import SamplingResult, StepInfo
 from .manager import AdvancedSamplingManager, create_advanced_sampling_manager
+from .memory import release_memory
 from .ops import randn
 from .philox import Purpose, as_seeds, spawn_seeds
 from .samplers import (
@@ -101,6 +102,7 @@ __all__ = [
     "ops",
     "patch",
     "randn",
+    "release_memory",
     "spawn_seeds",
     "unpatch",
 ]

@@ -15,6 +15,7 @@ import typer
 
 from . import __version__, ops
 from .errors import require, sentence, unknown_name
+from .memory import held_memory, kept_memory_limit
 from .ops import randn
 from .philox import spawn_seeds
 from .sampling_config import SamplingMethod
@@ -186,6 +187,9 @@ def print_environment() -> None:
     by_torch = why_by_torch()
     drawn = f"by torch: {by_torch}" if by_torch else "drawn by fastdiff's loop"
     console.print(plain(f"torch's noise: {drawn}"))
+    console.print(
+        f"kept for new outputs on the CPU: {held_memory() / 2**20:.1f} of at most {kept_memory_limit() / 2**20:.0f} MiB"
+    )
     if torch.accelerator.is_available():
         on_gpu = torch.empty(0, device=torch.accelerator.current_accelerator())
         module = torch.get_device_module(on_gpu.device)

@@ -11,6 +11,7 @@
 
 #include <string>
 
+#include "blocks.h"
 #include "call.h"
 #ifdef FASTDIFF_CUDA
 #include "../cuda/step_cuda.h"
@@ -103,8 +104,7 @@ inline bool take_step(const StepRequest& request, Outputs* outputs) {
 
     for (int64_t o = 0; o <= request.keeps; ++o) {
         const MaybeTensor given = request.outs[o];
-        (*outputs)[o] =
-            given != nullptr ? *given : at::empty_strided(sample.sizes(), sample.strides(), sample.options());
+        (*outputs)[o] = given != nullptr ? *given : new_output(sample);
         call.output((*outputs)[o]);
     }
     call.model_input(request.model_input);

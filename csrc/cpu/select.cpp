@@ -1,9 +1,24 @@
 // SPDX-License-Identifier: MIT
 #include <string.h>
+#include <unistd.h>
 
 #include "cpu.h"
 
 namespace fastdiff {
+
+namespace {
+
+int64_t last_level_cache() {
+    int64_t bytes = 0;
+#ifdef _SC_LEVEL3_CACHE_SIZE
+    bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+    return bytes > 0 ? bytes : int64_t{32} << 20;
+}
+
+}  // namespace
+
+int64_t stream_above = last_level_cache() / 2;
 
 CpuBuild select_cpu_build(const char* wanted) {
     const bool any = wanted == nullptr || *wanted == '\0';

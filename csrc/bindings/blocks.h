@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: MIT
+// Memory for new outputs on the CPU, reused.
+//
+// A loop makes its outputs anew at every step and drops those of the step before. Left to malloc, small ones come from
+// the top of the heap, which is trimmed and grown again in turn, and large ones are mapped and unmapped: the kernel
+// then zeroes every page of every output, which costs more than the step does. Here a block that is given back is kept
+// for the next output of its size.
+//
+// What a caller gets is an ordinary tensor: its own TensorImpl, its own storage, resizable by torch's CPU allocator.
+// The storage's deleter gives the block back, whoever runs it, on whatever thread and however late. As in memory that
+// torch allocates, the deleter's context is the address of the data, so that what looks for that (copy-on-write) finds
+// it.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <array>
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <utility>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+#ifndef _WIN32
+#include <pthread.h>
+#endif
+
+namespace fastdiff::bindings {
+
+// Stands before the data of a block.
+struct alignas(64) BlockHeader {
+    size_t bytes;  // of the data
+};
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+inline void* data_of(BlockHeader* block) { return block + 1; }
+inline BlockHeader* block_of(void* data) { return static_cast<BlockHeader*>(data) - 1; }
+
+// Null where there is no memory.
+inline BlockHeader* allocate_block(size_t bytes) {
+    if (bytes > SIZE_MAX / 2) return nullptr;
+    const bool large = bytes >= kHugePage;
+    const size_t total = sizeof(BlockHeader) + bytes;
+    void* memory = nullptr;
+    if (posix_memalign(&memory, large ? kHugePage : alignof(BlockHeader), total) != 0) return nullptr;
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    // Advice: where the kernel does not take it, pages are small.
+    if (large) (void)madvise(memory, total / kHugePage * kHugePage, MADV_HUGEPAGE);
+#endif
+    auto* block = static_cast<BlockHeader*>(memory);
+    block->bytes = bytes;
+    return block;
+}
+
+// The free blocks, up to a limit in bytes and in number; what was used longest ago goes first.
+class FreeBlocks {
+  public:
+    static constexpr size_t kMost = 64;
+
+    // A block of exactly this size, the one given back last, or null.
+    BlockHeader* take(size_t bytes) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        for (size_t i = count_; i-- > 0;) {
+            if (sizes_[i] != bytes) continue;
+            BlockHeader* block = blocks_[i];
+            remove(i, 1);
+            held_ -= bytes;
+            return block;
+        }
+        return nullptr;
+    }
+
+    void give_back(BlockHeader* block) {
+        std::array<BlockHeader*, kMost> surplus;
+        size_t dropped = 0;
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            const size_t bytes = block->bytes;
+            if (bytes > limit_) {
+                surplus[dropped++] = block;
+            } else {
+                dropped = drop_until(limit_ - bytes, kMost - 1, &surplus);
+                sizes_[count_] = bytes;
+                blocks_[count_++] = block;
+                held_ += bytes;
+            }
+        }
+        for (size_t i = 0; i < dropped; ++i) std::free(surplus[i]);
+    }
+
+    // Frees all there are; returns their bytes.
+    size_t release() {
+        std::array<BlockHeader*, kMost> surplus;
+        size_t dropped = 0, bytes = 0;
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            bytes = held_;
+            dropped = drop_until(0, 0, &surplus);
+        }
+        for (size_t i = 0; i < dropped; ++i) std::free(surplus[i]);
+        return bytes;
+    }
+
+    void set_limit(size_t bytes) {
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            limit_ = bytes;
+        }
+        release();
+    }
+
+    size_t limit() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        return limit_;
+    }
+
+    size_t held() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        return held_;
+    }
+
+    // A child of fork has only the thread that forked: nobody else may hold the lock at that moment.
+    void before_fork() { mutex_.lock(); }
+    void after_fork() { mutex_.unlock(); }
+
+  private:
+    // Takes the oldest out until no more than these are left; returns how many.
+    size_t drop_until(size_t bytes, size_t number, std::array<BlockHeader*, kMost>* surplus) {
+        size_t dropped = 0;
+        while (held_ > bytes || count_ - dropped > number) {
+            held_ -= sizes_[dropped];
+            (*surplus)[dropped] = blocks_[dropped];
+            ++dropped;
+        }
+        if (dropped > 0) remove(0, dropped);
+        return dropped;
+    }
+
+    void remove(size_t at, size_t number) {
+        for (size_t i = at + number; i < count_; ++i) {
+            sizes_[i - number] = sizes_[i];
+            blocks_[i - number] = blocks_[i];
+        }
+        count_ -= number;
+    }
+
+    std::mutex mutex_;
+    // Oldest first. Sizes stand apart, so that looking for one touches no block.
+    std::array<size_t, kMost> sizes_{};
+    std::array<BlockHeader*, kMost> blocks_{};
+    size_t count_ = 0, held_ = 0;
+#ifdef __SANITIZE_ADDRESS__
+    size_t limit_ = 0;  // a block that is reused is one whose use after free goes unseen
+#else
+    size_t limit_ = size_t{256} << 20;
+#endif
+};
+
+// Never destroyed: tensors may outlive what is static.
+inline FreeBlocks& free_blocks() {
+    static FreeBlocks* const blocks = [] {
+        auto* made = new FreeBlocks;
+#ifndef _WIN32
+        pthread_atfork([] { free_blocks().before_fork(); }, [] { free_blocks().after_fork(); },
+                       [] { free_blocks().after_fork(); });
+#endif
+        return made;
+    }();
+    return *blocks;
+}
+
+inline void give_back(void* data) {
+    c10::profiledCPUMemoryReporter().Delete(data);
+    free_blocks().give_back(block_of(data));
+}
+
+// What at::empty_strided makes for a tensor like this dense one, to be written in full.
+inline at::Tensor new_output(const at::Tensor& like) {
+    const size_t bytes = static_cast<size_t>(like.numel()) * like.element_size();
+    at::Allocator* const allocator = like.is_cpu() ? c10::GetCPUAllocator() : nullptr;
+    // Someone who brings an allocator for torch's memory on the CPU wants this too to come from it.
+    const bool usual = allocator != nullptr && allocator == c10::GetDefaultCPUAllocator();
+    BlockHeader* block = usual ? free_blocks().take(bytes) : nullptr;
+    if (block == nullptr && usual && bytes <= free_blocks().limit()) block = allocate_block(bytes);
+    if (block == nullptr) return at::empty_strided(like.sizes(), like.strides(), like.options());
+    void* data = data_of(block);
+    c10::profiledCPUMemoryReporter().New(data, bytes);
+    auto storage = c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes,
+                                                         at::DataPtr(data, data, &give_back, at::Device(at::kCPU)),
+                                                         allocator, /*resizable=*/true);
+    at::Tensor made = at::detail::make_tensor<c10::TensorImpl>(
+        c10::Storage(std::move(storage)), c10::DispatchKeySet(c10::DispatchKey::CPU), like.dtype());
+    made.unsafeGetTensorImpl()->set_sizes_and_strides(like.sizes(), like.strides());
+    return made;
+}
+
+}  // namespace fastdiff::bindings
