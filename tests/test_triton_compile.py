@@ -37,6 +37,7 @@ PLAIN = {
     "KEEPS": 0,
     "ROWS": 0,
     "SCATTER": False,
+    "MIXED_REGISTERS": False,
     "DRAWS": 0,
     "NOISE_STEPS": 0,
     "MODEL_INPUTS": 0,
