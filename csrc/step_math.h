@@ -40,7 +40,7 @@ constexpr int kOutputMaps[kMaxOutputs] = {kPrevSample, kKeep0, kKeep1};
 enum class Variance : int { kFixed = 0, kLearnedRange = 1, kLearned = 2 };
 enum class DType : int { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2, kFloat64 = 3 };
 
-FASTDIFF_INLINE constexpr int64_t size_of(DType dtype) {
+FASTDIFF_INLINE constexpr int64_t item_size(DType dtype) {
     return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 

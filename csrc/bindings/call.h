@@ -234,7 +234,7 @@ class Call {
         const void* at;
         DType type;
         int64_t elements;
-        int64_t bytes() const { return elements * size_of(type); }
+        int64_t bytes() const { return elements * item_size(type); }
     };
 
     bool same_kind(const at::Tensor& tensor, DType* type) {

@@ -76,15 +76,15 @@ __device__ __forceinline__ void leave(const StepArgs& args, int64_t here, int co
 
 // The same where it is stored in a dtype and returned in another.
 template <typename C, int V>
-__device__ __forceinline__ void leave_mixed(const StepArgs& args, int64_t here, int count) {
+__device__ __forceinline__ void leave_mixed(const StepArgs& args, int64_t here) {
     const DType from = args.types.sample, to = args.types.outputs[0];
     C sample[V];
-    numbers_of(from, fetch<C, V>(from, args.sample, here, count), sample);
+    numbers_of(from, fetch<C, V>(from, args.sample, here), sample);
     // Of one dtype the numbers come back as they were, but for what kind of NaN they are.
-    if (args.outputs[0] != args.sample) store_as(to, sample, args.outputs[0], here, count);
+    if (args.outputs[0] != args.sample) store_as(to, sample, args.outputs[0], here, V);
     if (args.model_input == nullptr) return;
     round_as(to, sample);
-    write_model_input(args, C(1), sample, here, count);
+    write_model_input(args, C(1), sample, here, V);
 }
 
 // Whether a step draws noise.
@@ -192,20 +192,19 @@ __global__ void __launch_bounds__(kMostThreads, 1) step_kernel(const StepArgs ar
 static_assert(int{kKeep0} == int{kPrevSample} + int{kColumns} && int{kKeep1} == int{kKeep0} + int{kColumns},
               "the maps of a row follow one another");
 
-// The step of tensors that have dtypes of their own.
+// The step of tensors that have dtypes of their own: all of them fetched as bits before the first is made a number.
+// Packs fill their samples, so that there are no tails, each of which would be written out for each dtype.
 template <typename C, int V>
 __global__ void __launch_bounds__(kMostThreads, 1) mixed_kernel(const StepArgs args, int64_t packs_a_sample) {
     const int64_t pack = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     const int64_t b = pack / packs_a_sample;
     if (b >= args.batch) return;
     const int64_t at = (pack - b * packs_a_sample) * V;
-    const int64_t left = args.inner - at;
-    const int count = left < V ? static_cast<int>(left) : V;
     const int64_t here = pack * V;
     const int64_t there = b * args.model_stride + at;
     const C* __restrict__ row = row_of<C>(args, b);
     if (row == nullptr) {
-        leave_mixed<C, V>(args, here, count);
+        leave_mixed<C, V>(args, here);
         return;
     }
     const int maps = args.scatter ? int{kMaxOutputs} : args.num_outputs;
@@ -217,17 +216,17 @@ __global__ void __launch_bounds__(kMostThreads, 1) mixed_kernel(const StepArgs a
     present[kNoise] = drawn ? row_reads(row, maps, int{kNoise}) : args.noise != nullptr;
     const bool learned = present[kNoise] && args.variance_kind != Variance::kFixed;
     Bits<C, V> sample, output, history[kRegisters] = {}, noise = {}, other = {}, scale = {};
-    sample = fetch<C, V>(types.sample, args.sample, here, count);
-    output = fetch<C, V>(types.model_output, args.model_output, there, count);
-    if (args.uncond != nullptr) other = fetch<C, V>(types.uncond, args.uncond, there, count);
+    sample = fetch<C, V>(types.sample, args.sample, here);
+    output = fetch<C, V>(types.model_output, args.model_output, there);
+    if (args.uncond != nullptr) other = fetch<C, V>(types.uncond, args.uncond, there);
 #pragma unroll
     for (int j = 0; j < kRegisters; ++j) {
         present[kHistory0 + j] =
             args.history[j] != nullptr && (!args.scatter || row_reads(row, maps, int{kHistory0} + j));
-        if (present[kHistory0 + j]) history[j] = fetch<C, V>(types.history[j], args.history[j], here, count);
+        if (present[kHistory0 + j]) history[j] = fetch<C, V>(types.history[j], args.history[j], here);
     }
-    if (!drawn && present[kNoise]) noise = fetch<C, V>(types.noise, args.noise, here, count);
-    if (learned) scale = fetch<C, V>(types.variance, args.variance, there, count);
+    if (!drawn && present[kNoise]) noise = fetch<C, V>(types.noise, args.noise, here);
+    if (learned) scale = fetch<C, V>(types.variance, args.variance, there);
 
     C terms[kColumns][V], uncond[V], variance[V];
     numbers_of(types.sample, sample, terms[kSample]);
@@ -253,10 +252,10 @@ __global__ void __launch_bounds__(kMostThreads, 1) mixed_kernel(const StepArgs a
         }
         C sum[V];
         weighted_sum(row, o, present, terms, sum);
-        store_as(dtype, sum, target, here, count);
+        store_as(dtype, sum, target, here, V);
         if (o > 0 || args.model_input == nullptr) continue;
         round_as(dtype, sum);
-        write_model_input(args, row[kModelInputScale], sum, here, count);
+        write_model_input(args, row[kModelInputScale], sum, here, V);
     }
 }
 
@@ -284,10 +283,10 @@ void launch_packs(const StepArgs& args, Launches& launches) {
 
 template <typename C>
 void launch_mixed(const StepArgs& args, Launches& launches) {
-    constexpr int kPack =
-        sizeof(C) == 8 ? 2 : 8;  // of the widest 16 bytes; of float an access of a half type is so wide
-    const bool wide = vectorizable(args, kPack);
-    const int64_t packs_a_sample = wide ? (args.inner + kPack - 1) / kPack : args.inner;
+    // Of the widest dtype 16 bytes, or where that is float of a half type.
+    constexpr int kPack = sizeof(C) == 8 ? 2 : 8;
+    const bool wide = args.inner % kPack == 0 && vectorizable(args, kPack);
+    const int64_t packs_a_sample = wide ? args.inner / kPack : args.inner;
     const auto kernel = wide ? mixed_kernel<C, kPack> : mixed_kernel<C, 1>;
     const int threads = draws(args) || args.model_input != nullptr ? launches.config.draw : launches.config.step;
     launches.run(kernel, blocks_of_threads(args.batch * packs_a_sample, threads), threads, args, packs_a_sample);

@@ -36,40 +36,19 @@ __device__ __forceinline__ void fetch_words(const void* from, Bits<C, V>* bits) 
     }
 }
 
-// Elements [0, count) at `from`, count <= V; the rest is 0.
+// V elements at `from`; where V is more than 1 they lie on 16 bytes, or on as many as they are.
 template <typename C, int V>
-__device__ __forceinline__ Bits<C, V> fetch(DType dtype, const void* from, int64_t offset, int count) {
+__device__ __forceinline__ Bits<C, V> fetch(DType dtype, const void* from, int64_t offset) {
     Bits<C, V> bits;
-    const char* source = static_cast<const char*>(from) + offset * size_of(dtype);
-    if (V > 1 && count == V) {
-        if (dtype == DType::kFloat32)
-            fetch_words<C, V, V>(source, &bits);
-        else if (sizeof(C) == 8 && dtype == DType::kFloat64)
-            fetch_words<C, V, Bits<C, V>::kWords>(source, &bits);
-        else
-            fetch_words<C, V, (V + 1) / 2>(source, &bits);
-        return bits;
-    }
-#pragma unroll
-    for (int i = 0; i < Bits<C, V>::kWords; ++i) bits.words[i] = 0;
-    if (dtype == DType::kFloat32) {
-#pragma unroll
-        for (int i = 0; i < V; ++i)
-            if (i < count) bits.words[i] = reinterpret_cast<const uint32_t*>(source)[i];
-    } else if (sizeof(C) == 8 && dtype == DType::kFloat64) {
-#pragma unroll
-        for (int i = 0; i < V; ++i)
-            if (i < count) {
-                const auto number = reinterpret_cast<const Pack<uint32_t, 2>*>(source)[i];
-                bits.words[2 * i % Bits<C, V>::kWords] = number.values[0];
-                bits.words[(2 * i + 1) % Bits<C, V>::kWords] = number.values[1];
-            }
-    } else {
-#pragma unroll
-        for (int i = 0; i < V; ++i)
-            if (i < count)
-                bits.words[i / 2] |= uint32_t{reinterpret_cast<const uint16_t*>(source)[i]} << (16 * (i % 2));
-    }
+    const char* source = static_cast<const char*>(from) + offset * item_size(dtype);
+    if (dtype == DType::kFloat32)
+        fetch_words<C, V, V>(source, &bits);
+    else if (sizeof(C) == 8 && dtype == DType::kFloat64)
+        fetch_words<C, V, Bits<C, V>::kWords>(source, &bits);
+    else if constexpr (V > 1)
+        fetch_words<C, V, V / 2>(source, &bits);
+    else
+        bits.words[0] = *reinterpret_cast<const uint16_t*>(source);
     return bits;
 }
 
