@@ -55,9 +55,9 @@ def run_plan(
     values += drawn
     history = [values[slot] for slot in plan.registers]
     noise = None if plan.noise is None else values[plan.noise]
-    sample, output, uncond, noise, variance, *history = (
-        t if t is None else _as_taken(t, plan.dtype) for t in (sample, output, uncond, noise, variance, *history)
-    )
+    sample, output = _as_taken(sample, plan.dtype), _as_taken(output, plan.dtype)
+    uncond, noise, variance = (t if t is None else _as_taken(t, plan.dtype) for t in (uncond, noise, variance))
+    history = [_as_taken(t, plan.dtype) for t in history]
     threshold = None
     if plan.thresholding:
         rows = _rows(plan.prediction_table(sample.device), factor)
