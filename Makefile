@@ -25,7 +25,7 @@ BUILD := $(VENV)/.stamp-build-$(FASTDIFF_BUILD)
 # our C++ on every kind of call; what is not there yet, or not any more, the wildcard leaves out.
 SANITIZED := build/sanitize
 SANITIZE_TESTS ?= $(sort $(wildcard $(addprefix tests/test_,$(addsuffix .py,step_parity step_layout step_functional \
-  step_checks step_properties step_memory step_allocation step_streaming blocks binding_fuzz* \
+  step_checks step_dtypes step_properties step_memory step_allocation step_streaming blocks binding_fuzz* \
   reductions reductions_ops philox* rows seeds copy_kernel torch_noise))))
 
 # The tests that draw their examples.

@@ -40,6 +40,17 @@ constexpr int kOutputMaps[kMaxOutputs] = {kPrevSample, kKeep0, kKeep1};
 enum class Variance : int { kFixed = 0, kLearnedRange = 1, kLearned = 2 };
 enum class DType : int { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2, kFloat64 = 3 };
 
+FASTDIFF_INLINE constexpr int64_t item_size(DType dtype) {
+    return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// How the tensors of a step are stored; of one that is absent it is not looked at.
+struct StreamTypes {
+    DType sample, model_output, uncond, variance, noise;
+    DType history[kRegisters];
+    DType outputs[kMaxOutputs];
+};
+
 // What noise is drawn from, and for whom; see philox.h.
 struct NoiseArgs {
     const int64_t* seeds;  // [batch]; null where no noise is drawn
@@ -52,8 +63,8 @@ struct NoiseArgs {
     int64_t channels;
 };
 
-// One call of the step. Tensors of the samples' dtype share one dense layout of batch × inner elements;
-// pointers may be null where the row has no coefficient for them.
+// One call of the step. Tensors like the samples share one dense layout of batch × inner elements; pointers may be null
+// where the row has no coefficient for them.
 struct StepArgs {
     int64_t batch;
     int64_t inner;         // elements a sample
@@ -80,7 +91,10 @@ struct StepArgs {
     int model_input_copies;
     DType model_input_dtype;
     Variance variance_kind;
-    DType dtype;
+    DType dtype;        // of the samples, and unless `mixed` of all tensors like them
+    bool mixed;         // tensors like the samples are stored as `types` says
+    bool wide;          // the compute dtype is float64, which one of them has
+    StreamTypes types;  // filled in where `mixed`
 };
 
 // A run of normal numbers: out[b, i] for a contiguous batch × inner.

@@ -3,13 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .philox import Purpose
 from .table import Variance
+
+#: What becomes of one output: it is written to a tensor, made in a dtype, or made in the sample's.
+Target = Tensor | torch.dtype | None
+
+
+def stored_as(target: Target, sample: Tensor) -> torch.dtype:
+    """The dtype of an output."""
+    if target is None:
+        return sample.dtype
+    return target if isinstance(target, torch.dtype) else target.dtype
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,10 @@ class StepCall:
         yield "sample", self.sample
         yield from self.model_tensors()
         yield from self.state_tensors()
+
+    def output_dtypes(self, out: Sequence[Target] | None) -> list[torch.dtype]:
+        """Of prev_sample and of each kept tensor that has an output of its own."""
+        return [stored_as(target, self.sample) for target in out or (None,) * (self.keeps + 1)]
 
     def scalars(self) -> Iterator[tuple[str, Tensor]]:
         yield "table", self.table

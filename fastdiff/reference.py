@@ -7,10 +7,10 @@ It runs on any device, is differentiable, and allocates as torch does.  The orde
     d = p·x + q·m;  clamped to ±clip;  with a threshold s: clamped to ±s and divided by s
     out = ((0 + a_x·x) + a_m·m) + a_d·d + a_0·h_0 + … + a_3·h_3 + a_z·(std·z)
 
-computed in float32 (float64 for float64 samples) and rounded once; z may be drawn from seeds (`fastdiff.philox`), and
-then is not rounded to the samples' dtype.  A term whose coefficient is 0 is not added, so a
-tensor that a row does not use may be absent, or hold anything.  Compiled backends fuse each product with its sum (fma);
-here the product is rounded first, which is why agreement is stated in units of rounding, not of bits.
+computed in float32 (float64 where a tensor is float64), and each output rounded once to its dtype; z may be drawn from
+seeds (`fastdiff.philox`), and then is not rounded to the samples' dtype.  A term whose coefficient is 0 is not added,
+so a tensor that a row does not use may be absent, or hold anything.  Compiled backends fuse each product with its sum
+(fma); here the product is rounded first, which is why agreement is stated in units of rounding, not of bits.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from .table import (
     VARIANCE_OFFSET,
     VARIANCE_SLOPE,
     Variance,
-    compute_dtype,
 )
 
 
@@ -55,17 +54,18 @@ def step(
     threshold: Tensor | None = None,
     variance_kind: int = Variance.FIXED,
     keeps: int = 0,
+    dtypes: Sequence[torch.dtype] | None = None,
 ) -> list[Tensor]:
-    """One step; arguments as `fastdiff.ops.step` describes them, but `row` holds scalars, in the compute dtype.
+    """One step; arguments as `fastdiff.ops.step` describes them, but `row` holds scalars.
 
     Args:
-        row: ``[32]`` for all samples, or ``[B, 32]``, one each.
-        noise: may be float32 beside samples of a half type, where it was drawn from seeds.
+        row: ``[32]`` for all samples, or ``[B, 32]``, one each; its dtype is that of the computation.
+        dtypes: of the results; the sample's by default.
 
     Returns:
-        prev_sample and as many kept tensors as `keeps` says, in the dtype and shape of `sample`.
+        prev_sample and as many kept tensors as `keeps` says, in the shape of `sample`.
     """
-    dtype = compute_dtype(sample.dtype)
+    dtype = row.dtype
     x, m = sample.to(dtype), model_output.to(dtype)
     scalar = _Scalars(row, x)
     if uncond is not None and guidance is not None:
@@ -81,7 +81,8 @@ def step(
     registers = [None if h is None else h.to(dtype) for h in history]
     registers += [None] * (NUM_REGISTERS - len(registers))
     terms = [x, m, d, *registers, z]
-    return [_weighted_sum(scalar, first, terms).to(sample.dtype) for first in maps]
+    stored = dtypes or [sample.dtype] * len(maps)
+    return [_weighted_sum(scalar, first, terms).to(to) for first, to in zip(maps, stored, strict=True)]
 
 
 def step_rows(
@@ -103,7 +104,7 @@ def step_rows(
     taken = a_sample(taken, sample)
     before = [sample, *(out[1:] if out is not None else [None] * len(results[1:]))]
     return [
-        torch.where(taken, value, torch.zeros_like(value) if old is None else old)
+        torch.where(taken, value, torch.zeros_like(value) if old is None else old.to(value.dtype))
         for value, old in zip(results, before, strict=False)
     ]
 
@@ -123,14 +124,15 @@ def stored(
     for j, register in enumerate(registers):
         if register is not None:
             for store, value in zip((STORE_0, STORE_1), kept, strict=True):
-                register = torch.where(a_sample(taken & (scalars[:, store] == j), value), value, register)
+                here = a_sample(taken & (scalars[:, store] == j), value)
+                register = torch.where(here, value.to(register.dtype), register)
         after.append(register)
     return after
 
 
 def model_input(prev_sample: Tensor, table: Tensor, row: int | Tensor, dtype: torch.dtype, copies: int) -> Tensor:
     """The next model input: the rounded sample times the row's scale (1 where a sample stays), in `dtype`."""
-    x = prev_sample.to(compute_dtype(prev_sample.dtype))
+    x = prev_sample.to(table.dtype)
     if isinstance(row, Tensor):
         scalars, taken = chosen(table, row)
         scale = torch.where(taken, scalars[:, MODEL_INPUT_SCALE], 1.0)

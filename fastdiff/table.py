@@ -213,9 +213,9 @@ def prediction_rows(rows: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a step on samples of `dtype` is computed, and in which its table is stored."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype in which a step on tensors of these dtypes is computed, and in which its table is stored."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def _maps(row: Row) -> Sequence[Affine]:

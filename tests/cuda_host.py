@@ -215,6 +215,9 @@ def run_call(kernel: Kernel, call: StepCall, layout: Layout = Layout()) -> None:
         0 if call.model_input is None else DTYPES.index(call.model_input.dtype),
         *(stride("noise_step"), number("noise_step"), call.purpose, call.channels()),
     ]
+    named = [None if p is None else p.buffer.dtype for p in (*inputs.values(), *(*outputs, None, None)[:3])]
+    seen = {dtype for dtype in named if dtype is not None}
+    sizes += [len(seen) > 1, torch.float64 in seen, *(0 if d is None else DTYPES.index(d) for d in named)]
     blocks = [None if p is None else p.blocks for p in inputs.values()]
     pointers = [*blocks, *scalars, None if model_input is None else model_input.blocks]
     array = kernel.run("step_on_host", spans, sizes, pointers, [p.blocks for p in outputs if p is not None])
@@ -237,12 +240,18 @@ def run_call(kernel: Kernel, call: StepCall, layout: Layout = Layout()) -> None:
             _flat(tensors[at]).copy_(one.blocks.reshape(-1))
 
 
-def run_on_host(kernel: Kernel, case: Case, layout: Layout = Layout()) -> tuple[Tensor, ...]:  # noqa: B008
-    """Run the step of a case; check what it touched; return its outputs."""
+def run_on_host(
+    kernel: Kernel,
+    case: Case,
+    layout: Layout = Layout(),  # noqa: B008
+    dtypes: Sequence[torch.dtype] | None = None,
+) -> tuple[Tensor, ...]:
+    """Run the step of a case; check what it touched; return its outputs, new ones in these dtypes."""
     own = case.with_tensors(lambda _, tensor: tensor.clone(memory_format=torch.contiguous_format))
     named = {f"history_{j}": h for j, h in enumerate(own.history)}
     overwritten = [named[name] if name in named else getattr(own, name) for name in layout.in_place]
-    new = [torch.full_like(own.sample, math.nan) for _ in range(case.keeps + 1)]
+    dtypes = dtypes or [own.sample.dtype] * (case.keeps + 1)
+    new = [torch.full_like(own.sample, math.nan, dtype=dtype) for dtype in dtypes]
     outputs = (*overwritten, *new[len(overwritten) :])
     call = StepCall(
         own.sample, own.model_output, own.table, 0, own.uncond, own.guidance, tuple(own.history), own.noise,

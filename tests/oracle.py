@@ -215,10 +215,15 @@ def _unused(case: Case) -> tuple[str, ...]:
     return tuple(name for name, is_used in used.items() if not is_used)
 
 
-def evaluate(case: Case, backend: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each output its value and the bound on a backend's error, both longdouble and in the sample's shape."""
-    dtype = case.sample.dtype
-    u = UNIT_ROUNDOFF[dtype] + ORACLE_ROUNDOFF
+def evaluate(
+    case: Case, backend: str, dtypes: Sequence[torch.dtype] | None = None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each output its value and the bound on a backend's error, both longdouble and in the sample's shape.
+
+    `dtypes` are those of the outputs; the sample's by default.
+    """
+    stored = dtypes or [case.sample.dtype] * (case.keeps + 1)
+    u = UNIT_ROUNDOFF[case.table.dtype] + ORACLE_ROUNDOFF
     row = _wide(case.table[0])
     p, q, clip, offset, slope = (row[i] for i in range(5))
     x, m = _wide(case.sample), _wide(case.model_output)
@@ -245,30 +250,39 @@ def evaluate(case: Case, backend: str) -> list[tuple[np.ndarray, np.ndarray]]:
     history += [None] * (4 - len(history))
     terms = [(x, err_x), (m, err_m), (d, err_d), *((h, err_x) for h in history), (z, err_z)]
     results = []
-    for weights in row[8 : 8 + 8 * (case.keeps + 1)].reshape(-1, 8):
+    for weights, dtype in zip(row[8 : 8 + 8 * (case.keeps + 1)].reshape(-1, 8), stored, strict=True):
         total, error = np.zeros_like(x), np.zeros_like(x)
         for weight, (term, err) in zip(weights, terms, strict=True):
             if term is None or weight == 0:
                 continue
             total = total + weight * term
             error = error + abs(weight) * err + u * (abs(weight * term) + abs(total))  # product; partial sum
-        error = SECOND_ORDER * error + UNDERFLOW.get(dtype, UNDERFLOW_SINGLE)
+        error = SECOND_ORDER * error + UNDERFLOW.get(case.table.dtype, UNDERFLOW_SINGLE)
+        if dtype == torch.float32 and case.table.dtype == torch.float64:
+            error = error + 2.0**-24 * (abs(total) + error) + UNDERFLOW_SINGLE
         if dtype in NARROW:
             bits, least = NARROW[dtype]
             with np.errstate(invalid="ignore"):
                 _, exponent = np.frexp(abs(total) + error)
             unit = np.ldexp(np.longdouble(1), np.maximum(exponent - 1, least) - bits)
+            if case.table.dtype == torch.float64:  # by way of float
+                error = error + 2.0**-24 * (abs(total) + error) + UNDERFLOW_SINGLE
             error = error + UNITS_OF_LAST_ROUNDING.get((backend, dtype), HALF_A_UNIT) * unit
         results.append((total, error))
     return results
 
 
-def assert_within_rounding(case: Case, outputs: Sequence[Tensor], backend: str) -> None:
-    """Each element of each output lies within the bound of the oracle, overflow to infinity included."""
-    expected = evaluate(case, backend)
+def assert_within_rounding(
+    case: Case, outputs: Sequence[Tensor], backend: str, dtypes: Sequence[torch.dtype] | None = None
+) -> None:
+    """Each element of each output, of these dtypes or the sample's, lies within the bound of the oracle, overflow to
+    infinity included.
+    """
+    expected = evaluate(case, backend, dtypes)
+    dtypes = dtypes or [case.sample.dtype] * len(expected)
     assert len(outputs) == len(expected)
     for o, (output, (value, bound)) in enumerate(zip(outputs, expected, strict=True)):
-        assert output.dtype == case.sample.dtype
+        assert output.dtype == dtypes[o]
         assert output.shape == case.sample.shape
         got = _wide(output)
         largest = torch.finfo(output.dtype).max
@@ -380,7 +394,8 @@ def build_cases(seed: int) -> list[Case]:
             keeps=int(rng.integers(3)),
             clip=bool(rng.integers(2)),
         )
-        found.append(make(plan))
+        case = make(plan)
+        found.append(_with_other_dtypes(case, rng) if i % 3 == 0 else case)
     for dtype in (torch.float16, torch.bfloat16):
         patterns = all_bit_patterns(dtype)
         for factor in (*TIE_FACTORS, float(rng.normal())):
@@ -395,6 +410,13 @@ def build_cases(seed: int) -> list[Case]:
         row = plain_row(dtype, p=1.5, q=-0.5, clip=2.0, prev_x=0.7, prev_m=1.0, prev_d=0.1, k0_d=1.0)
         found.append(Case(raw[0], raw[1], row, uncond=raw[2], guidance=torch.tensor([3.5], dtype=dtype), keeps=1))
     return found
+
+
+def _with_other_dtypes(case: Case, rng: np.random.Generator) -> Case:
+    """Tensors of other dtypes beside the sample, such as go with its table."""
+    others = DTYPES if case.sample.dtype == torch.float64 else DTYPES[:3]
+    keep = ("sample", "table", "guidance", "threshold")
+    return case.with_tensors(lambda name, t: t if name in keep else t.to(others[int(rng.integers(len(others)))]))
 
 
 if __name__ == "__main__":

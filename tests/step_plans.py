@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdiff import ops, reference
 from fastdiff.ops import backends
-from fastdiff.table import MODEL_INPUT_SCALE, STORE_0, STORE_1, compute_dtype
+from fastdiff.table import MODEL_INPUT_SCALE, STORE_0, STORE_1
 from fuzz import Memory, copy_of, serve
 from oracle import Case, Shape, assert_same_bits, assert_within_rounding, evaluate, make
 from strange_tensors import OTHER_CHANGES, SYMBOLIC, TENSOR_CHANGES, UNREADABLE, in_a_room
@@ -27,6 +27,9 @@ TENSORS = ("sample", "model_output", "table", "uncond", "guidance", "noise", "va
            "model_input")  # fmt: skip
 #: An integer or a tensor of them.
 COUNTERS = ("row", "noise_step")
+#: Tensors like the sample, which have dtypes of their own; beside a table of either compute dtype.
+LIKE_SAMPLE = ("model_output", "uncond", "noise", "variance", *(f"history {j}" for j in range(4)),
+               *(f"out {o}" for o in range(3)))  # fmt: skip
 INTEGERS = ("variance_kind", "keeps", "purpose")
 LISTS = ("history", "out")
 SLOTS = (*TENSORS, *COUNTERS, *(f"history {j}" for j in range(4)), *(f"out {o}" for o in range(3)))
@@ -57,6 +60,8 @@ class Plan:
     purpose: int = 1
     #: Where each row stores its kept tensors, in turn.
     stores: tuple[float, ...] = (-1,)
+    #: Dtypes of tensors that are stored in another than the samples': (argument, dtype).
+    stored: tuple[tuple[str, str], ...] = ()
     #: The binding's own argument; the public ways have one value each.
     scatter: bool = False
     copies: int = 0
@@ -107,6 +112,9 @@ def good(plan: Plan) -> dict[str, Any]:
     entries |= {f"history {j}": h for j, h in enumerate(case.history)}
     if plan.outs:
         entries |= {f"out {o}": torch.full_like(case.sample, 5.0) for o in range(keeps + 1)}
+    for name, stored in plan.stored:
+        if name in LIKE_SAMPLE and isinstance(entries.get(name), Tensor):
+            entries[name] = entries[name].to(getattr(torch, stored))
     return entries
 
 
@@ -261,7 +269,7 @@ def _hold_to_the_formula(plan: Plan, clean: dict[str, Any], results: tuple[Tenso
     kept = 2 if clean["scatter"] is True else clean["keeps"]
     history = [*(clean["history"] or ()), *[None] * 4][:4]
     after_history = [*(after["history"] or ()), *[None] * 4][:4]
-    wide = compute_dtype(sample.dtype)
+    wide = table.dtype
     for i in range(batch):
 
         def mine(tensor: Tensor | None, i: int = i) -> Tensor | None:
@@ -273,7 +281,7 @@ def _hold_to_the_formula(plan: Plan, clean: dict[str, Any], results: tuple[Tenso
         row = rows[i] if len(rows) > 1 else rows[0]
         before = mine(sample)
         if row < 0:
-            assert_same_bits([mine(results[0])], [before])
+            assert_same_bits([mine(results[0])], [before.to(results[0].dtype)])
             continue
         guidance = clean["guidance"]
         if guidance is not None and not isinstance(guidance, Tensor):
@@ -292,16 +300,16 @@ def _hold_to_the_formula(plan: Plan, clean: dict[str, Any], results: tuple[Tenso
                 slot = int(table[row, store])
                 if slot >= 0:
                     values[o] = mine(after_history[slot])
-        assert_within_rounding(case, values, "cpu")
-        _hold_next_input(plan, after, values[0], float(table[row, MODEL_INPUT_SCALE]), i, batch)
+        assert_within_rounding(case, values, "cpu", [value.dtype for value in values])
+        _hold_next_input(after, values[0], table[row, MODEL_INPUT_SCALE], i, batch)
 
 
-def _hold_next_input(plan: Plan, after: dict[str, Any], value: Any, scale: float, i: int, batch: int) -> None:
+def _hold_next_input(after: dict[str, Any], value: Any, scale: Tensor, i: int, batch: int) -> None:
     target = after["model_input"]
     if target is None:
         return
     target = copy_of(target)
-    scaled = torch.tensor(scale, dtype=compute_dtype(value.dtype)) * value.to(compute_dtype(value.dtype))
+    scaled = scale * value.to(scale.dtype)
     # Double goes to a half type by way of float, as torch takes it.
     once = (scaled.float() if target.element_size() == 2 else scaled).to(target.dtype)
     for copy in range(len(target) // batch):

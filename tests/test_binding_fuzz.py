@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fastdiff.ops import backends
 from fuzz import Server
-from step_plans import COUNTERS, INTEGERS, LISTS, SLOTS, TENSORS, WAYS, Plan
+from step_plans import COUNTERS, INTEGERS, LIKE_SAMPLE, LISTS, SLOTS, TENSORS, WAYS, Plan
 from strange_tensors import OTHER_CHANGES, TENSOR_CHANGES
 
 #: Rows within the table, to be skipped, just beyond it and far from it.
@@ -58,6 +58,9 @@ PLANS = st.builds(
     steps=a_few(STEPS),
     purpose=st.sampled_from((0, 1, 1, 2**32 - 1, 2**32, -1)),
     stores=a_few(STORES),
+    stored=st.one_of(
+        st.just(()), st.lists(st.tuples(st.sampled_from(LIKE_SAMPLE), st.sampled_from(DTYPES)), max_size=4).map(tuple)
+    ),
     scatter=st.booleans(),
     copies=st.integers(0, 2),
     model_input=st.sampled_from(DTYPES),

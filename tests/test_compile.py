@@ -16,9 +16,10 @@ import fastdiff
 from fastdiff import ops
 from fastdiff.affine import Affine
 from fastdiff.ops import backends
+from fastdiff.ops.run import RESULT_DTYPES
 from fastdiff.stepper import Stepper
 from fastdiff.table import Row, StepTable
-from oracle import DTYPES, Shape, assert_same_bits, make, plain_row
+from oracle import DTYPES, Case, Shape, assert_same_bits, make, plain_row
 
 ROW = plain_row(prev_x=1.0, prev_m=2.0)
 #: Three rows that clip, keep a tensor, read it and add noise.
@@ -46,15 +47,16 @@ def graphs() -> int:
 # --- The operators ---------------------------------------------------------------------------------------------------
 
 
-def step_arguments(plan: Shape, backend: str = "", **more: Any) -> tuple[Any, ...]:
-    case = make(plan)
+def step_arguments(plan: Shape | Case, backend: str = "", **more: Any) -> tuple[Any, ...]:
+    case = make(plan) if isinstance(plan, Shape) else plan
     given: dict[str, Any] = {
         "sample": case.sample, "model_output": case.model_output, "table": case.table, "row": 0, "rows": None,
         "uncond": case.uncond, "guidance": case.guidance,
         **{f"history_{j}": (list(case.history) + [None] * 4)[j] for j in range(4)},
         "noise": case.noise, "variance": case.variance, "threshold": case.threshold,
         "variance_kind": case.variance_kind, "keeps": case.keeps, "seeds": None, "noise_step": 0, "noise_steps": None,
-        "purpose": 1, "model_input_dtype": None, "model_input_copies": 1, "backend": backend, **more,
+        "purpose": 1, "model_input_dtype": None, "model_input_copies": 1, **dict.fromkeys(RESULT_DTYPES),
+        "backend": backend, **more,
     }  # fmt: skip
     names = [argument.name for argument in torch.ops.fastdiff.step.default._schema.arguments]
     return tuple(given[name] for name in names)
@@ -110,7 +112,7 @@ def test_the_step_by_rows_passes_opcheck(slots: list[int], asked: tuple[Any, int
     tensors = [torch.randn(2, 3, 4) for _ in range(4)]
     arguments = (
         tensors[0], tensors[1], table, torch.tensor([2, -1]), [torch.randn(2, 3, 4) for _ in slots], slots,
-        tensors[2], torch.tensor([2.0]), None, None, None, 0, torch.tensor([1, 2]), 3, None, 1, *asked, backend,
+        tensors[2], torch.tensor([2.0]), None, None, None, 0, torch.tensor([1, 2]), 3, None, 1, None, *asked, backend,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fastdiff.step_rows.default, arguments)
 

@@ -39,6 +39,7 @@ class Function:
     spilled: int = 0  # bytes
     stack: int = 0  # bytes
     instructions: Counter[str] | None = None
+    order: tuple[str, ...] = ()
 
 
 @dataclass
@@ -115,6 +116,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
             name, _, code = part.partition("\n")
             opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", code, re.MULTILINE)
             functions["sm_90", _short(name)].instructions = Counter(opcodes)
+            functions["sm_90", _short(name)].order = tuple(opcodes)
         listing, _ = _run(tool, "-ptx", out)
         for name, code in re.findall(r"\.entry (\w+)\((.*?)^}", listing, re.DOTALL | re.MULTILINE):
             ptx[_short(name)] = code
@@ -140,7 +142,11 @@ MORE = [f"step_kernel<{stored}, {width}, more>" for stored, width in WIDTHS.item
 SINGLE = [f"step_kernel<{stored}, 1{more}>" for stored in WIDTHS for more in ("", ", more")]
 #: Of randn.cu: whole chunks of four a thread.
 RANDN = [f"randn_kernel<{stored}, {max(width, 4)}>" for stored, width in WIDTHS.items()]
-KERNELS = {"step.cu": [*PACKED, *MORE, *SINGLE], "randn.cu": RANDN}
+#: For tensors of dtypes of their own, by the compute dtype.
+MIXED = [
+    f"mixed_kernel<{compute}, {width}>" for compute, width in (("float", 8), ("float", 1), ("double", 2), ("double", 1))
+]
+KERNELS = {"step.cu": [*PACKED, *MORE, *SINGLE, *MIXED], "randn.cu": RANDN}
 
 
 @needs_nvcc
@@ -185,6 +191,27 @@ def test_packed_step_on_cuda_moves_16_bytes_an_access(compiled: Compiled) -> Non
         inputs = sum(width * size // 16 for size in (2, 2, 4, 8) if width * size >= 16)
         # The compiler may write code out twice, for the two copies; that none is in pieces PACKED shows.
         assert _count(code[name], r"STG\b.*\.128") >= 4 + 2 * inputs, name
+
+
+@needs_nvcc
+def test_mixed_step_on_cuda_fetches_all_in_wide_accesses_before_the_first_is_converted(compiled: Compiled) -> None:
+    if compiled.source != "step.cu":
+        pytest.skip(f"{compiled.source} holds another kernel")
+    code = _machine_code(compiled)["mixed_kernel<float, 8>"]
+    # As of the other kernels, ten tensors: of a float one the second half is an access of its own.
+    assert _count(code, r"LDG\b.*\.128") == 2 * 10
+    assert _count(code, r"LDG\b.*\.U?(8|16)\b") == 0
+    assert _count(code, r"STG\b") == _count(code, r"STG\b.*\.128") > 0
+    order = compiled.functions["sm_90", "mixed_kernel<float, 8>"].order
+    wide = [i for i, opcode in enumerate(order) if re.match(r"LDG\b.*\.128", opcode)]
+    widened = [i for i, opcode in enumerate(order) if opcode.startswith("HADD2")]
+    assert len(widened) >= 9 * 8  # nine tensors of half numbers
+    # The sample that stays as it is has code of its own, after everything.
+    assert sum(i < min(widened) for i in wide) >= 2 * 9
+    # In double the widest is 16 bytes, and a half type's two elements are a word.
+    code = _machine_code(compiled)["mixed_kernel<double, 2>"]
+    assert _count(code, r"LDG\b.*\.128") == 10
+    assert _count(code, r"LDG\b.*\.U?(8|16)\b") == 0
 
 
 @needs_nvcc
@@ -244,7 +271,7 @@ def test_cuda_arithmetic_rounds_as_it_is_written(compiled: Compiled) -> None:
         narrowed = {"half": {"cvt.rn.f16.f32"}, "nv_bfloat16": {"cvt.rn.bf16.f32"}} if own else {}
         every = {"cvt.rn.f16.f32", "cvt.rn.bf16.f32"}
         stored = re.search(r"<(\w+),", name)[1]  # type: ignore[index]
-        wanted = every if "more" in name else narrowed.get(stored, set())
+        wanted = every if "more" in name or "mixed" in name else narrowed.get(stored, set())
         assert set(re.findall(r"\bcvt\.[\w.]*f16\w*\.f32", code)) == wanted, name
         assert set(re.findall(r"\bcvt\.[\w.]*f32\.(?:f64|u32|s32)", code)) <= {
             "cvt.rn.f32.f64",

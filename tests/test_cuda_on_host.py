@@ -282,7 +282,7 @@ def test_configurations_that_no_kernel_takes_are_refused(kernel: Kernel, config:
 def test_more_blocks_than_a_grid_has_are_refused_not_cut_off(kernel: Kernel) -> None:
     # 2³² + 1 blocks: in 32 bits that would be one. Nothing is read, so the memory need not be there.
     kernel.runtime()
-    sizes = [1, 256 * 2**32 + 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+    sizes = [1, 256 * 2**32 + 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, *[0] * 14]
     sizes[2], sizes[4], sizes[6] = sizes[1], 1, DTYPES.index(torch.float64)
     off = torch.zeros(3, dtype=torch.float64)[1:]  # one element a thread
     pointers = [off, off, *[None] * 7, off, *[None] * 6]

@@ -35,6 +35,26 @@ def test_every_class_is_walked(name):
     assert f"of {len(explained.steps)} steps fused" in text
 
 
+#: Besides a step and a draw: two draws; the blend by a mask; the look at a noise sampler's times.
+MORE = {
+    "CogVideoXDPMScheduler": {"randn"},
+    "RePaintScheduler": {"_to_copy", "addcmul"},
+    "DPMSolverSDEScheduler": {"_local_scalar_dense", "noise_sampler"},
+    "CosineDPMSolverMultistepScheduler": {"noise_sampler"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Should have t")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CLASSES)
+def test_samples_of_half_types_cost_no_conversions(name, dtype):
+    # Several return or keep float32 tensors beside half ones.
+    for step in explain(CLASSES[name](), STEPS.get(name, 4), dtype=dtype).steps:
+        if step.fused:
+            assert set(step.operations) <= {"step", "randn"} | MORE.get(name, set())
+            assert len(step.operations) <= 2 or name in MORE
+
+
 @pytest.mark.parametrize("name", ["DDPMScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler", "PNDMScheduler",
                                   "SASolverScheduler", "DPMSolverSinglestepScheduler", "IPNDMScheduler",
                                   "KDPM2AncestralDiscreteScheduler", "DEISMultistepScheduler"])  # fmt: skip

@@ -52,7 +52,7 @@ def like_sample_faults(name: str, put: Callable[[Any], Any]) -> list[tuple[str, 
         (key, where, lambda c: put(torch.rand(2, 3, 5)), ValueError, "has shape [2, 3, 5]"),
         (key, where, lambda c: put(torch.rand(3, 4)), ValueError, "has shape [3, 4]"),
         (key, where, lambda c: put(torch.rand(2, 3, 4, dtype=torch.float64)), TypeError, "has dtype torch.float64"),
-        (key, where, lambda c: put(torch.rand(2, 3, 4).half()), TypeError, "has dtype torch.float16"),
+        (key, where, lambda c: put(torch.ones(2, 3, 4, dtype=torch.int64)), TypeError, "has dtype torch.int64"),
         (key, where, lambda c: put(torch.empty(2, 3, 4, device="meta")), ValueError, "is on meta"),
     ]
 

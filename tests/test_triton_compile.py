@@ -37,6 +37,7 @@ PLAIN = {
     "KEEPS": 0,
     "ROWS": 0,
     "SCATTER": False,
+    "MIXED_REGISTERS": False,
     "DRAWS": 0,
     "NOISE_STEPS": 0,
     "MODEL_INPUTS": 0,
@@ -75,6 +76,19 @@ CASES += [(config, dtype, arch) for arch in (80, 100) for config in ("plain", "f
 #: Those whose fma can be counted: exp of float64 is a polynomial, of fma too.
 COUNTED = [case for case in CASES if case[:2] != ("full", "fp64")]
 
+#: Steps whose tensors have dtypes of their own: what they have, the dtype of those not named, and those named.
+MIXED: dict[str, tuple[dict[str, Any], str, dict[str, str]]] = {
+    "half samples": ({**PLAIN, "HISTORY": 1, "KEEPS": 1}, "fp16", {"history_0_ptr": "fp32", "keep_0_ptr": "fp32"}),
+    "half model": (PLAIN, "fp32", {"model_output_ptr": "bf16", "uncond_ptr": "bf16"}),
+    "other half": ({**PLAIN, "HAS_NOISE": True}, "bf16", {"model_output_ptr": "fp16", "noise_ptr": "fp32"}),
+    "double": ({**PLAIN, "KEEPS": 1}, "fp16", {"uncond_ptr": "fp64", "keep_0_ptr": "bf16"}),
+    "registers": (
+        {**ROWS, "MIXED_REGISTERS": True, "HISTORY": 3, "DRAWS": 0},
+        "bf16",
+        {"history_0_ptr": "fp32", "history_1_ptr": "fp16"},
+    ),
+}
+
 #: Of the kernel of normal numbers: dtypes and architectures.
 RANDN = [(dtype, arch) for arch in ARCHITECTURES for dtype in DTYPES]
 
@@ -95,14 +109,16 @@ names = module._step_kernel.arg_names
 scalars = ("table_ptr", "guidance_ptr", "threshold_ptr")
 integers = ("rows_ptr", "seeds_ptr", "noise_steps_ptr", "steps_ptr")
 results = {}
-for key, constants, dtype, arch, aligned in cases:
+for key, constants, dtype, arch, aligned, *own in cases:
+    own = own[0] if own else {}
     kernel = module._step_kernel if constants else philox._randn_kernel
     kind = "randn" if constants is None else "draw" if constants["DRAWS"] else "step"
     chosen = config.lookup(f"sm_{arch}", kind, {"fp32": 4, "fp64": 8}.get(dtype, 2))
     constants = {**(constants or {"STEPS": 2}), "BLOCK": chosen.block}
-    compute = "fp64" if dtype == "fp64" else "fp32"
+    compute = "fp64" if "fp64" in (dtype, *own.values()) else "fp32"
     args = kernel.arg_names
     signature = {n: "*" + (compute if n in scalars else dtype) for n in args if n.endswith("_ptr")}
+    signature |= {n: "*" + kind for n, kind in own.items()}
     signature |= {n: "*i64" for n in integers}
     signature |= dict.fromkeys(constants, "constexpr")
     signature = {n: signature.get(n, "i32") for n in args}
@@ -135,6 +151,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     cases = [(_key(*case), CONFIGURATIONS[case[0]], case[1], case[2], True) for case in CASES]
     cases += [(_key("randn", dtype, arch), None, dtype, arch, True) for dtype, arch in RANDN]
     cases.append(("unaligned", PLAIN, "fp32", 90, False))
+    cases += [
+        (_key(name, dtype, arch), constants, dtype, arch, True, own)
+        for name, (constants, dtype, own) in MIXED.items()
+        for arch in ARCHITECTURES
+    ]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     environ["TRITON_CACHE_DIR"] = str(folder / "cache")
     answer = subprocess.run(
@@ -298,6 +319,45 @@ def test_triton_randn_makes_each_chunk_once_and_stores_16_bytes(
     assert stores == _count(opcodes, r"st\.global.*") == elements * DTYPES[dtype] // 16
     usage = _cuobjdump(compiled, "--dump-resource-usage", _key("randn", dtype, arch))
     assert re.search(r"STACK:0 .*LOCAL:0", usage) is not None, usage
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", MIXED)
+def test_triton_step_on_mixed_tensors_keeps_wide_accesses_and_registers(
+    compiled: dict[str, Any], name: str, arch: int
+) -> None:
+    constants, dtype, own = MIXED[name]
+    key = _key(name, dtype, arch)
+    result = compiled["results"][key]
+    opcodes = _opcodes(result["ptx"])
+    elements = result["block"] // result["threads"]
+    read = ["sample_ptr", "model_output_ptr", "uncond_ptr"]
+    read += [f"history_{j}_ptr" for j in range(4) if constants["HISTORY"] >> j & 1]
+    read += ["noise_ptr"] * constants["HAS_NOISE"] + ["sample_ptr"] * (constants["ROWS"] > 0)
+    written = ["prev_sample_ptr"] * (1 + (constants["ROWS"] > 0)) + ["keep_0_ptr"] * constants["KEEPS"]
+    if constants["SCATTER"]:  # a store for each register that a map may go to
+        written += [f"history_{j}_ptr" for j in range(4) if constants["HISTORY"] >> j & 1] * 2
+
+    def accesses(names: list[str], bytes_each: int) -> int:
+        sizes = [elements * DTYPES[own.get(name, dtype)] for name in names]
+        return sum(max(size // 16, 1) for size in sizes if min(size, 16) == bytes_each)
+
+    wide = r"\.global(\.\w+)*\.(v4\.[bfu]32|v2\.[bfu]64|b128)"
+    half_as_wide = r"\.global(\.\w+)*\.(v2\.[bfu]32|v4\.[bfu]16|[bfu]64)"
+    assert _count(opcodes, "ld" + wide) == accesses(read, 16)
+    assert _count(opcodes, "st" + wide) == accesses(written, 16)
+    assert _count(opcodes, "st" + half_as_wide) == accesses(written, 8)
+    assert _count(opcodes, r"st\.global.*") == accesses(written, 16) + accesses(written, 8)
+    # Triton loads eight elements a thread where a half type is read and stores four of a float: of one of the two the
+    # threads exchange their elements on the way, at most a block's at a time.
+    assert result["shared"] <= result["block"] * max(DTYPES[own.get(name, dtype)] for name in written)
+    # For sm_80 ptxas parks two words of what says which register a row names, among registers of different dtypes.
+    usage = _cuobjdump(compiled, "--dump-resource-usage", key)
+    stack = re.search(r"STACK:(\d+) .*LOCAL:0", usage)
+    assert stack is not None, usage
+    assert int(stack[1]) <= (8 if (name, arch) == ("registers", 80) else 0)
+    narrowing = {op for op in opcodes if re.match(r"cvt\..*(f16|bf16)(x2)?\.f(32|64)|cvt\..*f32\.f64", op)}
+    assert all(op.startswith("cvt.rn.") for op in narrowing), narrowing
 
 
 # --- The source ------------------------------------------------------------------------------------------------------

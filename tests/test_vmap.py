@@ -84,7 +84,7 @@ def test_the_operator_s_model_input_is_mapped(copies: int) -> None:
 
     def step(x: Tensor) -> list[Tensor]:
         return torch.ops.fastdiff.step(  # type: ignore[no-any-return]
-            x, x, table, 1, None, *none, 0, 0, None, 0, None, 1, torch.float16, copies, ""
+            x, x, table, 1, None, *none, 0, 0, None, 0, None, 1, torch.float16, copies, None, None, None, ""
         )
 
     assert_same_bits(vmap(step)(x), [torch.stack(r) for r in zip(*(step(one) for one in x), strict=True)])

@@ -178,24 +178,31 @@ inline void give_back(void* data) {
     free_blocks().give_back(block_of(data));
 }
 
-// What at::empty_strided makes for a tensor like this dense one, to be written in full.
-inline at::Tensor new_output(const at::Tensor& like) {
-    const size_t bytes = static_cast<size_t>(like.numel()) * like.element_size();
-    at::Allocator* const allocator = like.is_cpu() ? c10::GetCPUAllocator() : nullptr;
+// What at::empty_strided makes of these, dense ones, on the CPU; to be written in full.
+inline at::Tensor new_on_cpu(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType type) {
+    const caffe2::TypeMeta dtype = c10::scalarTypeToTypeMeta(type);
+    const size_t bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * dtype.itemsize();
+    at::Allocator* const allocator = c10::GetCPUAllocator();
     // Someone who brings an allocator for torch's memory on the CPU wants this too to come from it.
-    const bool usual = allocator != nullptr && allocator == c10::GetDefaultCPUAllocator();
+    const bool usual = allocator == c10::GetDefaultCPUAllocator();
     BlockHeader* block = usual ? free_blocks().take(bytes) : nullptr;
     if (block == nullptr && usual && bytes <= free_blocks().limit()) block = allocate_block(bytes);
-    if (block == nullptr) return at::empty_strided(like.sizes(), like.strides(), like.options());
+    if (block == nullptr) return at::empty_strided(sizes, strides, at::TensorOptions().dtype(type).device(at::kCPU));
     void* data = data_of(block);
     c10::profiledCPUMemoryReporter().New(data, bytes);
     auto storage = c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), bytes,
                                                          at::DataPtr(data, data, &give_back, at::Device(at::kCPU)),
                                                          allocator, /*resizable=*/true);
-    at::Tensor made = at::detail::make_tensor<c10::TensorImpl>(
-        c10::Storage(std::move(storage)), c10::DispatchKeySet(c10::DispatchKey::CPU), like.dtype());
-    made.unsafeGetTensorImpl()->set_sizes_and_strides(like.sizes(), like.strides());
+    at::Tensor made = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(std::move(storage)),
+                                                               c10::DispatchKeySet(c10::DispatchKey::CPU), dtype);
+    made.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, strides);
     return made;
+}
+
+// A tensor of this type where a dense one like this is, to be written in full.
+inline at::Tensor new_output(const at::Tensor& like, at::ScalarType type) {
+    return like.is_cpu() ? new_on_cpu(like.sizes(), like.strides(), type)
+                         : at::empty_strided(like.sizes(), like.strides(), like.options().dtype(type));
 }
 
 }  // namespace fastdiff::bindings

@@ -18,8 +18,10 @@ class Call {
         plain = dtype.has_value() && ordinary(sample) && sample.is_non_overlapping_and_dense() && sample.numel() > 0 &&
                 backed(sample, sample.numel());
         if (!plain) return;
-        compute_type_ = sample.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-        args.dtype = *dtype;
+        // The table is in the compute dtype; `settle` holds the tensors to it.
+        compute_type_ = table.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+        args.dtype = args.types.sample = *dtype;
+        seen_ = 1U << static_cast<unsigned>(*dtype);
         args.sample = sample.const_data_ptr();
         plain = scalars(table) && table.dim() == 2 && table.size(1) == kRowWidth;
         if (!plain) return;
@@ -86,19 +88,19 @@ class Call {
         args.draw.steps = counters(step, &args.draw.steps_stride);
     }
 
-    // A tensor in the samples' own layout; null where it is absent or not plain.
-    void* like_sample(MaybeTensor tensor) {
+    // A tensor in the samples' own layout; null where it is absent or not plain. `type` becomes how it is stored.
+    void* like_sample(MaybeTensor tensor, DType* type) {
         if (tensor == nullptr || !plain) return nullptr;
-        plain = same_kind(*tensor) && tensor->sizes() == sample_.sizes() && tensor->strides() == sample_.strides() &&
-                backed(*tensor, sample_.numel());
+        plain = same_kind(*tensor, type) && tensor->sizes() == sample_.sizes() &&
+                tensor->strides() == sample_.strides() && backed(*tensor, sample_.numel());
         return plain ? const_cast<void*>(tensor->const_data_ptr()) : nullptr;
     }
 
     // The model's tensors may have a stride of their own from sample to sample: halves of a tensor of twice the
     // channels (a learned variance) are read where they lie. All of them share it.
-    const void* like_model(MaybeTensor tensor) {
+    const void* like_model(MaybeTensor tensor, DType* type) {
         if (tensor == nullptr || !plain) return nullptr;
-        plain = same_kind(*tensor) && tensor->sizes() == sample_.sizes();
+        plain = same_kind(*tensor, type) && tensor->sizes() == sample_.sizes();
         for (int64_t i = args.batch > 1 ? 1 : 0; plain && i < sample_.dim(); ++i)
             plain = tensor->stride(i) == sample_.stride(i) || sample_.size(i) == 1;
         if (!plain) return nullptr;
@@ -128,10 +130,17 @@ class Call {
 
     void output(const at::Tensor& tensor) {
         if (!plain) return;
-        plain = same_kind(tensor) && tensor.sizes() == sample_.sizes() && tensor.strides() == sample_.strides() &&
-                backed(tensor, sample_.numel());
+        plain = same_kind(tensor, &args.types.outputs[args.num_outputs]) && tensor.sizes() == sample_.sizes() &&
+                tensor.strides() == sample_.strides() && backed(tensor, sample_.numel());
         if (!plain) return;
         args.outputs[args.num_outputs++] = tensor.data_ptr();
+    }
+
+    // After the last tensor like the samples: whether they have dtypes of their own, and whether the table is right.
+    void settle() {
+        args.mixed = (seen_ & (seen_ - 1)) != 0;
+        args.wide = (seen_ & (1U << static_cast<unsigned>(DType::kFloat64))) != 0;
+        plain = plain && args.wide == (compute_type_ == at::kDouble);
     }
 
     // The next model input: of any dtype, in the samples' layout, once or twice along the batch.
@@ -152,15 +161,17 @@ class Call {
         model_input_bytes_ = tensor->numel() * static_cast<int64_t>(tensor->element_size());
     }
 
-    // Outputs may be inputs, or lie apart from them and from each other; a partial overlap is declined. The model's
-    // next input lies apart from everything.
+    // Outputs may be inputs of their own dtype, or lie apart from them and from each other; a partial overlap is
+    // declined. The model's next input lies apart from everything.
     bool overlaps_badly() const {
-        const int64_t item = static_cast<int64_t>(sample_.element_size());
-        const int64_t bytes = sample_.numel() * item;
-        const int64_t model_bytes = ((args.batch - 1) * args.model_stride + args.inner) * item;
-        const std::array<const void*, 2 + kRegisters> state{args.sample,     args.noise,      args.history[0],
-                                                            args.history[1], args.history[2], args.history[3]};
-        const std::array<const void*, 3> model{args.model_output, args.uncond, args.variance};
+        const StreamTypes& types = args.types;
+        const int64_t count = sample_.numel(), model_count = (args.batch - 1) * args.model_stride + args.inner;
+        std::array<Stretch, 2 + kRegisters> state{
+            {{args.sample, types.sample, count}, {args.noise, types.noise, count}}};
+        for (int j = 0; j < kRegisters; ++j) state[2 + j] = {args.history[j], types.history[j], count};
+        const std::array<Stretch, 3> model{{{args.model_output, types.model_output, model_count},
+                                            {args.uncond, types.uncond, model_count},
+                                            {args.variance, types.variance, model_count}}};
         // Scalars of a sample are read again after elements have been written.
         const auto width = static_cast<int64_t>(at::elementSize(compute_type_)), word = int64_t{sizeof(int64_t)};
         const auto extent = [&](int64_t stride) { return (args.batch - 1) * stride + 1; };
@@ -173,30 +184,35 @@ class Call {
             {args.draw.steps, extent(args.draw.steps_stride) * word},
         }};
         // Where registers are written they are outputs that lie on themselves.
-        std::array<const void*, kMaxOutputs + kRegisters> written{};
-        size_t count = 0;
-        for (int o = 0; o < args.num_outputs; ++o) written[count++] = args.outputs[o];
+        std::array<Stretch, kMaxOutputs + kRegisters> written{};
+        size_t writes = 0;
+        for (int o = 0; o < args.num_outputs; ++o) written[writes++] = {args.outputs[o], types.outputs[o], count};
         for (int j = 0; args.scatter && j < kRegisters; ++j)
-            if (args.history[j] != nullptr) written[count++] = args.history[j];
-        for (size_t o = 0; o < count; ++o) {
-            if (meet(args.model_input, model_input_bytes_, written[o], bytes)) return true;
+            if (args.history[j] != nullptr) written[writes++] = state[2 + j];
+        for (size_t o = 0; o < writes; ++o) {
+            const Stretch& output = written[o];
+            const int64_t bytes = output.bytes();
+            const auto lies_on = [&](const Stretch& input) {
+                return input.at == output.at && input.type == output.type;
+            };
+            if (meet(args.model_input, model_input_bytes_, output.at, bytes)) return true;
             for (const auto& [values, size] : scalars)
-                if (meet(written[o], bytes, values, size)) return true;
+                if (meet(output.at, bytes, values, size)) return true;
             for (size_t other = 0; other < o; ++other)
-                if (meet(written[o], bytes, written[other], bytes)) return true;
-            for (const void* input : state)
-                if (input != written[o] && meet(written[o], bytes, input, bytes)) return true;
-            for (const void* input : model)
-                if (meet(written[o], bytes, input, model_bytes) &&
-                    (input != written[o] || args.model_stride != args.inner))
+                if (meet(output.at, bytes, written[other].at, written[other].bytes())) return true;
+            for (const Stretch& input : state)
+                if (!lies_on(input) && meet(output.at, bytes, input.at, input.bytes())) return true;
+            for (const Stretch& input : model)
+                if (meet(output.at, bytes, input.at, input.bytes()) &&
+                    (!lies_on(input) || args.model_stride != args.inner))
                     return true;
         }
         for (const auto& [values, size] : scalars)
             if (meet(args.model_input, model_input_bytes_, values, size)) return true;
-        for (const void* input : state)
-            if (meet(args.model_input, model_input_bytes_, input, bytes)) return true;
-        for (const void* input : model)
-            if (meet(args.model_input, model_input_bytes_, input, model_bytes)) return true;
+        for (const Stretch& input : state)
+            if (meet(args.model_input, model_input_bytes_, input.at, input.bytes())) return true;
+        for (const Stretch& input : model)
+            if (meet(args.model_input, model_input_bytes_, input.at, input.bytes())) return true;
         return false;
     }
 
@@ -213,8 +229,20 @@ class Call {
     bool plain = true;
 
   private:
-    bool same_kind(const at::Tensor& tensor) const {
-        return ordinary(tensor) && tensor.scalar_type() == sample_.scalar_type() && tensor.device() == sample_.device();
+    // Elements that are stored one after another.
+    struct Stretch {
+        const void* at;
+        DType type;
+        int64_t elements;
+        int64_t bytes() const { return elements * item_size(type); }
+    };
+
+    bool same_kind(const at::Tensor& tensor, DType* type) {
+        const auto dtype = dtype_of(tensor.scalar_type());
+        if (!dtype.has_value() || !ordinary(tensor) || tensor.device() != sample_.device()) return false;
+        *type = *dtype;
+        seen_ |= 1U << static_cast<unsigned>(*dtype);
+        return true;
     }
     bool scalars(const at::Tensor& tensor) const {
         return ordinary(tensor) && tensor.scalar_type() == compute_type_ && tensor.device() == sample_.device() &&
@@ -281,6 +309,7 @@ class Call {
     const at::Tensor& sample_;
     at::ScalarType compute_type_ = at::kFloat;
     bool model_seen_ = false;
+    unsigned seen_ = 0;  // one bit a dtype
     float scale32_ = 0.0F;
     double scale64_ = 0.0;
     int64_t model_input_bytes_ = 0;

@@ -2,6 +2,7 @@
 // What the bindings share: which tensors the loops take as they are, and the Python objects of one call.
 #pragma once
 
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/extension.h>
@@ -39,6 +40,9 @@ inline std::optional<DType> dtype_of(at::ScalarType type) {
             return std::nullopt;
     }
 }
+
+// Of a torch.dtype.
+inline at::ScalarType scalar_type_of(PyObject* dtype) { return reinterpret_cast<THPDtype*>(dtype)->scalar_type; }
 
 // Whether a tensor is strided memory that may be read as it lies: no wrapper of a tracer or of torch.func, nothing that
 // autograd would have to see, in reverse or in forward mode.
@@ -108,17 +112,22 @@ class Arguments {
         return object == Py_True;
     }
 
-    // Up to N tensors or None of a list or tuple; -1 for None in its place.
+    // Up to N tensors or None of a list or tuple; -1 for None in its place. With `types` also dtypes.
     template <size_t N>
-    int64_t tensors(std::array<MaybeTensor, N>* to) {
+    int64_t tensors(std::array<MaybeTensor, N>* to, std::array<at::ScalarType, N>* types = nullptr) {
         PyObject* object = this->object();
         if (object == Py_None) return -1;
         const bool list = PyList_CheckExact(object);
         good = good && (list || PyTuple_CheckExact(object));
         const Py_ssize_t size = good ? Py_SIZE(object) : 0;
         good = good && size <= static_cast<Py_ssize_t>(N);
-        for (Py_ssize_t i = 0; good && i < size; ++i)
-            (*to)[i] = tensor_of(list ? PyList_GET_ITEM(object, i) : PyTuple_GET_ITEM(object, i));
+        for (Py_ssize_t i = 0; good && i < size; ++i) {
+            PyObject* item = list ? PyList_GET_ITEM(object, i) : PyTuple_GET_ITEM(object, i);
+            if (types != nullptr && THPDtype_Check(item))
+                (*types)[i] = scalar_type_of(item);
+            else
+                (*to)[i] = tensor_of(item);
+        }
         return size;
     }
 

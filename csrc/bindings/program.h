@@ -32,6 +32,9 @@ struct Program {
         if (!plan.attr("noise").is_none()) noise = plan.attr("noise").cast<int>();
         draws_inside = plan.attr("draws_inside").cast<bool>();
         keeps = plan.attr("keeps").cast<int64_t>();
+        // A plan that is not simple may make more tensors than the fused step does.
+        for (int64_t o = 0; simple && o <= keeps; ++o)
+            made_types[static_cast<size_t>(o)] = scalar_type_of(py::object(plan.attr("made")[py::int_(o)]).ptr());
         if (simple) table = THPVariable_Unpack(plan.attr("host_table").ptr());
         for (const py::handle item : plan.attr("constants").attr("items")()) {
             const auto pair = item.cast<py::tuple>();
@@ -69,6 +72,7 @@ struct Program {
     int noise = -1;
     bool draws_inside;
     int64_t keeps;
+    std::array<at::ScalarType, kMaxOutputs> made_types{};
     at::Tensor table;
     std::vector<std::pair<py::object, py::object>> constants;
     std::vector<std::pair<py::object, int>> variables;

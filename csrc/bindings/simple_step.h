@@ -142,6 +142,8 @@ class SimpleStep {
         request.noise_step = noise_step;
         request.purpose = kStepPurpose;
         request.keeps = program_.keeps;
+        for (size_t o = 0; o <= static_cast<size_t>(program_.keeps); ++o)
+            if (program_.made_types[o] != request.sample->scalar_type()) request.made[o] = program_.made_types[o];
         Outputs outputs;
         if (!take_step(request, &outputs)) return false;
         for (int64_t o = 0; o <= program_.keeps; ++o) slots_.add(made(THPVariable_Wrap(std::move(outputs[o]))));

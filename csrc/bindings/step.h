@@ -61,6 +61,9 @@ struct StepRequest {
     int64_t variance_kind = 0, keeps = 0;
     bool outs_given = false;
     std::array<MaybeTensor, kMaxOutputs> outs{};
+    // Of new outputs; `Undefined` for the samples' own.
+    std::array<at::ScalarType, kMaxOutputs> made = {at::ScalarType::Undefined, at::ScalarType::Undefined,
+                                                    at::ScalarType::Undefined};
     int64_t stream = 0;
     MaybeTensor seeds = nullptr;
     PyObject* noise_step = nullptr;
@@ -68,8 +71,15 @@ struct StepRequest {
     MaybeTensor model_input = nullptr;
     bool scatter = false;
 
+    // Of a new output.
+    at::ScalarType type_of(int64_t o) const {
+        return made[o] == at::ScalarType::Undefined ? sample->scalar_type() : made[o];
+    }
+
     // Whether what has to be there is, and only what may be together.
     bool complete() const {
+        for (const at::ScalarType type : made)
+            if (type != at::ScalarType::Undefined && !dtype_of(type).has_value()) return false;
         return sample != nullptr && model_output != nullptr && table != nullptr &&
                (uncond != nullptr) == (guidance != Py_None) && (variance != nullptr) == (variance_kind != 0) &&
                keeps >= 0 && keeps < kMaxOutputs && variance_kind >= 0 && variance_kind <= 2 &&
@@ -91,11 +101,12 @@ inline bool take_step(const StepRequest& request, Outputs* outputs) {
     call.guidance(request.guidance);
     call.threshold(request.threshold);
     call.draw(request.seeds, request.noise_step, request.purpose);
-    args.model_output = call.like_model(request.model_output);
-    args.uncond = call.like_model(request.uncond);
-    args.variance = call.like_model(request.variance);
-    args.noise = call.like_sample(request.noise);
-    for (size_t j = 0; j < kRegisters; ++j) args.history[j] = call.like_sample(request.history[j]);
+    StreamTypes& types = args.types;
+    args.model_output = call.like_model(request.model_output, &types.model_output);
+    args.uncond = call.like_model(request.uncond, &types.uncond);
+    args.variance = call.like_model(request.variance, &types.variance);
+    args.noise = call.like_sample(request.noise, &types.noise);
+    for (size_t j = 0; j < kRegisters; ++j) args.history[j] = call.like_sample(request.history[j], &types.history[j]);
     if (request.scatter) call.scatter();
     // A skipped sample's kept tensors are not written, so new ones would hold anything: Python makes them.
     for (int64_t o = 1; o <= request.keeps && args.rows != nullptr; ++o)
@@ -104,9 +115,10 @@ inline bool take_step(const StepRequest& request, Outputs* outputs) {
 
     for (int64_t o = 0; o <= request.keeps; ++o) {
         const MaybeTensor given = request.outs[o];
-        (*outputs)[o] = given != nullptr ? *given : new_output(sample);
+        (*outputs)[o] = given != nullptr ? *given : new_output(sample, request.type_of(o));
         call.output((*outputs)[o]);
     }
+    call.settle();
     call.model_input(request.model_input);
     const bool may_overlap = request.outs_given || request.scatter || request.model_input != nullptr;
     if (!call.plain || (may_overlap && call.overlaps_badly())) return false;
@@ -126,8 +138,9 @@ constexpr Py_ssize_t kArguments = 19;
 // step(sample, model_output, table, row, uncond, guidance, history, noise, variance, threshold, variance_kind, keeps,
 // out, stream, seeds, noise_step, purpose, model_input, scatter); see the top of this file. `row` and `noise_step` are
 // integers or tensors of them; `history` holds up to four tensors or None; `out` the outputs to write, None for a new
-// one; `scatter` says that kept tensors go to the registers in `history` that the rows name. Taken by CPython's fast
-// calling convention: unpacking by signature would cost as much as the call.
+// one like the samples and a dtype for a new one of it; `scatter` says that kept tensors go to the registers in
+// `history` that the rows name. Taken by CPython's fast calling convention: unpacking by signature would cost as much
+// as the call.
 inline PyObject* step(PyObject* /*module*/, PyObject* const* objects, Py_ssize_t count) {
     HANDLE_TH_ERRORS
     TORCH_CHECK_TYPE(count == kArguments, "step: expected ", kArguments, " arguments, got ", count);
@@ -145,7 +158,7 @@ inline PyObject* step(PyObject* /*module*/, PyObject* const* objects, Py_ssize_t
     request.threshold = given.tensor();
     request.variance_kind = given.integer();
     request.keeps = given.integer();
-    const int64_t outs = given.tensors(&request.outs);
+    const int64_t outs = given.tensors(&request.outs, &request.made);
     request.outs_given = outs != -1;
     request.stream = given.integer();
     request.seeds = given.tensor();

@@ -22,6 +22,7 @@
 #include <optional>
 #include <thread>
 
+#include "blocks.h"
 #include "common.h"
 
 namespace fastdiff::bindings {
@@ -192,7 +193,9 @@ inline PyObject* torch_randn(PyObject* /*module*/, PyObject* const* objects, Py_
     if (cpu_build.twist == nullptr || !called_plainly() || !read_sizes(objects[0], &sizes, &numel)) Py_RETURN_NONE;
     const std::optional<at::Generator> generator = cpu_generator(objects[1]);
     if (!generator.has_value()) Py_RETURN_NONE;
-    const at::Tensor out = at::empty(sizes, at::TensorOptions().dtype(at::kFloat).device(at::kCPU));
+    c10::SmallVector<int64_t, 6> strides(sizes.size(), 1);
+    for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
+    const at::Tensor out = new_on_cpu(sizes, strides, at::kFloat);
     if (!draw_from(*generator, static_cast<float*>(out.data_ptr()), numel)) Py_RETURN_NONE;
     return THPVariable_Wrap(out);
     END_HANDLE_TH_ERRORS

@@ -6,6 +6,7 @@
 #include "access.h"
 #include "draw.h"
 #include "step_cuda.h"
+#include "stored.h"
 
 #include <initializer_list>
 
@@ -46,30 +47,21 @@ __device__ __forceinline__ bool row_reads(const C* row, int maps, int column) {
 }
 
 // The next model input: scale times the sample as it has been rounded.
+template <typename C, int V>
+__device__ __forceinline__ void write_model_input(const StepArgs& args, C scale, C (&sample)[V], int64_t here,
+                                                  int count) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) sample[i] = scale * sample[i];
+    for (int copy = 0; copy < args.model_input_copies; ++copy)
+        store_as(args.model_input_dtype, sample, args.model_input, copy * args.batch * args.inner + here, count);
+}
+
 template <typename T, typename C, int V>
 __device__ __forceinline__ void write_model_input(const StepArgs& args, C scale, const Pack<T, V>& sample, int64_t here,
                                                   int count) {
-    C scaled[V];
-    widen_pack(sample, scaled);
-#pragma unroll
-    for (int i = 0; i < V; ++i) scaled[i] = scale * scaled[i];
-    for (int copy = 0; copy < args.model_input_copies; ++copy) {
-        const int64_t offset = copy * args.batch * args.inner + here;
-        switch (args.model_input_dtype) {
-            case DType::kFloat16:
-                store<__half>(scaled, args.model_input, offset, count);
-                break;
-            case DType::kBFloat16:
-                store<__nv_bfloat16>(scaled, args.model_input, offset, count);
-                break;
-            case DType::kFloat32:
-                store<float>(scaled, args.model_input, offset, count);
-                break;
-            case DType::kFloat64:
-                store<double>(scaled, args.model_input, offset, count);
-                break;
-        }
-    }
+    C values[V];
+    widen_pack(sample, values);
+    write_model_input(args, scale, values, here, count);
 }
 
 // A sample that stays as it is: its bits, NaN's too.
@@ -82,8 +74,62 @@ __device__ __forceinline__ void leave(const StepArgs& args, int64_t here, int co
     if (writes_input) write_model_input(args, C(1), sample, here, count);
 }
 
+// The same where it is stored in a dtype and returned in another.
+template <typename C, int V>
+__device__ __forceinline__ void leave_mixed(const StepArgs& args, int64_t here) {
+    const DType from = args.types.sample, to = args.types.outputs[0];
+    C sample[V];
+    numbers_of(from, fetch<C, V>(from, args.sample, here), sample);
+    // Of one dtype the numbers come back as they were, but for what kind of NaN they are.
+    if (args.outputs[0] != args.sample) store_as(to, sample, args.outputs[0], here, V);
+    if (args.model_input == nullptr) return;
+    round_as(to, sample);
+    write_model_input(args, C(1), sample, here, V);
+}
+
 // Whether a step draws noise.
 FASTDIFF_INLINE bool draws(const StepArgs& args) { return args.noise == nullptr && args.draw.seeds != nullptr; }
+
+// What the sums are made of, from the tensors as they are: guidance, the prediction, the noise's own scale.
+template <typename C, int V>
+__device__ __forceinline__ void prepare(const StepArgs& args, const C* __restrict__ row, int64_t b, bool learned,
+                                        C (&terms)[kColumns][V], const C (&uncond)[V], const C (&variance)[V]) {
+    if (args.uncond != nullptr) {
+        const C scale = static_cast<const C*>(args.guidance)[b * args.guidance_stride];
+#pragma unroll
+        for (int i = 0; i < V; ++i) terms[kModelOutput][i] = guide(terms[kModelOutput][i], uncond[i], scale);
+    }
+#pragma unroll
+    for (int i = 0; i < V; ++i)
+        terms[kPrediction][i] =
+            clamp_to(predict(row[kPredictionSample], row[kPredictionOutput], terms[kSample][i], terms[kModelOutput][i]),
+                     row[kClip]);
+    if (args.threshold != nullptr) {
+        const C threshold = static_cast<const C*>(args.threshold)[b];
+#pragma unroll
+        for (int i = 0; i < V; ++i) terms[kPrediction][i] = clamp_to(terms[kPrediction][i], threshold) / threshold;
+    }
+    if (learned) {
+#pragma unroll
+        for (int i = 0; i < V; ++i)
+            terms[kNoise][i] *= learned_std(variance[i], row[kVarianceOffset], row[kVarianceSlope], args.variance_kind);
+    }
+}
+
+// Map `o` of the row.
+template <typename C, int V>
+__device__ __forceinline__ void weighted_sum(const C* __restrict__ row, int o, const bool (&present)[kColumns],
+                                             const C (&terms)[kColumns][V], C (&sum)[V]) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) sum[i] = C(0);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+        const C weight = row[static_cast<int>(kPrevSample) + o * static_cast<int>(kColumns) + c];
+        if (!present[c] || weight == C(0)) continue;
+#pragma unroll
+        for (int i = 0; i < V; ++i) sum[i] = multiply_add(weight, terms[c][i], sum[i]);
+    }
+}
 
 // kMore: noise may come from seeds, and a model input may be written. A kernel of its own, so that these cost other
 // steps no registers. One block a multiprocessor is the least: ptxas would otherwise spill to fit two of the largest.
@@ -127,42 +173,14 @@ __global__ void __launch_bounds__(kMostThreads, 1) step_kernel(const StepArgs ar
     // After the loads: the numbers are made while those are under way.
     if (drawn && present[kNoise]) draw_normals(args.draw, args.inner, b, at, terms[kNoise]);
 
-    if (args.uncond != nullptr) {
-        const C scale = static_cast<const C*>(args.guidance)[b * args.guidance_stride];
-#pragma unroll
-        for (int i = 0; i < V; ++i) terms[kModelOutput][i] = guide(terms[kModelOutput][i], uncond[i], scale);
-    }
-#pragma unroll
-    for (int i = 0; i < V; ++i)
-        terms[kPrediction][i] =
-            clamp_to(predict(row[kPredictionSample], row[kPredictionOutput], terms[kSample][i], terms[kModelOutput][i]),
-                     row[kClip]);
-    if (args.threshold != nullptr) {
-        const C threshold = static_cast<const C*>(args.threshold)[b];
-#pragma unroll
-        for (int i = 0; i < V; ++i) terms[kPrediction][i] = clamp_to(terms[kPrediction][i], threshold) / threshold;
-    }
-    if (learned) {
-#pragma unroll
-        for (int i = 0; i < V; ++i)
-            terms[kNoise][i] *= learned_std(variance[i], row[kVarianceOffset], row[kVarianceSlope], args.variance_kind);
-    }
-
+    prepare(args, row, b, learned, terms, uncond, variance);
 #pragma unroll
     for (int o = 0; o < kMaxOutputs; ++o) {
         if (o >= maps) break;
         void* const target = target_of(args, row, o);
         if (target == nullptr) continue;
         C sum[V];
-#pragma unroll
-        for (int i = 0; i < V; ++i) sum[i] = C(0);
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-            const C weight = row[static_cast<int>(kPrevSample) + o * static_cast<int>(kColumns) + c];
-            if (!present[c] || weight == C(0)) continue;
-#pragma unroll
-            for (int i = 0; i < V; ++i) sum[i] = multiply_add(weight, terms[c][i], sum[i]);
-        }
+        weighted_sum(row, o, present, terms, sum);
         Pack<T, V> result;
 #pragma unroll
         for (int i = 0; i < V; ++i) narrow(sum[i], &result.values[i]);
@@ -173,6 +191,73 @@ __global__ void __launch_bounds__(kMostThreads, 1) step_kernel(const StepArgs ar
 }
 static_assert(int{kKeep0} == int{kPrevSample} + int{kColumns} && int{kKeep1} == int{kKeep0} + int{kColumns},
               "the maps of a row follow one another");
+
+// The step of tensors that have dtypes of their own: all of them fetched as bits before the first is made a number.
+// Packs fill their samples, so that there are no tails, each of which would be written out for each dtype.
+template <typename C, int V>
+__global__ void __launch_bounds__(kMostThreads, 1) mixed_kernel(const StepArgs args, int64_t packs_a_sample) {
+    const int64_t pack = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    const int64_t b = pack / packs_a_sample;
+    if (b >= args.batch) return;
+    const int64_t at = (pack - b * packs_a_sample) * V;
+    const int64_t here = pack * V;
+    const int64_t there = b * args.model_stride + at;
+    const C* __restrict__ row = row_of<C>(args, b);
+    if (row == nullptr) {
+        leave_mixed<C, V>(args, here);
+        return;
+    }
+    const int maps = args.scatter ? int{kMaxOutputs} : args.num_outputs;
+    const StreamTypes& types = args.types;
+
+    bool present[kColumns] = {};
+    present[kSample] = present[kModelOutput] = present[kPrediction] = true;
+    const bool drawn = draws(args);
+    present[kNoise] = drawn ? row_reads(row, maps, int{kNoise}) : args.noise != nullptr;
+    const bool learned = present[kNoise] && args.variance_kind != Variance::kFixed;
+    Bits<C, V> sample, output, history[kRegisters] = {}, noise = {}, other = {}, scale = {};
+    sample = fetch<C, V>(types.sample, args.sample, here);
+    output = fetch<C, V>(types.model_output, args.model_output, there);
+    if (args.uncond != nullptr) other = fetch<C, V>(types.uncond, args.uncond, there);
+#pragma unroll
+    for (int j = 0; j < kRegisters; ++j) {
+        present[kHistory0 + j] =
+            args.history[j] != nullptr && (!args.scatter || row_reads(row, maps, int{kHistory0} + j));
+        if (present[kHistory0 + j]) history[j] = fetch<C, V>(types.history[j], args.history[j], here);
+    }
+    if (!drawn && present[kNoise]) noise = fetch<C, V>(types.noise, args.noise, here);
+    if (learned) scale = fetch<C, V>(types.variance, args.variance, there);
+
+    C terms[kColumns][V], uncond[V], variance[V];
+    numbers_of(types.sample, sample, terms[kSample]);
+    numbers_of(types.model_output, output, terms[kModelOutput]);
+    numbers_of(types.uncond, other, uncond);
+#pragma unroll
+    for (int j = 0; j < kRegisters; ++j) numbers_of(types.history[j], history[j], terms[kHistory0 + j]);
+    numbers_of(types.noise, noise, terms[kNoise]);
+    numbers_of(types.variance, scale, variance);
+    if (drawn && present[kNoise]) draw_normals(args.draw, args.inner, b, at, terms[kNoise]);
+    prepare(args, row, b, learned, terms, uncond, variance);
+
+#pragma unroll
+    for (int o = 0; o < kMaxOutputs; ++o) {
+        if (o >= maps) break;
+        DType dtype = types.outputs[o];
+        void* const target = target_of(args, row, o);
+        if (target == nullptr) continue;
+        if (o > 0 && args.scatter) {
+#pragma unroll
+            for (int j = 0; j < kRegisters; ++j)
+                if (target == args.history[j]) dtype = types.history[j];
+        }
+        C sum[V];
+        weighted_sum(row, o, present, terms, sum);
+        store_as(dtype, sum, target, here, V);
+        if (o > 0 || args.model_input == nullptr) continue;
+        round_as(dtype, sum);
+        write_model_input(args, row[kModelInputScale], sum, here, V);
+    }
+}
 
 // Whether every access of V elements falls on 16 bytes.
 bool vectorizable(const StepArgs& args, int elements) {
@@ -196,6 +281,17 @@ void launch_packs(const StepArgs& args, Launches& launches) {
     launches.run(kernel, blocks_of_threads(args.batch * packs_a_sample, threads), threads, args, packs_a_sample);
 }
 
+template <typename C>
+void launch_mixed(const StepArgs& args, Launches& launches) {
+    // Of the widest dtype 16 bytes, or where that is float of a half type.
+    constexpr int kPack = sizeof(C) == 8 ? 2 : 8;
+    const bool wide = args.inner % kPack == 0 && vectorizable(args, kPack);
+    const int64_t packs_a_sample = wide ? args.inner / kPack : args.inner;
+    const auto kernel = wide ? mixed_kernel<C, kPack> : mixed_kernel<C, 1>;
+    const int threads = draws(args) || args.model_input != nullptr ? launches.config.draw : launches.config.step;
+    launches.run(kernel, blocks_of_threads(args.batch * packs_a_sample, threads), threads, args, packs_a_sample);
+}
+
 template <typename T, typename C>
 void launch_as(const StepArgs& args, Launches& launches) {
     constexpr int kPack = 16 / sizeof(T);
@@ -209,6 +305,10 @@ void launch_as(const StepArgs& args, Launches& launches) {
 
 const char* launch_step(const StepArgs& args, int device, void* stream) {
     Launches launches(device, stream);
+    if (args.mixed) {
+        args.wide ? launch_mixed<double>(args, launches) : launch_mixed<float>(args, launches);
+        return launches.finish();
+    }
     switch (args.dtype) {
         case DType::kFloat16:
             launch_as<__half, float>(args, launches);

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ops import backends
+from ..ops.checks import DTYPES
 from ..table import PREV_SAMPLE, ROW_WIDTH, compute_dtype, prediction_rows
 from .form import row_form, take_mask_apart
 from .symbols import NotAffine, Terms
@@ -33,7 +34,7 @@ class Plan:
 
     Attributes:
         row: the step's scalars, float64 ``[32]``.
-        dtype: in which the step is taken; inputs of another are converted.
+        dtype: the widest of all tensors, before and after: the step is taken in its compute dtype.
         from_attributes: by name, and by the place in a list where there is one.
         from_arguments, from_keywords: by the number among `USUAL`, and by name.
         registers: the slots of the history tensors, by register.
@@ -72,8 +73,9 @@ class Plan:
     reads: frozenset[str]
     #: How many tensors the fused step keeps beside the previous sample.
     keeps: int
-    #: Whether all tensors, before and after, are of `dtype`.
+    #: Whether all tensors, before and after, are of `dtype`; and whether each is of one that the fused step takes.
     uniform: bool
+    taken_as_they_are: bool
     #: Samples of which dtype `scale_model_input` multiplies by what in the state after this step, once asked there.
     next_scale: tuple[torch.dtype, float] | None = field(default=None, init=False, repr=False)
     _tables: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -82,7 +84,24 @@ class Plan:
     def simple(self) -> bool:
         """Whether the step is one call of the fused step, and nothing before or after it but a draw of noise."""
         more = self.thresholding or self.variance_kind or self.spans or self.blend or not self.made
-        return self.uniform and not more
+        return self.taken_as_they_are and not more
+
+    @functools.cached_property
+    def outputs(self) -> tuple[torch.dtype, ...] | None:
+        """The dtype of each output of the fused step; None where all are the sample's own."""
+        if self.uniform:
+            return None
+        made = [dtype if dtype in DTYPES else self.dtype for dtype in self.made]
+        if self.blend is not None:
+            # The first result is made of two, which are not rounded before.
+            rest = iter(made[1:])
+            made = [self.dtype if o in self.blend[1:] else next(rest) for o in range(self.keeps + 1)]
+        return tuple(made)
+
+    @functools.cached_property
+    def converts(self) -> bool:
+        """Whether a result may have to be brought to its dtype after the fused step."""
+        return not self.uniform and (self.blend is not None or not self.taken_as_they_are)
 
     @functools.cached_property
     def program(self) -> Any:
@@ -188,7 +207,8 @@ def compile_trace(
         return slots.index(at) if isinstance(at, str) else len(slots) + at
 
     read = {"sample", "model_output", *form.registers, *filter(None, [noise])}
-    dtype = _widest([*(dtypes[place] for place in sorted(read) if place in dtypes), *(entry.dtype for entry in made)])
+    stored = [*(dtypes[place] for place in sorted(read) if place in dtypes), *(entry.dtype for entry in made)]
+    dtype = _widest(stored)
     if blend is not None or form.thresholding:
         # What is made on the way to the result must not be rounded to a half type.
         dtype = torch.promote_types(dtype, torch.float32)
@@ -214,8 +234,8 @@ def compile_trace(
         blend=None if blend is None else (slots.index("mask"), *blend),
         reads=trace.reads,
         keeps=len(formulas) - 1,
-        uniform={dtype, *(dtypes[place] for place in read if place in dtypes), *(entry.dtype for entry in made)}
-        == {dtype},
+        uniform={dtype, *stored} == {dtype},
+        taken_as_they_are=all(each in DTYPES for each in stored),
     )
 
 

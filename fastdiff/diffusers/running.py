@@ -55,16 +55,13 @@ def run_plan(
     values += drawn
     history = [values[slot] for slot in plan.registers]
     noise = None if plan.noise is None else values[plan.noise]
-    dtype = plan.dtype
-    if not plan.uniform:
-        sample, output, uncond, noise, variance = (
-            t if t is None or t.dtype is dtype else t.to(dtype) for t in (sample, output, uncond, noise, variance)
-        )
-        history = [t if t.dtype is dtype else t.to(dtype) for t in history]
+    sample, output = _as_taken(sample, plan.dtype), _as_taken(output, plan.dtype)
+    uncond, noise, variance = (t if t is None else _as_taken(t, plan.dtype) for t in (uncond, noise, variance))
+    history = [_as_taken(t, plan.dtype) for t in history]
     threshold = None
     if plan.thresholding:
         rows = _rows(plan.prediction_table(sample.device), factor)
-        (x0,) = ops.step(sample, output, *rows, uncond=uncond, guidance=guidance)
+        (x0,) = ops.step(sample, output, *rows, uncond=uncond, guidance=guidance, out=[plan.dtype])
         config = attributes["_internal_dict"]
         threshold = dynamic_threshold(x0, config["dynamic_thresholding_ratio"], config["sample_max_value"])
     rows = _rows(plan.table(sample.device), factor)
@@ -72,18 +69,30 @@ def run_plan(
                  seeds if plan.draws_inside else None, noise_step)  # fmt: skip
     if plan.blend is not None:
         mask, a, b = plan.blend
-        blended = torch.addcmul(made[a], values[mask].to(dtype), made[b])
+        blended = torch.addcmul(made[a], values[mask].to(plan.dtype), made[b])
         made = (blended, *(t for k, t in enumerate(made) if k not in (a, b)))
-    if not plan.uniform:
+    if plan.converts:
         made = tuple(t if t.dtype is wanted else t.to(wanted) for t, wanted in zip(made, plan.made, strict=True))
     values.extend(made)
     _write(plan, attributes, values)
     return _result(plan, values)
 
 
+def _as_taken(tensor: Tensor, widest: torch.dtype) -> Tensor:
+    """A tensor as the fused step takes it beside a table for the widest dtype: nearly always as it is."""
+    dtype = tensor.dtype
+    if dtype is widest or dtype in _NARROW or (dtype is torch.float64 and widest is torch.float64):
+        return tensor
+    return tensor.to(widest)
+
+
 def draw(output: Tensor, generator: Any, dtype: torch.dtype) -> Tensor:
     """A step's noise, drawn as diffusers draws it."""
     return randn_like_diffusers(output.shape, generator, output.device, dtype)
+
+
+#: What may stand beside a table of either compute dtype.
+_NARROW = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def launch(
@@ -92,6 +101,7 @@ def launch(
 ) -> Any:  # fmt: skip
     """The fused step of a `simple` plan, by whichever backend it is."""
     rows = plan.table(sample.device), 0
+    uncond = uncond if uncond is None else _as_taken(uncond, plan.dtype)  # which no plan knows the dtype of
     return _step(plan, rows, sample, output, uncond, guidance, history, noise, None, None, seeds, noise_step)
 
 
@@ -122,11 +132,11 @@ def _rows(table: Tensor, factor: Tensor | None) -> tuple[Tensor, int | Tensor]:
 def _step(plan: Plan, rows: tuple[Tensor, int | Tensor], sample: Tensor, output: Tensor, uncond: Any, guidance: Any,
           history: Any, noise: Any, variance: Any, threshold: Any, seeds: Any, noise_step: int) -> Any:  # fmt: skip
     """One call of the fused step: (prev_sample, and what it keeps)."""
-    kind = plan.variance_kind
+    kind, out = plan.variance_kind, plan.outputs
 
     def directly() -> Any:
         return ops.direct_step(
-            sample, output, *rows, uncond, guidance, history, noise, variance, threshold, kind, plan.keeps, None, seeds,
+            sample, output, *rows, uncond, guidance, history, noise, variance, threshold, kind, plan.keeps, out, seeds,
             noise_step,
         )  # fmt: skip
 
@@ -142,7 +152,7 @@ def _step(plan: Plan, rows: tuple[Tensor, int | Tensor], sample: Tensor, output:
         return done
     return ops.step(
         sample, output, *rows, uncond=uncond, guidance=guidance, history=history, noise=noise, seeds=seeds,
-        noise_step=noise_step, variance=variance, threshold=threshold, variance_kind=kind, keeps=plan.keeps,
+        noise_step=noise_step, variance=variance, threshold=threshold, variance_kind=kind, keeps=plan.keeps, out=out,
     )  # fmt: skip
 
 

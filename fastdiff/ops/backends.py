@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..call import StepCall
+from ..call import StepCall, Target
 from ..errors import sentence, unknown_name
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
@@ -209,8 +209,8 @@ def _run_extension(call: StepCall) -> None:
         raise AssertionError(f"step: the extension declined a call that was made plain: {call}")
 
 
-def extension_step(call: StepCall) -> tuple[Tensor, ...] | None:
-    """A call by the extension, to its outputs or to new ones; None where it declines."""
+def extension_step(call: StepCall, out: Sequence[Target] | None = None) -> tuple[Tensor, ...] | None:
+    """A call by the extension, to `out`, to its outputs or to new ones; None where it declines."""
     assert extension is not None
     done: tuple[Tensor, ...] | None = extension.step(
         call.sample,
@@ -225,7 +225,7 @@ def extension_step(call: StepCall) -> tuple[Tensor, ...] | None:
         call.threshold,
         int(call.variance_kind),
         call.keeps,
-        call.outputs or None,
+        out or call.outputs or None,
         current_stream(call.sample),
         call.seeds,
         # Without seeds nobody has looked at these.

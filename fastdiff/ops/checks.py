@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..call import StepCall
+from ..call import StepCall, Target
 from ..errors import sentence
 from ..table import NUM_REGISTERS, ROW_WIDTH, STORE_0, STORE_1, Variance, compute_dtype
 from .layout import extent, in_memory, repeats_an_element, share_memory
@@ -14,7 +14,7 @@ from .layout import extent, in_memory, repeats_an_element, share_memory
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> None:
+def check(call: StepCall, out: tuple[Target, ...] | None = None) -> None:
     """Refuse a call that no backend may run.
 
     Raises:
@@ -24,18 +24,15 @@ def check(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> None:
     sample = call.sample
     if not isinstance(sample, Tensor):
         raise TypeError(_refusal("sample", f"is a {type(sample).__name__}", "a torch.Tensor", "pass a tensor"))
-    if sample.dtype not in DTYPES:
-        raise TypeError(
-            _refusal("sample", f"has dtype {sample.dtype}", "float16, bfloat16, float32 or float64", "convert it first")
-        )
+    _check_dtype("sample", sample.dtype)
     check_memory("sample", sample)
     for name, tensor in call.inputs():
         _check_like_sample(name, tensor, sample)
-    _check_table(call)
+    _check_table(call, out)
     _check_guidance(call)
     _check_variance(call)
     if call.threshold is not None:
-        _check_scalars("threshold", call.threshold, sample, one_for_all=False)
+        _check_scalars("threshold", call.threshold, call, one_for_all=False)
     _check_noise(call)
     if len(call.history) > NUM_REGISTERS:
         raise ValueError(
@@ -61,6 +58,13 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
 
 
+def _check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in DTYPES:
+        raise TypeError(
+            _refusal(name, f"has dtype {dtype}", "float16, bfloat16, float32 or float64", "convert it first")
+        )
+
+
 def _check_like_sample(name: str, tensor: object, sample: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(_refusal(name, f"is a {type(tensor).__name__}", "a torch.Tensor", "pass a tensor"))
@@ -72,12 +76,7 @@ def _check_like_sample(name: str, tensor: object, sample: Tensor) -> None:
             elif tensor.dim() > 1 and tensor.shape[1] == 2 * sample.shape[1]:
                 remedy = "pass the second half of the channels as variance"
         raise ValueError(_refusal(name, f"has shape {list(tensor.shape)}", f"{list(sample.shape)} like sample", remedy))
-    if tensor.dtype != sample.dtype:
-        raise TypeError(
-            _refusal(
-                name, f"has dtype {tensor.dtype}", f"{sample.dtype} like sample", f"convert it with .to({sample.dtype})"
-            )
-        )
+    _check_dtype(name, tensor.dtype)
     if tensor.device != sample.device:
         raise ValueError(
             _refusal(name, f"is on {tensor.device}", f"{sample.device} like sample", f"move it to {sample.device}")
@@ -114,14 +113,27 @@ def check_memory(name: str, tensor: Tensor, operation: str = "step") -> None:
         )
 
 
-def _check_table(call: StepCall) -> None:
+def _check_table(call: StepCall, out: tuple[Target, ...] | None) -> None:
     table, sample = call.table, call.sample
-    wanted = compute_dtype(sample.dtype)
     remedy = "make it with StepTable.rows_as(sample.dtype, sample.device)"
     if not isinstance(table, Tensor):
         raise TypeError(_refusal("table", f"is a {type(table).__name__}", "a torch.Tensor", remedy))
     if table.dim() != 2 or table.shape[1] != ROW_WIDTH:
         raise ValueError(_refusal("table", f"has shape {list(table.shape)}", f"[rows, {ROW_WIDTH}]", remedy))
+    stored = {name: tensor.dtype for name, tensor in call.inputs()}
+    for o, target in enumerate(out or ()):
+        if isinstance(target, Tensor | torch.dtype):
+            stored[f"out[{o}]"] = target if isinstance(target, torch.dtype) else target.dtype
+    wanted = compute_dtype(*stored.values())
+    if table.dtype == torch.float32 and sample.dtype != torch.float64 == wanted:
+        raise TypeError(
+            _refusal(
+                next(name for name, dtype in stored.items() if dtype == torch.float64),
+                "has dtype torch.float64",
+                "float16, bfloat16 or float32 beside a float32 table",
+                "convert it, or make the table with StepTable.rows_as(torch.float64, sample.device)",
+            )
+        )
     if table.dtype != wanted:
         raise TypeError(
             _refusal("table", f"has dtype {table.dtype}", f"{wanted} for samples of {sample.dtype}", remedy)
@@ -218,22 +230,22 @@ def _check_model_input(tensor: object, sample: Tensor) -> None:
     _check_writable("model_input", tensor)
 
 
-def _check_written_apart(call: StepCall, out: tuple[Tensor | None, ...] | None) -> None:
+def _check_written_apart(call: StepCall, out: tuple[Target, ...] | None) -> None:
     """The model input may lie on what is read; on what is written one result would overwrite another."""
     if call.model_input is None:
         return
-    written = [(f"out[{o}]", tensor) for o, tensor in enumerate(out or ())]
+    written: list[tuple[str, Target]] = [(f"out[{o}]", tensor) for o, tensor in enumerate(out or ())]
     if call.scatter:
         written += [(f"registers[{j}]", tensor) for j, tensor in enumerate(call.history)]
     for name, tensor in written:
-        if tensor is not None and share_memory(call.model_input, tensor):
+        if isinstance(tensor, Tensor) and share_memory(call.model_input, tensor):
             raise ValueError(_refusal("model_input", f"shares memory with {name}", "memory of its own", "allocate it"))
 
 
-def _check_registers(call: StepCall, out: tuple[Tensor | None, ...] | None) -> None:
+def _check_registers(call: StepCall, out: tuple[Target, ...] | None) -> None:
     """Of a call whose rows name the registers that they store to."""
     registers = [(f"registers[{j}]", h) for j, h in enumerate(call.history) if h is not None]
-    if out is not None and out[0] is not None:
+    if out is not None and isinstance(out[0], Tensor):
         registers.append(("out", out[0]))
     for name, register in registers:
         _check_writable(name, register)
@@ -261,7 +273,7 @@ def _check_guidance(call: StepCall) -> None:
             raise ValueError(
                 _refusal("uncond", "is missing", "the unconditional output beside guidance", "pass uncond=")
             )
-        _check_scalars("guidance", call.guidance, call.sample, one_for_all=True)
+        _check_scalars("guidance", call.guidance, call, one_for_all=True)
 
 
 def _check_variance(call: StepCall) -> None:
@@ -282,18 +294,16 @@ def _check_variance(call: StepCall) -> None:
         )
 
 
-def _check_scalars(name: str, scalars: Tensor, sample: Tensor, *, one_for_all: bool) -> None:
-    wanted = compute_dtype(sample.dtype)
+def _check_scalars(name: str, scalars: Tensor, call: StepCall, *, one_for_all: bool) -> None:
+    sample, table = call.sample, call.table
     if not isinstance(scalars, Tensor):
         raise TypeError(_refusal(name, f"is a {type(scalars).__name__}", "a float or a torch.Tensor", "pass a tensor"))
-    if scalars.dtype != wanted:
-        raise TypeError(
-            _refusal(name, f"has dtype {scalars.dtype}", f"{wanted} for samples of {sample.dtype}", "convert it first")
-        )
+    if scalars.dtype != table.dtype:
+        raise TypeError(_refusal(name, f"has dtype {scalars.dtype}", f"{table.dtype} like table", "convert it first"))
     _check_one_a_sample(name, scalars, sample, one_for_all)
 
 
-def _check_out(out: tuple[Tensor | None, ...], call: StepCall) -> None:
+def _check_out(out: tuple[Target, ...], call: StepCall) -> None:
     if len(out) != call.keeps + 1:
         raise ValueError(
             _refusal(
@@ -306,9 +316,15 @@ def _check_out(out: tuple[Tensor | None, ...], call: StepCall) -> None:
     for i, tensor in enumerate(out):
         if tensor is None:
             continue
+        if isinstance(tensor, torch.dtype):
+            if tensor not in DTYPES:
+                raise TypeError(
+                    _refusal(f"out[{i}]", f"is {tensor}", "float16, bfloat16, float32 or float64", "convert the result")
+                )
+            continue
         _check_like_sample(f"out[{i}]", tensor, call.sample)
         _check_writable(f"out[{i}]", tensor)
-        if any(other is not None and share_memory(tensor, other) for other in out[:i]):
+        if any(isinstance(other, Tensor) and share_memory(tensor, other) for other in out[:i]):
             raise ValueError(
                 _refusal(f"out[{i}]", "shares memory with another output", "memory of its own", "allocate it apart")
             )

@@ -45,7 +45,7 @@ def cfg_combine(
     Returns:
         The guided output, like `cond`.
     """
-    table = _table_of(_cfg_row, (), cond)
+    table = _rows(_compiled(_cfg_row, ()), _compute_dtype(cond, uncond, out), cond.device)
     outs = None if out is None else (out,)
     return step(cond, cond, table, 0, uncond=uncond, guidance=guidance_scale, out=outs, backend=backend)[0]
 
@@ -172,7 +172,8 @@ def dpm_solver_step(
     for j, tensor in enumerate(previous):
         history[j % max(order - 1, 1)] = tensor
     noise = _noise(compiled, sample, noise, generator)
-    table = _rows(compiled, compute_dtype(sample.dtype), sample.device)
+    wide = _compute_dtype(sample, model_output, uncond, noise, *previous, *(out or ()))
+    table = _rows(compiled, wide, sample.device)
     prev, kept = step(
         sample, model_output, table, len(compiled) - 1, uncond=uncond, guidance=guidance_scale, history=history,
         noise=noise, keeps=1, out=out, backend=backend,
@@ -228,7 +229,8 @@ def _run(
     variance: Tensor | None = None,
 ) -> Tensor:
     noise = _noise(compiled, sample, noise, generator)
-    table = _rows(compiled, compute_dtype(sample.dtype), sample.device)
+    wide = _compute_dtype(sample, model_output, uncond, noise, variance, out)
+    table = _rows(compiled, wide, sample.device)
     outs = None if out is None else (out,)
     return step(
         sample, model_output, table, 0, uncond=uncond, guidance=guidance, noise=noise, variance=variance,
@@ -255,8 +257,9 @@ def _rows(compiled: StepTable, dtype: torch.dtype, device: torch.device) -> Tens
     return compiled.rows_as(dtype, device)
 
 
-def _table_of(make: Callable[..., StepTable], scalars: tuple[object, ...], like: Tensor) -> Tensor:
-    return _rows(_compiled(make, scalars), compute_dtype(like.dtype), like.device)
+def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Of a step on these."""
+    return compute_dtype(*(tensor.dtype for tensor in tensors if isinstance(tensor, Tensor)))
 
 
 def _cfg_row() -> StepTable:

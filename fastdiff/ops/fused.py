@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import StepCall
+from ..call import StepCall, Target
 from ..errors import sentence
 from ..philox import Purpose
-from ..table import Variance, compute_dtype
+from ..table import Variance
 from . import backends
 from .checks import check
 from .layout import in_memory, is_fake, laid_out, output_strides
@@ -34,7 +34,7 @@ def direct_step(
     threshold: Tensor | None,
     variance_kind: int,
     keeps: int,
-    out: Sequence[Tensor | None] | None,
+    out: Sequence[Target] | None,
     seeds: Tensor | None = None,
     noise_step: int | Tensor = 0,
     purpose: int = Purpose.STEP,
@@ -52,7 +52,7 @@ def direct_step(
         stream = 0
         if not sample.is_cpu:
             stream = backends.current_stream(sample)
-            guidance = _on_device(guidance, sample)
+            guidance = _on_device(guidance, sample, table)
     except AttributeError:  # no tensor: the checks of `step` say what it is
         return None
     done: tuple[Tensor, ...] | None = extension.step(
@@ -79,13 +79,13 @@ def step(
     threshold: Tensor | None = None,
     variance_kind: int = Variance.FIXED,
     keeps: int = 0,
-    out: Sequence[Tensor | None] | None = None,
+    out: Sequence[Tensor | torch.dtype | None] | None = None,
     model_input: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     """Take one step of any sampler.
 
-    Computes, in float32 (float64 for float64 samples)::
+    Computes, in float32 (in float64 where a tensor is float64), and rounds each output once::
 
         m    = u + g·(c − u)                                       where uncond is given
         d    = p·x + q·m,  clamped to ±clip;  with a threshold s clamped to ±s and divided by s
@@ -96,8 +96,10 @@ def step(
 
     Args:
         sample: x, ``[...]`` or ``[B, ...]``; float16, bfloat16, float32 or float64, any strides.
-        model_output: c, like `sample`.  (All tensors "like sample" share its shape, dtype and device.)
-        table: ``[R, 32]`` from `StepTable.rows_as(sample.dtype, sample.device)`.
+        model_output: c, like `sample`.  (All tensors "like sample" share its shape and device; each may be of any of
+            the four dtypes, and is widened as it is read.)
+        table: ``[R, 32]`` from `StepTable.rows_as(sample.dtype, sample.device)`: in float64 where any tensor is
+            float64, an output too, else in float32.
         row: which row, 0 to R − 1; or an int64 tensor ``[]`` or ``[1]``, one row for all that is read on the device, or
             ``[B]``, one a sample.  A sample whose row in a tensor is negative stays as it is.
         uncond: u, the unconditional output, like `sample`.
@@ -113,14 +115,16 @@ def step(
         threshold: ``[B]`` in the table's dtype, each above 0.
         variance_kind: how `variance` scales the noise, a `fastdiff.table.Variance`.
         keeps: how many tensors to keep, 0 to 2.
-        out: ``1 + keeps`` tensors to write, None for a new one.  They may be inputs: the step can be taken in place.
+        out: what becomes of each of the ``1 + keeps`` outputs: a tensor to write, None for a new one in the sample's
+            dtype, or a dtype for a new one of it.  Tensors to write may be inputs: the step can be taken in place.
             A sample that stays leaves kept tensors as they were; new ones hold 0 for it.
         model_input: a tensor to write the next model input to: the row's scale times prev_sample, rounded to its dtype
             (any of the four).  ``[B, ...]``, or ``[2·B, ...]`` to hold it twice, for guidance in one batch.
         backend: a name of `BACKENDS`, to force it.
 
     Returns:
-        prev_sample and the kept tensors, like `sample`, in its memory layout where that is dense, else contiguous.
+        prev_sample and the kept tensors, in the shape of `sample` and in its memory layout where that is dense, else
+        contiguous.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and the remedy.
@@ -135,7 +139,7 @@ def step(
         )  # fmt: skip
         if done is not None:
             return done
-    scale, given = _on_device(guidance, sample), _entries("step", "history", history) or ()
+    scale, given = _on_device(guidance, sample, table), _entries("step", "history", history) or ()
     call = StepCall(
         sample, model_output, table, row, uncond, scale, given, noise, variance, threshold, variance_kind, keeps,
         seeds, noise_step, purpose, model_input,
@@ -159,7 +163,7 @@ def step_rows(
     variance: Tensor | None = None,
     threshold: Tensor | None = None,
     variance_kind: int = Variance.FIXED,
-    out: Tensor | None = None,
+    out: Tensor | torch.dtype | None = None,
     model_input: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -173,8 +177,9 @@ def step_rows(
         table: ``[R, 32]``.
         rows: int64 ``[B]``, each sample's row, or ``[1]``, one for all.  A sample whose row is negative stays as it is,
             and so do its registers.
-        registers: up to four tensors like `sample`: history, read and **written**.  None where no row uses one.
-        out: a tensor to write instead of a new one; may be `sample`.
+        registers: up to four tensors like `sample`: history, read and **written**, each in its own dtype.  None where
+            no row uses one.
+        out: a tensor to write instead of a new one, which may be `sample`; or a dtype for a new one of it.
 
     Returns:
         prev_sample.
@@ -190,7 +195,7 @@ def step_rows(
         )  # fmt: skip
         if done is not None:
             return done[0]
-    scale, given = _on_device(guidance, sample), _entries("step_rows", "registers", registers) or ()
+    scale, given = _on_device(guidance, sample, table), _entries("step_rows", "registers", registers) or ()
     call = StepCall(
         sample, model_output, table, rows, uncond, scale, given, noise, variance, threshold, variance_kind, 0,
         seeds, noise_step, purpose, model_input, scatter=True,
@@ -207,7 +212,7 @@ def _entries(operation: str, argument: str, values: object) -> tuple[Any, ...] |
     raise TypeError(sentence(operation, argument, f"is a {type(values).__name__}", expected, remedy))
 
 
-def _checked_step(call: StepCall, out: tuple[Tensor | None, ...] | None, backend: str | None) -> tuple[Tensor, ...]:
+def _checked_step(call: StepCall, out: tuple[Target, ...] | None, backend: str | None) -> tuple[Tensor, ...]:
     """Check, choose, make plain, run: the way of every call that the extension does not take at once."""
     check(call, out)
     name = backends.backend_for(call.sample, backend)
@@ -219,7 +224,7 @@ def _checked_step(call: StepCall, out: tuple[Tensor | None, ...] | None, backend
     if out is None:
         return results
     return tuple(
-        value if target is None or target is value else target.copy_(value)
+        target.copy_(value) if isinstance(target, Tensor) and target is not value else value
         for target, value in zip(out, results, strict=True)
     )
 
@@ -271,12 +276,12 @@ def _refuse_gradients(call: StepCall) -> None:
             )
 
 
-def _on_device(guidance: Any, sample: object) -> Tensor | None:
+def _on_device(guidance: Any, sample: object, table: object) -> Tensor | None:
     """A guidance scale as a tensor; what is no number, or has no sample to go by, is left for the checks to refuse."""
-    if isinstance(guidance, (float, int)) and isinstance(sample, Tensor):
+    if isinstance(guidance, (float, int)) and isinstance(sample, Tensor) and isinstance(table, Tensor):
         # A tensor that a tracer made belongs to its trace: only those of eager calls are kept.
         scalar = _kept_scalar if in_memory(sample) else _scalar
-        return scalar(float(guidance), compute_dtype(sample.dtype), sample.device)
+        return scalar(float(guidance), table.dtype, sample.device)
     return guidance  # type: ignore[no-any-return]
 
 

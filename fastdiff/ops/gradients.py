@@ -40,7 +40,7 @@ from ..table import (
 from .checks import may_look
 from .layout import in_memory
 from .run import ARGUMENTS, TENSORS, execute
-from .vmap import fold_step
+from .vmap import LIKE_SAMPLE, fold_step
 
 _X, _M, _D, _H0, _Z = (COLUMNS.index(name) for name in ("sample", "model_output", "prediction", "history_0", "noise"))
 #: Maps a launch: as many as a row has.
@@ -70,7 +70,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     if given["variance_kind"] != Variance.FIXED:
         kept |= {"variance", "noise", "seeds", "noise_steps"}
     ctx.clips = clips
-    ctx.dtype, ctx.shape = given["sample"].dtype, given["sample"].shape
+    ctx.dtypes = {name: given[name].dtype for name in TENSORS if given[name] is not None}
     ctx.plain = {name: value for name, value in given.items() if name not in TENSORS}
     ctx.save_for_backward(*(given[name] if name in kept else None for name in TENSORS))
     ctx.set_materialize_grads(False)
@@ -82,7 +82,7 @@ def backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, .
     found: dict[str, Tensor | None] = {}
     if any(grad is not None for grad in grads):
         saved = {**ctx.plain, **dict(zip(TENSORS, ctx.saved_tensors, strict=True))}
-        found = _Pullback(saved, wanted, ctx.clips, ctx.dtype, grads).run()
+        found = _Pullback(saved, wanted, ctx.clips, ctx.dtypes, grads).run()
     return tuple(found.get(name) if wanted[name] else None for name in ARGUMENTS)
 
 
@@ -146,11 +146,11 @@ class _Pullback:
         saved: dict[str, Any],
         wanted: dict[str, bool],
         clips: bool,
-        dtype: torch.dtype,
+        dtypes: dict[str, torch.dtype],
         grads: Sequence[Tensor | None],
     ) -> None:
-        self.saved, self.wanted, self.dtype = saved, wanted, dtype
-        self.compute = compute_dtype(dtype)
+        self.saved, self.wanted, self.dtypes = saved, wanted, dtypes
+        self.compute = dtypes["table"]
         self.rows = _chosen_rows(saved["table"], saved["row"], saved["rows"])
         self.columns = self.rows[:, PREV_SAMPLE:].reshape(len(self.rows), _MAPS, len(COLUMNS))
         self.through_d = clips and any(
@@ -159,6 +159,9 @@ class _Pullback:
         # What is not the last rounding must not be one: several launches, or torch operators after one, work wider.
         learned = saved["variance_kind"] != Variance.FIXED
         wide = self.through_d or wanted["guidance"] or learned or saved["model_input_dtype"] is not None
+        # Nor where tensors have dtypes of their own: each gradient is rounded to its tensor's.
+        stored = {dtypes[name] for name in LIKE_SAMPLE if name in dtypes} | {g.dtype for g in grads if g is not None}
+        wide = wide or len(stored) > 1
         outputs = list(grads[: saved["keeps"] + 1])
         if len(grads) > len(outputs) and grads[-1] is not None:
             outputs[0] = self._with_model_input(outputs[0], grads[-1])
@@ -189,7 +192,10 @@ class _Pullback:
         if learned and "noise" in collected:
             found |= self._through_std(collected["noise"])
         scalars = ("guidance", "threshold")
-        return {name: grad if grad is None or name in scalars else grad.to(self.dtype) for name, grad in found.items()}
+        return {
+            name: grad if grad is None or name in scalars or name not in self.dtypes else grad.to(self.dtypes[name])
+            for name, grad in found.items()
+        }
 
     def _weights(self, column: int) -> Tensor:
         return self.columns[:, self.of, column]
@@ -338,5 +344,5 @@ def _step(
     rows = torch.arange(len(table), device=table.device) if len(table) > 1 else None
     return apply_step(
         sample, model_output, table, 0, rows, uncond, guidance, *history, None, None, None, 0, keeps, None, 0, None,
-        0, None, 1, backend,
+        0, None, 1, None, None, None, backend,
     )  # fmt: skip

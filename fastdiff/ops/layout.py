@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from ..call import StepCall
+from ..call import StepCall, Target, stored_as
 
 
 def extent(tensor: Tensor) -> int:
@@ -64,15 +64,20 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
     if a_high <= b_low or b_high <= a_low:
         return False
     # The spans meet; views that interleave (two halves of the channels) may still share nothing. Mark and look.
-    low, size = min(a_low, b_low), a.element_size()
-    if _is_dense(a) or _is_dense(b) or (a_low - b_low) % size:
+    if _is_dense(a) or _is_dense(b):
         return True
-    marks = torch.zeros((max(a_high, b_high) - low) // size, dtype=torch.bool)
-    marks.as_strided(a.shape, a.stride(), (a_low - low) // size).fill_(True)
-    return bool(marks.as_strided(b.shape, b.stride(), (b_low - low) // size).any())
+    low = min(a_low, b_low)
+    marks = torch.zeros(max(a_high, b_high) - low, dtype=torch.bool)
+
+    def bytes_of(t: Tensor) -> Tensor:
+        size = t.element_size()
+        return marks.as_strided((*t.shape, size), (*(s * size for s in t.stride()), 1), t.data_ptr() - low)
+
+    bytes_of(a).fill_(True)
+    return bool(bytes_of(b).any())
 
 
-def make_plain(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> StepCall:
+def make_plain(call: StepCall, out: tuple[Target, ...] | None = None) -> StepCall:
     """Give all tensors of a checked call one dense layout, copying only those that have another, and add outputs.
 
     An output is the caller's own where it has that layout and lies on an input exactly or on none, else a new tensor;
@@ -106,8 +111,8 @@ def make_plain(call: StepCall, out: tuple[Tensor | None, ...] | None = None) -> 
     taken = [tensor for _, tensor in (*plain.inputs(), *plain.scalars(), *plain.counters())]
     outputs: list[Tensor] = []
     for o, target in enumerate(out or (None,) * (call.keeps + 1)):
-        fits = target is not None and target.stride() == strides and _writable_in_place(target, plain)
-        outputs.append(target if fits and target is not None else _new_output(call, strides, o, target))
+        fits = isinstance(target, Tensor) and target.stride() == strides and _writable_in_place(target, plain)
+        outputs.append(target if fits and isinstance(target, Tensor) else _new_output(call, strides, o, target))
     plain = replace(plain, outputs=tuple(outputs))
     if call.model_input is None:
         return plain
@@ -132,6 +137,7 @@ def _writable_in_place(target: Tensor, plain: StepCall) -> bool:
         return False  # they are read again after elements have been written
     for _, tensor in plain.inputs():
         same = tensor.data_ptr() == target.data_ptr() and tensor.stride() == target.stride()
+        same = same and tensor.dtype == target.dtype
         if not same and share_memory(target, tensor):
             return False
     return True
@@ -148,11 +154,12 @@ def hand_back(call: StepCall, plain: StepCall) -> None:
                 register.copy_(written)
 
 
-def _new_output(call: StepCall, strides: tuple[int, ...], o: int, target: Tensor | None) -> Tensor:
-    new = torch.empty_strided(call.sample.shape, strides, dtype=call.sample.dtype, device=call.sample.device)
+def _new_output(call: StepCall, strides: tuple[int, ...], o: int, target: Target) -> Tensor:
+    sample = call.sample
+    new = torch.empty_strided(sample.shape, strides, dtype=stored_as(target, sample), device=sample.device)
     if o > 0 and isinstance(call.row, Tensor):
         # A skipped sample's kept tensors are not written: they stay what they were, or 0 where they are new.
-        return new.zero_() if target is None else new.copy_(target)
+        return new.copy_(target) if isinstance(target, Tensor) else new.zero_()
     return new
 
 

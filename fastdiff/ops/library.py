@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..call import StepCall
+from ..call import StepCall, Target
 from ..table import NUM_REGISTERS
 from .gradients import apply_step, backward, setup_context
 from .layout import output_strides
-from .run import ARGUMENTS, execute, new_model_input, run_new
+from .run import ARGUMENTS, RESULT_DTYPES, execute, new_model_input, run_new
 from .vmap import fold_step, refuse_step_rows
 
 #: An operator's results keep the strides that its fake tells, whatever inductor does to its inputs.
@@ -50,16 +50,20 @@ def step_op(
     purpose: int,
     model_input_dtype: torch.dtype | None,
     model_input_copies: int,
+    prev_sample_dtype: torch.dtype | None,
+    keep_0_dtype: torch.dtype | None,
+    keep_1_dtype: torch.dtype | None,
     backend: str,
 ) -> list[Tensor]:
     """`fastdiff.ops.step`: prev_sample, the kept tensors, and the model input where a dtype is given for it.
 
-    `rows` and `noise_steps` take the place of `row` and `noise_step`; an empty `backend` leaves the choice.
+    `rows` and `noise_steps` take the place of `row` and `noise_step`; an empty `backend` leaves the choice.  Results
+    without a dtype have the sample's.
     """
     return execute(
         sample, model_output, table, row, rows, uncond, guidance, history_0, history_1, history_2, history_3, noise,
         variance, threshold, variance_kind, keeps, seeds, noise_step, noise_steps, purpose, model_input_dtype,
-        model_input_copies, backend,
+        model_input_copies, prev_sample_dtype, keep_0_dtype, keep_1_dtype, backend,
     )  # fmt: skip
 
 
@@ -67,7 +71,8 @@ def step_op(
 def _(sample: Tensor, *rest: Any) -> list[Tensor]:
     given = dict(zip(ARGUMENTS[1:], rest, strict=True))
     strides = output_strides(sample)
-    results = [sample.new_empty_strided(sample.shape, strides) for _ in range(given["keeps"] + 1)]
+    dtypes = [given[name] or sample.dtype for name in RESULT_DTYPES[: given["keeps"] + 1]]
+    results = [sample.new_empty_strided(sample.shape, strides, dtype=dtype) for dtype in dtypes]
     return results + new_model_input(sample, given["model_input_dtype"], given["model_input_copies"])
 
 
@@ -93,6 +98,7 @@ def step_rows_op(
     noise_step: int,
     noise_steps: Tensor | None,
     purpose: int,
+    prev_sample_dtype: torch.dtype | None,
     model_input_dtype: torch.dtype | None,
     model_input_copies: int,
     backend: str,
@@ -108,13 +114,13 @@ def step_rows_op(
         sample, model_output, table, rows, uncond, guidance, tuple(history), noise, variance, threshold,
         variance_kind, 0, seeds, noise_step if noise_steps is None else noise_steps, purpose, scatter=True,
     )  # fmt: skip
-    new, *model_input = run_new(call, model_input_dtype, model_input_copies, backend)
+    new, *model_input = run_new(call, model_input_dtype, model_input_copies, backend, (prev_sample_dtype,))
     return new, model_input[0] if model_input else sample.new_empty(0)
 
 
 @step_rows_op.register_fake
 def _(sample: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    new = sample.new_empty_strided(sample.shape, output_strides(sample))
+    new = sample.new_empty_strided(sample.shape, output_strides(sample), dtype=rest[-4] or sample.dtype)
     model_input = new_model_input(sample, rest[-3], rest[-2])
     return new, model_input[0] if model_input else sample.new_empty(0)
 
@@ -122,8 +128,10 @@ def _(sample: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 torch.library.register_vmap(step_rows_op, refuse_step_rows)
 
 
-def call_library(call: StepCall, out: Sequence[Tensor | None] | None, backend: str) -> tuple[Tensor, ...]:
+def call_library(call: StepCall, out: Sequence[Target] | None, backend: str) -> tuple[Tensor, ...]:
     """A checked call through its operator; then what the caller gave to be written is."""
+    # None for the sample's own, which is what most calls have.
+    dtypes = [None if dtype == call.sample.dtype else dtype for dtype in call.output_dtypes(out)]
     steps = call.noise_step if isinstance(call.noise_step, Tensor) else None
     drawn = (call.seeds, 0 if isinstance(call.noise_step, Tensor) else call.noise_step, steps, int(call.purpose))
     asked: tuple[Any, ...] = (None, 1)
@@ -134,7 +142,7 @@ def call_library(call: StepCall, out: Sequence[Tensor | None] | None, backend: s
         slots = [j for j, register in enumerate(call.history) if register is not None]
         results = torch.ops.fastdiff.step_rows(
             call.sample, call.model_output, call.table, call.row, [call.history[j] for j in slots], slots, *guided,
-            call.noise, call.variance, call.threshold, int(call.variance_kind), *drawn, *asked, backend,
+            call.noise, call.variance, call.threshold, int(call.variance_kind), *drawn, *dtypes, *asked, backend,
         )  # fmt: skip
         results = results if call.model_input is not None else results[:1]
     else:
@@ -142,7 +150,8 @@ def call_library(call: StepCall, out: Sequence[Tensor | None] | None, backend: s
         history = (*call.history, *[None] * NUM_REGISTERS)[:NUM_REGISTERS]
         results = apply_step(
             call.sample, call.model_output, call.table, row, rows, *guided, *history, call.noise, call.variance,
-            call.threshold, int(call.variance_kind), call.keeps, *drawn, *asked, backend,
+            call.threshold, int(call.variance_kind), call.keeps, *drawn, *asked,
+            *(*dtypes, None, None)[: len(RESULT_DTYPES)], backend,
         )  # fmt: skip
     if call.model_input is not None:
         call.model_input.copy_(results[-1])
@@ -150,7 +159,7 @@ def call_library(call: StepCall, out: Sequence[Tensor | None] | None, backend: s
     if out is None:
         return tuple(results)
     return tuple(
-        value if target is None else target.copy_(_where_taken(call, value, target) if o else value)
+        target.copy_(_where_taken(call, value, target) if o else value) if isinstance(target, Tensor) else value
         for o, (target, value) in enumerate(zip(out, results, strict=True))
     )
 

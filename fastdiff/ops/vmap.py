@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import sentence
 from .run import ARGUMENTS
 
-_LIKE_SAMPLE = (
+LIKE_SAMPLE = (
     "sample", "model_output", "uncond", "history_0", "history_1", "history_2", "history_3", "noise", "variance",
 )  # fmt: skip
 _A_SAMPLE = ("rows", "guidance", "threshold", "seeds", "noise_steps")
@@ -31,7 +31,7 @@ def fold_step(
     inner = example.shape[1:]
     batch = inner[0] if len(inner) > 0 else 1
     folded = dict(given)
-    for name in _LIKE_SAMPLE:
+    for name in LIKE_SAMPLE:
         if given[name] is not None:
             mapped = _mapped_first(given[name], dims[name], size)
             folded[name] = mapped.reshape(size * batch, *inner[1:])

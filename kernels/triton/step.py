@@ -134,10 +134,18 @@ def _register(
 
 
 @triton.jit
+def _as_stored(value, pointer):
+    """A value rounded to what a tensor holds; double goes to a half type by way of float, as torch takes it."""
+    if pointer.dtype.element_ty.primitive_bitwidth == 16:
+        value = value.to(tl.float32)
+    return value.to(pointer.dtype.element_ty)
+
+
+@triton.jit
 def _keep(
     value, slot, here, mask, history_0_ptr, history_1_ptr, history_2_ptr, history_3_ptr, HISTORY: tl.constexpr
 ):  # fmt: skip
-    """Store to the register that the row names; to none if it is negative or absent."""
+    """Store to the register that the row names, of four of one dtype; to none if it is negative or absent."""
     pointer = tl.where(slot == 0, history_0_ptr, history_1_ptr)
     pointer = tl.where(slot == 2, history_2_ptr, pointer)
     pointer = tl.where(slot == 3, history_3_ptr, pointer)
@@ -151,16 +159,29 @@ def _keep(
         there = there | (slot == 2)
     if HISTORY & 8:
         there = there | (slot == 3)
-    tl.store(pointer + here, value.to(history_0_ptr.dtype.element_ty), mask=mask & there)
+    tl.store(pointer + here, _as_stored(value, history_0_ptr), mask=mask & there)
+
+
+@triton.jit
+def _keep_mixed(
+    value, slot, here, mask, history_0_ptr, history_1_ptr, history_2_ptr, history_3_ptr, HISTORY: tl.constexpr
+):  # fmt: skip
+    """As `_keep`, of registers with dtypes of their own: a store for each, of which one or none is done."""
+    slot = tl.zeros_like(value) + slot
+    if HISTORY & 1:
+        tl.store(history_0_ptr + here, _as_stored(value, history_0_ptr), mask=mask & (slot == 0))
+    if HISTORY & 2:
+        tl.store(history_1_ptr + here, _as_stored(value, history_1_ptr), mask=mask & (slot == 1))
+    if HISTORY & 4:
+        tl.store(history_2_ptr + here, _as_stored(value, history_2_ptr), mask=mask & (slot == 2))
+    if HISTORY & 8:
+        tl.store(history_3_ptr + here, _as_stored(value, history_3_ptr), mask=mask & (slot == 3))
 
 
 @triton.jit
 def _write_model_input(pointer, here, copy_stride, scale, sample, mask, compute: tl.constexpr, COPIES: tl.constexpr):
     """The next model input: scale times the sample as it has been rounded."""
-    scaled = scale * sample.to(compute)
-    if pointer.dtype.element_ty.primitive_bitwidth == 16:
-        scaled = scaled.to(tl.float32)  # double goes to a half type by way of float, as torch takes it
-    scaled = scaled.to(pointer.dtype.element_ty)
+    scaled = _as_stored(scale * sample.to(compute), pointer)
     tl.store(pointer + here, scaled, mask=mask)
     if COPIES == 2:
         tl.store(pointer + copy_stride + here, scaled, mask=mask)
@@ -169,7 +190,7 @@ def _write_model_input(pointer, here, copy_stride, scale, sample, mask, compute:
 # Of scalars that change from step to step only the type may matter to the compiler.
 @triton.jit(do_not_specialize=["row", "num_rows", "noise_step", "purpose", "channels"])
 def _step_kernel(
-    sample_ptr,  # [batch, inner], as all tensors of the samples' dtype
+    sample_ptr,  # [batch, inner], as all tensors like the samples; each of any dtype
     model_output_ptr,
     uncond_ptr,
     variance_ptr,
@@ -206,6 +227,7 @@ def _step_kernel(
     KEEPS: tl.constexpr,
     ROWS: tl.constexpr,  # 0: `row`; 1: one in memory for all; 2: one a sample
     SCATTER: tl.constexpr,  # kept tensors go to the registers that the row names
+    MIXED_REGISTERS: tl.constexpr,  # which have dtypes of their own
     DRAWS: tl.constexpr,  # 0: no; 1: noise in row-major memory; 2: in channels-last memory
     NOISE_STEPS: tl.constexpr,  # as ROWS
     MODEL_INPUTS: tl.constexpr,  # copies of the model input, 0 to 2
@@ -225,6 +247,8 @@ def _step_kernel(
         index = tl.load(rows_ptr + b) if ROWS == 2 else tl.load(rows_ptr)
         if (index < 0) | (index >= num_rows):  # the sample stays as it is
             stays = tl.load(sample_ptr + here, mask=mask, other=0.0)
+            if prev_sample_ptr.dtype != sample_ptr.dtype:
+                stays = _as_stored(stays, prev_sample_ptr)
             tl.store(prev_sample_ptr + here, stays, mask=mask)
             if MODEL_INPUTS:
                 _write_model_input(model_input_ptr, here, copy_stride, 1.0, stays, mask, compute, MODEL_INPUTS)
@@ -271,21 +295,31 @@ def _step_kernel(
     # Outputs may be inputs: everything is loaded above before the first store.
     HAS_Z: tl.constexpr = HAS_NOISE or DRAWS > 0
     prev = _weighted_sum(row_ptr + _PREV_SAMPLE, x, m, d, h0, h1, h2, h3, z, HISTORY, HAS_Z)
-    prev = prev.to(prev_sample_ptr.dtype.element_ty)
+    prev = _as_stored(prev, prev_sample_ptr)
     if MAPS >= 2:
         keep_0 = _weighted_sum(row_ptr + _KEEP_0, x, m, d, h0, h1, h2, h3, z, HISTORY, HAS_Z)
         if SCATTER:
             slot = tl.load(row_ptr + _STORE_0)
-            _keep(keep_0, slot, here, mask, history_0_ptr, history_1_ptr, history_2_ptr, history_3_ptr, HISTORY)
+            if MIXED_REGISTERS:
+                _keep_mixed(
+                    keep_0, slot, here, mask, history_0_ptr, history_1_ptr, history_2_ptr, history_3_ptr, HISTORY
+                )
+            else:
+                _keep(keep_0, slot, here, mask, history_0_ptr, history_1_ptr, history_2_ptr, history_3_ptr, HISTORY)
         else:
-            tl.store(keep_0_ptr + here, keep_0.to(keep_0_ptr.dtype.element_ty), mask=mask)
+            tl.store(keep_0_ptr + here, _as_stored(keep_0, keep_0_ptr), mask=mask)
     if MAPS >= 3:
         keep_1 = _weighted_sum(row_ptr + _KEEP_1, x, m, d, h0, h1, h2, h3, z, HISTORY, HAS_Z)
         if SCATTER:
             slot = tl.load(row_ptr + _STORE_1)
-            _keep(keep_1, slot, here, mask, history_0_ptr, history_1_ptr, history_2_ptr, history_3_ptr, HISTORY)
+            if MIXED_REGISTERS:
+                _keep_mixed(
+                    keep_1, slot, here, mask, history_0_ptr, history_1_ptr, history_2_ptr, history_3_ptr, HISTORY
+                )
+            else:
+                _keep(keep_1, slot, here, mask, history_0_ptr, history_1_ptr, history_2_ptr, history_3_ptr, HISTORY)
         else:
-            tl.store(keep_1_ptr + here, keep_1.to(keep_1_ptr.dtype.element_ty), mask=mask)
+            tl.store(keep_1_ptr + here, _as_stored(keep_1, keep_1_ptr), mask=mask)
     tl.store(prev_sample_ptr + here, prev, mask=mask)
     if MODEL_INPUTS:
         scale = tl.load(row_ptr + _MODEL_INPUT_SCALE)
@@ -309,6 +343,8 @@ def launch(call: StepCall) -> None:
     rows, noise_steps = how_many(row), how_many(noise_step)
     h0, h1, h2, h3 = (*call.history, None, None, None, None)[:4]
     prev_sample, keep_0, keep_1 = (*call.outputs, x, x)[:3]
+    registers = [x if h is None else h for h in (h0, h1, h2, h3)]
+    mixed_registers = call.scatter and any(h.dtype is not registers[0].dtype for h in registers)
     _step(
         batch * blocks_a_sample,
         # The sample stands for what is absent: the kernel does not read it there.
@@ -318,10 +354,7 @@ def launch(call: StepCall) -> None:
             x if uncond is None else uncond,
             x if call.variance is None else call.variance,
             x if noise is None else noise,
-            x if h0 is None else h0,
-            x if h1 is None else h1,
-            x if h2 is None else h2,
-            x if h3 is None else h3,
+            *registers,
             call.table,
             x if guidance is None else guidance,
             x if threshold is None else threshold,
@@ -355,6 +388,7 @@ def launch(call: StepCall) -> None:
             call.keeps,
             rows,
             call.scatter,
+            mixed_registers,
             draws,
             noise_steps,
             0 if model_input is None else model_input.numel() // x.numel(),

@@ -38,7 +38,8 @@ UNWATCHED fastdiff::NoiseArgs noise_args(const int64_t* sizes, const void* seeds
 }  // namespace
 
 // `sizes`: batch, inner, model_stride, guidance_stride, num_outputs, variance_kind, dtype, num_rows, row, rows_stride,
-// scatter, model_input_copies, model_input_dtype; steps_stride, step, purpose, channels. `inputs`: sample,
+// scatter, model_input_copies, model_input_dtype; steps_stride, step, purpose, channels; mixed, wide, and the dtypes in
+// the order of StreamTypes. `inputs`: sample,
 // model_output, uncond, variance, noise, four histories, table, guidance, threshold, rows, seeds, steps, model_input.
 EXPORT UNWATCHED const char* step_on_host(const int64_t* sizes, void* const* inputs, void* const* outputs, int device,
                                           void* stream, accesses::Span* spans, int64_t num_spans) {
@@ -69,6 +70,16 @@ EXPORT UNWATCHED const char* step_on_host(const int64_t* sizes, void* const* inp
     args.draw = noise_args(sizes + 13, inputs[13], inputs[14]);
     args.model_input = inputs[15];
     for (int o = 0; o < args.num_outputs; ++o) args.outputs[o] = outputs[o];
+    args.mixed = sizes[17] != 0;
+    args.wide = sizes[18] != 0;
+    const auto type = [&](int i) { return static_cast<fastdiff::DType>(sizes[19 + i]); };
+    args.types = {type(0),
+                  type(1),
+                  type(2),
+                  type(3),
+                  type(4),
+                  {type(5), type(6), type(7), type(8)},
+                  {type(9), type(10), type(11)}};
     return watched(spans, num_spans, __builtin_frame_address(0),
                    [&] { return fastdiff::launch_step(args, device, stream); });
 }
