@@ -10,6 +10,7 @@ import inspect
 import sys
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 import fastdiff.diffusers
 from dropins import quiet
+from fastdiff.diffusers import schedule
 from fastdiff.diffusers import scheduler as scheduling
 from fastdiff.diffusers.running import draw
 from fastdiff.ops import backends, use_backend
@@ -71,6 +73,7 @@ def looked_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return take(scheduler, name, *rest)
 
     monkeypatch.setattr(scheduling, "_take", counted)
+    monkeypatch.setattr(schedule, "_PLANS", OrderedDict())  # not those of other tests, nor who follows whom
     return calls
 
 
