@@ -22,6 +22,7 @@ from torch import Tensor
 
 import fastdiff.diffusers
 from dropins import quiet
+from fastdiff.diffusers import loop as looping
 from fastdiff.diffusers import schedule
 from fastdiff.diffusers import scheduler as scheduling
 from fastdiff.diffusers.running import draw
@@ -204,8 +205,8 @@ def test_a_forced_backend_answers_in_the_middle_of_a_loop(monkeypatch: pytest.Mo
     first = loop(scheduler, outputs)
     scheduler.set_timesteps(STEPS)
     asked = []
-    launch = scheduling.Fused.launch
-    monkeypatch.setattr(scheduling.Fused, "launch", staticmethod(lambda *call: asked.append(1) or launch(*call)))
+    launch = looping.Fused.launch
+    monkeypatch.setattr(looping.Fused, "launch", staticmethod(lambda *call: asked.append(1) or launch(*call)))
     loop(scheduler, outputs)
     assert not asked
     scheduler.set_timesteps(STEPS)
@@ -268,11 +269,11 @@ def test_the_draw_fails_in_the_step_itself_as_well(monkeypatch: pytest.MonkeyPat
         raise MemoryError("no room for noise")
 
     before = {name: value for name, value in vars(scheduler).items() if name != "_fused"}
-    monkeypatch.setattr(scheduling.Fused, "draw", staticmethod(broken))
+    monkeypatch.setattr(looping.Fused, "draw", staticmethod(broken))
     with pytest.raises(MemoryError, match="no room"):
         scheduler.step(outputs[1], timesteps[1], x, return_dict=False)
     assert {name: value for name, value in vars(scheduler).items() if name != "_fused"} == before
-    monkeypatch.setattr(scheduling.Fused, "draw", staticmethod(draw))
+    monkeypatch.setattr(looping.Fused, "draw", staticmethod(draw))
     assert scheduler.step(outputs[1], timesteps[1], x, return_dict=False)[0].isfinite().all()
     assert scheduler.step_index == 2
 
@@ -484,7 +485,7 @@ def test_a_view_of_a_timestep_is_known_by_its_address(form: Callable[[Tensor], T
 
 def test_what_only_looks_like_a_view_of_a_timestep_is_read() -> None:
     scheduler = made("DDPMWuerstchen")
-    position = scheduling.fused_of(scheduler).schedule.position
+    position = looping.fused_of(scheduler).schedule.position
     timesteps = scheduler.timesteps
     assert [position(t) for t in timesteps] == list(range(len(timesteps)))
     assert position(timesteps[2].expand(3)) == 2

@@ -33,7 +33,7 @@ struct Known {
         if (tensor == nullptr || tensor->scalar_type() != type || tensor->sizes() != sizes) return false;
         if (kind == kLike) return true;
         const bool one = tensor->numel() == 1 || (tensor->dim() == 1 && tensor->stride(0) == 0);
-        return one && tensor->has_storage() && reinterpret_cast<int64_t>(tensor->const_data_ptr()) == pointer;
+        return one && ordinary(*tensor) && reinterpret_cast<int64_t>(tensor->const_data_ptr()) == pointer;
     }
 
     py::object name;
@@ -61,7 +61,8 @@ struct LoopState {
 };
 
 struct Loop {
-    PyObject_HEAD LoopState* state;
+    PyObject_HEAD  // ends its line: what it stands for has a semicolon
+        LoopState* state;
     long long steps_taken;
     // The count of moves at which the last call lacked a follower and nothing else; else -1.
     long long undisturbed_at;

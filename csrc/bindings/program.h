@@ -11,6 +11,9 @@
 
 namespace fastdiff::bindings {
 
+// Slots of one step: what it reads, draws and makes.
+constexpr size_t kSlots = 24;
+
 // The number of a slot, or a constant.
 struct Entry {
     int slot = -1;
@@ -53,6 +56,8 @@ struct Program {
         kind = plan.attr("kind");
         if (!plan.attr("names").is_none()) names = objects(plan.attr("names"));
         TORCH_CHECK_VALUE(registers.size() <= kRegisters, "Program: expected up to 4 registers");
+        const size_t read = from_attributes.size() + from_arguments.size() + from_keywords.size() + draws.size();
+        simple = simple && read + static_cast<size_t>(keeps) + 1 <= kSlots;
     }
 
     // What is written to a list of the scheduler.

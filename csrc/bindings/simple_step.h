@@ -9,8 +9,6 @@ namespace fastdiff::bindings {
 
 // `fastdiff.Purpose.STEP`.
 constexpr int64_t kStepPurpose = 1;
-// Slots of one step: what it reads, draws and makes.
-constexpr size_t kSlots = 24;
 // Arguments that a call may have beside the three that all have.
 constexpr size_t kMore = 8;
 

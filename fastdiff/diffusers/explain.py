@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import sentence
+from .loop import fused_of
 from .schedule import FUSED, SCALARS_OF_STATE
-from .scheduler import FusedScheduler, _compile, fused_of
+from .scheduler import FusedScheduler, _compile
 from .schedulers import CLASSES
 from .tracing import HISTORY
 

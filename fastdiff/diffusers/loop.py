@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: MIT
+"""What hangs on a scheduler: the schedule and the plans that it has found, and what is known of its last step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from enum import IntEnum
+from typing import Any, TypeVar, cast
+
+from torch import Tensor
+
+from ..ops import backends
+from ..philox import as_seeds
+from .plan import Plan
+from .running import draw, launch, run_plan
+from .schedule import FUSED, Schedule
+from .tracing import INPUTS, USUAL
+
+
+class _NoLoop:
+    """Stands in for the extension's `Loop` where there is none: every step's plan is looked up."""
+
+    plan: Plan | None = None
+    undisturbed_at = -1
+
+    def __init__(self, choice: Mapping[str, Any]) -> None:
+        self.steps_taken = self._moves = 0
+
+    def move(self) -> int:
+        self._moves += 1
+        return self._moves
+
+    def remember(self, *step: Any) -> None:
+        return None
+
+    def forget(self) -> None:
+        return None
+
+    def unchanged(self, attributes: Mapping[str, Any]) -> bool:
+        return False
+
+
+#: What knows the last step, and takes one that follows it with nothing changed between (csrc/bindings/loop.h).
+_Loop: Any = getattr(backends.extension, "Loop", _NoLoop)
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def goes_on(name: str, arguments: Sequence[str]) -> Callable[[_Method], _Method]:
+    """Make of a method that takes the step called `name` one that goes on from the last step where it can.
+
+    `arguments` are the names of those that may be passed by place.
+    """
+
+    def decorate(otherwise: _Method) -> _Method:
+        if backends.extension is None:
+            return otherwise
+        stepping = functools.update_wrapper(backends.extension.Stepping(name, otherwise, tuple(arguments)), otherwise)
+        return cast(_Method, backends.extension.as_method(stepping))
+
+    return decorate
+
+
+class Known(IntEnum):
+    """What an argument has to be in the next call for its step to go on from this one (`Known` in csrc/bindings)."""
+
+    SAME = 0
+    LIKE = 1
+    MOVING = 2
+
+
+def _known(schedule: Schedule, name: str, value: Any) -> Known | None:
+    """None for a tensor whose numbers count."""
+    if not isinstance(value, Tensor):
+        return Known.SAME
+    if name in INPUTS:
+        return Known.LIKE
+    return Known.MOVING if schedule.position(value) is not None else None
+
+
+class Fused(_Loop):  # type: ignore[misc]
+    """What a scheduler has beside its own attributes; not part of its configuration, copies or pickles.
+
+    `plan` is that of the last step, where the next may follow it at once; `steps_taken` counts since the seeds were
+    given or the timesteps set, and is the step of noise drawn inside.
+
+    Attributes:
+        schedule: what stays from step to step, with the plans.
+        seeds: of noise that the fused step draws, or None.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        super().__init__(vars(backends))
+        self.schedule = Schedule(scheduler)
+        self.seeds: int | Sequence[int] | Tensor | None = None
+        #: The plan of the last look at `scale_model_input`.
+        self.scaling: Plan | None = None
+        self._seeds_kept: Tensor | None = None
+
+    def use_seeds(self, seeds: int | Sequence[int] | Tensor | None) -> None:
+        """Draw noise inside the step from now on, or not any more."""
+        self.seeds, self.steps_taken, self._seeds_kept = seeds, 0, None
+        self.forget()
+
+    def seeds_for(self, sample: Tensor) -> Tensor:
+        """The seeds as a tensor beside the samples, kept for the loop."""
+        kept = self._seeds_kept
+        if kept is None or kept.device != sample.device or len(kept) != len(sample):
+            assert self.seeds is not None
+            kept = self._seeds_kept = as_seeds(self.seeds, sample.shape[0], sample.device)
+        return kept
+
+    def go_on_from(self, plan: Plan, method: str, guided: bool, given: Mapping[str, Any], attributes: Any) -> None:
+        """Look at the scheduler and the call after a step that was taken the longer way."""
+        schedule = self.schedule
+        names = (*USUAL, *(name for name in given if name not in USUAL))
+        known = [(name, given.get(name), _known(schedule, name, given.get(name))) for name in names]
+        if known[1][2] is Known.MOVING and all(kind is not None for _, _, kind in known):
+            self.remember(plan, attributes, method, guided, known, schedule.step_bytes, schedule.tensors_read())
+        else:
+            self.forget()
+
+    # What the loop in C++ leaves to Python.
+
+    draw = staticmethod(draw)
+    launch = staticmethod(launch)
+
+    def run(self, plan: Plan, attributes: dict[str, Any], given: Mapping[str, Any], uncond: Any, guidance: Any) -> Any:
+        """A step by a plan that is not `simple`."""
+        seeds = self.seeds_for(given["sample"]) if plan.draws_inside else None
+        return run_plan(plan, attributes, given, uncond, guidance, seeds, self.steps_taken)
+
+
+def fused_of(scheduler: Any) -> Fused:
+    """What hangs on a scheduler, with the schedule that it has now."""
+    attributes = vars(scheduler)
+    fused: Fused | None = attributes.get(FUSED)
+    if fused is None:
+        fused = attributes[FUSED] = Fused(scheduler)
+    elif not fused.schedule.holds(attributes):
+        fused.schedule = Schedule(scheduler, fused.schedule)
+        fused.forget()
+    return fused
