@@ -15,6 +15,7 @@ import os
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,6 +104,22 @@ def processor_has(package: Path, build: str) -> bool:
     return f"FASTDIFF_CPU is '{build}'" not in done.stderr
 
 
+def run_tests(package: Path, build: str, tests: list[str], *, last: bool) -> subprocess.CompletedProcess[str]:
+    """The tests with one build of the loops."""
+    # From the package's folder: `-m` puts the current one first, and there lies the other extension. Triton and the
+    # reference have no C++ of ours, and what runs all builds by itself is run here build by build.
+    options = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-q", "-p", "no:cacheprovider"]
+    # A report ends the process: what pytest holds back of the descriptors would be lost with it.
+    options += ["--capture=sys"]
+    # The bindings are one code for all builds, and their tests take as long as all else: once, with the last.
+    chosen = "not triton and not reference and not cpu_build" + ("" if last else " and not fuzz and not dropin_loop")
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "-k", chosen, *tests],
+        env={"HYPOTHESIS_PROFILE": "sanitize", **runtime_environment(package, build)},
+        cwd=package, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+
+
 def main(package: Path, tests: list[str]) -> int:
     builds = [build for build in BUILDS if processor_has(package, build)]
     for build in BUILDS:
@@ -113,23 +130,18 @@ def main(package: Path, tests: list[str]) -> int:
         if problem:
             print(f"sanitize: {build}: {problem}", file=sys.stderr)
             return 1
-        print(f"sanitize: {build}: deliberate faults are reported; running the tests", flush=True)
-        # From the package's folder: `-m` puts the current one first, and there lies the other extension. Triton and the
-        # reference have no C++ of ours, and what runs all builds by itself is run here build by build.
-        options = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-q", "-p", "no:cacheprovider"]
-        # A report ends the process: what pytest holds back of the descriptors would be lost with it.
-        options += ["--capture=sys"]
-        # The bindings are one code for all builds, and fuzzing them takes as long as all else: once, with the last.
-        chosen = "not triton and not reference and not cpu_build" + (" and not fuzz" if build != builds[-1] else "")
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", *options, "-k", chosen, *tests],
-            env={"HYPOTHESIS_PROFILE": "sanitize", **runtime_environment(package, build)},
-            cwd=package,
-            check=False,
-        )
-        if done.returncode != 0:
-            return done.returncode
-    return 0
+    print(f"sanitize: {', '.join(builds)}: deliberate faults are reported; running the tests", flush=True)
+    failed = 0
+    with ThreadPoolExecutor(min(len(builds), os.cpu_count() or 1)) as pool:
+        # The longest run first.
+        runs = {
+            build: pool.submit(run_tests, package, build, tests, last=build == builds[-1]) for build in builds[::-1]
+        }
+        for build in builds:
+            done = runs[build].result()
+            print(f"sanitize: {build}:\n{done.stdout}", flush=True)
+            failed = failed or done.returncode
+    return failed
 
 
 if __name__ == "__main__":
