@@ -9,6 +9,7 @@
 #include "bindings/reduce.h"
 #include "bindings/config.h"
 #include "bindings/copy.h"
+#include "bindings/seeded_sum.h"
 #include "bindings/stepping.h"
 #include "bindings/torch_normal.h"
 
@@ -56,6 +57,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "_stream_above", [](int64_t bytes) { return std::exchange(fastdiff::stream_above, bytes); }, py::arg("bytes"),
         "Sets how many bytes a step moves before it writes past the caches, for tests; returns what was set before.");
     define_reductions(m);
+    define_seeded_sum(m);
     define_program(m);
     define_loop(m);
     define_stepping(m);

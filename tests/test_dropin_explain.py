@@ -13,7 +13,6 @@ from fastdiff.diffusers import CLASSES, explain, schedulers  # noqa: E402
 #: Classes that take no five steps by default, and how they are asked.
 STEPS = {"ConsistencyDecoderScheduler": 2, "SCMScheduler": 2}
 #: Classes whose first step makes a tree of noise, and is diffusers' own.
-TREES = ("CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler")
 
 
 @pytest.mark.filterwarnings("ignore:Should have t")  # torchsde, of its own rounding
@@ -23,11 +22,8 @@ def test_every_class_is_walked(name):
     assert explained.name == name
     assert explained.steps
     for step in explained.steps:
-        assert step.fused == (not step.reason)
-        if not step.fused:
-            assert name in TREES
-            assert step.index == 0
-            continue
+        assert step.fused
+        assert not step.reason
         assert [operation for operation in step.operations if operation == "step"] == ["step"]
         assert step.draws == sum(operation in ("randn", "noise_sampler") for operation in step.operations)
     text = str(explained)
@@ -39,8 +35,8 @@ def test_every_class_is_walked(name):
 MORE = {
     "CogVideoXDPMScheduler": {"randn"},
     "RePaintScheduler": {"_to_copy", "addcmul"},
-    "DPMSolverSDEScheduler": {"_local_scalar_dense", "noise_sampler"},
-    "CosineDPMSolverMultistepScheduler": {"noise_sampler"},
+    "DPMSolverSDEScheduler": {"_local_scalar_dense", "make_noise_sampler", "noise_sampler"},
+    "CosineDPMSolverMultistepScheduler": {"make_noise_sampler", "noise_sampler"},
 }
 
 
@@ -111,12 +107,31 @@ def test_noise_drawn_inside_is_told():
     assert "draws its noise inside" in str(explained)
 
 
-@pytest.mark.filterwarnings("ignore:Should have t")
 def test_what_is_not_fused_says_why():
-    explained = explain(CLASSES["DPMSolverSDEScheduler"](), 3)
+    scheduler = CLASSES["DDIMScheduler"](rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False)
+    explained = explain(scheduler, 3)
     assert not explained.fused
-    assert explained.steps[0].reason == "the first step makes the noise sampler"
-    assert "step 0: not fused (the first step makes the noise sampler)" in str(explained)
+    assert [step.fused for step in explained.steps] == [False, True, True]
+    reason = "has a coefficient that is infinite or not a number"
+    assert explained.steps[0].reason == reason
+    assert f"step 0: not fused ({reason})" in str(explained)
+
+
+def test_what_makes_the_noise_sampler_is_one_operation():
+    explained = explain(CLASSES["CosineDPMSolverMultistepScheduler"](), 3)
+    assert explained.steps[0].operations[:2] == ("make_noise_sampler", "noise_sampler")
+    assert [step.draws for step in explained.steps] == [1, 1, 1]
+
+
+def test_a_scheduler_that_has_walked_is_walked_from_the_start():
+    scheduler = CLASSES["CosineDPMSolverMultistepScheduler"]()
+    scheduler.set_timesteps(3)
+    sample = torch.randn(1, 4, 8, 8)
+    for timestep in scheduler.timesteps:
+        scheduler.step(sample, timestep, sample)
+    sampler = scheduler.noise_sampler
+    assert explain(scheduler).fused
+    assert scheduler.noise_sampler is sampler
 
 
 def test_a_reason_from_the_trace_is_handed_on(monkeypatch):

@@ -83,8 +83,6 @@ PER_TOKEN = "scales each sample or element by a number of its own"
 def not_fused(case: Case, theirs: Loop) -> set[str]:
     """Why steps of a case may be diffusers' own and not one fused step; docs/diffusers.md lists the same."""
     reasons = set()
-    if case.name in MAKES_SAMPLER:
-        reasons.add("the first step makes the noise sampler")
     if theirs.error is not None:
         reasons.add(f"raises {type(theirs.error).__name__}")
     if case.per_token:
@@ -94,6 +92,9 @@ def not_fused(case: Case, theirs: Loop) -> set[str]:
     finite = all(bool(y.isfinite().all()) for out in theirs.outputs for y in values_of(out) if isinstance(y, Tensor))
     if not finite or case.config.get("rescale_betas_zero_snr"):
         # A division by zero. With a terminal SNR of zero the prediction of noise is divided so, and may be clipped.
+        reasons.add(NOT_FINITE)
+    if case.config.get("variance_type") == "fixed_large_log":
+        # The root of the logarithm of a variance that float32 may round to 1, and its logarithm to 0; it is below.
         reasons.add(NOT_FINITE)
     if case.config.get("final_sigmas_type") == "sigma_min" and "sde" in case.config.get("algorithm_type", "sde"):
         # From sigma_min to sigma_min: the root of a difference that rounding alone decides.

@@ -34,8 +34,32 @@ constexpr int64_t kChunk = 8192;
 // Numbers up to which one thread draws alone: as many as the step that they are for takes without help.
 constexpr int64_t kAlone = 65536;
 
-// The words of a generator, untempered, in the order in which torch takes them. Change the generator's state by
-// `finish`.
+// The state of a Mersenne Twister: its words, untempered, and which of them comes next.
+using StateWords = std::array<uint32_t, kStateWords>;
+
+// Copies the next `count` words to where floats will be.
+inline void take_words(StateWords* state, uint32_t* next, float* to, int64_t count) {
+    const int64_t ready = std::min<int64_t>(count, kStateWords - *next);
+    std::memcpy(to, state->data() + *next, ready * sizeof(uint32_t));
+    *next += static_cast<uint32_t>(ready);
+    to += ready, count -= ready;
+    if (count == 0) return;
+    const float* last = reinterpret_cast<const float*>(state->data());
+    for (; count >= kStateWords; count -= kStateWords, to += kStateWords) {
+        cpu_build.twist(last, to);
+        last = to;
+    }
+    std::array<float, kStateWords> partial;
+    if (count > 0) {
+        cpu_build.twist(last, partial.data());
+        std::memcpy(to, partial.data(), count * sizeof(uint32_t));
+        last = partial.data();
+    }
+    std::memcpy(state->data(), last, sizeof *state);
+    *next = static_cast<uint32_t>(count == 0 ? kStateWords : count);
+}
+
+// The words of a generator, in the order in which torch takes them. Change the generator's state by `finish`.
 class Words {
   public:
     explicit Words(at::CPUGeneratorImpl* generator)
@@ -45,27 +69,7 @@ class Words {
         if (data_.left_ == 1) data_.next_ = kStateWords;
     }
 
-    // Copies the next `count` words to where floats will be.
-    void take(float* to, int64_t count) {
-        const int64_t ready = std::min<int64_t>(count, kStateWords - data_.next_);
-        std::memcpy(to, data_.state_.data() + data_.next_, ready * sizeof(uint32_t));
-        data_.next_ += static_cast<uint32_t>(ready);
-        to += ready, count -= ready;
-        if (count == 0) return;
-        const float* last = reinterpret_cast<const float*>(data_.state_.data());
-        for (; count >= kStateWords; count -= kStateWords, to += kStateWords) {
-            cpu_build.twist(last, to);
-            last = to;
-        }
-        std::array<float, kStateWords> partial;
-        if (count > 0) {
-            cpu_build.twist(last, partial.data());
-            std::memcpy(to, partial.data(), count * sizeof(uint32_t));
-            last = partial.data();
-        }
-        std::memcpy(data_.state_.data(), last, sizeof data_.state_);
-        data_.next_ = static_cast<uint32_t>(count == 0 ? kStateWords : count);
-    }
+    void take(float* to, int64_t count) { take_words(&data_.state_, &data_.next_, to, count); }
 
     // Leaves the generator where torch would after as many words.
     void finish() {

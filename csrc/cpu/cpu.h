@@ -28,9 +28,11 @@ struct CpuBuild {
     // The value at a rank among these keys, which are moved about.
     void (*finish_keys)(const SelectArgs& args, void* keys, int64_t count, int64_t rank, void* out);
     // torch's normal numbers; null where the build has no loop for them. Words lie where floats will: the next 624 of
-    // mt19937's state from the 624 before, and groups of 16 words turned into normal numbers in place.
+    // mt19937's state from the 624 before, and groups of 16 words turned into normal numbers in place; and
+    // sum += weight·numbers.
     void (*twist)(const float* state, float* next);
     void (*words_to_normals)(float* memory, int64_t groups);
+    void (*add_scaled)(float* sum, const float* numbers, float weight, int64_t count);
 };
 
 namespace generic {

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import sentence
+from .brownian import sampled, sampler_maker
 from .loop import fused_of
 from .schedule import FUSED, SCALARS_OF_STATE
 from .scheduler import FusedScheduler, _compile
@@ -36,8 +37,8 @@ _FREE = frozenset(
         "transpose", "unbind", "unsqueeze", "view",
     )
 )  # fmt: skip
-#: What a call of a noise sampler is counted as.
-_SAMPLER = "noise_sampler"
+#: What a call of a noise sampler is counted as, and the making of one.
+_SAMPLER, _SAMPLER_MADE = "noise_sampler", "make_noise_sampler"
 _DRAWS = frozenset(
     (
         _SAMPLER, "bernoulli_", "normal", "normal_", "rand", "rand_like", "randint", "randn", "randn_like", "uniform_",
@@ -176,6 +177,8 @@ def _fresh(scheduler: Any, kind: Any, num_inference_steps: int | None) -> Any:
         for name, value in vars(scheduler).items():
             if name != FUSED and name not in _LEFT_BEHIND:
                 vars(fresh)[name] = list(value) if isinstance(value, list) else value
+        if hasattr(scheduler, "noise_sampler"):
+            fresh.noise_sampler = None
     given: Any = vars(scheduler).get(FUSED)
     if given is not None and given.seeds is not None:
         fresh.use_philox(given.seeds)
@@ -199,12 +202,17 @@ class _Recorder(dict[Any, Any]):
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The operators that touch elements; a call of the scheduler's own noise sampler, which has hundreds, is one."""
+    """The operators that touch elements; a call of the scheduler's own noise sampler, which has hundreds, is one, and
+    so is the making of it."""
 
     def __init__(self, scheduler: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        sampler = getattr(scheduler, "noise_sampler", None)
-        self.sampling = getattr(type(sampler).__call__, "__code__", None) if sampler is not None else None
+        self.whole: dict[Any, str] = {sampled.__code__: _SAMPLER}
+        sampler, maker = getattr(scheduler, "noise_sampler", None), sampler_maker(scheduler.original)
+        if sampler is not None:
+            self.whole[getattr(type(sampler).__call__, "__code__", None)] = _SAMPLER
+        elif maker is not None:
+            self.whole[maker.__code__] = _SAMPLER_MADE
         self.calls: list[Any] = []
         self.operations: list[str] = []
 
@@ -219,10 +227,10 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         while frame is not None:
             if frame.f_code is _compile.__code__:
                 return  # a step is traced once for a state, and not when it is taken
-            if frame.f_code is self.sampling:
+            if frame.f_code in self.whole:
                 if frame not in self.calls:
                     self.calls.append(frame)
-                    self.operations.append(_SAMPLER)
+                    self.operations.append(self.whole[frame.f_code])
                 return
             frame = frame.f_back
         self.operations.append(name)

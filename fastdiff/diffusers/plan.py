@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,8 @@ class Plan:
         spans: for noise from the scheduler's own sampler, its arguments.
         variance_kind, thresholding: of the fused step.
         blend: (slot of a mask, made, made): the first result is the one plus mask times the other.
+        make_sampler: what makes the scheduler's noise sampler, of its attributes and the call's arguments, before a
+            step that finds none.
     """
 
     row: Tensor
@@ -76,6 +78,7 @@ class Plan:
     #: Whether all tensors, before and after, are of `dtype`; and whether each is of one that the fused step takes.
     uniform: bool
     taken_as_they_are: bool
+    make_sampler: Callable[[Mapping[str, Any], Mapping[str, Any]], Any] | None = None
     #: Samples of which dtype `scale_model_input` multiplies by what in the state after this step, once asked there.
     next_scale: tuple[torch.dtype, float] | None = field(default=None, init=False, repr=False)
     _tables: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -84,7 +87,7 @@ class Plan:
     def simple(self) -> bool:
         """Whether the step is one call of the fused step, and nothing before or after it but a draw of noise."""
         more = self.thresholding or self.variance_kind or self.spans or self.blend or not self.made
-        return self.taken_as_they_are and not more
+        return self.taken_as_they_are and not (more or self.make_sampler)
 
     @functools.cached_property
     def outputs(self) -> tuple[torch.dtype, ...] | None:
@@ -149,7 +152,12 @@ class Plan:
 
 
 def compile_trace(
-    trace: Trace, dtypes: Mapping[str, torch.dtype], *, guided: bool = False, drawn: bool = False
+    trace: Trace,
+    dtypes: Mapping[str, torch.dtype],
+    *,
+    guided: bool = False,
+    drawn: bool = False,
+    make_sampler: Any = None,
 ) -> Plan:
     """The plan of a traced step.
 
@@ -158,6 +166,7 @@ def compile_trace(
         dtypes: of the tensors that stand before it, by place.
         guided: the model's output is combined of two within the step, and exists nowhere else.
         drawn: likewise the noise.
+        make_sampler: as in `Plan`.
 
     Raises:
         NotAffine: the step needs more than a row can say.
@@ -236,6 +245,7 @@ def compile_trace(
         keeps=len(formulas) - 1,
         uniform={dtype, *stored} == {dtype},
         taken_as_they_are=all(each in DTYPES for each in stored),
+        make_sampler=make_sampler,
     )
 
 

@@ -15,6 +15,7 @@ from ..ops.layout import laid_out
 from ..table import KEEP_0, KEEP_1, PREDICTION_OUTPUT, PREV_SAMPLE
 from ..thresholding import dynamic_threshold
 from ..torch_noise import randn_like_diffusers
+from .brownian import sampled
 from .plan import Plan
 from .tracing import USUAL
 
@@ -47,6 +48,8 @@ def run_plan(
         if uncond is not None:
             uncond = uncond.chunk(2, dim=1)[0]
         variance = variance if plan.variance_kind else None
+    if plan.make_sampler is not None:
+        attributes["noise_sampler"] = plan.make_sampler(attributes, arguments)
     drawn = _draw(plan, attributes, arguments, output)
     values: list[Any] = [
         attributes[name] if index is None else attributes[name][index] for name, index in plan.from_attributes
@@ -109,7 +112,7 @@ def _draw(plan: Plan, attributes: dict[str, Any], arguments: Mapping[str, Any], 
     """The step's noise, drawn as diffusers draws it and as often."""
     if plan.spans:
         sampler = attributes["noise_sampler"]
-        return [sampler(start, end).to(output.device) for start, end in plan.spans]
+        return [sampled(sampler, start, end).to(output.device) for start, end in plan.spans]
     if not plan.draws or plan.draws_inside:
         return []
     generator = arguments.get("generator")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import sentence
+from .brownian import sampler_maker
 from .guidance import combined, rescaling
 from .loop import Fused, fused_of, goes_on
 from .plan import Plan, compile_trace
@@ -283,8 +284,8 @@ def _compile(scheduler: Any, name: str, given: Mapping[str, Any], fused: Fused, 
         return "the model's output and the samples have different shapes"
     if schedule.of_other_shapes(attributes, sample.shape):
         return "the history and the samples have different shapes"
-    if attributes.get("noise_sampler", 0) is None:
-        return "the first step makes the noise sampler"
+    lacks_sampler = name != SCALING and attributes.get("noise_sampler", 0) is None
+    make_sampler = sampler_maker(scheduler.original) if lacks_sampler else None
     arguments = {n: v for n, v in given.items() if n != "generator"}
     timestep = arguments.get("timestep")
     place = schedule.position(timestep) if isinstance(timestep, Tensor) else None
@@ -294,10 +295,13 @@ def _compile(scheduler: Any, name: str, given: Mapping[str, Any], fused: Fused, 
     if place is not None:
         arguments["timestep"] = schedule.host["timesteps"][place].expand(timestep.shape)  # type: ignore[union-attr]
     state = {n: schedule.host.get(n, v) for n, v in attributes.items() if n != FUSED}
+    if make_sampler is not None:
+        state["noise_sampler"] = make_sampler  # stands for what it makes: a trace asks no sampler
     try:
         trace = trace_step(scheduler.original, name, arguments, state)
         dtypes = dict(_dtypes(given, attributes)) | {f"noise:{k}": dtype for k, dtype in enumerate(trace.draws)}
-        return compile_trace(trace, dtypes, guided=guided, drawn=fused.seeds is not None and len(trace.draws) == 1)
+        drawn = fused.seeds is not None and len(trace.draws) == 1
+        return compile_trace(trace, dtypes, guided=guided, drawn=drawn, make_sampler=make_sampler)
     except NotAffine as reason:
         return str(reason)
     except Exception as error:
