@@ -56,6 +56,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def(
         "_stream_above", [](int64_t bytes) { return std::exchange(fastdiff::stream_above, bytes); }, py::arg("bytes"),
         "Sets how many bytes a step moves before it writes past the caches, for tests; returns what was set before.");
+    m.def(
+        "trust_torch_randn", [] { draws_as_torch = true; },
+        "Says that torch_randn draws what torch draws here: steps in C++ then draw by it.");
     define_reductions(m);
     define_seeded_sum(m);
     define_program(m);

@@ -137,6 +137,8 @@ class _Trial:
             return self.passed
         self.problem = _difference()
         self.passed = not self.problem
+        if self.passed:
+            extension.trust_torch_randn()  # type: ignore[union-attr]  # there is one, or it would be the problem
         return self.passed
 
 

@@ -256,7 +256,8 @@ def test_a_draw_that_fails_changes_nothing() -> None:
 
 
 def test_the_draw_fails_in_the_step_itself_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    outputs, scheduler = tensors(), made("EulerAncestralDiscrete")
+    # In float64, which torch draws.
+    outputs, scheduler = [tensor.double() for tensor in tensors()], made("EulerAncestralDiscrete")
     for _ in range(2):
         scheduler.set_timesteps(STEPS)
         loop(scheduler, outputs)
@@ -276,6 +277,36 @@ def test_the_draw_fails_in_the_step_itself_as_well(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(looping.Fused, "draw", staticmethod(draw))
     assert scheduler.step(outputs[1], timesteps[1], x, return_dict=False)[0].isfinite().all()
     assert scheduler.step_index == 2
+
+
+def test_a_step_that_fails_after_its_state_is_written_leaves_no_plan_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state is then one step on, as diffusers' own would be, and so is what the next step does."""
+    outputs, scheduler = tensors(), made("DPMSolverMultistep")
+    twin = type(scheduler).original.from_config(scheduler.config)
+
+    def broken(output: Any) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(2):  # learns which plan follows which
+        scheduler.set_timesteps(STEPS)
+        x = outputs[-1]
+        for output, timestep in zip(outputs, scheduler.timesteps, strict=False):
+            x = scheduler.step(output, timestep, x)[0]
+
+    results = []
+    for each in (scheduler, twin):
+        each.set_timesteps(STEPS)
+        x = outputs[-1]
+        for k in range(2):
+            x = each.step(outputs[k], each.timesteps[k], x)[0]
+        with monkeypatch.context() as patched:
+            kind = type(each.step(outputs[2], each.timesteps[2], x))
+            patched.setattr(kind, "__post_init__", broken)
+            with pytest.raises(KeyboardInterrupt):
+                each.step(outputs[3], each.timesteps[3], x)
+        assert each.step_index == 4
+        results.append(each.step(outputs[0], each.timesteps[3], x)[0])  # tried once more, from where the state is
+    assert (results[0] - results[1]).abs().max() <= 1e-5 * results[1].abs().max().clamp(min=1)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -20,6 +20,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
+#include <thread>
 #include <utility>
 
 #ifdef __linux__
@@ -65,6 +66,19 @@ inline BlockHeader* allocate_block(size_t bytes) {
     return block;
 }
 
+// Held for some tens of instructions: who waits does so on the spot, and nobody enters the kernel.
+class SpinLock {
+  public:
+    void lock() {
+        while (taken_.exchange(true, std::memory_order_acquire))
+            while (taken_.load(std::memory_order_relaxed)) std::this_thread::yield();
+    }
+    void unlock() { taken_.store(false, std::memory_order_release); }
+
+  private:
+    std::atomic<bool> taken_{false};
+};
+
 // The free blocks, up to a limit in bytes and in number; what was used longest ago goes first.
 class FreeBlocks {
   public:
@@ -72,7 +86,7 @@ class FreeBlocks {
 
     // A block of exactly this size, the one given back last, or null.
     BlockHeader* take(size_t bytes) {
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const std::lock_guard<SpinLock> lock(lock_);
         for (size_t i = count_; i-- > 0;) {
             if (sizes_[i] != bytes) continue;
             BlockHeader* block = blocks_[i];
@@ -87,7 +101,7 @@ class FreeBlocks {
         std::array<BlockHeader*, kMost> surplus;
         size_t dropped = 0;
         {
-            const std::lock_guard<std::mutex> lock(mutex_);
+            const std::lock_guard<SpinLock> lock(lock_);
             const size_t bytes = block->bytes;
             if (bytes > limit_) {
                 surplus[dropped++] = block;
@@ -106,7 +120,7 @@ class FreeBlocks {
         std::array<BlockHeader*, kMost> surplus;
         size_t dropped = 0, bytes = 0;
         {
-            const std::lock_guard<std::mutex> lock(mutex_);
+            const std::lock_guard<SpinLock> lock(lock_);
             bytes = held_;
             dropped = drop_until(0, 0, &surplus);
         }
@@ -116,25 +130,25 @@ class FreeBlocks {
 
     void set_limit(size_t bytes) {
         {
-            const std::lock_guard<std::mutex> lock(mutex_);
+            const std::lock_guard<SpinLock> lock(lock_);
             limit_ = bytes;
         }
         release();
     }
 
     size_t limit() {
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const std::lock_guard<SpinLock> lock(lock_);
         return limit_;
     }
 
     size_t held() {
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const std::lock_guard<SpinLock> lock(lock_);
         return held_;
     }
 
     // A child of fork has only the thread that forked: nobody else may hold the lock at that moment.
-    void before_fork() { mutex_.lock(); }
-    void after_fork() { mutex_.unlock(); }
+    void before_fork() { lock_.lock(); }
+    void after_fork() { lock_.unlock(); }
 
   private:
     // Takes the oldest out until no more than these are left; returns how many.
@@ -157,7 +171,7 @@ class FreeBlocks {
         count_ -= number;
     }
 
-    std::mutex mutex_;
+    SpinLock lock_;
     // Oldest first. Sizes stand apart, so that looking for one touches no block.
     std::array<size_t, kMost> sizes_{};
     std::array<BlockHeader*, kMost> blocks_{};

@@ -44,14 +44,20 @@ inline std::optional<DType> dtype_of(at::ScalarType type) {
 // Of a torch.dtype.
 inline at::ScalarType scalar_type_of(PyObject* dtype) { return reinterpret_cast<THPDtype*>(dtype)->scalar_type; }
 
-// Whether a tensor is strided memory that may be read as it lies: no wrapper of a tracer or of torch.func, nothing that
-// autograd would have to see, in reverse or in forward mode.
-inline bool ordinary(const at::Tensor& tensor) {
+// Whether a tensor is strided memory that may be read as it lies: no wrapper of a tracer or of torch.func.
+inline bool in_memory(const at::Tensor& tensor) {
     constexpr c10::DispatchKeySet kSpecial(
         {c10::DispatchKey::Python, c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor,
          c10::DispatchKey::Functionalize, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper});
     const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-    if (impl->key_set().has_any(kSpecial) || impl->layout() != at::kStrided) return false;
+    return !impl->key_set().has_any(kSpecial) && impl->layout() == at::kStrided;
+}
+
+// And nothing that autograd would have to see, in reverse or in forward mode.
+inline bool ordinary(const at::Tensor& tensor) {
+    if (!in_memory(tensor)) return false;
+    const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+    if (impl->autograd_meta() == nullptr) return true;  // the usual case
     return !(impl->requires_grad() && at::GradMode::is_enabled()) && !tensor._fw_grad(0).defined();
 }
 

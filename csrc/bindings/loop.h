@@ -33,7 +33,7 @@ struct Known {
         if (tensor == nullptr || tensor->scalar_type() != type || tensor->sizes() != sizes) return false;
         if (kind == kLike) return true;
         const bool one = tensor->numel() == 1 || (tensor->dim() == 1 && tensor->stride(0) == 0);
-        return one && ordinary(*tensor) && reinterpret_cast<int64_t>(tensor->const_data_ptr()) == pointer;
+        return one && in_memory(*tensor) && reinterpret_cast<int64_t>(tensor->const_data_ptr()) == pointer;
     }
 
     py::object name;
@@ -95,22 +95,32 @@ struct Loop {
         const long long begun = ++s.moves;
         py::object plan = s.program->follower_plan;
         py::object result;
-        if (next->simple)
-            result = SimpleStep(self(), s.choice.ptr(), *next, attributes, call).take(steps_taken);
-        else
-            result = run(plan.ptr(), attributes, call);
+        bool watched = false;
+        try {
+            if (next->simple) {
+                SimpleStep step(self(), s.choice.ptr(), *next, attributes, call, &s.watch);
+                result = step.take(steps_taken);
+                watched = step.watched();
+            } else {
+                result = run(plan.ptr(), attributes, call);
+            }
+        } catch (...) {
+            forget();  // what is watched may be half of a step further than the program
+            throw;
+        }
         ++steps_taken;
-        if (++s.moves == begun + 1)
-            look(std::move(plan), next, attributes);
-        else
+        if (++s.moves != begun + 1) {
             forget();
+            return result;
+        }
+        if (!watched) s.watch.look(attributes, self());
+        move_on(std::move(plan), next);
         return result;
     }
 
     // Goes on from a step that has been taken by a program.
-    void look(py::object plan, Program* program, PyObject* attributes) {
+    void move_on(py::object plan, Program* program) {
         LoopState& s = *state;
-        s.watch.look(attributes, self());
         for (Known& known : s.known)
             if (known.kind == Known::kMoving) known.pointer += s.step_bytes;
         s.program = program;
@@ -159,7 +169,8 @@ inline PyObject* loop_remember(PyObject* self, PyObject* const* objects, Py_ssiz
     s.guided = objects[3] == Py_True;
     s.step_bytes = py::cast<int64_t>(objects[5]);
     s.watch.versions(objects[6]);
-    loop_of(self)->look(std::move(plan), program, objects[1]);
+    s.watch.look(objects[1], self);
+    loop_of(self)->move_on(std::move(plan), program);
     Py_RETURN_NONE;
     END_HANDLE_TH_ERRORS
 }

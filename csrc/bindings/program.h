@@ -32,6 +32,7 @@ struct Program {
         from_keywords = objects(plan.attr("from_keywords"));
         registers = plan.attr("registers").cast<std::vector<int>>();
         draws = objects(plan.attr("draws"));
+        for (const py::object& dtype : draws) draw_types.push_back(scalar_type_of(dtype.ptr()));
         if (!plan.attr("noise").is_none()) noise = plan.attr("noise").cast<int>();
         draws_inside = plan.attr("draws_inside").cast<bool>();
         keeps = plan.attr("keeps").cast<int64_t>();
@@ -73,7 +74,8 @@ struct Program {
     std::vector<int> from_arguments;
     std::vector<py::object> from_keywords;
     std::vector<int> registers;
-    std::vector<py::object> draws;
+    std::vector<py::object> draws;  // dtypes
+    std::vector<at::ScalarType> draw_types;
     int noise = -1;
     bool draws_inside;
     int64_t keeps;

@@ -4,6 +4,8 @@
 
 #include "program.h"
 #include "step.h"
+#include "torch_normal.h"
+#include "watch.h"
 
 namespace fastdiff::bindings {
 
@@ -64,8 +66,9 @@ class SimpleStep {
   public:
     // `loop` has the methods of fastdiff.diffusers.scheduler.Fused; `choice` is the dictionary in which `forced` names
     // a backend, or is None.
-    SimpleStep(PyObject* loop, PyObject* choice, const Program& program, PyObject* attributes, const StepCall& call)
-        : loop_(loop), choice_(choice), program_(program), attributes_(attributes), call_(call) {}
+    SimpleStep(PyObject* loop, PyObject* choice, const Program& program, PyObject* attributes, const StepCall& call,
+               Watch* watch)
+        : loop_(loop), choice_(choice), program_(program), attributes_(attributes), call_(call), watch_(watch) {}
 
     py::object take(int64_t steps_taken) {
         gather();
@@ -74,6 +77,9 @@ class SimpleStep {
         write();
         return result();
     }
+
+    // Whether the watch knows all that was written.
+    bool watched() const { return watched_; }
 
   private:
     void gather() {
@@ -97,16 +103,26 @@ class SimpleStep {
         static PyObject* const generator_name = PyUnicode_InternFromString("generator");
         PyObject* generator = call_.argument(generator_name);
         if (generator == nullptr) generator = Py_None;
-        for (const py::object& dtype : program_.draws)
-            slots_.add(call_method(loop_, "draw", call_.output(), generator, dtype.ptr()));
+        const at::Tensor& output = *tensor_in(call_.output());
+        for (size_t k = 0; k < program_.draws.size(); ++k) {
+            at::Tensor noise;
+            if (draws_as_torch && program_.draw_types[k] == at::kFloat && output.is_cpu())
+                noise = torch_normal(output.sizes(), output.numel(), generator);
+            slots_.add(noise.defined()
+                           ? made(THPVariable_Wrap(std::move(noise)))
+                           : call_method(loop_, "draw", call_.output(), generator, program_.draws[k].ptr()));
+        }
     }
 
     void make(int64_t steps_taken) {
-        py::object seeds = py::none();
-        const py::object noise_step = made(PyLong_FromLongLong(steps_taken));
-        if (program_.draws_inside) seeds = call_method(loop_, "seeds_for", call_.sample());
+        py::object seeds = py::none(), noise_step;
+        if (program_.draws_inside) {
+            seeds = call_method(loop_, "seeds_for", call_.sample());
+            noise_step = made(PyLong_FromLongLong(steps_taken));
+        }
         PyObject* noise = program_.noise < 0 ? Py_None : slots_.of(program_.noise);
         if (directly(noise, seeds.ptr(), noise_step.ptr())) return;
+        if (noise_step.ptr() == nullptr) noise_step = made(PyLong_FromLongLong(steps_taken));
         const py::object history = made(PyList_New(static_cast<Py_ssize_t>(program_.registers.size())));
         for (size_t j = 0; j < program_.registers.size(); ++j)
             PyList_SET_ITEM(history.ptr(), static_cast<Py_ssize_t>(j), Py_NewRef(slots_.of(program_.registers[j])));
@@ -148,6 +164,7 @@ class SimpleStep {
         return true;
     }
 
+    // Each attribute that is written is watched as it is from now on; what somebody else writes meanwhile is not.
     void write() {
         for (const auto& [name, value] : program_.constants) set(name, value.ptr());
         for (const auto& [name, slot] : program_.variables) set(name, slots_.of(slot));
@@ -162,11 +179,13 @@ class SimpleStep {
             PyObject* before = PyDict_GetItemWithError(attributes_, list.name.ptr());
             TORCH_INTERNAL_ASSERT(before != nullptr && PyList_Check(before), "a plan's list is gone");
             if (PyList_SetSlice(before, 0, PyList_GET_SIZE(before), items.ptr()) != 0) throw python_error();
+            watched_ = watched_ && watch_->look_into(before, &gone_);
         }
     }
 
     void set(const py::object& name, PyObject* value) {
         if (PyDict_SetItem(attributes_, name.ptr(), value) != 0) throw python_error();
+        watched_ = watched_ && watch_->look_at(name.ptr(), value, &gone_);
     }
 
     py::object result() const {
@@ -189,6 +208,9 @@ class SimpleStep {
     const Program& program_;
     PyObject* attributes_;
     const StepCall& call_;
+    Watch* watch_;
+    bool watched_ = true;
+    Watch::Gone gone_;
     Slots slots_;
 };
 

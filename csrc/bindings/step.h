@@ -66,7 +66,7 @@ struct StepRequest {
                                                     at::ScalarType::Undefined};
     int64_t stream = 0;
     MaybeTensor seeds = nullptr;
-    PyObject* noise_step = nullptr;
+    PyObject* noise_step = nullptr;  // an integer or a tensor of them
     int64_t purpose = 0;
     MaybeTensor model_input = nullptr;
     bool scatter = false;

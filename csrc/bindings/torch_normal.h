@@ -187,6 +187,21 @@ inline bool read_sizes(PyObject* shape, c10::SmallVector<int64_t, 6>* sizes, int
     return *count >= kGroup;
 }
 
+// A new contiguous float32 tensor on the CPU with what torch.randn would draw; undefined, with nothing drawn, where
+// torch has to.
+inline at::Tensor torch_normal(at::IntArrayRef sizes, int64_t numel, PyObject* generator) {
+    if (numel < kGroup || cpu_build.twist == nullptr || !called_plainly()) return at::Tensor();
+    const std::optional<at::Generator> held = cpu_generator(generator);
+    if (!held.has_value()) return at::Tensor();
+    c10::SmallVector<int64_t, 6> strides(sizes.size(), 1);
+    for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
+    at::Tensor out = new_on_cpu(sizes, strides, at::kFloat);
+    return draw_from(*held, static_cast<float*>(out.data_ptr()), numel) ? out : at::Tensor();
+}
+
+// Whether `torch_normal` is known to draw what torch draws here; fastdiff/torch_noise.py says so after its trial.
+inline bool draws_as_torch = false;
+
 // torch_randn(shape, generator): a new float32 tensor on the CPU with what torch.randn(shape, generator=generator)
 // would hold, or None.
 inline PyObject* torch_randn(PyObject* /*module*/, PyObject* const* objects, Py_ssize_t count) {
@@ -194,14 +209,10 @@ inline PyObject* torch_randn(PyObject* /*module*/, PyObject* const* objects, Py_
     TORCH_CHECK_TYPE(count == 2, "torch_randn: expected 2 arguments, got ", count);
     c10::SmallVector<int64_t, 6> sizes;
     int64_t numel = 0;
-    if (cpu_build.twist == nullptr || !called_plainly() || !read_sizes(objects[0], &sizes, &numel)) Py_RETURN_NONE;
-    const std::optional<at::Generator> generator = cpu_generator(objects[1]);
-    if (!generator.has_value()) Py_RETURN_NONE;
-    c10::SmallVector<int64_t, 6> strides(sizes.size(), 1);
-    for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
-    const at::Tensor out = new_on_cpu(sizes, strides, at::kFloat);
-    if (!draw_from(*generator, static_cast<float*>(out.data_ptr()), numel)) Py_RETURN_NONE;
-    return THPVariable_Wrap(out);
+    if (!read_sizes(objects[0], &sizes, &numel)) Py_RETURN_NONE;
+    at::Tensor out = torch_normal(sizes, numel, objects[1]);
+    if (!out.defined()) Py_RETURN_NONE;
+    return THPVariable_Wrap(std::move(out));
     END_HANDLE_TH_ERRORS
 }
 

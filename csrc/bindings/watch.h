@@ -14,37 +14,48 @@ namespace py = pybind11;
 
 class Watch {
   public:
+    // What is watched no more, to die once all is in order: what dies may call back.
+    using Gone = c10::SmallVector<py::object, 16>;
+
     // Remember the attributes, and what is in the lists among them. `owner` is one of the attributes and no state; it
     // is not held, so that the scheduler dies with its last reference.
     void look(PyObject* attributes, PyObject* owner) {
-        // Objects that are not watched any more live until all is in order here: what dies may call back.
-        std::vector<py::object> gone;
-        gone.reserve(16);
-        const auto keep = [&gone](py::object* slot, PyObject* object) {
-            if (slot->ptr() == object) return;
-            gone.push_back(std::exchange(*slot, py::reinterpret_borrow<py::object>(object)));
-        };
+        Gone gone;
         size_t count = 0, lists = 0;
         Py_ssize_t at = 0;
         PyObject *key = nullptr, *value = nullptr;
         for (size_t i = static_cast<size_t>(PyDict_GET_SIZE(attributes)); i < values_.size(); ++i)
-            keep(&values_[i], nullptr);
+            keep(&values_[i], nullptr, &gone), keep(&keys_[i], nullptr, &gone);
         values_.resize(static_cast<size_t>(PyDict_GET_SIZE(attributes)));
+        keys_.resize(values_.size());
         while (PyDict_Next(attributes, &at, &key, &value) != 0) {
-            keep(&values_[count++], value == owner ? nullptr : value);
+            keep(&keys_[count], key, &gone);
+            keep(&values_[count++], value == owner ? nullptr : value, &gone);
             if (!PyList_Check(value)) continue;
             if (lists == lists_.size()) lists_.emplace_back();
-            auto& [list, items] = lists_[lists++];
-            list = value;
-            for (size_t i = static_cast<size_t>(PyList_GET_SIZE(value)); i < items.size(); ++i)
-                keep(&items[i], nullptr);
-            items.resize(static_cast<size_t>(PyList_GET_SIZE(value)));
-            for (size_t i = 0; i < items.size(); ++i)
-                keep(&items[i], PyList_GET_ITEM(value, static_cast<Py_ssize_t>(i)));
+            look_into(value, &lists_[lists++], &gone);
         }
         for (size_t j = lists; j < lists_.size(); ++j)
-            for (py::object& item : lists_[j].second) keep(&item, nullptr);
+            for (py::object& item : lists_[j].second) keep(&item, nullptr, &gone);
         lists_.resize(lists);
+    }
+
+    // Remember one attribute anew; false where it was not there, or was or is a list: then all have to be looked at.
+    bool look_at(PyObject* key, PyObject* value, Gone* gone) {
+        for (size_t i = 0; i < keys_.size(); ++i) {
+            if (keys_[i].ptr() != key) continue;
+            const py::object& before = values_[i];
+            if (PyList_Check(value) || before.ptr() == nullptr || PyList_Check(before.ptr())) return false;
+            keep(&values_[i], value, gone);
+            return true;
+        }
+        return false;
+    }
+    // Remember what is in a list that is an attribute already.
+    bool look_into(PyObject* value, Gone* gone) {
+        for (List& list : lists_)
+            if (list.first == value) return look_into(value, &list, gone), true;
+        return false;
     }
 
     // Remember tensors and how often they have been written; inference tensors do not count that.
@@ -87,14 +98,32 @@ class Watch {
     void clear() {
         // What dies may call back; by then there is nothing here.
         const auto values = std::exchange(values_, {});
+        const auto keys = std::exchange(keys_, {});
         const auto lists = std::exchange(lists_, {});
         versions_.clear();
     }
 
   private:
-    std::vector<py::object> values_;
-    // Each is one of the values, and held as such.
-    std::vector<std::pair<PyObject*, std::vector<py::object>>> lists_;
+    // A list is one of the values, and held as such.
+    using List = std::pair<PyObject*, std::vector<py::object>>;
+
+    static void keep(py::object* slot, PyObject* object, Gone* gone) {
+        if (slot->ptr() == object) return;
+        gone->push_back(std::exchange(*slot, py::reinterpret_borrow<py::object>(object)));
+    }
+
+    static void look_into(PyObject* value, List* list, Gone* gone) {
+        auto& [watched, items] = *list;
+        watched = value;
+        for (size_t i = static_cast<size_t>(PyList_GET_SIZE(value)); i < items.size(); ++i)
+            keep(&items[i], nullptr, gone);
+        items.resize(static_cast<size_t>(PyList_GET_SIZE(value)));
+        for (size_t i = 0; i < items.size(); ++i)
+            keep(&items[i], PyList_GET_ITEM(value, static_cast<Py_ssize_t>(i)), gone);
+    }
+
+    std::vector<py::object> keys_, values_;
+    std::vector<List> lists_;
     std::vector<std::pair<at::Tensor, int64_t>> versions_;
 };
 
