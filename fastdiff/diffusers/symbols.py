@@ -303,7 +303,14 @@ def _in_place(rule: Rule) -> Rule:
 
 
 def _stack(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Symbol:
-    return Symbol.make(_shape_of(func, args, kwargs), Terms(), tuple(_terms(value) for value in args[0]))
+    first, parts = args[0][0], tuple(_terms(value) for value in args[0])
+    alike = [isinstance(v, Symbol) and v.shape == first.shape and v.dtype == first.dtype for v in args[0]]
+    if not all(alike):
+        return Symbol.make(_shape_of(func, args, kwargs), Terms(), parts)
+    dim = {"dim": 0, **dict(zip(("tensors", "dim"), args, strict=False)), **kwargs}["dim"]
+    shape = list(first.shape)
+    shape.insert(dim % (len(shape) + 1), len(parts))
+    return Symbol.of(shape, first.dtype, Terms(), parts)
 
 
 def _einsum(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Symbol:
