@@ -3,6 +3,7 @@
 // and what becomes of the results.
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <utility>
 #include <vector>
@@ -56,6 +57,12 @@ struct Program {
         in_tuple = plan.attr("kind").ptr() == reinterpret_cast<PyObject*>(&PyTuple_Type);
         kind = plan.attr("kind");
         if (!plan.attr("names").is_none()) names = objects(plan.attr("names"));
+        consumes_noise = noise >= 0 && draws.size() == 1 && draw_types[0] == at::kFloat && made_types[0] == at::kFloat;
+        const auto leaves = [this](const Entry& entry) { return entry.slot == noise; };
+        for (const auto& [name, slot] : variables) consumes_noise = consumes_noise && slot != noise;
+        for (const List& list : lists)
+            consumes_noise = consumes_noise && std::none_of(list.entries.begin(), list.entries.end(), leaves);
+        consumes_noise = consumes_noise && std::none_of(results.begin(), results.end(), leaves);
         TORCH_CHECK_VALUE(registers.size() <= kRegisters, "Program: expected up to 4 registers");
         const size_t read = from_attributes.size() + from_arguments.size() + from_keywords.size() + draws.size();
         simple = simple && read + static_cast<size_t>(keeps) + 1 <= kSlots;
@@ -77,6 +84,7 @@ struct Program {
     std::vector<py::object> draws;  // dtypes
     std::vector<at::ScalarType> draw_types;
     int noise = -1;
+    bool consumes_noise;  // one draw in float32, of which nothing is left: it may lie where the sample will
     bool draws_inside;
     int64_t keeps;
     std::array<at::ScalarType, kMaxOutputs> made_types{};

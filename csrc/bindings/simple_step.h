@@ -103,10 +103,15 @@ class SimpleStep {
         static PyObject* const generator_name = PyUnicode_InternFromString("generator");
         PyObject* generator = call_.argument(generator_name);
         if (generator == nullptr) generator = Py_None;
-        const at::Tensor& output = *tensor_in(call_.output());
+        const at::Tensor &output = *tensor_in(call_.output()), &sample = *tensor_in(call_.sample());
+        const bool here = draws_as_torch && output.is_cpu();
+        if (here && program_.consumes_noise && sample.scalar_type() == at::kFloat && sample.is_contiguous()) {
+            consumed_ = torch_normal(output.sizes(), output.numel(), generator);
+            if (consumed_.defined()) return slots_.add(py::none());
+        }
         for (size_t k = 0; k < program_.draws.size(); ++k) {
             at::Tensor noise;
-            if (draws_as_torch && program_.draw_types[k] == at::kFloat && output.is_cpu())
+            if (here && program_.draw_types[k] == at::kFloat)
                 noise = torch_normal(output.sizes(), output.numel(), generator);
             slots_.add(noise.defined()
                            ? made(THPVariable_Wrap(std::move(noise)))
@@ -120,22 +125,25 @@ class SimpleStep {
             seeds = call_method(loop_, "seeds_for", call_.sample());
             noise_step = made(PyLong_FromLongLong(steps_taken));
         }
-        PyObject* noise = program_.noise < 0 ? Py_None : slots_.of(program_.noise);
+        MaybeTensor noise = consumed_.defined()  ? &consumed_
+                            : program_.noise < 0 ? nullptr
+                                                 : tensor_in(slots_.of(program_.noise));
         if (directly(noise, seeds.ptr(), noise_step.ptr())) return;
         if (noise_step.ptr() == nullptr) noise_step = made(PyLong_FromLongLong(steps_taken));
+        const py::object given = noise == nullptr ? py::none() : made(THPVariable_Wrap(*noise));
         const py::object history = made(PyList_New(static_cast<Py_ssize_t>(program_.registers.size())));
         for (size_t j = 0; j < program_.registers.size(); ++j)
             PyList_SET_ITEM(history.ptr(), static_cast<Py_ssize_t>(j), Py_NewRef(slots_.of(program_.registers[j])));
         const py::object made_elsewhere =
             call_method(loop_, "launch", program_.plan, call_.sample(), call_.output(), call_.uncond, call_.guidance,
-                        history.ptr(), noise, seeds.ptr(), noise_step.ptr());
+                        history.ptr(), given.ptr(), seeds.ptr(), noise_step.ptr());
         TORCH_INTERNAL_ASSERT(PyTuple_Check(made_elsewhere.ptr()) &&
                               PyTuple_GET_SIZE(made_elsewhere.ptr()) == program_.keeps + 1);
         for (int64_t o = 0; o <= program_.keeps; ++o) slots_.add(PyTuple_GET_ITEM(made_elsewhere.ptr(), o));
     }
 
     // By the loops of this extension, where nothing forces another backend and all is plain.
-    bool directly(PyObject* noise, PyObject* seeds, PyObject* noise_step) {
+    bool directly(MaybeTensor noise, PyObject* seeds, PyObject* noise_step) {
         static PyObject* const forced = PyUnicode_InternFromString("forced");
         static PyObject* const first_row = PyLong_FromLong(0);
         StepRequest request;
@@ -151,7 +159,9 @@ class SimpleStep {
             request.history[j] = tensor_in(slots_.of(program_.registers[j]));
             if (request.history[j] == nullptr) return false;
         }
-        request.noise = tensor_in(noise);
+        request.noise = noise;
+        // The sample comes where the noise was, which is in the cache and wanted by nobody else.
+        if (consumed_.defined()) request.outs[0] = &consumed_;
         request.seeds = tensor_in(seeds);
         request.noise_step = noise_step;
         request.purpose = kStepPurpose;
@@ -211,6 +221,7 @@ class SimpleStep {
     Watch* watch_;
     bool watched_ = true;
     Watch::Gone gone_;
+    at::Tensor consumed_;  // noise that the step alone wants
     Slots slots_;
 };
 
