@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
+from enum import IntEnum
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,19 @@ FUSED = "_fused"
 #: Schedules whose plans are kept, the latest ones.
 MOST_SCHEDULES = 128
 _PLANS: OrderedDict[Any, dict[Any, Plan | str]] = OrderedDict()
+
+#: Types of which equal values are alike to every plan.
+PLAIN = frozenset((type(None), bool, int, float, str, np.float64))
+
+
+class Kept(IntEnum):
+    """How an attribute is compared with what it was (`KeptAttribute` in csrc/bindings/beginning.h)."""
+
+    OWNER = 0
+    SAME = 1
+    EQUAL = 2
+    TENSOR = 3
+    ARRAY = 4
 
 
 class Schedule:
@@ -97,6 +112,36 @@ class Schedule:
     def state(self, attributes: dict[str, Any]) -> tuple[Any, ...]:
         """All other attributes: numbers by value, tensors of history by their dtype."""
         return tuple((n, _state_of(n, v)) for n, v in attributes.items() if n not in self.names)
+
+    def kept(self, attributes: dict[str, Any]) -> list[tuple[str, Kept, Any, int, bytes]] | None:
+        """Everything that plans depend on, for a later loop to be compared with: arrays and numbers by value.
+
+        None where something cannot be compared at once: tensors of history, timesteps on a device, unknown objects.
+        """
+        tensors = {name: (tensor, version) for name, tensor, version in self.tensors}
+        arrays = dict(self.arrays)
+        timesteps = attributes.get("timesteps")
+        if not isinstance(timesteps, Tensor) or not timesteps.is_cpu:
+            return None
+        if any(tensor.is_cpu and not tensor.is_contiguous() for tensor, _ in tensors.values()):
+            return None
+        found: list[tuple[str, Kept, Any, int, bytes]] = []
+        for name, value in attributes.items():
+            if name == FUSED:
+                found.append((name, Kept.OWNER, None, 0, b""))
+            elif name in tensors:
+                found.append((name, Kept.TENSOR, *tensors[name], self._contents[name][2]))
+            elif name in arrays and type(value) is np.ndarray and not value.dtype.hasobject:
+                found.append((name, Kept.ARRAY, arrays[name], 0, self._contents[name][2]))
+            elif name == "_internal_dict" or type(value) is FunctionType:
+                found.append((name, Kept.SAME, value, 0, b""))
+            elif type(value) in PLAIN:
+                found.append((name, Kept.EQUAL, value, 0, b""))
+            elif type(value) is list and all(type(item) in PLAIN for item in value):
+                found.append((name, Kept.EQUAL, list(value), 0, b""))
+            else:
+                return None
+        return found
 
     @staticmethod
     def of_other_shapes(attributes: dict[str, Any], shape: torch.Size) -> bool:

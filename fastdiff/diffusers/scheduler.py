@@ -161,6 +161,7 @@ def _scaling_method(name: str, method: Any, signature: inspect.Signature) -> Any
         sample = args[0]
         if after.next_scale is not None and isinstance(sample, Tensor) and sample.dtype is after.next_scale[0]:
             return sample * after.next_scale[1]
+        fused.scaling = None
         result = _take(self, name, args, kwargs, None, None)
         plan = fused.scaling
         if plan is not None and fused.plan is after:
@@ -214,10 +215,15 @@ def _take(
     """A step whose plan has to be looked up, or made; or one that the scheduler's own code takes."""
     names = scheduler.arguments[name]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
+    twice_or_too_many = len(given) != len(args) + len(kwargs)
+    found: Fused | None = vars(scheduler).get(FUSED)
+    if found is not None and factor is None and not twice_or_too_many:
+        result = found.begin(scheduler, name, name == SCALING, found.seeds is not None, given, uncond, scale)
+        if result is not None:
+            return result
     output, sample = given.get("model_output"), given.get("sample")
     if name == SCALING:
         output = sample
-    twice_or_too_many = len(given) != len(args) + len(kwargs)
     if not isinstance(output, Tensor) or not isinstance(sample, Tensor) or twice_or_too_many:
         return getattr(scheduler.original, name)(scheduler, *args, **kwargs)  # which says what is wrong
     fused = fused_of(scheduler)
@@ -244,9 +250,14 @@ def _take(
         if uncond is not None:
             given["model_output"] = combined(uncond, output, scale, factor)
         return scheduler.step_otherwise(name, given)
+    before = schedule.kept(attributes) if fused.steps_taken == 0 and factor is None else None
+    if before is not None and not (key == state() and schedule.holds(attributes)):
+        before = None  # another thread came between, and it is no state that this plan is known to be for
     seeds = fused.seeds_for(sample) if plan.draws_inside else None
     result = run_plan(plan, attributes, given, uncond, scale, seeds, fused.steps_taken, factor)
     alone = fused.move() == begun + 1
+    if before is not None and alone:
+        fused.begin_from(plan, scheduler, name, uncond is not None, given, before)
     if name == SCALING:
         return result
     fused.steps_taken += 1
