@@ -13,17 +13,31 @@
 
 namespace fastdiff::bindings {
 
-// Whether two plain values (None, bool, int, float, str, or a list of such) are equal and of one type. Nobody's code is
-// run, so no other thread comes between.
+// Whether two plain values (None, bool, int, float, str, or a list or tuple of such) are equal and of one type; in a
+// list, `...` stands for any tensor. Nobody's code is run, so no other thread comes between.
 inline bool equal_plain(PyObject* a, PyObject* b) {
     if (a == b) return true;
     if (Py_TYPE(a) != Py_TYPE(b)) return false;
     if (PyFloat_Check(a)) return PyFloat_AS_DOUBLE(a) == PyFloat_AS_DOUBLE(b);
     if (PyLong_CheckExact(a) || PyUnicode_CheckExact(a)) return PyObject_RichCompareBool(a, b, Py_EQ) == 1;
-    if (!PyList_CheckExact(a) || PyList_GET_SIZE(a) != PyList_GET_SIZE(b)) return false;
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(a); ++i)
-        if (!equal_plain(PyList_GET_ITEM(a, i), PyList_GET_ITEM(b, i))) return false;
+    if (!PyList_CheckExact(a) && !PyTuple_Check(a)) return false;
+    const Py_ssize_t size = PySequence_Fast_GET_SIZE(a);
+    if (PySequence_Fast_GET_SIZE(b) != size) return false;
+    for (Py_ssize_t i = 0; i < size; ++i) {
+        PyObject *kept = PySequence_Fast_GET_ITEM(a, i), *now = PySequence_Fast_GET_ITEM(b, i);
+        if (kept == Py_Ellipsis ? !THPVariable_Check(now) : !equal_plain(kept, now)) return false;
+    }
     return true;
+}
+
+// Whether a tensor's sizes are numbers that lie in it, and no questions to somebody's code.
+inline bool sized(const at::Tensor& tensor) {
+    const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+    return !impl->has_symbolic_sizes_strides() && !impl->is_python_dispatch() && !tensor.is_nested();
+}
+
+inline bool same_kind(MaybeTensor tensor, at::ScalarType type, const std::vector<int64_t>& sizes) {
+    return tensor != nullptr && tensor->scalar_type() == type && sized(*tensor) && tensor->sizes() == sizes;
 }
 
 inline py::object interned(const py::handle& name) {
@@ -50,18 +64,19 @@ struct Buffer {
 // An attribute as it was (`Kept` in fastdiff/diffusers/schedule.py).
 class KeptAttribute {
   public:
-    enum How : int { kOwner, kSame, kEqual, kTensor, kArray };
+    enum How : int { kOwner, kSame, kEqual, kTensor, kArray, kLike };
 
     // `item` is a tuple (name, how, value, version, contents).
     explicit KeptAttribute(const py::tuple& item)
         : name(interned(item[0])), value(item[2]), how(static_cast<How>(item[1].cast<int>())) {
-        if (how != kTensor && how != kArray) return;
+        if (how < kTensor) return;
         version_ = item[3].cast<int64_t>();
         contents_ = item[4].cast<py::bytes>();
-        if (how == kTensor) {
+        if (how != kArray) {
             const at::Tensor& tensor = THPVariable_Unpack(value.ptr());
             type_ = tensor.scalar_type();
             sizes_ = tensor.sizes().vec();
+            if (how == kLike) value = py::none();  // a tensor of one loop is not kept for the next
         } else if (const Buffer buffer(value.ptr()); buffer.good) {
             format_ = buffer.view.format;
             sizes_.assign(buffer.view.shape, buffer.view.shape + buffer.view.ndim);
@@ -80,6 +95,8 @@ class KeptAttribute {
                 return fits_tensor(now);
             case kArray:
                 return fits_array(now);
+            case kLike:
+                return same_kind(tensor_in(now), type_, sizes_);
         }
         return false;
     }
@@ -93,7 +110,7 @@ class KeptAttribute {
         if (tensor == nullptr) return false;
         // Unwritten since; of inference tensors nobody counts.
         if (now == value.ptr() && !tensor->is_inference() && tensor->_version() == version_) return true;
-        if (tensor->scalar_type() != type_ || tensor->sizes() != sizes_ || !tensor->is_cpu()) return false;
+        if (!same_kind(tensor, type_, sizes_) || !tensor->is_cpu()) return false;
         if (!ordinary(*tensor) || !tensor->is_contiguous() || !backed(*tensor, tensor->numel())) return false;
         return holds(tensor->const_data_ptr(), tensor->nbytes());
     }
@@ -139,7 +156,7 @@ class KeptArgument {
         if (how == kAny) return true;
         if (how == kEqual) return equal_plain(value.ptr(), now);
         const MaybeTensor tensor = tensor_in(now);
-        if (tensor == nullptr || tensor->scalar_type() != type_ || tensor->sizes() != sizes_) return false;
+        if (!same_kind(tensor, type_, sizes_)) return false;
         if (how == kLike) return true;
         const bool one = tensor->numel() == 1 || (tensor->dim() == 1 && tensor->stride(0) == 0);
         return one && ordinary(*tensor) && tensor->const_data_ptr() == first + place_ * step_bytes;
@@ -199,14 +216,16 @@ class Beginning {
         return true;
     }
 
-    // How often its tensors have been written.
-    static std::vector<std::pair<at::Tensor, int64_t>> versions(PyObject* now) {
+    // Of a scheduler that fits, its tensors of scalars and how often each has been written.
+    std::vector<std::pair<at::Tensor, int64_t>> versions(PyObject* now) const {
         std::vector<std::pair<at::Tensor, int64_t>> found;
+        size_t count = 0;
         Py_ssize_t at = 0;
         PyObject *key = nullptr, *value = nullptr;
         while (PyDict_Next(now, &at, &key, &value) != 0) {
-            const MaybeTensor tensor = tensor_in(value);
-            if (tensor != nullptr && !tensor->is_inference()) found.emplace_back(*tensor, tensor->_version());
+            if (attributes_[count++].how != KeptAttribute::kTensor) continue;
+            const at::Tensor& tensor = THPVariable_Unpack(value);
+            if (!tensor.is_inference()) found.emplace_back(tensor, tensor._version());
         }
         return found;
     }

@@ -127,15 +127,15 @@ struct Loop {
         Program* program = found->program;
         const int64_t step_bytes = found->step_bytes;
         std::vector<Known> known = known_of(*found, call);
-        auto versions = Beginning::versions(attributes.ptr());
+        auto versions = found->versions(attributes.ptr());
         static PyObject* const schedule_name = PyUnicode_InternFromString("schedule");
         const py::object schedule = found->schedule;
         if (PyObject_SetAttr(self(), schedule_name, schedule.ptr()) != 0) throw python_error();
         const long long begun = ++s.moves;
         py::object result = take(plan.ptr(), *program, attributes.ptr(), call);
-        if (!scales) ++steps_taken;
         const bool alone = ++s.moves == begun + 1;
         if (scales) return result;
+        ++steps_taken;
         if (!alone) {
             forget();
             return result;
@@ -184,7 +184,9 @@ struct Loop {
     }
 
     py::object take(PyObject* plan, const Program& program, PyObject* attributes, const StepCall& call) {
-        if (!program.simple) return run(plan, attributes, call);
+        // An output with a learned variance has twice the channels, in a last step that does not ask for it as well.
+        const bool alike = THPVariable_Unpack(call.output()).sizes() == THPVariable_Unpack(call.sample()).sizes();
+        if (!program.simple || !alike) return run(plan, attributes, call);
         return SimpleStep(self(), state->choice.ptr(), program, attributes, call).take(steps_taken);
     }
 
@@ -201,6 +203,9 @@ struct Loop {
         return call_method(self(), "run", plan, attributes, given.ptr(), call.uncond, call.guidance);
     }
 };
+
+// The type, once the module has it.
+inline PyTypeObject* loop_type = nullptr;
 
 inline Loop* loop_of(PyObject* self) { return reinterpret_cast<Loop*>(self); }
 
@@ -252,7 +257,10 @@ inline PyObject* loop_begin(PyObject* self, PyObject* const* objects, Py_ssize_t
         }
     }
     const bool scales = objects[2] == Py_True;
-    if (scales) call.arguments[0] = call.sample();
+    if (scales) {
+        if (call.output() != nullptr) Py_RETURN_NONE;
+        call.arguments[0] = call.sample();
+    }
     if (call.output() == nullptr || call.timestep() == nullptr || call.sample() == nullptr) Py_RETURN_NONE;
     py::object result = loop_of(self)->begin(objects[0], objects[1], scales, objects[3] == Py_True, call);
     return result.ptr() == nullptr ? Py_NewRef(Py_None) : result.release().ptr();
@@ -270,6 +278,15 @@ inline PyObject* loop_keep_beginning(PyObject* self, PyObject* found) {
     kept.push_back(std::move(beginning));
     for (Beginning& each : before)
         if (kept.size() < kMostBeginnings) kept.push_back(std::move(each));
+    Py_RETURN_NONE;
+    END_HANDLE_TH_ERRORS
+}
+
+inline PyObject* loop_adopt(PyObject* self, PyObject* other) {
+    HANDLE_TH_ERRORS
+    TORCH_CHECK_TYPE(PyObject_TypeCheck(other, loop_type), "adopt: expected a Loop");
+    std::vector<Beginning> beginnings = loop_of(other)->state->beginnings;
+    std::swap(loop_of(self)->state->beginnings, beginnings);
     Py_RETURN_NONE;
     END_HANDLE_TH_ERRORS
 }
@@ -338,9 +355,6 @@ inline void loop_dealloc(PyObject* self) {
     Py_DECREF(type);
 }
 
-// The type, once the module has it.
-inline PyTypeObject* loop_type = nullptr;
-
 inline void define_loop(py::module_& m) {
     static PyMethodDef methods[] = {
         {"remember", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&loop_remember)), METH_FASTCALL,
@@ -353,6 +367,7 @@ inline void define_loop(py::module_& m) {
         {"keep_beginning", &loop_keep_beginning, METH_O,
          "keep_beginning((plan, class, name, guided, seeded, attributes, arguments, schedule, step_bytes)): what a "
          "loop may begin with again; see csrc/bindings/beginning.h."},
+        {"adopt", &loop_adopt, METH_O, "adopt(other): begin as another's loops do."},
         {"forget", &loop_forget, METH_NOARGS, "forget(): there is no step to go on from."},
         {"move", &loop_move, METH_NOARGS, "move(): count the beginning or the end of a step."},
         {"unchanged", &loop_unchanged, METH_O, "unchanged(attributes): whether they are as the last step left them."},

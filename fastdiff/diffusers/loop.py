@@ -14,7 +14,7 @@ from ..ops import backends
 from ..philox import as_seeds
 from .plan import Plan
 from .running import draw, launch, run_plan
-from .schedule import FUSED, PLAIN, Kept, Schedule
+from .schedule import FUSED, PLAIN, KeptAttribute, Schedule, comparable
 from .tracing import INPUTS, USUAL
 
 
@@ -41,6 +41,9 @@ class _NoLoop:
         return None
 
     def keep_beginning(self, found: Any) -> None:
+        return None
+
+    def adopt(self, other: Any) -> None:
         return None
 
     def unchanged(self, attributes: Mapping[str, Any]) -> bool:
@@ -91,7 +94,7 @@ def _begun(schedule: Schedule, name: str, value: Any) -> tuple[str, Begun, Any, 
     if not isinstance(value, Tensor):
         return (name, Begun.EQUAL, value, 0) if type(value) in PLAIN else None
     if name in INPUTS:
-        return name, Begun.LIKE, value, 0
+        return (name, Begun.LIKE, value, 0) if comparable(value) else None
     place = schedule.position(value)
     return None if place is None else (name, Begun.MOVING, value, place)
 
@@ -116,9 +119,12 @@ class Fused(_Loop):  # type: ignore[misc]
         seeds: of noise that the fused step draws, or None.
     """
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Any, beside: Fused | None = None) -> None:
+        """Look at a scheduler; or, `beside` what hangs on another with the same attributes, at nothing yet."""
         super().__init__(vars(backends))
-        self.schedule = Schedule(scheduler)
+        if beside is not None:
+            self.adopt(beside)
+        self.schedule: Schedule = Schedule(scheduler) if beside is None else beside.schedule
         self.seeds: int | Sequence[int] | Tensor | None = None
         #: The plan of the last look at `scale_model_input`.
         self.scaling: Plan | None = None
@@ -148,13 +154,12 @@ class Fused(_Loop):  # type: ignore[misc]
             self.forget()
 
     def begin_from(
-        self, plan: Plan, scheduler: Any, method: str, guided: bool, given: Mapping[str, Any],
-        before: list[tuple[str, Kept, Any, int, bytes]],
+        self, plan: Plan, scheduler: Any, schedule: Schedule, method: str, guided: bool, given: Mapping[str, Any],
+        before: list[KeptAttribute],
     ) -> None:  # fmt: skip
         """Let later loops begin with this step at once, where they stand as the scheduler stood `before` it."""
         if backends.forced is not None:
             return  # a loop does not begin at once there
-        schedule = self.schedule
         given = {"model_output": given["sample"], **given}  # what scales the model's input has but one tensor
         names = (*USUAL, *(name for name in given if name not in USUAL))
         arguments = [_begun(schedule, name, given.get(name)) for name in names]

@@ -114,8 +114,9 @@ class FusedScheduler:
         """
         own = type(self).__new__(type(self))
         for name, value in vars(self).items():
-            if name != FUSED:
-                vars(own)[name] = list(value) if isinstance(value, list) else value
+            if name == FUSED:
+                value = Fused(own, beside=value)
+            vars(own)[name] = list(value) if isinstance(value, list) else value
         return own
 
     def __getstate__(self) -> dict[str, Any]:
@@ -161,7 +162,6 @@ def _scaling_method(name: str, method: Any, signature: inspect.Signature) -> Any
         sample = args[0]
         if after.next_scale is not None and isinstance(sample, Tensor) and sample.dtype is after.next_scale[0]:
             return sample * after.next_scale[1]
-        fused.scaling = None
         result = _take(self, name, args, kwargs, None, None)
         plan = fused.scaling
         if plan is not None and fused.plan is after:
@@ -220,6 +220,8 @@ def _take(
     if found is not None and factor is None and not twice_or_too_many:
         result = found.begin(scheduler, name, name == SCALING, found.seeds is not None, given, uncond, scale)
         if result is not None:
+            if name == SCALING:
+                found.scaling = None  # whichever it was, nobody has looked
             return result
     output, sample = given.get("model_output"), given.get("sample")
     if name == SCALING:
@@ -257,7 +259,7 @@ def _take(
     result = run_plan(plan, attributes, given, uncond, scale, seeds, fused.steps_taken, factor)
     alone = fused.move() == begun + 1
     if before is not None and alone:
-        fused.begin_from(plan, scheduler, name, uncond is not None, given, before)
+        fused.begin_from(plan, scheduler, schedule, name, uncond is not None, given, before)
     if name == SCALING:
         return result
     fused.steps_taken += 1
