@@ -64,7 +64,7 @@ struct LoopState {
 };
 
 // How many first steps are kept: those of a few sizes, numbers of steps and methods in turn.
-constexpr size_t kMostBeginnings = 8;
+constexpr size_t kMostBeginnings = 16;
 
 struct Loop {
     PyObject_HEAD  // ends its line: what it stands for has a semicolon

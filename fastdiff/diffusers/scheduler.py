@@ -101,7 +101,10 @@ class FusedScheduler:
             seeds: one for each sample, as in `fastdiff.randn`; its `step` is the number of steps taken since
                 `set_timesteps`.
         """
-        fused_of(self).use_seeds(seeds)
+        fused: Fused | None = vars(self).get(FUSED)
+        if fused is None:
+            fused = fused_of(self)
+        fused.use_seeds(seeds)  # the schedule is nothing to them
 
     def step_otherwise(self, name: str, given: Mapping[str, Any]) -> Any:
         """Take a step that has no plan, by the diffusers class's own code."""
