@@ -4,6 +4,7 @@
     python -m benchmarks.dropins                                  # every class at 1x4x64x64, one thread
     python -m benchmarks.dropins --only DDIM,UniPCMultistep --shape 1x16x21x90x160 --json FILE
     python -m benchmarks.dropins --bandwidth --shape 1x16x21x90x160
+    python -m benchmarks.dropins --beginnings
 
 A loop is `set_timesteps` and 20 steps on an output that was made beforehand; steps alone are timed, and a class's first
 loop, in which its steps are traced, is not.  "guided" has the combination of two outputs before diffusers' step and
@@ -12,6 +13,9 @@ within ours.  Where a step draws noise it is torch's, and the time of the draw i
 `--bandwidth` adds what share of a copy's bandwidth our steps reach: a copy of as many bytes as their plans must move,
 inputs read once and outputs written once, takes its turn with them (see copying.py; the better of both stores).  That
 says something where a step moves more than the caches hold.  A draw of torch's is in the step's time, not in its bytes.
+
+`--beginnings` adds what is left out otherwise: the first step after `set_timesteps`, and a whole loop of 4 steps with
+it, as a model of few steps has them.  diffusers' loops and ours take turns, and `set_timesteps` itself is not timed.
 """
 
 from __future__ import annotations
@@ -36,6 +40,8 @@ from .measure import quantiles, ratios
 from .traffic import tensors_of_plan
 
 STEPS = 20
+#: Steps of a loop whose beginning is timed, and such loops in a round.
+FEW, LOOPS = 4, 10
 #: What a class needs to be made, and to be given timesteps, where the defaults do not do.
 OPTIONS: dict[str, dict[str, Any]] = {
     "DDIMScheduler": {"clip_sample": False},
@@ -87,9 +93,9 @@ class Loop:
         known = [tensors for tensors in moved if tensors is not None]
         return statistics.fmean(known) * self.sample.nbytes if known and len(known) == len(moved) else None
 
-    def time(self) -> float:
-        """Microseconds a step, over one loop; what begins a loop is left out."""
-        self.scheduler.set_timesteps(*TIMESTEPS.get(self.name, (STEPS,)))
+    def begin(self, steps: int) -> list[Any]:
+        """The timesteps of a new loop."""
+        self.scheduler.set_timesteps(*TIMESTEPS.get(self.name, (steps,)))
         timesteps = list(self.scheduler.timesteps)
         self.before = None
         if self.name in ("DDPMWuerstchenScheduler", "SCMScheduler"):
@@ -98,6 +104,21 @@ class Loop:
             timesteps = [t[None] for t in timesteps]
         if hasattr(self.scheduler, "is_scale_input_called"):
             self.scheduler.is_scale_input_called = True
+        return timesteps
+
+    def time_beginning(self) -> tuple[float, float]:
+        """Microseconds of the first step of a loop of few, and of the whole loop."""
+        timesteps = self.begin(FEW)
+        started = time.perf_counter()
+        sample = self.step(timesteps[0], self.sample)
+        first = time.perf_counter()
+        for timestep in timesteps[1:FEW]:
+            sample = self.step(timestep, sample)
+        return (first - started) * 1e6, (time.perf_counter() - started) * 1e6
+
+    def time(self) -> float:
+        """Microseconds a step, over one loop; what begins a loop is left out."""
+        timesteps = self.begin(STEPS)
         sample = self.sample
         first = min(2, len(timesteps) - 1)
         for timestep in timesteps[:first]:
@@ -170,13 +191,35 @@ class Copies:
         return {"bytes": self.bytes, "copy": best, "microseconds": quantiles(self.times[best]), "share": found}
 
 
+def beginnings(theirs: Loop, ours: Loop, rounds: int) -> dict[str, Any]:
+    """Microseconds of the first step of a loop, and of the loop, of both; and how many times longer diffusers takes."""
+    times: list[list[tuple[float, float]]] = [[], []]
+    for loop in (theirs, ours):
+        for _ in range(3):  # traces, and learns what follows what
+            loop.time_beginning()
+    for _ in range(rounds * LOOPS):
+        for found, loop in zip(times, (theirs, ours), strict=True):
+            found.append(loop.time_beginning())
+    line = {}
+    for k, what in enumerate(("first", "loop")):
+        of_theirs, of_ours = ([each[k] for each in found] for found in times)
+        line[what] = {
+            "diffusers": quantiles(of_theirs),
+            "fastdiff": quantiles(of_ours),
+            "times": quantiles(ratios(of_theirs, of_ours)),
+        }
+    return line
+
+
 def measure(
-    names: list[str], shape: tuple[int, ...], dtype: torch.dtype, rounds: int, *, bandwidth: bool = False
-) -> dict[str, Any]:
+    names: list[str], shape: tuple[int, ...], dtype: torch.dtype, rounds: int, *, bandwidth: bool = False,
+    begins: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """By class: microseconds a step of both, plain and guided, and how many times longer diffusers takes.
 
     Args:
         bandwidth: measure the copies too.
+        begins: measure the beginnings of loops too.
     """
     from fastdiff.diffusers import CLASSES
 
@@ -208,6 +251,8 @@ def measure(
             }
             if bandwidth:
                 line["guided" if guided else "plain"]["bandwidth"] = copies[guided].share(ours)
+        if begins:
+            line["beginnings"] = beginnings(loops["diffusers", False], loops["fastdiff", False], rounds)
         line["draws"] = any(plan.draws for plan in loops["fastdiff", False].plans())
         lines[name] = line
         print(_row(name, line), flush=True)
@@ -221,7 +266,14 @@ def _row(name: str, line: dict[str, Any]) -> str:
         for what in ("diffusers", "fastdiff", "times")
     ]
     shares = [_share(line[kind]["bandwidth"]) for kind in ("plain", "guided") if "bandwidth" in line[kind]]
-    return "| " + " | ".join([name.removesuffix("Scheduler"), *figures, "yes" if line["draws"] else "", *shares]) + " |"
+    begun = [
+        f"{line['beginnings'][what][of]['median']:.1f}"
+        for what in ("first", "loop")
+        for of in ("diffusers", "fastdiff", "times")
+        if "beginnings" in line
+    ]
+    cells = [name.removesuffix("Scheduler"), *figures, "yes" if line["draws"] else "", *shares, *begun]
+    return f"| {' | '.join(cells)} |"
 
 
 def _share(found: dict[str, Any] | None) -> str:
@@ -242,6 +294,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--bandwidth", action="store_true", help="the share of a copy's bandwidth too")
+    parser.add_argument("--beginnings", action="store_true", help=f"the first step of a loop, and loops of {FEW}, too")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
@@ -252,11 +305,13 @@ def main(arguments: list[str] | None = None) -> None:
     if chosen.bandwidth and why_absent():
         parser.error(f"--bandwidth needs the extension's copy: {why_absent()}")
     more = ["share of a copy", "guided: share"] if chosen.bandwidth else []
+    if chosen.beginnings:
+        more += ["first step: diffusers", "ours", "times", f"{FEW} steps: diffusers", "ours", "times"]
     heads = ["class", "diffusers µs", "ours µs", "times", "guided: diffusers", "ours", "times", "draws", *more]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = measure(names, shape, dtype, chosen.rounds, bandwidth=chosen.bandwidth)
+        found = measure(names, shape, dtype, chosen.rounds, bandwidth=chosen.bandwidth, begins=chosen.beginnings)
     for kind in ("plain", "guided"):
         times = [line[kind]["times"]["median"] for line in found["classes"].values()]
         found[f"geometric_mean_{kind}"] = math.exp(statistics.fmean(map(math.log, times)))

@@ -112,7 +112,9 @@ def run_tests(package: Path, build: str, tests: list[str], *, last: bool) -> sub
     # A report ends the process: what pytest holds back of the descriptors would be lost with it.
     options += ["--capture=sys"]
     # The bindings are one code for all builds, and their tests take as long as all else: once, with the last.
-    chosen = "not triton and not reference and not cpu_build" + ("" if last else " and not fuzz and not dropin_loop")
+    chosen = "not triton and not reference and not cpu_build" + (
+        "" if last else " and not fuzz and not dropin_loop and not beginnings"
+    )
     return subprocess.run(
         [sys.executable, "-m", "pytest", *options, "-k", chosen, *tests],
         env={"HYPOTHESIS_PROFILE": "sanitize", **runtime_environment(package, build)},

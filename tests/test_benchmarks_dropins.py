@@ -59,3 +59,42 @@ def test_the_table_has_the_share_of_a_copy_where_it_is_asked_for(
     assert found["bytes"] == 4 * 4 * 256
     share = found["share"]
     assert 0 < share["p20"] <= share["median"] <= share["p80"]
+
+
+def test_the_table_has_the_beginnings_where_they_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, threads = tmp_path / "found.json", torch.get_num_threads()
+    monkeypatch.setattr(dropins, "LOOPS", 2)
+    try:
+        dropins.main(["--only", "EulerDiscrete,ConsistencyDecoder", "--shape", "1x4x8x8", "--rounds", "3",
+                      "--beginnings", "--json", str(file)])  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.count("|") for line in printed[:4]] == [15] * 4
+    assert "4 steps" in printed[0]
+    classes = json.loads(file.read_text())["classes"]
+    assert len(classes) == 2
+    for line in classes.values():
+        for who in ("diffusers", "fastdiff"):
+            first, whole = (line["beginnings"][what][who]["median"] for what in ("first", "loop"))
+            assert 0 < first < whole
+        assert line["beginnings"]["loop"]["times"]["median"] > 0
+
+
+def test_a_beginning_is_that_of_a_whole_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = dropins.Loop("DDIMScheduler", CLASSES["DDIMScheduler"], (1, 4, 8, 8), torch.float32, guided=False)
+    taken: list[float] = []
+    step = loop.step
+
+    def counted(timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        taken.append(float(timestep))
+        return step(timestep, sample)
+
+    monkeypatch.setattr(loop, "step", counted)
+    for _ in range(2):
+        first, whole = loop.time_beginning()
+        assert first < whole
+    assert taken == [float(t) for t in loop.scheduler.timesteps] * 2
+    assert len(taken) == 2 * dropins.FEW

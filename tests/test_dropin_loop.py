@@ -525,3 +525,43 @@ def test_what_only_looks_like_a_view_of_a_timestep_is_read() -> None:
     assert position(timesteps[2].clone()) is None
     assert position(timesteps[2].double()) is None
     assert position(timesteps[2][None, None]) is None
+
+
+@pytest.mark.parametrize("kind", ["learned_range", "learned"])
+def test_a_learned_variance_that_the_last_step_does_not_ask_for(kind: str) -> None:
+    """Its output has twice the channels of the sample, though nothing but the fused step is to be done."""
+    outputs = [torch.cat([t, t.abs() * 0.1], 1) for t in tensors()]
+
+    def run(scheduler: Any, first: int) -> Tensor:
+        scheduler.set_timesteps(STEPS)
+        x, generator = outputs[-1][:, :3], torch.Generator().manual_seed(1)
+        for i, t in enumerate(scheduler.timesteps[first:]):
+            x = scheduler.step(outputs[i], t, x, return_dict=False, generator=generator)[0]
+        return x
+
+    ours, theirs = made("DDPM", variance_type=kind), original("DDPM", variance_type=kind)
+    for first in (0, STEPS - 1):
+        wanted = run(theirs, first)
+        for _ in range(3):
+            assert torch.allclose(run(ours, first), wanted, atol=3e-4, rtol=3e-4)
+
+
+@pytest.mark.parametrize("name", ["generator", "variance_noise"])
+def test_an_argument_whose_name_a_program_put_together(name: str) -> None:
+    """It is equal to the name that a parameter has, and another object."""
+    outputs = tensors()
+    together = "".join([name[:4], name[4:]])
+    assert together is not name
+
+    def run(scheduler: Any, called: str) -> Tensor:
+        scheduler.set_timesteps(STEPS)
+        value = torch.Generator().manual_seed(1) if name == "generator" else outputs[-2]
+        x = outputs[-1]
+        for i, t in enumerate(scheduler.timesteps):
+            x = scheduler.step(outputs[i], t, x, eta=0.5, return_dict=False, **{called: value})[0]
+        return x
+
+    wanted = run(made("DDIM"), sys.intern(name))
+    scheduler = made("DDIM")
+    for called in (together, together, together, sys.intern(name), together):
+        assert_same_bits([run(scheduler, called)], [wanted])

@@ -8,6 +8,7 @@
 
 #include <structmember.h>
 
+#include "beginning.h"
 #include "simple_step.h"
 #include "watch.h"
 
@@ -58,7 +59,12 @@ struct LoopState {
     // Counted at the beginning and at the end of every step: a step that two others stand between has met another
     // thread's, and nothing is to be learned from the state that it leaves.
     long long moves = 0;
+    // The first steps of earlier loops, the latest first.
+    std::vector<Beginning> beginnings;
 };
+
+// How many first steps are kept: those of a few sizes, numbers of steps and methods in turn.
+constexpr size_t kMostBeginnings = 16;
 
 struct Loop {
     PyObject_HEAD  // ends its line: what it stands for has a semicolon
@@ -94,20 +100,8 @@ struct Loop {
         }
         const long long begun = ++s.moves;
         py::object plan = s.program->follower_plan;
-        py::object result;
         bool watched = false;
-        try {
-            if (next->simple) {
-                SimpleStep step(self(), s.choice.ptr(), *next, attributes, call, &s.watch);
-                result = step.take(steps_taken);
-                watched = step.watched();
-            } else {
-                result = run(plan.ptr(), attributes, call);
-            }
-        } catch (...) {
-            forget();  // what is watched may be half of a step further than the program
-            throw;
-        }
+        py::object result = take(plan.ptr(), *next, attributes, call, &watched);
         ++steps_taken;
         if (++s.moves != begun + 1) {
             forget();
@@ -115,6 +109,48 @@ struct Loop {
         }
         if (!watched) s.watch.look(attributes, self());
         move_on(std::move(plan), next);
+        return result;
+    }
+
+    // Takes a step that an earlier loop began with in the same state; null, having done nothing, for any other. What
+    // only scales the model's input is no step to count or to go on from.
+    py::object begin(PyObject* scheduler, PyObject* name, bool scales, bool seeded, const StepCall& call) {
+        LoopState& s = *state;
+        if (steps_taken != 0 || s.beginnings.empty()) return py::object();
+        static PyObject* const forced = PyUnicode_InternFromString("forced");
+        if (PyDict_GetItemWithError(s.choice.ptr(), forced) != Py_None) return py::object();
+        const py::object attributes = made(PyObject_GenericGetDict(scheduler, nullptr));
+        const auto fits = [&](const Beginning& b) {
+            return b.fits(scheduler, attributes.ptr(), self(), name, seeded, call);
+        };
+        const auto found = std::find_if(s.beginnings.begin(), s.beginnings.end(), fits);
+        if (found == s.beginnings.end()) return py::object();
+        // Another thread may drop it while the step is taken.
+        py::object plan = found->plan;
+        Program* program = found->program;
+        const int64_t step_bytes = found->step_bytes;
+        std::vector<Known> known = known_of(*found, call);
+        auto versions = found->versions(attributes.ptr());
+        static PyObject* const schedule_name = PyUnicode_InternFromString("schedule");
+        const py::object schedule = found->schedule;
+        if (PyObject_SetAttr(self(), schedule_name, schedule.ptr()) != 0) throw python_error();
+        const long long begun = ++s.moves;
+        bool watched = false;  // never all of it: the watch knows another loop
+        py::object result = take(plan.ptr(), *program, attributes.ptr(), call, &watched);
+        const bool alone = ++s.moves == begun + 1;
+        if (scales) return result;
+        ++steps_taken;
+        if (!alone) {
+            forget();
+            return result;
+        }
+        std::swap(s.known, known);
+        s.name = py::reinterpret_borrow<py::object>(name);
+        s.guided = call.uncond != Py_None;
+        s.step_bytes = step_bytes;
+        s.watch.versions(std::move(versions));
+        s.watch.look(attributes.ptr(), self());
+        move_on(std::move(plan), program);
         return result;
     }
 
@@ -136,6 +172,37 @@ struct Loop {
     }
 
   private:
+    static std::vector<Known> known_of(const Beginning& beginning, const StepCall& call) {
+        std::vector<Known> known;
+        known.reserve(beginning.arguments.size());
+        for (size_t i = 0; i < beginning.arguments.size(); ++i) {
+            const KeptArgument& kept = beginning.arguments[i];
+            Known::Kind kind = Known::kSame;
+            if (kept.how == KeptArgument::kLike) kind = Known::kLike;
+            if (kept.how == KeptArgument::kMoving) kind = Known::kMoving;
+            PyObject* value =
+                i < call.arguments.size() ? call.arguments[i] : call.more[i - call.arguments.size()].second;
+            known.emplace_back(kept.name.ptr(), value, kind);
+        }
+        return known;
+    }
+
+    // `watched` becomes whether the watch knows already what the step has written.
+    py::object take(PyObject* plan, const Program& program, PyObject* attributes, const StepCall& call, bool* watched) {
+        // An output with a learned variance has twice the channels, in a last step that does not ask for it as well.
+        const bool alike = THPVariable_Unpack(call.output()).sizes() == THPVariable_Unpack(call.sample()).sizes();
+        try {
+            if (!program.simple || !alike) return run(plan, attributes, call);
+            SimpleStep step(self(), state->choice.ptr(), program, attributes, call, &state->watch);
+            py::object result = step.take(steps_taken);
+            *watched = step.watched();
+            return result;
+        } catch (...) {
+            forget();  // what is watched may be half of a step further than the program
+            throw;
+        }
+    }
+
     py::object run(PyObject* plan, PyObject* attributes, const StepCall& call) {
         static const std::array<PyObject*, 3> names{PyUnicode_InternFromString("model_output"),
                                                     PyUnicode_InternFromString("timestep"),
@@ -149,6 +216,9 @@ struct Loop {
         return call_method(self(), "run", plan, attributes, given.ptr(), call.uncond, call.guidance);
     }
 };
+
+// The type, once the module has it.
+inline PyTypeObject* loop_type = nullptr;
 
 inline Loop* loop_of(PyObject* self) { return reinterpret_cast<Loop*>(self); }
 
@@ -171,6 +241,66 @@ inline PyObject* loop_remember(PyObject* self, PyObject* const* objects, Py_ssiz
     s.watch.versions(objects[6]);
     s.watch.look(objects[1], self);
     loop_of(self)->move_on(std::move(plan), program);
+    Py_RETURN_NONE;
+    END_HANDLE_TH_ERRORS
+}
+
+inline PyObject* loop_begin(PyObject* self, PyObject* const* objects, Py_ssize_t count) {
+    HANDLE_TH_ERRORS
+    TORCH_CHECK_TYPE(count == 7 && PyDict_Check(objects[4]),
+                     "begin: expected (scheduler, name, scales, seeded, given, uncond, guidance)");
+    static PyObject* const output = PyUnicode_InternFromString("model_output");
+    static PyObject* const timestep = PyUnicode_InternFromString("timestep");
+    static PyObject* const sample = PyUnicode_InternFromString("sample");
+    if ((objects[5] == Py_None) != (objects[6] == Py_None)) Py_RETURN_NONE;
+    StepCall call;
+    call.uncond = objects[5];
+    call.guidance = objects[6];
+    Py_ssize_t at = 0;
+    PyObject *name = nullptr, *value = nullptr;
+    while (PyDict_Next(objects[4], &at, &name, &value) != 0) {
+        if (name == output) {
+            call.arguments[0] = value;
+        } else if (name == timestep) {
+            call.arguments[1] = value;
+        } else if (name == sample) {
+            call.arguments[2] = value;
+        } else {
+            if (call.count == kMore) Py_RETURN_NONE;
+            call.more[call.count++] = {name, value};
+        }
+    }
+    const bool scales = objects[2] == Py_True;
+    if (scales) {
+        if (call.output() != nullptr) Py_RETURN_NONE;
+        call.arguments[0] = call.sample();
+    }
+    if (call.output() == nullptr || call.timestep() == nullptr || call.sample() == nullptr) Py_RETURN_NONE;
+    py::object result = loop_of(self)->begin(objects[0], objects[1], scales, objects[3] == Py_True, call);
+    return result.ptr() == nullptr ? Py_NewRef(Py_None) : result.release().ptr();
+    END_HANDLE_TH_ERRORS
+}
+
+inline PyObject* loop_keep_beginning(PyObject* self, PyObject* found) {
+    HANDLE_TH_ERRORS
+    TORCH_CHECK_TYPE(PyTuple_Check(found) && PyTuple_GET_SIZE(found) == 9, "keep_beginning: expected nine things");
+    std::vector<Beginning>& kept = loop_of(self)->state->beginnings;
+    Beginning beginning(py::reinterpret_borrow<py::tuple>(found));
+    std::vector<Beginning> before;  // dies when all is in order
+    std::swap(before, kept);
+    kept.reserve(kMostBeginnings);
+    kept.push_back(std::move(beginning));
+    for (Beginning& each : before)
+        if (kept.size() < kMostBeginnings) kept.push_back(std::move(each));
+    Py_RETURN_NONE;
+    END_HANDLE_TH_ERRORS
+}
+
+inline PyObject* loop_adopt(PyObject* self, PyObject* other) {
+    HANDLE_TH_ERRORS
+    TORCH_CHECK_TYPE(PyObject_TypeCheck(other, loop_type), "adopt: expected a Loop");
+    std::vector<Beginning> beginnings = loop_of(other)->state->beginnings;
+    std::swap(loop_of(self)->state->beginnings, beginnings);
     Py_RETURN_NONE;
     END_HANDLE_TH_ERRORS
 }
@@ -219,11 +349,15 @@ inline int loop_traverse(PyObject* self, visitproc visit, void* arg) {
     Py_VISIT(s->choice.ptr());
     Py_VISIT(s->plan.ptr());
     for (const Known& known : s->known) Py_VISIT(known.same.ptr());
+    for (const Beginning& beginning : s->beginnings)
+        if (const int stop = beginning.traverse(visit, arg); stop != 0) return stop;
     return s->watch.traverse(visit, arg);
 }
 
 inline int loop_clear(PyObject* self) {
-    if (loop_of(self)->state != nullptr) loop_of(self)->forget();
+    if (loop_of(self)->state == nullptr) return 0;
+    loop_of(self)->forget();
+    const auto beginnings = std::exchange(loop_of(self)->state->beginnings, {});
     return 0;
 }
 
@@ -235,15 +369,19 @@ inline void loop_dealloc(PyObject* self) {
     Py_DECREF(type);
 }
 
-// The type, once the module has it.
-inline PyTypeObject* loop_type = nullptr;
-
 inline void define_loop(py::module_& m) {
     static PyMethodDef methods[] = {
         {"remember", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&loop_remember)), METH_FASTCALL,
          "remember(plan, attributes, name, guided, arguments, step_bytes, tensors): go on from a step that was taken "
          "the "
          "longer way; arguments are triples (name, value, kind), the three that all calls have first."},
+        {"begin", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&loop_begin)), METH_FASTCALL,
+         "begin(scheduler, name, scales, seeded, given, uncond, guidance): the result of a step that an earlier loop "
+         "began with; None, having done nothing, for any other."},
+        {"keep_beginning", &loop_keep_beginning, METH_O,
+         "keep_beginning((plan, class, name, guided, seeded, attributes, arguments, schedule, step_bytes)): what a "
+         "loop may begin with again; see csrc/bindings/beginning.h."},
+        {"adopt", &loop_adopt, METH_O, "adopt(other): begin as another's loops do."},
         {"forget", &loop_forget, METH_NOARGS, "forget(): there is no step to go on from."},
         {"move", &loop_move, METH_NOARGS, "move(): count the beginning or the end of a step."},
         {"unchanged", &loop_unchanged, METH_O, "unchanged(attributes): whether they are as the last step left them."},

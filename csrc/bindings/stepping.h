@@ -54,6 +54,8 @@ inline bool read_call(PyObject* arguments, PyObject* const* objects, Py_ssize_t 
     const Py_ssize_t count = names == nullptr ? 0 : PyTuple_GET_SIZE(names);
     for (Py_ssize_t i = 0; i < count; ++i) {
         PyObject* name = PyTuple_GET_ITEM(names, i);
+        // Names are compared by identity, which says nothing of one that a program put together.
+        if (!PyUnicode_CHECK_INTERNED(name)) return false;
         // Passed by place and by name: for Python to say so.
         for (Py_ssize_t j = 0; j < positional - 1; ++j)
             if (PyTuple_GET_ITEM(arguments, j) == name) return false;

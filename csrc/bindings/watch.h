@@ -67,6 +67,8 @@ class Watch {
         }
     }
 
+    void versions(std::vector<std::pair<at::Tensor, int64_t>> counted) { std::swap(versions_, counted); }
+
     // Whether all of it is as it was.
     bool unchanged(PyObject* attributes, PyObject* owner) const {
         if (static_cast<size_t>(PyDict_GET_SIZE(attributes)) != values_.size()) return false;

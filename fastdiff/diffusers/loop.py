@@ -14,7 +14,7 @@ from ..ops import backends
 from ..philox import as_seeds
 from .plan import Plan
 from .running import draw, launch, run_plan
-from .schedule import FUSED, Schedule
+from .schedule import FUSED, PLAIN, KeptAttribute, Schedule, comparable
 from .tracing import INPUTS, USUAL
 
 
@@ -35,6 +35,15 @@ class _NoLoop:
         return None
 
     def forget(self) -> None:
+        return None
+
+    def begin(self, *step: Any) -> None:
+        return None
+
+    def keep_beginning(self, found: Any) -> None:
+        return None
+
+    def adopt(self, other: Any) -> None:
         return None
 
     def unchanged(self, attributes: Mapping[str, Any]) -> bool:
@@ -69,6 +78,27 @@ class Known(IntEnum):
     MOVING = 2
 
 
+class Begun(IntEnum):
+    """What an argument has to be for a loop to begin as one before (`KeptArgument` in csrc/bindings)."""
+
+    EQUAL = 0
+    LIKE = 1
+    MOVING = 2
+    ANY = 3
+
+
+def _begun(schedule: Schedule, name: str, value: Any) -> tuple[str, Begun, Any, int] | None:
+    """None for an argument that cannot be compared at once."""
+    if name == "generator":
+        return name, Begun.ANY, None, 0  # no plan asks which one it is
+    if not isinstance(value, Tensor):
+        return (name, Begun.EQUAL, value, 0) if type(value) in PLAIN else None
+    if name in INPUTS:
+        return (name, Begun.LIKE, value, 0) if comparable(value) else None
+    place = schedule.position(value)
+    return None if place is None else (name, Begun.MOVING, value, place)
+
+
 def _known(schedule: Schedule, name: str, value: Any) -> Known | None:
     """None for a tensor whose numbers count."""
     if not isinstance(value, Tensor):
@@ -89,9 +119,12 @@ class Fused(_Loop):  # type: ignore[misc]
         seeds: of noise that the fused step draws, or None.
     """
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Any, beside: Fused | None = None) -> None:
+        """Look at a scheduler; or, `beside` what hangs on another with the same attributes, at nothing yet."""
         super().__init__(vars(backends))
-        self.schedule = Schedule(scheduler)
+        if beside is not None:
+            self.adopt(beside)
+        self.schedule: Schedule = Schedule(scheduler) if beside is None else beside.schedule
         self.seeds: int | Sequence[int] | Tensor | None = None
         #: The plan of the last look at `scale_model_input`.
         self.scaling: Plan | None = None
@@ -120,6 +153,23 @@ class Fused(_Loop):  # type: ignore[misc]
         else:
             self.forget()
 
+    def begin_from(
+        self, plan: Plan, scheduler: Any, schedule: Schedule, method: str, guided: bool, given: Mapping[str, Any],
+        before: list[KeptAttribute],
+    ) -> None:  # fmt: skip
+        """Let later loops begin with this step at once, where they stand as the scheduler stood `before` it."""
+        if backends.forced is not None:
+            return  # a loop does not begin at once there
+        given = {"model_output": given["sample"], **given}  # what scales the model's input has but one tensor
+        names = (*USUAL, *(name for name in given if name not in USUAL))
+        arguments = [_begun(schedule, name, given.get(name)) for name in names]
+        if arguments[1] is None or arguments[1][1] is not Begun.MOVING or None in arguments:
+            return
+        self.keep_beginning(
+            (plan, type(scheduler), method, guided, self.seeds is not None, before, arguments, schedule,
+             schedule.step_bytes)
+        )  # fmt: skip
+
     # What the loop in C++ leaves to Python.
 
     draw = staticmethod(draw)
@@ -138,6 +188,9 @@ def fused_of(scheduler: Any) -> Fused:
     if fused is None:
         fused = attributes[FUSED] = Fused(scheduler)
     elif not fused.schedule.holds(attributes):
-        fused.schedule = Schedule(scheduler, fused.schedule)
-        fused.forget()
+        before = fused.schedule
+        fused.schedule = Schedule(scheduler, before)
+        # A loop that began as an earlier one has looked at nothing, and goes on where the numbers are the same.
+        if fused.schedule.plans is not before.plans:
+            fused.forget()
     return fused

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
+from enum import IntEnum
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,24 @@ FUSED = "_fused"
 #: Schedules whose plans are kept, the latest ones.
 MOST_SCHEDULES = 128
 _PLANS: OrderedDict[Any, dict[Any, Plan | str]] = OrderedDict()
+
+#: Types of which equal values are alike to every plan.
+PLAIN = frozenset((type(None), bool, int, float, str, np.float64))
+
+
+class Kept(IntEnum):
+    """How an attribute is compared with what it was (`KeptAttribute` in csrc/bindings/beginning.h)."""
+
+    OWNER = 0
+    SAME = 1
+    EQUAL = 2
+    TENSOR = 3
+    ARRAY = 4
+    LIKE = 5
+
+
+#: An attribute's name, how it is compared and with what; of arrays also the version and the numbers.
+KeptAttribute = tuple[str, Kept, Any, int, bytes]
 
 
 class Schedule:
@@ -98,6 +118,26 @@ class Schedule:
         """All other attributes: numbers by value, tensors of history by their dtype."""
         return tuple((n, _state_of(n, v)) for n, v in attributes.items() if n not in self.names)
 
+    def kept(self, attributes: dict[str, Any]) -> list[KeptAttribute] | None:
+        """All that plans depend on, for later loops to be compared with at once; None where something cannot be."""
+        timesteps = attributes.get("timesteps")
+        if not isinstance(timesteps, Tensor) or not timesteps.is_cpu:
+            return None
+        found: list[KeptAttribute] = []
+        arrays = {name: (tensor, version) for name, tensor, version in self.tensors} | {
+            name: (array, 0) for name, array in self.arrays
+        }
+        for name, value in attributes.items():
+            if name in arrays:
+                value, version = arrays[name]
+                each = _kept_array(name, value, version, self._contents[name][2])
+            else:
+                each = _kept(name, value)
+            if each is None:
+                return None
+            found.append(each)
+        return found
+
     @staticmethod
     def of_other_shapes(attributes: dict[str, Any], shape: torch.Size) -> bool:
         """Whether tensors of history have another shape than the samples, which they are then broadcast to."""
@@ -116,6 +156,41 @@ def _contents_of(array: np.ndarray[Any, Any]) -> tuple[Any, ...]:
 def version_of(tensor: Tensor) -> int:
     """How often a tensor has been written; of inference tensors nobody counts."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def comparable(tensor: Tensor) -> bool:
+    """Whether it is no wrapper whose sizes are somebody's code."""
+    return type(tensor) is Tensor and not tensor.is_nested
+
+
+def _kept(name: str, value: Any) -> KeptAttribute | None:
+    """An attribute that is no array, as it is compared later: alike is what `_state_of` says the same of, or less."""
+    if name == FUSED:
+        return name, Kept.OWNER, None, 0, b""
+    if name == "_internal_dict" or type(value) is FunctionType:
+        return name, Kept.SAME, value, 0, b""
+    if type(value) in PLAIN:
+        return name, Kept.EQUAL, value, 0, b""
+    if isinstance(value, Tensor):
+        if name in HISTORY:
+            return (name, Kept.LIKE, value, 0, b"") if comparable(value) else None
+        if not value.is_cpu or value.dtype not in (torch.float32, torch.float64):
+            return None
+        return _kept_array(name, value, version_of(value), value.detach().numpy().tobytes())
+    if type(value) in (list, tuple, torch.Size):
+        items = [... if isinstance(item, Tensor) and name not in HISTORY else item for item in value]
+        if all(type(item) in PLAIN or item is ... for item in items):
+            return name, Kept.EQUAL, items if type(value) is list else type(value)(items), 0, b""
+    return None
+
+
+def _kept_array(name: str, array: Any, version: int, contents: bytes) -> KeptAttribute | None:
+    if isinstance(array, Tensor):
+        # One on a device is compared by identity alone.
+        in_order = comparable(array) and (array.is_contiguous() or not array.is_cpu)
+        return (name, Kept.TENSOR, array, version, contents) if in_order else None
+    plain = type(array) is np.ndarray and array.flags.c_contiguous and not array.dtype.hasobject
+    return (name, Kept.ARRAY, array, version, contents) if plain else None
 
 
 def _of_state(name: str) -> bool:

@@ -102,7 +102,10 @@ class FusedScheduler:
             seeds: one for each sample, as in `fastdiff.randn`; its `step` is the number of steps taken since
                 `set_timesteps`.
         """
-        fused_of(self).use_seeds(seeds)
+        fused: Fused | None = vars(self).get(FUSED)
+        if fused is None:
+            fused = fused_of(self)
+        fused.use_seeds(seeds)  # the schedule is nothing to them
 
     def step_otherwise(self, name: str, given: Mapping[str, Any]) -> Any:
         """Take a step that has no plan, by the diffusers class's own code."""
@@ -115,8 +118,9 @@ class FusedScheduler:
         """
         own = type(self).__new__(type(self))
         for name, value in vars(self).items():
-            if name != FUSED:
-                vars(own)[name] = list(value) if isinstance(value, list) else value
+            if name == FUSED:
+                value = Fused(own, beside=value)
+            vars(own)[name] = list(value) if isinstance(value, list) else value
         return own
 
     def __getstate__(self) -> dict[str, Any]:
@@ -215,10 +219,17 @@ def _take(
     """A step whose plan has to be looked up, or made; or one that the scheduler's own code takes."""
     names = scheduler.arguments[name]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
+    twice_or_too_many = len(given) != len(args) + len(kwargs)
+    found: Fused | None = vars(scheduler).get(FUSED)
+    if found is not None and factor is None and not twice_or_too_many:
+        result = found.begin(scheduler, name, name == SCALING, found.seeds is not None, given, uncond, scale)
+        if result is not None:
+            if name == SCALING:
+                found.scaling = None  # whichever it was, nobody has looked
+            return result
     output, sample = given.get("model_output"), given.get("sample")
     if name == SCALING:
         output = sample
-    twice_or_too_many = len(given) != len(args) + len(kwargs)
     if not isinstance(output, Tensor) or not isinstance(sample, Tensor) or twice_or_too_many:
         return getattr(scheduler.original, name)(scheduler, *args, **kwargs)  # which says what is wrong
     fused = fused_of(scheduler)
@@ -245,9 +256,14 @@ def _take(
         if uncond is not None:
             given["model_output"] = combined(uncond, output, scale, factor)
         return scheduler.step_otherwise(name, given)
+    before = schedule.kept(attributes) if fused.steps_taken == 0 and factor is None else None
+    if before is not None and not (key == state() and schedule.holds(attributes)):
+        before = None  # another thread came between, and it is no state that this plan is known to be for
     seeds = fused.seeds_for(sample) if plan.draws_inside else None
     result = run_plan(plan, attributes, given, uncond, scale, seeds, fused.steps_taken, factor)
     alone = fused.move() == begun + 1
+    if before is not None and alone:
+        fused.begin_from(plan, scheduler, schedule, name, uncond is not None, given, before)
     if name == SCALING:
         return result
     fused.steps_taken += 1
