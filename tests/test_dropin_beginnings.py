@@ -360,10 +360,12 @@ def test_seeds_are_no_part_of_a_beginning_but_that_there_are_some() -> None:
 def test_a_forced_backend_is_asked_in_a_first_step(looked: list[str]) -> None:
     outputs, scheduler = tensors(), made("DDIM")
     wanted = loop(scheduler, outputs)
-    for _ in range(12):  # nothing is kept of these that would push out what is
+    loop(scheduler, outputs, guided=True)
+    for _ in range(20):  # nothing is kept of these that would push out what is
         with use_backend("reference"):
             near(loop(scheduler, outputs), wanted)
     looked.clear()
+    loop(scheduler, outputs, guided=True)
     assert_same_bits(loop(scheduler, outputs), wanted)
     assert not looked
 
