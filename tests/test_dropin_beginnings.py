@@ -57,6 +57,7 @@ def loop(
     last: int | None = None,
     scales: bool = False,
     guided: bool = False,
+    draws: bool = True,
     **extra: Any,
 ) -> list[Tensor]:
     """The samples of a loop from `set_timesteps` on; a change comes before the first step."""
@@ -65,7 +66,7 @@ def loop(
         if change is not None:
             change(scheduler)
         scales = scales and hasattr(scheduler, "scale_model_input")
-        if "generator" in inspect.signature(scheduler.step).parameters:
+        if draws and "generator" in inspect.signature(scheduler.step).parameters:
             extra = {"generator": torch.Generator().manual_seed(5), **extra}
         x, found = outputs[-1], []
         for i, timestep in enumerate(scheduler.timesteps[first:last]):
@@ -146,6 +147,19 @@ def test_guidance_seeds_and_dtypes_each_begin_at_once(looked: list[str]) -> None
     looked.clear()
     assert_same_bits(all_of_them(), wanted)
     assert not looked
+
+
+@pytest.mark.parametrize("name", ["PNDM", "UniPCMultistep", "DPMSolverMultistep"])
+def test_guided_loops_and_others_in_turn(name: str) -> None:
+    """The guided output exists nowhere, and a history that holds outputs has it made."""
+    ours, theirs, outputs = made(name), made(name, theirs=True), tensors()
+
+    def combined(i: int) -> Tensor:
+        return outputs[i] + 3.0 * (outputs[i + 1] - outputs[i])
+
+    for guided in (False, True) * 3:
+        given = [combined(i) for i in range(len(outputs) - 1)] + outputs[-1:] if guided else outputs
+        near(loop(ours, outputs, guided=guided), loop(theirs, given))
 
 
 def _written(name: str) -> Callable[[Any], Any]:
@@ -287,6 +301,8 @@ CALLS: dict[str, Callable[[Any, list[Tensor], Tensor], Any]] = {
         if hasattr(s, "guided_step")
         else s.step(o[1] + 3.0 * (o[0] - o[1]), t, o[-1], return_dict=False)
     ),
+    "twice the channels": lambda s, o, t: s.step(torch.cat([o[0], o[1]], 1), t, o[-1], return_dict=False),
+    "a sample that is broadcast": lambda s, o, t: s.step(o[0], t, o[-1][:1], return_dict=False),
     "twice": lambda s, o, t: s.step(o[0], t, o[-1], sample=o[-1], return_dict=False),
     "an argument that there is not": lambda s, o, t: s.step(o[0], t, o[-1], return_dict=False, nothing=1),
     "a timestep of another schedule": lambda s, o, t: s.step(o[0], made("DDIM").timesteps[0], o[-1], return_dict=False),
@@ -297,9 +313,9 @@ CALLS: dict[str, Callable[[Any, list[Tensor], Tensor], Any]] = {
 def test_another_call_is_no_beginning_of_that_loop(call: str, looked: list[str]) -> None:
     outputs, ours, theirs = tensors(), made("DDIM"), made("DDIM", theirs=True)
     for _ in range(3):
-        loop(ours, outputs, return_dict=False)
+        loop(ours, outputs, return_dict=False, draws=False)
     looked.clear()
-    loop(ours, outputs, return_dict=False)
+    loop(ours, outputs, return_dict=False, draws=False)
     assert not looked
     results: list[Any] = []
     for scheduler in (ours, theirs):
@@ -344,38 +360,44 @@ def test_seeds_are_no_part_of_a_beginning_but_that_there_are_some() -> None:
 def test_a_forced_backend_is_asked_in_a_first_step(looked: list[str]) -> None:
     outputs, scheduler = tensors(), made("DDIM")
     wanted = loop(scheduler, outputs)
-    for _ in range(12):  # nothing is kept of these that would push out what is
+    loop(scheduler, outputs, guided=True)
+    for _ in range(20):  # nothing is kept of these that would push out what is
         with use_backend("reference"):
             near(loop(scheduler, outputs), wanted)
     looked.clear()
+    loop(scheduler, outputs, guided=True)
     assert_same_bits(loop(scheduler, outputs), wanted)
     assert not looked
 
 
 @pytest.mark.parametrize("attribute", ["sigmas", "alphas_cumprod"])
-def test_what_is_written_behind_a_first_step_counts(attribute: str) -> None:
+def test_what_is_written_behind_a_first_step_counts(attribute: str, looked: list[str]) -> None:
     """Of what the first step has read, and of what only later ones may."""
     outputs = tensors()
     ours, theirs = made("EulerDiscrete"), made("EulerDiscrete", theirs=True)
     for _ in range(3):
-        loop(ours, outputs)
+        loop(ours, outputs, draws=False, return_dict=False)
+    looked.clear()
     results = []
     for scheduler in (ours, theirs):
         scheduler.set_timesteps(STEPS)
         scheduler.is_scale_input_called = True
         x = scheduler.step(outputs[0], scheduler.timesteps[0], outputs[-1], return_dict=False)[0]
+        assert not looked or scheduler is theirs
         getattr(scheduler, attribute).mul_(0.9)
         results.append(scheduler.step(outputs[1], scheduler.timesteps[1], x, return_dict=False)[0])
     near(results[:1], results[1:])
-    levels = made("DDIM")  # whose first step reads no sigmas
+    levels = made("DDIM")
     for _ in range(3):
-        loop(levels, outputs)
+        loop(levels, outputs, draws=False, return_dict=False)
+    looked.clear()
     again = made("DDIM", theirs=True)
     results = []
     for scheduler in (levels, again):
         scheduler.set_timesteps(STEPS)
         x = scheduler.step(outputs[0], scheduler.timesteps[0], outputs[-1], return_dict=False)[0]
-        scheduler.final_alpha_cumprod.mul_(0.9)
+        assert not looked or scheduler is again
+        scheduler.final_alpha_cumprod.mul_(0.9)  # which the last step alone reads
         for i in range(1, STEPS):
             x = scheduler.step(outputs[i], scheduler.timesteps[i], x, return_dict=False)[0]
         results.append(x)
@@ -490,9 +512,9 @@ def test_nothing_is_kept_of_a_state_that_another_thread_has_met(
 
     with monkeypatch.context() as during:
         during.setattr(scheduling, "run_plan", met)
-        wanted = loop(scheduler, outputs)
+        wanted = loop(scheduler, outputs, last=1)
     looked.clear()
-    assert_same_bits(loop(scheduler, outputs), wanted)
+    assert_same_bits(loop(scheduler, outputs, last=1), wanted)
     assert looked
 
 
@@ -515,10 +537,10 @@ def test_nothing_is_kept_of_a_state_that_changes_meanwhile(looked: list[str], mo
 
 def test_no_tensor_of_a_loop_is_kept_for_the_next() -> None:
     for name in ("PNDM", "HeunDiscrete", "DPMSolverMultistep"):
-        scheduler, outputs = made(name), tensors()
+        scheduler, outputs, watched = made(name), tensors(), []
         for _ in range(3):
             first = tensors(seed=1)
-            watched = [weakref.ref(t) for t in loop(scheduler, first)] + [weakref.ref(t) for t in first]
+            watched += [weakref.ref(t) for t in loop(scheduler, first)] + [weakref.ref(t) for t in first]
             del first
         loop(scheduler, outputs)
         assert not any(each() is not None for each in watched), name
