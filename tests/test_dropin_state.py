@@ -16,7 +16,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dropin_cases import OPTIONS, Case
-from dropins import LAST_IS_NO_STEP, MAKES_SAMPLER, Loop, classes, forget_plans, made, quiet, set_timesteps, values_of
+from dropins import (
+    LAST_IS_NO_STEP,
+    MAKES_SAMPLER,
+    Loop,
+    classes,
+    forget_plans,
+    made,
+    quiet,
+    set_timesteps,
+    values_of,
+    walk,
+)
 from fastdiff.diffusers import CLASSES
 
 NAMES = [name for name in OPTIONS if f"{name}Scheduler" in CLASSES]
@@ -381,6 +392,19 @@ def test_configuration_changed_in_the_middle_of_a_loop(name: str, change: dict[s
     for scheduler in pair.schedulers:
         scheduler.register_to_config(**change)
     pair.finish(3)
+
+
+def test_a_number_of_another_type_is_another_state() -> None:
+    """diffusers' own DDIM counts 4.0 steps to a timestep that is no index, and raises."""
+    pair = Pair(default("DDIM", 4)).start()
+    walk(pair.case, classes("DDIM")[1])  # makes the plans of 4 steps
+    pair.step(0)
+    for scheduler in pair.schedulers:
+        scheduler.num_inference_steps = 4.0
+    assert pair.step(1) is False
+    for scheduler in pair.schedulers:
+        scheduler.num_inference_steps = 4
+    assert pair.step(1)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -200,8 +200,10 @@ def _of_state(name: str) -> bool:
 def _state_of(name: str, value: Any) -> Any:
     if name == "noise_sampler":
         return value is None  # which one it is does not matter to a plan
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if value is None or isinstance(value, str):
         return value
+    if isinstance(value, (bool, int, float)):
+        return type(value), value  # 4.0 is no 4 where a scheduler counts with it
     if isinstance(value, Tensor):
         return float(value) if name in SCALARS_OF_STATE else value.dtype
     if isinstance(value, (list, tuple)):
