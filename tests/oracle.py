@@ -353,6 +353,43 @@ for _first, _output in ((8, "prev"), (16, "k0"), (24, "k1")):
     POSITIONS |= {f"{_output}_{column}": _first + c for c, column in enumerate(_COLUMNS)}
 
 
+#: The outputs that solvers ask for, each by its columns: heads (x, m, d) and how many of the other streams follow.
+_HEADS = (
+    "xm",
+    "m",
+    "xd",
+    "d",
+    "xm xm",
+    "xm m",
+    "m xm",
+    "xd d",
+    "xd xd",
+    "d d",
+    "md d",
+    "xm xm m",
+    "xm xm+ xm",
+    "xm xm- xm",
+)
+FORMS = tuple(
+    tuple(
+        (*head.rstrip("+-"), *others[: k if o == 0 or head[-1] == "+" else max(k - 1, 0) if head[-1] == "-" else 0])
+        for o, head in enumerate(heads.split())
+    )
+    for heads in _HEADS
+    for others in (_COLUMNS[3:], ("h0", "h2", "z", "h1", "h3"))
+    for k in range(6)
+)
+
+
+def form_case(form: tuple[tuple[str, ...], ...], dtype: torch.dtype, seed: int, *, guided: bool, size: int) -> Case:
+    """A step of two samples whose outputs have these columns."""
+    case = make(Shape(seed, dtype, (2, size), "a sample" if guided else "none", 15, True, keeps=len(form) - 1))
+    weights = torch.randn(ROW_WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
+    names = [f"{output}_{c}" for output, columns in zip(("prev", "k0", "k1"), form, strict=False) for c in columns]
+    named = {name: weights[POSITIONS[name]] for name in names}
+    return replace(case, table=plain_row(dtype, p=weights[0], q=weights[1], clip=0.7, **named), unused=())
+
+
 def _wide(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().double().numpy().astype(np.longdouble)
 
@@ -396,6 +433,9 @@ def build_cases(seed: int) -> list[Case]:
         )
         case = make(plan)
         found.append(_with_other_dtypes(case, rng) if i % 3 == 0 else case)
+    for i, form in enumerate(FORMS):
+        size, guided = int(rng.choice(sizes)), bool(rng.integers(2))
+        found.append(form_case(form, DTYPES[i % 4], int(rng.integers(2**32)), guided=guided, size=size))
     for dtype in (torch.float16, torch.bfloat16):
         patterns = all_bit_patterns(dtype)
         for factor in (*TIE_FACTORS, float(rng.normal())):

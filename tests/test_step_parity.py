@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from torch import Tensor
 import fastdiff
 from oracle import (
     DTYPES,
+    FORMS,
     INTERPRETED,
     TIE_FACTORS,
     Case,
@@ -30,6 +32,7 @@ from oracle import (
     cases,
     device_of,
     evaluate,
+    form_case,
     make,
     plain_row,
 )
@@ -63,6 +66,28 @@ def test_any_step_is_the_formula_to_rounding(backend: str, dtype: torch.dtype) -
         assert_within_rounding(case, out, backend)
 
     check()
+
+
+@pytest.mark.skipif(fastdiff.ops.backends.extension is None, reason="the C++ extension was not built")
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_forms_that_solvers_have_are_the_formula_and_each_output_is_what_it_is_alone(
+    dtype: torch.dtype, guided: bool
+) -> None:
+    for form in FORMS:
+        case = form_case(form, dtype, random.randrange(2**32), guided=guided, size=random.randint(1, 150))
+        out = case.poisoned_out()
+        case.run("cpu", out=out)
+        assert_within_rounding(case, out, "cpu")
+        for o, output in enumerate(out):
+            table = case.table.clone()
+            table[:, 8:] = 0
+            table[:, 8:16] = case.table[:, 8 * (o + 1) : 8 * (o + 2)]
+            assert_same_bits(replace(case, table=table, keeps=0).run("cpu"), [output])
+        # Over what is read: each output on a tensor that later outputs may read too.
+        inputs = [case.sample.clone(), case.model_output.clone(), case.history[0].clone()]
+        over = replace(case, sample=inputs[0], model_output=inputs[1], history=[inputs[2], *case.history[1:]])
+        assert_same_bits(over.run("cpu", out=inputs[: len(form)]), out)
 
 
 @given(plan=cases())
@@ -231,7 +256,7 @@ def test_cpu_builds_agree_to_the_bit(results_of_builds: dict[str, list[tuple[Ten
         # Any other failure than this one is the extension's.
         assert f"FASTDIFF_CPU is '{build}'" in other, other
         pytest.skip(f"this processor lacks {build}")
-    assert len(generic) == len(other) > 180
+    assert len(generic) == len(other) > 180 + len(FORMS)
     for a, b in zip(generic, other, strict=True):
         assert_same_bits(a, b)
 
