@@ -378,7 +378,7 @@ FORMS = tuple(
     for heads in _HEADS
     for others in (_COLUMNS[3:], ("h0", "h2", "z", "h1", "h3"))
     for k in range(6)
-)
+) + ((("m", "h0"), ("m", "h1")), (("d",), ("d",), ("d", "z")), (("m", "d"), ("d",), ("m", "d", "h0", "z")))
 
 
 def form_case(form: tuple[tuple[str, ...], ...], dtype: torch.dtype, seed: int, *, guided: bool, size: int) -> Case:

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: MIT
+#include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -8,8 +9,19 @@ namespace fastdiff {
 
 namespace {
 
+// Linux says what a core can reach of it; glibc's sysconf says what the whole socket has of all its caches on AMD.
+int64_t shared_cache() {
+    long long kibibytes = 0;
+    if (FILE* file = fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+        if (fscanf(file, "%lldK", &kibibytes) != 1) kibibytes = 0;
+        fclose(file);
+    }
+    return kibibytes * 1024;
+}
+
 int64_t last_level_cache() {
-    int64_t bytes = 0;
+    int64_t bytes = shared_cache();
+    if (bytes > 0) return bytes;
 #ifdef _SC_LEVEL3_CACHE_SIZE
     bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
 #endif
