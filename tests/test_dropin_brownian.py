@@ -247,6 +247,24 @@ def test_the_first_step_makes_the_sampler_as_diffusers_does(name: str, seeds: st
     assert type(samplers[0]) is type(samplers[1])
 
 
+@pytest.mark.filterwarnings("ignore:Should have t")
+@pytest.mark.parametrize("name", ["DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler"])
+def test_a_deep_copy_goes_on_along_the_same_path(name: str) -> None:
+    scheduler = CLASSES[name]()
+    scheduler.set_timesteps(6)
+    x = torch.randn(1, 4, 8, 8)
+    timesteps = list(scheduler.timesteps)
+    for timestep in timesteps[:3]:
+        x = scheduler.step(x * 0.1, timestep, x)[0]
+    ends = []
+    for each in (scheduler, copy.deepcopy(scheduler)):
+        y = x
+        for timestep in timesteps[3:]:
+            y = each.step(y * 0.1, timestep, y)[0]
+        ends.append(y)
+    assert (ends[0] - ends[1]).abs().max() <= 1e-5 * ends[0].abs().max().clamp(min=1)
+
+
 def test_a_step_that_fails_makes_no_sampler() -> None:
     scheduler = CLASSES["CosineDPMSolverMultistepScheduler"]()
     scheduler.set_timesteps(3)

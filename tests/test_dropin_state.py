@@ -480,15 +480,11 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        pytest.param(
-            name,
-            way,
-            marks=[pytest.mark.xfail(reason="torchsde's cache goes by identity: diffusers' own loop breaks, too")]
-            if (name, way) == ("CosineDPMSolverMultistep", "deepcopy")
-            else [],
-        )
+        (name, way)
         for name in NAMES
         for way in sorted(COPIES)
+        # torchsde's cache goes by identity, and breaks in a deep copy now and then: test_dropin_brownian.py has ours.
+        if not (name in MAKES_SAMPLER and way == "deepcopy")
     ],
 )
 def test_copies_in_the_middle_of_a_loop(name: str, way: str) -> None:

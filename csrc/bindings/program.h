@@ -51,7 +51,7 @@ struct Program {
         }
         for (const py::handle item : plan.attr("lists")) {
             const auto triple = item.cast<py::tuple>();
-            lists.push_back({triple[0], triple[1].cast<bool>(), entries(triple[2])});
+            lists.push_back({triple[0], triple[1].is_none() ? -1 : triple[1].cast<Py_ssize_t>(), entries(triple[2])});
         }
         results = entries(plan.attr("results"));
         in_tuple = plan.attr("kind").ptr() == reinterpret_cast<PyObject*>(&PyTuple_Type);
@@ -71,7 +71,7 @@ struct Program {
     // What is written to a list of the scheduler.
     struct List {
         py::object name;
-        bool same;  // the list stays the same object
+        Py_ssize_t stay;  // how many of its entries do, before the others; -1 for a new list
         std::vector<Entry> entries;
     };
 

@@ -182,13 +182,13 @@ class SimpleStep {
             const py::object items = made(PyList_New(static_cast<Py_ssize_t>(list.entries.size())));
             for (size_t i = 0; i < list.entries.size(); ++i)
                 PyList_SET_ITEM(items.ptr(), static_cast<Py_ssize_t>(i), Py_NewRef(slots_.of(list.entries[i])));
-            if (!list.same) {
+            if (list.stay < 0) {
                 set(list.name, items.ptr());
                 continue;
             }
             PyObject* before = PyDict_GetItemWithError(attributes_, list.name.ptr());
             TORCH_INTERNAL_ASSERT(before != nullptr && PyList_Check(before), "a plan's list is gone");
-            if (PyList_SetSlice(before, 0, PyList_GET_SIZE(before), items.ptr()) != 0) throw python_error();
+            if (PyList_SetSlice(before, list.stay, PyList_GET_SIZE(before), items.ptr()) != 0) throw python_error();
             watched_ = watched_ && watch_->look_into(before, &gone_);
         }
     }

@@ -40,8 +40,8 @@ class Plan:
         registers: the slots of the history tensors, by register.
         made: the dtype of each tensor that the step makes.
         kind, names, results: how the result is put together.
-        attributes, lists: what is written to the scheduler afterwards: single values, and lists with whether the list
-            stays the same object.
+        attributes, lists: what is written to the scheduler afterwards: single values, and lists with how many of their
+            first entries stay where they are, None for a new list, and what comes behind them.
         draws: the dtype of each draw of noise.
         noise: the slot of the noise that counts, or None.
         draws_inside: the fused step draws that noise itself.
@@ -63,7 +63,7 @@ class Plan:
     names: tuple[str, ...] | None
     results: tuple[Constant | int, ...]
     attributes: tuple[tuple[str, Constant | int], ...]
-    lists: tuple[tuple[str, bool, tuple[Constant | int, ...]], ...]
+    lists: tuple[tuple[str, int | None, tuple[Constant | int, ...]], ...]
     draws: tuple[torch.dtype, ...]
     noise: int | None
     draws_inside: bool
@@ -189,7 +189,11 @@ def compile_trace(
 
     results = [located(value) for value in trace.results]
     singles = [(name, located(v)) for name, v in trace.state.items() if not isinstance(v, tuple)]
-    lists = [(n, v[0], [located(entry) for entry in v[1]]) for n, v in trace.state.items() if isinstance(v, tuple)]
+    lists = [
+        _shortened(name, value[0], [located(entry) for entry in value[1]])
+        for name, value in trace.state.items()
+        if isinstance(value, tuple)
+    ]
     formulas = [entry.terms for entry in made]
     if not formulas:
         raise NotAffine("computes no tensor")
@@ -233,7 +237,7 @@ def compile_trace(
         names=trace.names,
         results=tuple(map(slot, results)),
         attributes=tuple((name, slot(at)) for name, at in singles),
-        lists=tuple((name, same, tuple(map(slot, entries))) for name, same, entries in lists),
+        lists=tuple((name, stay, tuple(map(slot, entries))) for name, stay, entries in lists),
         draws=() if drawn else trace.draws,
         noise=None if noise is None else slots.index(noise),
         draws_inside=drawn and form.noise is not None,
@@ -247,6 +251,18 @@ def compile_trace(
         taken_as_they_are=all(each in DTYPES for each in stored),
         make_sampler=make_sampler,
     )
+
+
+def _shortened(
+    name: str, same: bool, entries: list[Constant | str | int]
+) -> tuple[str, int | None, list[Constant | str | int]]:
+    """A list of the state without the first entries that stay where they are: some schedulers only ever append."""
+    if not same:
+        return name, None, entries
+    stay = 0
+    while stay < len(entries) and entries[stay] == f"self.{name}:{stay}":
+        stay += 1
+    return name, stay, entries[stay:]
 
 
 def _is_draw(place: str) -> bool:

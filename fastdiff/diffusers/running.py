@@ -164,14 +164,14 @@ def _write(plan: Plan, attributes: dict[str, Any], values: list[Any]) -> None:
     attributes.update(plan.constants)
     for name, slot in plan.variables:
         attributes[name] = values[slot]
-    for name, same, entries in plan.lists:
+    for name, stay, entries in plan.lists:
         items = []
         for v in entries:
             items.append(values[v] if type(v) is int else v.value)  # type: ignore[union-attr]
-        if same:
-            attributes[name][:] = items
-        else:
+        if stay is None:
             attributes[name] = items
+        else:
+            attributes[name][stay:] = items
 
 
 def _result(plan: Plan, values: list[Any]) -> Any:
