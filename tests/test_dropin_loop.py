@@ -90,6 +90,29 @@ def test_a_second_loop_looks_up_its_first_steps_alone(name: str, looked_up: list
     assert len(looked_up) == 1
 
 
+def test_a_list_that_only_grows_keeps_its_step_in_cpp(looked_up: list[str]) -> None:
+    """IPNDM's `ets` hold all outputs of a loop, of which a step reads four."""
+    steps = 40
+    scheduler = fastdiff.diffusers.CLASSES["IPNDMScheduler"]()
+    twin = type(scheduler).original()
+    outputs = list(torch.randn(steps, 2, 3, 4, generator=torch.Generator().manual_seed(0)))
+    ends = []
+    for each in (scheduler, scheduler, scheduler, twin):
+        each.set_timesteps(steps)
+        looked_up.clear()
+        x = outputs[0]
+        for output, timestep in zip(outputs, each.timesteps, strict=True):
+            x = each.step(output, timestep, x, return_dict=False)[0]
+        ends.append((x, list(each.ets), len(looked_up)))
+    assert ends[2][2] == 1
+    plan = scheduler._fused.plan
+    assert plan.simple
+    assert len(plan.from_attributes) <= 4
+    for mine, other in zip(ends[2][1], ends[3][1], strict=True):
+        assert (mine - other).abs().max() <= 1e-5 * other.abs().max().clamp(min=1)
+    assert (ends[2][0] - ends[3][0]).abs().max() <= 1e-5 * ends[3][0].abs().max().clamp(min=1)
+
+
 def test_the_purpose_of_noise_is_the_one_that_cpp_knows() -> None:
     assert Purpose.STEP == 1  # kStepPurpose in csrc/bindings/simple_step.h
 
