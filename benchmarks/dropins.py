@@ -16,6 +16,7 @@ says something where a step moves more than the caches hold.  A draw of torch's 
 
 `--beginnings` adds what is left out otherwise: the first step after `set_timesteps`, and a whole loop of 4 steps with
 it, as a model of few steps has them.  diffusers' loops and ours take turns, and `set_timesteps` itself is not timed.
+And the first loop of a process, in which all plans are made.
 """
 
 from __future__ import annotations
@@ -116,6 +117,18 @@ class Loop:
             sample = self.step(timestep, sample)
         return (first - started) * 1e6, (time.perf_counter() - started) * 1e6
 
+    def time_first(self) -> float:
+        """Milliseconds of the steps of a process' first loop: all plans are forgotten, and made in it."""
+        from fastdiff.diffusers.schedule import _PLANS
+
+        _PLANS.clear()
+        self.scheduler = type(self.scheduler)(**OPTIONS.get(self.name, {}))
+        timesteps, sample = self.begin(STEPS), self.sample
+        started = time.perf_counter()
+        for timestep in timesteps:
+            sample = self.step(timestep, sample)
+        return (time.perf_counter() - started) * 1e3
+
     def time(self) -> float:
         """Microseconds a step, over one loop; what begins a loop is left out."""
         timesteps = self.begin(STEPS)
@@ -192,7 +205,10 @@ class Copies:
 
 
 def beginnings(theirs: Loop, ours: Loop, rounds: int) -> dict[str, Any]:
-    """Microseconds of the first step of a loop, and of the loop, of both; and how many times longer diffusers takes."""
+    """Microseconds of the first step of a loop, and of the loop, of both; and how many times longer diffusers takes.
+
+    And milliseconds of a longer loop in which our plans are made.
+    """
     times: list[list[tuple[float, float]]] = [[], []]
     for loop in (theirs, ours):
         for _ in range(3):  # traces, and learns what follows what
@@ -208,6 +224,8 @@ def beginnings(theirs: Loop, ours: Loop, rounds: int) -> dict[str, Any]:
             "fastdiff": quantiles(of_ours),
             "times": quantiles(ratios(of_theirs, of_ours)),
         }
+    pairs = [(theirs.time_first(), ours.time_first()) for _ in range(max(3, rounds // 3))]
+    line["planning"] = {who: quantiles([pair[k] for pair in pairs]) for k, who in enumerate(("diffusers", "fastdiff"))}
     return line
 
 
@@ -272,6 +290,8 @@ def _row(name: str, line: dict[str, Any]) -> str:
         for of in ("diffusers", "fastdiff", "times")
         if "beginnings" in line
     ]
+    if "beginnings" in line:
+        begun += [f"{line['beginnings']['planning'][who]['median']:.1f}" for who in ("diffusers", "fastdiff")]
     cells = [name.removesuffix("Scheduler"), *figures, "yes" if line["draws"] else "", *shares, *begun]
     return f"| {' | '.join(cells)} |"
 
@@ -307,6 +327,7 @@ def main(arguments: list[str] | None = None) -> None:
     more = ["share of a copy", "guided: share"] if chosen.bandwidth else []
     if chosen.beginnings:
         more += ["first step: diffusers", "ours", "times", f"{FEW} steps: diffusers", "ours", "times"]
+        more += ["first loop, ms: diffusers", "ours"]
     heads = ["class", "diffusers µs", "ours µs", "times", "guided: diffusers", "ours", "times", "draws", *more]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     with warnings.catch_warnings():

@@ -72,7 +72,7 @@ def test_the_table_has_the_beginnings_where_they_are_asked_for(
     finally:
         torch.set_num_threads(threads)
     printed = capsys.readouterr().out.splitlines()
-    assert [line.count("|") for line in printed[:4]] == [15] * 4
+    assert [line.count("|") for line in printed[:4]] == [17] * 4
     assert "4 steps" in printed[0]
     classes = json.loads(file.read_text())["classes"]
     assert len(classes) == 2
@@ -81,6 +81,17 @@ def test_the_table_has_the_beginnings_where_they_are_asked_for(
             first, whole = (line["beginnings"][what][who]["median"] for what in ("first", "loop"))
             assert 0 < first < whole
         assert line["beginnings"]["loop"]["times"]["median"] > 0
+        assert all(line["beginnings"]["planning"][who]["median"] > 0 for who in ("diffusers", "fastdiff"))
+
+
+def test_a_first_loop_makes_all_its_plans() -> None:
+    loop = dropins.Loop("DDIMScheduler", CLASSES["DDIMScheduler"], (1, 4, 8, 8), torch.float32, guided=False)
+    loop.time()
+    assert loop.time_first() > 0
+    assert len(loop.plans()) == dropins.STEPS - 2  # those that are not the first two
+    before = loop.plans()
+    loop.time_first()
+    assert not {id(plan) for plan in loop.plans()} & {id(plan) for plan in before}
 
 
 def test_a_beginning_is_that_of_a_whole_loop(monkeypatch: pytest.MonkeyPatch) -> None:
