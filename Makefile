@@ -27,7 +27,7 @@ SANITIZED := build/sanitize
 SANITIZE_TESTS ?= $(sort $(wildcard $(addprefix tests/test_,$(addsuffix .py,step_parity step_layout step_functional \
   step_checks step_dtypes step_properties step_memory step_allocation step_streaming blocks binding_fuzz* \
   reductions reductions_ops philox* rows seeds copy_kernel torch_noise dropin_loop \
-  dropin_beginnings))))
+  dropin_beginnings dropin_brownian))))
 
 # The tests that draw their examples.
 FUZZ_TESTS ?= $(shell grep -l '^from hypothesis' tests/test_*.py)
