@@ -203,8 +203,8 @@ def check_steps(case: Case) -> None:
 
 
 #: UnCLIP's first step divides samples of up to 5 by √ᾱ = 5e-5, and LCM's only one by 4e-4, and both clip all but a few:
-#: 2^-24 is what float32 keeps of terms of 1e5 and of 1.2e4 that cancel. A half type that makes both terms the same number
-#: is right there by luck: 0 where float64 has 4e-5 and float32, of terms of 3.7e4, 2e-3.
+#: 2^-24 is what float32 keeps of terms of 1e5 and of 1.2e4 that cancel. A half type that makes both terms one number is
+#: right there by luck: 0 where float64 has 4e-5 and float32, of terms of 3.7e4, 2e-3.
 CONDITION = {"UnCLIP": 1e5 * 2.0**-24, "LCM": 1.2e4 * 2.0**-24}
 
 
