@@ -113,7 +113,7 @@ def run_tests(package: Path, build: str, tests: list[str], *, last: bool) -> sub
     options += ["--capture=sys"]
     # The bindings are one code for all builds, and their tests take as long as all else: once, with the last.
     chosen = "not triton and not reference and not cpu_build" + (
-        "" if last else " and not fuzz and not dropin_loop and not beginnings"
+        "" if last else " and not fuzz and not dropin_loop and not beginnings and not brownian"
     )
     return subprocess.run(
         [sys.executable, "-m", "pytest", *options, "-k", chosen, *tests],
