@@ -113,6 +113,31 @@ def test_a_list_that_only_grows_keeps_its_step_in_cpp(looked_up: list[str]) -> N
     assert (ends[2][0] - ends[3][0]).abs().max() <= 1e-5 * ends[3][0].abs().max().clamp(min=1)
 
 
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscrete", "DDPM", "UniPCMultistep"])
+def test_outputs_in_another_layout_are_laid_out_in_cpp(
+    name: str, guided: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transformer's output is a view in another order of dimensions; the bits are those of a contiguous one."""
+    scheduler, outputs = made(name), tensors(2, 4, 6, 5)
+    permuted = [output.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) for output in outputs]
+    assert permuted[0].stride() != outputs[0].stride()
+    ends = []
+    for each in (outputs, permuted, permuted):
+        if each is permuted and len(ends) == 2:
+            monkeypatch.setattr(looping.Fused, "launch", staticmethod(lambda *call: pytest.fail("by way of Python")))
+        torch.manual_seed(3)
+        scheduler.set_timesteps(STEPS)
+        x = outputs[-1]
+        for i, t in enumerate(scheduler.timesteps):
+            if guided:
+                x = scheduler.guided_step(each[i], each[i + STEPS], 3.0, t, x, return_dict=False)[0]
+            else:
+                x = scheduler.step(each[i], t, x, return_dict=False)[0]
+        ends.append(x)
+    assert_same_bits(ends[1:], [ends[0], ends[0]])
+
+
 def test_the_purpose_of_noise_is_the_one_that_cpp_knows() -> None:
     assert Purpose.STEP == 1  # kStepPurpose in csrc/bindings/simple_step.h
 

@@ -169,9 +169,28 @@ class SimpleStep {
         for (size_t o = 0; o <= static_cast<size_t>(program_.keeps); ++o)
             if (program_.made_types[o] != request.sample->scalar_type()) request.made[o] = program_.made_types[o];
         Outputs outputs;
-        if (!take_step(request, &outputs)) return false;
+        if (!take_step(request, &outputs) && !(lay_out(&request) && take_step(request, &outputs))) return false;
         for (int64_t o = 0; o <= program_.keeps; ++o) slots_.add(made(THPVariable_Wrap(std::move(outputs[o]))));
         return true;
+    }
+
+    // Copies of the model's outputs in the samples' layout, where they have another: a transformer's are often views in
+    // another order of dimensions. False where there is nothing to lay out, or something has to see the copy.
+    bool lay_out(StepRequest* request) {
+        const at::Tensor& sample = *request->sample;
+        if (!sample.is_non_overlapping_and_dense() || !called_plainly()) return false;
+        bool laid = false;
+        const auto in_layout = [&](MaybeTensor tensor, at::Tensor* copy) {
+            const bool other = tensor != nullptr && tensor->strides() != sample.strides();
+            if (!other || !ordinary(*tensor) || !tensor->is_cpu() || tensor->sizes() != sample.sizes()) return tensor;
+            *copy = new_output(sample, tensor->scalar_type());
+            copy->copy_(*tensor);
+            laid = true;
+            return static_cast<MaybeTensor>(copy);
+        };
+        request->model_output = in_layout(request->model_output, &laid_out_[0]);
+        request->uncond = in_layout(request->uncond, &laid_out_[1]);
+        return laid;
     }
 
     // Each attribute that is written is watched as it is from now on; what somebody else writes meanwhile is not.
@@ -221,6 +240,7 @@ class SimpleStep {
     Watch* watch_;
     bool watched_ = true;
     Watch::Gone gone_;
+    std::array<at::Tensor, 2> laid_out_;
     at::Tensor consumed_;  // noise that the step alone wants
     Slots slots_;
 };
