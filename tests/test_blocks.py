@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import gc
 import contextlib
 import copy
+import gc
 import io
 import os
 import pickle
