@@ -120,11 +120,8 @@ class Tree:
         for time, way, sign in zip(times, ways, (-1.0, 1.0), strict=True):
             left_out, rest = self._rest(time, way, common)
             for place, (node, weight) in enumerate(zip(way.nodes, way.weights, strict=True)):
-                kept = rest is not None and place >= left_out
-                if (place < common) or not kept:
+                if rest is None or place < left_out:  # else it is part of the rest
                     wanted[node] = wanted.get(node, 0.0) + sign * weight
-                if place < common and kept:
-                    wanted[node] -= sign * weight
             if rest is not None:
                 bases.append(rest)
                 base_weights.append(sign)
