@@ -142,6 +142,23 @@ def test_the_purpose_of_noise_is_the_one_that_cpp_knows() -> None:
     assert Purpose.STEP == 1  # kStepPurpose in csrc/bindings/simple_step.h
 
 
+@pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.parametrize("name", ["model_output_cond", "guidance_rescale"])
+def test_the_names_of_guidance_are_none_of_a_plain_step(name: str, place: int) -> None:
+    scheduler, outputs = made("DDIM"), tensors()
+    for _ in range(3):
+        scheduler.set_timesteps(STEPS)
+        loop(scheduler, outputs)
+    scheduler.set_timesteps(STEPS)
+    x = outputs[-1]
+    for i, t in enumerate(scheduler.timesteps[:place]):
+        x = scheduler.step(outputs[i], t, x, return_dict=False)[0]
+    given = {"timestep": scheduler.timesteps[place], "sample": x, "return_dict": False}
+    wrong = {name: outputs[0]} if name.endswith("cond") else {"model_output": outputs[0], name: 0.0}
+    with pytest.raises(TypeError, match=name):
+        scheduler.step(**given, **wrong)
+
+
 def test_guidance_goes_on_with_and_without_a_rescale_of_nothing(looked_up: list[str]) -> None:
     scheduler, outputs = made("DDIM"), tensors()
 

@@ -249,27 +249,14 @@ inline PyObject* loop_begin(PyObject* self, PyObject* const* objects, Py_ssize_t
     HANDLE_TH_ERRORS
     TORCH_CHECK_TYPE(count == 7 && PyDict_Check(objects[4]),
                      "begin: expected (scheduler, name, scales, seeded, given, uncond, guidance)");
-    static PyObject* const output = PyUnicode_InternFromString("model_output");
-    static PyObject* const timestep = PyUnicode_InternFromString("timestep");
-    static PyObject* const sample = PyUnicode_InternFromString("sample");
     if ((objects[5] == Py_None) != (objects[6] == Py_None)) Py_RETURN_NONE;
     StepCall call;
     call.uncond = objects[5];
     call.guidance = objects[6];
     Py_ssize_t at = 0;
     PyObject *name = nullptr, *value = nullptr;
-    while (PyDict_Next(objects[4], &at, &name, &value) != 0) {
-        if (name == output) {
-            call.arguments[0] = value;
-        } else if (name == timestep) {
-            call.arguments[1] = value;
-        } else if (name == sample) {
-            call.arguments[2] = value;
-        } else {
-            if (call.count == kMore) Py_RETURN_NONE;
-            call.more[call.count++] = {name, value};
-        }
-    }
+    while (PyDict_Next(objects[4], &at, &name, &value) != 0)
+        if (!put_argument(name, value, false, &call)) Py_RETURN_NONE;
     const bool scales = objects[2] == Py_True;
     if (scales) {
         if (call.output() != nullptr) Py_RETURN_NONE;

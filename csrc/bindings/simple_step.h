@@ -32,6 +32,37 @@ struct StepCall {
     }
 };
 
+// Puts one argument where it belongs; false where a step with it has to be looked at. The names that only `guided_step`
+// has belong nowhere in a call of another method.
+inline bool put_argument(PyObject* name, PyObject* value, bool guided, StepCall* call) {
+    static PyObject* const output = PyUnicode_InternFromString("model_output");
+    static PyObject* const timestep = PyUnicode_InternFromString("timestep");
+    static PyObject* const sample = PyUnicode_InternFromString("sample");
+    static PyObject* const uncond = PyUnicode_InternFromString("model_output_uncond");
+    static PyObject* const cond = PyUnicode_InternFromString("model_output_cond");
+    static PyObject* const scale = PyUnicode_InternFromString("guidance_scale");
+    static PyObject* const rescale = PyUnicode_InternFromString("guidance_rescale");
+    if (name == output || (guided && name == cond)) {
+        call->arguments[0] = value;
+    } else if (name == timestep) {
+        call->arguments[1] = value;
+    } else if (name == sample) {
+        call->arguments[2] = value;
+    } else if (guided && name == uncond) {
+        call->uncond = value;
+        return value != Py_None;
+    } else if (guided && name == scale) {
+        call->guidance = value;
+        return value != Py_None;
+    } else if (guided && name == rescale) {
+        return PyFloat_CheckExact(value) && PyFloat_AS_DOUBLE(value) == 0.0;
+    } else {
+        if (call->count == kMore) return false;
+        call->more[call->count++] = {name, value};
+    }
+    return true;
+}
+
 // The values of one step by slot.
 class Slots {
   public:

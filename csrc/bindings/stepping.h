@@ -15,42 +15,14 @@ struct Stepping {
     PyObject* arguments;  // the names of those that may be passed by place, a tuple
 };
 
-// Puts one argument where it belongs; false where a step with it has to be looked at.
-inline bool put_argument(PyObject* name, PyObject* value, StepCall* call) {
-    static PyObject* const output = PyUnicode_InternFromString("model_output");
-    static PyObject* const timestep = PyUnicode_InternFromString("timestep");
-    static PyObject* const sample = PyUnicode_InternFromString("sample");
-    static PyObject* const uncond = PyUnicode_InternFromString("model_output_uncond");
-    static PyObject* const cond = PyUnicode_InternFromString("model_output_cond");
-    static PyObject* const scale = PyUnicode_InternFromString("guidance_scale");
-    static PyObject* const rescale = PyUnicode_InternFromString("guidance_rescale");
-    if (name == output || name == cond) {
-        call->arguments[0] = value;
-    } else if (name == timestep) {
-        call->arguments[1] = value;
-    } else if (name == sample) {
-        call->arguments[2] = value;
-    } else if (name == uncond) {
-        call->uncond = value;
-        return value != Py_None;
-    } else if (name == scale) {
-        call->guidance = value;
-        return value != Py_None;
-    } else if (name == rescale) {
-        return PyFloat_CheckExact(value) && PyFloat_AS_DOUBLE(value) == 0.0;
-    } else {
-        if (call->count == kMore) return false;
-        call->more[call->count++] = {name, value};
-    }
-    return true;
-}
-
 // Reads a call (self, *positional, **named).
 inline bool read_call(PyObject* arguments, PyObject* const* objects, Py_ssize_t positional, PyObject* names,
                       StepCall* call) {
+    static PyObject* const uncond = PyUnicode_InternFromString("model_output_uncond");
+    const bool guided = PyTuple_GET_SIZE(arguments) > 0 && PyTuple_GET_ITEM(arguments, 0) == uncond;
     if (positional - 1 > PyTuple_GET_SIZE(arguments)) return false;
     for (Py_ssize_t i = 1; i < positional; ++i)
-        if (!put_argument(PyTuple_GET_ITEM(arguments, i - 1), objects[i], call)) return false;
+        if (!put_argument(PyTuple_GET_ITEM(arguments, i - 1), objects[i], guided, call)) return false;
     const Py_ssize_t count = names == nullptr ? 0 : PyTuple_GET_SIZE(names);
     for (Py_ssize_t i = 0; i < count; ++i) {
         PyObject* name = PyTuple_GET_ITEM(names, i);
@@ -59,7 +31,7 @@ inline bool read_call(PyObject* arguments, PyObject* const* objects, Py_ssize_t 
         // Passed by place and by name: for Python to say so.
         for (Py_ssize_t j = 0; j < positional - 1; ++j)
             if (PyTuple_GET_ITEM(arguments, j) == name) return false;
-        if (!put_argument(name, objects[positional + i], call)) return false;
+        if (!put_argument(name, objects[positional + i], guided, call)) return false;
     }
     if ((call->uncond == Py_None) != (call->guidance == Py_None)) return false;
     return call->output() != nullptr && call->timestep() != nullptr && call->sample() != nullptr;
