@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "simple_step.h"
+#include "watch.h"
 
 namespace fastdiff::bindings {
 
@@ -64,12 +65,12 @@ struct Buffer {
 // An attribute as it was (`Kept` in fastdiff/diffusers/schedule.py).
 class KeptAttribute {
   public:
-    enum How : int { kOwner, kSame, kEqual, kTensor, kArray, kLike };
+    enum How : int { kOwner, kSame, kEqual, kTensor, kArray, kLike, kNotRead };
 
     // `item` is a tuple (name, how, value, version, contents).
     explicit KeptAttribute(const py::tuple& item)
         : name(interned(item[0])), value(item[2]), how(static_cast<How>(item[1].cast<int>())) {
-        if (how < kTensor) return;
+        if (how < kTensor || how == kNotRead) return;
         version_ = item[3].cast<int64_t>();
         contents_ = item[4].cast<py::bytes>();
         if (how != kArray) {
@@ -97,6 +98,8 @@ class KeptAttribute {
                 return fits_array(now);
             case kLike:
                 return same_kind(tensor_in(now), type_, sizes_);
+            case kNotRead:
+                return true;
         }
         return false;
     }
@@ -108,8 +111,9 @@ class KeptAttribute {
     bool fits_tensor(PyObject* now) const {
         const MaybeTensor tensor = tensor_in(now);
         if (tensor == nullptr) return false;
-        // Unwritten since; of inference tensors nobody counts.
-        if (now == value.ptr() && !tensor->is_inference() && tensor->_version() == version_) return true;
+        // On the CPU the numbers are compared, for there are ways to write them that nobody counts.
+        if (now == value.ptr() && !tensor->is_cpu() && !tensor->is_inference() && tensor->_version() == version_)
+            return true;
         if (!same_kind(tensor, type_, sizes_) || !tensor->is_cpu()) return false;
         if (!ordinary(*tensor) || !tensor->is_contiguous() || !backed(*tensor, tensor->numel())) return false;
         return holds(tensor->const_data_ptr(), tensor->nbytes());
@@ -175,18 +179,20 @@ class KeptArgument {
 class Beginning {
   public:
     // `found` is a tuple (plan, the scheduler's class, method, guided, seeded, attributes, arguments, schedule,
-    // step_bytes); of the attributes one is `timesteps`, a tensor.
+    // step_bytes, reads); of the attributes one is `timesteps`, a tensor.
     explicit Beginning(const py::tuple& found)
         : plan(found[0]),
           program(plan.attr("program").cast<Program*>()),
           schedule(found[7]),
           step_bytes(found[8].cast<int64_t>()),
+          reads(found[9]),
           type_(found[1]),
           method_(interned(found[2])),
           guided_(found[3].cast<bool>()),
           seeded_(found[4].cast<bool>()) {
         for (const py::handle item : found[5]) attributes_.emplace_back(item.cast<py::tuple>());
         for (const py::handle item : found[6]) arguments.emplace_back(item.cast<py::tuple>());
+        version_ = class_version(reinterpret_cast<PyTypeObject*>(type_.ptr()));
     }
 
     // Whether a scheduler stands as it did then, and is called as it was.
@@ -194,6 +200,7 @@ class Beginning {
               const StepCall& call) const {
         static PyObject* const timesteps_name = PyUnicode_InternFromString("timesteps");
         if (reinterpret_cast<PyObject*>(Py_TYPE(scheduler)) != type_.ptr() || name != method_.ptr()) return false;
+        if (version_ == 0 || class_version(Py_TYPE(scheduler)) != version_ || epoch_ != reads_epoch) return false;
         if (seeded != seeded_ || (call.uncond != Py_None) != guided_) return false;
         if (static_cast<size_t>(PyDict_GET_SIZE(now)) != attributes_.size()) return false;
         if (arguments.size() != call.arguments.size() + call.count) return false;
@@ -235,6 +242,7 @@ class Beginning {
         Py_VISIT(plan.ptr());
         Py_VISIT(schedule.ptr());
         Py_VISIT(type_.ptr());
+        Py_VISIT(reads.ptr());
         for (const KeptAttribute& attribute : attributes_) Py_VISIT(attribute.value.ptr());
         for (const KeptArgument& argument : arguments) Py_VISIT(argument.value.ptr());
         return 0;
@@ -244,11 +252,14 @@ class Beginning {
     Program* program;  // the plan's own
     py::object schedule;
     int64_t step_bytes;
+    py::object reads;
     std::vector<KeptArgument> arguments;
 
   private:
     py::object type_, method_;
     bool guided_, seeded_;
+    unsigned int version_ = 0;
+    int64_t epoch_ = reads_epoch;
     std::vector<KeptAttribute> attributes_;
 };
 

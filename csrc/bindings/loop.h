@@ -29,7 +29,7 @@ struct Known {
     }
 
     bool fits(PyObject* value) const {
-        if (kind == kSame) return value == same.ptr();
+        if (kind == kSame) return equal_plain(same.ptr(), value);
         const MaybeTensor tensor = tensor_in(value);
         if (tensor == nullptr || tensor->scalar_type() != type || tensor->sizes() != sizes) return false;
         if (kind == kLike) return true;
@@ -56,6 +56,16 @@ struct LoopState {
     std::vector<Known> known;
     // How far apart timesteps lie.
     int64_t step_bytes = 1;
+    // What steps of the scheduler's class have read, a dictionary with their names; and when it was looked at.
+    py::object reads;
+    int64_t epoch = 0;
+    // The version of the scheduler's class.
+    unsigned int version = 0;
+
+    void look(PyObject* attributes, PyObject* owner) {
+        watch.look(attributes, owner, reads.ptr());
+        epoch = reads_epoch;
+    }
     // Counted at the beginning and at the end of every step: a step that two others stand between has met another
     // thread's, and nothing is to be learned from the state that it leaves.
     long long moves = 0;
@@ -76,8 +86,9 @@ struct Loop {
     PyObject* self() { return reinterpret_cast<PyObject*>(this); }
 
     // Whether a call is the last one again, one timestep on, with nothing changed between.
-    bool is_next(PyObject* attributes, PyObject* name, const StepCall& call) {
+    bool is_next(PyObject* scheduler, PyObject* attributes, PyObject* name, const StepCall& call) {
         const LoopState& s = *state;
+        if (s.version == 0 || class_version(Py_TYPE(scheduler)) != s.version || s.epoch != reads_epoch) return false;
         if (s.program == nullptr || name != s.name.ptr() || (call.uncond != Py_None) != s.guided) return false;
         if (s.known.size() != call.arguments.size() + call.count) return false;
         const Known* known = s.known.data();
@@ -89,10 +100,10 @@ struct Loop {
     }
 
     // Takes a step that is the next one and has a program; null, having done nothing, for any other.
-    py::object advance(PyObject* attributes, PyObject* name, const StepCall& call) {
+    py::object advance(PyObject* scheduler, PyObject* attributes, PyObject* name, const StepCall& call) {
         LoopState& s = *state;
         undisturbed_at = -1;
-        if (!is_next(attributes, name, call)) return py::object();
+        if (!is_next(scheduler, attributes, name, call)) return py::object();
         Program* next = s.program->follower;
         if (next == nullptr) {
             undisturbed_at = s.moves;
@@ -107,7 +118,7 @@ struct Loop {
             forget();
             return result;
         }
-        if (!watched) s.watch.look(attributes, self());
+        if (!watched) s.look(attributes, self());
         move_on(std::move(plan), next);
         return result;
     }
@@ -129,6 +140,7 @@ struct Loop {
         py::object plan = found->plan;
         Program* program = found->program;
         const int64_t step_bytes = found->step_bytes;
+        py::object reads = found->reads;
         std::vector<Known> known = known_of(*found, call);
         auto versions = found->versions(attributes.ptr());
         static PyObject* const schedule_name = PyUnicode_InternFromString("schedule");
@@ -148,8 +160,10 @@ struct Loop {
         s.name = py::reinterpret_borrow<py::object>(name);
         s.guided = call.uncond != Py_None;
         s.step_bytes = step_bytes;
+        std::swap(s.reads, reads);
+        s.version = class_version(Py_TYPE(scheduler));
         s.watch.versions(std::move(versions));
-        s.watch.look(attributes.ptr(), self());
+        s.look(attributes.ptr(), self());
         move_on(std::move(plan), program);
         return result;
     }
@@ -224,8 +238,10 @@ inline Loop* loop_of(PyObject* self) { return reinterpret_cast<Loop*>(self); }
 
 inline PyObject* loop_remember(PyObject* self, PyObject* const* objects, Py_ssize_t count) {
     HANDLE_TH_ERRORS
-    TORCH_CHECK_TYPE(count == 7 && PyDict_Check(objects[1]) && PyList_Check(objects[4]),
-                     "remember: expected (plan, attributes, name, guided, arguments, step_bytes, tensors)");
+    TORCH_CHECK_TYPE(
+        count == 9 && PyDict_Check(objects[1]) && PyList_Check(objects[4]) && PyDict_Check(objects[7]) &&
+            PyType_Check(objects[8]),
+        "remember: expected (plan, attributes, name, guided, arguments, step_bytes, tensors, reads, class)");
     LoopState& s = *loop_of(self)->state;
     py::object plan = py::reinterpret_borrow<py::object>(objects[0]);
     auto* program = plan.attr("program").cast<Program*>();
@@ -239,7 +255,9 @@ inline PyObject* loop_remember(PyObject* self, PyObject* const* objects, Py_ssiz
     s.guided = objects[3] == Py_True;
     s.step_bytes = py::cast<int64_t>(objects[5]);
     s.watch.versions(objects[6]);
-    s.watch.look(objects[1], self);
+    const py::object reads_before = std::exchange(s.reads, py::reinterpret_borrow<py::object>(objects[7]));
+    s.version = class_version(reinterpret_cast<PyTypeObject*>(objects[8]));
+    s.look(objects[1], self);
     loop_of(self)->move_on(std::move(plan), program);
     Py_RETURN_NONE;
     END_HANDLE_TH_ERRORS
@@ -270,7 +288,7 @@ inline PyObject* loop_begin(PyObject* self, PyObject* const* objects, Py_ssize_t
 
 inline PyObject* loop_keep_beginning(PyObject* self, PyObject* found) {
     HANDLE_TH_ERRORS
-    TORCH_CHECK_TYPE(PyTuple_Check(found) && PyTuple_GET_SIZE(found) == 9, "keep_beginning: expected nine things");
+    TORCH_CHECK_TYPE(PyTuple_Check(found) && PyTuple_GET_SIZE(found) == 10, "keep_beginning: expected ten things");
     std::vector<Beginning>& kept = loop_of(self)->state->beginnings;
     Beginning beginning(py::reinterpret_borrow<py::tuple>(found));
     std::vector<Beginning> before;  // dies when all is in order
@@ -297,11 +315,13 @@ inline PyObject* loop_forget(PyObject* self, PyObject* /*unused*/) {
     Py_RETURN_NONE;
 }
 
-inline PyObject* loop_unchanged(PyObject* self, PyObject* attributes) {
+inline PyObject* loop_unchanged(PyObject* self, PyObject* scheduler) {
     HANDLE_TH_ERRORS
-    TORCH_CHECK_TYPE(PyDict_Check(attributes), "unchanged: expected a dict");
+    const py::object attributes = made(PyObject_GenericGetDict(scheduler, nullptr));
     const LoopState& s = *loop_of(self)->state;
-    return PyBool_FromLong(s.program != nullptr && s.watch.unchanged(attributes, self) ? 1 : 0);
+    const bool known = s.program != nullptr && s.version != 0 && s.version == class_version(Py_TYPE(scheduler)) &&
+                       s.epoch == reads_epoch;
+    return PyBool_FromLong(known && s.watch.unchanged(attributes.ptr(), self) ? 1 : 0);
     END_HANDLE_TH_ERRORS
 }
 
@@ -335,6 +355,7 @@ inline int loop_traverse(PyObject* self, visitproc visit, void* arg) {
     if (s == nullptr) return 0;
     Py_VISIT(s->choice.ptr());
     Py_VISIT(s->plan.ptr());
+    Py_VISIT(s->reads.ptr());
     for (const Known& known : s->known) Py_VISIT(known.same.ptr());
     for (const Beginning& beginning : s->beginnings)
         if (const int stop = beginning.traverse(visit, arg); stop != 0) return stop;
@@ -359,19 +380,20 @@ inline void loop_dealloc(PyObject* self) {
 inline void define_loop(py::module_& m) {
     static PyMethodDef methods[] = {
         {"remember", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&loop_remember)), METH_FASTCALL,
-         "remember(plan, attributes, name, guided, arguments, step_bytes, tensors): go on from a step that was taken "
-         "the "
-         "longer way; arguments are triples (name, value, kind), the three that all calls have first."},
+         "remember(plan, attributes, name, guided, arguments, step_bytes, tensors, reads, class): go on from a step "
+         "that "
+         "was taken the longer way; arguments are triples (name, value, kind), the three that all calls have first."},
         {"begin", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&loop_begin)), METH_FASTCALL,
          "begin(scheduler, name, scales, seeded, given, uncond, guidance): the result of a step that an earlier loop "
          "began with; None, having done nothing, for any other."},
         {"keep_beginning", &loop_keep_beginning, METH_O,
-         "keep_beginning((plan, class, name, guided, seeded, attributes, arguments, schedule, step_bytes)): what a "
+         "keep_beginning((plan, class, name, guided, seeded, attributes, arguments, schedule, step_bytes, reads)): "
+         "what a "
          "loop may begin with again; see csrc/bindings/beginning.h."},
         {"adopt", &loop_adopt, METH_O, "adopt(other): begin as another's loops do."},
         {"forget", &loop_forget, METH_NOARGS, "forget(): there is no step to go on from."},
         {"move", &loop_move, METH_NOARGS, "move(): count the beginning or the end of a step."},
-        {"unchanged", &loop_unchanged, METH_O, "unchanged(attributes): whether they are as the last step left them."},
+        {"unchanged", &loop_unchanged, METH_O, "unchanged(scheduler): whether it is as the last step left it."},
         {nullptr, nullptr, 0, nullptr},
     };
     static PyGetSetDef properties[] = {
@@ -400,6 +422,18 @@ inline void define_loop(py::module_& m) {
     const py::object type = made(PyType_FromSpec(&spec));
     loop_type = reinterpret_cast<PyTypeObject*>(type.ptr());
     m.attr("Loop") = type;
+    m.def(
+        "class_version",
+        [](const py::type& type) {
+            auto* object = reinterpret_cast<PyTypeObject*>(type.ptr());
+            if (class_version(object) == 0) (void)py::hasattr(type, "step");  // a look-up gives it one
+            return class_version(object);
+        },
+        py::arg("type"),
+        "A number that changes when an attribute of a class or of a base is replaced; 0 where Python has none.");
+    m.def(
+        "advance_epoch", [] { ++reads_epoch; },
+        "Say that a step has read an attribute that no step had read before: no scheduler goes on without a look.");
 }
 
 }  // namespace fastdiff::bindings

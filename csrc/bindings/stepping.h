@@ -50,7 +50,7 @@ inline PyObject* stepping_call(PyObject* self, PyObject* const* objects, size_t 
             const py::object loop = py::reinterpret_borrow<py::object>(found);
             loop_of(found)->undisturbed_at = -1;
             if (read_call(method->arguments, objects, positional, names, &call)) {
-                py::object result = loop_of(found)->advance(attributes.ptr(), method->name, call);
+                py::object result = loop_of(found)->advance(objects[0], attributes.ptr(), method->name, call);
                 if (result.ptr() != nullptr) return result.release().ptr();
             }
         }

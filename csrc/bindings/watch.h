@@ -12,14 +12,28 @@ namespace fastdiff::bindings {
 
 namespace py = pybind11;
 
+// Counts the times that a step has read an attribute that none had read before: what has been watched until then
+// lacks it.
+inline int64_t reads_epoch = 0;
+
+// A number that another definition of a class never has: it changes when an attribute of the class or of a base is
+// replaced. 0 where Python has none.
+inline unsigned int class_version(PyTypeObject* type) {
+#if PY_VERSION_HEX < 0x030D0000
+    if ((type->tp_flags & Py_TPFLAGS_VALID_VERSION_TAG) == 0) return 0;
+#endif
+    return type->tp_version_tag;
+}
+
 class Watch {
   public:
     // What is watched no more, to die once all is in order: what dies may call back.
     using Gone = c10::SmallVector<py::object, 16>;
 
-    // Remember the attributes, and what is in the lists among them. `owner` is one of the attributes and no state; it
-    // is not held, so that the scheduler dies with its last reference.
-    void look(PyObject* attributes, PyObject* owner) {
+    // Remember the attributes that some step has read (the keys of the dictionary `reads`), and what is in the lists
+    // among them. `owner` is one of the attributes and no state; it is not held, so that the scheduler dies with its
+    // last reference.
+    void look(PyObject* attributes, PyObject* owner, PyObject* reads) {
         Gone gone;
         size_t count = 0, lists = 0;
         Py_ssize_t at = 0;
@@ -30,8 +44,9 @@ class Watch {
         keys_.resize(values_.size());
         while (PyDict_Next(attributes, &at, &key, &value) != 0) {
             keep(&keys_[count], key, &gone);
-            keep(&values_[count++], value == owner ? nullptr : value, &gone);
-            if (!PyList_Check(value)) continue;
+            const bool read = PyDict_Contains(reads, key) == 1;
+            keep(&values_[count++], value == owner ? nullptr : read ? value : kNotCompared, &gone);
+            if (!read || !PyList_Check(value)) continue;
             if (lists == lists_.size()) lists_.emplace_back();
             look_into(value, &lists_[lists++], &gone);
         }
@@ -45,6 +60,7 @@ class Watch {
         for (size_t i = 0; i < keys_.size(); ++i) {
             if (keys_[i].ptr() != key) continue;
             const py::object& before = values_[i];
+            if (before.ptr() == kNotCompared) return true;
             if (PyList_Check(value) || before.ptr() == nullptr || PyList_Check(before.ptr())) return false;
             keep(&values_[i], value, gone);
             return true;
@@ -77,7 +93,7 @@ class Watch {
         PyObject *key = nullptr, *value = nullptr;
         while (PyDict_Next(attributes, &at, &key, &value) != 0) {
             PyObject* kept = values_[count++].ptr();
-            if (kept != value && !(kept == nullptr && value == owner)) return false;
+            if (kept != value && kept != kNotCompared && !(kept == nullptr && value == owner)) return false;
         }
         for (const auto& [list, items] : lists_) {
             if (static_cast<size_t>(PyList_GET_SIZE(list)) != items.size()) return false;
@@ -106,6 +122,8 @@ class Watch {
     }
 
   private:
+    // In place of the value of an attribute that no step has read.
+    static inline PyObject* const kNotCompared = Py_Ellipsis;
     // A list is one of the values, and held as such.
     using List = std::pair<PyObject*, std::vector<py::object>>;
 

@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import sentence
 from .brownian import sampled, sampler_maker
+from .environment import FUSED, HISTORY, SCALARS_OF_STATE
 from .loop import fused_of
-from .schedule import FUSED, SCALARS_OF_STATE
-from .scheduler import FusedScheduler, _compile
+from .planning import find_plan
+from .scheduler import FusedScheduler
 from .schedulers import CLASSES
-from .tracing import HISTORY
 
 #: Attributes that a loop leaves behind, beside its tensors.
 _LEFT_BEHIND = HISTORY | SCALARS_OF_STATE | {
@@ -185,22 +185,6 @@ def _fresh(scheduler: Any, kind: Any, num_inference_steps: int | None) -> Any:
     return fresh
 
 
-class _Recorder(dict[Any, Any]):
-    """Plans, and of the latest look-up the key."""
-
-    def __init__(self, plans: dict[Any, Any]) -> None:
-        super().__init__()
-        self.plans = plans
-        self.asked: list[Any] = []
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        self.asked.append(key)
-        return self.plans.get(key, default)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.plans[key] = value
-
-
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The operators that touch elements; a call of the scheduler's own noise sampler, which has hundreds, is one, and
     so is the making of it."""
@@ -225,7 +209,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _count(self, name: str) -> None:
         frame: FrameType | None = sys._getframe(2)
         while frame is not None:
-            if frame.f_code is _compile.__code__:
+            if frame.f_code is find_plan.__code__:
                 return  # a step is traced once for a state, and not when it is taken
             if frame.f_code in self.whole:
                 if frame not in self.calls:
@@ -261,7 +245,7 @@ def _walk(
         if scheduler.original.__name__ == "DDPMWuerstchenScheduler":
             timestep = timestep.expand(shape[0])
         fused = fused_of(scheduler)
-        recorder = fused.schedule.plans = _Recorder(fused.schedule.plans)
+        fused.latest = None
         with _Counter(scheduler) as counter:
             if guided:
                 result = scheduler.guided_step(*outputs, 5.0, timestep, sample, **others)
@@ -269,9 +253,8 @@ def _walk(
                 result = scheduler.step(outputs[0], timestep, sample, **others)
             else:
                 result = scheduler.step(model_output=outputs[0], timestep=timestep, sample=sample, **others)
-        fused.schedule.plans = recorder.plans
         # Where no plan was looked up, the step before had its follower at hand.
-        plan = recorder.plans.get(recorder.asked[0]) if recorder.asked else fused.plan
+        plan = fused.plan if fused.latest is None else fused.latest
         if plan is None:
             plan = "it is no call that a plan is made for"
         values = result if isinstance(result, tuple) else tuple(result.values())

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from ..affine import COLUMNS, ZERO, Affine
 from ..table import NUM_REGISTERS, Row, Variance
+from .scalars import Factor, finite
 from .symbols import ONE, Clamped, Leaf, LearnedStd, Masked, NotAffine, ScaledNoise, Terms
 
 _T = TypeVar("_T")
@@ -109,7 +110,7 @@ def take_mask_apart(formulas: list[Terms]) -> tuple[int, int] | None:
 def _bounded(formula: Terms) -> bool:
     """Whether all coefficients are finite, those inside a clamp too."""
     return all(
-        math.isfinite(c) and not (isinstance(leaf, (Clamped, Masked, LearnedStd)) and not _bounded(leaf.inner))
+        finite(c) and not (isinstance(leaf, (Clamped, Masked, LearnedStd)) and not _bounded(leaf.inner))
         for leaf, c in formula
     )
 
@@ -121,7 +122,7 @@ def _the_only(found: list[_T], otherwise: str) -> _T | None:
     return found[0] if found else None
 
 
-def _of_two(inner: Terms) -> tuple[float, float]:
+def _of_two(inner: Terms) -> tuple[Factor, Factor]:
     """p and q of a prediction p·x + q·m."""
     by_leaf = dict(inner.items)
     if not by_leaf.keys() <= {"sample", "model_output"}:
@@ -129,7 +130,7 @@ def _of_two(inner: Terms) -> tuple[float, float]:
     return by_leaf.get("sample", 0.0), by_leaf.get("model_output", 0.0)
 
 
-def _variance(scaled: ScaledNoise | None) -> tuple[Variance, float, float]:
+def _variance(scaled: ScaledNoise | None) -> tuple[Variance, Factor, Factor]:
     if scaled is None:
         return Variance.FIXED, 0.0, 0.0
     by_leaf = dict(scaled.std.inner.items)

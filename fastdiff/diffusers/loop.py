@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ..ops import backends
 from ..philox import as_seeds
+from .environment import FUSED
 from .plan import Plan
+from .reads import reads_of
 from .running import draw, launch, run_plan
-from .schedule import FUSED, PLAIN, KeptAttribute, Schedule, comparable
+from .schedule import PLAIN, KeptAttribute, Schedule, comparable
 from .tracing import INPUTS, USUAL
 
 
@@ -46,7 +48,7 @@ class _NoLoop:
     def adopt(self, other: Any) -> None:
         return None
 
-    def unchanged(self, attributes: Mapping[str, Any]) -> bool:
+    def unchanged(self, scheduler: Any) -> bool:
         return False
 
 
@@ -126,6 +128,10 @@ class Fused(_Loop):  # type: ignore[misc]
             self.adopt(beside)
         self.schedule: Schedule = Schedule(scheduler) if beside is None else beside.schedule
         self.seeds: int | Sequence[int] | Tensor | None = None
+        #: The plan of the last step that was looked up, or why there was none.
+        self.latest: Plan | str | None = None
+        #: Whether the schedule has to be looked at anew, for numbers may have been written that nobody counts.
+        self.look_again = False
         #: The plan of the last look at `scale_model_input`.
         self.scaling: Plan | None = None
         self._seeds_kept: Tensor | None = None
@@ -143,13 +149,16 @@ class Fused(_Loop):  # type: ignore[misc]
             kept = self._seeds_kept = as_seeds(self.seeds, sample.shape[0], sample.device)
         return kept
 
-    def go_on_from(self, plan: Plan, method: str, guided: bool, given: Mapping[str, Any], attributes: Any) -> None:
+    def go_on_from(self, plan: Plan, method: str, guided: bool, given: Mapping[str, Any], scheduler: Any) -> None:
         """Look at the scheduler and the call after a step that was taken the longer way."""
         schedule = self.schedule
         names = (*USUAL, *(name for name in given if name not in USUAL))
         known = [(name, given.get(name), _known(schedule, name, given.get(name))) for name in names]
         if known[1][2] is Known.MOVING and all(kind is not None for _, _, kind in known):
-            self.remember(plan, attributes, method, guided, known, schedule.step_bytes, schedule.tensors_read())
+            self.remember(
+                plan, vars(scheduler), method, guided, known, schedule.step_bytes, schedule.tensors_read(),
+                reads_of(scheduler.original), type(scheduler),
+            )  # fmt: skip
         else:
             self.forget()
 
@@ -167,7 +176,7 @@ class Fused(_Loop):  # type: ignore[misc]
             return
         self.keep_beginning(
             (plan, type(scheduler), method, guided, self.seeds is not None, before, arguments, schedule,
-             schedule.step_bytes)
+             schedule.step_bytes, reads_of(scheduler.original))
         )  # fmt: skip
 
     # What the loop in C++ leaves to Python.
@@ -187,9 +196,10 @@ def fused_of(scheduler: Any) -> Fused:
     fused: Fused | None = attributes.get(FUSED)
     if fused is None:
         fused = attributes[FUSED] = Fused(scheduler)
-    elif not fused.schedule.holds(attributes):
+    elif fused.look_again or not fused.schedule.holds(attributes):
         before = fused.schedule
-        fused.schedule = Schedule(scheduler, before)
+        fused.schedule = Schedule(scheduler, None if fused.look_again else before)
+        fused.look_again = False
         # A loop that began as an earlier one has looked at nothing, and goes on where the numbers are the same.
         if fused.schedule.plans is not before.plans:
             fused.forget()

@@ -18,7 +18,7 @@ from typing import Any
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..errors import sentence
-from .schedule import FUSED
+from .environment import FUSED
 from .scheduler import FusedScheduler
 from .schedulers import CLASSES
 

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +14,16 @@ from torch import Tensor
 
 from ..ops import backends
 from ..ops.checks import DTYPES
-from ..table import PREV_SAMPLE, ROW_WIDTH, compute_dtype, prediction_rows
+from ..table import CLIP, PREV_SAMPLE, ROW_WIDTH, compute_dtype, prediction_rows
 from .form import row_form, take_mask_apart
+from .scalars import Coefficient
 from .symbols import NotAffine, Terms
-from .tracing import INPUTS, USUAL, Constant, Given, Made, Trace, Value
+from .tracing import INPUTS, USUAL, Computed, Constant, Given, Made, Trace, Value
 
 #: Arguments by the names that formulas have for them.
 _NAMES = {leaf: name for name, leaf in INPUTS.items()}
+#: Why a step with a coefficient that is infinite or NaN has no plan.
+UNBOUNDED_COEFFICIENT = "has a coefficient that is infinite or not a number"
 #: The most tensors that the fused step makes: the previous sample and two to keep.
 MOST_MADE = 3
 
@@ -33,7 +37,7 @@ class Plan:
     makes.
 
     Attributes:
-        row: the step's scalars, float64 ``[32]``.
+        row: the step's scalars, float64 ``[32]``; before `with_values`, a list of numbers and recorded coefficients.
         dtype: the widest of all tensors, before and after: the step is taken in its compute dtype.
         from_attributes: by name, and by the place in a list where there is one.
         from_arguments, from_keywords: by the number among `USUAL`, and by name.
@@ -52,7 +56,7 @@ class Plan:
             step that finds none.
     """
 
-    row: Tensor
+    row: Any
     dtype: torch.dtype
     from_attributes: tuple[tuple[str, int | None], ...]
     from_arguments: tuple[int, ...]
@@ -67,7 +71,7 @@ class Plan:
     draws: tuple[torch.dtype, ...]
     noise: int | None
     draws_inside: bool
-    spans: tuple[tuple[float, float], ...]
+    spans: tuple[tuple[Any, Any], ...]
     variance_kind: int
     thresholding: bool
     blend: tuple[int, int, int] | None
@@ -82,6 +86,42 @@ class Plan:
     #: Samples of which dtype `scale_model_input` multiplies by what in the state after this step, once asked there.
     next_scale: tuple[torch.dtype, float] | None = field(default=None, init=False, repr=False)
     _tables: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def with_values(self, values: Sequence[Any]) -> Plan:
+        """The plan whose recorded numbers are these, by their index on the tape.
+
+        Raises:
+            NotAffine: a coefficient is infinite or NaN with these numbers.
+        """
+        row = [values[entry.index] if type(entry) is Coefficient else entry for entry in self.row]
+        if not all(map(math.isfinite, row[:CLIP] + row[CLIP + 1 :])):
+            raise NotAffine(UNBOUNDED_COEFFICIENT)
+        with torch.inference_mode(False):
+            table = torch.tensor(row, dtype=torch.float64, device="cpu")
+        own = object.__new__(Plan)
+        vars(own).update(self._shared, row=table, next_scale=None, _tables={})
+        if self._computes:
+            vars(own).update(
+                results=tuple(_valued(value, values) for value in self.results),
+                attributes=tuple((name, _valued(value, values)) for name, value in self.attributes),
+                lists=tuple((n, stay, tuple(_valued(v, values) for v in items)) for n, stay, items in self.lists),
+                spans=tuple((_number(a, values), _number(b, values)) for a, b in self.spans),
+            )
+        return own
+
+    @functools.cached_property
+    def _shared(self) -> dict[str, Any]:
+        """What plans of all values have alike."""
+        for name in ("simple", "outputs", "converts", "variables"):
+            getattr(self, name)
+        return {name: value for name, value in vars(self).items() if name not in ("constants", "_shared", "_computes")}
+
+    @functools.cached_property
+    def _computes(self) -> bool:
+        """Whether anything but the row depends on recorded numbers."""
+        held = [*self.results, *(value for _, value in self.attributes)]
+        held += [value for _, _, items in self.lists for value in items]
+        return bool(self.spans) or any(isinstance(value, Computed) for value in held)
 
     @functools.cached_property
     def simple(self) -> bool:
@@ -119,7 +159,7 @@ class Plan:
     @functools.cached_property
     def variables(self) -> tuple[tuple[str, int], ...]:
         """The attributes that are set to tensors, and the slots of those."""
-        return tuple((name, value) for name, value in self.attributes if not isinstance(value, Constant))
+        return tuple((name, value) for name, value in self.attributes if isinstance(value, int))
 
     def table(self, device: torch.device) -> Tensor:
         """The row as a table on the samples' device, brought there once."""
@@ -175,9 +215,9 @@ def compile_trace(
     absent |= {f"noise:{k}" for k in range(len(trace.draws))} if drawn else set()
     made: list[Made] = []
 
-    def located(value: Value) -> Constant | str | int:
+    def located(value: Value) -> Constant | Computed | str | int:
         """A constant, the place of what stands before the step, or the number of what it makes."""
-        if isinstance(value, Constant):
+        if isinstance(value, (Constant, Computed)):
             return value
         if isinstance(value, Given):
             if value.where not in absent:
@@ -214,8 +254,8 @@ def compile_trace(
     draws = [f"noise:{k}" for k in range(0 if drawn else len(trace.draws))]
     slots = [*attributes, *arguments, *keywords, *draws]
 
-    def slot(at: Constant | str | int) -> Constant | int:
-        if isinstance(at, Constant):
+    def slot(at: Any) -> Any:
+        if isinstance(at, (Constant, Computed)):
             return at
         return slots.index(at) if isinstance(at, str) else len(slots) + at
 
@@ -226,7 +266,7 @@ def compile_trace(
         # What is made on the way to the result must not be rounded to a half type.
         dtype = torch.promote_types(dtype, torch.float32)
     return Plan(
-        row=torch.tensor(form.row.scalars(), dtype=torch.float64),
+        row=form.row.scalars(),
         dtype=dtype,
         from_attributes=tuple(map(_attribute, attributes)),
         from_arguments=tuple(map(USUAL.index, arguments)),
@@ -253,9 +293,18 @@ def compile_trace(
     )
 
 
+def _valued(value: Any, values: Sequence[Any]) -> Any:
+    """A recorded value as a constant; any other as it is."""
+    return Constant(value.of(values)) if isinstance(value, Computed) else value
+
+
+def _number(value: Any, values: Sequence[Any]) -> float:
+    return float(values[value.index]) if type(value) is Coefficient else value
+
+
 def _shortened(
-    name: str, same: bool, entries: list[Constant | str | int]
-) -> tuple[str, int | None, list[Constant | str | int]]:
+    name: str, same: bool, entries: list[Constant | Computed | str | int]
+) -> tuple[str, int | None, list[Constant | Computed | str | int]]:
     """A list of the state without the first entries that stay where they are: some schedulers only ever append."""
     if not same:
         return name, None, entries

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from enum import IntEnum
 from types import FunctionType
 from typing import Any
@@ -13,16 +13,46 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .environment import CONFIG, FUSED, HISTORY, SCALARS_OF_STATE, Lookup, identity
 from .plan import Plan
-from .tracing import HISTORY
+from .reads import reads_of
 
-#: Attributes that hold a tensor with one number, made by one step for the next.
-SCALARS_OF_STATE = frozenset(("dt", "mid_point_sigma"))
-#: Where the object of this module hangs.
-FUSED = "_fused"
-#: Schedules whose plans are kept, the latest ones.
+#: Schedules whose plans are kept, the latest ones, and how many plans in all.
 MOST_SCHEDULES = 128
-_PLANS: OrderedDict[Any, dict[Any, Plan | str]] = OrderedDict()
+MOST_PLANS = 4096
+
+
+class PlanStore:
+    """The plans of all schedules, by what a schedule holds and then by a call's key; the oldest are forgotten."""
+
+    def __init__(self) -> None:
+        self.schedules: OrderedDict[Any, OrderedDict[Any, Plan | str]] = OrderedDict()
+
+    def of_schedule(self, key: Any) -> OrderedDict[Any, Plan | str]:
+        """The plans for schedules that hold the same."""
+        plans = self.schedules.setdefault(key, OrderedDict())
+        self.schedules.move_to_end(key)
+        while len(self.schedules) > MOST_SCHEDULES:
+            self.schedules.popitem(last=False)
+        return plans
+
+    def keep(self, plans: OrderedDict[Any, Plan | str], key: Any, plan: Plan | str) -> None:
+        """Keep a plan, and no more plans than `MOST_PLANS`."""
+        plans[key] = plan
+        while len(plans) > MOST_PLANS:
+            plans.popitem(last=False)
+        if len(plans) % 64:
+            return  # all of them are counted now and then
+        while sum(map(len, self.schedules.values())) > MOST_PLANS:
+            oldest = next(iter(self.schedules.values()))
+            if oldest is plans:
+                plans.popitem(last=False)
+            else:
+                oldest.clear()  # not dropped: a scheduler may hold it
+                self.schedules.popitem(last=False)
+
+
+PLANS = PlanStore()
 
 #: Types of which equal values are alike to every plan.
 PLAIN = frozenset((type(None), bool, int, float, str, np.float64))
@@ -37,6 +67,7 @@ class Kept(IntEnum):
     TENSOR = 3
     ARRAY = 4
     LIKE = 5
+    NOT_READ = 6
 
 
 #: An attribute's name, how it is compared and with what; of arrays also the version and the numbers.
@@ -52,7 +83,7 @@ class Schedule:
     def __init__(self, scheduler: Any, before: Schedule | None = None) -> None:
         """Look at a scheduler; of what is as it was at the last look, `before`, nothing is copied again."""
         attributes = vars(scheduler)
-        self.config = attributes["_internal_dict"]
+        self.config = attributes[CONFIG]
         arrays = {
             name: value
             for name, value in attributes.items()
@@ -60,7 +91,7 @@ class Schedule:
         }
         self.tensors = tuple((n, t, version_of(t)) for n, t in arrays.items() if isinstance(t, Tensor))
         self.arrays = tuple((n, a) for n, a in arrays.items() if isinstance(a, np.ndarray))
-        self.names = frozenset(arrays) | {"_internal_dict", FUSED}
+        self.names = frozenset(arrays) | {CONFIG, FUSED}
         seen = set() if before is None else {(n, id(t), version) for n, t, version in before.tensors}
         self.host: dict[str, Tensor] = {}
         self._contents: dict[str, tuple[Any, ...]] = {}
@@ -70,16 +101,15 @@ class Schedule:
                     self.host[name], self._contents[name] = before.host[name], before._contents[name]
                 else:
                     self.host[name] = tensor.detach().cpu()
-                    self._contents[name] = _contents_of(self.host[name].numpy())
+                    self._contents[name] = _contents_of(self.host[name])
         self._contents |= {name: _contents_of(array) for name, array in self.arrays}
+        self._class = type(scheduler).original
+        self._values: dict[str, Any] = {}
+        self._lookups: dict[Any, dict[Any, Any]] = {}
         self._locate(attributes.get("timesteps"))
         same_config = before is not None and before.config is self.config
         self._options: str = before._options if before and same_config else repr(sorted(self.config.items()))
-        key = type(scheduler), self._options, tuple(sorted(self._contents.items()))
-        self.plans = _PLANS.setdefault(key, {})
-        _PLANS.move_to_end(key)
-        while len(_PLANS) > MOST_SCHEDULES:
-            _PLANS.popitem(last=False)
+        self.plans = PLANS.of_schedule((type(scheduler), self._options, tuple(sorted(self._contents.items()))))
 
     def _locate(self, timesteps: object) -> None:
         self._dtype: torch.dtype | None = None
@@ -88,9 +118,52 @@ class Schedule:
             self._dtype, self._count = timesteps.dtype, timesteps.numel()
             self._first, self.step_bytes = timesteps.data_ptr(), timesteps.element_size() * max(timesteps.stride(0), 1)
 
+    @property
+    def options(self) -> str:
+        """The configuration, as a key."""
+        return self._options
+
+    @property
+    def contents(self) -> dict[str, tuple[Any, ...]]:
+        """What each array holds: dtype, shape and bytes."""
+        return self._contents
+
+    def values(self, name: str) -> Any:
+        """The numbers of an array as a list; of a tensor without dimensions, the number."""
+        found = self._values.get(name)
+        if found is None:
+            found = self._values[name] = self.host[name].tolist()
+        return found
+
+    def lookup(self, which: Lookup, attributes: dict[str, Any]) -> Callable[[Any], Any]:
+        """A method of the scheduler that looks up a timestep here, as a function of the timestep's value.
+
+        What it finds is kept: schedulers compare the timestep with all of the schedule's.
+        """
+        options = attributes.get("num_inference_steps"), attributes.get("custom_timesteps")
+        found = self._lookups.setdefault((which, options), {})
+
+        def find(value: Any) -> Any:
+            if value not in found:
+                result = self.look_up(which, value, attributes)
+                found[value] = result.reshape(-1)[0].item() if isinstance(result, Tensor) else result
+                if len(found) > MOST_PLANS:
+                    found.pop(next(iter(found)))
+            return found[value]
+
+        return find
+
+    def look_up(self, which: Lookup, value: Any, attributes: dict[str, Any]) -> Any:
+        """What the method itself gives for a timestep of this value."""
+        stub: Any = object.__new__(self._class)
+        vars(stub).update({name: self.host.get(name, held) for name, held in attributes.items() if name != FUSED})
+        with torch.inference_mode(False):
+            timestep = value if which.dtype is None else torch.tensor(value, dtype=which.dtype).expand(which.shape)
+            return getattr(self._class, which.method)(stub, timestep)
+
     def holds(self, attributes: dict[str, Any]) -> bool:
         """Whether a scheduler still has this configuration and these arrays, unwritten since."""
-        if attributes["_internal_dict"] is not self.config:
+        if attributes[CONFIG] is not self.config:
             return False
         for name, tensor, version in self.tensors:
             if attributes.get(name) is not tensor or version_of(tensor) != version:
@@ -99,7 +172,7 @@ class Schedule:
 
     def tensors_read(self) -> list[Tensor]:
         """The tensors that some step has read, and whose writes are counted: those of inference tensors are not."""
-        read: set[str] = set().union(*(plan.reads for plan in self.plans.values() if isinstance(plan, Plan)))
+        read = reads_of(self._class)
         return [tensor for name, tensor, _ in self.tensors if name in read and not tensor.is_inference()]
 
     def position(self, timestep: Tensor) -> int | None:
@@ -114,10 +187,6 @@ class Schedule:
         place, rest = divmod(timestep.data_ptr() - self._first, self.step_bytes)
         return place if rest == 0 and 0 <= place < self._count else None
 
-    def state(self, attributes: dict[str, Any]) -> tuple[Any, ...]:
-        """All other attributes: numbers by value, tensors of history by their dtype."""
-        return tuple((n, _state_of(n, v)) for n, v in attributes.items() if n not in self.names)
-
     def kept(self, attributes: dict[str, Any]) -> list[KeptAttribute] | None:
         """All that plans depend on, for later loops to be compared with at once; None where something cannot be."""
         timesteps = attributes.get("timesteps")
@@ -127,7 +196,11 @@ class Schedule:
         arrays = {name: (tensor, version) for name, tensor, version in self.tensors} | {
             name: (array, 0) for name, array in self.arrays
         }
+        read = reads_of(self._class)
         for name, value in attributes.items():
+            if name not in read and name != FUSED:
+                found.append((name, Kept.NOT_READ, None, 0, b""))
+                continue
             if name in arrays:
                 value, version = arrays[name]
                 each = _kept_array(name, value, version, self._contents[name][2])
@@ -149,7 +222,10 @@ class Schedule:
         return False
 
 
-def _contents_of(array: np.ndarray[Any, Any]) -> tuple[Any, ...]:
+def _contents_of(array: Any) -> tuple[Any, ...]:
+    if isinstance(array, Tensor):
+        flat = array.contiguous().reshape(-1)
+        return str(array.dtype), tuple(array.shape), flat.view(torch.uint8).numpy().tobytes()
     return array.dtype.str, array.shape, array.tobytes()
 
 
@@ -164,10 +240,10 @@ def comparable(tensor: Tensor) -> bool:
 
 
 def _kept(name: str, value: Any) -> KeptAttribute | None:
-    """An attribute that is no array, as it is compared later: alike is what `_state_of` says the same of, or less."""
+    """An attribute that is no array, as it is compared later: alike is what `state_of` says the same of, or less."""
     if name == FUSED:
         return name, Kept.OWNER, None, 0, b""
-    if name == "_internal_dict" or type(value) is FunctionType:
+    if name == CONFIG or type(value) is FunctionType:
         return name, Kept.SAME, value, 0, b""
     if type(value) in PLAIN:
         return name, Kept.EQUAL, value, 0, b""
@@ -197,7 +273,8 @@ def _of_state(name: str) -> bool:
     return name in HISTORY or name in SCALARS_OF_STATE
 
 
-def _state_of(name: str, value: Any) -> Any:
+def state_of(schedule: Schedule, name: str, value: Any) -> Any:
+    """An attribute's value as part of a plan's key: numbers by value, tensors of history by their dtype."""
     if name == "noise_sampler":
         return value is None  # which one it is does not matter to a plan
     if value is None or isinstance(value, str):
@@ -209,16 +286,15 @@ def _state_of(name: str, value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         if name in HISTORY:
             return tuple(item.dtype if isinstance(item, Tensor) else item for item in value)
-        return len(value), tuple(None if isinstance(item, Tensor) else _state_of(name, item) for item in value)
-    code = getattr(value, "__code__", None)
-    if code is not None and not value.__closure__ and not value.__defaults__:
-        return code  # a function that depends on its arguments alone
-    try:
-        hash(value)
-    except TypeError:
-        return repr(value)
-    # A plan must not keep alive what it was made beside. References to one object are equal, and to a dead one to none.
-    try:
-        return weakref.ref(value)
-    except TypeError:
-        return value
+        return len(value), tuple(_item_of(schedule, name, item) for item in value)
+    return identity(value)
+
+
+def _item_of(schedule: Schedule, name: str, item: Any) -> Any:
+    """An entry of a list: a timestep by its place in the schedule, so that none is fetched from a device."""
+    if not isinstance(item, Tensor):
+        return state_of(schedule, name, item)
+    place = schedule.position(item)
+    if place is None and item.is_cpu and item.numel() == 1:
+        return item.dtype, item.item()
+    return item.dtype, place

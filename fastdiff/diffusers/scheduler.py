@@ -17,17 +17,13 @@ import torch
 from torch import Tensor
 
 from ..errors import sentence
-from .brownian import sampler_maker
+from .environment import FUSED, snapshot
 from .guidance import combined, rescaling
 from .loop import Fused, fused_of, goes_on
-from .plan import Plan, compile_trace
+from .plan import Plan
+from .planning import SCALING, find_plan
 from .running import run_plan
-from .schedule import FUSED, Schedule
-from .symbols import NotAffine
-from .tracing import HISTORY, INPUTS, USUAL, trace_step
-
-#: The method that a step is no part of, though a scheduler is asked for it before each.
-SCALING = "scale_model_input"
+from .tracing import HOUSE, USUAL, pristine
 
 
 class FusedScheduler:
@@ -49,6 +45,7 @@ class FusedScheduler:
         # Configurations and pipelines write a class down by its module's library and its name: they find diffusers'.
         cls.__module__ = cls.original.__module__
         _BY_NAME[cls.__name__] = cls
+        pristine(cls.original)
         cls.arguments = {}
         for name in cls.stepping:
             method = getattr(cls.original, name)
@@ -61,6 +58,8 @@ class FusedScheduler:
         index = getattr(cls.original, "index_for_timestep", None)
         if index is not None and "schedule_timesteps" in inspect.signature(index).parameters:
             cls.index_for_timestep = _index_for_timestep  # type: ignore[attr-defined]
+        for base in cls.__mro__[: cls.__mro__.index(cls.original)]:
+            HOUSE[base] = dict(vars(base))
 
     @goes_on("step", ("model_output_uncond", "model_output_cond", "guidance_scale", "timestep", "sample"))
     def guided_step(
@@ -161,7 +160,7 @@ def _scaling_method(name: str, method: Any, signature: inspect.Signature) -> Any
         after = fused.plan if fused is not None and len(args) == 2 and not kwargs else None
         if fused is None or after is None or attributes.get("_step_index") is None:
             return _take(self, name, args, kwargs, None, None)
-        if not fused.unchanged(attributes):
+        if not fused.unchanged(self):
             return _take(self, name, args, kwargs, None, None)
         sample = args[0]
         if after.next_scale is not None and isinstance(sample, Tensor) and sample.dtype is after.next_scale[0]:
@@ -183,6 +182,7 @@ def _setting_method(method: Any) -> Any:
         fused: Fused | None = vars(self).get(FUSED)
         if fused is not None:
             fused.steps_taken = 0  # noise of `use_philox` starts again with its first step
+            fused.look_again = True
         return result
 
     return set_timesteps
@@ -237,17 +237,13 @@ def _take(
     undisturbed = fused.undisturbed_at == begun - 1 and factor is None and name != SCALING
     schedule, attributes = fused.schedule, vars(scheduler)
 
-    def state() -> tuple[Any, ...]:
-        return (name, uncond is None, fused.seeds is None, output.shape == sample.shape,
-                schedule.of_other_shapes(attributes, sample.shape), schedule.state(attributes),
-                _arguments_key(schedule, given))  # fmt: skip
+    def plan_of_now() -> Plan | str:
+        now = snapshot(attributes)
+        return find_plan(
+            scheduler, name, given, now, schedule, guided=uncond is not None, seeded=fused.seeds is not None
+        )
 
-    key = state()
-    plan = schedule.plans.get(key)
-    if plan is None:
-        plan = _compile(scheduler, name, given, fused, uncond is not None)
-        if key == state():  # else another thread has taken a step of this scheduler, and it is anybody's plan
-            schedule.plans[key] = plan
+    plan = fused.latest = plan_of_now()
     if name == SCALING:
         fused.scaling = None if isinstance(plan, str) else plan
     elif isinstance(plan, str):
@@ -257,7 +253,7 @@ def _take(
             given["model_output"] = combined(uncond, output, scale, factor)
         return scheduler.step_otherwise(name, given)
     before = schedule.kept(attributes) if fused.steps_taken == 0 and factor is None else None
-    if before is not None and not (key == state() and schedule.holds(attributes)):
+    if before is not None and not (plan is plan_of_now() and schedule.holds(attributes)):
         before = None  # another thread came between, and it is no state that this plan is known to be for
     seeds = fused.seeds_for(sample) if plan.draws_inside else None
     result = run_plan(plan, attributes, given, uncond, scale, seeds, fused.steps_taken, factor)
@@ -270,70 +266,7 @@ def _take(
     if undisturbed and alone and fused.plan is not None:  # none: the schedule was looked at anew
         fused.plan.program.follow(plan.program)
     if alone:
-        fused.go_on_from(plan, name, uncond is not None, given, attributes)
+        fused.go_on_from(plan, name, uncond is not None, given, scheduler)
     else:
         fused.forget()
     return result
-
-
-def _arguments_key(schedule: Schedule, given: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple((name, _argument_key(schedule, name, value)) for name, value in given.items() if name != "generator")
-
-
-def _argument_key(schedule: Schedule, name: str, value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return type(value), repr(value) if type(value).__hash__ is None else value
-    if name in INPUTS:
-        return value.dtype
-    place = schedule.position(value)
-    if place is not None:
-        return "timesteps", place, *value.shape
-    return value.dtype, value.dim(), *value.reshape(-1).tolist()
-
-
-def _compile(scheduler: Any, name: str, given: Mapping[str, Any], fused: Fused, guided: bool) -> Plan | str:
-    """The plan of a step in the scheduler's present state, or why there is none."""
-    schedule, attributes = fused.schedule, vars(scheduler)
-    sample, output = given["sample"], given.get("model_output", given["sample"])
-    doubled = output.dim() > 1 and (output.shape[0], output.shape[1] // 2, *output.shape[2:]) == sample.shape
-    if output.shape != sample.shape and not doubled:
-        return "the model's output and the samples have different shapes"
-    if schedule.of_other_shapes(attributes, sample.shape):
-        return "the history and the samples have different shapes"
-    lacks_sampler = name != SCALING and attributes.get("noise_sampler", 0) is None
-    make_sampler = sampler_maker(scheduler.original) if lacks_sampler else None
-    arguments = {n: v for n, v in given.items() if n != "generator"}
-    timestep = arguments.get("timestep")
-    place = schedule.position(timestep) if isinstance(timestep, Tensor) else None
-    levels = schedule.host.get("alphas_cumprod")
-    if levels is not None and levels.dtype == torch.float64 and isinstance(timestep, Tensor) and timestep.dim() > 0:
-        return "levels in float64, looked up for a tensor of timesteps, make the result float64"
-    if place is not None:
-        arguments["timestep"] = schedule.host["timesteps"][place].expand(timestep.shape)  # type: ignore[union-attr]
-    state = {n: schedule.host.get(n, v) for n, v in attributes.items() if n != FUSED}
-    if make_sampler is not None:
-        state["noise_sampler"] = make_sampler  # stands for what it makes: a trace asks no sampler
-    try:
-        trace = trace_step(scheduler.original, name, arguments, state)
-        dtypes = dict(_dtypes(given, attributes)) | {f"noise:{k}": dtype for k, dtype in enumerate(trace.draws)}
-        drawn = fused.seeds is not None and len(trace.draws) == 1
-        return compile_trace(trace, dtypes, guided=guided, drawn=drawn, make_sampler=make_sampler)
-    except NotAffine as reason:
-        return str(reason)
-    except Exception as error:
-        # The step itself has to fail, so that generators and state stand afterwards where a failure leaves them.
-        return f"raises {type(error).__name__}"
-
-
-def _dtypes(given: Mapping[str, Any], attributes: Mapping[str, Any]) -> Iterator[tuple[str, torch.dtype]]:
-    """Of each tensor that a step may read, its place and its dtype."""
-    for name, value in given.items():
-        if name in INPUTS and isinstance(value, Tensor):
-            yield INPUTS[name], value.dtype
-    for name in HISTORY & attributes.keys():
-        value = attributes[name]
-        if isinstance(value, Tensor):
-            yield f"self.{name}", value.dtype
-        for i, item in enumerate(value if isinstance(value, list) else ()):
-            if isinstance(item, Tensor):
-                yield f"self.{name}:{i}", item.dtype

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .scalars import Coefficient, Factor, Number, Scalar, bare, element, finite, scalar_of
+from .tape import Tape
+
 #: The leaf of a constant term.
 ONE = "1"
 
@@ -65,7 +68,7 @@ Leaf = str | Clamped | LearnedStd | ScaledNoise | Masked
 class Terms:
     """A sum: coefficients by leaf, none of them 0."""
 
-    items: tuple[tuple[Leaf, float], ...] = ()
+    items: tuple[tuple[Leaf, Factor], ...] = ()
 
     @staticmethod
     def of(leaf: Leaf) -> Terms:
@@ -77,12 +80,12 @@ class Terms:
     def leaves(self) -> set[Leaf]:
         return {leaf for leaf, _ in self.items}
 
-    def scaled(self, factor: float) -> Terms:
-        if not math.isfinite(factor):
+    def scaled(self, factor: Factor) -> Terms:
+        if not finite(factor):
             return UNBOUNDED
-        return Terms(tuple((leaf, c * factor) for leaf, c in self.items if c * factor != 0.0))
+        return Terms(tuple((leaf, k) for leaf, k in ((leaf, c * factor) for leaf, c in self.items) if k != 0.0))
 
-    def plus(self, other: Terms, factor: float = 1.0) -> Terms:
+    def plus(self, other: Terms, factor: Factor = 1.0) -> Terms:
         total = dict(self.items)
         for leaf, c in other.items:
             total[leaf] = total.get(leaf, 0.0) + factor * c
@@ -145,10 +148,17 @@ class Symbol(Tensor):
         return rule(func, args, kwargs)
 
 
-def number(value: Any) -> float:
+def number(value: Any) -> Factor:
     """A coefficient: a number, or a tensor all of whose elements are one number."""
     if isinstance(value, Symbol):
         raise NotAffine("multiplies or divides tensors by each other")
+    if type(value) is Number:
+        return Coefficient(value.tape, value.index)
+    if isinstance(value, Scalar):
+        index = element(value)
+        if index is None:
+            raise NotAffine("scales each sample or element by a number of its own")
+        return Coefficient(value.tape, index)
     if isinstance(value, Tensor):
         flat = value.detach().reshape(-1)
         if flat.numel() == 0 or (flat.numel() > 1 and not bool((flat == flat[0]).all())):
@@ -161,11 +171,14 @@ def _bare(value: Any) -> Any:
     """An argument as its shape and dtype count."""
     if isinstance(value, (list, tuple)):
         return type(value)(_bare(item) for item in value)
+    if isinstance(value, Scalar):
+        with torch._C.DisableTorchFunctionSubclass():
+            return value.to("meta") if value.dim() > 0 else value
     if isinstance(value, Tensor) and value.dim() > 0 and not isinstance(value, Symbol):
         # Scalars have been widened to float64, and must not widen the result.
         own = torch.float32 if value.dtype == torch.float64 else value.dtype
         return value.to("meta", getattr(value, _MEANT, own))
-    return value
+    return bare(value)
 
 
 def _shape_of(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -230,7 +243,7 @@ def _product_of(a: Terms, b: Terms) -> Terms:
             assert isinstance(std, LearnedStd)
             if isinstance(noise, str) and noise.startswith("noise"):
                 return Terms(((ScaledNoise(std, noise), c * k),))
-        rest = x.plus(Terms(((ONE, dict(x.items).get(ONE, 0.0)),)), -1.0)
+        rest = Terms(tuple((leaf, c) for leaf, c in x.items if leaf != ONE))
         if len(rest.items) == 1 and rest.items[0][0] == "mask":
             # (c + k·mask)·y
             constant, k = dict(x.items).get(ONE, 0.0), rest.items[0][1]
@@ -243,7 +256,7 @@ def _quotient(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Symbol:
     if isinstance(b, Symbol):
         raise NotAffine("divides by a tensor")
     divisor = number(b)
-    if divisor == 0.0:
+    if type(divisor) is not Coefficient and divisor == 0.0:
         return _combined(a, b, UNBOUNDED)  # as tensors divide: no exception
     return _combined(a, b, _terms(a).scaled(1.0 / divisor))
 
@@ -394,12 +407,16 @@ for _name, _dtype in (("float", torch.float32), ("double", torch.float64), ("hal
 class Tracing(TorchFunctionMode):
     """What holds while a scheduler's step runs on symbols: noise is drawn as a symbol, scalars are not rounded.
 
+    Args:
+        tape: where scalars are recorded; None where they are plain tensors.
+
     Attributes:
         draws: the dtype of each draw of noise, in order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tape: Tape | None = None) -> None:
         super().__init__()
+        self.tape = tape
         self.draws: list[torch.dtype] = []
         #: Is told of each symbol that stands for a tensor of the call, and of its name.
         self.known: Callable[[Any, Any], Any] = lambda symbol, leaf: symbol
@@ -407,12 +424,15 @@ class Tracing(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if name in ("tensor", "as_tensor") and self.tape is not None and type(args[0]) is Number:
+            made = scalar_of(self.tape, args[0])
+            return made.to(kwargs["dtype"]) if "dtype" in kwargs else made
         if name in ("randn", "randn_like"):
             like = func(*args, **{**kwargs, "device": "meta", "generator": None} if name == "randn" else kwargs)
             return self.noise(like)
         if name in ("rand", "normal", "randint", "bernoulli", "multinomial"):
             raise NotAffine(f"draws from torch.{name}")
-        scalars = args and isinstance(args[0], Tensor) and not isinstance(args[0], Symbol)
+        scalars = args and isinstance(args[0], Tensor) and not isinstance(args[0], (Symbol, Scalar))
         if name == "to" and scalars and args[0].is_floating_point():
             # Scalars of the step stay in float64, and on the host.
             wanted = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, torch.dtype)]

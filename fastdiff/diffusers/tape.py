@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: MIT
+"""The scalar arithmetic of a traced step, recorded so that it can be run again with other numbers.
+
+A step's coefficients are functions of a few numbers: entries of the schedule, the step index, eta.  A `Tape` records
+each operation on them while the step is traced, and each *observation*: a place where the code that is traced depends
+on a value in a way that no formula says (a branch, a loop count, an attribute that is None or not).
+
+A step that is traced twice with the same observations does the same operations.  So the tapes of one kind of call form
+a tree, `TraceTree`: a node holds the operations up to the next observation, and has a child for each outcome that has
+been seen.  Walking the tree with the numbers of a new call both checks that a recorded trace holds for it and computes
+its scalars, in a microsecond for ten operations.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, TypeVar
+
+#: An operation: a reader of the environment ``(reader,)``, a function of one or two earlier values ``(f, i)``,
+#: ``(f, i, j)``, of several ``(f, (i, j, ...), _MANY, _MANY)``, or a constant ``(None, value, type, None)``.
+Operation = tuple[Any, ...]
+#: What is observed: a value of the tape by its index, or something that a reader finds in the environment.
+Source = int | Callable[[Any], Hashable]
+_T = TypeVar("_T")
+_MANY = "many"
+
+
+def run(operation: Operation, values: list[Any], environment: Any) -> Any:
+    """The result of one operation."""
+    count = len(operation)
+    if count == 3:
+        return operation[0](values[operation[1]], values[operation[2]])
+    if count == 2:
+        return operation[0](values[operation[1]])
+    if count == 1:
+        return operation[0](environment)
+    if operation[0] is None:
+        return operation[1]
+    return operation[0](*[values[i] for i in operation[1]])
+
+
+def observed(source: Source, values: list[Any], environment: Any) -> Hashable:
+    """What a source gives, as a key: NaN is a key that is equal to itself, 1 and 1.0 are two keys."""
+    value = values[source] if type(source) is int else source(environment)  # type: ignore[operator]
+    if type(value) is float:
+        return (value, float) if value == value else "nan"
+    return (value, int) if type(value) is int else value
+
+
+class Tape:
+    """Scalar operations and observations of one trace, in order.
+
+    Attributes:
+        environment: what readers read.
+        values: the results of the operations so far, Python numbers (of a list of numbers, the list).
+        events: each observation with the operations before it: (operations, source, outcome).
+        operations: those since the last observation.
+    """
+
+    def __init__(self, environment: Any) -> None:
+        self.environment = environment
+        self.values: list[Any] = []
+        self.events: list[tuple[tuple[Operation, ...], Source, Hashable]] = []
+        self.operations: list[Operation] = []
+        self._known: dict[Operation, int] = {}
+        self._observed: dict[Source, Hashable] = {}
+
+    def read(self, reader: Callable[[Any], Any]) -> int:
+        """Record an input; `reader` is hashable, and equal to another that reads the same."""
+        return self._record((reader,))
+
+    def constant(self, value: Any) -> int:
+        """Record a number that is part of the code that is traced."""
+        return self._record((None, value, type(value), None))
+
+    def apply(self, function: Callable[..., Any], *operands: int) -> int:
+        """Record a function of earlier values; the index of its result."""
+        if len(operands) > 2:
+            return self._record((function, operands, _MANY, _MANY))
+        return self._record((function, *operands))
+
+    def _record(self, operation: Operation) -> int:
+        index = self._known.get(operation)
+        if index is None:
+            self.values.append(run(operation, self.values, self.environment))
+            index = self._known[operation] = len(self.values) - 1
+            self.operations.append(operation)
+        return index
+
+    def observe(self, source: Source) -> Any:
+        """Record that the trace depends on a value beyond its formulas; the value."""
+        if source not in self._observed:
+            outcome = observed(source, self.values, self.environment)
+            self._observed[source] = outcome
+            self.events.append((tuple(self.operations), source, outcome))
+            self.operations = []
+        return self.values[source] if type(source) is int else self._observed[source]
+
+
+class _Node(Generic[_T]):
+    """Operations up to an observation and the nodes behind its outcomes; or up to the end, and what is found there."""
+
+    __slots__ = ("children", "leaf", "operations", "source")
+
+    def __init__(self, operations: tuple[Operation, ...], source: Source | None) -> None:
+        self.operations, self.source = operations, source
+        self.children: dict[Hashable, _Node[_T]] = {}
+        self.leaf: _T | None = None
+
+
+class TraceTree(Generic[_T]):
+    """The traces of one kind of call, by their observations; each has a leaf.
+
+    Attributes:
+        count: how many leaves there are.
+    """
+
+    def __init__(self) -> None:
+        self._root: _Node[_T] | None = None
+        self.count = 0
+
+    def find(self, environment: Any) -> tuple[_T, list[Any]] | None:
+        """The leaf of the trace that holds in an environment, and the values of its tape; None where none does.
+
+        Raises:
+            Exception: what an operation or a reader raises, such as IndexError beyond the schedule.
+        """
+        node, values = self._root, list[Any]()
+        append = values.append
+        while node is not None:
+            for operation in node.operations:
+                append(run(operation, values, environment))
+            if node.source is None:
+                return node.leaf, values  # type: ignore[return-value]
+            node = node.children.get(observed(node.source, values, environment))
+        return None
+
+    def add(self, tape: Tape, leaf: _T) -> None:
+        """Keep a finished trace."""
+        steps = [*tape.events, (tuple(tape.operations), None, None)]
+        parent: _Node[_T] | None = None
+        node = self._root
+        for k, (operations, source, _) in enumerate(steps):
+            if node is None:
+                node = _Node(operations, source)
+                if parent is None:
+                    self._root = node
+                else:
+                    parent.children[steps[k - 1][2]] = node
+            if source is None:
+                self.count += node.leaf is None
+                node.leaf = leaf
+                return
+            parent, node = node, node.children.get(steps[k][2])
+
+
+# Arithmetic that ends as IEEE 754 says, as torch's does, where Python raises.
+
+
+def divide(a: Any, b: Any) -> Any:
+    try:
+        return a / b
+    except ZeroDivisionError:
+        if a == 0 or a != a:
+            return math.nan
+        return math.copysign(math.inf, a) * math.copysign(1.0, b)
+
+
+def floor_divide(a: Any, b: Any) -> Any:
+    try:
+        return a // b
+    except ZeroDivisionError:
+        return divide(a, b)
+
+
+def power(a: Any, b: Any) -> Any:
+    try:
+        if a < 0 and b != int(b):
+            return math.nan
+        return a**b
+    except ZeroDivisionError:
+        return math.inf
+    except OverflowError:
+        return -math.inf if a < 0 and b == int(b) and int(b) % 2 else math.inf
+    except ValueError:
+        return math.nan
+
+
+def _unary(function: Callable[[float], float], below: float, beyond: float) -> Callable[[float], float]:
+    """A function of `math` with its value where that raises: at 0 and below its domain, and beyond what floats hold."""
+
+    def safe(x: float) -> float:
+        try:
+            return function(x)
+        except OverflowError:
+            return beyond
+        except ValueError:
+            return below if x == 0 else math.nan
+
+    return safe
+
+
+log = _unary(math.log, -math.inf, math.inf)
+log1p = _unary(math.log1p, math.nan, math.inf)
+exp = _unary(math.exp, math.nan, math.inf)
+expm1 = _unary(math.expm1, math.nan, math.inf)
+sqrt = _unary(math.sqrt, math.nan, math.nan)
+sin, cos, tan = (_unary(f, math.nan, math.nan) for f in (math.sin, math.cos, math.tan))
+atan, tanh = math.atan, math.tanh
+acos, asin = (_unary(f, math.nan, math.nan) for f in (math.acos, math.asin))
+
+
+def sigmoid(x: float) -> float:
+    return divide(1.0, 1.0 + exp(-x))  # type: ignore[no-any-return]
+
+
+def minimum(a: Any, b: Any) -> Any:
+    """The lesser; NaN where one is."""
+    return a if a < b or a != a else b
+
+
+def maximum(a: Any, b: Any) -> Any:
+    """The greater; NaN where one is."""
+    return a if a > b or a != a else b
+
+
+def truncated(x: Any) -> int:
+    """A number as `Tensor.to` makes an integer of it."""
+    return int(x) if math.isfinite(x) else 0
+
+
+def entry(values: Any, index: Any) -> Any:
+    """The entry of a list; raises IndexError beyond it, as a tensor does."""
+    return values[index]
+
+
+def called(function: Callable[[Any], Any], argument: Any) -> Any:
+    """A function's value."""
+    return function(argument)
+
+
+negative, add, subtract, multiply, remainder = (
+    operator.neg, operator.add, operator.sub, operator.mul, operator.mod,
+)  # fmt: skip
+absolute, rounded_down = abs, math.floor
+less, less_equal, greater, greater_equal, equal, unequal = (
+    operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne,
+)  # fmt: skip
