@@ -119,9 +119,9 @@ class Loop:
 
     def time_first(self) -> float:
         """Milliseconds of the steps of a process' first loop: all plans are forgotten, and made in it."""
-        from fastdiff.diffusers.schedule import _PLANS
+        from fastdiff.diffusers.planning import forget_all
 
-        _PLANS.clear()
+        forget_all()
         self.scheduler = type(self.scheduler)(**OPTIONS.get(self.name, {}))
         timesteps, sample = self.begin(STEPS), self.sample
         started = time.perf_counter()

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from dropin_cases import Case
 from fastdiff.diffusers import CLASSES
-from fastdiff.diffusers.schedule import _PLANS
+from fastdiff.diffusers.planning import forget_all
 
 logging.getLogger("diffusers").setLevel(logging.CRITICAL)
 #: Classes with the last of whose timesteps no step is taken.
@@ -231,7 +231,7 @@ def walk(case: Case, cls: type, watch: Any = None) -> Loop:
 
 def forget_plans() -> None:
     """As if no scheduler had been used before."""
-    _PLANS.clear()
+    forget_all()
 
 
 def plans_of(scheduler: Any) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return fused_of(scheduler)
 
     monkeypatch.setattr(scheduling, "fused_of", counted)
-    monkeypatch.setattr(schedule, "_PLANS", OrderedDict())  # not those of other tests
+    monkeypatch.setattr(schedule.PLANS, "schedules", OrderedDict())  # not those of other tests
     return calls
 
 

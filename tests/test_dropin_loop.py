@@ -74,7 +74,7 @@ def looked_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return take(scheduler, name, *rest)
 
     monkeypatch.setattr(scheduling, "_take", counted)
-    monkeypatch.setattr(schedule, "_PLANS", OrderedDict())  # not those of other tests, nor who follows whom
+    monkeypatch.setattr(schedule.PLANS, "schedules", OrderedDict())  # not those of other tests, nor who follows whom
     return calls
 
 

@@ -210,8 +210,10 @@ class Scalar(Tensor):
         tape: where its arithmetic goes.
         elements: the index of each element in row-major order; one index alone where all are one number.
         array: in place of `elements`, the index of a list with all elements: a schedule, of which entries are taken.
+        held: whether it stands for a tensor that is there before the step, and is not to be written.
     """
 
+    held: bool = False
     tape: Tape
     elements: tuple[int, ...]
     array: int | None
@@ -259,7 +261,12 @@ def observed_tensor(scalar: Scalar) -> Tensor:
         values = [tape.observe(index) for index in scalar.elements]
     with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
         plain = torch.tensor(values, dtype=_widest(scalar.dtype), device="cpu")
-        return plain.expand(scalar.shape).clone() if plain.numel() == 1 else plain.reshape(scalar.shape)
+        return _spread(plain, scalar.shape).clone()
+
+
+def _spread(flat: Tensor, shape: Sequence[int]) -> Tensor:
+    """Elements in row-major order, or one for all, in a shape."""
+    return flat.reshape(()).expand(shape) if flat.numel() == 1 else flat.reshape(shape)
 
 
 def _widest(dtype: torch.dtype) -> torch.dtype:
@@ -297,10 +304,10 @@ def bare(value: Any) -> Any:
 # --- functions -------------------------------------------------------------------------------------------------------
 
 _BINARY: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(("add", "radd", "iadd"), t.add),
-    **dict.fromkeys(("sub", "subtract", "isub"), t.subtract),
-    **dict.fromkeys(("mul", "rmul", "multiply", "imul"), t.multiply),
-    **dict.fromkeys(("div", "truediv", "true_divide", "divide", "itruediv", "idiv"), t.divide),
+    **dict.fromkeys(("add", "radd"), t.add),
+    **dict.fromkeys(("sub", "subtract"), t.subtract),
+    **dict.fromkeys(("mul", "rmul", "multiply"), t.multiply),
+    **dict.fromkeys(("div", "truediv", "true_divide", "divide"), t.divide),
     **dict.fromkeys(("floordiv", "floor_divide"), t.floor_divide),
     **dict.fromkeys(("mod", "remainder"), t.remainder),
     "pow": t.power,
@@ -321,10 +328,10 @@ _UNARY: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("abs", "absolute"), t.absolute),
     "sqrt": t.sqrt, "exp": t.exp, "log": t.log, "expm1": t.expm1, "log1p": t.log1p, "sin": t.sin, "cos": t.cos,
     "tan": t.tan, "atan": t.atan, "arctan": t.atan, "acos": t.acos, "asin": t.asin, "tanh": t.tanh,
-    "sigmoid": t.sigmoid,
+    "sigmoid": t.sigmoid, "floor": t.rounded_down, "ceil": t.rounded_up, "round": t.rounded,
 }  # fmt: skip
 #: Unary functions that keep integers integers.
-_KEEPS_DTYPE = frozenset(("neg", "negative", "abs", "absolute"))
+_KEEPS_DTYPE = frozenset(("neg", "negative", "abs", "absolute", "floor", "ceil", "round"))
 #: What only moves elements about: done on the places of the elements.
 _MOVES = frozenset(
     (
@@ -357,19 +364,37 @@ def scalar_function(func: Any, types: Any, args: Any, kwargs: dict[str, Any]) ->
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args)
         name = attribute
-    in_place = name.endswith("_") and not name.startswith("__")
+    special = name.startswith("__")
+    in_place = name.endswith("_") and not special or name.strip("_") in _IN_PLACE and special
     name = name.strip("_")
-    if not in_place and not (name.startswith("i") and name in _BINARY):
+    if in_place:
+        return _rewritten(tape, _IN_PLACE.get(name, name), args, kwargs)
+    result = _taken_out(tape, name, args[0]) if special else NotImplemented
+    if result is NotImplemented:
         result = _recorded(tape, name, func, args, kwargs)
-        if result is not NotImplemented:
-            return result
-    elif name.startswith("i") and name in _BINARY and isinstance(args[0], Scalar):
-        result = _recorded(tape, name, func, args, kwargs)
-        if result is not NotImplemented and result.shape == args[0].shape and args[0].array is None:
-            args[0].elements = result.elements  # whoever holds the tensor sees its new numbers
-            return args[0]
+    if result is not NotImplemented:
+        return result
     with torch._C.DisableTorchFunctionSubclass():
         return func(*_on_values(list(args)), **{key: _on_values(value) for key, value in kwargs.items()})
+
+
+class UnrecordedError(Exception):
+    """Something is done to recorded numbers that is neither recorded nor done on their values."""
+
+
+#: Operators that write to their first operand.
+_IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "idiv": "div", "ipow": "pow"}
+
+
+def _rewritten(tape: Tape, name: str, args: Any, kwargs: dict[str, Any]) -> Scalar:
+    """The first operand with other numbers; whoever holds it sees them."""
+    first = args[0]
+    if isinstance(first, Scalar) and not first.held and first.array is None and name in _BINARY and not kwargs:
+        result = _elementwise(tape, _BINARY[name], args, None)
+        if result is not NotImplemented and result.shape == first.shape:
+            first.elements = result.elements
+            return first
+    raise UnrecordedError(f"{name}_ writes to a tensor that is read")
 
 
 def _recorded(tape: Tape, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -385,10 +410,8 @@ def _recorded(tape: Tape, name: str, func: Any, args: Any, kwargs: dict[str, Any
         return _elementwise(tape, _REFLECTED[name], args[::-1], _quotient_dtype(name))
     if name in ("clamp", "clip", "clamp_min", "clamp_max"):
         return _clamped(tape, name, args, kwargs)
-    if name in ("item", "bool", "int", "float", "index", "len", "nonzero") and name != "nonzero" and len(args) == 1:
-        found = _taken_out(tape, name, func, args[0])
-        if found is not NotImplemented:
-            return found
+    if name == "item" and element(args[0]) is not None:
+        return Number(tape, args[0].elements[0])
     if name in ("to", "type", "type_as"):
         return _cast(tape, args[0], _wanted_dtype(args, kwargs))
     if name in _CASTS and len(args) == 1:
@@ -441,7 +464,7 @@ def _places(scalar: Scalar) -> Tensor:
     """The index of each element, in a plain tensor of the same shape."""
     with torch._C.DisableTorchFunctionSubclass():
         found = torch.tensor(scalar.elements, dtype=torch.int64, device="cpu")
-        return found.expand(scalar.shape) if found.numel() == 1 else found.reshape(scalar.shape)
+        return _spread(found, scalar.shape)
 
 
 def _clamped(tape: Tape, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -454,19 +477,16 @@ def _clamped(tape: Tape, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     return result
 
 
-def _taken_out(tape: Tape, name: str, func: Any, scalar: Any) -> Any:
-    """The Python number in a tensor of one; for C code that takes no other, the number itself, observed."""
+def _taken_out(tape: Tape, name: str, scalar: Any) -> Any:
+    """What Python itself asks a tensor of one number for; a number that C code takes is observed."""
     if name == "len":
         return scalar.shape[0]
-    index = element(scalar) if scalar.numel() == 1 else None
+    index = element(scalar) if name in ("bool", "int", "float", "index") and scalar.numel() == 1 else None
     if index is None:
         return NotImplemented
-    if name == "item":
-        return Number(tape, index)
     if name == "bool":
         return bool(tape.observe(tape.apply(bool, index)))
-    value = tape.observe(index)
-    return {"int": int, "float": float, "index": operator_index}[name](value)
+    return {"int": int, "float": float, "index": operator_index}[name](tape.observe(index))
 
 
 def _wanted_dtype(args: Any, kwargs: dict[str, Any]) -> torch.dtype:

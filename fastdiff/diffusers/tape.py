@@ -25,6 +25,12 @@ Operation = tuple[Any, ...]
 Source = int | Callable[[Any], Hashable]
 _T = TypeVar("_T")
 _MANY = "many"
+#: The most operations of a trace: walking more would take longer than the scheduler's own code.
+MOST_OPERATIONS = 500
+
+
+class LongTraceError(Exception):
+    """A trace has more operations than are worth recording."""
 
 
 def run(operation: Operation, values: list[Any], environment: Any) -> Any:
@@ -84,6 +90,8 @@ class Tape:
     def _record(self, operation: Operation) -> int:
         index = self._known.get(operation)
         if index is None:
+            if len(self.values) >= MOST_OPERATIONS:
+                raise LongTraceError(f"more than {MOST_OPERATIONS} operations on scalars")
             self.values.append(run(operation, self.values, self.environment))
             index = self._known[operation] = len(self.values) - 1
             self.operations.append(operation)
@@ -226,6 +234,19 @@ def maximum(a: Any, b: Any) -> Any:
     return a if a > b or a != a else b
 
 
+def rounded_down(x: float) -> float:
+    return float(math.floor(x)) if math.isfinite(x) else x
+
+
+def rounded_up(x: float) -> float:
+    return float(math.ceil(x)) if math.isfinite(x) else x
+
+
+def rounded(x: float) -> float:
+    """The nearest whole number, the even one of two."""
+    return float(round(x)) if math.isfinite(x) else x
+
+
 def truncated(x: Any) -> int:
     """A number as `Tensor.to` makes an integer of it."""
     return int(x) if math.isfinite(x) else 0
@@ -244,7 +265,7 @@ def called(function: Callable[[Any], Any], argument: Any) -> Any:
 negative, add, subtract, multiply, remainder = (
     operator.neg, operator.add, operator.sub, operator.mul, operator.mod,
 )  # fmt: skip
-absolute, rounded_down = abs, math.floor
+absolute = abs
 less, less_equal, greater, greater_equal, equal, unequal = (
     operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne,
 )  # fmt: skip

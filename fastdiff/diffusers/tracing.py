@@ -85,7 +85,7 @@ class Computed:
             return values[self.indices[0]]
         with torch.inference_mode(False):
             flat = torch.tensor([values[index] for index in self.indices], dtype=self.dtype, device="cpu")
-            return flat.reshape(self.shape) if len(self.indices) > 1 or not self.shape else flat.expand(self.shape)
+            return flat.reshape(()).expand(self.shape).clone() if len(self.indices) == 1 else flat.reshape(self.shape)
 
 
 Value = Given | Made | Constant | Computed
@@ -279,6 +279,8 @@ class Tracer:
 
     def _known(self, value: Any, place: Any) -> Any:
         self._places.setdefault(id(value), place)
+        if isinstance(value, Scalar):
+            value.held = True
         self._keep_alive.append(value)
         return value
 
