@@ -247,7 +247,7 @@ def test_a_written_array_of_numpy_counts(looked: list[str]) -> None:
     looked.clear()
 
     def written(scheduler: Any) -> None:
-        scheduler.plms_timesteps[0] += 1
+        scheduler.prk_timesteps[0] += 1
 
     loop(scheduler, outputs, written)
     assert looked

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,8 @@ def _number_in(tensor: Tensor, schedule: Any) -> Any:
     return tensor.detach().reshape(-1)[0].item()
 
 
-class AttributeNumber(NamedTuple):
+@dataclass(frozen=True)
+class AttributeNumber:
     """An attribute that is a number, or a tensor with one."""
 
     name: str
@@ -77,16 +79,18 @@ class AttributeNumber(NamedTuple):
         return _number_in(value, environment.schedule) if isinstance(value, Tensor) else value
 
 
-class ScheduleArray(NamedTuple):
+@dataclass(frozen=True)
+class ScheduleArray:
     """A list of the numbers in one of the scheduler's one-dimensional arrays; of a tensor without dimensions, the one."""
 
-    array: str
+    name: str
 
     def __call__(self, environment: Environment) -> Any:
-        return environment.schedule.values(self.array)
+        return environment.schedule.values(self.name)
 
 
-class ItemNumber(NamedTuple):
+@dataclass(frozen=True)
+class ItemNumber:
     """A number in a list among the attributes, or in a tensor there."""
 
     name: str
@@ -97,27 +101,30 @@ class ItemNumber(NamedTuple):
         return _number_in(value, environment.schedule) if isinstance(value, Tensor) else value
 
 
-class ArgumentNumber(NamedTuple):
+@dataclass(frozen=True)
+class ArgumentNumber:
     """An argument that is a number, or a tensor with one, once or expanded."""
 
-    argument: str
+    name: str
 
     def __call__(self, environment: Environment) -> Any:
-        value = environment.arguments[self.argument]
+        value = environment.arguments[self.name]
         return _number_in(value, environment.schedule) if isinstance(value, Tensor) else value
 
 
-class ArgumentItem(NamedTuple):
+@dataclass(frozen=True)
+class ArgumentItem:
     """An element of an argument that is a tensor of several numbers."""
 
-    argument: str
+    name: str
     element: int
 
     def __call__(self, environment: Environment) -> Any:
-        return environment.arguments[self.argument].detach().reshape(-1)[self.element].item()
+        return environment.arguments[self.name].detach().reshape(-1)[self.element].item()
 
 
-class Lookup(NamedTuple):
+@dataclass(frozen=True)
+class Lookup:
     """A method that looks a timestep up in the schedule, as a function of the timestep's value."""
 
     method: str
@@ -128,22 +135,24 @@ class Lookup(NamedTuple):
         return environment.schedule.lookup(self, environment.attributes)  # type: ignore[no-any-return]
 
 
-class Structure(NamedTuple):
+@dataclass(frozen=True)
+class Structure:
     """What an attribute is, its numbers left out: what a trace that reads it depends on."""
 
-    attribute: str
+    name: str
 
     def __call__(self, environment: Environment) -> Any:
-        return structure(self.attribute, environment.attributes.get(self.attribute, ABSENT))
+        return structure(self.name, environment.attributes.get(self.name, ABSENT))
 
 
-class Contents(NamedTuple):
+@dataclass(frozen=True)
+class Contents:
     """All that one of the scheduler's arrays holds."""
 
-    contents: str
+    name: str
 
     def __call__(self, environment: Environment) -> Any:
-        return environment.schedule.contents[self.contents]
+        return environment.schedule.contents[self.name]
 
 
 def structure(name: str, value: Any) -> Any:

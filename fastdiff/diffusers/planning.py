@@ -144,12 +144,16 @@ def _make(
     if make_sampler is not None:
         attributes = {**attributes, "noise_sampler": make_sampler}  # stands for what it makes: a trace asks no sampler
     environment = Environment(attributes, given, schedule)
-    # A tree of noise has its numbers at exact times: there scalars are computed as the scheduler itself does it.
-    for recorded in (False,) if sampler else (True, False):
+    # Scalars are computed as the scheduler itself does it where they are times at which a tree of noise has its numbers,
+    # and where they are rounded so coarsely that another result would be another picture.
+    widened = not sampler and not schedule.half
+    for recorded in (True, False) if widened else (False,):
         tree = _tree((kind, make_sampler, recorded))
         found = _found(tree, environment)
         if found is None:
-            tracer = Tracer(type(scheduler), scheduler.original, environment, recorded=recorded, sampler=sampler)
+            tracer = Tracer(
+                type(scheduler), scheduler.original, environment, recorded=recorded, sampler=sampler, widened=widened
+            )
             try:
                 leaf = _traced(tracer, name, given, attributes, guided, seeded, make_sampler)
             finally:

@@ -106,6 +106,8 @@ class Schedule:
         self._class = type(scheduler).original
         self._values: dict[str, Any] = {}
         self._lookups: dict[Any, dict[Any, Any]] = {}
+        #: Whether some of its numbers are rounded to a half type.
+        self.half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in self.host.values())
         self._locate(attributes.get("timesteps"))
         same_config = before is not None and before.config is self.config
         self._options: str = before._options if before and same_config else repr(sorted(self.config.items()))

@@ -122,6 +122,7 @@ class Tracer:
         environment: the call; nothing of it is changed.
         recorded: record scalars as functions of what they are read from; else they are observed where they are read.
         sampler: whether the scheduler has, or makes, a noise sampler of its own.
+        widened: compute scalars in float64; else as the scheduler itself does, which only goes with not `recorded`.
 
     Attributes:
         tape: what the trace reads, computes of scalars and depends on.
@@ -129,10 +130,11 @@ class Tracer:
     """
 
     def __init__(
-        self, scheduler_class: type, original: type, environment: Environment, *, recorded: bool, sampler: bool
-    ) -> None:
+        self, scheduler_class: type, original: type, environment: Environment, *, recorded: bool, sampler: bool,
+        widened: bool,
+    ) -> None:  # fmt: skip
         self.scheduler_class, self.original, self.environment = scheduler_class, original, environment
-        self.recorded, self.sampler = recorded, sampler
+        self.recorded, self.sampler, self.widened = recorded, sampler, widened
         self.tape = Tape(environment)
         self.reads: set[str] = set()
         self.spans: list[tuple[float, float]] = []
@@ -228,7 +230,7 @@ class Tracer:
                 return Scalar.make(self.tape, (index,), (), host.dtype)
             return Scalar.make(self.tape, (), host.shape, host.dtype, index)
         self.tape.observe(Contents(name))
-        return _on_host(host) if self.sampler else _widened(host)
+        return _widened(host) if self.widened else _on_host(host)
 
     def _plain(self, name: str, value: Tensor) -> Tensor:
         raise NotAffine(f"reads {name}, a tensor that is neither a schedule nor like the samples")
@@ -271,7 +273,7 @@ class Tracer:
         if self.recorded:
             return scalar
         plain = observed_tensor(scalar)
-        return plain.to(value.dtype) if self.sampler else plain
+        return plain if self.widened else plain.to(value.dtype)
 
     def _symbol(self, tensor: Tensor, leaf: str) -> Symbol:
         made: Symbol = Symbol.make(tensor, Terms.of(leaf))
