@@ -40,9 +40,9 @@ def tensors_of_plan(plan: Any, *, guided: bool) -> int | None:
     """How many tensors like the sample a drop-in's planned step must read and write; None where it is not one pass."""
     if not plan.simple:
         return None
-    row = plan.row.reshape(-1)
-    maps = [row[first : first + len(COLUMNS)] != 0 for first in (PREV_SAMPLE, KEEP_0, KEEP_1)[: plan.keeps + 1]]
-    used = [any(bool(weights[column]) for weights in maps) for column in range(len(COLUMNS))]
+    row = plan.row
+    firsts = (PREV_SAMPLE, KEEP_0, KEEP_1)[: plan.keeps + 1]
+    used = [any(row[first + column] != 0 for first in firsts) for column in range(len(COLUMNS))]
     prediction = used[_PREDICTION]
     used[_SAMPLE] |= prediction and bool(row[PREDICTION_SAMPLE] != 0)
     used[_OUTPUT] |= prediction and bool(row[PREDICTION_OUTPUT] != 0)

@@ -135,6 +135,8 @@ class Fused(_Loop):  # type: ignore[misc]
         #: The plan of the last look at `scale_model_input`.
         self.scaling: Plan | None = None
         self._seeds_kept: Tensor | None = None
+        #: Of the last step that was looked up: how many had been taken, the timestep's place, the call's numbers.
+        self._last: tuple[int, int | None, list[Any]] = (-1, None, [])
 
     def use_seeds(self, seeds: int | Sequence[int] | Tensor | None) -> None:
         """Draw noise inside the step from now on, or not any more."""
@@ -148,6 +150,22 @@ class Fused(_Loop):  # type: ignore[misc]
             assert self.seeds is not None
             kept = self._seeds_kept = as_seeds(self.seeds, sample.shape[0], sample.device)
         return kept
+
+    def is_regular(self, given: Mapping[str, Any]) -> bool:
+        """Whether a step is one of a loop: one timestep on from the last, with the same numbers.
+
+        Where timesteps come in any order, or eta is another each time, no step follows from the last one, and what
+        would be remembered of it is never used.
+        """
+        timestep = given.get("timestep")
+        place = self.schedule.position(timestep) if isinstance(timestep, Tensor) else None
+        now = self.steps_taken, place, [value for value in given.values() if type(value) in (int, float)]
+        before, self._last = self._last, now
+        if place is None:
+            return False
+        if before[0] != now[0] - 1:
+            return True  # the last one was the first of its kind, or taken in C++
+        return before[1] == place - 1 and before[2] == now[2]
 
     def go_on_from(self, plan: Plan, method: str, guided: bool, given: Mapping[str, Any], scheduler: Any) -> None:
         """Look at the scheduler and the call after a step that was taken the longer way."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..ops import backends
 from ..ops.checks import DTYPES
-from ..table import CLIP, PREV_SAMPLE, ROW_WIDTH, compute_dtype, prediction_rows
+from ..table import CLIP, PREV_SAMPLE, compute_dtype, prediction_rows
 from .form import row_form, take_mask_apart
 from .scalars import Coefficient
 from .symbols import NotAffine, Terms
@@ -22,6 +22,7 @@ from .tracing import INPUTS, USUAL, Computed, Constant, Given, Made, Trace, Valu
 
 #: Arguments by the names that formulas have for them.
 _NAMES = {leaf: name for name, leaf in INPUTS.items()}
+_CPU = torch.device("cpu")
 #: Why a step with a coefficient that is infinite or NaN has no plan.
 UNBOUNDED_COEFFICIENT = "has a coefficient that is infinite or not a number"
 #: The most tensors that the fused step makes: the previous sample and two to keep.
@@ -37,7 +38,7 @@ class Plan:
     makes.
 
     Attributes:
-        row: the step's scalars, float64 ``[32]``; before `with_values`, a list of numbers and recorded coefficients.
+        row: the step's 32 scalars; before `with_values`, recorded coefficients are among them.
         dtype: the widest of all tensors, before and after: the step is taken in its compute dtype.
         from_attributes: by name, and by the place in a list where there is one.
         from_arguments, from_keywords: by the number among `USUAL`, and by name.
@@ -56,7 +57,7 @@ class Plan:
             step that finds none.
     """
 
-    row: Any
+    row: list[Any]
     dtype: torch.dtype
     from_attributes: tuple[tuple[str, int | None], ...]
     from_arguments: tuple[int, ...]
@@ -96,10 +97,8 @@ class Plan:
         row = [values[entry.index] if type(entry) is Coefficient else entry for entry in self.row]
         if not all(map(math.isfinite, row[:CLIP] + row[CLIP + 1 :])):
             raise NotAffine(UNBOUNDED_COEFFICIENT)
-        with torch.inference_mode(False):
-            table = torch.tensor(row, dtype=torch.float64, device="cpu")
         own = object.__new__(Plan)
-        vars(own).update(self._shared, row=table, next_scale=None, _tables={})
+        vars(own).update(self._shared, row=row, next_scale=None, _tables={})
         if self._computes:
             vars(own).update(
                 results=tuple(_valued(value, values) for value in self.results),
@@ -165,28 +164,26 @@ class Plan:
         """The row as a table on the samples' device, brought there once."""
         table = self._tables.get(device)
         if table is None:
-            with torch.inference_mode(False):
-                table = self.row.to(device=device, dtype=compute_dtype(self.dtype)).reshape(1, ROW_WIDTH)
-            self._tables[device] = table
+            table = self._tables[device] = _table([self.row], compute_dtype(self.dtype), device)
         return table
 
     @functools.cached_property
     def only_scale(self) -> float | None:
         """The number that the sample is multiplied by, where that is all that the step does."""
         alone = self.uniform and len(self.made) == 1 and not (self.registers or self.attributes or self.lists)
-        factor = float(self.row[PREV_SAMPLE])
-        return factor if alone and int((self.row[PREV_SAMPLE:] != 0).sum()) == (factor != 0) else None
+        factor, *others = self.row[PREV_SAMPLE:]
+        return factor if alone and not any(others) else None
 
     @functools.cached_property
     def host_table(self) -> Tensor:
         """The row as a table on the CPU."""
-        return self.table(torch.device("cpu"))
+        return self.table(_CPU)
 
     def prediction_table(self, device: torch.device) -> Tensor:
         """A table whose step gives the prediction itself, unclipped: what dynamic thresholding measures."""
         key = device, "prediction"
         if key not in self._tables:
-            rows = prediction_rows(self.row[None])
+            rows = prediction_rows(torch.tensor([self.row], dtype=torch.float64))
             self._tables[key] = rows.to(device=device, dtype=compute_dtype(self.dtype))
         return self._tables[key]
 
@@ -266,7 +263,7 @@ def compile_trace(
         # What is made on the way to the result must not be rounded to a half type.
         dtype = torch.promote_types(dtype, torch.float32)
     return Plan(
-        row=form.row.scalars(),
+        row=list(form.row.scalars()),
         dtype=dtype,
         from_attributes=tuple(map(_attribute, attributes)),
         from_arguments=tuple(map(USUAL.index, arguments)),
@@ -291,6 +288,14 @@ def compile_trace(
         taken_as_they_are=all(each in DTYPES for each in stored),
         make_sampler=make_sampler,
     )
+
+
+def _table(rows: list[list[float]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Rows as a tensor that autograd may save for a backward."""
+    if not torch.is_inference_mode_enabled():
+        return torch.tensor(rows, dtype=dtype, device=device)
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=dtype, device=device)
 
 
 def _valued(value: Any, values: Sequence[Any]) -> Any:

@@ -68,14 +68,17 @@ def find_plan(
         seeded: whether noise is drawn within the step.
     """
     kind = _kind(scheduler, name, given, attributes, schedule, guided, seeded)
-    key = _key(scheduler, kind, given, attributes, schedule)
+    reads = reads_of(scheduler.original)
+    known = len(reads)
+    key = _key(reads, kind, given, attributes, schedule)
     plan = schedule.plans.get(key)
     if plan is not None:
         schedule.plans.move_to_end(key)
         return plan
     plan = _make(scheduler, kind, name, given, attributes, schedule, guided, seeded)
-    # What was read for the first time is part of the key.
-    PLANS.keep(schedule.plans, _key(scheduler, kind, given, attributes, schedule), plan)
+    if len(reads) != known:
+        key = _key(reads, kind, given, attributes, schedule)
+    PLANS.keep(schedule.plans, key, plan)
     return plan
 
 
@@ -111,21 +114,30 @@ def _argument_kind(name: str, value: Any) -> Any:
 
 
 def _key(
-    scheduler: Any, kind: tuple[Any, ...], given: Mapping[str, Any], attributes: Mapping[str, Any], schedule: Schedule
-) -> tuple[Any, ...]:
+    reads: Mapping[str, None], kind: tuple[Any, ...], given: Mapping[str, Any], attributes: Mapping[str, Any],
+    schedule: Schedule,
+) -> tuple[Any, ...]:  # fmt: skip
     """What plans are kept by, beside the schedule's contents."""
+    names = schedule.names
     state = [
-        state_of(schedule, n, attributes.get(n, ABSENT)) for n in reads_of(scheduler.original) if n not in schedule.names
+        value if type(value := attributes.get(n, ABSENT)) in _AS_IT_IS else state_of(schedule, n, value)
+        for n in reads
+        if n not in names
     ]
-    numbers = [_argument_value(schedule, n, value) for n, value in given.items() if n != "generator"]
+    numbers = [_argument_value(schedule, n, value) for n, value in given.items() if type(value) not in _OF_KIND]
     return kind, tuple(state), tuple(numbers)
 
 
+#: Types of attributes that are part of a key by value, and of arguments that are part of a call's kind.
+_AS_IT_IS = frozenset((type(None), bool, str))
+_OF_KIND = frozenset((type(None), bool, str, torch.Generator))
+
+
 def _argument_value(schedule: Schedule, name: str, value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value if isinstance(value, (int, float)) else None  # else it is part of the kind
     if name in INPUTS:
         return None
+    if not isinstance(value, Tensor):
+        return value if isinstance(value, (int, float)) else None  # else it is part of the kind
     place = schedule.position(value)
     return ("timesteps", place) if place is not None else tuple(value.reshape(-1).tolist())
 

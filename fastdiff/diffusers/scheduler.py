@@ -265,7 +265,7 @@ def _take(
     fused.steps_taken += 1
     if undisturbed and alone and fused.plan is not None:  # none: the schedule was looked at anew
         fused.plan.program.follow(plan.program)
-    if alone:
+    if alone and fused.is_regular(given):
         fused.go_on_from(plan, name, uncond is not None, given, scheduler)
     else:
         fused.forget()

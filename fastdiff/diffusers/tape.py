@@ -24,6 +24,10 @@ Operation = tuple[Any, ...]
 #: What is observed: a value of the tape by its index, or something that a reader finds in the environment.
 Source = int | Callable[[Any], Hashable]
 _T = TypeVar("_T")
+#: How often a node is visited before its operations become a Python function: making one takes as long as running
+#: them hundreds of times, and then they take a third.
+_VISITS_TO_COMPILE = 64
+_INFIX = {operator.add: "+", operator.sub: "-", operator.mul: "*", operator.lt: "<", operator.le: "<="}
 _MANY = "many"
 #: The most operations of a trace: walking more would take longer than the scheduler's own code.
 MOST_OPERATIONS = 500
@@ -110,12 +114,57 @@ class Tape:
 class _Node(Generic[_T]):
     """Operations up to an observation and the nodes behind its outcomes; or up to the end, and what is found there."""
 
-    __slots__ = ("children", "leaf", "operations", "source")
+    __slots__ = ("children", "leaf", "operations", "segment", "source", "visits")
 
     def __init__(self, operations: tuple[Operation, ...], source: Source | None) -> None:
         self.operations, self.source = operations, source
         self.children: dict[Hashable, _Node[_T]] = {}
         self.leaf: _T | None = None
+        self.visits = 0
+        #: The operations as one Python function, once that pays.
+        self.segment: Callable[[list[Any], Any], None] | None = None
+
+    def run(self, values: list[Any], environment: Any) -> None:
+        """Do the operations and append their results."""
+        if self.segment is not None:
+            self.segment(values, environment)
+            return
+        first = len(values)
+        for operation in self.operations:
+            values.append(run(operation, values, environment))
+        self.visits += 1
+        if self.visits == _VISITS_TO_COMPILE:
+            self.segment = _compiled(self.operations, first)
+
+
+def _compiled(operations: tuple[Operation, ...], first: int) -> Callable[[list[Any], Any], None]:
+    """A Python function of operations of which the first has the index `first` on the tape."""
+    names: dict[str, Any] = {}
+    lines = ["def segment(values, environment):"]
+
+    def value(index: int) -> str:
+        return f"v{index}" if index >= first else f"values[{index}]"
+
+    def name_of(thing: Any) -> str:
+        name = f"c{len(names)}"
+        names[name] = thing
+        return name
+
+    for index, operation in enumerate(operations, first):
+        function = operation[0]
+        if len(operation) == 3 and function in _INFIX:
+            code = f"{value(operation[1])} {_INFIX[function]} {value(operation[2])}"
+        elif len(operation) == 1:
+            code = f"{name_of(function)}(environment)"
+        elif function is None:
+            code = name_of(operation[1])
+        else:
+            operands = operation[1] if len(operation) == 4 else operation[1:]
+            code = f"{name_of(function)}({', '.join(map(value, operands))})"
+        lines.append(f" v{index} = {code}")
+    lines.append(f" values += ({''.join(f'v{first + i}, ' for i in range(len(operations)))})")
+    exec("\n".join(lines), names)  # noqa: S102, of names and operators that are made here
+    return names["segment"]  # type: ignore[no-any-return]
 
 
 class TraceTree(Generic[_T]):
@@ -135,11 +184,11 @@ class TraceTree(Generic[_T]):
         Raises:
             Exception: what an operation or a reader raises, such as IndexError beyond the schedule.
         """
-        node, values = self._root, list[Any]()
-        append = values.append
+        node: _Node[_T] | None = self._root
+        values: list[Any] = []
         while node is not None:
-            for operation in node.operations:
-                append(run(operation, values, environment))
+            if node.operations:
+                node.run(values, environment)
             if node.source is None:
                 return node.leaf, values  # type: ignore[return-value]
             node = node.children.get(observed(node.source, values, environment))
