@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..ops import backends
 from .brownian import sampler_maker
-from .environment import ABSENT, HISTORY, Environment, identity
+from .environment import ABSENT, HISTORY, ArgumentItem, ArgumentNumber, Environment, identity
 from .plan import Plan, compile_trace
 from .reads import note_read, reads_of
 from .schedule import PLANS, Schedule, state_of
@@ -35,12 +35,15 @@ SCALING = "scale_model_input"
 
 _TREES: OrderedDict[Any, TraceTree[Plan | str]] = OrderedDict()
 _FUNCTIONS: dict[type, frozenset[str]] = {}
+#: By kind of call, the numbers among its arguments that a trace has read.
+_ARGUMENTS: OrderedDict[Any, dict[str, None]] = OrderedDict()
 
 
 def forget_all() -> None:
     """Forget all plans and traces, as if no scheduler had been used before."""
     PLANS.schedules.clear()
     _TREES.clear()
+    _ARGUMENTS.clear()
 
 
 def class_version(kind: type) -> Any:
@@ -68,16 +71,16 @@ def find_plan(
         seeded: whether noise is drawn within the step.
     """
     kind = _kind(scheduler, name, given, attributes, schedule, guided, seeded)
-    reads = reads_of(scheduler.original)
-    known = len(reads)
-    key = _key(reads, kind, given, attributes, schedule)
+    reads, arguments = reads_of(scheduler.original), _arguments_read(kind)
+    known = len(reads) + len(arguments)
+    key = _key(reads, arguments, kind, given, attributes, schedule)
     plan = schedule.plans.get(key)
     if plan is not None:
         schedule.plans.move_to_end(key)
         return plan
-    plan = _make(scheduler, kind, name, given, attributes, schedule, guided, seeded)
-    if len(reads) != known:
-        key = _key(reads, kind, given, attributes, schedule)
+    plan = _make(scheduler, kind, arguments, name, given, attributes, schedule, guided, seeded)
+    if len(reads) + len(arguments) != known:
+        key = _key(reads, arguments, kind, given, attributes, schedule)
     PLANS.keep(schedule.plans, key, plan)
     return plan
 
@@ -113,9 +116,19 @@ def _argument_kind(name: str, value: Any) -> Any:
     return identity(value)
 
 
+def _arguments_read(kind: Any) -> dict[str, None]:
+    """Which arguments' numbers plans of a kind depend on; it only grows."""
+    found = _ARGUMENTS.get(kind)
+    if found is None:
+        found = _ARGUMENTS[kind] = {"timestep": None}
+        while len(_ARGUMENTS) > MOST_TRACES:
+            _ARGUMENTS.popitem(last=False)
+    return found
+
+
 def _key(
-    reads: Mapping[str, None], kind: tuple[Any, ...], given: Mapping[str, Any], attributes: Mapping[str, Any],
-    schedule: Schedule,
+    reads: Mapping[str, None], arguments: Mapping[str, None], kind: tuple[Any, ...], given: Mapping[str, Any],
+    attributes: Mapping[str, Any], schedule: Schedule,
 ) -> tuple[Any, ...]:  # fmt: skip
     """What plans are kept by, beside the schedule's contents."""
     names = schedule.names
@@ -124,27 +137,24 @@ def _key(
         for n in reads
         if n not in names
     ]
-    numbers = [_argument_value(schedule, n, value) for n, value in given.items() if type(value) not in _OF_KIND]
+    numbers = [_argument_value(schedule, n, given[n]) for n in arguments if n in given]
     return kind, tuple(state), tuple(numbers)
 
 
-#: Types of attributes that are part of a key by value, and of arguments that are part of a call's kind.
+#: Types of attributes that are part of a key as they are.
 _AS_IT_IS = frozenset((type(None), bool, str))
-_OF_KIND = frozenset((type(None), bool, str, torch.Generator))
 
 
 def _argument_value(schedule: Schedule, name: str, value: Any) -> Any:
-    if name in INPUTS:
-        return None
     if not isinstance(value, Tensor):
-        return value if isinstance(value, (int, float)) else None  # else it is part of the kind
+        return value
     place = schedule.position(value)
     return ("timesteps", place) if place is not None else tuple(value.reshape(-1).tolist())
 
 
 def _make(
-    scheduler: Any, kind: tuple[Any, ...], name: str, given: Mapping[str, Any], attributes: dict[str, Any],
-    schedule: Schedule, guided: bool, seeded: bool,
+    scheduler: Any, kind: tuple[Any, ...], arguments: dict[str, None], name: str, given: Mapping[str, Any],
+    attributes: dict[str, Any], schedule: Schedule, guided: bool, seeded: bool,
 ) -> Plan | str:  # fmt: skip
     """A plan, of a trace that is kept or of a new one; or why there is none."""
     reason = _refusal(given, attributes, schedule)
@@ -171,6 +181,9 @@ def _make(
             finally:
                 for read in tracer.reads:
                     note_read(scheduler.original, read)
+                for reader in tracer.tape.readers:
+                    if isinstance(reader, (ArgumentNumber, ArgumentItem)):
+                        arguments.setdefault(reader.name)
             tree.add(tracer.tape, leaf)
             _forget_oldest_traces()
             found = leaf, tracer.tape.values

@@ -27,10 +27,18 @@ _BY_SHAPE = frozenset(("shape", "dtype", "ndim", "layout", "is_cuda", "is_sparse
 class Number:
     """A Python number of a traced step.  It passes for an int or a float in `isinstance`."""
 
-    __slots__ = ("index", "tape")
+    __slots__ = ("_index", "_reader", "tape")
 
-    def __init__(self, tape: Tape, index: int) -> None:
-        self.tape, self.index = tape, index
+    def __init__(self, tape: Tape, index: int | None, reader: Callable[[Any], Any] | None = None) -> None:
+        self.tape, self._index, self._reader = tape, index, reader
+
+    @property
+    def index(self) -> int:
+        """Its place on the tape.  What a reader reads is recorded when it is first asked for."""
+        if self._index is None:
+            assert self._reader is not None
+            self._index = self.tape.read(self._reader)
+        return self._index
 
     @property
     def value(self) -> Any:
@@ -39,7 +47,8 @@ class Number:
 
     @property
     def __class__(self) -> Any:  # what isinstance asks where the type itself does not fit
-        return type(self.value)
+        value = self.value if self._index is not None or self._reader is None else self._reader(self.tape.environment)
+        return type(value)
 
     def observe(self) -> Any:
         """The number; the trace holds for it alone."""

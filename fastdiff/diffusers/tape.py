@@ -67,6 +67,7 @@ class Tape:
         values: the results of the operations so far, Python numbers (of a list of numbers, the list).
         events: each observation with the operations before it: (operations, source, outcome).
         operations: those since the last observation.
+        readers: of all inputs.
     """
 
     def __init__(self, environment: Any) -> None:
@@ -74,11 +75,13 @@ class Tape:
         self.values: list[Any] = []
         self.events: list[tuple[tuple[Operation, ...], Source, Hashable]] = []
         self.operations: list[Operation] = []
+        self.readers: dict[Callable[[Any], Any], None] = {}
         self._known: dict[Operation, int] = {}
         self._observed: dict[Source, Hashable] = {}
 
     def read(self, reader: Callable[[Any], Any]) -> int:
         """Record an input; `reader` is hashable, and equal to another that reads the same."""
+        self.readers[reader] = None
         return self._record((reader,))
 
     def constant(self, value: Any) -> int:

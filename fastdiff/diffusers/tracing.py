@@ -258,8 +258,7 @@ class Tracer:
         return self._number(ArgumentNumber(argument)) if type(value) in (int, float) else value
 
     def _number(self, reader: Callable[[Environment], Any]) -> Any:
-        index = self.tape.read(reader)
-        return Number(self.tape, index) if self.recorded else self.tape.observe(index)
+        return Number(self.tape, None, reader) if self.recorded else self.tape.observe(self.tape.read(reader))
 
     def _scalar(self, reader: Callable[[Environment], Any], value: Tensor, argument: str | None = None) -> Tensor:
         """A tensor of numbers beside the schedule, such as a timestep."""
