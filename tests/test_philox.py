@@ -310,5 +310,5 @@ def test_draws_of_one_step_have_words_of_their_own() -> None:
     assert purpose_of_draw(0) == Purpose.STEP
     assert purpose_of_draw(3, 7) == 3 * 2**16 + 7
     for draw, purpose in ((-1, 1), (2**16, 1), (0, -1), (0, 2**16)):
-        with pytest.raises(ValueError, match="purpose_of_draw: .* expected 0 to 65535; stay in that range"):
+        with pytest.raises(ValueError, match=r"purpose_of_draw: .* expected 0 to 65535; stay in that range"):
             purpose_of_draw(draw, purpose)
