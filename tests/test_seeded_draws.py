@@ -103,9 +103,9 @@ RANDOM: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", RANDOM)
 def test_other_random_operations_are_refused(name: str) -> None:
     before = torch.get_rng_state()
-    with SeededDraws(SEEDS, 3):
-        with pytest.raises(RuntimeError, match=r"use_philox: the step draws by aten\.\w+.*; call use_philox\(None\)"):
-            RANDOM[name]()
+    message = r"use_philox: the step draws by aten\.\w+.*; call use_philox\(None\)"
+    with SeededDraws(SEEDS, 3), pytest.raises(RuntimeError, match=message):
+        RANDOM[name]()
     assert torch.equal(torch.get_rng_state(), before)
     # The block is over, and the generators draw again.
     RANDOM[name]()
