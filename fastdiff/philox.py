@@ -38,11 +38,35 @@ _ONE = 0x3F800000
 class Purpose(IntEnum):
     """What noise is for, the last word of the counter, so that two uses at one step do not share numbers.
 
-    Values up to 2³² − 1 that are not named here are free for noise of one's own.
+    Values up to 2¹⁶ − 1 that are not named here are free for noise of one's own.  The high half of the word counts the
+    draws of one purpose at one step: see `purpose_of_draw`.
+
+    Attributes:
+        LATENTS: the first sample.
+        STEP: what a step adds.
+        PATH: the numbers that a `fastdiff.brownian_path.BrownianPath` adds up; their `step` is no step's number but the
+            place of an interval of time.
     """
 
     LATENTS = 0
     STEP = 1
+    PATH = 2
+
+
+def purpose_of_draw(draw: int, purpose: int = Purpose.STEP) -> int:
+    """The last word of the counter for a draw of a step that draws several times.
+
+    Args:
+        draw: 0 to 2¹⁶ − 1, the number of draws that the step made before; the word of the first is `purpose` itself.
+        purpose: 0 to 2¹⁶ − 1, what the draws are for.
+
+    Raises:
+        ValueError: out of range.
+    """
+    for name, value in (("draw", draw), ("purpose", purpose)):
+        if not 0 <= value < 2**16:
+            raise ValueError(sentence("purpose_of_draw", name, f"is {value}", "0 to 65535", "stay in that range"))
+    return draw << 16 | purpose
 
 
 def philox_words(counter: Sequence[Tensor | int], key: Sequence[Tensor | int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 import fastdiff
 from fastdiff import Purpose, as_seeds, ops, spawn_seeds
 from fastdiff.ops import backends
-from fastdiff.philox import normals, philox_words
+from fastdiff.philox import normals, philox_words, purpose_of_draw
 from oracle import DTYPES, assert_same_bits, backends_at_hand, device_of, plain_row
 
 pytestmark = pytest.mark.answers
@@ -301,3 +301,14 @@ def test_opcheck(backend: str) -> None:
     torch.library.opcheck(torch.ops.fastdiff.randn.default, (seeds, [2, 3, 5], None, 4, 1, torch.float16, backend))
     steps = torch.tensor([3, 4], device=seeds.device)
     torch.library.opcheck(torch.ops.fastdiff.randn.default, (seeds, [2, 6], steps, 0, 1, torch.float64, backend))
+
+
+def test_draws_of_one_step_have_words_of_their_own() -> None:
+    words = [purpose_of_draw(draw, purpose) for draw in (0, 1, 2, 2**16 - 1) for purpose in (0, 1, 2, 2**16 - 1)]
+    assert len(set(words)) == len(words)
+    assert all(0 <= word < 2**32 for word in words)
+    assert purpose_of_draw(0) == Purpose.STEP
+    assert purpose_of_draw(3, 7) == 3 * 2**16 + 7
+    for draw, purpose in ((-1, 1), (2**16, 1), (0, -1), (0, 2**16)):
+        with pytest.raises(ValueError, match=r"purpose_of_draw: .* expected 0 to 65535; stay in that range"):
+            purpose_of_draw(draw, purpose)
