@@ -36,6 +36,7 @@ struct Program {
         for (const py::object& dtype : draws) draw_types.push_back(scalar_type_of(dtype.ptr()));
         if (!plan.attr("noise").is_none()) noise = plan.attr("noise").cast<int>();
         draws_inside = plan.attr("draws_inside").cast<bool>();
+        purpose = plan.attr("purpose").cast<int64_t>();
         keeps = plan.attr("keeps").cast<int64_t>();
         // A plan that is not simple may make more tensors than the fused step does.
         for (int64_t o = 0; simple && o <= keeps; ++o)
@@ -86,6 +87,7 @@ struct Program {
     int noise = -1;
     bool consumes_noise;  // one draw in float32, of which nothing is left: it may lie where the sample will
     bool draws_inside;
+    int64_t purpose;  // of noise that is drawn inside
     int64_t keeps;
     std::array<at::ScalarType, kMaxOutputs> made_types{};
     at::Tensor table;

@@ -9,8 +9,6 @@
 
 namespace fastdiff::bindings {
 
-// `fastdiff.Purpose.STEP`.
-constexpr int64_t kStepPurpose = 1;
 // Arguments that a call may have beside the three that all have.
 constexpr size_t kMore = 8;
 
@@ -195,7 +193,7 @@ class SimpleStep {
         if (consumed_.defined()) request.outs[0] = &consumed_;
         request.seeds = tensor_in(seeds);
         request.noise_step = noise_step;
-        request.purpose = kStepPurpose;
+        request.purpose = program_.purpose;
         request.keeps = program_.keeps;
         for (size_t o = 0; o <= static_cast<size_t>(program_.keeps); ++o)
             if (program_.made_types[o] != request.sample->scalar_type()) request.made[o] = program_.made_types[o];

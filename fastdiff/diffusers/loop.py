@@ -66,8 +66,8 @@ def goes_on(name: str, arguments: Sequence[str]) -> Callable[[_Method], _Method]
     def decorate(otherwise: _Method) -> _Method:
         if backends.extension is None:
             return otherwise
-        stepping = functools.update_wrapper(backends.extension.Stepping(name, otherwise, tuple(arguments)), otherwise)
-        return cast(_Method, backends.extension.as_method(stepping))
+        stepping = backends.extension.Stepping(name, otherwise, tuple(arguments))
+        return cast(_Method, functools.update_wrapper(stepping, otherwise))
 
     return decorate
 
@@ -140,8 +140,15 @@ class Fused(_Loop):  # type: ignore[misc]
 
     def use_seeds(self, seeds: int | Sequence[int] | Tensor | None) -> None:
         """Draw noise inside the step from now on, or not any more."""
-        self.seeds, self.steps_taken, self._seeds_kept = seeds, 0, None
+        self.seeds = seeds.clone() if isinstance(seeds, Tensor) else seeds if isinstance(seeds, int) else _listed(seeds)
+        self.steps_taken, self._seeds_kept = 0, None
         self.forget()
+
+    def invalidate(self) -> None:
+        """Compare and look up everything anew with the next step."""
+        self.look_again = True
+        self.forget()
+        self.adopt(_Loop(vars(backends)))  # which has no first steps of earlier loops
 
     def seeds_for(self, sample: Tensor) -> Tensor:
         """The seeds as a tensor beside the samples, kept for the loop."""
@@ -204,8 +211,12 @@ class Fused(_Loop):  # type: ignore[misc]
 
     def run(self, plan: Plan, attributes: dict[str, Any], given: Mapping[str, Any], uncond: Any, guidance: Any) -> Any:
         """A step by a plan that is not `simple`."""
-        seeds = self.seeds_for(given["sample"]) if plan.draws_inside else None
+        seeds = self.seeds_for(given["sample"]) if plan.seeded else None
         return run_plan(plan, attributes, given, uncond, guidance, seeds, self.steps_taken)
+
+
+def _listed(seeds: Sequence[int] | None) -> list[int] | None:
+    return None if seeds is None else list(seeds)
 
 
 def fused_of(scheduler: Any) -> Fused:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..ops import backends
 from ..ops.checks import DTYPES
+from ..philox import purpose_of_draw
 from ..table import CLIP, PREV_SAMPLE, compute_dtype, prediction_rows
 from .form import row_form, take_mask_apart
 from .scalars import Coefficient
@@ -50,6 +51,8 @@ class Plan:
         draws: the dtype of each draw of noise.
         noise: the slot of the noise that counts, or None.
         draws_inside: the fused step draws that noise itself.
+        purpose: of noise of the samples' own seeds, which draw of the step it is (`fastdiff.philox.purpose_of_draw`).
+        seeded: the draws are those of the samples' own seeds.
         spans: for noise from the scheduler's own sampler, its arguments.
         variance_kind, thresholding: of the fused step.
         blend: (slot of a mask, made, made): the first result is the one plus mask times the other.
@@ -72,6 +75,8 @@ class Plan:
     draws: tuple[torch.dtype, ...]
     noise: int | None
     draws_inside: bool
+    purpose: int
+    seeded: bool
     spans: tuple[tuple[Any, Any], ...]
     variance_kind: int
     thresholding: bool
@@ -126,6 +131,7 @@ class Plan:
     def simple(self) -> bool:
         """Whether the step is one call of the fused step, and nothing before or after it but a draw of noise."""
         more = self.thresholding or self.variance_kind or self.spans or self.blend or not self.made
+        more = more or (self.seeded and self.draws)
         return self.taken_as_they_are and not (more or self.make_sampler)
 
     @functools.cached_property
@@ -194,6 +200,7 @@ def compile_trace(
     *,
     guided: bool = False,
     drawn: bool = False,
+    seeded: bool = False,
     make_sampler: Any = None,
 ) -> Plan:
     """The plan of a traced step.
@@ -203,6 +210,7 @@ def compile_trace(
         dtypes: of the tensors that stand before it, by place.
         guided: the model's output is combined of two within the step, and exists nowhere else.
         drawn: likewise the noise.
+        seeded: the noise is that of the samples' own seeds.
         make_sampler: as in `Plan`.
 
     Raises:
@@ -277,7 +285,9 @@ def compile_trace(
         lists=tuple((name, stay, tuple(map(slot, entries))) for name, stay, entries in lists),
         draws=() if drawn else trace.draws,
         noise=None if noise is None else slots.index(noise),
-        draws_inside=drawn and form.noise is not None,
+        draws_inside=drawn and form.noise is not None and _is_draw(form.noise),
+        purpose=purpose_of_draw(int(form.noise[6:])) if form.noise is not None and _is_draw(form.noise) else 0,
+        seeded=seeded,
         spans=trace.noise_spans,
         variance_kind=int(form.variance_kind),
         thresholding=form.thresholding,

@@ -10,6 +10,7 @@ Three stores, each bounded:
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from types import FunctionType
@@ -227,8 +228,16 @@ def _traced(
     try:
         trace = tracer.run(name)
         dtypes = dict(_dtypes(given, attributes)) | {f"noise:{k}": dtype for k, dtype in enumerate(trace.draws)}
-        drawn = seeded and len(trace.draws) == 1
-        return compile_trace(trace, dtypes, guided=guided, drawn=drawn, make_sampler=make_sampler)
+        seeded = seeded and bool(trace.draws) and not trace.noise_spans  # a path has its seeds itself
+        compiled = functools.partial(
+            compile_trace, trace, dtypes, guided=guided, seeded=seeded, make_sampler=make_sampler
+        )
+        if not seeded:
+            return compiled()
+        try:
+            return compiled(drawn=True)
+        except NotAffine:
+            return compiled()  # the noise is kept, or drawn twice: it has to be a tensor
     except NotAffine as reason:
         return str(reason)
     except (MemoryError, RecursionError):

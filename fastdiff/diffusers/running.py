@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..affine import COLUMNS
 from ..ops.layout import laid_out
+from ..philox import purpose_of_draw
 from ..table import KEEP_0, KEEP_1, PREDICTION_OUTPUT, PREV_SAMPLE
 from ..thresholding import dynamic_threshold
 from ..torch_noise import randn_like_diffusers
@@ -37,7 +38,7 @@ def run_plan(
         attributes: the scheduler's, which are written once the step has succeeded.
         arguments: of the call, by name.
         uncond, guidance: of a guided step; `model_output` is then the conditional output.
-        seeds, noise_step: of noise that the fused step draws.
+        seeds, noise_step: of noise that belongs to the samples' own seeds.
         factor: what each sample's model output is multiplied by, ``[B]``.
     """
     sample = arguments["sample"]
@@ -50,7 +51,7 @@ def run_plan(
         variance = variance if plan.variance_kind else None
     if plan.make_sampler is not None:
         attributes["noise_sampler"] = plan.make_sampler(attributes, arguments)
-    drawn = _draw(plan, attributes, arguments, output)
+    drawn = _draw(plan, attributes, arguments, output, seeds, noise_step)
     values: list[Any] = [
         attributes[name] if index is None else attributes[name][index] for name, index in plan.from_attributes
     ]
@@ -108,13 +109,19 @@ def launch(
     return _step(plan, rows, sample, output, uncond, guidance, history, noise, None, None, seeds, noise_step)
 
 
-def _draw(plan: Plan, attributes: dict[str, Any], arguments: Mapping[str, Any], output: Tensor) -> list[Any]:
-    """The step's noise, drawn as diffusers draws it and as often."""
+def _draw(
+    plan: Plan, attributes: dict[str, Any], arguments: Mapping[str, Any], output: Tensor, seeds: Tensor | None, step: int
+) -> list[Any]:  # fmt: skip
+    """The step's noise, drawn as diffusers draws it, or from seeds, and as often."""
     if plan.spans:
         sampler = attributes["noise_sampler"]
         return [sampled(sampler, start, end).to(output.device) for start, end in plan.spans]
     if not plan.draws or plan.draws_inside:
         return []
+    if plan.seeded:
+        assert seeds is not None
+        draws = enumerate(plan.draws)
+        return [ops.randn(output.shape, seeds, step, purpose_of_draw(k), output.device, dtype) for k, dtype in draws]
     generator = arguments.get("generator")
     return [draw(output, generator, dtype) for dtype in plan.draws]
 
@@ -140,7 +147,7 @@ def _step(plan: Plan, rows: tuple[Tensor, int | Tensor], sample: Tensor, output:
     def directly() -> Any:
         return ops.direct_step(
             sample, output, *rows, uncond, guidance, history, noise, variance, threshold, kind, plan.keeps, out, seeds,
-            noise_step,
+            noise_step, plan.purpose,
         )  # fmt: skip
 
     done = directly()
@@ -155,7 +162,7 @@ def _step(plan: Plan, rows: tuple[Tensor, int | Tensor], sample: Tensor, output:
         return done
     return ops.step(
         sample, output, *rows, uncond=uncond, guidance=guidance, history=history, noise=noise, seeds=seeds,
-        noise_step=noise_step, variance=variance, threshold=threshold, variance_kind=kind, keeps=plan.keeps, out=out,
+        noise_step=noise_step, purpose=plan.purpose, variance=variance, threshold=threshold, variance_kind=kind, keeps=plan.keeps, out=out,
     )  # fmt: skip
 
 

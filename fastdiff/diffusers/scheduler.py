@@ -16,7 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..brownian_path import BrownianPath
 from ..errors import sentence
+from ..seeded_draws import SeededDraws
 from .environment import FUSED, snapshot
 from .guidance import combined, rescaling
 from .loop import Fused, fused_of, goes_on
@@ -55,13 +57,14 @@ class FusedScheduler:
             setattr(cls, name, make(name, method, signature))
         if hasattr(cls.original, "set_timesteps"):
             cls.set_timesteps = _setting_method(cls.original.set_timesteps)  # type: ignore[attr-defined]
+        if hasattr(cls.original, "undo_step"):
+            cls.undo_step = _undoing_method(cls.original.undo_step)  # type: ignore[attr-defined]
         index = getattr(cls.original, "index_for_timestep", None)
         if index is not None and "schedule_timesteps" in inspect.signature(index).parameters:
             cls.index_for_timestep = _index_for_timestep  # type: ignore[attr-defined]
         for base in cls.__mro__[: cls.__mro__.index(cls.original)]:
             HOUSE[base] = dict(vars(base))
 
-    @goes_on("step", ("model_output_uncond", "model_output_cond", "guidance_scale", "timestep", "sample"))
     def guided_step(
         self,
         model_output_uncond: Tensor,
@@ -85,12 +88,29 @@ class FusedScheduler:
         Raises:
             TypeError: the unconditional output is no tensor.
         """
-        _check_uncond(model_output_uncond)
+        if not _is_compiling():
+            return _guided_step(
+                self, model_output_uncond, model_output_cond, guidance_scale, timestep, sample,
+                guidance_rescale=guidance_rescale, **kwargs,
+            )  # fmt: skip
+        _refuse_seeds(self)
         factor = None
         if guidance_rescale != 0.0:
             factor = rescaling(model_output_uncond, model_output_cond, guidance_scale, guidance_rescale, sample)
-        given = {**dict(zip(USUAL, (model_output_cond, timestep, sample), strict=True)), **kwargs}
-        return _take(self, "step", (), given, model_output_uncond, guidance_scale, factor)
+        output = combined(model_output_uncond, model_output_cond, guidance_scale, factor)
+        return self.original.step(self, output, timestep, sample, **kwargs)  # type: ignore[attr-defined]
+
+    def invalidate(self) -> None:
+        """Look at the scheduler's arrays anew before the next step.
+
+        A step follows the numbers that `set_timesteps` finds, and what is assigned or written by torch afterwards.
+        Numbers on the CPU that are written in a way that torch does not count (through `Tensor.data`, a numpy view or
+        shared memory) are seen by the first step after the next `set_timesteps`, those on a device not at all: call
+        this after such a write.
+        """
+        fused: Fused | None = vars(self).get(FUSED)
+        if fused is not None:
+            fused.invalidate()
 
     def use_philox(self, seeds: int | Sequence[int] | Tensor | None) -> None:
         """Draw the step's noise inside the step, each sample's from its own seed; None goes back to generators.
@@ -105,6 +125,11 @@ class FusedScheduler:
         if fused is None:
             fused = fused_of(self)
         fused.use_seeds(seeds)  # the schedule is nothing to them
+        vars(self).pop(_SEEDED, None)
+        if seeds is not None:
+            vars(self)[_SEEDED] = True
+        if "noise_sampler" in vars(self):
+            self.noise_sampler = None  # the next step makes the one that belongs to the seeds, or to generators
 
     def step_otherwise(self, name: str, given: Mapping[str, Any]) -> Any:
         """Take a step that has no plan, by the diffusers class's own code."""
@@ -118,12 +143,28 @@ class FusedScheduler:
         own = type(self).__new__(type(self))
         for name, value in vars(self).items():
             if name == FUSED:
-                value = Fused(own, beside=value)
+                beside, value = value, Fused(own, beside=value)
+                value.use_seeds(beside.seeds)
+                value.steps_taken = beside.steps_taken
             vars(own)[name] = list(value) if isinstance(value, list) else value
         return own
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != FUSED}
+        state = {name: value for name, value in vars(self).items() if name not in (FUSED, _SEEDED)}
+        fused: Fused | None = vars(self).get(FUSED)
+        if fused is not None and fused.seeds is not None:
+            state[_SEEDS] = fused.seeds, fused.steps_taken
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        seeds = state.get(_SEEDS)
+        vars(self).update({name: value for name, value in state.items() if name != _SEEDS})
+        if seeds is not None:
+            sampler = vars(self).get("noise_sampler")
+            self.use_philox(seeds[0])
+            vars(self)[FUSED].steps_taken = seeds[1]
+            if sampler is not None:
+                vars(self)["noise_sampler"] = sampler
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         name = type(self).__name__
@@ -131,6 +172,27 @@ class FusedScheduler:
             return super().__reduce_ex__(protocol)
         # By the module that the class names, pickle would find diffusers' own.
         return _rebuild, (name,), self.__getstate__()
+
+
+#: The attribute by which a compiled function sees that there are seeds.
+_SEEDED = "_draws_from_seeds"
+#: Where a copy or a pickle has the seeds, and the number of steps taken with them.
+_SEEDS = "_philox_seeds"
+_is_compiling = torch.compiler.is_dynamo_compiling
+
+
+@goes_on("step", ("model_output_uncond", "model_output_cond", "guidance_scale", "timestep", "sample"))
+def _guided_step(
+    self: Any, model_output_uncond: Any, model_output_cond: Any, guidance_scale: Any, timestep: Any, sample: Any,
+    guidance_rescale: float = 0.0, **kwargs: Any,
+) -> Any:  # fmt: skip
+    """A guided step that does not go on from the last one."""
+    _check_uncond(model_output_uncond)
+    factor = None
+    if guidance_rescale != 0.0:
+        factor = rescaling(model_output_uncond, model_output_cond, guidance_scale, guidance_rescale, sample)
+    given = {**dict(zip(USUAL, (model_output_cond, timestep, sample), strict=True)), **kwargs}
+    return _take(self, "step", (), given, model_output_uncond, guidance_scale, factor)
 
 
 #: The classes, for pickles.
@@ -142,18 +204,27 @@ def _rebuild(name: str) -> FusedScheduler:
 
 
 def _stepping_method(name: str, method: Any, signature: inspect.Signature) -> Any:
+    @goes_on(name, tuple(signature.parameters)[1:])
+    def take(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _take(self, name, args, kwargs, None, None)
+
     @functools.wraps(method)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _take(self, name, args, kwargs, None, None)
+        if _is_compiling():
+            _refuse_seeds(self)
+            return method(self, *args, **kwargs)  # which torch.compile fuses itself
+        return take(self, *args, **kwargs)
 
     # With the diffusers method's own signature: pipelines look there for `eta` and `generator`.
     step.__signature__ = signature  # type: ignore[attr-defined]
-    return goes_on(name, tuple(signature.parameters)[1:])(step)
+    return step
 
 
 def _scaling_method(name: str, method: Any, signature: inspect.Signature) -> Any:
     @functools.wraps(method)
     def scale_model_input(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_compiling():
+            return method(self, *args, **kwargs)
         attributes = self.__dict__
         fused: Fused | None = attributes.get(FUSED)
         # Where nothing has changed since the last step, the factor is the one that was found there before.
@@ -179,6 +250,8 @@ def _setting_method(method: Any) -> Any:
     @functools.wraps(method)  # with its signature: pipelines look there for `sigmas` and `timesteps`
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = method(self, *args, **kwargs)
+        if _is_compiling():
+            return result
         fused: Fused | None = vars(self).get(FUSED)
         if fused is not None:
             fused.steps_taken = 0  # noise of `use_philox` starts again with its first step
@@ -190,13 +263,53 @@ def _setting_method(method: Any) -> Any:
 
 def _index_for_timestep(self: Any, timestep: Any, schedule_timesteps: Any = None) -> Any:
     """As the diffusers class's own, without fetching a view of the schedule from a device."""
-    if schedule_timesteps is None and isinstance(timestep, Tensor):
+    if schedule_timesteps is None and isinstance(timestep, Tensor) and not _is_compiling():
         schedule = fused_of(self).schedule
         place = schedule.position(timestep)
         if place is not None:
             schedule_timesteps = schedule.host["timesteps"]
             timestep = schedule_timesteps[place]
     return self.original.index_for_timestep(self, timestep, schedule_timesteps)
+
+
+def _refuse_seeds(scheduler: Any) -> None:
+    if _SEEDED in scheduler.__dict__:
+        raise RuntimeError(
+            sentence(
+                "step",
+                "use_philox",
+                "was called, and the step is traced by torch.compile",
+                "a step outside of compiled functions",
+                "call use_philox(None), or compile the model alone",
+            )
+        )
+
+
+def _take_path_of_seeds(attributes: dict[str, Any], fused: Fused, sample: Tensor) -> None:
+    """Give a scheduler whose noise belongs to intervals the Brownian path of the samples' own seeds."""
+    if "noise_sampler" not in attributes:
+        return
+    sampler = attributes["noise_sampler"]
+    wanted = tuple(sample.shape), sample.dtype, sample.device
+    if type(sampler) is BrownianPath and (sampler.shape, sampler.dtype, sampler.seeds.device) == wanted:
+        return
+    seeds = fused.seeds_for(sample)
+    attributes["noise_sampler"] = BrownianPath(sample.shape, seeds, device=sample.device, dtype=sample.dtype)
+
+
+def _undoing_method(method: Any) -> Any:
+    @functools.wraps(method)
+    def undo_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        fused: Fused | None = vars(self).get(FUSED)
+        if fused is None or fused.seeds is None:
+            return method(self, *args, **kwargs)
+        sample = kwargs["sample"] if "sample" in kwargs else args[0]
+        with SeededDraws(fused.seeds_for(sample), fused.steps_taken):
+            result = method(self, *args, **kwargs)
+        fused.steps_taken += 1
+        return result
+
+    return undo_step
 
 
 def _check_uncond(value: Any) -> None:
@@ -233,6 +346,8 @@ def _take(
     if not isinstance(output, Tensor) or not isinstance(sample, Tensor) or twice_or_too_many:
         return getattr(scheduler.original, name)(scheduler, *args, **kwargs)  # which says what is wrong
     fused = fused_of(scheduler)
+    if fused.seeds is not None and name != SCALING:
+        _take_path_of_seeds(vars(scheduler), fused, sample)
     begun = fused.move()
     undisturbed = fused.undisturbed_at == begun - 1 and factor is None and name != SCALING
     schedule, attributes = fused.schedule, vars(scheduler)
@@ -251,11 +366,16 @@ def _take(
     if isinstance(plan, str):
         if uncond is not None:
             given["model_output"] = combined(uncond, output, scale, factor)
-        return scheduler.step_otherwise(name, given)
+        if fused.seeds is None or name == SCALING:
+            return scheduler.step_otherwise(name, given)
+        with SeededDraws(fused.seeds_for(sample), fused.steps_taken):
+            result = scheduler.step_otherwise(name, given)
+        fused.steps_taken += 1
+        return result
     before = schedule.kept(attributes) if fused.steps_taken == 0 and factor is None else None
     if before is not None and not (plan is plan_of_now() and schedule.holds(attributes)):
         before = None  # another thread came between, and it is no state that this plan is known to be for
-    seeds = fused.seeds_for(sample) if plan.draws_inside else None
+    seeds = fused.seeds_for(sample) if plan.seeded else None
     result = run_plan(plan, attributes, given, uncond, scale, seeds, fused.steps_taken, factor)
     alone = fused.move() == begun + 1
     if before is not None and alone:

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from .scalars import Number, Scalar, element, observed_tensor
 from .symbols import Clamped, NotAffine, Symbol, Terms, Tracing
 from .tape import Tape, called
 
+_T = TypeVar("_T")
 #: What a step's first arguments are in nearly all classes.
 USUAL = ("model_output", "timestep", "sample")
 #: Tensors of a call that take part in the arithmetic, by argument, and what formulas call them.
@@ -159,8 +160,12 @@ class Tracer:
         held["_tracer"] = self
         given = {argument: self._argument(argument, value) for argument, value in self.environment.arguments.items()}
         self.tracing.known = self._known
-        with self.tracing:
-            results = getattr(self.original, name)(stub, **given)
+
+        def step() -> Any:
+            with self.tracing:
+                return getattr(self.original, name)(stub, **given)
+
+        results = with_modes_restored(step)
         del held["_tracer"]
         return self._finished(results, held)
 
@@ -382,6 +387,24 @@ class Tracer:
     def _value_before(self, attribute: str, place: int) -> Computed | None:
         old = self.environment.attributes[attribute][place]
         return Computed((self.tape.read(ItemNumber(attribute, place)),)) if type(old) in (int, float) else None
+
+
+def with_modes_restored(function: Callable[[], _T]) -> _T:
+    """Call a function and leave torch's stack of function modes as it was, whenever an interrupt comes."""
+    depth = torch._C._len_torch_function_stack()
+    try:
+        return function()
+    finally:
+        # Twice, since an interrupt may come in here as well.
+        try:
+            _pop_modes(depth)
+        finally:
+            _pop_modes(depth)
+
+
+def _pop_modes(depth: int) -> None:
+    while torch._C._len_torch_function_stack() > depth:
+        torch._C._pop_torch_function_stack()
 
 
 @functools.cache
