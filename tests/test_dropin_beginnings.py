@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import inspect
 import threading
 import weakref
@@ -471,9 +472,10 @@ def test_a_stepper_begins_as_its_scheduler_does(looked: list[str]) -> None:
     assert looked
     seeded = made("DDPM")
     seeded.use_philox([1, 2])
-    loop(seeded, outputs)
-    assert seeded.stepper()._fused.seeds is None
-    assert_same_bits(loop(seeded.stepper(), outputs), loop(made("DDPM"), outputs))
+    wanted = loop(seeded, outputs)
+    for own in (seeded.stepper(), copy.copy(seeded), copy.deepcopy(seeded), pickle.loads(pickle.dumps(seeded))):
+        own.set_timesteps(STEPS)
+        assert_same_bits(loop(own, outputs), wanted)
 
 
 @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy], ids=["copy", "deepcopy"])

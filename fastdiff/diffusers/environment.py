@@ -57,7 +57,7 @@ class Environment:
 
 def snapshot(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """A scheduler's attributes as they are now, whatever another thread does next."""
-    return {name: list(value) if type(value) is list else value for name, value in attributes.items()}
+    return {name: list(value) if type(value) is list else value for name, value in attributes.items() if name != FUSED}
 
 
 def _number_in(tensor: Tensor, schedule: Any) -> Any:

@@ -90,8 +90,8 @@ class FusedScheduler:
         """
         if not _is_compiling():
             return _guided_step(
-                self, model_output_uncond, model_output_cond, guidance_scale, timestep, sample,
-                guidance_rescale=guidance_rescale, **kwargs,
+                self, model_output_uncond, model_output_cond, guidance_scale, timestep, sample, guidance_rescale,
+                **kwargs,
             )  # fmt: skip
         _refuse_seeds(self)
         factor = None
@@ -181,7 +181,10 @@ _SEEDS = "_philox_seeds"
 _is_compiling = torch.compiler.is_dynamo_compiling
 
 
-@goes_on("step", ("model_output_uncond", "model_output_cond", "guidance_scale", "timestep", "sample"))
+_GUIDED = "model_output_uncond", "model_output_cond", "guidance_scale", "timestep", "sample", "guidance_rescale"
+
+
+@goes_on("step", _GUIDED)
 def _guided_step(
     self: Any, model_output_uncond: Any, model_output_cond: Any, guidance_scale: Any, timestep: Any, sample: Any,
     guidance_rescale: float = 0.0, **kwargs: Any,
@@ -208,15 +211,22 @@ def _stepping_method(name: str, method: Any, signature: inspect.Signature) -> An
     def take(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _take(self, name, args, kwargs, None, None)
 
-    @functools.wraps(method)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_compiling():
-            _refuse_seeds(self)
-            return method(self, *args, **kwargs)  # which torch.compile fuses itself
-        return take(self, *args, **kwargs)
+    def compiled(self: Any, *args: Any) -> Any:
+        _refuse_seeds(self)
+        return method(self, *args)  # which torch.compile fuses itself
 
-    # With the diffusers method's own signature: pipelines look there for `eta` and `generator`.
-    step.__signature__ = signature  # type: ignore[attr-defined]
+    # A function of its own signature: to collect arguments and hand them on again would take a tenth of a short step.
+    names = list(signature.parameters)
+    scope = {"is_compiling": _is_compiling, "compiled": compiled, "take": take}
+    scope |= {f"default_{n}": p.default for n, p in signature.parameters.items() if p.default is not p.empty}
+    given = ", ".join(names)
+    wanted = ", ".join(f"{n}=default_{n}" if f"default_{n}" in scope else n for n in names)
+    exec(  # noqa: S102, of names in a signature
+        f"def {name}({wanted}):\n if is_compiling():\n  return compiled({given})\n return take({given})\n", scope
+    )
+    step = functools.update_wrapper(scope[name], method)
+    # With the diffusers method's annotations: pipelines look there for `eta` and `generator`.
+    step.__signature__ = signature
     return step
 
 

@@ -404,6 +404,11 @@ for _name, _dtype in (("float", torch.float32), ("double", torch.float64), ("hal
     RULES[_name] = lambda f, a, k, dtype=_dtype: _to(f, (a[0], dtype), {})  # type: ignore[misc]
 
 
+def unknown(symbol: Any, leaf: Any) -> Any:
+    """Take no note of a symbol."""
+    return symbol
+
+
 class Tracing(TorchFunctionMode):
     """What holds while a scheduler's step runs on symbols: noise is drawn as a symbol, scalars are not rounded.
 
@@ -419,7 +424,7 @@ class Tracing(TorchFunctionMode):
         self.tape = tape
         self.draws: list[torch.dtype] = []
         #: Is told of each symbol that stands for a tensor of the call, and of its name.
-        self.known: Callable[[Any, Any], Any] = lambda symbol, leaf: symbol
+        self.known: Callable[[Any, Any], Any] = unknown
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

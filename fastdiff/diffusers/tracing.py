@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from .environment import (
-    ABSENT, CONFIG, FUSED, HISTORY, LOOKUPS, ArgumentItem, ArgumentNumber, AttributeNumber, Contents, Environment,
+    ABSENT, CONFIG, HISTORY, LOOKUPS, ArgumentItem, ArgumentNumber, AttributeNumber, Contents, Environment,
     ItemNumber, Lookup, ScheduleArray, Structure,
 )  # fmt: skip
 from .scalars import Number, Scalar, element, observed_tensor
-from .symbols import Clamped, NotAffine, Symbol, Terms, Tracing
+from .symbols import Clamped, NotAffine, Symbol, Terms, Tracing, unknown
 from .tape import Tape, called
 
 _T = TypeVar("_T")
@@ -156,7 +156,7 @@ class Tracer:
         attributes = self.environment.attributes
         stub: Any = object.__new__(_stub_class(self.original))
         held = object.__getattribute__(stub, "__dict__")
-        held.update({n: value for n, value in attributes.items() if n != FUSED})
+        held.update(attributes)
         held["_tracer"] = self
         given = {argument: self._argument(argument, value) for argument, value in self.environment.arguments.items()}
         self.tracing.known = self._known
@@ -165,8 +165,12 @@ class Tracer:
             with self.tracing:
                 return getattr(self.original, name)(stub, **given)
 
-        results = with_modes_restored(step)
-        del held["_tracer"]
+        try:
+            results = with_modes_restored(step)
+        finally:
+            # No cycle is left: a scheduler's tensors go with their last reference.
+            held.pop("_tracer", None)
+            self.tracing.known = unknown
         return self._finished(results, held)
 
     # What the stub asks while the step runs.
