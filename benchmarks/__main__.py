@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from fastdiff.command import run_command
 from fastdiff.errors import require
+from fastdiff.files import write_whole
 
 from .conditions import conditions
 from .measure import measure
@@ -25,7 +27,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmar
     """Measure, print the table, write what was asked for.
 
     Raises:
-        ValueError, RuntimeError, ImportError: with one sentence for the user.
+        ValueError, RuntimeError, ImportError, OSError: with one sentence for the user.
     """
     options = parse(arguments, prog)
     require("rich", "cli", "fastdiff bench")  # before the measuring, not after it
@@ -39,7 +41,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmar
         _measure_all(options, report)
         render(report, peers=options.peers)
     if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        text = json.dumps(report, indent=1) + "\n"
+        write_whole(options.json, text.encode(), operation="bench", argument="--json")
     if options.plot is not None:
         importlib.import_module(".plots", __package__).plot(report, options.plot)
 
@@ -64,8 +67,4 @@ def _measure_all(options: Any, report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, TypeError, RuntimeError, ImportError) as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_command("benchmarks", main))

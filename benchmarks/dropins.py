@@ -26,6 +26,7 @@ import inspect
 import json
 import math
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -34,6 +35,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastdiff.command import CommandParser, run_command
+from fastdiff.files import check_writable, write_whole
 
 from .conditions import conditions
 from .copying import STORES, copy_walk, why_absent
@@ -307,7 +311,7 @@ def _share(found: dict[str, Any] | None) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the table, and store it where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="classes, without Scheduler, with commas between; else all")
     parser.add_argument("--shape", default="1x4x64x64")
     parser.add_argument("--dtype", default="float32")
@@ -317,6 +321,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--beginnings", action="store_true", help=f"the first step of a loop, and loops of {FEW}, too")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)
+    if chosen.json is not None:
+        check_writable(chosen.json, operation="dropins", argument="--json")
     torch.set_num_threads(chosen.threads)
     from fastdiff.diffusers import CLASSES
 
@@ -340,8 +346,9 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"a draw of noise: {found['draw_microseconds']['median']:.1f} µs")
     if chosen.json is not None:
         settings = {"shape": list(shape), "dtype": chosen.dtype, "threads": chosen.threads, "steps": STEPS}
-        chosen.json.write_text(json.dumps({"conditions": conditions(), **settings, **found}, indent=1) + "\n")
+        text = json.dumps({"conditions": conditions(), **settings, **found}, indent=1) + "\n"
+        write_whole(chosen.json, text.encode(), operation="dropins", argument="--json")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("dropins", main))

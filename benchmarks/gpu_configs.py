@@ -27,7 +27,9 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
+from fastdiff.command import CommandParser, run_command
 from fastdiff.errors import sentence
+from fastdiff.files import check_writable, write_whole
 from fastdiff.ops import backends
 from fastdiff.table import PREV_SAMPLE, ROW_WIDTH, compute_dtype
 
@@ -249,7 +251,7 @@ def entries(results: Sequence[dict[str, Any]], chip: str) -> list[str]:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_configs", description=__doc__.partition("\n")[0])
+    parser = CommandParser(prog="python -m benchmarks.gpu_configs", description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     add("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
@@ -259,6 +261,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--json", type=Path, help="write every figure")
     add("--rehearse", action="store_true", help="without a GPU: tiny sizes, no figure worth keeping")
     options = parser.parse_args(arguments)
+    if options.json is not None:
+        check_writable(options.json, operation="gpu_configs", argument="--json")
     if options.rounds < 1:
         parser.error(f"--rounds is {options.rounds}, expected 1 or more")
     return options
@@ -297,7 +301,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     report["entries"] = [] if options.rehearse else entries(report["results"], report["chip"])
     _print(report)
     if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        text = json.dumps(report, indent=1) + "\n"
+        write_whole(options.json, text.encode(), operation="gpu_configs", argument="--json")
     return report
 
 
@@ -329,9 +334,9 @@ def _print(report: dict[str, Any]) -> None:
     )
 
 
+def _command() -> None:
+    main()
+
+
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, RuntimeError) as error:
-        print(f"gpu_configs: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_command("gpu_configs", _command))

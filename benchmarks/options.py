@@ -9,9 +9,11 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from fastdiff.command import CommandParser
 from fastdiff.errors import sentence, unknown_name
+from fastdiff.files import check_writable
 
 from .cases import DTYPES, OPS, SHAPES, Case
 from .measure import CACHES
@@ -28,15 +30,10 @@ FULL: dict[str, Any] = {
     "rounds": 15,
     "seconds": 0.5,
 }
+#: The endings that name a format of a picture.
+PLOT_ENDINGS = (".png", ".svg", ".pdf")
+
 QUICK = {**FULL, "samplers": ["ddim", "dpmsolver++2m"], "shapes": ["digits", "image"], "rounds": 5, "seconds": 0.1}
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, whose complaints are exceptions like all others here."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(sentence("bench", "a command-line argument", f"is wrong ({message})", "a known option",
-                                  f"see {self.prog} --help"))  # fmt: skip
 
 
 def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
@@ -45,7 +42,7 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     Raises:
         ValueError: an unknown option or name, or a number out of range.
     """
-    parser = _Parser(
+    parser = CommandParser(
         prog=prog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Measure what a step costs: fastdiff beside its reference, torch.compile, diffusers and\n"
@@ -73,7 +70,7 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     )
     add("--quick", action="store_true", help="two samplers, two shapes, short rounds")
     add("--json", type=Path, metavar="OUT", help="write everything as JSON")
-    add("--plot", type=Path, metavar="OUT", help="draw ratios and shares, as .png or .svg")
+    add("--plot", type=Path, metavar="OUT", help="draw ratios and shares, as .png, .svg or .pdf")
     add("--base", metavar="REV", help="compare with another commit of this checkout instead, built for the purpose")
     add("--processes", type=int, default=3, metavar="N", help="with --base: fresh pairs of processes (default: 3)")
     options = parser.parse_args(arguments)
@@ -104,12 +101,11 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(sentence("bench", "--seconds", f"is {options.seconds}", "more than 0", "raise --seconds"))
     for name in ("json", "plot"):
         path = getattr(options, name)
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(
-                sentence(
-                    "bench", f"--{name}", f"is {str(path)!r}", "a file in a folder that exists", f"make {path.parent}"
-                )
-            )
+        if path is not None:
+            check_writable(path, operation="bench", argument=f"--{name}")
+    if options.plot is not None and options.plot.suffix.lower() not in PLOT_ENDINGS:
+        expected = f"one that ends in {' or '.join(PLOT_ENDINGS)}"
+        raise ValueError(sentence("bench", "--plot", f"is {str(options.plot)!r}", expected, "choose such a file"))
 
 
 def _known(argument: str, given: Iterable[str], known: Iterable[str]) -> None:

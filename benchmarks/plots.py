@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 from fastdiff.errors import require
+from fastdiff.files import write_whole
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
@@ -52,7 +54,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
     figure.tight_layout()
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.01), ncol=len(series), fontsize=8)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix[1:], dpi=150, bbox_inches="tight")
+    write_whole(path, buffer.getvalue(), operation="bench", argument="--plot")
     pyplot.close(figure)
 
 

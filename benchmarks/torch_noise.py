@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.command import CommandParser, run_command
+from fastdiff.files import check_writable, write_whole
 from fastdiff.torch_noise import torch_randn, why_by_torch
 
 from .conditions import conditions
@@ -61,12 +64,14 @@ def measure(shape: tuple[int, ...], threads: int, rounds: int) -> dict[str, Any]
 
 def main(arguments: list[str] | None = None) -> None:
     """Print the table, and store it where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=SHAPES, help="with commas between")
     parser.add_argument("--threads", default=f"1,{torch.get_num_threads()}", help="with commas between")
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)
+    if chosen.json is not None:
+        check_writable(chosen.json, operation="torch_noise", argument="--json")
     if why_by_torch():
         parser.exit(1, f"there is nothing to compare, torch draws here: {why_by_torch()}\n")
     print("| shape | threads | torch.randn µs | fastdiff µs | times |")
@@ -79,8 +84,9 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"| {text} | {threads} | {figures} |", flush=True)
             lines.append({"shape": text, "threads": threads, **line})
     if chosen.json is not None:
-        chosen.json.write_text(json.dumps({"conditions": conditions(), "lines": lines}, indent=1) + "\n")
+        text = json.dumps({"conditions": conditions(), "lines": lines}, indent=1) + "\n"
+        write_whole(chosen.json, text.encode(), operation="torch_noise", argument="--json")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command("torch_noise", main))

@@ -26,7 +26,7 @@ from .graphs import CapturedLoop
 from .loop import SamplingResult, StepInfo
 from .manager import AdvancedSamplingManager, create_advanced_sampling_manager
 from .memory import release_memory
-from .ops import randn
+from .ops import FallbackWarning, randn
 from .philox import Purpose, as_seeds, spawn_seeds
 from .samplers import (
     BaseSampler,
@@ -77,6 +77,7 @@ __all__ = [
     "EulerAncestralSampler",
     "EulerSampler",
     "ExponentialNoiseScheduler",
+    "FallbackWarning",
     "HeunSampler",
     "KarrasNoiseScheduler",
     "LaplaceNoiseScheduler",

@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import platform
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from . import __version__, ops
 from .errors import require, sentence, unknown_name
 from .memory import held_memory, kept_memory_limit
 from .ops import randn
+from .ops.fallback import why_reference
 from .philox import spawn_seeds
 from .sampling_config import SamplingMethod
 from .schedules import create_noise_scheduler
@@ -35,26 +37,46 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "heun": {"method": SamplingMethod.HEUN},
 }
 
+#: Images that one call draws at most: they are one batch, of about 0.2 MiB an image.
+MOST_IMAGES = 10_000
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Diffusion sampling steps as one fused pass.")
 
 _PACKAGES = ("torch", "triton", "diffusers", "numpy", "scipy", "scikit-learn", "safetensors")
 
 
 def parse_classes(text: str, count: int) -> list[int]:
-    """Class labels from text such as ``"0-9"``, ``"3"`` or ``"1,4,7-9"``, in order, each once."""
+    """Return class labels from text such as ``"0-9"``, ``"3"`` or ``"1,4,7-9"``, in order, each once."""
     labels: list[int] = []
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or int(last or first) < int(first):
+        found = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part.strip())
+        first, last = (0, -1) if found is None else (int(found[1]), int(found[2] or found[1]))
+        if last < first:
             raise ValueError(
                 sentence("sample", "--classes", f"is {text!r}", "labels and ranges such as 0-9 or 1,4", "write it so")
             )
-        labels += range(int(first), int(last or first) + 1)
-    if max(labels) >= count:
-        raise ValueError(
-            sentence("sample", "--classes", f"asks for {max(labels)}", f"0 to {count - 1}", "stay within the classes")
-        )
+        if last >= count:
+            raise ValueError(
+                sentence("sample", "--classes", f"asks for {last}", f"0 to {count - 1}", "stay within the classes")
+            )
+        labels += range(first, last + 1)
     return list(dict.fromkeys(labels))
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch does not know, or on which it cannot hold a tensor here.
+
+    Raises:
+        ValueError: it is one of these.
+    """
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        why = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(
+            sentence("sample", "--device", f"is {device!r}, which torch cannot use ({why})", "cpu or a device that "
+                     "this machine and this torch have", "pass --device cpu, or install a torch for that device")
+        ) from error  # fmt: skip
 
 
 @app.command()
@@ -129,21 +151,24 @@ def draw_digits(
 ) -> None:
     """Sample digits and write them as a grid; see ``fastdiff sample --help``."""
     from .digits import IMAGE_SHAPE, NULL_CLASS, NUM_CLASSES, load_digit_unet
-    from .images import save_grid
+    from .images import check_grid_path, save_grid
     from .samplers import create_sampler
 
+    # All that can be refused is refused here, before anything is drawn.
     labels = parse_classes(classes, NUM_CLASSES)
-    if n < 1:
-        raise ValueError(sentence("sample", "--n", f"is {n}", "1 or more", "ask for at least one image"))
-    if not out.parent.is_dir():
-        raise ValueError(
-            sentence("sample", "--out", f"is {str(out)!r}", "a file in a folder that exists", f"make {out.parent}")
-        )
-    model = load_digit_unet(device=device)
+    if not 1 <= n <= MOST_IMAGES:
+        raise ValueError(sentence("sample", "--n", f"is {n}", f"1 to {MOST_IMAGES}", "ask for as many, or call twice"))
+    if not 0 <= seed < 2**32:
+        raise ValueError(sentence("sample", "--seed", f"is {seed}", f"0 to {2**32 - 1}", "stay in that range"))
     scheduler = create_noise_scheduler("cosine", timestep_spacing="trailing")
     engine = create_sampler(scheduler, **sampling, prediction_type="v_prediction", guidance_scale=guidance)
     # Rows of one class: each class its share, the first ones one more where n does not divide.
     shares = [n // len(labels) + (i < n % len(labels)) for i in range(len(labels))]
+    grid = {"columns": max(shares) if n >= len(labels) else n, "scale": 4}
+    check_device(device)
+    ops.backend_for(torch.empty(0, device=device), backend, "sample")
+    check_grid_path(out, (n, *IMAGE_SHAPE), **grid, operation="sample", argument="--out")
+    model = load_digit_unet(device=device)
     wanted = torch.tensor([label for label, share in zip(labels, shares, strict=True) for _ in range(share)])
     wanted = wanted.to(device)
     seeds = spawn_seeds(seed, n)  # an image's noise is its own, however many are drawn beside it
@@ -157,7 +182,7 @@ def draw_digits(
         progress=progress,
         backend=backend,
     )
-    save_grid(result.samples, out, columns=max(shares) if n >= len(labels) else n, scale=4)
+    save_grid(result.samples, out, **grid)
     print(
         f"{n} images in {result.processing_time:.2f} s: {n / result.processing_time:.1f} images/s, "
         f"{100 * result.step_share:.2f} % of the time in the step ({ops.backend_for(latents, backend)} backend), "
@@ -183,7 +208,7 @@ def print_environment() -> None:
     console.print(versions)
     console.print(backends)
     threads = torch.get_num_threads()
-    console.print(f"a step on the CPU is answered by {ops.backend_for(torch.empty(0))}, with {threads} threads")
+    console.print(plain(_answered_by("the CPU", torch.empty(0), f", with {threads} threads")))
     by_torch = why_by_torch()
     drawn = f"by torch: {by_torch}" if by_torch else "drawn by fastdiff's loop"
     console.print(plain(f"torch's noise: {drawn}"))
@@ -194,7 +219,18 @@ def print_environment() -> None:
         on_gpu = torch.empty(0, device=torch.accelerator.current_accelerator())
         module = torch.get_device_module(on_gpu.device)
         name = module.get_device_name() if hasattr(module, "get_device_name") else str(on_gpu.device)
-        console.print(f"a step on {name} is answered by {ops.backend_for(on_gpu)}")
+        console.print(plain(_answered_by(name, on_gpu)))
+
+
+def _answered_by(name: str, tensor: torch.Tensor, details: str = "") -> str:
+    """Return who answers on a device, and why no compiled backend does where one is to be expected."""
+    try:
+        backend = ops.backend_for(tensor)
+    except (RuntimeError, ValueError) as error:  # the backend that FASTDIFF_BACKEND names
+        return f"a step on {name} is refused: {error}"
+    reason = why_reference(tensor.device.type)
+    missing = f"; a compiled backend is missing: {reason}" if reason else ""
+    return f"a step on {name} is answered by {backend}{details}{missing}"
 
 
 def _version(package: str) -> str:

@@ -22,7 +22,9 @@ def keep_limit(text: str) -> int:
     Raises:
         ValueError: it is no whole number of MiB from 0 on.
     """
-    if not (text.isascii() and text.isdigit()) or int(text) > _MOST_MIB:
+    digits = text.lstrip("0") or "0"
+    # So long a number that Python would not read it is too large anyway.
+    if not (text.isascii() and text.isdigit()) or len(digits) > 10 or int(digits) > _MOST_MIB:
         raise ValueError(
             sentence(
                 "fastdiff",
@@ -32,7 +34,7 @@ def keep_limit(text: str) -> int:
                 "write one, 0 to keep no memory for new outputs, or unset it",
             )
         )
-    return int(text) << 20
+    return int(digits) << 20
 
 
 def held_memory() -> int:

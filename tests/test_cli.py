@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -95,27 +97,181 @@ def test_env_prints_the_extra_that_is_missing(
     assert "pip install 'x[triton]'" in capsys.readouterr().out
 
 
+def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit code of `fastdiff` with these arguments, in this process."""
+    from fastdiff import __main__
+
+    monkeypatch.setattr(sys, "argv", ["fastdiff", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    return int(ended.value.code or 0)
+
+
+def sentence_on(stderr: str) -> str:
+    """The one line that a refusal prints."""
+    (line,) = stderr.splitlines()
+    assert line.startswith("fastdiff: ")
+    return line
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("--sampler", "nope"), ("--sampler", "nope", "dpmsolver++")),
         (("--classes", "8-12"), ("--classes", "12", "0 to 9")),
         (("--classes", "a"), ("--classes", "0-9")),
-        (("--n", "0"), ("--n", "1 or more")),
+        (("--classes", ""), ("--classes", "0-9")),
+        (("--classes", "9-0"), ("--classes", "'9-0'")),
+        (("--classes", "0-999999999"), ("--classes", "999999999", "0 to 9")),
+        (("--classes", "9" * 5000), ("--classes", "0-9")),
+        (("--classes", "²"), ("--classes", "0-9")),
+        (("--n", "0"), ("--n", "1 to 10000")),
+        (("--n", "1000000000"), ("--n", "1 to 10000")),
+        (("--n", "many"), ("--n", "fastdiff sample --help")),
+        (("--nope",), ("--nope", "fastdiff sample --help")),
         (("--steps", "0"), ("num_inference_steps", "0")),
+        (("--steps", "100000"), ("num_inference_steps", "100000", "1000")),
+        (("--seed", "-1"), ("--seed", "0 to 4294967295")),
+        (("--seed", str(2**64)), ("--seed", "0 to 4294967295")),
+        (("--guidance", "nan"), ("guidance_scale", "nan")),
+        (("--guidance", "inf"), ("guidance_scale", "inf")),
+        (("--order", "9"), ("solver_order", "9")),
         (("--eta", "-1"), ("eta", "-1")),
-        (("--out", "/no/such/folder/x.png"), ("--out", "/no/such/folder")),
+        (("--out", "/no/such/folder/x.png"), ("--out", "/no/such/folder", "No such file")),
+        (("--out", "/proc/x.png"), ("--out", "'/proc/x.png'")),
+        (("--out", "."), ("--out", "ending such as .png")),
+        (("--out", "picture.nope"), ("--out", "ending such as .png")),
+        (("--out", "picture.hdf"), ("--out", "ending such as .png")),
+        (("--out", "wide.webp", "--n", "1000", "--classes", "1"), ("--out", "34002 by 36", ".png")),
+        (("--device", "cuda"), ("--device", "'cuda'", "--device cpu")),
+        (("--device", "meta"), ("--device", "'meta'")),
+        (("--device", "nope"), ("--device", "'nope'")),
         (("--backend", "cuda"), ("cuda", "missing")),
+        (("--backend", "nope"), ("backend", "nope", "reference")),
     ],
 )
-def test_sample_refuses_bad_input_in_a_sentence(arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+def test_sample_refuses_bad_input_in_a_sentence_before_sampling(
+    arguments: tuple[str, ...], words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], tmp_path: Path,
+) -> None:  # fmt: skip
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU to answer")
-    done = run("sample", *arguments)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fastdiff.digits.load_digit_unet", lambda **_: pytest.fail("it samples"))
+    assert run_here(monkeypatch, "sample", *arguments) == 2
+    line = sentence_on(capsys.readouterr().err)
     for word in words:
-        assert word in done.stderr
+        assert word in line
+    assert list(tmp_path.iterdir()) == [], "nothing was written"
+
+
+def test_the_command_without_arguments_prints_its_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here(monkeypatch) == 2
+    captured = capsys.readouterr()
+    assert "sample" in captured.out + captured.err
+    assert run_here(monkeypatch, "--help") == 0
+    assert run_here(monkeypatch, "nope") == 2
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that answers at once in place of the digits' own."""
+    monkeypatch.setattr("fastdiff.digits.load_digit_unet", lambda **_: lambda x, t, labels: x / 2)
+
+
+QUICK = ("sample", "--quiet", "--n", "2", "--classes", "1", "--steps", "2", "--out")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_full_disk_ends_with_1_and_leaves_the_picture_that_was_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "grid.png"
+    assert run_here(monkeypatch, *QUICK, str(out)) == 0
+    before = out.read_bytes()
+    assert before.startswith(b"\x89PNG")
+    capsys.readouterr()
+
+    def write(descriptor: int, data: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr("fastdiff.files.os.write", write)
+        assert run_here(full, *QUICK, str(out)) == 1
+    line = sentence_on(capsys.readouterr().err)
+    assert "No space left on device" in line
+    assert "free some space" in line
+    assert out.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastdiff.files._write_all", interrupt)
+    assert run_here(monkeypatch, *QUICK, str(tmp_path / "grid.png")) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_under_stdout_ends_with_1_and_one_line() -> None:
+    command = [sys.executable, "-m", "fastdiff", "env"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "No space left on device" in sentence_on(done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--json", "/no/such/x.json"), ("--json", "/no/such")),
+        (("--json", "."), ("--json", "it is a folder")),
+        (("--plot", "x.nope"), ("--plot", ".png or .svg")),
+        (("--rounds", "x"), ("fastdiff bench --help",)),
+    ],
+)
+def test_bench_refuses_bad_input_before_measuring(
+    arguments: tuple[str, ...], words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], tmp_path: Path,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fastdiff.benchmarks.__main__._measure_all", lambda *_: pytest.fail("it measures"))
+    assert run_here(monkeypatch, "bench", "--quick", *arguments) == 2
+    line = sentence_on(capsys.readouterr().err)
+    for word in words:
+        assert word in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--epochs", "0"), ("--epochs", "1 to")),
+        (("--batch", "0"), ("--batch", "1 to 1437")),
+        (("--batch", "9999"), ("--batch", "1 to 1437")),
+        (("--lr", "nan"), ("--lr", "nan")),
+        (("--ema", "2"), ("--ema", "0.0 to 1.0")),
+        (("--seed", "x"), ("train: the command line", "--seed")),
+        (("--out", "/proc/nope"), ("--out", "/proc/nope")),
+    ],
+)
+def test_training_refuses_bad_input_before_it_trains(
+    arguments: tuple[str, ...], words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("sklearn")
+    from fastdiff.digits import train
+
+    monkeypatch.setattr(train, "train", lambda args: pytest.fail("it trains"))
+    with pytest.raises(ValueError, match=r"^train: ") as refused:
+        train.main(["--out", str(tmp_path), *arguments])
+    for word in words:
+        assert word in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -141,3 +297,9 @@ def test_save_grid_places_each_image(tmp_path: Path) -> None:
 def test_save_grid_refuses_what_is_no_image(shape: tuple[int, ...], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="samples has shape"):
         save_grid(torch.zeros(shape), tmp_path / "grid.png", columns=1)
+
+
+def test_save_grid_refuses_an_ending_without_a_format(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^save_grid: path is .*grid\.nope"):
+        save_grid(torch.zeros(1, 1, 2, 2), tmp_path / "grid.nope", columns=1)
+    assert list(tmp_path.iterdir()) == []

@@ -65,7 +65,7 @@ def test_the_environment_chooses_the_launcher_for_a_process(value: str, expected
 def test_a_launcher_that_is_none_is_refused() -> None:
     done = import_launch("fast")
     assert done.returncode != 0
-    assert "FASTDIFF_TRITON_LAUNCHER is 'fast', expected held or jit; " in done.stderr
+    assert "FASTDIFF_TRITON_LAUNCHER is 'fast', expected one of held, jit; " in done.stderr
 
 
 def import_launch(value: str) -> subprocess.CompletedProcess[str]:

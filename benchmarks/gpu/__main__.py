@@ -8,21 +8,16 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
+from fastdiff.command import CommandParser, run_command
 from fastdiff.errors import sentence
 
 from . import machine, noise, results, table, verdict
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(sentence("gpu", "a command-line argument", f"is wrong ({message})", "a known option",
-                                  f"see {self.prog} --help"))  # fmt: skip
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -32,7 +27,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ValueError: an unknown one, or a number out of range.
         RuntimeError: there is no GPU and no rehearsal was asked for.
     """
-    parser = _Parser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser = CommandParser(prog="python -m benchmarks.gpu", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, about in (
         ("bench", "measure everything, print the verdict"),
@@ -157,8 +152,4 @@ def _table(options: Any) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, TypeError, RuntimeError, ImportError) as error:
-        print(f"benchmarks.gpu: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_command("benchmarks.gpu", main))

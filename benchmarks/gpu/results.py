@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from fastdiff.errors import sentence
+from fastdiff.files import write_whole
 
 SCHEMA = 1
 
@@ -42,9 +42,8 @@ def store(path: Path, rehearsal: bool, **sections: Any) -> dict[str, Any]:
         raise _refusal(path, f"holds {kind}")
     report.update(sections)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    os.replace(unfinished, path)
+    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    write_whole(path, text.encode(), operation="gpu", argument="--json")
     return report
 
 

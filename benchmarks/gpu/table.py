@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff.errors import sentence
+from fastdiff.files import write_whole
 
 from .launchers import NAMES
 from .ways import PEERS
@@ -45,7 +46,8 @@ def write(report: dict[str, Any], document: Path) -> None:
             sentence("table", str(document), "lacks the marks", f"{BEGIN} before {END}", "put both where it belongs")
         )
     made = markdown(report)
-    document.write_text(f"{text[: begin + len(BEGIN)]}\n{made}\n{text[end:]}")
+    written = f"{text[: begin + len(BEGIN)]}\n{made}\n{text[end:]}"
+    write_whole(document, written.encode(), operation="table", argument="the document")
 
 
 def _machine(report: dict[str, Any]) -> str:

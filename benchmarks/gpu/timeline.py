@@ -6,6 +6,7 @@ In a rehearsal there is no device: the operators that call no other stand in for
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastdiff.errors import require
+from fastdiff.files import write_whole
 
 from .cases import SMALL, GpuCase
 from .clock import Unit
@@ -138,7 +140,9 @@ def _plot(found: dict[str, Lanes], case: GpuCase, picture: Path, rehearse: bool)
         handles=[patches.Patch(color=color, label=label) for color, label in kinds],
         loc="lower right", fontsize=8, frameon=False,
     )  # fmt: skip
-    figure.savefig(picture, dpi=130)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=picture.suffix[1:], dpi=130)
+    write_whole(picture, buffer.getvalue(), operation="timeline")
     pyplot.close(figure)
 
 

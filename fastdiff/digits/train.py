@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import require
+from ..command import CommandParser, run_command
+from ..errors import require, sentence
+from ..files import check_writable, write_whole
 from ..schedules import BaseNoiseScheduler, create_noise_scheduler
 from . import data
 from .unet import IMAGE_SHAPE, NULL_CLASS, NUM_CLASSES, DigitUNet
@@ -200,9 +202,34 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what cannot be trained with.
+
+    Raises:
+        ValueError: a number is out of range; the message names the option.
+    """
+    count = len(data.load_digits().train_pixels)
+    for name, low, high in (
+        ("epochs", 1, 10**6),
+        ("batch", 1, count),
+        ("log_every", 1, 10**6),
+        ("seed", 0, 2**63 - 1),
+        ("lr", 0.0, 1.0),
+        ("weight_decay", 0.0, 1.0),
+        ("dropout", 0.0, 1.0),
+        ("label_dropout", 0.0, 1.0),
+        ("jitter", 0.0, 1.0),
+        ("ema", 0.0, 1.0),
+    ):
+        value = getattr(args, name)
+        if not low <= value <= high:  # NaN is refused, too
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(sentence("train", option, f"is {value}", f"{low} to {high}", "stay in that range"))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Train, measure, and write ``weights.safetensors`` and ``figures.json``."""
-    parser = argparse.ArgumentParser(prog="python -m fastdiff.digits.train", description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(prog="python -m fastdiff.digits.train", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for weights.safetensors and figures.json")
     parser.add_argument("--epochs", type=int, default=400)
     parser.add_argument("--batch", type=int, default=128)
@@ -215,19 +242,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=50, help="epochs between two lines of the log")
     args = parser.parse_args(argv)
+    check_arguments(args)
     safetensors = require("safetensors.torch", "training", "train")
+    weights, report = args.out / "weights.safetensors", args.out / "figures.json"
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        got = f"is {str(args.out)!r}, which cannot be made: {error.strerror}"
+        raise ValueError(
+            sentence("train", "--out", got, "a folder that can be written to", "choose another")
+        ) from error
+    for path in (weights, report):  # hours before they are written
+        check_writable(path, operation="train", argument="--out")
 
     given = ["DIRECTORY" if Path(word) == args.out else word for word in (sys.argv[1:] if argv is None else argv)]
     command = " ".join(["python -m fastdiff.digits.train", *given])
     model, trained = train(args)
-    args.out.mkdir(parents=True, exist_ok=True)
     metadata = {
         "prediction_type": "v_prediction",
         "schedule": "cosine (squaredcos_cap_v2)",
         "T": str(TIMESTEPS),
         "command": command,
     }
-    safetensors.save_file(model.state_dict(), args.out / "weights.safetensors", metadata=metadata)
+    # As bytes: the library that writes safetensors makes files that only their owner can read; this one is packaged.
+    write_whole(weights, safetensors.save(model.state_dict(), metadata=metadata), operation="train", argument="--out")
 
     _, held_out = data.train_classifier()
     sample_fn = ddim_sampler(model)
@@ -244,12 +282,11 @@ def main(argv: list[str] | None = None) -> int:
         "sampler": "DDIM, 50 steps, eta 0, 100 digits a class",
         "evaluation": [evaluate(sample_fn, guidance) for guidance in GUIDANCES],
     }
-    # The library that writes safetensors makes files only their owner can read; this one is to be packaged.
-    (args.out / "weights.safetensors").chmod(0o644)
-    (args.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(figures, indent=2) + "\n"
+    write_whole(report, text.encode(), operation="train", argument="--out")
     print(json.dumps(figures, indent=2))
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command("train", main))

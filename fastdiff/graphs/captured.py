@@ -19,6 +19,7 @@ from .. import ops
 from ..errors import sentence
 from ..guidance import GuidanceMode, GuidedModel
 from ..loop import Callback, StepInfo, progress_bar
+from ..ops.fallback import backend_to_run
 from ..philox import as_seeds
 from ..sampling_config import check_guidance_scale
 from ..table import NUM_REGISTERS, StepTable, Variance, compute_dtype
@@ -73,7 +74,7 @@ class CapturedLoop:
         self.mode = mode
         self.table = table
         self._threshold_options = ratio, max_value
-        self._backend = ops.backend_for(latents, backend)
+        self._backend = backend_to_run(latents, backend)
         self._lock = threading.RLock()
         self._replaying = False
         self._output: Tensor | None = None

@@ -12,6 +12,7 @@
     ops/layout.py      which tensors share memory, and one dense layout for all
     ops/random.py      the noise that a step draws, on its own
     ops/backends.py    which implementations there are, why one is missing, which one answers
+    ops/fallback.py    the choice for a call that runs, with a warning where the reference answers for a compiled one
     ops/functional.py  cfg_combine, ddpm_step, ddim_step, dpm_solver_step, euler_step
     ops/reductions.py  quantile, mean, std, norm, dot: one scalar a sample
 """
@@ -25,6 +26,7 @@ from .backends import (
     triton_launcher,
     use_backend,
 )
+from .fallback import FallbackWarning
 from .functional import cfg_combine, ddim_step, ddpm_step, dpm_solver_step, euler_step
 from .fused import direct_step, step, step_rows
 from .random import randn
@@ -32,6 +34,7 @@ from .reductions import dot, mean, norm, quantile, std
 
 __all__ = [
     "BACKENDS",
+    "FallbackWarning",
     "backend_for",
     "backend_status",
     "cfg_combine",

@@ -3,7 +3,8 @@
 
 On a GPU compiled CUDA answers, else Triton, else the reference; on the CPU compiled C++, else the reference.  The
 choice can be forced for a call (``backend=``), a block (`use_backend`) or a process (``FASTDIFF_BACKEND``), and
-asked for (`backend_for`).  A forced backend that cannot run raises and says why.
+asked for (`backend_for`).  A forced backend that cannot run raises and says why; where the reference answers for a
+compiled backend that is missing, `fastdiff.ops.fallback` warns.
 
 On a GPU the order is that of the way from Python to the kernel too.  The extension reads its arguments and launches in
 C++; Triton's kernels are launched by a `fastdiff.kernels.launch.Launcher`, which holds what was compiled and hands it
@@ -25,24 +26,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..call import StepCall, Target
+from ..environment import CHOICES, chosen, why_absent
 from ..errors import sentence, unknown_name
 
-BACKENDS = ("cpu", "cuda", "triton", "reference")
+BACKENDS = CHOICES["FASTDIFF_BACKEND"]
 
 _is_compiling = torch.compiler.is_compiling
 
 #: The backend that FASTDIFF_BACKEND or `use_backend` asks for.
-forced: str | None = None
+forced: str | None = chosen("FASTDIFF_BACKEND")
 
 
 def _load_extension() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("fastdiff._C"), ""
     except ImportError as error:
-        # Without the file itself there is nothing to explain but that it was not built.
-        if isinstance(error, ModuleNotFoundError) and error.name == "fastdiff._C":
-            return None, "the C++ extension was not built: install with a C++ compiler and FASTDIFF_BUILD=cpu or cuda"
-        return None, f"the C++ extension does not load: {error}"
+        return None, why_absent(error)
 
 
 extension, extension_error = _load_extension()
@@ -249,8 +248,3 @@ RUN: dict[str, Callable[[StepCall], None]] = {
     "cuda": _run_extension,
     "triton": _run_triton,
 }
-
-if os.environ.get("FASTDIFF_BACKEND"):
-    forced = os.environ["FASTDIFF_BACKEND"]
-    if forced not in BACKENDS:
-        raise unknown_name("fastdiff", "FASTDIFF_BACKEND", forced, BACKENDS)

@@ -16,6 +16,7 @@ from ..philox import Purpose
 from ..table import Variance
 from . import backends
 from .checks import check
+from .fallback import backend_to_run
 from .layout import in_memory, is_fake, laid_out, output_strides
 from .library import call_library
 from .run import run
@@ -215,7 +216,7 @@ def _entries(operation: str, argument: str, values: object) -> tuple[Any, ...] |
 def _checked_step(call: StepCall, out: tuple[Target, ...] | None, backend: str | None) -> tuple[Tensor, ...]:
     """Check, choose, make plain, run: the way of every call that the extension does not take at once."""
     check(call, out)
-    name = backends.backend_for(call.sample, backend)
+    name = backend_to_run(call.sample, backend)
     if _needs_dispatcher(call, name):
         if call.scatter:
             _refuse_gradients(call)

@@ -13,6 +13,7 @@ from ..errors import sentence
 from ..philox import Purpose, as_seeds, normals
 from . import backends
 from .checks import DTYPES
+from .fallback import backend_to_run
 from .layout import in_memory
 from .vmap import fold_randn
 
@@ -66,7 +67,7 @@ def randn(
             raise ValueError(
                 sentence("randn", name, f"is {value!r}", "an int from 0 to 2**32 - 1", "take it modulo 2**32")
             )
-    name = backends.backend_for(keys, backend)
+    name = backend_to_run(keys, backend, "randn")
     if not in_memory(keys) or torch._C._len_torch_dispatch_stack() > 0:
         drawn: Tensor = torch.ops.fastdiff.randn(keys, shape, steps, number, int(purpose), dtype, name)
         return drawn
@@ -109,7 +110,7 @@ def _randn_op(
     seeds: Tensor, shape: Sequence[int], steps: Tensor | None, step: int, purpose: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
     """Noise as an operator of the dispatcher, for torch.compile, export and torch.ops.fastdiff.randn."""
-    return _draw(seeds, shape, steps, step, purpose, dtype, backends.backend_for(seeds, backend or None))
+    return _draw(seeds, shape, steps, step, purpose, dtype, backend_to_run(seeds, backend or None, "randn"))
 
 
 @_randn_op.register_fake

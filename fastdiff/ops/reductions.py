@@ -23,6 +23,7 @@ from ..errors import checked_float, sentence
 from ..table import compute_dtype
 from . import backends
 from .checks import DTYPES, check_memory
+from .fallback import backend_to_run
 from .layout import block_strides, laid_out
 
 _MEAN, _STD, _NORM, _DOT = range(4)
@@ -61,7 +62,7 @@ def quantile(x: Tensor, q: float, absolute: bool = False, *, backend: str | None
                 return done
     _check("quantile", x)
     q = _checked_q(q)
-    name = backends.backend_for(x, backend, "quantile")
+    name = backend_to_run(x, backend, "quantile")
     result: Tensor = torch.ops.fastdiff.quantile(x, q, bool(absolute), name)
     return result
 
@@ -127,7 +128,7 @@ def _sum(kind: int, x: Tensor, y: Any, correction: Any, backend: str | None) -> 
             return done
     operation = _NAMES[kind]
     _check(operation, x)
-    name = backends.backend_for(x, backend, operation)
+    name = backend_to_run(x, backend, operation)
     arguments: list[Any] = [x]
     if kind == _DOT:
         _check_like(y, x)
@@ -182,7 +183,7 @@ def _checked_q(q: float) -> float:
 
 def _run_quantile(x: Tensor, q: float, absolute: bool, backend: str) -> Tensor:
     _check("quantile", x)
-    name = backends.backend_for(x, backend or None, "quantile")
+    name = backend_to_run(x, backend or None, "quantile")
     if x.shape[0] == 0:
         return x.new_empty(0, dtype=compute_dtype(x.dtype))
     x = laid_out(x.detach(), block_strides(x))
@@ -196,7 +197,7 @@ def _run_quantile(x: Tensor, q: float, absolute: bool, backend: str) -> Tensor:
 
 def _run_sum(kind: int, x: Tensor, y: Tensor | None, correction: float, backend: str) -> Tensor:
     _check(_NAMES[kind], x)
-    name = backends.backend_for(x, backend or None, _NAMES[kind])
+    name = backend_to_run(x, backend or None, _NAMES[kind])
     if x.numel() == 0:
         nothing = 0.0 if kind in (_NORM, _DOT) else float("nan")
         return torch.full(x.shape[:1], nothing, dtype=compute_dtype(x.dtype), device=x.device)

@@ -14,6 +14,7 @@ from .. import reference
 from ..call import StepCall, Target
 from . import backends
 from .checks import check
+from .fallback import backend_to_run
 from .layout import hand_back, laid_out, make_plain, model_input_strides, output_strides
 
 
@@ -65,7 +66,7 @@ def run_new(
             if done is not None:
                 return [*done, *model_input]
         check(call, out)
-        results = run(call, out, backends.backend_for(call.sample, backend or None))
+        results = run(call, out, backend_to_run(call.sample, backend or None))
         strides = output_strides(call.sample)
         return [laid_out(result, strides) for result in results] + model_input
 

@@ -36,10 +36,7 @@ MOST_PROGRAMS = 2**31 - 1
 #: Kinds of call that a launcher keeps; sizes are part of a kind, and somebody may go through very many.
 _MOST_HELD = 4096
 
-_wanted = os.environ.get("FASTDIFF_TRITON_LAUNCHER", "")
-if _wanted not in ("", "held", "jit"):
-    raise ValueError(f"fastdiff: FASTDIFF_TRITON_LAUNCHER is {_wanted!r}, expected held or jit; correct or unset it")
-_through_jit = _wanted == "jit"
+_through_jit = os.environ.get("FASTDIFF_TRITON_LAUNCHER") == "jit"  # fastdiff.environment refuses what is unknown
 
 
 def _version() -> tuple[int, ...]:
