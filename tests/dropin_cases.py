@@ -190,7 +190,9 @@ LEARNED = ("DDPM", "DDPMParallel", "DPMSolverMultistep", "DPMSolverMultistepInve
            "SASolver", "UnCLIP")  # fmt: skip
 
 SHAPES = [(2, 4, 4, 4), (1, 3, 4, 4), (1, 4, 5, 3), (2, 3, 7), (1, 2, 3, 4, 5), (3, 2, 6, 2)]
-LAYOUTS = ["contiguous", "channels_last", "transposed"]
+LAYOUTS = ["contiguous", "channels_last", "transposed", "negated", "expanded", "windows"]
+#: Of tensors with several elements at one address.
+OVERLAPPING = ["expanded", "windows"]
 HALVES = [torch.float16, torch.bfloat16]
 
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import event, given, settings
 from torch import Tensor
 
-from dropin_cases import HALVES, OPTIONS, Case, cases
+from dropin_cases import HALVES, OPTIONS, OVERLAPPING, VARIANCE_NOISE, Case, cases
 from dropins import (
     MAKES_SAMPLER,
     Drawing,
@@ -102,7 +102,7 @@ def not_fused(case: Case, theirs: Loop) -> set[str]:
     return reasons
 
 
-def check_loop(case: Case) -> None:
+def check_loop(case: Case) -> Loop:
     """One loop of ours beside diffusers' own."""
     theirs_class, ours_class = classes(case.name)
     drawing = Drawing()
@@ -118,7 +118,7 @@ def check_loop(case: Case) -> None:
     for mine, other in zip(ours.outputs, theirs.outputs, strict=True):
         same_kind(mine, other)
     if not theirs.outputs:
-        return
+        return ours
     for mine, other in zip(ours.random_states(), their_random, strict=True):
         assert torch.equal(mine, other), "a generator stands elsewhere"
     difference = farthest(ours, theirs)
@@ -134,6 +134,7 @@ def check_loop(case: Case) -> None:
     allowed = not_fused(case, theirs)
     reasons = {plan for plan in plans_of(ours.scheduler).values() if isinstance(plan, str)}
     assert reasons <= allowed, reasons
+    return ours
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -144,6 +145,17 @@ def test_a_loop_in_float32(name: str) -> None:
         check_loop(case)
 
     check()
+
+
+@pytest.mark.parametrize("layout", OVERLAPPING)
+@pytest.mark.parametrize("name", NAMES)
+def test_elements_of_one_address_are_read_and_results_have_memory_of_their_own(name: str, layout: str) -> None:
+    noise = "variance_noise" if name in VARIANCE_NOISE else "generator"
+    ours = check_loop(Case(name, {}, 3, {}, shape=(3, 4, 8, 6), layout=layout, noise=noise))
+    assert ours.error is None
+    # The first step has samples that overlap, all others the results of the one before.
+    results = [value for output in ours.outputs for value in values_of(output) if isinstance(value, Tensor)]
+    assert all(result.is_contiguous() for result in results)
 
 
 def unit(exact: Tensor, dtype: torch.dtype) -> Tensor:

@@ -121,7 +121,7 @@ class Fused(_Loop):  # type: ignore[misc]
 
     def __init__(self, scheduler: Any, beside: Fused | None = None) -> None:
         """Look at a scheduler; or, `beside` what hangs on another with the same attributes, at nothing yet."""
-        super().__init__(vars(backends))
+        super().__init__(backends.forced)
         if beside is not None:
             self.adopt(beside)
         self.schedule: Schedule = Schedule(scheduler) if beside is None else beside.schedule
@@ -158,7 +158,7 @@ class Fused(_Loop):  # type: ignore[misc]
         before: list[KeptAttribute],
     ) -> None:  # fmt: skip
         """Let later loops begin with this step at once, where they stand as the scheduler stood `before` it."""
-        if backends.forced is not None:
+        if backends.forced.get() is not None:
             return  # a loop does not begin at once there
         given = {"model_output": given["sample"], **given}  # what scales the model's input has but one tensor
         names = (*USUAL, *(name for name in given if name not in USUAL))

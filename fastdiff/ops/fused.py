@@ -215,7 +215,7 @@ def _entries(operation: str, argument: str, values: object) -> tuple[Any, ...] |
 def _checked_step(call: StepCall, out: tuple[Target, ...] | None, backend: str | None) -> tuple[Tensor, ...]:
     """Check, choose, make plain, run: the way of every call that the extension does not take at once."""
     check(call, out)
-    name = backends.backend_for(call.sample, backend)
+    name = backends.operator_backend(call.sample, backend)
     if _needs_dispatcher(call, name):
         if call.scatter:
             _refuse_gradients(call)

@@ -66,7 +66,7 @@ def randn(
             raise ValueError(
                 sentence("randn", name, f"is {value!r}", "an int from 0 to 2**32 - 1", "take it modulo 2**32")
             )
-    name = backends.backend_for(keys, backend)
+    name = backends.operator_backend(keys, backend, "randn")
     if not in_memory(keys) or torch._C._len_torch_dispatch_stack() > 0:
         drawn: Tensor = torch.ops.fastdiff.randn(keys, shape, steps, number, int(purpose), dtype, name)
         return drawn
@@ -84,7 +84,7 @@ def _steps(step: Tensor, seeds: Tensor) -> Tensor:
                 "give one step for all samples or one each",
             )
         )
-    return step.to(seeds.device).reshape(-1).contiguous()
+    return step.to(seeds.device).reshape(-1).contiguous().resolve_neg()
 
 
 def _draw(
@@ -109,7 +109,7 @@ def _randn_op(
     seeds: Tensor, shape: Sequence[int], steps: Tensor | None, step: int, purpose: int, dtype: torch.dtype, backend: str
 ) -> Tensor:
     """Noise as an operator of the dispatcher, for torch.compile, export and torch.ops.fastdiff.randn."""
-    return _draw(seeds, shape, steps, step, purpose, dtype, backends.backend_for(seeds, backend or None))
+    return _draw(seeds, shape, steps, step, purpose, dtype, backends.backend_for(seeds, backend or None, "randn"))
 
 
 @_randn_op.register_fake

@@ -61,7 +61,7 @@ def quantile(x: Tensor, q: float, absolute: bool = False, *, backend: str | None
                 return done
     _check("quantile", x)
     q = _checked_q(q)
-    name = backends.backend_for(x, backend, "quantile")
+    name = backends.operator_backend(x, backend, "quantile")
     result: Tensor = torch.ops.fastdiff.quantile(x, q, bool(absolute), name)
     return result
 
@@ -127,7 +127,7 @@ def _sum(kind: int, x: Tensor, y: Any, correction: Any, backend: str | None) -> 
             return done
     operation = _NAMES[kind]
     _check(operation, x)
-    name = backends.backend_for(x, backend, operation)
+    name = backends.operator_backend(x, backend, operation)
     arguments: list[Any] = [x]
     if kind == _DOT:
         _check_like(y, x)
