@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import event, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from dropin_cases import HALVES, OPTIONS, OVERLAPPING, VARIANCE_NOISE, Case, cases
@@ -151,11 +152,17 @@ def test_a_loop_in_float32(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_elements_of_one_address_are_read_and_results_have_memory_of_their_own(name: str, layout: str) -> None:
     noise = "variance_noise" if name in VARIANCE_NOISE else "generator"
-    ours = check_loop(Case(name, {}, 3, {}, shape=(3, 4, 8, 6), layout=layout, noise=noise))
-    assert ours.error is None
-    # The first step has samples that overlap, all others the results of the one before.
-    results = [value for output in ours.outputs for value in values_of(output) if isinstance(value, Tensor)]
-    assert all(result.is_contiguous() for result in results)
+
+    @examples(10, 1)
+    @given(st.integers(0, 2**20))
+    def check(seed: int) -> None:
+        ours = check_loop(Case(name, {}, 4, {}, shape=(3, 4, 8, 6), layout=layout, noise=noise, seed=seed))
+        assert ours.error is None
+        # The first step has samples that overlap, all others the results of the one before.
+        results = [value for output in ours.outputs for value in values_of(output) if isinstance(value, Tensor)]
+        assert all(result.is_contiguous() for result in results)
+
+    check()
 
 
 def unit(exact: Tensor, dtype: torch.dtype) -> Tensor:

@@ -54,6 +54,9 @@ _blocks: ContextVar[tuple[_Block, ...]] = ContextVar("fastdiff_backend_blocks", 
 _traced: tuple[str | None, ...] = ()
 
 _get_forced = forced.get
+#: Whether a backend has ever been forced other than by a call: until then no context needs a look, which takes longer
+#: than the rest of `direct_extension`.
+_ever_forced = _DEFAULT is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,6 +244,8 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 def _open_blocks(blocks: tuple[_Block, ...]) -> None:
     """Set the blocks of the current context; the innermost one decides."""
+    global _ever_forced
+    _ever_forced = True
     _blocks.set(blocks)
     forced.set(blocks[-1].name if blocks else _DEFAULT)
 
@@ -264,7 +269,7 @@ def direct_extension() -> ModuleType | None:
 
     Its functions return None for a call that has to be looked at first.
     """
-    return None if _is_compiling() or _get_forced() is not None else extension
+    return None if _is_compiling() or (_ever_forced and _get_forced() is not None) else extension
 
 
 def _run_extension(call: StepCall) -> None:
