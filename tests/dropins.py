@@ -84,7 +84,7 @@ class Model:
             half = shape[1] // 2
             learned = output[:, half:].tanh()
             output[:, half:] = learned.abs() if self.case.config["variance_type"] == "learned" else learned
-        return laid_out(output.to(sample.dtype), self.case.layout)
+        return laid_out(output.to(sample.dtype), self.case.output_layout or self.case.layout)
 
 
 def values_of(result: Any) -> list[Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff import ops
+from fastdiff.samplers import create_sampler
 from fastdiff.table import STORE_0, compute_dtype
 from layouts import (
     ANY_LAYOUT,
@@ -159,3 +160,23 @@ def test_what_is_written_needs_an_address_for_each_element(backend: str | None, 
     with pytest.raises(ValueError, match=f"^step: {re.escape(argument)} holds the same element twice, expected .*; "):
         calls[argument]()
     assert torch.equal(target, before)
+
+
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("method", ["ddim", "dpm_solver", "heun"])
+def test_a_sampler_takes_latents_and_outputs_that_overlap(backend: str | None, method: str) -> None:
+    device = device_of(backend or "")
+    sampler = create_sampler("linear", method, num_inference_steps=3, guidance_scale=2.0)
+    weights = torch.randn(3, 5, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def samples(change: Layout) -> Tensor:
+        def model(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            return change((x.mean(1, keepdim=True) * condition.mean()).expand(x.shape))
+
+        latents = change(weights[:, None].expand(3, 4, 5))
+        before = latents.clone()
+        result = sampler.sample(model, latents, weights, 2 * weights, progress=False, backend=backend).samples
+        assert torch.equal(latents, before)
+        return result
+
+    assert_same_bits([samples(lambda tensor: tensor)], [samples(separate)])
