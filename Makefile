@@ -24,8 +24,8 @@ BUILD := $(VENV)/.stamp-build-$(FASTDIFF_BUILD)
 # An extension with sanitizers has a folder of its own, beside a copy of the package. SANITIZE_TESTS: the tests that run
 # our C++ on every kind of call; what is not there yet, or not any more, the wildcard leaves out.
 SANITIZED := build/sanitize
-SANITIZE_TESTS ?= $(sort $(wildcard $(addprefix tests/test_,$(addsuffix .py,step_parity step_layout step_functional \
-  step_checks step_dtypes step_properties step_memory step_allocation step_streaming blocks binding_fuzz* \
+SANITIZE_TESTS ?= $(sort $(wildcard $(addprefix tests/test_,$(addsuffix .py,step_parity step_layout step_overlap \
+  step_functional step_checks step_dtypes step_properties step_memory step_allocation step_streaming blocks binding_fuzz* \
   reductions reductions_ops philox* rows seeds copy_kernel torch_noise dropin_loop \
   dropin_beginnings dropin_brownian))))
 

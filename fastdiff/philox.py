@@ -185,7 +185,7 @@ def as_seeds(seeds: int | Sequence[int] | Tensor, batch: int, device: torch.devi
             raise ValueError(
                 sentence("randn", "seeds", f"has shape {list(seeds.shape)}", f"[{batch}]", "give one seed a sample")
             )
-        return to_device(seeds, device).contiguous()
+        return to_device(seeds, device).contiguous().resolve_neg()
     listed = [seeds] if isinstance(seeds, int) else list(seeds)
     for seed in listed:
         if isinstance(seed, bool) or not isinstance(seed, int):

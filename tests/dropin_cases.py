@@ -190,7 +190,7 @@ LEARNED = ("DDPM", "DDPMParallel", "DPMSolverMultistep", "DPMSolverMultistepInve
            "SASolver", "UnCLIP")  # fmt: skip
 
 SHAPES = [(2, 4, 4, 4), (1, 3, 4, 4), (1, 4, 5, 3), (2, 3, 7), (1, 2, 3, 4, 5), (3, 2, 6, 2)]
-LAYOUTS = ["contiguous", "channels_last", "transposed"]
+LAYOUTS = ["contiguous", "channels_last", "transposed", "negated", "expanded", "windows"]
 HALVES = [torch.float16, torch.bfloat16]
 
 
@@ -205,6 +205,7 @@ class Case:
     shape: tuple[int, ...] = (2, 4, 4, 4)
     dtype: torch.dtype = torch.float32
     layout: str = "contiguous"
+    output_layout: str = ""  # of the model's outputs; the samples' own where it is empty
     noise: str = "generator"
     return_dict: bool = True
     per_token: bool = False
@@ -243,6 +244,7 @@ def cases(name: str, dtypes: list[torch.dtype] | None = None, most_steps: int = 
         shape=st.sampled_from(SHAPES),
         dtype=st.sampled_from(dtypes or [torch.float32]),
         layout=st.sampled_from(LAYOUTS),
+        output_layout=st.sampled_from(["", "", *LAYOUTS]),
         noise=st.sampled_from(noises),
         return_dict=st.booleans(),
         per_token=st.sampled_from([False, False, True]) if name in PER_TOKEN else st.just(False),

@@ -42,11 +42,18 @@ def quiet() -> Iterator[None]:
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
-    """The same numbers in another order in memory."""
+    """The same numbers in another order in memory; or, where elements share memory, some of them in place of others."""
     if layout == "channels_last":
         return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
     if layout == "transposed":
         return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "negated":  # lazily, as the imaginary part of a conjugate is
+        return torch._neg_view(-tensor)
+    if layout == "expanded":
+        return tensor[:1].expand(tensor.shape)
+    if layout == "windows":  # channel by channel
+        tensor = tensor.contiguous()
+        return tensor.as_strided(tensor.shape, [*tensor.stride()[:2], *[1] * (tensor.dim() - 2)])
     return tensor
 
 
@@ -77,7 +84,7 @@ class Model:
             half = shape[1] // 2
             learned = output[:, half:].tanh()
             output[:, half:] = learned.abs() if self.case.config["variance_type"] == "learned" else learned
-        return laid_out(output.to(sample.dtype), self.case.layout)
+        return laid_out(output.to(sample.dtype), self.case.output_layout or self.case.layout)
 
 
 def values_of(result: Any) -> list[Any]:
@@ -109,8 +116,8 @@ class Loop:
         scale = float(getattr(self.scheduler, "init_noise_sigma", 1.0))
         self.sample = laid_out((_normal(case.shape, random) * scale).to(case.dtype), case.layout)
         self.fixed = {
-            "original_image": _normal(case.shape, random).clamp(-1, 1).to(case.dtype),
-            "mask": (_normal(case.shape, random) > 0).to(case.dtype),
+            "original_image": laid_out(_normal(case.shape, random).clamp(-1, 1).to(case.dtype), case.layout),
+            "mask": laid_out((_normal(case.shape, random) > 0).to(case.dtype), case.layout),
         }
         self.noises = torch.Generator().manual_seed(case.seed + 2)
         self.generator: Any = torch.Generator().manual_seed(case.seed + 3)
@@ -136,7 +143,7 @@ class Loop:
         if "generator" in takes:
             kwargs["generator"] = self.generator
         if case.noise == "variance_noise":
-            kwargs["variance_noise"] = _normal(case.shape, self.noises).to(case.dtype)
+            kwargs["variance_noise"] = laid_out(_normal(case.shape, self.noises).to(case.dtype), case.layout)
             kwargs["generator"] = None
         if case.name == "RePaint":
             return (output, t, self.sample, self.fixed["original_image"], self.fixed["mask"]), kwargs

@@ -3,10 +3,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,16 +93,127 @@ def test_a_block_that_raises_puts_the_choice_back() -> None:
     assert ops.backend_for(X) == default
 
 
+# --- The block belongs to the thread or task -------------------------------------------------------------------------
+
+
+def in_thread(function: Callable[[], Any]) -> Any:
+    """What a function returns in a thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result(timeout=60)
+
+
+def test_blocks_of_two_threads_that_overlap_do_not_touch_each_other() -> None:
+    default, turn = ops.backend_for(X), threading.Barrier(2, timeout=60)
+
+    def first() -> list[str]:
+        with ops.use_backend("reference"):
+            turn.wait()  # both blocks are open
+            seen = [ops.backend_for(X)]
+            turn.wait()
+        turn.wait()  # this one is closed, the other still open
+        turn.wait()
+        return [*seen, ops.backend_for(X)]
+
+    def second() -> list[str]:
+        before = ops.backend_for(X)
+        with ops.use_backend("triton"):
+            turn.wait()
+            seen = [before, str(backends.forced_backend())]
+            turn.wait()
+            turn.wait()
+            seen.append(str(backends.forced_backend()))
+        turn.wait()
+        return [*seen, ops.backend_for(X)]
+
+    with ThreadPoolExecutor(2) as pool:
+        results = [pool.submit(function) for function in (first, second)]
+        assert results[0].result(timeout=60) == ["reference", default]
+        assert results[1].result(timeout=60) == [default, "triton", "triton", default]
+    assert ops.backend_for(X) == default
+
+
+def test_a_block_does_not_reach_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = which_ran(monkeypatch)
+    default = in_thread(lambda: ops.backend_for(X))
+    with ops.use_backend("reference"):
+        assert in_thread(lambda: ops.backend_for(X)) == default
+        in_thread(lambda: ops.step(X, X, ROW, 0))
+        assert "reference" not in ran or default == "reference"
+        ops.step(X, X, ROW, 0)
+    assert ran[-1] == "reference"
+
+
+def test_tasks_that_overlap_have_a_choice_each_and_inherit_that_of_their_making() -> None:
+    default = ops.backend_for(X)
+
+    async def task(name: str | None, enter: asyncio.Event, leave: asyncio.Event, mine: asyncio.Event) -> list[Any]:
+        seen = [ops.backend_for(X)]
+        with ops.use_backend(name):
+            mine.set()
+            await enter.wait()
+            seen.append(backends.forced_backend())
+            await leave.wait()
+            seen.append(backends.forced_backend())
+        return [*seen, ops.backend_for(X)]
+
+    async def both() -> None:
+        opened, closed = [asyncio.Event() for _ in range(2)], [asyncio.Event() for _ in range(2)]
+        first = asyncio.create_task(task("reference", opened[1], closed[0], opened[0]))
+        second = asyncio.create_task(task("triton", opened[0], closed[1], opened[1]))
+        await opened[0].wait()
+        await opened[1].wait()
+        assert ops.backend_for(X) == default
+        closed[0].set()
+        assert await first == [default, "reference", "reference", default]
+        closed[1].set()
+        assert await second == [default, "triton", "triton", default]
+        with ops.use_backend("reference"):
+            heir = asyncio.create_task(asyncio.to_thread(ops.backend_for, X))
+        assert await heir == "reference"
+        assert ops.backend_for(X) == default
+
+    asyncio.run(both())
+    assert ops.backend_for(X) == default
+
+
+def _steps_on(name: str) -> Iterator[str | None]:
+    with ops.use_backend(name):
+        while True:
+            yield backends.forced_backend()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_generators_may_close_their_blocks_in_any_order(first: int) -> None:
+    default = backends.forced_backend()
+    generators = [_steps_on("reference"), _steps_on("triton")]
+    assert [next(generator) for generator in generators] == ["reference", "triton"]
+    generators[first].close()
+    assert backends.forced_backend() == ("triton", "reference")[first]
+    generators[1 - first].close()
+    assert backends.forced_backend() == default
+
+
+def test_a_generator_that_ends_in_another_context_changes_nothing_there() -> None:
+    default = backends.forced_backend()
+    generator = _steps_on("reference")
+    assert contextvars.copy_context().run(next, generator) == "reference"
+    assert backends.forced_backend() == default
+    with ops.use_backend("triton"):
+        generator.close()
+        assert backends.forced_backend() == "triton"
+    assert backends.forced_backend() == default
+
+
 def test_an_unknown_name_is_refused_with_the_list_of_names() -> None:
     message = r"backend is 'cpp', expected one of cpu, cuda, reference, triton; "
     with pytest.raises(ValueError, match=message):
         ops.backend_for(X, "cpp")
     with pytest.raises(ValueError, match=message):
         ops.step(X, X, ROW, 0, backend="cpp")
-    before = backends.forced
+    before = backends.forced_backend()
     with pytest.raises(ValueError, match=message), ops.use_backend("cpp"):
         pass
-    assert backends.forced == before
+    assert backends.forced_backend() == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, so cuda may well be there")
@@ -147,9 +264,20 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 def test_the_environment_forces_a_backend_for_a_process() -> None:
-    code = "import torch, fastdiff; print(fastdiff.ops.backend_for(torch.ones(1)))"
+    code = """
+import threading, torch, fastdiff
+def show(): print(fastdiff.ops.backend_for(torch.ones(1)))
+show()
+for name in (None, "reference"):
+    with fastdiff.ops.use_backend(name): pass
+    show()
+thread = threading.Thread(target=show)
+thread.start()
+thread.join()
+with fastdiff.ops.use_backend(None): print(fastdiff.ops.backends.forced_backend())
+"""
     done = run_python(code, FASTDIFF_BACKEND="reference")
-    assert done.stdout.strip() == "reference", done.stderr
+    assert done.stdout.split() == ["reference"] * 4 + ["None"], done.stderr
 
 
 def test_a_wrong_name_in_the_environment_is_refused_at_import() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch._dynamo.utils import counters
 import fastdiff
 from fastdiff import ops
 from fastdiff.affine import Affine
-from fastdiff.ops import backends
+from fastdiff.ops import backends, run
 from fastdiff.ops.run import RESULT_DTYPES
 from fastdiff.stepper import Stepper
 from fastdiff.table import Row, StepTable
@@ -176,6 +177,44 @@ def test_a_function_around_a_step_compiles_in_one_graph_to_the_same_bits(compile
         expected = function(case.sample, case.model_output)
         compiled = torch.compile(function, fullgraph=True, backend=compiler)
         assert_same_bits(compiled(case.sample, case.model_output), expected)
+
+
+@pytest.mark.skipif(backends.extension is None, reason="there is one backend on the CPU without the extension")
+def test_a_compiled_function_asks_for_the_backend_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    reference = run.reference_step
+    monkeypatch.setattr(run, "reference_step", lambda call, out: (ran.append("reference"), reference(call, out))[1])
+    seeds = torch.tensor([1, 2])
+
+    def outside(x: Tensor) -> Tensor:
+        return ops.step(x, x, ROW, 0)[0] + fastdiff.randn((2, 3), seeds) * ops.mean(x)[:, None]
+
+    def inside(x: Tensor) -> Tensor:
+        with ops.use_backend("reference"):
+            first = ops.step(x, x, ROW, 0)[0]
+            with ops.use_backend(None):
+                return ops.step(first, x, ROW, 0)[0]
+
+    x = torch.randint(-9, 9, (2, 3)).float()  # whose steps are exact
+    compiled = torch.compile(outside, fullgraph=True, backend="aot_eager")
+    for name, wanted in ((None, []), ("reference", ["reference"]), (None, [])):
+        # In a block of the caller's, and in a thread that is in none.
+        with ops.use_backend(name), ThreadPoolExecutor(1) as pool:
+            expected = outside(x)
+            ran.clear()
+            torch.testing.assert_close(compiled(x), expected)
+            assert ran == wanted
+            pool.submit(compiled, x).result(timeout=300)
+            assert ran == wanted
+    assert graphs() == 1
+    ran.clear()
+    block = torch.compile(inside, fullgraph=True, backend="aot_eager")
+    for name in (None, "reference"):
+        with ops.use_backend(name):
+            ran.clear()
+            assert torch.equal(block(x), 5 * x)
+            # The inner block leaves the choice to the device whatever surrounds the function.
+            assert ran == ["reference"]
 
 
 def test_a_compiled_function_refuses_what_the_step_refuses() -> None:

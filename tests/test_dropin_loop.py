@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -279,6 +280,24 @@ def test_a_forced_backend_answers_in_the_middle_of_a_loop(monkeypatch: pytest.Mo
         found = loop(scheduler, outputs)
     assert len(asked) == STEPS - 1
     assert torch.allclose(found, first, rtol=1e-5, atol=1e-6)
+
+
+def test_a_forced_backend_answers_in_its_own_thread_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs, schedulers = tensors(), [made("DDIM"), made("DDIM")]
+    for scheduler in schedulers:
+        loop(scheduler, outputs)  # its steps have plans, its first step is kept
+        scheduler.set_timesteps(STEPS)
+    asked: list[int] = []
+    launch = looping.Fused.launch
+    monkeypatch.setattr(
+        looping.Fused, "launch", staticmethod(lambda *call: asked.append(threading.get_ident()) or launch(*call))
+    )
+    with use_backend("reference"), ThreadPoolExecutor(1) as pool:
+        there = pool.submit(lambda: (threading.get_ident(), loop(schedulers[0], outputs))).result(timeout=60)
+        here = threading.get_ident(), loop(schedulers[1], outputs)
+    assert set(asked) == {here[0]}
+    assert len(asked) == STEPS - 1
+    assert torch.allclose(here[1], there[1], rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_flow_through_steps_that_follow_each_other() -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import event, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from dropin_cases import HALVES, OPTIONS, Case, cases
+from dropin_cases import HALVES, OPTIONS, VARIANCE_NOISE, Case, cases
 from dropins import (
     MAKES_SAMPLER,
     Drawing,
@@ -102,7 +103,7 @@ def not_fused(case: Case, theirs: Loop) -> set[str]:
     return reasons
 
 
-def check_loop(case: Case) -> None:
+def check_loop(case: Case) -> Loop:
     """One loop of ours beside diffusers' own."""
     theirs_class, ours_class = classes(case.name)
     drawing = Drawing()
@@ -118,7 +119,7 @@ def check_loop(case: Case) -> None:
     for mine, other in zip(ours.outputs, theirs.outputs, strict=True):
         same_kind(mine, other)
     if not theirs.outputs:
-        return
+        return ours
     for mine, other in zip(ours.random_states(), their_random, strict=True):
         assert torch.equal(mine, other), "a generator stands elsewhere"
     difference = farthest(ours, theirs)
@@ -134,6 +135,7 @@ def check_loop(case: Case) -> None:
     allowed = not_fused(case, theirs)
     reasons = {plan for plan in plans_of(ours.scheduler).values() if isinstance(plan, str)}
     assert reasons <= allowed, reasons
+    return ours
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -144,6 +146,46 @@ def test_a_loop_in_float32(name: str) -> None:
         check_loop(case)
 
     check()
+
+
+@pytest.mark.parametrize("layouts", [("expanded", "contiguous"), ("windows", "expanded"), ("contiguous", "windows")])
+@pytest.mark.parametrize("name", NAMES)
+def test_elements_of_one_address_are_read_and_results_have_memory_of_their_own(
+    name: str, layouts: tuple[str, str]
+) -> None:
+    noise = "variance_noise" if name in VARIANCE_NOISE else "generator"
+
+    @examples(10, 1)
+    @given(st.integers(0, 2**20))
+    def check(seed: int) -> None:
+        case = Case(name, {}, 4, {}, shape=(3, 4, 8, 6), noise=noise, seed=seed)
+        ours = check_loop(case.of(layout=layouts[0], output_layout=layouts[1]))
+        assert ours.error is None
+        # The first step has samples that overlap, all others the results of the one before.
+        results = [value for output in ours.outputs for value in values_of(output) if isinstance(value, Tensor)]
+        assert all(result.is_contiguous() for result in results)
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["DDIM", "DDPM", "DPMSolverMultistep", "EulerDiscrete", "UniPCMultistep"])
+@pytest.mark.parametrize("philox", [False, True])
+def test_guided_steps_read_elements_of_one_address(name: str, philox: bool) -> None:
+    results = []
+    for separate in (lambda tensor: tensor, lambda tensor: tensor.clone(memory_format=torch.contiguous_format)):
+        generator, scheduler = torch.Generator().manual_seed(3), CLASSES[f"{name}Scheduler"]()
+        scheduler.set_timesteps(4)
+        if philox:
+            scheduler.use_philox([1, 2, 3])
+        x = separate(torch.randn(1, 4, 8, 6, generator=generator).expand(3, -1, -1, -1))
+        for t in scheduler.timesteps:
+            cond = separate(torch.randn(3, 4, 8, 1, generator=generator).expand(-1, -1, -1, 6))
+            uncond = separate(torch.randn(3, 1, 8, 6, generator=generator).expand(-1, 4, -1, -1))
+            scale = torch.tensor([2.0, 3.0, 4.0])
+            torch.manual_seed(int(t))
+            x = scheduler.guided_step(uncond, cond, scale, t, x, return_dict=False)[0]
+            results.append(x)
+    assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(results[:4], results[4:], strict=True))
 
 
 def unit(exact: Tensor, dtype: torch.dtype) -> Tensor:

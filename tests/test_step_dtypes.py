@@ -18,6 +18,7 @@ from fastdiff import Purpose, ops
 from fastdiff.ops import backends
 from fastdiff.ops.run import RESULT_DTYPES
 from fastdiff.table import MODEL_INPUT_SCALE, STORE_0, STORE_1, compute_dtype
+from layouts import LAYOUTS, shapes_for
 from mixed import Batch, copied, random_batch
 from mixed_dtypes import SCALARS, by_definition, dtypes_for, mixed_case, poisoned, widened
 from oracle import (
@@ -34,7 +35,6 @@ from oracle import (
     plain_row,
 )
 from test_compile import step_arguments
-from test_step_layout import LAYOUTS, shapes_for
 
 BACKENDS = backends_at_hand()
 needs_extension = pytest.mark.skipif(backends.extension is None, reason="the C++ extension was not built")

@@ -92,6 +92,15 @@ inline bool served(const at::Tensor& sample) {
 #endif
 }
 
+// Whether nothing forces a backend in the context of this thread. `choice` is `fastdiff.ops.backends.forced`, a context
+// variable that names the backend or holds None.
+inline bool nothing_forced(PyObject* choice) {
+    PyObject* name = nullptr;
+    if (PyContextVar_Get(choice, nullptr, &name) != 0) throw python_error();
+    const py::object held = py::reinterpret_steal<py::object>(name);
+    return name == Py_None;
+}
+
 // The Python objects of one call, read in order. `good` turns false at the first of an unexpected type.
 class Arguments {
   public:

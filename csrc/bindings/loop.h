@@ -46,7 +46,7 @@ struct Known {
 };
 
 struct LoopState {
-    py::object choice;  // the dictionary in which `forced` names a backend, or is None
+    py::object choice;  // the context variable that names the forced backend, or None
     py::object plan;    // of the last step; null where there is none to go on from
     Program* program = nullptr;
     Watch watch;
@@ -128,8 +128,7 @@ struct Loop {
     py::object begin(PyObject* scheduler, PyObject* name, bool scales, bool seeded, const StepCall& call) {
         LoopState& s = *state;
         if (steps_taken != 0 || s.beginnings.empty()) return py::object();
-        static PyObject* const forced = PyUnicode_InternFromString("forced");
-        if (PyDict_GetItemWithError(s.choice.ptr(), forced) != Py_None) return py::object();
+        if (!nothing_forced(s.choice.ptr())) return py::object();
         const py::object attributes = made(PyObject_GenericGetDict(scheduler, nullptr));
         const auto fits = [&](const Beginning& b) {
             return b.fits(scheduler, attributes.ptr(), self(), name, seeded, call);
@@ -344,7 +343,7 @@ inline PyObject* loop_new(PyTypeObject* type, PyObject* /*args*/, PyObject* /*kw
 
 inline int loop_init(PyObject* self, PyObject* args, PyObject* /*kwargs*/) {
     PyObject* choice = nullptr;
-    if (PyArg_ParseTuple(args, "O!:Loop", &PyDict_Type, &choice) == 0) return -1;
+    if (PyArg_ParseTuple(args, "O!:Loop", &PyContextVar_Type, &choice) == 0) return -1;
     loop_of(self)->state->choice = py::reinterpret_borrow<py::object>(choice);
     return 0;
 }

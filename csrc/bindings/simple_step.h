@@ -93,8 +93,8 @@ inline MaybeTensor tensor_in(PyObject* object) {
 // One step of a `simple` program.
 class SimpleStep {
   public:
-    // `loop` has the methods of fastdiff.diffusers.scheduler.Fused; `choice` is the dictionary in which `forced` names
-    // a backend, or is None.
+    // `loop` has the methods of fastdiff.diffusers.scheduler.Fused; `choice` is the context variable that names the
+    // forced backend, or None.
     SimpleStep(PyObject* loop, PyObject* choice, const Program& program, PyObject* attributes, const StepCall& call,
                Watch* watch)
         : loop_(loop), choice_(choice), program_(program), attributes_(attributes), call_(call), watch_(watch) {}
@@ -173,11 +173,10 @@ class SimpleStep {
 
     // By the loops of this extension, where nothing forces another backend and all is plain.
     bool directly(MaybeTensor noise, PyObject* seeds, PyObject* noise_step) {
-        static PyObject* const forced = PyUnicode_InternFromString("forced");
         static PyObject* const first_row = PyLong_FromLong(0);
         StepRequest request;
         request.sample = tensor_in(call_.sample());
-        if (!request.sample->is_cpu() || PyDict_GetItemWithError(choice_, forced) != Py_None) return false;
+        if (!request.sample->is_cpu() || !nothing_forced(choice_)) return false;
         request.model_output = tensor_in(call_.output());
         request.table = &program_.table;
         request.row = first_row;

@@ -123,7 +123,7 @@ class Fused(_Loop):  # type: ignore[misc]
 
     def __init__(self, scheduler: Any, beside: Fused | None = None) -> None:
         """Look at a scheduler; or, `beside` what hangs on another with the same attributes, at nothing yet."""
-        super().__init__(vars(backends))
+        super().__init__(backends.forced)
         if beside is not None:
             self.adopt(beside)
         self.schedule: Schedule = Schedule(scheduler) if beside is None else beside.schedule
@@ -148,7 +148,7 @@ class Fused(_Loop):  # type: ignore[misc]
         """Compare and look up everything anew with the next step."""
         self.look_again = True
         self.forget()
-        self.adopt(_Loop(vars(backends)))  # which has no first steps of earlier loops
+        self.adopt(_Loop(backends.forced))  # which has no first steps of earlier loops
 
     def seeds_for(self, sample: Tensor) -> Tensor:
         """The seeds as a tensor beside the samples, kept for the loop."""
@@ -192,7 +192,7 @@ class Fused(_Loop):  # type: ignore[misc]
         before: list[KeptAttribute],
     ) -> None:  # fmt: skip
         """Let later loops begin with this step at once, where they stand as the scheduler stood `before` it."""
-        if backends.forced is not None:
+        if backends.forced.get() is not None:
             return  # a loop does not begin at once there
         given = {"model_output": given["sample"], **given}  # what scales the model's input has but one tensor
         names = (*USUAL, *(name for name in given if name not in USUAL))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..affine import COLUMNS
-from ..ops.layout import laid_out
+from ..ops.layout import laid_out, output_strides
 from ..philox import purpose_of_draw
 from ..table import KEEP_0, KEEP_1, PREDICTION_OUTPUT, PREV_SAMPLE
 from ..thresholding import dynamic_threshold
@@ -153,8 +153,8 @@ def _step(plan: Plan, rows: tuple[Tensor, int | Tensor], sample: Tensor, output:
     done = directly()
     if done is None:
         # Transformers' outputs are often views in another order of dimensions, and noise comes contiguous.
-        strides = sample.stride()
-        output = laid_out(output, strides)
+        strides = output_strides(sample)
+        sample, output = laid_out(sample, strides), laid_out(output, strides)
         uncond, noise = (t if t is None else laid_out(t, strides) for t in (uncond, noise))
         history = [laid_out(t, strides) for t in history]
         done = directly()

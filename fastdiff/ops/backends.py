@@ -2,9 +2,9 @@
 """The implementations of the step: which there are, why one is missing, and which one answers.
 
 On a GPU compiled CUDA answers, else Triton, else the reference; on the CPU compiled C++, else the reference.  The
-choice can be forced for a call (``backend=``), a block (`use_backend`) or a process (``FASTDIFF_BACKEND``), and
-asked for (`backend_for`).  A forced backend that cannot run raises and says why; where the reference answers for a
-compiled backend that is missing, `fastdiff.ops.fallback` warns.
+choice can be forced for a call (``backend=``), a block of one thread or task (`use_backend`) or a process
+(``FASTDIFF_BACKEND``), and asked for (`backend_for`).  A forced backend that cannot run raises and says why; where the
+reference answers for a compiled backend that is missing, `fastdiff.ops.fallback` warns.
 
 On a GPU the order is that of the way from Python to the kernel too.  The extension reads its arguments and launches in
 C++; Triton's kernels are launched by a `fastdiff.kernels.launch.Launcher`, which holds what was compiled and hands it
@@ -19,6 +19,8 @@ import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -32,9 +34,29 @@ from ..errors import sentence, unknown_name
 BACKENDS = CHOICES["FASTDIFF_BACKEND"]
 
 _is_compiling = torch.compiler.is_compiling
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
-#: The backend that FASTDIFF_BACKEND or `use_backend` asks for.
-forced: str | None = chosen("FASTDIFF_BACKEND")
+_DEFAULT = chosen("FASTDIFF_BACKEND")
+#: The backend that `use_backend` or FASTDIFF_BACKEND asks for in the current context, or None.  C++ reads it too
+#: (`nothing_forced` in csrc/bindings/common.h).
+forced: ContextVar[str | None] = ContextVar("fastdiff_backend", default=_DEFAULT)
+#: The open `use_backend` blocks of the current context, outermost first.
+_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("fastdiff_backend_blocks", default=())
+#: The names of the open `use_backend` blocks of a function that Dynamo is tracing.  Dynamo cannot trace a context
+#: variable; it keeps track of this global within the trace.
+_traced: tuple[str | None, ...] = ()
+
+_get_forced = forced.get
+#: Whether a backend has ever been forced other than by a call: until then no context needs a look, which takes longer
+#: than the rest of `direct_extension`.
+_ever_forced = _DEFAULT is not None
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """One `use_backend` block, told apart from others with the same name by identity."""
+
+    name: str | None
 
 
 def _load_extension() -> tuple[ModuleType | None, str]:
@@ -140,7 +162,7 @@ def backend_for(sample: Tensor, backend: str | None = None, operation: str = "st
         ValueError: the name is unknown, or that backend does not serve the tensor's device.
         RuntimeError: the forced backend cannot run on this machine; the message says why.
     """
-    name = backend or forced
+    name = backend or forced_backend()
     device = sample.device
     if name is not None:
         missing = why_missing(name)
@@ -163,17 +185,59 @@ def backend_for(sample: Tensor, backend: str | None = None, operation: str = "st
     return next((name for name in candidates if not why_missing(name)), "reference")
 
 
+def forced_backend() -> str | None:
+    """Return the backend forced in the current context, or None."""
+    if _is_dynamo_compiling():
+        return _traced[-1] if _traced else None
+    return _get_forced()
+
+
+def operator_backend(sample: Tensor, backend: str | None = None, operation: str = "step") -> str:
+    """Return the `backend` argument of an operator call.
+
+    It is empty inside a compiled function that forces nothing itself: the operator then chooses when it runs, in the
+    context of its caller.  Arguments and errors are those of `backend_for`.
+    """
+    if _is_compiling() and not _traced and (backend or forced_backend()) is None:
+        return ""
+    return backend_for(sample, backend, operation)
+
+
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Force one backend inside a ``with`` block; None leaves the choice to the device."""
-    global forced
+    """Force one backend inside a ``with`` block; None leaves the choice to the device.
+
+    The block belongs to the current context (`contextvars`): other threads and asyncio tasks that run at the same time
+    keep their own choice.  A task created inside the block inherits it; a thread started inside does not.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    global _traced
     if name is not None:
         why_missing(name)  # an unknown name is refused here, not at the first step
-    before, forced = forced, name
+    if _is_dynamo_compiling():
+        before, _traced = _traced, (*_traced, name)
+        try:
+            yield
+        finally:
+            _traced = before
+        return
+    block = _Block(name)
+    _open_blocks((*_blocks.get(), block))
     try:
         yield
     finally:
-        forced = before
+        # By identity, not by restoring what was there: generators may close their blocks in any order.
+        _open_blocks(tuple(b for b in _blocks.get() if b is not block))
+
+
+def _open_blocks(blocks: tuple[_Block, ...]) -> None:
+    """Set the blocks of the current context; the innermost one decides."""
+    global _ever_forced
+    _ever_forced = True
+    _blocks.set(blocks)
+    forced.set(blocks[-1].name if blocks else _DEFAULT)
 
 
 #: The current stream of a device as a pointer. `torch.cuda.current_stream` would make two Python objects on the way to
@@ -195,7 +259,7 @@ def direct_extension() -> ModuleType | None:
 
     Its functions return None for a call that has to be looked at first.
     """
-    return None if forced is not None or _is_compiling() else extension
+    return None if _is_compiling() or (_ever_forced and _get_forced() is not None) else extension
 
 
 def _run_extension(call: StepCall) -> None:

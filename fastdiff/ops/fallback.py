@@ -34,7 +34,7 @@ class FallbackWarning(RuntimeWarning):
 
 
 def backend_to_run(sample: Tensor, backend: str | None = None, operation: str = "step") -> str:
-    """Return `backends.backend_for` of a call that is about to run, and warn where it falls back to the reference.
+    """Return `backends.operator_backend` of a call that is about to run, and warn where it falls back to the reference.
 
     Args:
         sample: any tensor on the device in question.
@@ -45,7 +45,7 @@ def backend_to_run(sample: Tensor, backend: str | None = None, operation: str = 
         ValueError, RuntimeError: as `backend_for`.
         FallbackWarning: where the caller's filters turn warnings into errors; nothing has been written then.
     """
-    name = backends.backend_for(sample, backend, operation)
+    name = backends.operator_backend(sample, backend, operation)
     if name == "reference" and backend is None:
         _warn_once(operation, sample.device.type)
     return name
@@ -56,7 +56,7 @@ def why_reference(device_type: str) -> str:
 
     Empty where one answers, where none is made for such devices, and where a backend was asked for.
     """
-    if backends.forced is not None or device_type in _NEVER_COMPILED:
+    if backends.forced_backend() is not None or device_type in _NEVER_COMPILED:
         return ""
     if device_type == "cpu":
         return backends.why_missing("cpu")

@@ -63,8 +63,8 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
     (a_low, a_high), (b_low, b_high) = span(a), span(b)
     if a_high <= b_low or b_high <= a_low:
         return False
-    # The spans meet; views that interleave (two halves of the channels) may still share nothing. Mark and look.
-    if _is_dense(a) or _is_dense(b):
+    # The spans meet; where one has gaps (the halves of the channels, every other row) they may still share nothing.
+    if _is_dense(a) and _is_dense(b):
         return True
     low = min(a_low, b_low)
     marks = torch.zeros(max(a_high, b_high) - low, dtype=torch.bool)

@@ -85,7 +85,7 @@ def _steps(step: Tensor, seeds: Tensor) -> Tensor:
                 "give one step for all samples or one each",
             )
         )
-    return step.to(seeds.device).reshape(-1).contiguous()
+    return step.to(seeds.device).reshape(-1).contiguous().resolve_neg()
 
 
 def _draw(

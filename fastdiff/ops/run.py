@@ -61,7 +61,7 @@ def run_new(
     with torch.no_grad():
         if model_input:
             call = replace(call, model_input=model_input[0])
-        if backends.extension is not None and (backend or backends.forced) in (None, "cpu", "cuda"):
+        if backends.extension is not None and (backend or backends.forced_backend()) in (None, "cpu", "cuda"):
             done = backends.extension_step(call, out)
             if done is not None:
                 return [*done, *model_input]
