@@ -111,7 +111,7 @@ class StepTable:
             raise ValueError(
                 sentence("StepTable", "source", "has no rows", "at least one", "ask for at least one step")
             )
-        rows = torch.tensor([row.scalars() for row in self.source], dtype=torch.float64)
+        rows = torch.tensor([row.scalars() for row in self.source], dtype=torch.float64, device="cpu")
         derived: dict[str, object] = {
             "rows": rows,
             "timesteps": tuple(row.timestep for row in self.source),

@@ -297,7 +297,8 @@ def _check_variance(call: StepCall) -> None:
 def _check_scalars(name: str, scalars: Tensor, call: StepCall, *, one_for_all: bool) -> None:
     sample, table = call.sample, call.table
     if not isinstance(scalars, Tensor):
-        raise TypeError(_refusal(name, f"is a {type(scalars).__name__}", "a float or a torch.Tensor", "pass a tensor"))
+        remedy = f"pass {name} as a float or a tensor"
+        raise TypeError(_refusal(name, f"is a {type(scalars).__name__}", "a float or a torch.Tensor", remedy))
     if scalars.dtype != table.dtype:
         raise TypeError(_refusal(name, f"has dtype {scalars.dtype}", f"{table.dtype} like table", "convert it first"))
     _check_one_a_sample(name, scalars, sample, one_for_all)
