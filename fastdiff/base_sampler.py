@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .errors import sentence, unknown_name
+from .errors import checked_type, sentence, unknown_name
 from .graphs import CapturedLoop, GraphCache, check_can_capture, check_can_show, check_graph_options
 from .graphs.static_inputs import signature
 from .guidance import GuidedModel, Model
@@ -59,6 +59,9 @@ class BaseSampler(ABC):
                 )
             )
         check_fields(type(self).__name__, fields, SamplingConfig)
+        if config is not None:
+            remedy = "pass SamplingConfig(...), or its fields by name"
+            checked_type(type(self).__name__, "config", config, SamplingConfig, "a SamplingConfig or None", remedy)
         self.scheduler = scheduler
         config = replace(config, **fields) if config else SamplingConfig(**{"method": self.method, **fields})
         if config.method is not self.method:

@@ -173,19 +173,25 @@ class GuidedModel:
     def _call(self, x: Tensor, timestep: Tensor, embeds: Tensor | None, dtype: torch.dtype) -> Tensor:
         arguments = (x, timestep.expand(x.shape[0])) if embeds is None else (x, timestep.expand(x.shape[0]), embeds)
         output = unwrap(self.model(*arguments, **self.model_kwargs))
-        expected = [x.shape[0], self.channels * x.shape[1], *x.shape[2:]] if self.channels > 1 else list(x.shape)
-        if list(output.shape) != expected:
+        expected = x.shape
+        if self.channels > 1:
+            expected = torch.Size([x.shape[0], self.channels * x.shape[1], *x.shape[2:]])
+        if output.shape != expected:
             remedy = "return one output like the sample"
             if self.channels > 1:
                 remedy = "return the variance as the second half of the channels, or choose a fixed variance_type"
             elif x.dim() > 1 and list(output.shape) == [x.shape[0], 2 * x.shape[1], *x.shape[2:]]:
                 remedy = "set variance_type='learned_range' if the model predicts a variance"
-            raise ValueError(sentence("sample", "model", f"returned shape {list(output.shape)}", f"{expected}", remedy))
-        if output.layout != torch.strided or output.device != x.device or output.is_complex():
-            got = f"returned layout {output.layout}, {output.dtype}, on {output.device}"
-            wanted = f"dense real numbers on {x.device}, like the sample"
+            raise ValueError(
+                sentence("sample", "model", f"returned shape {list(output.shape)}", f"{list(expected)}", remedy)
+            )
+        if output.layout != torch.strided or output.device != x.device:
+            got, wanted = f"returned layout {output.layout} on {output.device}", f"dense numbers on {x.device}"
             raise TypeError(sentence("sample", "model", got, wanted, "convert or move them in the model"))
         if output.dtype != dtype:
+            if output.is_complex():
+                got, wanted = f"returned {output.dtype}", "real numbers, like the sample's"
+                raise TypeError(sentence("sample", "model", got, wanted, "return the real part if it is all there is"))
             output = output.to(dtype)  # a half model, or one under autocast, answers in its own precision
         if self.check_finite and not bool(torch.isfinite(output).all()):
             what = "NaN" if bool(torch.isnan(output).any()) else "infinity"

@@ -172,7 +172,9 @@ def as_seeds(seeds: int | Sequence[int] | Tensor, batch: int, device: torch.devi
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(sentence("randn", "seeds", f"holds a {type(seed).__name__}", "ints", "pass whole numbers"))
         if not 0 <= seed < 2**64:
-            raise ValueError(sentence("randn", "seeds", f"holds {shown(seed)}", "0 to 2**64 - 1", "take it modulo 2**64"))
+            raise ValueError(
+                sentence("randn", "seeds", f"holds {shown(seed)}", "0 to 2**64 - 1", "take it modulo 2**64")
+            )
     if len(listed) != batch:
         raise ValueError(
             sentence(

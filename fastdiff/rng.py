@@ -62,7 +62,9 @@ def _listed(generators: object) -> list[torch.Generator]:
     expected = "a torch.Generator, or one a sample"
     if not isinstance(generators, Iterable):
         raise TypeError(
-            sentence("sample", "generator", f"is a {type(generators).__name__}", expected, "make it with torch.Generator()")
+            sentence(
+                "sample", "generator", f"is a {type(generators).__name__}", expected, "make it with torch.Generator()"
+            )
         )
     listed = list(generators)
     for one in listed:

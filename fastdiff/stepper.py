@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import ops
 from .errors import as_float, checked_float, checked_type, sentence
+from .ops.checks import check_dtype
 from .philox import Purpose, as_seeds
 from .rng import Generators, draw
 from .table import NUM_REGISTERS, StepTable, Variance
@@ -46,8 +47,9 @@ class Stepper:
         backend: str | None = None,
     ) -> None:
         checked_type("Stepper", "table", table, StepTable, "a StepTable", "pass sampler.table, or a solver's result")
-        checked_float("Stepper", "dynamic_thresholding_ratio", dynamic_thresholding_ratio, 0.0, strict=True)
-        as_float("Stepper", "sample_max_value", sample_max_value)
+        if table.thresholding:
+            checked_float("Stepper", "dynamic_thresholding_ratio", dynamic_thresholding_ratio, 0.0, strict=True)
+            as_float("Stepper", "sample_max_value", sample_max_value)
         self.table = table
         self.index = 0
         self.backend = backend
@@ -71,7 +73,7 @@ class Stepper:
         self._in_place = True
 
     def __getstate__(self) -> dict[str, object]:
-        """Copy the registers, which the steps of either stepper would write over, and forget whose samples were last."""
+        """Copy the registers, which either stepper would write over, and forget whose samples were last."""
         registers = [None if register is None else register.clone() for register in self._registers]
         return {**self.__dict__, "_registers": registers, "_seen": _NoSamples}
 
@@ -134,14 +136,15 @@ class Stepper:
             threshold, kind = self._measure(sample, model_output, uncond, guidance, variance)
         keeps = len(store)
         outs: tuple[Tensor | None, ...] | None = None
-        if not self._in_place:
+        if keeps == 0:
+            if out is not None:
+                outs = (out,)
+        elif not self._in_place:
             outs = (out, *[None] * keeps)
         elif keeps == 1:
             outs = (out, registers[store[0]])
-        elif keeps == 2:
+        else:
             outs = (out, registers[store[0]], registers[store[1]])
-        elif out is not None:
-            outs = (out,)
         results = None
         # A small step's time is the way to its loop: the shortest is taken first, and registers that a row does not
         # read cost nothing there.
@@ -208,6 +211,7 @@ class Stepper:
                     "start a new stepper for other samples",
                 )
             )
+        check_dtype("sample", sample.dtype)
         if self._given_seeds is not None:
             self._seeds = as_seeds(self._given_seeds, sample.shape[0] if sample.dim() > 0 else 1, sample.device)
         self._prediction_rows = None

@@ -107,6 +107,9 @@ class StepTable:
     )
 
     def __post_init__(self) -> None:
+        if not isinstance(self.source, tuple) or not all(isinstance(row, Row) for row in self.source):
+            got = f"is a {type(self.source).__name__}"
+            raise TypeError(sentence("StepTable", "source", got, "a tuple of Row", "pass tuple(rows)"))
         if not self.source:
             raise ValueError(
                 sentence("StepTable", "source", "has no rows", "at least one", "ask for at least one step")

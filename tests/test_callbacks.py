@@ -188,7 +188,9 @@ def test_false_stops_at_the_edited_samples(cuda_graph: Any) -> None:
 def test_returned_tensor_that_cannot_be_the_samples_is_refused(
     returned: Tensor, error: type[Exception], text: str, cuda_graph: Any
 ) -> None:
-    with pytest.raises(error, match=rf"^sample: callback returned a tensor of {text}.*; return samples like info.sample"):
+    with pytest.raises(
+        error, match=rf"^sample: callback returned a tensor of {text}.*; return samples like info.sample"
+    ):
         _sample(lambda info: returned, cuda_graph=cuda_graph)
 
 

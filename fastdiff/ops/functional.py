@@ -20,13 +20,24 @@ import torch
 from torch import Tensor
 
 from ..affine import MODEL_OUTPUT, Affine
-from ..errors import as_float, checked_bool, sentence, unknown_name
+from ..errors import as_float, checked_bool, checked_type, sentence, unknown_name
 from ..levels import Level, Levels, variance_preserving
-from ..solvers import Algorithm, Prediction, PredictionType, SolverType, ddim, ddpm, dpm_multistep, euler, euler_ancestral
+from ..rng import Generators, draw
+from ..solvers import (
+    Algorithm,
+    Prediction,
+    PredictionType,
+    SolverType,
+    ddim,
+    ddpm,
+    dpm_multistep,
+    euler,
+    euler_ancestral,
+)
 from ..solvers.ddpm import VarianceType
 from ..solvers.dpm_multistep import THIRD_ORDERS
 from ..table import Row, StepTable, compute_dtype
-from ..torch_noise import torch_randn
+from .checks import DTYPES
 from .fused import step
 
 
@@ -68,7 +79,7 @@ def ddpm_step(
     clip_range: float | Tensor | None = None,
     uncond: Tensor | None = None,
     guidance_scale: float | Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -79,7 +90,7 @@ def ddpm_step(
         model_output: the (conditional) model output, like `sample`.
         alpha_cumprod: ᾱ at the timestep of `sample`, in [0, 1).
         alpha_cumprod_prev: ᾱ at the timestep to reach, in (ᾱ, 1]; at 1 no noise is added.
-        noise: z, like `sample`; drawn with `generator` where None and needed.
+        noise: z, like `sample`; drawn with `generator`, one or one a sample, where None and needed.
         variance_type: see `fastdiff.solvers.ddpm`.
         variance: the model's second output, for the learned variances.
         prediction_type: ``epsilon``, ``v_prediction``, ``sample`` or ``flow_prediction``.
@@ -117,7 +128,7 @@ def ddim_step(
     use_clipped_model_output: bool = False,
     uncond: Tensor | None = None,
     guidance_scale: float | Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -153,7 +164,7 @@ def dpm_solver_step(
     clip_range: float | Tensor | None = None,
     uncond: Tensor | None = None,
     guidance_scale: float | Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     out: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -171,9 +182,14 @@ def dpm_solver_step(
     Returns:
         The previous sample, and the model's reading (x0 or ε) to hand to later steps as `previous`.
     """
-    if not isinstance(previous, (list, tuple)):
-        got, remedy = f"is a {type(previous).__name__}", "pass previous=[tensor]"
-        raise TypeError(sentence("dpm_solver_step", "previous", got, "a list or tuple of tensors", remedy))
+    for name, tensors in (("previous", previous), ("out", () if out is None else out)):
+        remedy = f"pass {name}=[tensor]" if name == "previous" else "pass out=(tensor, tensor)"
+        if not isinstance(tensors, (list, tuple)):
+            got = f"is a {type(tensors).__name__}"
+            raise TypeError(sentence("dpm_solver_step", name, got, "a list or tuple of tensors", remedy))
+    for j, tensor in enumerate(previous):
+        remedy = "pass the second result of an earlier step"
+        checked_type("dpm_solver_step", f"previous[{j}]", tensor, Tensor, "a torch.Tensor", remedy)
     numbers = _numbers("dpm_solver_step", "alphas_cumprod", alphas_cumprod)
     if len(numbers) != len(previous) + 2 or len(previous) > 2:
         raise ValueError(
@@ -222,7 +238,7 @@ def euler_step(
     prediction_type: str = "epsilon",
     uncond: Tensor | None = None,
     guidance_scale: float | Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -259,7 +275,7 @@ def _run(
     uncond: Tensor | None,
     guidance: float | Tensor | None,
     noise: Tensor | None,
-    generator: torch.Generator | None,
+    generator: Generators,
     out: Tensor | None,
     backend: str | None,
     variance: Tensor | None = None,
@@ -273,12 +289,11 @@ def _run(
     )[0]  # fmt: skip
 
 
-def _noise(
-    compiled: StepTable, sample: Tensor, noise: Tensor | None, generator: torch.Generator | None
-) -> Tensor | None:
+def _noise(compiled: StepTable, sample: Tensor, noise: Tensor | None, generator: Generators) -> Tensor | None:
     """The given noise, or a draw where the row wants one."""
-    if noise is None and compiled.draws_noise[-1] and isinstance(sample, Tensor):
-        return torch_randn(sample.shape, generator, dtype=sample.dtype, device=sample.device)
+    drawn = noise is None and compiled.draws_noise[-1]
+    if drawn and isinstance(sample, Tensor) and sample.dtype in DTYPES:
+        return draw(sample.shape, generator, dtype=sample.dtype, device=sample.device)
     return noise
 
 

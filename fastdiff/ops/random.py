@@ -50,7 +50,16 @@ def randn(
         TypeError, ValueError: an argument does not fit; the message says which and why.
         RuntimeError: a forced backend is missing.
     """
+    if not isinstance(shape, Sequence):
+        remedy = "pass a tuple of ints"
+        raise TypeError(sentence("randn", "shape", f"is a {type(shape).__name__}", "ints [B, ...]", remedy))
     shape = tuple(shape)
+    for size in shape:
+        if isinstance(size, bool) or not hasattr(size, "__index__"):
+            got = f"holds a {type(size).__name__}"
+            raise TypeError(sentence("randn", "shape", got, "ints [B, ...]", "pass whole numbers"))
+        if size < 0:
+            raise ValueError(sentence("randn", "shape", f"holds {size}", "sizes of 0 or more", "pass whole numbers"))
     if len(shape) == 0:
         raise ValueError(sentence("randn", "shape", "is []", "[B, ...]", "begin it with the number of samples"))
     if dtype not in DTYPES:
