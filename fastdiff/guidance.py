@@ -224,7 +224,7 @@ def write_model_input(model_input: Tensor, x: Tensor, scale: float = 1.0) -> Non
     if x.numel() == 0:
         return
     scaled = x if scale == 1.0 else x.to(compute_dtype(x.dtype)) * scale
-    model_input.unflatten(0, (-1, x.shape[0])).copy_(scaled)
+    model_input.view(-1, *x.shape).copy_(scaled)
 
 
 def unwrap(result: Any) -> Tensor:

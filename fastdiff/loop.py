@@ -112,16 +112,19 @@ def run_loop(
     with stopwatch.part("loop"), progress_bar(total, progress) as bar:
         sample = latents.clone() if stepper.table.initial_scale == 1.0 else latents * stepper.table.initial_scale
         prepared = model.prepare(sample)
+        shown: Tensor | None = None
         for index, timestep in enumerate(to_device(timesteps, latents.device)):
-            shown = sample if prepared is None else prepared
-            counts = reference_counts(shown)
+            current = sample if prepared is None else prepared
+            if current is not shown or index == 1:  # from its first step on the stepper holds the sample as well
+                shown = current
+                counts = reference_counts(current)
             with stopwatch.part("model"):
                 output, uncond, variance = model(sample, timestep, prepared)
-            kept = counts is None or reference_counts(shown) != counts
+            kept = counts is None or reference_counts(current) != counts
             if kept and prepared is not None:
                 prepared = torch.empty_like(prepared)
             # The loop writes over its own sample, unless a callback is shown it or the model has kept it.
-            overwrite = callback is None and not (kept and shown is sample)
+            overwrite = callback is None and not (kept and prepared is None)
             last = index + 1 == total
             with stopwatch.part("step"):
                 sample = stepper.step(
@@ -140,7 +143,7 @@ def run_loop(
                 answer = callback(StepInfo(index, total, stepper.table.timesteps[index], sample, output))
                 if answer is False:
                     break
-                if isinstance(answer, Tensor):
+                if answer is not None and isinstance(answer, Tensor):
                     sample = checked_samples(answer, sample)
                 if prepared is not None and not last:
                     write_model_input(prepared, sample, stepper.table.source[index].model_input_scale)
