@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .errors import checked_type, sentence, unknown_name
+from .errors import checked_callable, checked_type, sentence, unknown_name
 from .graphs import CapturedLoop, GraphCache, check_can_capture, check_can_show, check_graph_options
 from .graphs.static_inputs import signature
 from .guidance import GuidedModel, Model
@@ -211,9 +211,8 @@ class BaseSampler(ABC):
             RuntimeError: the model does what a CUDA graph cannot hold.
         """
         check_latents(latents)
-        if callback is not None and not callable(callback):
-            got, remedy = f"is a {type(callback).__name__}", "pass a function of a StepInfo"
-            raise TypeError(sentence("sample", "callback", got, "a callable or None", remedy))
+        if callback is not None:
+            checked_callable("sample", "callback", callback, "a callable or None", "pass a function of a StepInfo")
         if seeds is not None:
             if generator is not None:
                 raise ValueError(

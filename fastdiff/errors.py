@@ -129,6 +129,16 @@ def checked_bool(operation: str, argument: str, value: object) -> bool:
     return value
 
 
+def checked_callable(operation: str, argument: str, value: object, expected: str, remedy: str) -> None:
+    """Refuse a value that cannot be called.
+
+    Raises:
+        TypeError: it is not callable.
+    """
+    if not callable(value):
+        raise TypeError(sentence(operation, argument, f"is a {type(value).__name__}", expected, remedy))
+
+
 def checked_type(operation: str, argument: str, value: object, kind: type[Any], expected: str, remedy: str) -> None:
     """Refuse a value of another type.
 

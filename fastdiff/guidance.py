@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import checked_type, sentence, unknown_name
+from .errors import checked_callable, checked_type, sentence, unknown_name
 from .ops.checks import DTYPES
 from .table import compute_dtype
 
@@ -98,9 +98,8 @@ class GuidedModel:
             )
 
     def _check_types(self) -> None:
-        if not callable(self.model):
-            got, expected = f"is a {type(self.model).__name__}", "a callable (x, t[, encoder_hidden_states])"
-            raise TypeError(sentence("sample", "model", got, expected, "pass a function or a torch.nn.Module"))
+        expected = "a callable (x, t[, encoder_hidden_states])"
+        checked_callable("sample", "model", self.model, expected, "pass a function or a torch.nn.Module")
         for name in ("prompt_embeds", "negative_prompt_embeds"):
             embeds = getattr(self, name)
             if embeds is not None:

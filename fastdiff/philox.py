@@ -18,7 +18,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from .errors import checked_integer, sentence, shown
+from .errors import checked_integer, checked_type, sentence, shown
 from .transfer import to_device
 
 _MASK = 0xFFFFFFFF
@@ -164,9 +164,8 @@ def as_seeds(seeds: int | Sequence[int] | Tensor, batch: int, device: torch.devi
                 sentence("randn", "seeds", f"has shape {list(seeds.shape)}", f"[{batch}]", "give one seed a sample")
             )
         return to_device(seeds, device).contiguous()
-    if not isinstance(seeds, Iterable) and not isinstance(seeds, int):
-        got = f"is a {type(seeds).__name__}"
-        raise TypeError(sentence("randn", "seeds", got, "ints or an int64 tensor", "pass one whole number a sample"))
+    if not isinstance(seeds, int):
+        checked_type("randn", "seeds", seeds, Iterable, "ints or an int64 tensor", "pass one whole number a sample")
     listed = [seeds] if isinstance(seeds, int) else list(seeds)
     for seed in listed:
         if isinstance(seed, bool) or not isinstance(seed, int):

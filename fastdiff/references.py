@@ -23,5 +23,5 @@ def reference_counts(tensor: Tensor) -> tuple[int, ...] | None:
         storage = tensor.untyped_storage()
     except (RuntimeError, NotImplementedError):
         return None
-    in_use: int = torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
+    in_use: int = torch._C._storage_Use_Count(storage._cdata)
     return sys.getrefcount(tensor), tensor._use_count(), sys.getrefcount(storage), in_use  # type: ignore[attr-defined]

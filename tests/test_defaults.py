@@ -114,7 +114,7 @@ def test_own_steps_and_noise_are_the_same(default: Callable[[], Any]) -> None:
     x, m = LATENTS, LATENTS.flip(0)
 
     def make() -> list[Tensor]:
-        ops.functional._kept.cache_clear()
+        ops.functional._compiled.cache_clear()
         words = philox_words((1, 2, 3, 4), (5, 6))
         return [
             *words,

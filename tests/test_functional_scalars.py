@@ -88,10 +88,10 @@ def test_one_dimensional_tensor_holds_the_numbers_of_dpm_solver_step() -> None:
 
 
 def test_equal_values_in_other_tensors_are_compiled_once() -> None:
-    functional._kept.cache_clear()
+    functional._compiled.cache_clear()
     for _ in range(20):
         _results("ddim", alpha_cumprod=torch.tensor(0.375), eta=torch.tensor(0.25))
-    assert functional._kept.cache_info().misses == 1
+    assert functional._compiled.cache_info().misses == 1
 
 
 def test_memory_stays_flat_over_many_values() -> None:
@@ -107,7 +107,7 @@ def test_memory_stays_flat_over_many_values() -> None:
         tracemalloc.stop()
     # The cache is full after the first part. 10,000 more tables of above 2 kB would be 5 MB a part.
     assert max(sizes[1:]) - sizes[0] < 500_000, sizes
-    assert functional._kept.cache_info().currsize <= 1024
+    assert functional._compiled.cache_info().currsize <= 1024
 
 
 @pytest.mark.parametrize(("step", "name"), CASES)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..call import StepCall, Target
-from ..errors import sentence, shown
+from ..errors import checked_type, sentence, shown
 from ..table import NUM_REGISTERS, ROW_WIDTH, STORE_0, STORE_1, Variance, compute_dtype
 from .layout import extent, in_memory, repeats_an_element, share_memory
 
@@ -299,9 +299,8 @@ def _check_variance(call: StepCall) -> None:
 
 def _check_scalars(name: str, scalars: Tensor, call: StepCall, *, one_for_all: bool) -> None:
     sample, table = call.sample, call.table
-    if not isinstance(scalars, Tensor):
-        expected = "a float or a torch.Tensor" if one_for_all else "a torch.Tensor"
-        raise TypeError(_refusal(name, f"is a {type(scalars).__name__}", expected, f"pass {name} as one"))
+    expected = "a float or a torch.Tensor" if one_for_all else "a torch.Tensor"
+    checked_type("step", name, scalars, Tensor, expected, f"pass {name} as one")
     if scalars.dtype != table.dtype:
         raise TypeError(_refusal(name, f"has dtype {scalars.dtype}", f"{table.dtype} like table", "convert it first"))
     _check_one_a_sample(name, scalars, sample, one_for_all)

@@ -290,26 +290,21 @@ def _run(
 
 
 def _noise(compiled: StepTable, sample: Tensor, noise: Tensor | None, generator: Generators) -> Tensor | None:
-    """The given noise, or a draw where the row wants one."""
-    drawn = noise is None and compiled.draws_noise[-1]
-    if drawn and isinstance(sample, Tensor) and sample.dtype in DTYPES:
+    """Return the given noise, or a draw where the row wants one; for a sample that `step` takes."""
+    checked_type("step", "sample", sample, Tensor, "a torch.Tensor", "pass a tensor")
+    if noise is None and compiled.draws_noise[-1] and sample.dtype in DTYPES:
         return draw(sample.shape, generator, dtype=sample.dtype, device=sample.device)
     return noise
 
 
-def _compiled(make: Callable[..., StepTable], *scalars: object) -> StepTable:
-    return _kept(make, scalars)
-
-
 @functools.lru_cache(maxsize=1024)
-def _kept(make: Callable[..., StepTable], scalars: tuple[object, ...]) -> StepTable:
+def _compiled(make: Callable[..., StepTable], *scalars: object) -> StepTable:
     return make(*scalars)
 
 
 def _rows(compiled: StepTable, sample: Tensor, *others: Tensor | None) -> Tensor:
     """Return the rows for a step on these tensors, on the device of the first."""
-    if not isinstance(sample, Tensor):
-        raise TypeError(sentence("step", "sample", f"is a {type(sample).__name__}", "a torch.Tensor", "pass a tensor"))
+    checked_type("step", "sample", sample, Tensor, "a torch.Tensor", "pass a tensor")
     dtypes = [tensor.dtype for tensor in others if isinstance(tensor, Tensor)]
     return compiled.shared_rows(compute_dtype(sample.dtype, *dtypes), sample.device)
 

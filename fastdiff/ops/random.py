@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import sentence, shown
+from ..errors import checked_type, sentence, shown
 from ..philox import Purpose, as_seeds, normals
 from . import backends
 from .checks import DTYPES
@@ -50,9 +50,7 @@ def randn(
         TypeError, ValueError: an argument does not fit; the message says which and why.
         RuntimeError: a forced backend is missing.
     """
-    if not isinstance(shape, Sequence):
-        remedy = "pass a tuple of ints"
-        raise TypeError(sentence("randn", "shape", f"is a {type(shape).__name__}", "ints [B, ...]", remedy))
+    checked_type("randn", "shape", shape, Sequence, "ints [B, ...]", "pass a tuple of ints")
     shape = tuple(shape)
     for size in shape:
         if isinstance(size, bool) or not hasattr(size, "__index__"):
