@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+#: The references to a storage, by its address. torch's own memory planning of CUDA graphs uses it; it is not documented.
+_storage_use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
 
 def reference_counts(tensor: Tensor) -> tuple[int, ...] | None:
@@ -17,11 +21,13 @@ def reference_counts(tensor: Tensor) -> tuple[int, ...] | None:
 
     Returns:
         The references to the Python object, to torch's tensor, to the storage's Python object and to torch's storage;
-        None where a tensor has no storage of its own, so that nothing is known.
+        None where nothing is known: the tensor has no storage of its own, or torch does not tell.
     """
     try:
         storage = tensor.untyped_storage()
     except (RuntimeError, NotImplementedError):
         return None
-    in_use: int = torch._C._storage_Use_Count(storage._cdata)
+    if _storage_use_count is None:
+        return None
+    in_use = _storage_use_count(storage._cdata)
     return sys.getrefcount(tensor), tensor._use_count(), sys.getrefcount(storage), in_use  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdiff import StepInfo, create_sampler
+from fastdiff import StepInfo, create_sampler, references
 from fastdiff.affine import HISTORY, MODEL_OUTPUT, PREDICTION, SAMPLE
 from fastdiff.references import reference_counts
 from fastdiff.stepper import Stepper
@@ -190,3 +190,19 @@ def test_references_of_a_tensor_without_memory_are_unknown() -> None:
 
     torch.func.vmap(look)(torch.ones(2, 3))
     assert unknown == [None]
+
+
+def test_loop_overwrites_nothing_where_torch_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    for loop in LOOPS:
+        monkeypatch.setattr(references, "_storage_use_count", None)
+        kept: list[Tensor] = []
+        copies: list[Tensor] = []
+
+        def model(x: Tensor, t: Tensor, *_: Tensor, kept: list[Tensor] = kept, copies: list[Tensor] = copies) -> Tensor:
+            kept.append(x)
+            copies.append(x.clone())
+            return _output(x, t)
+
+        end = _sample(model, loop)
+        monkeypatch.undo()
+        assert_same_bits([*kept, end], [*copies, _sample(lambda x, t, *_: _output(x, t), loop)])
