@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-#: The references to a storage, by its address. torch's own memory planning of CUDA graphs uses it; it is not documented.
+#: Count the references to a storage, by its address. Undocumented; torch's own CUDA graph trees use it.
 _storage_use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
 
