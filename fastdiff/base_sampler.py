@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .errors import sentence, unknown_name
+from .errors import checked_callable, checked_type, sentence, unknown_name
 from .graphs import CapturedLoop, GraphCache, check_can_capture, check_can_show, check_graph_options
 from .graphs.static_inputs import signature
 from .guidance import GuidedModel, Model
@@ -59,6 +59,9 @@ class BaseSampler(ABC):
                 )
             )
         check_fields(type(self).__name__, fields, SamplingConfig)
+        if config is not None:
+            remedy = "pass SamplingConfig(...), or its fields by name"
+            checked_type(type(self).__name__, "config", config, SamplingConfig, "a SamplingConfig or None", remedy)
         self.scheduler = scheduler
         config = replace(config, **fields) if config else SamplingConfig(**{"method": self.method, **fields})
         if config.method is not self.method:
@@ -188,7 +191,8 @@ class BaseSampler(ABC):
             seeds: instead of a generator, a seed for each sample (see `fastdiff.randn`): the step draws the noise
                 itself, several times faster, and a sample comes out the same alone or in any batch.  Latents of the
                 same kind are ``fastdiff.randn(shape, seeds)``.
-            callback: called with a `StepInfo` after each step; returning False stops the loop.
+            callback: called with a `StepInfo` after each step.  It may edit ``info.sample`` in place or return a tensor
+                like it, which becomes the samples: the loop goes on from there.  Returning False stops the loop.
             progress: show a progress bar; None shows it where tqdm is installed.
             check_finite: look at every model output for NaN and infinity.  None: on the CPU; on a GPU looking is a
                 host sync.  The finished samples are looked at too, unless it is False: the loop then has no host sync
@@ -207,6 +211,8 @@ class BaseSampler(ABC):
             RuntimeError: the model does what a CUDA graph cannot hold.
         """
         check_latents(latents)
+        if callback is not None:
+            checked_callable("sample", "callback", callback, "a callable or None", "pass a function of a StepInfo")
         if seeds is not None:
             if generator is not None:
                 raise ValueError(
@@ -305,7 +311,7 @@ class BaseSampler(ABC):
             self.config.guidance_mode,  # type: ignore[arg-type]
             channels=1 if self.table.variance is Variance.FIXED else 2,
             check_finite=check_finite,
-            model_kwargs=model_kwargs or {},
+            model_kwargs={} if model_kwargs is None else model_kwargs,
             model_dtype=model_dtype,
         )
 

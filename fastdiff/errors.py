@@ -14,6 +14,7 @@ import operator
 from collections.abc import Iterable
 from numbers import Real
 from types import ModuleType
+from typing import Any
 
 
 def sentence(operation: str, argument: str, got: str, expected: str, remedy: str) -> str:
@@ -56,6 +57,13 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         ) from error
 
 
+def shown(value: object) -> str:
+    """Return a value's text for a message; an integer of hundreds of digits is told by its size."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)
+
+
 def checked_integer(operation: str, argument: str, value: object, minimum: int) -> int:
     """Return ``value`` as an ``int`` that is at least ``minimum``.
 
@@ -71,9 +79,27 @@ def checked_integer(operation: str, argument: str, value: object, minimum: int) 
     number = operator.index(value)
     if number < minimum:
         raise ValueError(
-            sentence(operation, argument, f"is {number}", expected, f"raise {argument} to {minimum} or more")
+            sentence(operation, argument, f"is {shown(number)}", expected, f"raise {argument} to {minimum} or more")
         )
     return number
+
+
+def as_float(operation: str, argument: str, value: object, expected: str = "a number") -> float:
+    """Return a real number as a ``float``, NaN and infinity too.
+
+    Raises:
+        TypeError: it is no real number (``True`` is none either).
+        ValueError: it is beyond the range of a float.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(
+            sentence(operation, argument, f"has type {type(value).__name__}", expected, f"pass {argument} as a float")
+        )
+    try:
+        return float(value)
+    except OverflowError:
+        got = f"is {shown(value)}, beyond the range of a float"
+        raise ValueError(sentence(operation, argument, got, expected, f"pass {argument} in that range")) from None
 
 
 def checked_float(operation: str, argument: str, value: object, minimum: float, *, strict: bool = False) -> float:
@@ -85,11 +111,39 @@ def checked_float(operation: str, argument: str, value: object, minimum: float, 
     """
     bound = f" {'above' if strict else 'of at least'} {minimum:g}" if math.isfinite(minimum) else ""
     expected = f"a finite number{bound}"
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(
-            sentence(operation, argument, f"has type {type(value).__name__}", expected, f"pass {argument} as a float")
-        )
-    number = float(value)
+    number = as_float(operation, argument, value, expected)
     if not math.isfinite(number) or number < minimum or (strict and number == minimum):
         raise ValueError(sentence(operation, argument, f"is {number!r}", expected, f"pass {argument} in that range"))
     return number
+
+
+def checked_bool(operation: str, argument: str, value: object) -> bool:
+    """Return ``value`` where it is True or False.
+
+    Raises:
+        TypeError: it is anything else.
+    """
+    if not isinstance(value, bool):
+        got, remedy = f"has type {type(value).__name__}", f"pass {argument}=True or {argument}=False"
+        raise TypeError(sentence(operation, argument, got, "a bool", remedy))
+    return value
+
+
+def checked_callable(operation: str, argument: str, value: object, expected: str, remedy: str) -> None:
+    """Refuse a value that cannot be called.
+
+    Raises:
+        TypeError: it is not callable.
+    """
+    if not callable(value):
+        raise TypeError(sentence(operation, argument, f"is a {type(value).__name__}", expected, remedy))
+
+
+def checked_type(operation: str, argument: str, value: object, kind: type[Any], expected: str, remedy: str) -> None:
+    """Refuse a value of another type.
+
+    Raises:
+        TypeError: it is not of the type.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(sentence(operation, argument, f"is a {type(value).__name__}", expected, remedy))

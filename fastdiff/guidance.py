@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import sentence, unknown_name
+from .errors import checked_callable, checked_type, sentence, unknown_name
+from .ops.checks import DTYPES
+from .table import compute_dtype
 
 #: (x, t[, encoder_hidden_states]) -> a tensor, a tuple, a dict with "sample" or an object with .sample
 Model = Callable[..., Any]
@@ -68,6 +70,7 @@ class GuidedModel:
     model_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         negative = self.negative_prompt_embeds
         if not self.guided or self.prompt_embeds is None:
             return
@@ -93,6 +96,20 @@ class GuidedModel:
                     "expand or pad it to match",
                 )
             )
+
+    def _check_types(self) -> None:
+        expected = "a callable (x, t[, encoder_hidden_states])"
+        checked_callable("sample", "model", self.model, expected, "pass a function or a torch.nn.Module")
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            embeds = getattr(self, name)
+            if embeds is not None:
+                remedy = "pass one tensor; what else the model takes goes into model_kwargs"
+                checked_type("sample", name, embeds, Tensor, "a tensor [B, ...] or None", remedy)
+        checked_type("sample", "model_kwargs", self.model_kwargs, Mapping, "a dict", "pass keyword arguments by name")
+        if self.model_dtype is not None and self.model_dtype not in DTYPES:
+            expected = "torch.float16, bfloat16, float32 or float64, or None"
+            remedy = "convert in the model for another precision"
+            raise TypeError(sentence("sample", "model_dtype", f"is {self.model_dtype!r}", expected, remedy))
 
     @property
     def guided(self) -> bool:
@@ -155,15 +172,25 @@ class GuidedModel:
     def _call(self, x: Tensor, timestep: Tensor, embeds: Tensor | None, dtype: torch.dtype) -> Tensor:
         arguments = (x, timestep.expand(x.shape[0])) if embeds is None else (x, timestep.expand(x.shape[0]), embeds)
         output = unwrap(self.model(*arguments, **self.model_kwargs))
-        expected = [x.shape[0], self.channels * x.shape[1], *x.shape[2:]] if self.channels > 1 else list(x.shape)
-        if list(output.shape) != expected:
+        expected = x.shape
+        if self.channels > 1:
+            expected = torch.Size([x.shape[0], self.channels * x.shape[1], *x.shape[2:]])
+        if output.shape != expected:
             remedy = "return one output like the sample"
             if self.channels > 1:
                 remedy = "return the variance as the second half of the channels, or choose a fixed variance_type"
             elif x.dim() > 1 and list(output.shape) == [x.shape[0], 2 * x.shape[1], *x.shape[2:]]:
                 remedy = "set variance_type='learned_range' if the model predicts a variance"
-            raise ValueError(sentence("sample", "model", f"returned shape {list(output.shape)}", f"{expected}", remedy))
+            raise ValueError(
+                sentence("sample", "model", f"returned shape {list(output.shape)}", f"{list(expected)}", remedy)
+            )
+        if output.layout != torch.strided or output.device != x.device:
+            got, wanted = f"returned layout {output.layout} on {output.device}", f"dense numbers on {x.device}"
+            raise TypeError(sentence("sample", "model", got, wanted, "convert or move them in the model"))
         if output.dtype != dtype:
+            if output.is_complex():
+                got, wanted = f"returned {output.dtype}", "real numbers, like the sample's"
+                raise TypeError(sentence("sample", "model", got, wanted, "return the real part if it is all there is"))
             output = output.to(dtype)  # a half model, or one under autocast, answers in its own precision
         if self.check_finite and not bool(torch.isfinite(output).all()):
             what = "NaN" if bool(torch.isnan(output).any()) else "infinity"
@@ -183,6 +210,20 @@ class GuidedModel:
             return output, None
         mean, variance = output.chunk(2, dim=1)
         return mean, variance
+
+
+def write_model_input(model_input: Tensor, x: Tensor, scale: float = 1.0) -> None:
+    """Write the model's input for the samples x, with the bits that the step writes: scale·x, rounded once.
+
+    Args:
+        model_input: what `GuidedModel.prepare` gave for such samples: once or twice along the batch, in any dtype.
+        x: ``[B, ...]``.
+        scale: of the row whose step has made x.
+    """
+    if x.numel() == 0:
+        return
+    scaled = x if scale == 1.0 else x.to(compute_dtype(x.dtype)) * scale
+    model_input.view(-1, *x.shape).copy_(scaled)
 
 
 def unwrap(result: Any) -> Tensor:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from .errors import require, sentence
-from .guidance import GuidedModel
+from .guidance import GuidedModel, write_model_input
 from .measure import Stopwatch, peak_memory
+from .ops.checks import DTYPES
+from .references import reference_counts
 from .rng import Generators
 from .stepper import Stepper
 from .transfer import to_device
@@ -27,8 +29,9 @@ class StepInfo:
     Attributes:
         index: which step has been taken, from 0; `total` how many there are.
         timestep: what the model was told.
-        sample: the sample after the step, ``[B, ...]``; not written to later.
-        model_output: the conditional output of the step.
+        sample: the sample after the step, ``[B, ...]``.  The loop does not write to it later and goes on from what the
+            callback leaves in it.
+        model_output: the conditional output of the step; the loop does not write to it.
     """
 
     index: int
@@ -38,7 +41,7 @@ class StepInfo:
     model_output: Tensor
 
 
-#: Called after each step; returning False stops the loop.
+#: Called after each step.  Returning False stops the loop, returning a tensor makes it the samples.
 Callback = Callable[[StepInfo], object]
 
 
@@ -109,9 +112,20 @@ def run_loop(
     with stopwatch.part("loop"), progress_bar(total, progress) as bar:
         sample = latents.clone() if stepper.table.initial_scale == 1.0 else latents * stepper.table.initial_scale
         prepared = model.prepare(sample)
+        shown: Tensor | None = None
         for index, timestep in enumerate(to_device(timesteps, latents.device)):
+            current = sample if prepared is None else prepared
+            if current is not shown or index == 1:  # from its first step on the stepper holds the sample as well
+                shown = current
+                counts = reference_counts(current)
             with stopwatch.part("model"):
                 output, uncond, variance = model(sample, timestep, prepared)
+            kept = counts is None or reference_counts(current) != counts
+            if kept and prepared is not None:
+                prepared = torch.empty_like(prepared)
+            # The loop writes over its own sample, unless a callback is shown it or the model has kept it.
+            overwrite = callback is None and not (kept and prepared is None)
+            last = index + 1 == total
             with stopwatch.part("step"):
                 sample = stepper.step(
                     sample,
@@ -120,16 +134,48 @@ def run_loop(
                     guidance=scale,
                     variance=variance,
                     generator=generator,
-                    # A callback may keep what it is shown; without one the loop's own copy is written over.
-                    out=None if callback else sample,
-                    model_input=prepared if index + 1 < total else None,
+                    out=sample if overwrite else None,
+                    # After a callback, which may edit the sample, the input is written below.
+                    model_input=None if last or callback is not None else prepared,
                 )
             bar.update()
             if callback is not None:
-                info = StepInfo(index, total, stepper.table.timesteps[index], sample, output)
-                if callback(info) is False:
+                answer = callback(StepInfo(index, total, stepper.table.timesteps[index], sample, output))
+                if answer is False:
                     break
+                if answer is not None and isinstance(answer, Tensor):
+                    sample = checked_samples(answer, sample)
+                if prepared is not None and not last:
+                    write_model_input(prepared, sample, stepper.table.source[index].model_input_scale)
     return finish(sample, stepper.index, stopwatch, check_finite)
+
+
+def checked_samples(returned: Tensor, sample: Tensor) -> Tensor:
+    """Return the samples that a callback has returned, outside of autograd's graph.
+
+    Raises:
+        TypeError, ValueError: they cannot take the place of `sample`.
+    """
+    if returned is sample:
+        return sample
+    for what, got, wanted in (
+        ("layout", returned.layout, torch.strided),
+        ("dtype", returned.dtype, sample.dtype),
+        ("shape", list(returned.shape), list(sample.shape)),
+        ("device", returned.device, sample.device),
+    ):
+        if got != wanted:
+            kind = TypeError if what in ("layout", "dtype") else ValueError
+            raise kind(
+                sentence(
+                    "sample",
+                    "callback",
+                    f"returned a tensor of {what} {got}",
+                    f"{what} {wanted} like the samples",
+                    "return samples like info.sample, or None to leave them as they are",
+                )
+            )
+    return returned.detach()
 
 
 def start_measuring(device: torch.device) -> Stopwatch:
@@ -156,19 +202,22 @@ def finish(samples: Tensor, steps: int, stopwatch: Stopwatch, check_finite: bool
 
 def check_latents(latents: object) -> None:
     """Refuse what cannot be the first sample of a loop."""
-    if not isinstance(latents, Tensor) or not latents.is_floating_point() or latents.dim() == 0:
-        got = (
-            f"has dtype {latents.dtype} and {latents.dim()} dimensions"
-            if isinstance(latents, Tensor)
-            else f"is a {type(latents).__name__}"
-        )
-        raise TypeError(
-            sentence("sample", "latents", got, "a floating-point tensor [B, ...]", "draw it with torch.randn")
-        )
-    if latents.device.type == "cpu" and not bool(torch.isfinite(latents).all()):
-        raise ValueError(
-            sentence("sample", "latents", "holds NaN or infinity", "finite noise", "draw it with torch.randn")
-        )
+    expected = "a dense tensor [B, ...] of float16, bfloat16, float32 or float64"
+    if not isinstance(latents, Tensor):
+        got = f"is a {type(latents).__name__}"
+    elif latents.dtype not in DTYPES or latents.dim() == 0:
+        got = f"has dtype {latents.dtype} and {latents.dim()} dimensions"
+    elif latents.layout != torch.strided:
+        got = f"has layout {latents.layout}"
+    elif latents.is_meta:
+        got = "is on the meta device and holds no numbers"
+    else:
+        if latents.device.type == "cpu" and not bool(torch.isfinite(latents).all()):
+            raise ValueError(
+                sentence("sample", "latents", "holds NaN or infinity", "finite noise", "draw it with torch.randn")
+            )
+        return
+    raise TypeError(sentence("sample", "latents", got, expected, "draw it with torch.randn, or convert it first"))
 
 
 class _NoBar:

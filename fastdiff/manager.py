@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .errors import checked_type
 from .guidance import Model
 from .loop import SamplingResult
 from .samplers import SAMPLERS, BaseSampler, check_fields, split_fields
@@ -29,6 +30,13 @@ class AdvancedSamplingManager:
     def __init__(
         self, scheduler_config: NoiseSchedulerConfig | None = None, sampling_config: SamplingConfig | None = None
     ) -> None:
+        for name, config, kind in (
+            ("scheduler_config", scheduler_config, NoiseSchedulerConfig),
+            ("sampling_config", sampling_config, SamplingConfig),
+        ):
+            if config is not None:
+                remedy = f"pass {kind.__name__}(...)"
+                checked_type("AdvancedSamplingManager", name, config, kind, f"a {kind.__name__} or None", remedy)
         self.scheduler = create_noise_scheduler(scheduler_config or NoiseSchedulerConfig())
         self.sampler = self._make_sampler(sampling_config or SamplingConfig())
 

@@ -12,13 +12,13 @@ backend gives the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
-from .errors import sentence
+from .errors import checked_integer, checked_type, sentence, shown
 from .transfer import to_device
 
 _MASK = 0xFFFFFFFF
@@ -76,8 +76,10 @@ def philox_words(counter: Sequence[Tensor | int], key: Sequence[Tensor | int]) -
         counter: four words, int64 tensors of numbers below 2³², or ints, that broadcast together.
         key: two words, likewise.
     """
-    c0, c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64) for word in counter)
-    k0, k1 = (torch.as_tensor(word, dtype=torch.int64) for word in key)
+    given = [word for word in (*counter, *key) if isinstance(word, Tensor)]
+    device = given[0].device if given else torch.device("cpu")
+    c0, c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64, device=device) for word in counter)
+    k0, k1 = (torch.as_tensor(word, dtype=torch.int64, device=device) for word in key)
     for round_ in range(_ROUNDS):
         # int64 products wrap around 2⁶⁴; shifted down and masked, both halves are those of the unsigned product.
         a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
@@ -186,12 +188,16 @@ def as_seeds(seeds: int | Sequence[int] | Tensor, batch: int, device: torch.devi
                 sentence("randn", "seeds", f"has shape {list(seeds.shape)}", f"[{batch}]", "give one seed a sample")
             )
         return to_device(seeds, device).contiguous().resolve_neg()
+    if not isinstance(seeds, int):
+        checked_type("randn", "seeds", seeds, Iterable, "ints or an int64 tensor", "pass one whole number a sample")
     listed = [seeds] if isinstance(seeds, int) else list(seeds)
     for seed in listed:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(sentence("randn", "seeds", f"holds a {type(seed).__name__}", "ints", "pass whole numbers"))
         if not 0 <= seed < 2**64:
-            raise ValueError(sentence("randn", "seeds", f"holds {seed}", "0 to 2**64 - 1", "take it modulo 2**64"))
+            raise ValueError(
+                sentence("randn", "seeds", f"holds {shown(seed)}", "0 to 2**64 - 1", "take it modulo 2**64")
+            )
     if len(listed) != batch:
         raise ValueError(
             sentence(
@@ -214,9 +220,11 @@ def spawn_seeds(seed: int, count: int) -> list[int]:
         count: 0 to 2³².
 
     Raises:
+        TypeError: no integer.
         ValueError: out of range.
     """
     for name, value, end in (("seed", seed, 2**32), ("count", count, 2**32 + 1)):
-        if not 0 <= value < end:
-            raise ValueError(sentence("spawn_seeds", name, f"is {value}", f"0 to {end - 1}", "stay in that range"))
+        if not checked_integer("spawn_seeds", name, value, 0) < end:
+            got = f"is {shown(value)}"
+            raise ValueError(sentence("spawn_seeds", name, got, f"0 to {end - 1}", "stay in that range"))
     return [i << 32 | seed for i in range(count)]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ def draw(shape: Sequence[int], generator: Generators = None, *, dtype: torch.dty
     if generator is None or isinstance(generator, torch.Generator):
         drawn_on = device if generator is None else generator.device
         return to_device(torch_randn(tuple(shape), generator, dtype=dtype, device=drawn_on), device)
+    generator = _listed(generator)
     if len(shape) == 0 or len(generator) != shape[0]:
         raise ValueError(
             sentence(
@@ -52,10 +53,23 @@ def generator_states(generator: Generators) -> list[tuple[torch.Generator, Tenso
     """The states of the given generators, to be put back where a loop fails."""
     if generator is None:
         return []
-    listed = [generator] if isinstance(generator, torch.Generator) else list(generator)
+    listed = [generator] if isinstance(generator, torch.Generator) else _listed(generator)
+    return [(g, g.get_state()) for g in listed]
+
+
+def _listed(generators: object) -> list[torch.Generator]:
+    """Return the generators of a sequence, one a sample."""
+    expected = "a torch.Generator, or one a sample"
+    if not isinstance(generators, Iterable):
+        raise TypeError(
+            sentence(
+                "sample", "generator", f"is a {type(generators).__name__}", expected, "make it with torch.Generator()"
+            )
+        )
+    listed = list(generators)
     for one in listed:
         if not isinstance(one, torch.Generator):
             raise TypeError(
-                sentence("sample", "generator", f"holds a {type(one).__name__}", "torch.Generator", "make one a sample")
+                sentence("sample", "generator", f"holds a {type(one).__name__}", expected, "make one a sample")
             )
-    return [(g, g.get_state()) for g in listed]
+    return listed

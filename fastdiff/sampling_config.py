@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-from .errors import checked_float, checked_integer, sentence, unknown_name
+from .errors import checked_bool, checked_float, checked_integer, sentence, unknown_name
 from .guidance import GuidanceMode
 from .solvers import Algorithm, PredictionType, SolverType, VarianceType
 from .solvers.dpm_multistep import THIRD_ORDERS, check_order
@@ -114,6 +114,15 @@ class SamplingConfig:
                 raise unknown_name("SamplingConfig", name, getattr(self, name), known)
         if self.sigma_spacing is not None and self.sigma_spacing not in SIGMA_SPACINGS:
             raise unknown_name("SamplingConfig", "sigma_spacing", self.sigma_spacing, SIGMA_SPACINGS)
+        for name in (
+            "use_clipped_model_output",
+            "thresholding",
+            "lower_order_final",
+            "use_karras_sigmas",
+            "euler_at_final",
+            "set_alpha_to_one",
+        ):
+            checked_bool("SamplingConfig", name, getattr(self, name))
         self._check_numbers()
 
     def _check_numbers(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .betas import check_alphas_cumprod
-from .errors import checked_float, checked_integer, sentence, unknown_name
+from .errors import checked_bool, checked_float, checked_integer, sentence, unknown_name
 from .timesteps import TIMESTEP_SPACINGS
 
 _DEFAULT_NUM_TRAIN_TIMESTEPS = 1000
@@ -129,9 +129,7 @@ class NoiseSchedulerConfig:
         for name, low in (("num_train_timesteps", 1), ("steps_offset", 0)):
             self._set(name, checked_integer(operation, name, getattr(self, name), low))
         for name in ("clip_sample", "rescale_betas_zero_snr"):
-            if not isinstance(getattr(self, name), bool):
-                got = f"has type {type(getattr(self, name)).__name__}"
-                raise TypeError(sentence(operation, name, got, "a bool", f"pass {name}=True or {name}=False"))
+            checked_bool(operation, name, getattr(self, name))
         for name in ("beta_start", "beta_end", "clip_sample_range"):
             self._set(name, checked_float(operation, name, getattr(self, name), 0.0, strict=True))
         self._set("sample_max_value", checked_float(operation, "sample_max_value", self.sample_max_value, 1.0))

@@ -9,17 +9,24 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .errors import sentence
+from .errors import as_float, checked_float, checked_type, sentence
+from .ops.checks import check_dtype
 from .philox import Purpose, as_seeds
 from .rng import Generators, draw
 from .table import NUM_REGISTERS, StepTable, Variance
 from .thresholding import dynamic_threshold
 
 
+class _NoSamples:
+    """Takes the place of the last step's result before there is one: no argument of a step is this class."""
+
+
 class Stepper:
     """One loop over a table: the state that a sampler would otherwise share between its callers.
 
-    The registers are written in place, so a loop allocates them once; `index` moves only when a step has succeeded.
+    The registers are written in place, so a loop allocates them once; they are the stepper's own, and no result lies on
+    them.  `index` moves only when a step has succeeded.  A copy (copy.copy, copy.deepcopy, pickle) has registers of its
+    own and goes on by itself from the same step.
 
     Args:
         table: the compiled sampler.
@@ -39,6 +46,10 @@ class Stepper:
         seeds: int | Sequence[int] | Tensor | None = None,
         backend: str | None = None,
     ) -> None:
+        checked_type("Stepper", "table", table, StepTable, "a StepTable", "pass sampler.table, or a solver's result")
+        if table.thresholding:
+            checked_float("Stepper", "dynamic_thresholding_ratio", dynamic_thresholding_ratio, 0.0, strict=True)
+            as_float("Stepper", "sample_max_value", sample_max_value)
         self.table = table
         self.index = 0
         self.backend = backend
@@ -53,11 +64,18 @@ class Stepper:
         self._direct: bool
         self._on_cuda: bool
         #: The last step's result: samples that come back need not be looked at again.
-        self._seen: Tensor | None = None
+        self._seen: object = _NoSamples
         self._end = len(table)
         self._plan = tuple(zip(table.reads, table.store, table.draws_noise, strict=True))
         self._measures = table.thresholding or table.variance != Variance.FIXED
         self._prediction_rows: Tensor | None = None
+        #: Whether registers may be written in place: not once autograd may have saved them.
+        self._in_place = True
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copy the registers, which either stepper would write over, and forget whose samples were last."""
+        registers = [None if register is None else register.clone() for register in self._registers]
+        return {**self.__dict__, "_registers": registers, "_seen": _NoSamples}
 
     @property
     def done(self) -> bool:
@@ -118,12 +136,15 @@ class Stepper:
             threshold, kind = self._measure(sample, model_output, uncond, guidance, variance)
         keeps = len(store)
         outs: tuple[Tensor | None, ...] | None = None
-        if keeps == 1:
+        if keeps == 0:
+            if out is not None:
+                outs = (out,)
+        elif not self._in_place:
+            outs = (out, *[None] * keeps)
+        elif keeps == 1:
             outs = (out, registers[store[0]])
-        elif keeps == 2:
+        else:
             outs = (out, registers[store[0]], registers[store[1]])
-        elif out is not None:
-            outs = (out,)
         results = None
         # A small step's time is the way to its loop: the shortest is taken first, and registers that a row does not
         # read cost nothing there.
@@ -143,8 +164,8 @@ class Stepper:
             )  # fmt: skip
         assert rows is not None
         if results is None:
-            if outs is not None:
-                outs = (out, *[_writable(registers[j]) for j in store])
+            if outs is not None and torch.compiler.is_compiling():
+                outs = (out, *[None] * keeps)  # a compiler plans the memory itself
             results = ops.step(
                 sample,
                 model_output,
@@ -164,17 +185,21 @@ class Stepper:
                 out=outs,
                 backend=self.backend,
             )
+            if any(result.requires_grad for result in results):
+                self._in_place = False
         if keeps:
             registers[store[0]] = results[1]
         if keeps == 2:
             registers[store[1]] = results[2]
         self.index = row + 1
-        self._seen = result = results[0]
+        result = results[0]
+        self._seen = result
         return result
 
     def _look_at(self, sample: Tensor) -> None:
-        """Compare samples with those of the steps before; at the first step, make what depends on them."""
-        if self._rows is not None:
+        """Compare samples with those of the steps before; until a first step succeeds, make what depends on them."""
+        checked_type("step", "sample", sample, Tensor, "a torch.Tensor", "pass a tensor")
+        if self.index > 0:
             if sample.shape == self._shape and sample.dtype is self._dtype:
                 return
             raise ValueError(
@@ -186,8 +211,10 @@ class Stepper:
                     "start a new stepper for other samples",
                 )
             )
+        check_dtype("sample", sample.dtype)
         if self._given_seeds is not None:
-            self._seeds = as_seeds(self._given_seeds, sample.shape[0], sample.device)
+            self._seeds = as_seeds(self._given_seeds, sample.shape[0] if sample.dim() > 0 else 1, sample.device)
+        self._prediction_rows = None
         self._shape, self._dtype = sample.shape, sample.dtype
         self._direct = self.backend is None and sample.device.type == "cpu"
         self._on_cuda = self.backend is None and sample.device.type == "cuda"
@@ -233,10 +260,3 @@ class Stepper:
                 )
             )
         return int(self.table.variance if variance is not None else Variance.FIXED)
-
-
-def _writable(register: Tensor | None) -> Tensor | None:
-    """A register to write in place; None where autograd may want what it holds, or a compiler knows better."""
-    if register is None or torch.compiler.is_compiling() or (register.requires_grad and torch.is_grad_enabled()):
-        return None
-    return register

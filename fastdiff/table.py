@@ -21,7 +21,7 @@ from enum import IntEnum
 import torch
 
 from .affine import COLUMNS, ZERO, Affine
-from .errors import sentence
+from .errors import checked_type, sentence
 from .transfer import OnDevice, to_device
 
 #: Scalars of a row before the three affine maps.  csrc/step_math.h and kernels/triton/step.py read the same layout.
@@ -107,11 +107,14 @@ class StepTable:
     )
 
     def __post_init__(self) -> None:
+        checked_type("StepTable", "source", self.source, tuple, "a tuple of Row", "pass tuple(rows)")
+        for i, row in enumerate(self.source):
+            checked_type("StepTable", f"source[{i}]", row, Row, "a Row", "make it with a solver, or with Row(...)")
         if not self.source:
             raise ValueError(
                 sentence("StepTable", "source", "has no rows", "at least one", "ask for at least one step")
             )
-        rows = torch.tensor([row.scalars() for row in self.source], dtype=torch.float64)
+        rows = torch.tensor([row.scalars() for row in self.source], dtype=torch.float64, device="cpu")
         derived: dict[str, object] = {
             "rows": rows,
             "timesteps": tuple(row.timestep for row in self.source),

@@ -5,15 +5,27 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from fastdiff import NoiseSchedulerConfig, SamplingConfig, create_noise_scheduler, create_sampler
+from fastdiff import (
+    AdvancedSamplingManager,
+    DDIMSampler,
+    NoiseSchedulerConfig,
+    SamplingConfig,
+    create_noise_scheduler,
+    create_sampler,
+    ops,
+    randn,
+    spawn_seeds,
+)
 from fastdiff.errors import require, sentence, unknown_name
 from fastdiff.guidance import GuidanceMode
 from fastdiff.rng import draw
 from fastdiff.solvers import Algorithm, Churn, Prediction, PredictionType, SolverType, VarianceType
+from fastdiff.table import StepTable
 
 
 def test_sentence_has_its_five_parts() -> None:
@@ -65,6 +77,20 @@ def test_names_are_parsed_or_refused_with_the_list(kind: type, argument: str, kn
 
 NOISE_CONFIG, SAMPLING = NoiseSchedulerConfig, SamplingConfig
 
+
+def _x2() -> list[torch.Tensor]:
+    return [torch.ones(2, 3), torch.ones(2, 3)]
+
+
+def _rows() -> torch.Tensor:
+    return create_sampler("linear", "ddim").table.rows_as(torch.float32)
+
+
+def _sample(**given: Any) -> object:
+    arguments = {"model": lambda x, t, *c: 0.1 * x, "latents": torch.ones(2, 3), "progress": False, **given}
+    return create_sampler("linear", "ddim", num_inference_steps=2).sample(**arguments)
+
+
 REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
     "negative eta": (lambda: SAMPLING(eta=-0.1), "eta"),
     "eta that is no number": (lambda: SAMPLING(eta=float("nan")), "eta"),
@@ -82,6 +108,65 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
     "unknown variance": (lambda: SAMPLING(variance_type="large"), "variance_type"),
     "unknown spacing of sigmas": (lambda: SAMPLING(sigma_spacing="cubic"), "sigma_spacing"),
     "unknown guidance mode": (lambda: SAMPLING(guidance_mode="parallel"), "guidance_mode"),
+    "order True": (lambda: SAMPLING(solver_order=True), "solver_order"),
+    "order 2.0": (lambda: SAMPLING(solver_order=2.0), "solver_order"),  # type: ignore[arg-type]
+    "huge guidance": (lambda: SAMPLING(guidance_scale=10**400), "guidance_scale"),
+    "huge eta": (lambda: SAMPLING(eta=10**400), "eta"),
+    "huge beta": (lambda: NOISE_CONFIG(beta_end=10**400), "beta_end"),
+    "huge churn": (lambda: Churn(10**400), "s_churn"),
+    "churn of True": (lambda: Churn(True), "s_churn"),
+    "clip of None": (lambda: Prediction(PredictionType.EPSILON, None), "clip_range"),  # type: ignore[arg-type]
+    "huge number of steps below 0": (lambda: SAMPLING(num_inference_steps=-(10**5000)), "num_inference_steps"),
+    "a word for a flag": (lambda: SAMPLING(thresholding="no"), "thresholding"),  # type: ignore[arg-type]
+    "a number for a flag": (lambda: SAMPLING(lower_order_final=1), "lower_order_final"),  # type: ignore[arg-type]
+    "no configuration": (lambda: DDIMSampler(create_noise_scheduler("linear"), 5), "config"),  # type: ignore[arg-type]
+    "no manager's configuration": (
+        lambda: AdvancedSamplingManager(None, 5),  # type: ignore[arg-type]
+        "sampling_config",
+    ),
+    "no rows": (lambda: StepTable((5,)), "source"),  # type: ignore[arg-type]
+    "half a seed": (lambda: randn((1, 2), 1.5), "seeds"),  # type: ignore[arg-type]
+    "huge seed": (lambda: randn((1, 2), [10**5000]), "seeds"),
+    "half a step of noise": (lambda: randn((1, 2), [1], step=1.5), "step"),  # type: ignore[arg-type]
+    "step of noise of None": (lambda: randn((1, 2), [1], step=None), "step"),  # type: ignore[arg-type]
+    "purpose of True": (lambda: randn((1, 2), [1], purpose=True), "purpose"),
+    "no shape": (lambda: randn(None, [1]), "shape"),  # type: ignore[arg-type]
+    "half a shape": (lambda: randn((1, 2.5), [1]), "shape"),  # type: ignore[arg-type]
+    "negative shape": (lambda: randn((1, -2), [1]), "shape"),
+    "seed of True": (lambda: spawn_seeds(True, 2), "seed"),
+    "half a count": (lambda: spawn_seeds(1, 2.5), "count"),  # type: ignore[arg-type]
+    "huge correction": (lambda: ops.std(torch.ones(2, 3), correction=10**400), "correction"),
+    "huge row": (lambda: ops.step(*_x2(), _rows(), 10**5000), "row"),
+    "guidance of True": (lambda: ops.step(*_x2(), _rows(), 0, uncond=_x2()[0], guidance=True), "guidance"),
+    "huge guidance of a step": (
+        lambda: ops.step(*_x2(), _rows(), 0, uncond=_x2()[0], guidance=10**400),
+        "guidance",
+    ),
+    "huge guidance of rows": (
+        lambda: ops.step_rows(*_x2(), _rows(), torch.zeros(1, dtype=torch.int64), uncond=_x2()[0], guidance=10**400),
+        "guidance",
+    ),
+    "huge guidance combined": (lambda: ops.cfg_combine(*_x2(), 10**400), "guidance"),
+    "guidance of True combined": (lambda: ops.cfg_combine(*_x2(), True), "guidance"),
+    "list of embeddings": (lambda: _sample(prompt_embeds=[1, 2]), "prompt_embeds"),
+    "list of negative embeddings": (
+        lambda: _sample(prompt_embeds=torch.ones(2), negative_prompt_embeds=[1, 2], guidance_scale=2.0),
+        "negative_prompt_embeds",
+    ),
+    "sparse latents": (lambda: _sample(latents=_x2()[0].to_sparse()), "latents"),
+    "float8 latents": (lambda: _sample(latents=_x2()[0].to(torch.float8_e4m3fn)), "latents"),
+    "complex latents": (lambda: _sample(latents=_x2()[0].to(torch.complex64)), "latents"),
+    "meta latents": (lambda: _sample(latents=_x2()[0].to("meta")), "latents"),
+    "complex output": (lambda: _sample(model=lambda x, t: x.to(torch.complex64)), "model returned torch.complex64"),
+    "sparse output": (lambda: _sample(model=lambda x, t: x.to_sparse()), "model returned layout"),
+    "output elsewhere": (lambda: _sample(model=lambda x, t: x.to("meta")), "model returned layout"),
+    "no model": (lambda: _sample(model=None), "model"),
+    "no callback": (lambda: _sample(callback=5), "callback"),
+    "name of a model dtype": (lambda: _sample(model_dtype="half"), "model_dtype"),
+    "model in float8": (lambda: _sample(model_dtype=torch.float8_e4m3fn), "model_dtype"),
+    "keyword arguments of a number": (lambda: _sample(model_kwargs=5), "model_kwargs"),
+    "number for a generator": (lambda: _sample(generator=5), "generator"),
+    "huge guidance of a loop": (lambda: _sample(guidance_scale=10**400), "guidance_scale"),
     "order 4": (lambda: SAMPLING(solver_order=4), "solver_order"),
     "quantile above 1": (lambda: SAMPLING(dynamic_thresholding_ratio=1.5), "dynamic_thresholding_ratio"),
     "quantile 0": (lambda: SAMPLING(dynamic_thresholding_ratio=0.0), "dynamic_thresholding_ratio"),

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -200,3 +204,104 @@ def test_the_way_of_a_gpu_s_steps_is_the_same_loop(seed: int) -> None:
         b = other.step(b, output, uncond=x, guidance=2.0)
         assert torch.equal(a, b)
     assert other.done
+
+
+# --- Copies -----------------------------------------------------------------------------------------------------------
+
+
+def _pickled(stepper: Stepper) -> Stepper:
+    again = pickle.loads(pickle.dumps(stepper))
+    assert isinstance(again, Stepper)
+    return again
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, _pickled])
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("at", range(4))
+def test_a_copy_goes_on_with_registers_of_its_own(
+    at: int, backend: str | None, duplicate: Callable[[Stepper], Stepper]
+) -> None:
+    x, *outputs = torch.randn(5, 2, 3, dtype=torch.float64)
+    others = torch.randn(4, 2, 3, dtype=torch.float64)
+    alone, first = Stepper(RING, backend=backend), Stepper(RING, backend=backend)
+    for output in outputs[:at]:
+        sample = alone.step(x, output)
+        assert torch.equal(first.step(x, output), sample)
+    second, turned = duplicate(first), duplicate(alone)
+    assert second.index == at
+    # In turns, with other outputs in the copy: neither sees what the other keeps.
+    for output, other in zip(outputs[at:], others[at:], strict=True):
+        assert torch.equal(second.step(x, other), turned.step(x, other))
+        assert torch.equal(first.step(x, output), alone.step(x, output))
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, _pickled])
+def test_a_copy_draws_the_same_noise_from_seeds(duplicate: Callable[[Stepper], Stepper]) -> None:
+    first, x = Stepper(NOISY, seeds=[1, 2]), torch.zeros(2, 3)
+    first.step(x, x)
+    second = duplicate(first)
+    for _ in range(2):
+        assert torch.equal(first.step(x, x), second.step(x, x))
+
+
+# --- What is no tensor ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps_before", [0, 1])
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("wrong", [None, 5, [1.0], "x"], ids=repr)
+def test_samples_and_outputs_that_are_no_tensors_are_refused(
+    wrong: object, backend: str | None, steps_before: int
+) -> None:
+    stepper, x = Stepper(RING, backend=backend), torch.ones(2, 3)
+    for _ in range(steps_before):
+        stepper.step(x, x)
+    for name, arguments in (("sample", (wrong, x)), ("model_output", (x, wrong))):
+        with pytest.raises(TypeError, match=rf"^step: {name} is a {type(wrong).__name__}, expected a torch.Tensor; .+"):
+            stepper.step(*arguments)  # type: ignore[arg-type]
+    assert stepper.index == steps_before
+    stepper.step(x, x)
+
+
+@pytest.mark.parametrize("seeds", [None, [1, 2]])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        torch.ones(2, 3).to_sparse(),
+        torch.ones(2, 3, dtype=torch.complex64),
+        torch.ones(2, 3).to(torch.float8_e4m3fn),
+        torch.ones(2, 3, dtype=torch.int64),
+    ],
+    ids=["sparse", "complex", "float8", "int64"],
+)
+def test_samples_that_no_step_takes_are_refused_and_leave_the_stepper_new(
+    wrong: Tensor, seeds: list[int] | None
+) -> None:
+    stepper, x = Stepper(NOISY, seeds=seeds), torch.ones(2, 3, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"^step: sample has (layout|dtype) torch\.\w+, expected .+; convert it first"):
+        stepper.step(wrong, wrong)
+    stepper.step(x, x)  # another dtype and shape than those that were refused
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "got"),
+    [
+        (True, TypeError, "is a bool"),
+        ("3", TypeError, "is a str"),
+        (10**400, ValueError, "is an integer of 1329 bits, beyond the range of a float"),
+    ],
+)
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_guidance_scale_that_is_no_number_is_refused(
+    value: object, error: type[Exception], got: str, backend: str | None
+) -> None:
+    x = torch.ones(2, 3)
+    with pytest.raises(error, match=rf"^step: guidance {got}, expected .+; .+"):
+        Stepper(RING, backend=backend).step(x, x, uncond=x, guidance=value)  # type: ignore[arg-type]
+
+
+def test_a_table_or_a_ratio_of_another_kind_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"^Stepper: table is a int, expected a StepTable; .+"):
+        Stepper(5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^Stepper: dynamic_thresholding_ratio has type NoneType, expected .+; .+"):
+        Stepper(THRESHOLDED, dynamic_thresholding_ratio=None)  # type: ignore[arg-type]

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import sentence
-from ..guidance import GuidanceMode, GuidedModel
-from ..loop import Callback, StepInfo, progress_bar
+from ..guidance import GuidanceMode, GuidedModel, write_model_input
+from ..loop import Callback, StepInfo, checked_samples, progress_bar
 from ..ops.fallback import backend_to_run
 from ..philox import as_seeds
 from ..sampling_config import check_guidance_scale
@@ -106,7 +106,8 @@ class CapturedLoop:
                 with guidance takes 1 too, as u + 1·(c − u).
             seeds: a seed for each sample, where the table adds noise; None draws them from torch's default generator
                 of the CPU, so that ``torch.manual_seed`` repeats them.
-            callback, progress: as in `BaseSampler.sample`; in mode "step" only.  What a callback is shown are copies.
+            callback, progress: as in `BaseSampler.sample`; in mode "step" only.  A callback is shown copies; the
+                loop goes on from what it leaves in them, or returns.
 
         Returns:
             The samples, ``[B, ...]``, a new tensor.
@@ -186,8 +187,13 @@ class CapturedLoop:
                 if callback is None:
                     continue
                 assert self._output is not None
-                timestep = self.table.timesteps[index]
-                if callback(StepInfo(index, total, timestep, self._x.clone(), self._output.clone())) is False:
+                row, shown = self.table.source[index], self._x.clone()
+                answer = callback(StepInfo(index, total, row.timestep, shown, self._output.clone()))
+                # The graph goes on from its own memory, which has to hold what the callback has left.
+                self._x.copy_(checked_samples(answer, shown) if isinstance(answer, Tensor) else shown)
+                if self._prepared is not None:
+                    write_model_input(self._prepared, self._x, row.model_input_scale)
+                if answer is False:
                     return index + 1
         return total
 
@@ -208,7 +214,6 @@ class CapturedLoop:
             negative, prompt = self._model.both_embeds.chunk(2)
             self._conditions.move("negative_prompt_embeds", negative)
             self._conditions.move("prompt_embeds", prompt)
-        self._copies = self._model.copies
         self._prepared = self._model.prepare(self._x)
         used = {register for store in table.store for register in store}
         self._registers = [torch.empty_like(self._x) if j in used else None for j in range(NUM_REGISTERS)]
@@ -250,8 +255,7 @@ class CapturedLoop:
         if self.table.initial_scale != 1.0:
             self._x.mul_(self.table.initial_scale)
         if self._prepared is not None:
-            for half in self._prepared.chunk(self._copies):
-                half.copy_(self._x)
+            write_model_input(self._prepared, self._x)
         self._row.zero_()
 
     def _check_guidance(self, scale: float | Tensor | None) -> None:

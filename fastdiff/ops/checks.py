@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..call import StepCall, Target
-from ..errors import sentence
+from ..errors import checked_type, sentence, shown
 from ..table import NUM_REGISTERS, ROW_WIDTH, STORE_0, STORE_1, Variance, compute_dtype
 from .layout import extent, in_memory, repeats_an_element, share_memory
 
@@ -24,7 +24,7 @@ def check(call: StepCall, out: tuple[Target, ...] | None = None) -> None:
     sample = call.sample
     if not isinstance(sample, Tensor):
         raise TypeError(_refusal("sample", f"is a {type(sample).__name__}", "a torch.Tensor", "pass a tensor"))
-    _check_dtype("sample", sample.dtype)
+    check_dtype("sample", sample.dtype)
     check_memory("sample", sample)
     for name, tensor in call.inputs():
         _check_like_sample(name, tensor, sample)
@@ -58,7 +58,8 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
 
 
-def _check_dtype(name: str, dtype: torch.dtype) -> None:
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Refuse a dtype that no step computes with."""
     if dtype not in DTYPES:
         raise TypeError(
             _refusal(name, f"has dtype {dtype}", "float16, bfloat16, float32 or float64", "convert it first")
@@ -76,7 +77,7 @@ def _check_like_sample(name: str, tensor: object, sample: Tensor) -> None:
             elif tensor.dim() > 1 and tensor.shape[1] == 2 * sample.shape[1]:
                 remedy = "pass the second half of the channels as variance"
         raise ValueError(_refusal(name, f"has shape {list(tensor.shape)}", f"{list(sample.shape)} like sample", remedy))
-    _check_dtype(name, tensor.dtype)
+    check_dtype(name, tensor.dtype)
     if tensor.device != sample.device:
         raise ValueError(
             _refusal(name, f"is on {tensor.device}", f"{sample.device} like sample", f"move it to {sample.device}")
@@ -159,7 +160,9 @@ def _check_table(call: StepCall, out: tuple[Target, ...] | None) -> None:
             _refusal("row", f"is a {type(call.row).__name__}", "an int or an int64 tensor", "pass the index of a row")
         )
     if not 0 <= call.row <= last:
-        raise ValueError(_refusal("row", f"is {call.row}", f"0 to {last}", "the loop has run out of rows: start again"))
+        raise ValueError(
+            _refusal("row", f"is {shown(call.row)}", f"0 to {last}", "the loop has run out of rows: start again")
+        )
 
 
 def may_look(tensor: Tensor) -> bool:
@@ -208,7 +211,7 @@ def _check_word(name: str, value: object) -> None:
     if not _is_integer(value):
         raise TypeError(_refusal(name, f"is a {type(value).__name__}", "an int", "take it modulo 2**32"))
     if not 0 <= value < 2**32:  # type: ignore[operator]
-        raise ValueError(_refusal(name, f"is {value!r}", "0 to 2**32 - 1", "take it modulo 2**32"))
+        raise ValueError(_refusal(name, f"is {shown(value)}", "0 to 2**32 - 1", "take it modulo 2**32"))
 
 
 def _check_model_input(tensor: object, sample: Tensor) -> None:
@@ -296,8 +299,8 @@ def _check_variance(call: StepCall) -> None:
 
 def _check_scalars(name: str, scalars: Tensor, call: StepCall, *, one_for_all: bool) -> None:
     sample, table = call.sample, call.table
-    if not isinstance(scalars, Tensor):
-        raise TypeError(_refusal(name, f"is a {type(scalars).__name__}", "a float or a torch.Tensor", "pass a tensor"))
+    expected = "a float or a torch.Tensor" if one_for_all else "a torch.Tensor"
+    checked_type("step", name, scalars, Tensor, expected, f"pass {name} as one")
     if scalars.dtype != table.dtype:
         raise TypeError(_refusal(name, f"has dtype {scalars.dtype}", f"{table.dtype} like table", "convert it first"))
     _check_one_a_sample(name, scalars, sample, one_for_all)

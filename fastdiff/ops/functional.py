@@ -2,7 +2,10 @@
 """Single steps of the common samplers, for people who bring their own loop.
 
 Each turns its scalars into one row with the same solver that the samplers use, keeps the row for the next time, and
-calls `step`.  Scalars are Python floats: a row is made on the host once for each combination.
+calls `step`.  A row is made on the host, once for each combination of numbers; the 1024 used last are kept.
+
+A scalar is a number, or a tensor of one element, such as ``alphas_cumprod[t]``: its value is read at each call, so a
+tensor may change in place.  On a GPU reading it waits for the device; keep schedules on the CPU.
 """
 
 from __future__ import annotations
@@ -11,17 +14,30 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..affine import MODEL_OUTPUT, Affine
-from ..errors import sentence
+from ..errors import as_float, checked_bool, checked_type, sentence, unknown_name
 from ..levels import Level, Levels, variance_preserving
-from ..solvers import Algorithm, Prediction, ddim, ddpm, dpm_multistep, euler, euler_ancestral
+from ..rng import Generators, draw
+from ..solvers import (
+    Algorithm,
+    Prediction,
+    PredictionType,
+    SolverType,
+    ddim,
+    ddpm,
+    dpm_multistep,
+    euler,
+    euler_ancestral,
+)
 from ..solvers.ddpm import VarianceType
+from ..solvers.dpm_multistep import THIRD_ORDERS
 from ..table import Row, StepTable, compute_dtype
-from ..torch_noise import torch_randn
+from .checks import DTYPES
 from .fused import step
 
 
@@ -45,7 +61,7 @@ def cfg_combine(
     Returns:
         The guided output, like `cond`.
     """
-    table = _rows(_compiled(_cfg_row, ()), _compute_dtype(cond, uncond, out), cond.device)
+    table = _rows(_compiled(_cfg_row), cond, uncond, out)
     outs = None if out is None else (out,)
     return step(cond, cond, table, 0, uncond=uncond, guidance=guidance_scale, out=outs, backend=backend)[0]
 
@@ -54,16 +70,16 @@ def ddpm_step(
     sample: Tensor,
     model_output: Tensor,
     *,
-    alpha_cumprod: float,
-    alpha_cumprod_prev: float,
+    alpha_cumprod: float | Tensor,
+    alpha_cumprod_prev: float | Tensor,
     noise: Tensor | None = None,
     variance_type: str = "fixed_small",
     variance: Tensor | None = None,
     prediction_type: str = "epsilon",
-    clip_range: float | None = None,
+    clip_range: float | Tensor | None = None,
     uncond: Tensor | None = None,
     guidance_scale: float | Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -74,7 +90,7 @@ def ddpm_step(
         model_output: the (conditional) model output, like `sample`.
         alpha_cumprod: ᾱ at the timestep of `sample`, in [0, 1).
         alpha_cumprod_prev: ᾱ at the timestep to reach, in (ᾱ, 1]; at 1 no noise is added.
-        noise: z, like `sample`; drawn with `generator` where None and needed.
+        noise: z, like `sample`; drawn with `generator`, one or one a sample, where None and needed.
         variance_type: see `fastdiff.solvers.ddpm`.
         variance: the model's second output, for the learned variances.
         prediction_type: ``epsilon``, ``v_prediction``, ``sample`` or ``flow_prediction``.
@@ -86,9 +102,14 @@ def ddpm_step(
     Returns:
         The previous sample, like `sample`.
     """
-    kind = VarianceType.parse(variance_type)
-    scalars = (alpha_cumprod, alpha_cumprod_prev, kind, prediction_type, clip_range)
-    compiled = _compiled(_ddpm_table, scalars)
+    compiled = _compiled(
+        _ddpm_table,
+        _number("ddpm_step", "alpha_cumprod", alpha_cumprod),
+        _number("ddpm_step", "alpha_cumprod_prev", alpha_cumprod_prev),
+        VarianceType.parse(variance_type),
+        PredictionType.parse(prediction_type),
+        _clip("ddpm_step", clip_range),
+    )
     return _run(
         compiled, sample, model_output, uncond, guidance_scale, noise, generator, out, backend, variance=variance
     )
@@ -98,16 +119,16 @@ def ddim_step(
     sample: Tensor,
     model_output: Tensor,
     *,
-    alpha_cumprod: float,
-    alpha_cumprod_prev: float,
-    eta: float = 0.0,
+    alpha_cumprod: float | Tensor,
+    alpha_cumprod_prev: float | Tensor,
+    eta: float | Tensor = 0.0,
     noise: Tensor | None = None,
     prediction_type: str = "epsilon",
-    clip_range: float | None = None,
+    clip_range: float | Tensor | None = None,
     use_clipped_model_output: bool = False,
     uncond: Tensor | None = None,
     guidance_scale: float | Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -117,8 +138,15 @@ def ddim_step(
         eta: 0 is deterministic, 1 draws DDPM's noise.
         use_clipped_model_output: derive ε from the clipped x0.
     """
-    scalars = (alpha_cumprod, alpha_cumprod_prev, eta, prediction_type, clip_range, use_clipped_model_output)
-    compiled = _compiled(_ddim_table, scalars)
+    compiled = _compiled(
+        _ddim_table,
+        _number("ddim_step", "alpha_cumprod", alpha_cumprod),
+        _number("ddim_step", "alpha_cumprod_prev", alpha_cumprod_prev),
+        _number("ddim_step", "eta", eta),
+        PredictionType.parse(prediction_type),
+        _clip("ddim_step", clip_range),
+        checked_bool("ddim_step", "use_clipped_model_output", use_clipped_model_output),
+    )
     return _run(compiled, sample, model_output, uncond, guidance_scale, noise, generator, out, backend)
 
 
@@ -126,17 +154,17 @@ def dpm_solver_step(
     sample: Tensor,
     model_output: Tensor,
     *,
-    alphas_cumprod: Sequence[float],
+    alphas_cumprod: Sequence[float | Tensor] | Tensor,
     previous: Sequence[Tensor] = (),
     algorithm_type: str = "dpmsolver++",
     solver_type: str = "midpoint",
     third_order: str = "compatible",
     noise: Tensor | None = None,
     prediction_type: str = "epsilon",
-    clip_range: float | None = None,
+    clip_range: float | Tensor | None = None,
     uncond: Tensor | None = None,
     guidance_scale: float | Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     out: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -154,26 +182,43 @@ def dpm_solver_step(
     Returns:
         The previous sample, and the model's reading (x0 or ε) to hand to later steps as `previous`.
     """
-    if len(alphas_cumprod) != len(previous) + 2 or len(previous) > 2:
+    for name, tensors in (("previous", previous), ("out", () if out is None else out)):
+        remedy = f"pass {name}=[tensor]" if name == "previous" else "pass out=(tensor, tensor)"
+        if not isinstance(tensors, (list, tuple)):
+            got = f"is a {type(tensors).__name__}"
+            raise TypeError(sentence("dpm_solver_step", name, got, "a list or tuple of tensors", remedy))
+    for j, tensor in enumerate(previous):
+        remedy = "pass the second result of an earlier step"
+        checked_type("dpm_solver_step", f"previous[{j}]", tensor, Tensor, "a torch.Tensor", remedy)
+    numbers = _numbers("dpm_solver_step", "alphas_cumprod", alphas_cumprod)
+    if len(numbers) != len(previous) + 2 or len(previous) > 2:
         raise ValueError(
             sentence(
                 "dpm_solver_step",
                 "alphas_cumprod",
-                f"holds {len(alphas_cumprod)} numbers for {len(previous)} previous outputs",
+                f"holds {len(numbers)} numbers for {len(previous)} previous outputs",
                 "two more than previous, of which there are two at most",
                 "give ᾱ of each previous output, of sample, and of the timestep to reach",
             )
         )
-    scalars = (tuple(alphas_cumprod), algorithm_type, solver_type, third_order, prediction_type, clip_range)
-    compiled = _compiled(_dpm_table, scalars)
+    if third_order not in THIRD_ORDERS:
+        raise unknown_name("dpm_solver_step", "third_order", third_order, THIRD_ORDERS)
+    compiled = _compiled(
+        _dpm_table,
+        numbers,
+        Algorithm.parse(algorithm_type),
+        SolverType.parse(solver_type),
+        third_order,
+        PredictionType.parse(prediction_type),
+        _clip("dpm_solver_step", clip_range),
+    )
     # The solver filled a ring of registers on its way to this row: hand the outputs over as it laid them.
     order = len(previous) + 1
     history: list[Tensor | None] = [None, None]
     for j, tensor in enumerate(previous):
         history[j % max(order - 1, 1)] = tensor
     noise = _noise(compiled, sample, noise, generator)
-    wide = _compute_dtype(sample, model_output, uncond, noise, *previous, *(out or ()))
-    table = _rows(compiled, wide, sample.device)
+    table = _rows(compiled, sample, model_output, uncond, noise, *previous, *(out or ()))
     prev, kept = step(
         sample, model_output, table, len(compiled) - 1, uncond=uncond, guidance=guidance_scale, history=history,
         noise=noise, keeps=1, out=out, backend=backend,
@@ -185,15 +230,15 @@ def euler_step(
     sample: Tensor,
     model_output: Tensor,
     *,
-    sigma: float,
-    sigma_next: float,
-    eta: float = 0.0,
-    s_noise: float = 1.0,
+    sigma: float | Tensor,
+    sigma_next: float | Tensor,
+    eta: float | Tensor = 0.0,
+    s_noise: float | Tensor = 1.0,
     noise: Tensor | None = None,
     prediction_type: str = "epsilon",
     uncond: Tensor | None = None,
     guidance_scale: float | Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -212,7 +257,14 @@ def euler_step(
     Returns:
         x̂ at `sigma_next`, like `sample`.
     """
-    compiled = _compiled(_euler_table, (sigma, sigma_next, eta, s_noise, prediction_type))
+    compiled = _compiled(
+        _euler_table,
+        _number("euler_step", "sigma", sigma),
+        _number("euler_step", "sigma_next", sigma_next),
+        _number("euler_step", "eta", eta),
+        _number("euler_step", "s_noise", s_noise),
+        PredictionType.parse(prediction_type),
+    )
     return _run(compiled, sample, model_output, uncond, guidance_scale, noise, generator, out, backend)
 
 
@@ -223,14 +275,13 @@ def _run(
     uncond: Tensor | None,
     guidance: float | Tensor | None,
     noise: Tensor | None,
-    generator: torch.Generator | None,
+    generator: Generators,
     out: Tensor | None,
     backend: str | None,
     variance: Tensor | None = None,
 ) -> Tensor:
     noise = _noise(compiled, sample, noise, generator)
-    wide = _compute_dtype(sample, model_output, uncond, noise, variance, out)
-    table = _rows(compiled, wide, sample.device)
+    table = _rows(compiled, sample, model_output, uncond, noise, variance, out)
     outs = None if out is None else (out,)
     return step(
         sample, model_output, table, 0, uncond=uncond, guidance=guidance, noise=noise, variance=variance,
@@ -238,28 +289,59 @@ def _run(
     )[0]  # fmt: skip
 
 
-def _noise(
-    compiled: StepTable, sample: Tensor, noise: Tensor | None, generator: torch.Generator | None
-) -> Tensor | None:
-    """The given noise, or a draw where the row wants one."""
-    if noise is None and compiled.draws_noise[-1]:
-        return torch_randn(sample.shape, generator, dtype=sample.dtype, device=sample.device)
+def _noise(compiled: StepTable, sample: Tensor, noise: Tensor | None, generator: Generators) -> Tensor | None:
+    """Return the given noise, or a draw where the row wants one; for a sample that `step` takes."""
+    checked_type("step", "sample", sample, Tensor, "a torch.Tensor", "pass a tensor")
+    if noise is None and compiled.draws_noise[-1] and sample.dtype in DTYPES:
+        return draw(sample.shape, generator, dtype=sample.dtype, device=sample.device)
     return noise
 
 
-@functools.lru_cache(maxsize=4096)
-def _compiled(make: Callable[..., StepTable], scalars: tuple[object, ...]) -> StepTable:
+@functools.lru_cache(maxsize=1024)
+def _compiled(make: Callable[..., StepTable], *scalars: object) -> StepTable:
     return make(*scalars)
 
 
-@functools.lru_cache(maxsize=4096)
-def _rows(compiled: StepTable, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return compiled.rows_as(dtype, device)
+def _rows(compiled: StepTable, sample: Tensor, *others: Tensor | None) -> Tensor:
+    """Return the rows for a step on these tensors, on the device of the first."""
+    checked_type("step", "sample", sample, Tensor, "a torch.Tensor", "pass a tensor")
+    dtypes = [tensor.dtype for tensor in others if isinstance(tensor, Tensor)]
+    return compiled.shared_rows(compute_dtype(sample.dtype, *dtypes), sample.device)
 
 
-def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """Of a step on these."""
-    return compute_dtype(*(tensor.dtype for tensor in tensors if isinstance(tensor, Tensor)))
+def _number(operation: str, argument: str, value: Any) -> float:
+    """Return a scalar's number, which a tensor of one element is read for.
+
+    Raises:
+        TypeError: it is no real number, or a tensor whose gradient would be lost.
+        ValueError: a tensor of another size than 1.
+    """
+    if type(value) is float:
+        return value
+    expected = "a number, or a tensor of one"
+    if not isinstance(value, Tensor):
+        return as_float(operation, argument, value, expected)
+    if value.numel() != 1:
+        remedy = "take one step a value, or call fastdiff.ops.step with a row for each sample"
+        raise ValueError(sentence(operation, argument, f"has shape {list(value.shape)}", expected, remedy))
+    if value.requires_grad and torch.is_grad_enabled():
+        remedy = "pass it detached: a step has gradients of its tensors alone"
+        raise TypeError(sentence(operation, argument, "requires grad", expected, remedy))
+    return as_float(operation, argument, value.item(), expected)
+
+
+def _clip(operation: str, clip_range: Any) -> float | None:
+    return None if clip_range is None else _number(operation, "clip_range", clip_range)
+
+
+def _numbers(operation: str, argument: str, values: Any) -> tuple[float, ...]:
+    """Return the numbers of a list, tuple or 1-D tensor."""
+    if isinstance(values, Tensor) and values.dim() == 1 and not values.requires_grad:
+        values = values.tolist()
+    if not isinstance(values, (list, tuple)):
+        got = f"has shape {list(values.shape)}" if isinstance(values, Tensor) else f"is a {type(values).__name__}"
+        raise TypeError(sentence(operation, argument, got, "a list, tuple or 1-D tensor", "pass a list of numbers"))
+    return tuple(_number(operation, f"{argument}[{i}]", value) for i, value in enumerate(values))
 
 
 def _cfg_row() -> StepTable:

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..call import StepCall, Target
-from ..errors import sentence
+from ..errors import as_float, sentence
 from ..philox import Purpose
 from ..table import Variance
 from . import backends
@@ -279,10 +280,11 @@ def _refuse_gradients(call: StepCall) -> None:
 
 def _on_device(guidance: Any, sample: object, table: object) -> Tensor | None:
     """A guidance scale as a tensor; what is no number, or has no sample to go by, is left for the checks to refuse."""
-    if isinstance(guidance, (float, int)) and isinstance(sample, Tensor) and isinstance(table, Tensor):
+    number = isinstance(guidance, Real) and not isinstance(guidance, bool)
+    if number and isinstance(sample, Tensor) and isinstance(table, Tensor):
         # A tensor that a tracer made belongs to its trace: only those of eager calls are kept.
         scalar = _kept_scalar if in_memory(sample) else _scalar
-        return scalar(float(guidance), table.dtype, sample.device)
+        return scalar(as_float("step", "guidance", guidance), table.dtype, sample.device)
     return guidance  # type: ignore[no-any-return]
 
 

@@ -29,7 +29,7 @@ def repeats_an_element(tensor: Tensor) -> bool:
         reach += (size - 1) * stride
     else:
         return False
-    marks = torch.zeros(extent(tensor), dtype=torch.bool)
+    marks = torch.zeros(extent(tensor), dtype=torch.bool, device="cpu")
     marks.as_strided(tensor.shape, tensor.stride()).fill_(True)
     return int(marks.sum()) < tensor.numel()
 
@@ -67,7 +67,7 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
     if _is_dense(a) and _is_dense(b):
         return True
     low = min(a_low, b_low)
-    marks = torch.zeros(max(a_high, b_high) - low, dtype=torch.bool)
+    marks = torch.zeros(max(a_high, b_high) - low, dtype=torch.bool, device="cpu")
 
     def bytes_of(t: Tensor) -> Tensor:
         size = t.element_size()

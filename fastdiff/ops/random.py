@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import sentence
+from ..errors import checked_type, sentence, shown
 from ..philox import Purpose, as_seeds, normals
 from . import backends
 from .checks import DTYPES
@@ -51,7 +51,14 @@ def randn(
         TypeError, ValueError: an argument does not fit; the message says which and why.
         RuntimeError: a forced backend is missing.
     """
+    checked_type("randn", "shape", shape, Sequence, "ints [B, ...]", "pass a tuple of ints")
     shape = tuple(shape)
+    for size in shape:
+        if isinstance(size, bool) or not hasattr(size, "__index__"):
+            got = f"holds a {type(size).__name__}"
+            raise TypeError(sentence("randn", "shape", got, "ints [B, ...]", "pass whole numbers"))
+        if size < 0:
+            raise ValueError(sentence("randn", "shape", f"holds {size}", "sizes of 0 or more", "pass whole numbers"))
     if len(shape) == 0:
         raise ValueError(sentence("randn", "shape", "is []", "[B, ...]", "begin it with the number of samples"))
     if dtype not in DTYPES:
@@ -63,10 +70,12 @@ def randn(
     keys = as_seeds(seeds, shape[0], device)
     number, steps = (0, _steps(step, keys)) if isinstance(step, Tensor) else (step, None)
     for name, value in (("step", number), ("purpose", purpose)):
-        if type(value) is bool or not 0 <= value < 2**32:
-            raise ValueError(
-                sentence("randn", name, f"is {value!r}", "an int from 0 to 2**32 - 1", "take it modulo 2**32")
-            )
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            got, expected = f"is a {type(value).__name__}", "an int from 0 to 2**32 - 1"
+            raise TypeError(sentence("randn", name, got, expected, "pass a whole number"))
+        if not 0 <= value < 2**32:
+            expected = "an int from 0 to 2**32 - 1"
+            raise ValueError(sentence("randn", name, f"is {shown(value)}", expected, "take it modulo 2**32"))
     name = backend_to_run(keys, backend, "randn")
     if not in_memory(keys) or torch._C._len_torch_dispatch_stack() > 0:
         drawn: Tensor = torch.ops.fastdiff.randn(keys, shape, steps, number, int(purpose), dtype, name)

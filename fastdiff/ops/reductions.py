@@ -119,7 +119,7 @@ def _sum(kind: int, x: Tensor, y: Any, correction: Any, backend: str | None) -> 
         backend is None
         and (extension := _extension_for(x)) is not None
         and type(correction) in (int, float)
-        and math.isfinite(correction)
+        and -1e308 < correction < 1e308
         and (y is None or isinstance(y, Tensor))
         and (y is None) == (kind != _DOT)
     ):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 
 from ..affine import NOISE
-from ..errors import sentence
+from ..errors import as_float, sentence
 from ..levels import Level, Levels
 from ..table import StepTable
 from .prediction import Prediction
@@ -58,6 +58,7 @@ def _posterior_std(t: Level, s: Level) -> float:
 
 def check_eta(operation: str, eta: float) -> None:
     """Refuse a negative or non-finite η."""
+    as_float(operation, "eta", eta)
     if not (math.isfinite(eta) and eta >= 0.0):
         raise ValueError(
             sentence(operation, "eta", f"is {eta}", "a number of 0 or more", "use 0 for no noise and 1 for DDPM's")

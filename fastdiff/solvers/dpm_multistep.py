@@ -100,7 +100,10 @@ def _second_weight(algorithm: Algorithm, step: Step, t: Level, third_order: str)
 
 
 def check_order(solver_order: int) -> None:
-    """Refuse an order other than 1, 2 and 3."""
+    """Refuse an order other than the integers 1, 2 and 3."""
+    if isinstance(solver_order, bool) or not hasattr(solver_order, "__index__"):
+        got, remedy = f"has type {type(solver_order).__name__}", "pass solver_order as an int"
+        raise TypeError(sentence("dpm_solver", "solver_order", got, "1, 2 or 3", remedy))
     if solver_order not in (1, 2, 3):
         raise ValueError(
             sentence("dpm_solver", "solver_order", f"is {solver_order!r}", "1, 2 or 3", "choose one of those orders")

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from ..affine import HISTORY, NOISE, SAMPLE, Affine
-from ..errors import sentence
+from ..errors import as_float, sentence
 from ..levels import Level, Levels
 from ..table import Row, StepTable
 from .ddim import check_eta
@@ -35,7 +35,7 @@ class Churn:
 
     def __post_init__(self) -> None:
         for name in ("s_churn", "s_tmin", "s_tmax", "s_noise"):
-            value = getattr(self, name)
+            value = as_float("euler", name, getattr(self, name))
             if not value >= 0.0:
                 raise ValueError(
                     sentence("euler", name, f"is {value}", "a number of 0 or more", "leave s_churn at 0 for no churn")
@@ -90,6 +90,7 @@ def euler_ancestral(levels: Levels, prediction: Prediction, *, eta: float = 1.0,
         s_noise: the standard deviation of the noise put back.
     """
     check_eta("euler_ancestral", eta)
+    as_float("euler_ancestral", "s_noise", s_noise)
     rows = []
     for i in range(len(levels)):
         t, s = levels[i], levels[i + 1]

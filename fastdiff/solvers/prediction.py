@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ..affine import MODEL_OUTPUT, PREDICTION, SAMPLE, Affine
-from ..errors import sentence, unknown_name
+from ..errors import as_float, sentence, unknown_name
 from ..levels import Level
 from ..table import Row
 
@@ -70,7 +70,7 @@ class Prediction:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prediction_type", PredictionType.parse(self.prediction_type))
-        if not self.clip_range > 0.0:
+        if not as_float("Prediction", "clip_range", self.clip_range) > 0.0:
             raise ValueError(
                 sentence(
                     "Prediction", "clip_range", f"is {self.clip_range}", "a number above 0", "use inf for no clipping"
