@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import inspect
+import pickle
 import threading
 import weakref
 from collections import OrderedDict

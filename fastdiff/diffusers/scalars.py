@@ -374,7 +374,7 @@ def scalar_function(func: Any, types: Any, args: Any, kwargs: dict[str, Any]) ->
                 return func(*args)
         name = attribute
     special = name.startswith("__")
-    in_place = name.endswith("_") and not special or name.strip("_") in _IN_PLACE and special
+    in_place = (name.endswith("_") and not special) or (name.strip("_") in _IN_PLACE and special)
     name = name.strip("_")
     if in_place:
         return _rewritten(tape, _IN_PLACE.get(name, name), args, kwargs)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -221,7 +221,7 @@ def _stepping_method(name: str, method: Any, signature: inspect.Signature) -> An
     scope |= {f"default_{n}": p.default for n, p in signature.parameters.items() if p.default is not p.empty}
     given = ", ".join(names)
     wanted = ", ".join(f"{n}=default_{n}" if f"default_{n}" in scope else n for n in names)
-    exec(  # noqa: S102, of names in a signature
+    exec(
         f"def {name}({wanted}):\n if is_compiling():\n  return compiled({given})\n return take({given})\n", scope
     )
     step = functools.update_wrapper(scope[name], method)

@@ -166,7 +166,7 @@ def _compiled(operations: tuple[Operation, ...], first: int) -> Callable[[list[A
             code = f"{name_of(function)}({', '.join(map(value, operands))})"
         lines.append(f" v{index} = {code}")
     lines.append(f" values += ({''.join(f'v{first + i}, ' for i in range(len(operations)))})")
-    exec("\n".join(lines), names)  # noqa: S102, of names and operators that are made here
+    exec("\n".join(lines), names)
     return names["segment"]  # type: ignore[no-any-return]
 
 

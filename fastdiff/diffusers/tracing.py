@@ -17,8 +17,19 @@ import torch
 from torch import Tensor
 
 from .environment import (
-    ABSENT, CONFIG, HISTORY, LOOKUPS, ArgumentItem, ArgumentNumber, AttributeNumber, Contents, Environment,
-    ItemNumber, Lookup, ScheduleArray, Structure,
+    ABSENT,
+    CONFIG,
+    HISTORY,
+    LOOKUPS,
+    ArgumentItem,
+    ArgumentNumber,
+    AttributeNumber,
+    Contents,
+    Environment,
+    ItemNumber,
+    Lookup,
+    ScheduleArray,
+    Structure,
 )  # fmt: skip
 from .scalars import Number, Scalar, element, observed_tensor
 from .symbols import Clamped, NotAffine, Symbol, Terms, Tracing, unknown
@@ -379,7 +390,9 @@ class Tracer:
             return False
         stands = self._stands.get(attribute)
         for i, (entry, old) in enumerate(zip(entries, before, strict=True)):
-            same_number = isinstance(entry, Computed) and stands is not None and entry == self._value_before(attribute, i)
+            same_number = (
+                isinstance(entry, Computed) and stands is not None and entry == self._value_before(attribute, i)
+            )
             if not (
                 entry == Given(f"self.{attribute}:{i}")
                 or (isinstance(entry, Constant) and entry.value is old)
