@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Dynamic thresholding and clipping of every drop-in that has them: the bounds are diffusers' own, whatever they are."""
+"""Dynamic thresholding and clipping of every drop-in that has them: any bounds that diffusers takes."""
 
 from __future__ import annotations
 
