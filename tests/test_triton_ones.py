@@ -103,7 +103,7 @@ def test_triton_kernels_compile_for_integers_that_are_one(tmp_path: Path) -> Non
     )  # fmt: skip
     assert answer.returncode == 0, answer.stderr[-3000:]
     found = json.loads(answer.stdout)
-    assert {name for name in found["kernels"]} == {case[2] for case in _cases()}, "a kernel has no case here"
+    assert set(found["kernels"]) == {case[2] for case in _cases()}, "a kernel has no case here"
     assert {key: error[-300:] for key, error in found["results"].items() if error} == {}
     # One without constants, one for each integer that Triton may specialise on, and one for all.
     ones = {key.partition(": ")[2] for key in found["results"]}
