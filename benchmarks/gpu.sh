@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT
 # Builds, proves and measures on a machine with an NVIDIA GPU: `make gpu`. It installs nothing and needs no network: what
 # Python has there is what is used, and the package is built into build/gpu. A stage that fails does not keep the next ones
-# from running; the script ends with their names and 1. Each is held to a time, so that stages can be run one by one:
+# from running; the script ends with their names and 1. Each is held to four minutes, so that stages can be run one by one:
 #   build     the extension with CUDA kernels, for the GPU that is there
 #   test      the tests that need a GPU, and the parity tests on every backend
 #   noise     noise of CPU and GPU, compared bit by bit
@@ -12,8 +12,8 @@
 #   STAGES="build test noise bench sanitize"
 #   PYTHON=       else the python3 whose torch sees a GPU, else .venv/bin/python
 #   DRY=1         a rehearsal on the CPU: every stage as far as it goes without a GPU, in under three minutes
-#   LIMIT=540     seconds a stage may take
-#   WORKERS=      processes of the tests, where pytest-xdist is installed; else three of four cores, for Triton compiles
+#   LIMIT=230     seconds a stage may take (540 in a rehearsal); what bench has not measured by then its JSON names
+#   WORKERS=      processes of the tests, where pytest-xdist is installed; else all cores but two, 14 at most
 #   RESULTS=      a folder for the results' JSON and the timeline's picture, else benchmarks/results (a rehearsal's: build/gpu)
 #   FASTDIFF_COMMIT=  the commit, where there is no git
 set -uo pipefail
@@ -25,13 +25,14 @@ refuse() {  # what it got, what was expected, what to do
 }
 
 dry=${DRY:-0}
-limit=${LIMIT:-540}
+limit=${LIMIT:-$([[ $dry == 1 ]] && echo 540 || echo 230)}
 read -r -a stages <<<"${STAGES:-build test noise bench sanitize}"
 known=" build test noise bench sanitize "
 for stage in "${stages[@]}"; do
     [[ $known == *" $stage "* ]] || refuse "STAGES names '$stage'" "some of$known" "correct it"
 done
 [[ $dry == 0 || $dry == 1 ]] || refuse "DRY is '$dry'" "0 or 1" "set DRY=1 for a rehearsal"
+[[ $limit =~ ^[0-9]+$ ]] && ((limit >= 120)) || refuse "LIMIT is '$limit'" "whole seconds, 120 or more" "raise it"
 
 sees_gpu() { "$1" -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null; }
 if [[ -z ${PYTHON:-} ]]; then
@@ -78,7 +79,13 @@ json=("${rehearse[@]}" --json "$results")
 
 pytest=("${python[@]}" -m pytest -q -p no:cacheprovider)
 workers=()
-if "$PYTHON" -c 'import xdist' 2>/dev/null && [[ $dry == 0 ]]; then workers=(-n "${WORKERS:-$((($(nproc) * 3 + 3) / 4))}"); fi
+# Workers compile Triton's kernels, so they want cores; each has a CUDA context, so there is a most.
+if "$PYTHON" -c 'import xdist' 2>/dev/null && [[ $dry == 0 ]]; then
+    cores=$(nproc)
+    workers=(-n "${WORKERS:-$((cores > 16 ? 14 : cores > 3 ? cores - 2 : 1))}")
+elif [[ $dry == 0 ]]; then
+    echo "gpu: pytest-xdist is not installed: the tests run in one process and may need LIMIT=1800"
+fi
 # Every test file whose tests take a backend by name.
 parity=(tests/test_step_parity.py tests/test_rows.py tests/test_philox.py tests/test_reductions.py)
 
@@ -121,25 +128,32 @@ stage_test() {
             -k "gpu or named_row or nan_in_a_used or in_place or row_in_a_tensor or known_answers or degenerate or every_quantile"
         return
     fi
-    local failed=0
+    local failed=0 until=$((SECONDS + limit))
     # No test may pass by being skipped for want of a backend: build has seen to it that both are there.
     timeout -k 10 "$limit" "${pytest[@]}" "${workers[@]}" -m gpu tests || failed=1
-    timeout -k 10 "$limit" "${pytest[@]}" "${workers[@]}" -m "not gpu" "${parity[@]}" || failed=1
+    # `timeout 0` would set no limit.
+    timeout -k 10 "$((until > SECONDS ? until - SECONDS : 1))" "${pytest[@]}" "${workers[@]}" -m "not gpu" "${parity[@]}" ||
+        failed=1
     return $failed
 }
 
-stage_noise() { timeout -k 10 "$limit" "${bench[@]}" noise "${json[@]}"; }
+stage_noise() {
+    local options=(--seconds 45)
+    [[ $dry == 0 ]] || options=()
+    timeout -k 10 "$limit" "${bench[@]}" noise "${json[@]}" "${options[@]}"
+}
 
 stage_bench() {
-    local options=(--seconds "$((limit - 120))")
+    # No part begins after --seconds; the last one and the timeline have the rest.
+    local options=(--seconds "$((limit - 90))")
     [[ $dry == 0 ]] || options=(--rounds 2 --no-compile)
     local failed=0
-    timeout -k 10 "$limit" "${bench[@]}" bench "${json[@]}" "${options[@]}" || failed=1
-    timeout -k 10 100 "${bench[@]}" timeline "${json[@]}" ${RESULTS:+--picture "$RESULTS/timeline.png"} || failed=1
+    timeout -k 10 "$((limit - 45))" "${bench[@]}" bench "${json[@]}" "${options[@]}" || failed=1
+    timeout -k 10 45 "${bench[@]}" timeline "${json[@]}" ${RESULTS:+--picture "$RESULTS/timeline.png"} || failed=1
     return $failed
 }
 
-stage_sanitize() { PYTHON=$PYTHON DRY=$dry LIMIT=$((limit / 2)) benchmarks/gpu_checks.sh; }
+stage_sanitize() { PYTHON=$PYTHON DRY=$dry LIMIT=$((limit / 2 - 10)) benchmarks/gpu_checks.sh; }
 
 failed=()
 for stage in "${stages[@]}"; do

@@ -7,7 +7,9 @@
 #include "bindings/blocks.h"
 #include "bindings/randn.h"
 #include "bindings/reduce.h"
+#ifdef FASTDIFF_CUDA
 #include "bindings/config.h"
+#endif
 #include "bindings/copy.h"
 #include "bindings/seeded_sum.h"
 #include "bindings/stepping.h"
@@ -39,14 +41,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.attr("cpu_build") = cpu_build.name;
 #ifdef FASTDIFF_CUDA
     m.attr("cuda") = true;
-    define_config(m);
+    if (!define_config(m.ptr())) throw py::error_already_set();
 #else
     m.attr("cuda") = false;
 #endif
-    m.def("randn", &randn, py::arg("out"), py::arg("seeds"), py::arg("steps"), py::arg("step"), py::arg("purpose"),
-          py::arg("stream"));
-    m.def("_copy_kernel", &copy_kernel, py::arg("src"), py::arg("dst"), py::arg("streaming"),
-          "Copies src to dst, for benchmarks; see csrc/bindings/copy.h.");
+    // C++ errors become Python's in this module, not in pybind11's handlers, which all extensions of a process share.
+    m.def("randn", torch::wrap_pybind_function(randn), py::arg("out"), py::arg("seeds"), py::arg("steps"),
+          py::arg("step"), py::arg("purpose"), py::arg("stream"));
+    m.def("_copy_kernel", torch::wrap_pybind_function(copy_kernel), py::arg("src"), py::arg("dst"),
+          py::arg("streaming"), "Copies src to dst, for benchmarks; see csrc/bindings/copy.h.");
     m.def("held_memory", [] { return free_blocks().held(); }, "Bytes that are kept for new outputs.");
     m.def("release_memory", [] { return free_blocks().release(); }, "Frees what is kept; returns its bytes.");
     m.def("kept_memory_limit", [] { return free_blocks().limit(); }, "Bytes that may be kept.");

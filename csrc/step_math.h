@@ -140,17 +140,19 @@ FASTDIFF_INLINE C guide(C cond, C uncond, C scale) {
     return multiply_add(scale, cond - uncond, uncond);
 }
 
-// d = p·x + q·m
+// d = p·x + q·m, without a term whose weight is 0: 0·∞ and 0·NaN are NaN.
 template <typename C>
 FASTDIFF_INLINE C predict(C p, C q, C sample, C output) {
-    return multiply_add(q, output, p * sample);
+    const C of_sample = p != C(0) ? p * sample : C(0);
+    return q != C(0) ? multiply_add(q, output, of_sample) : of_sample;
 }
 
-// Clamp to ±bound. Comparisons rather than fmin and fmax, which would turn NaN into a number.
+// Clamp to ±bound. Comparisons rather than fmin and fmax, which would turn NaN into a number; the upper bound last, so
+// that a negative one is the result, as torch.clamp has it.
 template <typename C>
 FASTDIFF_INLINE C clamp_to(C value, C bound) {
-    value = value > bound ? bound : value;
-    return value < -bound ? -bound : value;
+    value = value < -bound ? -bound : value;
+    return value > bound ? bound : value;
 }
 
 // The learned standard deviation that multiplies the noise.

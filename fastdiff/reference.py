@@ -4,7 +4,7 @@
 It runs on any device, is differentiable, and allocates as torch does.  The order of operations is the contract::
 
     m = u + g·(c − u)
-    d = p·x + q·m;  clamped to ±clip;  with a threshold s: clamped to ±s and divided by s
+    d = (0 + p·x) + q·m;  clamped to ±clip;  with a threshold s: clamped to ±s and divided by s
     out = ((0 + a_x·x) + a_m·m) + a_d·d + a_0·h_0 + … + a_3·h_3 + a_z·(std·z)
 
 computed in float32 (float64 where a tensor is float64), and each output rounded once to its dtype; z may be drawn from
@@ -30,7 +30,6 @@ from .table import (
     KEEP_1,
     MODEL_INPUT_SCALE,
     NUM_REGISTERS,
-    PREDICTION_OUTPUT,
     PREDICTION_SAMPLE,
     PREV_SAMPLE,
     STORE_0,
@@ -165,7 +164,7 @@ class _Scalars:
 
 
 def _prediction(x: Tensor, m: Tensor, scalar: _Scalars, threshold: Tensor | None) -> Tensor:
-    d = scalar[PREDICTION_SAMPLE] * x + scalar[PREDICTION_OUTPUT] * m
+    d = _weighted_sum(scalar, PREDICTION_SAMPLE, [x, m])
     d = torch.clamp(d, -scalar[CLIP], scalar[CLIP])
     if threshold is not None:
         s = a_sample(threshold, x)

@@ -48,7 +48,8 @@ class SamplingConfig:
         use_clipped_model_output: DDIM derives ε again from the clipped x0.
         prediction_type: ``epsilon``, ``v_prediction``, ``sample`` or ``flow_prediction``.
         thresholding: dynamic thresholding of x0, instead of clip_sample.
-        dynamic_thresholding_ratio: the quantile of |x0| that it takes, in (0, 1].
+        dynamic_thresholding_ratio: the quantile of |x0| that it takes, in (0, 1]. The threshold is held to 1 or more
+            and to the schedule's ``sample_max_value``, 1 or more, or less.
         algorithm_type: DPM-Solver's form: ``dpmsolver``, ``dpmsolver++``, ``sde-dpmsolver``, ``sde-dpmsolver++``.
         solver_type: ``midpoint`` or ``heun`` second-order steps of DPM-Solver.
         lower_order_final: DPM-Solver takes its last steps at lower order when there are fewer than 15.

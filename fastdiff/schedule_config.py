@@ -97,7 +97,8 @@ class NoiseSchedulerConfig:
             ``"custom_betas"`` or ``"custom_alphas_cumprod"``, whichever of the two is given.
         clip_sample: whether samplers clip the predicted x0 to ± ``clip_sample_range``.
         clip_sample_range: above 0.
-        sample_max_value: upper bound of the threshold in dynamic thresholding, at least 1.
+        sample_max_value: upper bound of the threshold in dynamic thresholding, at least 1. The drop-ins take
+            smaller ones, as diffusers does, which are then the threshold of every sample; here they are refused.
         timestep_spacing: which timesteps samplers visit, one of :data:`fastdiff.timesteps.TIMESTEP_SPACINGS`.
         rescale_betas_zero_snr: rescale so that the last timestep is pure noise, see
             :func:`fastdiff.betas.rescale_zero_terminal_snr`.

@@ -5,20 +5,18 @@ from __future__ import annotations
 
 import atexit
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import fastdiff
+from children import child_environment
 
 
 class Server:
@@ -33,8 +31,7 @@ class Server:
     def ask(self, plan: Any) -> str:
         if self.process is None:
             self.words = tempfile.TemporaryFile("w+")  # noqa: SIM115, the process writes to it until it ends
-            environment = {**os.environ, "FASTDIFF_BACKEND": "", "PYTHONFAULTHANDLER": "1"}
-            environment["PYTHONPATH"] = str(Path(fastdiff.__file__).parents[1])
+            environment = child_environment(FASTDIFF_BACKEND="", PYTHONFAULTHANDLER="1")
             self.process = subprocess.Popen(
                 [sys.executable, "-W", "ignore", self.script], env=environment, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.words,

@@ -145,12 +145,12 @@ def random_batch(seed: int, dtype: torch.dtype, model_input_dtypes: tuple[torch.
     }
 
 
-def copied(batch: Batch, device: str = "cpu") -> Batch:
-    """The same on a device, in memory of its own and in the same layout."""
+def copied(batch: Batch, device: str | None = None) -> Batch:
+    """Copy a batch to a device, or where it is, in memory of its own and in the same layout."""
 
     def copy(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value.clone().to(device)
+            return value.clone() if device is None else value.clone().to(device)
         return [copy(v) for v in value] if isinstance(value, list) else value
 
     return {name: copy(value) for name, value in batch.items()}

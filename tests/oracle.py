@@ -198,16 +198,15 @@ def make(plan: Shape) -> Case:
 
 
 def _unused(case: Case) -> tuple[str, ...]:
-    """The tensors that no output of this row depends on.
-
-    d = p·x + q·m is one quantity: where it is used both x and m are, even with p or q 0.
-    """
+    """The tensors that no output of this row depends on."""
     maps = case.table[0, 8 : 8 + 8 * (case.keeps + 1)].reshape(-1, 8)
     sample, output, prediction, *history, noise = (bool(column) for column in (maps != 0).any(0))
+    # d = p·x + q·m, of which a term of weight 0 is no part.
+    p, q = (prediction and bool(weight) for weight in case.table[0, :2])
     used = {
-        "sample": sample or prediction,
-        "model_output": output or prediction,
-        "uncond": output or prediction,
+        "sample": sample or p,
+        "model_output": output or q,
+        "uncond": output or q,
         **{f"history_{j}": h for j, h in enumerate(history)},
         "noise": noise,
         "variance": noise and case.noise is not None,
@@ -233,8 +232,12 @@ def evaluate(
         pull = _a_sample(case.guidance, x) * (m - base)
         m = base + pull
         err_m = u * (2 * abs(pull) + abs(m))  # difference and product; sum
-    d = p * x + q * m
-    err_d = abs(q) * err_m + u * (abs(p * x) + abs(q * m) + abs(d))  # two products; sum
+    d, err_d = np.zeros_like(x), np.zeros_like(x)
+    if p != 0:
+        d, err_d = p * x, u * abs(p * x)  # product
+    if q != 0:
+        d = d + q * m
+        err_d = err_d + abs(q) * err_m + u * (abs(q * m) + abs(d))  # product; sum
     d = np.clip(d, -clip, clip)
     if case.threshold is not None:
         bound = _a_sample(case.threshold, x)

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import fastdiff
+from children import child_environment
 from fastdiff import ops
 from fastdiff.ops import backends, run
 from oracle import backends_at_hand, device_of, plain_row
@@ -256,11 +257,9 @@ def test_status_says_available_or_why_not() -> None:
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A new interpreter that imports this very fastdiff."""
-    path = os.pathsep.join([str(Path(fastdiff.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": path, **environment},
-    )  # fmt: skip
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=child_environment(**environment)
+    )
 
 
 def test_the_environment_forces_a_backend_for_a_process() -> None:

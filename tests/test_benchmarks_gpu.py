@@ -117,6 +117,27 @@ def test_time_that_runs_out_is_said(tmp_path: Path) -> None:
     assert any(name.startswith("ddim") for name in stored["not_measured"])
 
 
+def test_run_that_is_killed_keeps_what_it_measured_and_names_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = importlib.import_module("benchmarks.gpu.bench")
+
+    def killed(self: Any, case: Any, cache: str) -> None:
+        raise SystemExit  # as a signal would
+
+    monkeypatch.setattr(bench.Run, "_ceilings", lambda self: self.report["ceilings"].append("measured"))
+    monkeypatch.setattr(bench.Run, "_case", killed)
+    path = tmp_path / "x.json"
+    run = bench.Run("cpu", path, rehearse=True, rounds=1, seconds=60.0)
+    with pytest.raises(SystemExit):
+        run.everything()
+    stored = json.loads(path.read_text())
+    assert stored["ceilings"] == ["measured"]
+    assert any(name.startswith("ddim") for name in stored["not_measured"])
+    assert "noise and reductions" in stored["not_measured"]
+    assert "copies" not in stored["not_measured"]
+
+
 @needs_extension
 @pytest.mark.skipif(not INTERPRETED, reason="compiled Triton is held to the bit by `make gpu`, not to a bound")
 def test_noise_of_all_backends_is_compared(tmp_path: Path) -> None:

@@ -129,7 +129,12 @@ def test_without_a_gpu_a_run_is_refused_and_a_rehearsal_offered() -> None:
 
 @pytest.mark.parametrize(
     ("variables", "words"),
-    [({"STAGES": "bilud"}, "STAGES names 'bilud', expected some of build test"), ({"DRY": "yes"}, "DRY is 'yes'")],
+    [
+        ({"STAGES": "bilud"}, "STAGES names 'bilud', expected some of build test"),
+        ({"DRY": "yes"}, "DRY is 'yes'"),
+        ({"LIMIT": "4m"}, "LIMIT is '4m', expected whole seconds, 120 or more"),
+        ({"LIMIT": "60"}, "LIMIT is '60', expected whole seconds, 120 or more"),
+    ],
 )
 def test_the_script_refuses_bad_input_in_a_sentence(variables: dict[str, str], words: str) -> None:
     environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, **variables}

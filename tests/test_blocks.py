@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastdiff
+from children import child_environment
 from fastdiff import memory, ops
 from fastdiff.ops import backends
 from oracle import DTYPES, plain_row
@@ -53,10 +54,9 @@ def doubled(x: Tensor, keeps: int = 0) -> tuple[Tensor, ...]:
 
 
 def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(Path(fastdiff.__file__).parents[1]), str(Path(__file__).parent)])
     return subprocess.run(
         [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": paths, "FASTDIFF_BACKEND": "", "FASTDIFF_KEEP_MIB": "", **environment},
+        env=child_environment(**{"FASTDIFF_BACKEND": "", "FASTDIFF_KEEP_MIB": "", **environment}),
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
 

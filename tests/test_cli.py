@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from children import child_environment
 from fastdiff.cli import SAMPLERS, parse_classes, print_environment
 from fastdiff.images import GAP, save_grid
 
@@ -19,7 +20,13 @@ pytest.importorskip("typer")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "fastdiff", *arguments], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "fastdiff", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=child_environment(),
+    )
 
 
 def test_sample_writes_a_grid_and_prints_its_figures(tmp_path: Path) -> None:

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from children import child_environment
 from fastdiff import ops
 
 if ops.backends.extension is None:
@@ -64,7 +64,7 @@ def test_copy_kernel_of_every_cpu_build(build: str) -> None:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "FASTDIFF_CPU": build},
+        env=child_environment(FASTDIFF_CPU=build),
     )
     if "one that this processor has" in done.stderr:
         pytest.skip(f"this processor has no {build}")

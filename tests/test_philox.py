@@ -17,6 +17,7 @@ from scipy import stats
 from torch import Tensor
 
 import fastdiff
+from children import child_environment
 from fastdiff import Purpose, as_seeds, ops, spawn_seeds
 from fastdiff.ops import backends
 from fastdiff.philox import normals, philox_words, purpose_of_draw
@@ -173,7 +174,7 @@ def test_instruction_sets_draw_the_same_bits(tmp_path: object) -> None:
     )
     found = {}
     for build in ("generic", "avx2", "avx512"):
-        environment = {**os.environ, "FASTDIFF_CPU": build, "PYTHONPATH": os.path.dirname(__file__)}
+        environment = child_environment(FASTDIFF_CPU=build)
         ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
         if ran.returncode != 0 and "one that this processor has" in ran.stderr:
             continue

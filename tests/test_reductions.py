@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import os
 import random
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import fastdiff
+from children import child_environment
 from fastdiff import ops
 from fastdiff.table import compute_dtype
 from oracle import DTYPES, INTERPRETED, UNIT_ROUNDOFF, assert_same_bits, backends_at_hand, device_of
@@ -241,9 +240,7 @@ def results_of_builds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, lis
     results: dict[str, list[Tensor] | str] = {}
     for build in ("generic", "avx2", "avx512"):
         path = folder / f"{build}.pt"
-        environment = {**os.environ, "FASTDIFF_CPU": build, "FASTDIFF_BACKEND": ""}
-        package = str(Path(fastdiff.__file__).parents[1])
-        environment["PYTHONPATH"] = os.pathsep.join([package, environment.get("PYTHONPATH", "")])
+        environment = child_environment(FASTDIFF_CPU=build, FASTDIFF_BACKEND="")
         done = subprocess.run(
             [sys.executable, str(Path(__file__).with_name("reductions.py")), str(path), str(seed)],
             env=environment, capture_output=True, text=True, check=False,

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastdiff
+from children import child_environment
 from oracle import (
     DTYPES,
     FORMS,
@@ -229,14 +229,12 @@ def results_of_builds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, lis
     if fastdiff.ops.backends.extension is None:
         pytest.skip(fastdiff.ops.backends.extension_error)
     folder = tmp_path_factory.mktemp("builds")
-    package = Path(fastdiff.__file__).parents[1]
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     results: dict[str, list[tuple[Tensor, ...]] | str] = {}
     for build in ("generic", "avx2", "avx512"):
         path = folder / f"{build}.pt"
-        environment = {**os.environ, "FASTDIFF_CPU": build, "FASTDIFF_BACKEND": ""}
-        environment["PYTHONPATH"] = os.pathsep.join([str(package), environment.get("PYTHONPATH", "")])
+        environment = child_environment(FASTDIFF_CPU=build, FASTDIFF_BACKEND="")
         command = [sys.executable, str(Path(__file__).with_name("oracle.py")), str(path), str(seed)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if path.exists():
@@ -264,12 +262,9 @@ def test_cpu_builds_agree_to_the_bit(results_of_builds: dict[str, list[tuple[Ten
 def test_an_unknown_cpu_build_is_refused_by_name() -> None:
     if fastdiff.ops.backends.extension is None:
         pytest.skip(fastdiff.ops.backends.extension_error)
-    environment = {**os.environ, "FASTDIFF_CPU": "sse9", "FASTDIFF_BACKEND": "cpu"}
+    environment = child_environment(FASTDIFF_CPU="sse9", FASTDIFF_BACKEND="cpu")
     code = "import torch, fastdiff; fastdiff.ops.backend_for(torch.ones(1))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False,
-        cwd=Path(fastdiff.__file__).parents[1],
-    )  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "FASTDIFF_CPU is 'sse9', expected one of avx2, avx512, generic" in done.stderr
 

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import fastdiff
+from children import child_environment
 from fastdiff import ops
 from fastdiff.ops import backends
 from oracle import Shape, assert_same_bits, cases, make, plain_row
@@ -160,8 +158,7 @@ print("same")
 @pytest.mark.parametrize("build", ["generic", "avx2", "avx512"])
 def test_every_cpu_build_gives_the_same_bits(build: str) -> None:
     seed = str(random.randrange(2**32))
-    paths = os.pathsep.join([str(Path(fastdiff.__file__).parents[1]), str(Path(__file__).parent)])
-    environment = {**os.environ, "FASTDIFF_CPU": build, "FASTDIFF_BACKEND": "", "PYTHONPATH": paths}
+    environment = child_environment(FASTDIFF_CPU=build, FASTDIFF_BACKEND="")
     command = [sys.executable, "-c", _BUILD, build, seed]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if f"FASTDIFF_CPU is '{build}'" in done.stderr:

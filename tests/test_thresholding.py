@@ -57,12 +57,16 @@ def test_more_elements_than_torch_quantile_takes_are_no_trouble() -> None:
     assert dynamic_threshold(x0, 0.995, 1e9).item() == pytest.approx(expected, rel=1e-12)
 
 
-@given(seed=st.integers(0, 2**32 - 1), ratio=RATIOS, most=st.sampled_from([0.5, 1.0, 1.5, 100.0]))
-def test_the_threshold_stays_between_one_and_the_largest_bound(seed: int, ratio: float, most: float) -> None:
+@given(seed=st.integers(0, 2**32 - 1), ratio=RATIOS, most=st.sampled_from([0.3, 0.5, 1.0, 1.5, 100.0]))
+def test_the_threshold_is_the_quantile_clamped_as_torch_clamps(seed: int, ratio: float, most: float) -> None:
+    # torch.clamp(s, min=1, max=most) takes the upper bound last: below 1 it is the result.
     x0 = 3 * torch.randn(4, 33, generator=torch.Generator().manual_seed(seed))
     got = dynamic_threshold(x0, ratio, most)
-    assert bool((got >= 1.0).all())
-    assert bool((got <= max(most, 1.0)).all())
+    assert torch.equal(got, torch.quantile(x0.abs(), ratio, dim=1).clamp(min=1, max=most))
+    assert bool((got >= min(most, 1.0)).all())
+    assert bool((got <= most).all())
+    if most < 1.0:
+        assert got.tolist() == [float(torch.tensor(most))] * 4
 
 
 @given(seed=st.integers(0, 2**32 - 1), ratio=RATIOS)
@@ -100,3 +104,4 @@ def test_degenerate_shapes_have_a_threshold_a_sample(shape: tuple[int, ...]) -> 
     assert got.shape == shape[:1]
     # Of no element at all there is no quantile: the smallest bound does no harm.
     assert got.tolist() == [4.0 if len(shape) == 1 else 1.0] * shape[0]
+    assert dynamic_threshold(torch.full(shape, 4.0), 0.9, 0.5).tolist() == [0.5] * shape[0]

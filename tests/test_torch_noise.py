@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fastdiff
+from children import child_environment
 from fastdiff import ops, torch_noise
 from fastdiff.rng import draw
 from fastdiff.torch_noise import randn_like_diffusers, torch_randn, why_by_torch
@@ -571,14 +570,12 @@ print(torch.backends.cpu.get_cpu_capability(), why_by_torch())
 
 
 def in_a_process(**environment: str) -> subprocess.CompletedProcess[str]:
-    folders = [os.path.dirname(__file__), str(Path(fastdiff.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     return subprocess.run(
         [sys.executable, "-c", IN_A_PROCESS],
         capture_output=True,
         text=True,
         check=False,
-        cwd=folders[0],  # where no other fastdiff lies, for -c looks there first
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders), **environment},
+        env=child_environment(**environment),
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import fastdiff
+from children import child_environment
 from fastdiff import ops
 from fastdiff.ops import backends
 from oracle import DTYPES, assert_same_bits, plain_row
@@ -30,13 +30,12 @@ needs_interpreter = pytest.mark.skipif(
 def test_held_launches_hand_the_driver_what_the_jit_does(tmp_path: Path) -> None:
     if launch._unknown:
         pytest.skip(launch._unknown)
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "FASTDIFF_"))}
+    environ = {n: value for n, value in child_environment().items() if not n.startswith(("TRITON_", "FASTDIFF_"))}
     # Set, since conftest.py would turn the interpreter on.
     environ |= {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    path = os.pathsep.join([str(Path(fastdiff.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "held_launches.py")],
-        env={**environ, "PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True, check=False,
+        env=environ, cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
@@ -69,10 +68,9 @@ def test_a_launcher_that_is_none_is_refused() -> None:
 
 
 def import_launch(value: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(Path(fastdiff.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-c", "from fastdiff.kernels import launch; print(launch._through_jit)"],
-        env={**os.environ, "PYTHONPATH": path, "FASTDIFF_TRITON_LAUNCHER": value},
+        env=child_environment(FASTDIFF_TRITON_LAUNCHER=value),
         capture_output=True, text=True, check=False,
     )  # fmt: skip
 

@@ -41,6 +41,7 @@ class Run:
         self.device, self.path, self.rehearse, self.rounds = device, path, rehearse, rounds
         self.clock: Clock = clock_for(device)
         self.absent: dict[str, str] = absent_packages()
+        #: The parts that are still to come, or that time ran out for: a run that is killed leaves their names.
         self.not_measured: list[str] = []
         self.failed: dict[str, str] = {}
         self.report: dict[str, Any] = {"machine": machine(device), "ceilings": [], "cases": [], "pieces": []}
@@ -65,20 +66,22 @@ class Run:
         # Last: once the profiler has looked on, it may slow down whatever is launched afterwards.
         counted = [*selected, *(self._mixed_cases() if only is None else ())]
         parts += [(f"counting {case.name}", lambda case=case: self._count(case)) for case in counted]  # type: ignore[misc]
+        self.not_measured = [name for name, _ in parts]
+        self.store()
         grad, collecting = torch.is_grad_enabled(), gc.isenabled()
         torch.set_grad_enabled(False)
         gc.disable()
         try:
             for name, part in parts:
                 if time.monotonic() > self._until:
-                    self.not_measured.append(name)
-                    continue
+                    break
                 print(name, file=sys.stderr, flush=True)
                 try:
                     part()
                 except Exception as error:  # a peer or a size too many must not cost the rest of the run
                     self.failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
                     traceback.print_exc()
+                self.not_measured.remove(name)
                 self.store()
                 gc.collect()
                 if self.device == "cuda":

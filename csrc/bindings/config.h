@@ -1,47 +1,58 @@
 // SPDX-License-Identifier: MIT
 // The binding of the CUDA kernels' configurations, for the benchmark that sweeps them. Nothing of the library calls it.
+//
+// Python's C interface alone: a refusal is Python's error from the start and no C++ exception, which would have to find
+// its way through pybind11's handlers, shared with every other extension of the process and the library it was built
+// with (seen to end a process where g++ was not the one of torch's build).
 #pragma once
 
-#ifdef FASTDIFF_CUDA
-
-#include <string>
+#include <Python.h>
 
 #include "../cuda/config.h"
-#include "common.h"
 
 namespace fastdiff::bindings {
 
-inline py::dict as_dict(const CudaConfig& config) {
-    py::dict fields;
-    fields["step"] = config.step;
-    fields["draw"] = config.draw;
-    fields["randn"] = config.randn;
-    fields["sum"] = config.sum;
-    fields["select"] = config.select;
-    return fields;
+inline PyObject* cuda_config_as_dict(PyObject*, PyObject* device) {
+    const long index = PyLong_AsLong(device);
+    if (index == -1 && PyErr_Occurred() != nullptr) return nullptr;
+    const CudaConfig config = cuda_config(static_cast<int>(index));
+    return Py_BuildValue("{s:i,s:i,s:i,s:i,s:i}", "step", config.step, "draw", config.draw, "randn", config.randn,
+                         "sum", config.sum, "select", config.select);
 }
 
 // None puts the table's choice back.
-inline void take_cuda_config(const std::optional<std::array<int, 5>>& sizes) {
-    if (!sizes.has_value()) {
+inline PyObject* take_cuda_config(PyObject*, PyObject* sizes) {
+    if (sizes == Py_None) {
         (void)set_cuda_config(nullptr);
-        return;
+        Py_RETURN_NONE;
     }
-    const CudaConfig config{(*sizes)[0], (*sizes)[1], (*sizes)[2], (*sizes)[3], (*sizes)[4]};
-    TORCH_CHECK_VALUE(set_cuda_config(&config), "_set_cuda_config: sizes are ", config.step, ", ", config.draw, ", ",
-                      config.randn, ", ", config.sum, " and ", config.select,
-                      ", expected threads of step, draw, randn and sum, each a power of two from 32 to ", kMostThreads,
-                      ", and elements a thread of select, one from 1 to 1024; choose such");
+    PyObject* const five = PySequence_Tuple(sizes);
+    if (five == nullptr) return nullptr;
+    CudaConfig config;
+    const bool read =
+        PyArg_ParseTuple(five, "iiiii;_set_cuda_config: expected five sizes: step, draw, randn, sum, select",
+                         &config.step, &config.draw, &config.randn, &config.sum, &config.select) != 0;
+    Py_DECREF(five);
+    if (!read) return nullptr;
+    if (!set_cuda_config(&config))
+        return PyErr_Format(PyExc_ValueError,
+                            "_set_cuda_config: sizes are %d, %d, %d, %d and %d, expected threads of step, draw, randn "
+                            "and sum, each a power of two from 32 to %d, and elements a thread of select, one from 1 "
+                            "to 1024; choose such",
+                            config.step, config.draw, config.randn, config.sum, config.select, kMostThreads);
+    Py_RETURN_NONE;
 }
 
-inline void define_config(py::module_& m) {
-    m.def(
-        "_cuda_config", [](int device) { return as_dict(cuda_config(device)); }, py::arg("device"),
-        "The sizes of the kernels' blocks on a device; see csrc/cuda/config.h.");
-    m.def("_set_cuda_config", &take_cuda_config, py::arg("sizes"),
-          "Replaces them on every device: step, draw, randn, sum, select; None puts the table's choice back.");
+// False with Python's error where the functions could not be added.
+inline bool define_config(PyObject* module) {
+    static PyMethodDef methods[] = {
+        {"_cuda_config", &cuda_config_as_dict, METH_O,
+         "The sizes of the kernels' blocks on a device; see csrc/cuda/config.h."},
+        {"_set_cuda_config", &take_cuda_config, METH_O,
+         "Replaces them on every device: step, draw, randn, sum, select; None puts the table's choice back."},
+        {nullptr, nullptr, 0, nullptr},
+    };
+    return PyModule_AddFunctions(module, methods) == 0;
 }
 
 }  // namespace fastdiff::bindings
-
-#endif

@@ -186,8 +186,10 @@ inline py::object quantile(const at::Tensor& x, int64_t low, double weight, bool
 }
 
 inline void define_reductions(py::module_& m) {
-    m.def("sum", &sum, "mean (0), std (1), norm (2) and dot (3) a sample; None where the tensors are not plain.");
-    m.def("quantile", &quantile, "An interpolated order statistic a sample; None where x is not plain.");
+    m.def("sum", torch::wrap_pybind_function(sum),
+          "mean (0), std (1), norm (2) and dot (3) a sample; None where the tensors are not plain.");
+    m.def("quantile", torch::wrap_pybind_function(quantile),
+          "An interpolated order statistic a sample; None where x is not plain.");
 }
 
 }  // namespace fastdiff::bindings

@@ -99,11 +99,10 @@ __device__ __forceinline__ void prepare(const StepArgs& args, const C* __restric
 #pragma unroll
         for (int i = 0; i < V; ++i) terms[kModelOutput][i] = guide(terms[kModelOutput][i], uncond[i], scale);
     }
+    const C p = row[kPredictionSample], q = row[kPredictionOutput], clip = row[kClip];
 #pragma unroll
     for (int i = 0; i < V; ++i)
-        terms[kPrediction][i] =
-            clamp_to(predict(row[kPredictionSample], row[kPredictionOutput], terms[kSample][i], terms[kModelOutput][i]),
-                     row[kClip]);
+        terms[kPrediction][i] = clamp_to(predict(p, q, terms[kSample][i], terms[kModelOutput][i]), clip);
     if (args.threshold != nullptr) {
         const C threshold = static_cast<const C*>(args.threshold)[b];
 #pragma unroll

@@ -126,7 +126,8 @@ def _finish_kernel(
     KIND: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
-    count = tl.zeros((1,), tl.float64) + inner.to(tl.float64)
+    # Not `inner.to`: an integer argument that is 1 is a compile-time constant, which has no such method.
+    count = tl.zeros((1,), tl.float64) + inner
     lanes = tl.zeros((_LANES,), tl.float64)
     # Not `range`, whose bounds the interpreter cannot take from a tensor with numpy 2.4.
     start = b * 0

@@ -50,9 +50,9 @@ def _divide(a, b):
 
 @triton.jit
 def _clamp_to(value, bound):
-    """Clamp to ±bound by comparisons, which keep NaN."""
-    value = tl.where(value > bound, bound, value)
-    return tl.where(value < -bound, -bound, value)
+    """Clamp to ±bound by comparisons, which keep NaN; the upper bound last, as torch.clamp has it."""
+    value = tl.where(value < -bound, -bound, value)
+    return tl.where(value > bound, bound, value)
 
 
 @triton.jit
@@ -263,8 +263,9 @@ def _step_kernel(
         g = tl.load(guidance_ptr + b) if GUIDANCE_A_SAMPLE else tl.load(guidance_ptr)
         m = tl.fma(tl.zeros_like(m) + g, m - u, u)
 
-    q = tl.load(row_ptr + _PREDICTION_OUTPUT)
-    d = tl.fma(tl.zeros_like(m) + q, m, tl.load(row_ptr + _PREDICTION_SAMPLE) * x)
+    p = tl.load(row_ptr + _PREDICTION_SAMPLE)
+    d = tl.where(p != 0, p * x, 0.0)
+    d = _add_term(d, row_ptr + _PREDICTION_OUTPUT, m)
     d = _clamp_to(d, tl.load(row_ptr + _CLIP))
     if HAS_THRESHOLD:
         threshold = tl.load(threshold_ptr + b)
@@ -283,7 +284,9 @@ def _step_kernel(
             seed = tl.load(seeds_ptr + b)
             step = step_of(noise_steps_ptr, b, noise_step, NOISE_STEPS)
             if DRAWS == 2:
-                at = offsets.to(inner.dtype)  # int32 where that is enough: its division is several times as fast
+                # int32 where `inner` is: its division is several times as fast. Not `inner.dtype`: an integer argument
+                # that is 1 is a compile-time constant, which has none.
+                at = offsets.to((tl.program_id(0) + inner).dtype)
                 place = at % channels * (inner // channels) + at // channels
                 z = normals_at(place.to(tl.int64), seed, step, purpose.to(tl.uint32)).to(compute)
             else:
