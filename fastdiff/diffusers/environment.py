@@ -81,7 +81,7 @@ class AttributeNumber:
 
 @dataclass(frozen=True)
 class ScheduleArray:
-    """A list of the numbers in one of the scheduler's one-dimensional arrays; of a tensor without dimensions, the one."""
+    """The numbers in one of the scheduler's arrays as a list; of a tensor without dimensions, the one number."""
 
     name: str
 

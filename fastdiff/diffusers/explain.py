@@ -254,7 +254,8 @@ def _walk(
             else:
                 result = scheduler.step(model_output=outputs[0], timestep=timestep, sample=sample, **others)
         # Where no plan was looked up, the step before had its follower at hand.
-        plan = fused.plan if fused.latest is None else fused.latest
+        latest: Any = vars(fused)["latest"]  # set by the step
+        plan = fused.plan if latest is None else latest
         if plan is None:
             plan = "it is no call that a plan is made for"
         values = result if isinstance(result, tuple) else tuple(result.values())

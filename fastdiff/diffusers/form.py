@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..affine import COLUMNS, ZERO, Affine
 from ..table import NUM_REGISTERS, Row, Variance
@@ -68,10 +68,15 @@ def row_form(formulas: Sequence[Terms]) -> Form:
             coefficients[columns[leaf]] += coefficient
         return Affine(coefficients)
 
-    prediction, clip = (0.0, 0.0), math.inf
+    # A row's scalars are recorded coefficients here, until `Plan.with_values` puts numbers in their place.
+    prediction: Any = (0.0, 0.0)
+    clip: Any = math.inf
     if clamped is not None:
         prediction = _of_two(clamped.inner)
         clip = math.inf if clamped.bound is None else clamped.bound
+    kind: Variance
+    offset: Any
+    slope: Any
     kind, offset, slope = _variance(scaled)
     kept = tuple(affine(formula) for formula in formulas[1:])
     row = Row(

@@ -103,14 +103,16 @@ class Plan:
         if not all(map(math.isfinite, row[:CLIP] + row[CLIP + 1 :])):
             raise NotAffine(UNBOUNDED_COEFFICIENT)
         own = object.__new__(Plan)
-        vars(own).update(self._shared, row=row, next_scale=None, _tables={})
+        fresh: dict[str, Any] = {"row": row, "next_scale": None, "_tables": {}}
+        vars(own).update(self._shared | fresh)
         if self._computes:
-            vars(own).update(
-                results=tuple(_valued(value, values) for value in self.results),
-                attributes=tuple((name, _valued(value, values)) for name, value in self.attributes),
-                lists=tuple((n, stay, tuple(_valued(v, values) for v in items)) for n, stay, items in self.lists),
-                spans=tuple((_number(a, values), _number(b, values)) for a, b in self.spans),
-            )
+            computed: dict[str, Any] = {
+                "results": tuple(_valued(value, values) for value in self.results),
+                "attributes": tuple((name, _valued(value, values)) for name, value in self.attributes),
+                "lists": tuple((n, stay, tuple(_valued(v, values) for v in items)) for n, stay, items in self.lists),
+                "spans": tuple((_number(a, values), _number(b, values)) for a, b in self.spans),
+            }
+            vars(own).update(computed)
         return own
 
     @functools.cached_property

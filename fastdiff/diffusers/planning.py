@@ -167,8 +167,8 @@ def _make(
     if make_sampler is not None:
         attributes = {**attributes, "noise_sampler": make_sampler}  # stands for what it makes: a trace asks no sampler
     environment = Environment(attributes, given, schedule)
-    # Scalars are computed as the scheduler itself does it where they are times at which a tree of noise has its numbers,
-    # and where they are rounded so coarsely that another result would be another picture.
+    # Scalars are computed as the scheduler itself does it where they are times at which a tree of noise has its
+    # numbers, and where they are rounded so coarsely that another result would be another picture.
     widened = not sampler and not schedule.half
     for recorded in (True, False) if widened else (False,):
         tree = _tree((kind, make_sampler, recorded))

@@ -110,7 +110,8 @@ def launch(
 
 
 def _draw(
-    plan: Plan, attributes: dict[str, Any], arguments: Mapping[str, Any], output: Tensor, seeds: Tensor | None, step: int
+    plan: Plan, attributes: dict[str, Any], arguments: Mapping[str, Any], output: Tensor, seeds: Tensor | None,
+    step: int,
 ) -> list[Any]:  # fmt: skip
     """The step's noise, drawn as diffusers draws it, or from seeds, and as often."""
     if plan.spans:
@@ -162,7 +163,8 @@ def _step(plan: Plan, rows: tuple[Tensor, int | Tensor], sample: Tensor, output:
         return done
     return ops.step(
         sample, output, *rows, uncond=uncond, guidance=guidance, history=history, noise=noise, seeds=seeds,
-        noise_step=noise_step, purpose=plan.purpose, variance=variance, threshold=threshold, variance_kind=kind, keeps=plan.keeps, out=out,
+        noise_step=noise_step, purpose=plan.purpose, variance=variance, threshold=threshold, variance_kind=kind,
+        keeps=plan.keeps, out=out,
     )  # fmt: skip
 
 

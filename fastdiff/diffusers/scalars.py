@@ -45,7 +45,7 @@ class Number:
         """The number, not observed."""
         return self.tape.values[self.index]
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:  # what isinstance asks where the type itself does not fit
         value = self.value if self._index is not None or self._reader is None else self._reader(self.tape.environment)
         return type(value)
@@ -70,13 +70,13 @@ class Number:
         return round(self.observe(), digits)
 
     def __floor__(self) -> int:
-        return math.floor(self.observe())
+        return int(math.floor(self.observe()))
 
     def __ceil__(self) -> int:
-        return math.ceil(self.observe())
+        return int(math.ceil(self.observe()))
 
     def __trunc__(self) -> int:
-        return math.trunc(self.observe())
+        return int(math.trunc(self.observe()))
 
     def __hash__(self) -> int:
         return hash(self.observe())
@@ -246,7 +246,7 @@ class Scalar(Tensor):
         return _ufunc(ufunc, method, inputs, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return observed_tensor(self).__reduce_ex__(protocol)
+        return observed_tensor(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 @functools.cache
@@ -495,7 +495,8 @@ def _taken_out(tape: Tape, name: str, scalar: Any) -> Any:
         return NotImplemented
     if name == "bool":
         return bool(tape.observe(tape.apply(bool, index)))
-    return {"int": int, "float": float, "index": operator_index}[name](tape.observe(index))
+    number = tape.observe(index)
+    return int(number) if name == "int" else float(number) if name == "float" else operator_index(number)
 
 
 def _wanted_dtype(args: Any, kwargs: dict[str, Any]) -> torch.dtype:
@@ -609,14 +610,15 @@ def _solve(count: int, *numbers: float) -> list[float]:
     with torch._C.DisableTorchFunctionSubclass():
         system = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         square = system[: count * count].reshape(count, count)
-        return torch.linalg.solve(square, system[count * count :]).tolist()
+        solution: list[float] = torch.linalg.solve(square, system[count * count :]).tolist()
+        return solution
 
 
 def _tape_of(values: Any) -> Tape | None:
     """The tape of the first recorded number among values, lists of them included."""
     for value in values:
         if type(value) is Number or isinstance(value, Scalar):
-            return value.tape  # type: ignore[no-any-return]
+            return value.tape
         if isinstance(value, (list, tuple)):
             found = _tape_of(value)
             if found is not None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import IntEnum
 from types import FunctionType
 from typing import Any
@@ -214,7 +214,7 @@ class Schedule:
         return found
 
     @staticmethod
-    def of_other_shapes(attributes: dict[str, Any], shape: torch.Size) -> bool:
+    def of_other_shapes(attributes: Mapping[str, Any], shape: torch.Size) -> bool:
         """Whether tensors of history have another shape than the samples, which they are then broadcast to."""
         for name in HISTORY & attributes.keys():
             value = attributes[name]

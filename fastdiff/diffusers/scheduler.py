@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class FusedScheduler:
         # Configurations and pipelines write a class down by its module's library and its name: they find diffusers'.
         cls.__module__ = cls.original.__module__
         _BY_NAME[cls.__name__] = cls
-        pristine(cls.original)
+        pristine(cast(Any, cls.original))
         cls.arguments = {}
         for name in cls.stepping:
             method = getattr(cls.original, name)
@@ -224,7 +224,7 @@ def _stepping_method(name: str, method: Any, signature: inspect.Signature) -> An
     exec(
         f"def {name}({wanted}):\n if is_compiling():\n  return compiled({given})\n return take({given})\n", scope
     )
-    step = functools.update_wrapper(scope[name], method)
+    step: Any = functools.update_wrapper(cast(Any, scope[name]), method)
     # With the diffusers method's annotations: pipelines look there for `eta` and `generator`.
     step.__signature__ = signature
     return step

@@ -34,7 +34,7 @@ class Clamped:
     """A formula held to ±bound; a bound of None: to its own dynamic threshold, and divided by that."""
 
     inner: Terms
-    bound: float | None
+    bound: Factor | None
 
 
 @dataclass(frozen=True)
@@ -430,7 +430,7 @@ class Tracing(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in ("tensor", "as_tensor") and self.tape is not None and type(args[0]) is Number:
-            made = scalar_of(self.tape, args[0])
+            made: Any = scalar_of(self.tape, args[0])
             return made.to(kwargs["dtype"]) if "dtype" in kwargs else made
         if name in ("randn", "randn_like"):
             like = func(*args, **{**kwargs, "device": "meta", "generator": None} if name == "randn" else kwargs)

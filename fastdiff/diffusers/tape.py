@@ -220,6 +220,7 @@ class TraceTree(Generic[_T]):
 
 
 def divide(a: Any, b: Any) -> Any:
+    """The quotient; infinite or NaN for a divisor of 0."""
     try:
         return a / b
     except ZeroDivisionError:
@@ -229,6 +230,7 @@ def divide(a: Any, b: Any) -> Any:
 
 
 def floor_divide(a: Any, b: Any) -> Any:
+    """The quotient rounded down; infinite or NaN for a divisor of 0."""
     try:
         return a // b
     except ZeroDivisionError:
@@ -236,6 +238,7 @@ def floor_divide(a: Any, b: Any) -> Any:
 
 
 def power(a: Any, b: Any) -> Any:
+    """The power; infinite beyond what floats hold, NaN where it is no real number."""
     try:
         if a < 0 and b != int(b):
             return math.nan
@@ -273,6 +276,7 @@ acos, asin = (_unary(f, math.nan, math.nan) for f in (math.acos, math.asin))
 
 
 def sigmoid(x: float) -> float:
+    """The logistic function."""
     return divide(1.0, 1.0 + exp(-x))  # type: ignore[no-any-return]
 
 
@@ -287,10 +291,12 @@ def maximum(a: Any, b: Any) -> Any:
 
 
 def rounded_down(x: float) -> float:
+    """The greatest whole number that is not above."""
     return float(math.floor(x)) if math.isfinite(x) else x
 
 
 def rounded_up(x: float) -> float:
+    """The least whole number that is not below."""
     return float(math.ceil(x)) if math.isfinite(x) else x
 
 

@@ -283,7 +283,7 @@ class Tracer:
     def _scalar(self, reader: Callable[[Environment], Any], value: Tensor, argument: str | None = None) -> Tensor:
         """A tensor of numbers beside the schedule, such as a timestep."""
         if value.numel() == 1 or self.environment.schedule.position(value) is not None:
-            elements = (self.tape.read(reader),)
+            elements: tuple[int, ...] = (self.tape.read(reader),)
         elif argument is not None and 0 < value.numel() <= _MOST_ELEMENTS:
             elements = tuple(self.tape.read(ArgumentItem(argument, i)) for i in range(value.numel()))
         else:
@@ -425,7 +425,7 @@ def _pop_modes(depth: int) -> None:
 
 
 @functools.cache
-def pristine(original: type) -> dict[str, Any]:
+def pristine(original: Any) -> dict[str, Any]:
     """What a diffusers class and its bases define, as it was when it was first asked for."""
     return {name: value for base in reversed(original.__mro__) for name, value in vars(base).items()}
 
