@@ -43,8 +43,8 @@ LOOPS: list[tuple[str, dict[str, Any], int]] = [
 ]
 
 
-def last_sample(module: Any, name: str, config: dict[str, Any], steps: int, first: int = 0) -> Tensor:
-    """Take a loop with a class of a module, from its timestep `first` on.
+def last_sample(module: Any, name: str, config: dict[str, Any], steps: int, part: slice = slice(None)) -> Tensor:
+    """Take a loop with a class of a module, or a part of one.
 
     Returns:
         The last sample, ``[4, 3, 8, 8]``.
@@ -53,7 +53,7 @@ def last_sample(module: Any, name: str, config: dict[str, Any], steps: int, firs
     scheduler = getattr(module, f"{name}Scheduler")(**config)
     scheduler.set_timesteps(steps)
     sample = (torch.arange(768).reshape(3, 8, 8, 4) / 768).permute(3, 0, 1, 2) * scheduler.init_noise_sigma
-    for t in scheduler.timesteps[first:]:
+    for t in scheduler.timesteps[part]:
         scaled = scheduler.scale_model_input(sample, t)
         sample = scheduler.step(scaled * t / (t + 1), t, sample).prev_sample
     return sample

@@ -28,15 +28,16 @@ def test_table_has_a_row_for_each_loop(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert ddim.startswith("| DDIM | `clip_sample=False` | 3 | ")
     assert ddim.endswith(" | 0 | 0 |")
     assert float(ddim.split(" | ")[3]) < 1e-5  # a few roundings of float32
-    # The root of a negative number in the first step, here and there.
+    # The schedule's own array has a NaN in the first step.
     assert kdpm2.endswith(" | 3 | – | – | – | 768 | 768 |")
 
 
 @pytest.mark.parametrize("steps", [500, 1000])
 def test_multistep_loops_are_not_finite_where_diffusers_are_not(steps: int) -> None:
     """Of 1000 steps two have timestep 500, and the one between divides by 0; of 500 no two are the same."""
+    part = slice(steps // 2 - 2, steps // 2 + 2)
     ours, theirs = (
-        differences.last_sample(module, "DPMSolverMultistep", differences.COSINE, steps, first=steps // 2 - 1)
+        differences.last_sample(module, "DPMSolverMultistep", differences.COSINE, steps, part)
         for module in (fastdiff.diffusers, diffusers)
     )
     assert bool(theirs.isfinite().all()) is (steps == 500)
