@@ -198,7 +198,9 @@ def test_save_and_load_either_way(name: str) -> None:
         assert plain(scheduler.config) == dict(again.config)
         assert scheduler.config["_class_name"] == theirs_class.__name__
         set_timesteps(case, again)
-        alike(stepped(name, again), stepped(name, prepared(case, loader)), 0.0)
+        fresh = prepared(case, loader)
+        results = [outcome(lambda _, each=each: stepped(name, each), loader) for each in (again, fresh)]
+        alike(*results, 0.0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -247,8 +249,7 @@ def test_attributes_are_those_of_diffusers(name: str) -> None:
             assert scheduler.test_attribute == 5
         with pytest.raises(AttributeError, match=f"'{name}Scheduler' object has no attribute 'does_not_exist'"):
             scheduler.does_not_exist  # noqa: B018
-    if hasattr(theirs_class, "__len__"):
-        assert len(ours) == len(theirs)
+    assert not check(name, lambda cls: len(cls()))  # or what it raises
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -256,7 +257,7 @@ def test_trained_betas_are_kept(name: str) -> None:
     def behave(cls: Any) -> Any:
         found: list[Any] = []
         for betas in (np.array([0.1, 0.3]), np.linspace(1e-4, 0.02, 1000), [0.01] * 100):
-            scheduler = cls(trained_betas=betas)
+            scheduler = cls(trained_betas=betas, num_train_timesteps=max(len(betas), 100))
             with tempfile.TemporaryDirectory() as folder:
                 scheduler.save_pretrained(folder)
                 again = cls.from_pretrained(folder)
