@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dropin_cases import MOST_STEPS, OPTIONS, Case
-from dropins import MAKES_SAMPLER, Loop, classes, quiet, set_timesteps
+from dropins import MAKES_SAMPLER, Drawing, Exactly, Loop, classes, exact_defaults, quiet, set_timesteps, widen
 from fastdiff.diffusers import CLASSES
 
 NAMES = [name for name in OPTIONS if f"{name}Scheduler" in CLASSES]
@@ -176,6 +176,22 @@ def check(name: str, behave: Behaviour, tolerance: float = TOLERANCE, label: str
     except AssertionError as difference:
         return [f"{label} {str(difference).splitlines()[0]}".strip()]
     return []
+
+
+def is_nearer(case: Case) -> bool:
+    """Whether our loop is nearer to one in float64, with the same draws, than diffusers' own."""
+    drawing = Drawing()
+    ends = []
+    for cls, mode in zip(classes(case.name), (drawing, None), strict=True):
+        with quiet():
+            ends.append(RampLoop(case, prepared(case, cls)).run(mode=mode).sample.double())
+    exact = RampLoop(case.of(dtype=torch.float64), prepared(case, classes(case.name)[0]))
+    widen(exact.scheduler)
+    with exact_defaults():
+        exact.run(mode=Exactly(drawing.draws))
+    assert exact.error is None
+    theirs_wrong, ours_wrong = (float((end - exact.sample).abs().max()) for end in ends)
+    return ours_wrong < theirs_wrong
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -464,7 +480,10 @@ def test_loops_with_each_option(name: str) -> None:
                 continue  # the model of these tests has no second output
             case = case_of(name, config=config)
             short = {n: v for n, v in config.items() if n != "trained_betas"}
-            differences += check(name, functools.partial(whole_loop, case), label=str(short))
+            found = check(name, functools.partial(whole_loop, case), label=str(short))
+            # DEIS and a squared cosine schedule: diffusers' float32 scalars are 3e-4 from float64, ours 1e-4.
+            if found and not (found[0].endswith("apart") and is_nearer(case)):
+                differences += found
     assert not differences
 
 
