@@ -16,7 +16,7 @@ def dynamic_threshold(x0: Tensor, ratio: float, sample_max_value: float = 1.0) -
     Args:
         x0: predicted clean samples, ``[B, ...]``.
         ratio: which quantile of |x0| to take, in (0, 1].
-        sample_max_value: the largest bound, 1 or more.
+        sample_max_value: the largest bound, above 0; one below 1 is the bound itself, as in diffusers.
 
     Returns:
         ``[B]``, the quantile held to [1, sample_max_value], float32 (float64 for float64 samples); that of
@@ -24,7 +24,6 @@ def dynamic_threshold(x0: Tensor, ratio: float, sample_max_value: float = 1.0) -
     """
     if x0.numel() == 0:
         return torch.ones(x0.shape[0], dtype=compute_dtype(x0.dtype), device=x0.device)
-    largest = max(sample_max_value, 1.0)
     # Between two infinite numbers, and in a sample with a NaN, there is no quantile: the largest bound lets the other
     # elements keep their meaning.
-    return quantile(x0, ratio, absolute=True).nan_to_num(nan=largest).clamp(1.0, largest)
+    return quantile(x0, ratio, absolute=True).nan_to_num(nan=sample_max_value).clamp(1.0, sample_max_value)

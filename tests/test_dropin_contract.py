@@ -60,7 +60,8 @@ class RampLoop(Loop):
         scheduler = self.scheduler
         self.sample = (ramp() * getattr(scheduler, "init_noise_sigma", 1.0)).to(self.case.dtype)
         if self.first:
-            self.timesteps = self.timesteps[self.first :]
+            # As pipelines start within a loop: where one step of the solver ends and the next begins.
+            self.timesteps = self.timesteps[self.first - self.first % scheduler.order :]
             noise = ramp(backwards=True).to(self.case.dtype)
             if hasattr(scheduler, "scale_noise") and not hasattr(scheduler, "add_noise"):
                 self.sample = scheduler.scale_noise(self.sample, self.timesteps[:1], noise)
