@@ -5,12 +5,14 @@
 #   PIP_ARGS=             more options for pip install
 #   PYTEST_ARGS=          more options for pytest, such as PYTEST_ARGS="-n 4 -k philox"
 #   BENCH_ARGS=           more options for the benchmarks
+#   SOAK_ARGS=            more options for the soak, such as SOAK_ARGS="--steps 5000 --only eta"
 
 PYTHON ?= python3
 FASTDIFF_BUILD ?= auto
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+SOAK_ARGS ?=
 export FASTDIFF_BUILD
 
 VENV := .venv
@@ -36,7 +38,7 @@ CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.in
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup versions sample test fuzz sanitize lint format bench gpu clean
+.PHONY: help setup versions sample test fuzz sanitize lint format bench soak gpu clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*  ## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-9s %s\n", $$1, $$2 }'
@@ -68,6 +70,9 @@ format: $(PACKAGES)  ## rewrite the sources in the house format
 
 bench: $(BUILD)  ## print what a step costs beside its peers
 	$(PY) -m benchmarks $(BENCH_ARGS)
+
+soak: $(BUILD)  ## take 100000 steps of each kind and fail where memory grows: a quarter of an hour or more
+	$(PY) -m benchmarks.soak $(SOAK_ARGS)
 
 # No .venv and no pip: the machine with the GPU has what it has. The script says which variables it takes.
 gpu:  ## on a machine with an NVIDIA GPU: build, prove, measure; DRY=1 rehearses on the CPU, STAGES="build test" picks

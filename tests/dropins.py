@@ -336,7 +336,7 @@ def widened(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _double() -> Iterator[None]:
+def exact_defaults() -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -363,7 +363,7 @@ def exact_step(scheduler: Any, draws: list[Tensor], args: tuple[Any, ...], kwarg
         is_time = isinstance(value, Tensor) and value.dtype == scheduler.timesteps.dtype and value.dim() < 2
         return value if is_time else widened(value)
 
-    with quiet(), _double(), Exactly(draws):
+    with quiet(), exact_defaults(), Exactly(draws):
         return type(scheduler).step(twin, *map(wide, args), **{k: wide(v) for k, v in kwargs.items()})
 
 
@@ -372,5 +372,5 @@ def exact_walk(case: Case, draws: list[Tensor]) -> Loop:
     loop = made(case, classes(case.name)[0])
     loop.case = case.of(dtype=torch.float64)
     widen(loop.scheduler)
-    with _double():
+    with exact_defaults():
         return loop.run(mode=Exactly(draws))

@@ -67,7 +67,8 @@ def run_plan(
         rows = _rows(plan.prediction_table(sample.device), factor)
         (x0,) = ops.step(sample, output, *rows, uncond=uncond, guidance=guidance, out=[plan.dtype])
         config = attributes["_internal_dict"]
-        threshold = dynamic_threshold(x0, config["dynamic_thresholding_ratio"], config["sample_max_value"])
+        ratio, largest = config["dynamic_thresholding_ratio"], config["sample_max_value"]
+        threshold = dynamic_threshold(x0, ratio, largest, keep_nan=True)
     rows = _rows(plan.table(sample.device), factor)
     made = _step(plan, rows, sample, output, uncond, guidance, history, noise, variance, threshold,
                  seeds if plan.draws_inside else None, noise_step)  # fmt: skip
