@@ -126,6 +126,11 @@ def _levels_below(sigmas: Tensor) -> tuple[Tensor, Tensor]:
 class PerTokenSteps:
     """Mixed into the flow-matching Euler scheduler, for calls with `per_token_timesteps`."""
 
+    @staticmethod
+    def never_planned(given: Mapping[str, Any]) -> bool:
+        """Whether each token has a timestep of its own: such a step is no row, and its numbers are never the same."""
+        return given.get("per_token_timesteps") is not None
+
     def step_otherwise(self: Any, name: str, given: Mapping[str, Any]) -> Any:
         """Take a step that has no plan: directly with a timestep for each token, else by diffusers' own code."""
         result = per_token_step(self, given)

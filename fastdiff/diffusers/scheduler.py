@@ -131,6 +131,11 @@ class FusedScheduler:
         if "noise_sampler" in vars(self):
             self.noise_sampler = None  # the next step makes the one that belongs to the seeds, or to generators
 
+    @staticmethod
+    def never_planned(given: Mapping[str, Any]) -> bool:
+        """Whether a call of a step is one for which no plan is looked for."""
+        return False
+
     def step_otherwise(self, name: str, given: Mapping[str, Any]) -> Any:
         """Take a step that has no plan, by the diffusers class's own code."""
         return getattr(self.original, name)(self, **given)
@@ -221,9 +226,7 @@ def _stepping_method(name: str, method: Any, signature: inspect.Signature) -> An
     scope |= {f"default_{n}": p.default for n, p in signature.parameters.items() if p.default is not p.empty}
     given = ", ".join(names)
     wanted = ", ".join(f"{n}=default_{n}" if f"default_{n}" in scope else n for n in names)
-    exec(
-        f"def {name}({wanted}):\n if is_compiling():\n  return compiled({given})\n return take({given})\n", scope
-    )
+    exec(f"def {name}({wanted}):\n if is_compiling():\n  return compiled({given})\n return take({given})\n", scope)
     step: Any = functools.update_wrapper(cast(Any, scope[name]), method)
     # With the diffusers method's annotations: pipelines look there for `eta` and `generator`.
     step.__signature__ = signature
@@ -273,7 +276,8 @@ def _setting_method(method: Any) -> Any:
 
 def _index_for_timestep(self: Any, timestep: Any, schedule_timesteps: Any = None) -> Any:
     """As the diffusers class's own, without fetching a view of the schedule from a device."""
-    if schedule_timesteps is None and isinstance(timestep, Tensor) and not _is_compiling():
+    on_device = isinstance(timestep, Tensor) and not _is_compiling() and not timestep.is_cpu
+    if schedule_timesteps is None and on_device:
         schedule = fused_of(self).schedule
         place = schedule.position(timestep)
         if place is not None:
@@ -355,6 +359,8 @@ def _take(
         output = sample
     if not isinstance(output, Tensor) or not isinstance(sample, Tensor) or twice_or_too_many:
         return getattr(scheduler.original, name)(scheduler, *args, **kwargs)  # which says what is wrong
+    if scheduler.never_planned(given):
+        return _take_otherwise(scheduler, found, "has a timestep for each token", name, given, uncond, scale, factor)
     fused = fused_of(scheduler)
     if fused.seeds is not None and name != SCALING:
         _take_path_of_seeds(vars(scheduler), fused, sample)
@@ -371,17 +377,8 @@ def _take(
     plan = fused.latest = plan_of_now()
     if name == SCALING:
         fused.scaling = None if isinstance(plan, str) else plan
-    elif isinstance(plan, str):
-        fused.forget()
     if isinstance(plan, str):
-        if uncond is not None:
-            given["model_output"] = combined(uncond, output, scale, factor)
-        if fused.seeds is None or name == SCALING:
-            return scheduler.step_otherwise(name, given)
-        with SeededDraws(fused.seeds_for(sample), fused.steps_taken):
-            result = scheduler.step_otherwise(name, given)
-        fused.steps_taken += 1
-        return result
+        return _take_otherwise(scheduler, fused, plan, name, given, uncond, scale, factor)
     before = schedule.kept(attributes) if fused.steps_taken == 0 and factor is None else None
     if before is not None and not (plan is plan_of_now() and schedule.holds(attributes)):
         before = None  # another thread came between, and it is no state that this plan is known to be for
@@ -399,4 +396,25 @@ def _take(
         fused.go_on_from(plan, name, uncond is not None, given, scheduler)
     else:
         fused.forget()
+    return result
+
+
+def _take_otherwise(
+    scheduler: Any, fused: Fused | None, reason: str, name: str, given: dict[str, Any], uncond: Any, scale: Any,
+    factor: Tensor | None,
+) -> Any:  # fmt: skip
+    """A step without a plan, for a reason: guidance first, then the scheduler's own way."""
+    if uncond is not None:
+        given["model_output"] = combined(uncond, given["model_output"], scale, factor)
+    if fused is None or name == SCALING:
+        return scheduler.step_otherwise(name, given)
+    fused.latest = reason
+    fused.move()
+    fused.forget()
+    if fused.seeds is None:
+        result = scheduler.step_otherwise(name, given)
+    else:
+        with SeededDraws(fused.seeds_for(given["sample"]), fused.steps_taken):
+            result = scheduler.step_otherwise(name, given)
+    fused.steps_taken += 1
     return result
