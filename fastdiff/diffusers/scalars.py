@@ -70,13 +70,13 @@ class Number:
         return round(self.observe(), digits)
 
     def __floor__(self) -> int:
-        return int(math.floor(self.observe()))
+        return math.floor(self.observe())  # type: ignore[no-any-return]
 
     def __ceil__(self) -> int:
-        return int(math.ceil(self.observe()))
+        return math.ceil(self.observe())  # type: ignore[no-any-return]
 
     def __trunc__(self) -> int:
-        return int(math.trunc(self.observe()))
+        return math.trunc(self.observe())  # type: ignore[no-any-return]
 
     def __hash__(self) -> int:
         return hash(self.observe())
