@@ -27,7 +27,7 @@ from .reads import note_read, reads_of
 from .schedule import PLANS, Schedule, state_of
 from .symbols import NotAffine
 from .tape import TraceTree
-from .tracing import INPUTS, Tracer, pristine
+from .tracing import INPUTS, Tracer, pristine, with_modes_restored
 
 #: Traces that are kept, of all kinds of calls; the kinds that were asked for longest ago are forgotten first.
 MOST_TRACES = 2048
@@ -79,7 +79,9 @@ def find_plan(
     if plan is not None:
         schedule.plans.move_to_end(key)
         return plan
-    plan = _make(scheduler, kind, arguments, name, given, attributes, schedule, guided, seeded)
+    plan = with_modes_restored(
+        lambda: _make(scheduler, kind, arguments, name, given, attributes, schedule, guided, seeded)
+    )
     if len(reads) + len(arguments) != known:
         key = _key(reads, arguments, kind, given, attributes, schedule)
     PLANS.keep(schedule.plans, key, plan)

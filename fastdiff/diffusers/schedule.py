@@ -16,6 +16,7 @@ from torch import Tensor
 from .environment import CONFIG, FUSED, HISTORY, SCALARS_OF_STATE, Lookup, identity
 from .plan import Plan
 from .reads import reads_of
+from .tracing import names_in_code
 
 #: Schedules whose plans are kept, the latest ones, and how many plans in all.
 MOST_SCHEDULES = 128
@@ -84,10 +85,11 @@ class Schedule:
         """Look at a scheduler; of what is as it was at the last look, `before`, nothing is copied again."""
         attributes = vars(scheduler)
         self.config = attributes[CONFIG]
+        own = names_in_code(type(scheduler).original)
         arrays = {
             name: value
             for name, value in attributes.items()
-            if isinstance(value, np.ndarray) or (isinstance(value, Tensor) and not _of_state(name))
+            if isinstance(value, (np.ndarray, Tensor)) and name in own and not _of_state(name)
         }
         self.tensors = tuple((n, t, version_of(t)) for n, t in arrays.items() if isinstance(t, Tensor))
         self.arrays = tuple((n, a) for n, a in arrays.items() if isinstance(a, np.ndarray))

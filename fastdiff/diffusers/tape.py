@@ -240,39 +240,31 @@ def floor_divide(a: Any, b: Any) -> Any:
 def power(a: Any, b: Any) -> Any:
     """The power; infinite beyond what floats hold, NaN where it is no real number."""
     try:
-        if a < 0 and b != int(b):
-            return math.nan
-        return a**b
-    except ZeroDivisionError:
-        return math.inf
-    except OverflowError:
-        return -math.inf if a < 0 and b == int(b) and int(b) % 2 else math.inf
-    except ValueError:
-        return math.nan
+        result = a**b
+        return math.nan if isinstance(result, complex) else result
+    except (ZeroDivisionError, OverflowError):
+        odd = float(b).is_integer() and b % 2 == 1
+        return math.copysign(math.inf, a) if odd else math.inf
 
 
-def _unary(function: Callable[[float], float], below: float, beyond: float) -> Callable[[float], float]:
-    """A function of `math` with its value where that raises: at 0 and below its domain, and beyond what floats hold."""
+def _unary(function: Callable[[float], float], pole: float = math.nan) -> Callable[[float], float]:
+    """A function of `math` where that raises: -inf at its pole, NaN outside its domain, inf beyond what floats hold."""
 
     def safe(x: float) -> float:
         try:
             return function(x)
         except OverflowError:
-            return beyond
+            return math.inf
         except ValueError:
-            return below if x == 0 else math.nan
+            return -math.inf if x == pole else math.nan
 
     return safe
 
 
-log = _unary(math.log, -math.inf, math.inf)
-log1p = _unary(math.log1p, math.nan, math.inf)
-exp = _unary(math.exp, math.nan, math.inf)
-expm1 = _unary(math.expm1, math.nan, math.inf)
-sqrt = _unary(math.sqrt, math.nan, math.nan)
-sin, cos, tan = (_unary(f, math.nan, math.nan) for f in (math.sin, math.cos, math.tan))
+log, log1p = _unary(math.log, 0.0), _unary(math.log1p, -1.0)
+exp, expm1, sqrt = (_unary(f) for f in (math.exp, math.expm1, math.sqrt))
+sin, cos, tan, acos, asin = (_unary(f) for f in (math.sin, math.cos, math.tan, math.acos, math.asin))
 atan, tanh = math.atan, math.tanh
-acos, asin = (_unary(f, math.nan, math.nan) for f in (math.acos, math.asin))
 
 
 def sigmoid(x: float) -> float:

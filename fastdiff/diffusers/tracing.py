@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -171,13 +171,9 @@ class Tracer:
         held["_tracer"] = self
         given = {argument: self._argument(argument, value) for argument, value in self.environment.arguments.items()}
         self.tracing.known = self._known
-
-        def step() -> Any:
-            with self.tracing:
-                return getattr(self.original, name)(stub, **given)
-
         try:
-            results = with_modes_restored(step)
+            with self.tracing:
+                results = getattr(self.original, name)(stub, **given)
         finally:
             # No cycle is left: a scheduler's tensors go with their last reference.
             held.pop("_tracer", None)
@@ -407,27 +403,58 @@ class Tracer:
 
 
 def with_modes_restored(function: Callable[[], _T]) -> _T:
-    """Call a function and leave torch's stack of function modes as it was, whenever an interrupt comes."""
-    depth = torch._C._len_torch_function_stack()
+    """Call a function and leave torch's function modes as they were, whenever an interrupt comes."""
+    depth, enabled = torch._C._len_torch_function_stack(), torch._C._is_torch_function_enabled()
     try:
         return function()
     finally:
         # Twice, since an interrupt may come in here as well.
         try:
-            _pop_modes(depth)
+            _restore_modes(depth, enabled)
         finally:
-            _pop_modes(depth)
+            _restore_modes(depth, enabled)
 
 
-def _pop_modes(depth: int) -> None:
+def _restore_modes(depth: int, enabled: bool) -> None:
     while torch._C._len_torch_function_stack() > depth:
         torch._C._pop_torch_function_stack()
+    if enabled and not torch._C._is_torch_function_enabled():
+        # What a block that was never left would have done: a guard that was not entered has the state "enabled".
+        torch._C.DisableTorchFunctionSubclass().__exit__(None, None, None)  # type: ignore[attr-defined]
 
 
 @functools.cache
 def pristine(original: Any) -> dict[str, Any]:
     """What a diffusers class and its bases define, as it was when it was first asked for."""
     return {name: value for base in reversed(original.__mro__) for name, value in vars(base).items()}
+
+
+@functools.cache
+def names_in_code(original: Any) -> frozenset[str]:
+    """All names that a diffusers class's own code mentions: an attribute of another name is no concern of its steps."""
+    found: set[str] = set()
+    codes = [function.__code__ for value in pristine(original).values() for function in _functions_of(value)]
+    while codes:
+        code = codes.pop()
+        found.update(code.co_names)
+        for constant in code.co_consts:
+            if isinstance(constant, str):
+                found.add(constant)  # as getattr takes it
+            elif isinstance(constant, CodeType):
+                codes.append(constant)
+    return frozenset(found)
+
+
+def _functions_of(value: Any) -> list[Any]:
+    """The Python functions behind a class attribute, those that decorators wrap among them."""
+    parts = [value.fget, value.fset] if isinstance(value, property) else [getattr(value, "__func__", value)]
+    found = []
+    for part in parts:
+        while part is not None:
+            if isinstance(part, FunctionType):
+                found.append(part)
+            part = getattr(part, "__wrapped__", None)
+    return found
 
 
 #: Classes that fastdiff puts before diffusers' own, each with what it defines itself.
