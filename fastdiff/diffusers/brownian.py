@@ -195,7 +195,7 @@ def _times(
 ) -> tuple[float, float, float, float]:
     """The earlier and the later time that a sampler asks its trees for, −1 where it goes back, and √|t1 − t0|, in
     torch's arithmetic for numbers of the default dtype, as the sampler has them."""
-    t0, t1 = (transform(torch.as_tensor(value, dtype=dtype)) for value in (sigma, sigma_next))
+    t0, t1 = (transform(torch.as_tensor(value, dtype=dtype, device="cpu")) for value in (sigma, sigma_next))
     before, after = sorted((float(t0), float(t1)))
     return before, after, 1.0 if t0 < t1 else -1.0, float((t1 - t0).abs().sqrt())
 
@@ -278,7 +278,7 @@ def _difference() -> str:
         t0=0.03, t1=14.6, size=(16,), dtype=torch.float32, device="cpu", entropy=2**40 + 3, tol=1e-6, pool_size=24,
         halfway_tree=True,
     )  # fmt: skip
-    tree, out = Tree(interval), torch.empty(16)
+    tree, out = Tree(interval), torch.empty(16, device="cpu")
     for before, after in ((2.5, 14.6), (1.2, 2.5), (0.03, 1.2), (0.0301, 2.5), (7.315, 9.0)):
         # Steps of twice 25 roundings, of numbers below 4·√14.6.
         if not tree.increment(before, after, 1.0, out) or (out - interval(before, after)).abs().max() > 1e-4:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import ops
@@ -36,3 +37,22 @@ def combined(uncond: Tensor, cond: Tensor, scale: float | Tensor, factor: Tensor
     if factor is None:
         return guided
     return guided * factor.reshape(-1, *[1] * (guided.dim() - 1)).to(guided.dtype)
+
+
+def combined_by_torch(uncond: Tensor, cond: Tensor, scale: float | Tensor, share: float, channels: int) -> Tensor:
+    """The guided output in torch's operators, for a compiler to fuse.
+
+    Args:
+        uncond, cond, scale, share: as in `rescaling`.
+        channels: how many of the outputs' channels are measured for the rescaling.
+    """
+    wide = torch.promote_types(cond.dtype, torch.float32)
+    u, c = uncond.to(wide), cond.to(wide)
+    if isinstance(scale, Tensor) and scale.dim() > 0:
+        scale = scale.reshape(-1, *[1] * (cond.dim() - 1))
+    guided = u + scale * (c - u)
+    if share != 0.0:
+        axes = tuple(range(1, cond.dim()))
+        stds = [x[:, :channels].std(dim=axes, keepdim=True) for x in (c, guided)]
+        guided = guided * (share * (stds[0] / stds[1]) + (1.0 - share))
+    return guided.to(cond.dtype)

@@ -257,7 +257,7 @@ def _step(
 
 @functools.lru_cache(maxsize=1024)
 def _fixed_row(numbers: tuple[tuple[int, float], ...], keeps: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    row = torch.zeros(1, ROW_WIDTH, dtype=torch.float64)
+    row = torch.zeros(1, ROW_WIDTH, dtype=torch.float64, device="cpu")
     row[0, CLIP], row[0, MODEL_INPUT_SCALE] = math.inf, 1.0
     row[0, STORE_0], row[0, STORE_1] = (0.0 if keeps else -1.0), -1.0
     for column, number in numbers:

@@ -191,7 +191,7 @@ class Plan:
         """A table whose step gives the prediction itself, unclipped: what dynamic thresholding measures."""
         key = device, "prediction"
         if key not in self._tables:
-            rows = prediction_rows(torch.tensor([self.row], dtype=torch.float64))
+            rows = prediction_rows(torch.tensor([self.row], dtype=torch.float64, device="cpu"))
             self._tables[key] = rows.to(device=device, dtype=compute_dtype(self.dtype))
         return self._tables[key]
 

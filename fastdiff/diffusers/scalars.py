@@ -233,7 +233,7 @@ class Scalar(Tensor):
     ) -> Scalar:
         """A tensor of recorded numbers; `array` as in the class."""
         with torch._C.DisableTorchFunctionSubclass():
-            base = _empty(dtype) if not shape else torch.empty((), dtype=dtype).expand(shape)
+            base = _empty(dtype) if not shape else _empty(dtype).expand(shape)
             scalar: Scalar = torch.Tensor._make_subclass(Scalar, base)
         scalar.tape, scalar.elements, scalar.array = tape, elements, array
         return scalar

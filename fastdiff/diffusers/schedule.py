@@ -162,7 +162,9 @@ class Schedule:
         stub: Any = object.__new__(self._class)
         vars(stub).update({name: self.host.get(name, held) for name, held in attributes.items() if name != FUSED})
         with torch.inference_mode(False):
-            timestep = value if which.dtype is None else torch.tensor(value, dtype=which.dtype).expand(which.shape)
+            timestep = value
+            if which.dtype is not None:
+                timestep = torch.tensor(value, dtype=which.dtype, device="cpu").expand(which.shape)
             return getattr(self._class, which.method)(stub, timestep)
 
     def holds(self, attributes: dict[str, Any]) -> bool:

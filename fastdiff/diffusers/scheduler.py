@@ -20,7 +20,7 @@ from ..brownian_path import BrownianPath
 from ..errors import sentence
 from ..seeded_draws import SeededDraws
 from .environment import FUSED, snapshot
-from .guidance import combined, rescaling
+from .guidance import combined, combined_by_torch, rescaling
 from .loop import Fused, fused_of, goes_on
 from .plan import Plan
 from .planning import SCALING, find_plan
@@ -94,10 +94,9 @@ class FusedScheduler:
                 **kwargs,
             )  # fmt: skip
         _refuse_seeds(self)
-        factor = None
-        if guidance_rescale != 0.0:
-            factor = rescaling(model_output_uncond, model_output_cond, guidance_scale, guidance_rescale, sample)
-        output = combined(model_output_uncond, model_output_cond, guidance_scale, factor)
+        output = combined_by_torch(
+            model_output_uncond, model_output_cond, guidance_scale, guidance_rescale, sample.shape[1]
+        )
         return self.original.step(self, output, timestep, sample, **kwargs)  # type: ignore[attr-defined]
 
     def invalidate(self) -> None:
