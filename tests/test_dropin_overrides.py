@@ -63,6 +63,10 @@ def counted(function: Callable[..., Any], calls: list[str]) -> Callable[..., Any
     return replacement
 
 
+def replace_on(helper: str, replacement: Callable[..., Any], scheduler: Any) -> None:
+    vars(scheduler)[helper] = functools.partial(replacement, scheduler)
+
+
 def run(name: str, scheduler_class: type, prepare: Callable[[Any], None] = lambda _: None) -> Loop:
     loop = made(case(name), scheduler_class)
     assert loop.error is None
@@ -97,8 +101,7 @@ def test_what_is_replaced_below_the_step_is_called(name: str, way: str, monkeypa
             if way == "a subclass":
                 found[whose] = run(name, type("Own", (base,), {helper: replacement}))
             elif way == "the object":
-                bound = lambda s, r=replacement: vars(s).update({helper: functools.partial(r, s)})  # noqa: E731
-                found[whose] = run(name, base, bound)
+                found[whose] = run(name, base, functools.partial(replace_on, helper, replacement))
             else:
                 target = original if way == "diffusers' class" or whose == "theirs" else ours
                 with monkeypatch.context() as patch:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import diffusers
 import fastdiff.diffusers
 from dropins import forget_plans, quiet
 from fastdiff.diffusers import planning, schedule, tape

@@ -133,8 +133,7 @@ class Plan:
     def simple(self) -> bool:
         """Whether the step is one call of the fused step, and nothing before or after it but a draw of noise."""
         more = self.thresholding or self.variance_kind or self.spans or self.blend or not self.made
-        more = more or (self.seeded and self.draws)
-        return self.taken_as_they_are and not (more or self.make_sampler)
+        return self.taken_as_they_are and not (more or self.make_sampler or (self.seeded and self.draws))
 
     @functools.cached_property
     def outputs(self) -> tuple[torch.dtype, ...] | None:

@@ -420,7 +420,7 @@ def _restore_modes(depth: int, enabled: bool) -> None:
         torch._C._pop_torch_function_stack()
     if enabled and not torch._C._is_torch_function_enabled():
         # What a block that was never left would have done: a guard that was not entered has the state "enabled".
-        torch._C.DisableTorchFunctionSubclass().__exit__(None, None, None)  # type: ignore[attr-defined]
+        torch._C.DisableTorchFunctionSubclass().__exit__(None, None, None)
 
 
 @functools.cache
