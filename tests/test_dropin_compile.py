@@ -69,7 +69,7 @@ def test_a_loop_is_one_graph_where_diffusers_gives_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
-@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"])
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"])
 def test_a_guided_loop_is_one_graph(name: str, rescale: float) -> None:
     found = compiled(two_steps(CLASSES[name], step="guided_step", guidance_rescale=rescale))
     assert isinstance(found, Tensor), found
