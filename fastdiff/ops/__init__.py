@@ -12,6 +12,7 @@
     ops/layout.py      which tensors share memory, and one dense layout for all
     ops/random.py      the noise that a step draws, on its own
     ops/backends.py    which implementations there are, why one is missing, which one answers
+    ops/built_for.py   which torch an extension was built for
     ops/functional.py  cfg_combine, ddpm_step, ddim_step, dpm_solver_step, euler_step
     ops/reductions.py  quantile, mean, std, norm, dot: one scalar a sample
 """

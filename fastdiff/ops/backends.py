@@ -14,10 +14,11 @@ all arguments again.
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -26,6 +27,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..call import StepCall, Target
 from ..errors import sentence, unknown_name
+from .built_for import why_unfit
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
@@ -36,6 +38,11 @@ forced: str | None = None
 
 
 def _load_extension() -> tuple[ModuleType | None, str]:
+    spec = importlib.util.find_spec("fastdiff._C")
+    if spec is not None and spec.origin is not None:
+        unfit = why_unfit(Path(spec.origin))
+        if unfit:
+            return None, unfit
     try:
         return importlib.import_module("fastdiff._C"), ""
     except ImportError as error:

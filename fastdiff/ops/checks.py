@@ -13,6 +13,10 @@ from .layout import extent, in_memory, repeats_an_element, share_memory
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+#: The kinds of variance as plain ints: before 2.13 Dynamo neither iterates an enum class nor compares its members.
+_VARIANCE_KINDS = tuple(int(kind) for kind in Variance)
+_FIXED = int(Variance.FIXED)
+
 
 def check(call: StepCall, out: tuple[Target, ...] | None = None) -> None:
     """Refuse a call that no backend may run.
@@ -55,7 +59,7 @@ def _refusal(argument: str, got: str, expected: str, remedy: str) -> str:
 
 def _is_integer(value: object) -> bool:
     """Whether a value is an int, or a tracer's; a bool in an int's place is a mistake."""
-    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
 def _check_dtype(name: str, dtype: torch.dtype) -> None:
@@ -122,7 +126,7 @@ def _check_table(call: StepCall, out: tuple[Target, ...] | None) -> None:
         raise ValueError(_refusal("table", f"has shape {list(table.shape)}", f"[rows, {ROW_WIDTH}]", remedy))
     stored = {name: tensor.dtype for name, tensor in call.inputs()}
     for o, target in enumerate(out or ()):
-        if isinstance(target, Tensor | torch.dtype):
+        if isinstance(target, (Tensor, torch.dtype)):
             stored[f"out[{o}]"] = target if isinstance(target, torch.dtype) else target.dtype
     wanted = compute_dtype(*stored.values())
     if table.dtype == torch.float32 and sample.dtype != torch.float64 == wanted:
@@ -277,13 +281,13 @@ def _check_guidance(call: StepCall) -> None:
 
 
 def _check_variance(call: StepCall) -> None:
-    if not _is_integer(call.variance_kind) or call.variance_kind not in tuple(Variance):
+    if not _is_integer(call.variance_kind) or int(call.variance_kind) not in _VARIANCE_KINDS:
         raise ValueError(
             _refusal(
                 "variance_kind", f"is {call.variance_kind}", "0, 1 or 2", "use a member of fastdiff.table.Variance"
             )
         )
-    if (call.variance is not None) != (call.variance_kind != Variance.FIXED):
+    if (call.variance is not None) != (int(call.variance_kind) != _FIXED):
         raise ValueError(
             _refusal(
                 "variance",
