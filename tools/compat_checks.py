@@ -78,6 +78,20 @@ def check_samplers() -> None:
         torch.testing.assert_close(drawn[0], drawn[-1], rtol=0.0, atol=2.0**6 * 100 * 2.0**-23)
 
 
+def check_quantile() -> None:
+    """The quantile is torch's, to the bit; torch fuses its interpolation for AVX2 and AVX-512 alone."""
+    from fastdiff import ops
+
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        raise AssertionError("this processor has neither AVX2 nor AVX-512")
+    for dtype in (torch.float32, torch.float64):
+        for count in range(2, 300, 7):
+            x, q = normal(count, (3, count), dtype), (count * 0.618) % 1.0
+            for backend in backends():
+                what = f"quantile {q} of {count} numbers of {dtype} by {backend}"
+                same(ops.quantile(x, q, backend=backend), torch.quantile(x, q, dim=1), what)
+
+
 def check_gradients() -> None:
     """Gradients of the fused step, and vmap, are those of the reference."""
     from fastdiff import ops

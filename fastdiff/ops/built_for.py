@@ -52,7 +52,4 @@ def why_unfit(extension: Path) -> str:
             expected = f"{f'CUDA {cuda_here}' if cuda_here else 'no CUDA'}, like the torch {torch_here} that is here"
         else:
             return ""
-    remedy = (
-        "build it again: `make setup` in a checkout, else pip install --no-build-isolation --force-reinstall --no-deps"
-    )
-    return f"the C++ extension {got}, expected {expected}; {remedy}"
+    return f"the C++ extension {got}, expected {expected}; build it again: {_REMEDY}"
