@@ -20,7 +20,7 @@ from .table import compute_dtype
 BLOCK, LANES = 1024, 64
 
 #: Up to 2.13 torch.quantile rounds the position among float32 numbers to float32; from 2.14 on it keeps it in float64.
-_ROUNDS_POSITION = torch.__version__ < (2, 14)
+_ROUNDS_POSITION = torch.__version__ < "2.14"
 
 
 def rank(q: float, count: int, dtype: torch.dtype) -> tuple[int, float]:

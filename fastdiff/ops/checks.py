@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +16,7 @@ from .layout import extent, in_memory, repeats_an_element, share_memory
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-#: The kinds of variance as plain ints: before 2.13 Dynamo neither iterates an enum class nor compares its members.
+#: The kinds of variance as plain ints: before 2.13 Dynamo iterates no enum.
 _VARIANCE_KINDS = tuple(int(kind) for kind in Variance)
 _FIXED = int(Variance.FIXED)
 
@@ -60,6 +63,11 @@ def _refusal(argument: str, got: str, expected: str, remedy: str) -> str:
 def _is_integer(value: object) -> bool:
     """Whether a value is an int, or a tracer's; a bool in an int's place is a mistake."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def as_number(value: Any) -> Any:
+    """An enum's member as the int that it is, anything else as it is: before 2.13 Dynamo compares no members."""
+    return int(value) if isinstance(value, IntEnum) else value
 
 
 def _check_dtype(name: str, dtype: torch.dtype) -> None:
@@ -205,7 +213,7 @@ def _check_noise(call: StepCall) -> None:
         _check_counters("noise_step", call.noise_step, call.sample, one_for_all=True)
     else:
         _check_word("noise_step", call.noise_step)
-    _check_word("purpose", call.purpose)
+    _check_word("purpose", as_number(call.purpose))
 
 
 def _check_word(name: str, value: object) -> None:
@@ -281,13 +289,14 @@ def _check_guidance(call: StepCall) -> None:
 
 
 def _check_variance(call: StepCall) -> None:
-    if not _is_integer(call.variance_kind) or int(call.variance_kind) not in _VARIANCE_KINDS:
+    kind = as_number(call.variance_kind)
+    if not _is_integer(kind) or kind not in _VARIANCE_KINDS:
         raise ValueError(
             _refusal(
                 "variance_kind", f"is {call.variance_kind}", "0, 1 or 2", "use a member of fastdiff.table.Variance"
             )
         )
-    if (call.variance is not None) != (int(call.variance_kind) != _FIXED):
+    if (call.variance is not None) != (kind != _FIXED):
         raise ValueError(
             _refusal(
                 "variance",

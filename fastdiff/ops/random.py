@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import sentence
 from ..philox import Purpose, as_seeds, normals
 from . import backends
-from .checks import DTYPES
+from .checks import DTYPES, as_number
 from .layout import in_memory
 from .vmap import fold_randn
 
@@ -61,7 +61,7 @@ def randn(
         device = seeds.device if isinstance(seeds, Tensor) else "cpu"
     keys = as_seeds(seeds, shape[0], device)
     number, steps = (0, _steps(step, keys)) if isinstance(step, Tensor) else (step, None)
-    for name, value in (("step", number), ("purpose", purpose)):
+    for name, value in (("step", number), ("purpose", as_number(purpose))):
         if type(value) is bool or not 0 <= value < 2**32:
             raise ValueError(
                 sentence("randn", name, f"is {value!r}", "an int from 0 to 2**32 - 1", "take it modulo 2**32")
