@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import io
 from collections.abc import Callable
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch._dynamo.utils import counters
 import fastdiff
 from fastdiff import ops
 from fastdiff.affine import Affine
+from fastdiff.call import StepCall
 from fastdiff.ops import backends, checks
 from fastdiff.ops.run import RESULT_DTYPES
 from fastdiff.stepper import Stepper
@@ -375,3 +377,25 @@ def test_a_learned_variance_compiles_whether_its_kind_is_a_member_or_an_int() ->
         assert torch.equal(torch.compile(step, fullgraph=True, backend="eager")(x.abs()), step(x.abs()))
     with pytest.raises(ValueError, match=r"variance_kind is 3, expected 0, 1 or 2"):
         ops.step(x, x, rows, 0, variance_kind=3, keeps=1)
+
+
+class Incomparable(IntEnum):
+    """Numbers of which Dynamo before 2.13 can do nothing but `int`."""
+
+    ONE = 1
+    TWO = 2
+
+    def _refuse(self, other: object) -> bool:
+        raise TypeError("does not support the operator")
+
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse  # type: ignore[assignment]
+    __hash__ = int.__hash__
+
+
+def test_members_of_enums_are_not_compared() -> None:
+    x = torch.ones(2, 3)
+    purpose, kind = Incomparable.ONE, Incomparable.TWO
+    checks.check(StepCall(x, x, ROW, 0, variance=x, variance_kind=kind, seeds=torch.tensor([1, 2]), purpose=purpose))
+    assert torch.equal(fastdiff.randn((2, 3), [1, 2], purpose=purpose), fastdiff.randn((2, 3), [1, 2], purpose=1))
+    with pytest.raises(ValueError, match="purpose is -1, expected 0 to"):
+        checks.check(StepCall(x, x, ROW, 0, seeds=torch.tensor([1, 2]), purpose=-1))
