@@ -344,6 +344,18 @@ def test_the_pure_wheel_asks_for_the_range_of_torch_that_is_proven(released: Rel
     assert set(required.removeprefix("torch").split(",")) == {">=2.6", "<2.15"}
 
 
+def test_what_is_declared_is_what_the_documents_say_was_proven(released: Released) -> None:
+    text = (ROOT / "docs" / "packaging.md").read_text()
+    proven = re.findall(r"^\| (\d+\.\d+)\.\d+ \| ([\d., ]+) \|", text, flags=re.MULTILINE)
+    releases = sorted({tuple(map(int, release.split("."))) for release, _ in proven})
+    lowest, highest = releases[0], releases[-1]
+    assert setup_py.TORCH == f"torch>={lowest[0]}.{lowest[1]},<{highest[0]}.{highest[1] + 1}"
+    pythons = {python for _, several in proven for python in several.split(", ")}
+    prefix = "Programming Language :: Python :: 3."
+    declared = _metadata(released.pure).get_all("Classifier") or []
+    assert {line.rpartition(" ")[2] for line in declared if line.startswith(prefix)} == pythons
+
+
 def test_a_wheel_with_the_extension_names_the_torch_that_it_fits(released: Released) -> None:
     release = ".".join(str(torch.__version__).split(".")[:2])
     assert _required(released.built) == [f"torch=={release}.*"]

@@ -66,7 +66,7 @@ def run(*command: str | Path, cwd: Path | None = None, **environ: str) -> str:
         check=False,
     )
     if done.returncode != 0:
-        raise SetUpError(f"{' '.join(map(str, command))}\n{done.stdout}")
+        raise SetUpError(f"{' '.join(map(str, command))} ended with {done.returncode}\n{done.stdout}")
     return done.stdout
 
 
