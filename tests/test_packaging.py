@@ -349,7 +349,7 @@ def test_what_is_declared_is_what_the_documents_say_was_proven(released: Release
     proven = re.findall(r"^\| (\d+\.\d+)\.\d+ \| ([\d., ]+) \|", text, flags=re.MULTILINE)
     releases = sorted({tuple(map(int, release.split("."))) for release, _ in proven})
     lowest, highest = releases[0], releases[-1]
-    assert setup_py.TORCH == f"torch>={lowest[0]}.{lowest[1]},<{highest[0]}.{highest[1] + 1}"
+    assert f"torch>={lowest[0]}.{lowest[1]},<{highest[0]}.{highest[1] + 1}" == setup_py.TORCH
     pythons = {python for _, several in proven for python in several.split(", ")}
     prefix = "Programming Language :: Python :: 3."
     declared = _metadata(released.pure).get_all("Classifier") or []
