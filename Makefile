@@ -6,6 +6,8 @@
 #   PYTEST_ARGS=          more options for pytest, such as PYTEST_ARGS="-n 4 -k philox"
 #   BENCH_ARGS=           more options for the benchmarks
 #   SOAK_ARGS=            more options for the soak, such as SOAK_ARGS="--steps 5000 --only eta"
+#   VERSIONS=             the versions of torch that `make compat` proves the package with
+#   PYTHONS=              interpreters, each with its torch, that `make wheels` builds for
 
 PYTHON ?= python3
 FASTDIFF_BUILD ?= auto
@@ -13,6 +15,9 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 SOAK_ARGS ?=
+VERSIONS ?= 2.6.0 2.7.1 2.11.0 2.12.1 2.13.0 2.14.1
+PYTHONS ?= $(PY)
+COMPAT_ARGS ?=
 export FASTDIFF_BUILD
 
 VENV := .venv
@@ -38,7 +43,7 @@ CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.in
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup versions sample test fuzz sanitize lint format bench soak gpu clean
+.PHONY: help setup versions sample test fuzz sanitize lint format bench soak gpu compat wheels clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*  ## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-9s %s\n", $$1, $$2 }'
@@ -78,6 +83,13 @@ soak: $(BUILD)  ## take 100000 steps of each kind and fail where memory grows: a
 gpu:  ## on a machine with an NVIDIA GPU: build, prove, measure; DRY=1 rehearses on the CPU, STAGES="build test" picks
 	@benchmarks/gpu.sh
 
+# No .venv either: each version of torch has an environment of its own under build/compat, of half a gigabyte and more.
+compat:  ## prove the package beside other versions of torch: VERSIONS="2.6.0 2.14.1", COMPAT_ARGS="--tests tests/test_compile.py"
+	$(PYTHON) tools/compat.py $(COMPAT_ARGS) $(VERSIONS)
+
+wheels: $(PACKAGES)  ## build the sdist, the pure wheel, and wheels with the extension for each of PYTHONS, into dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" FASTDIFF_BUILD=$(if $(filter cuda,$(FASTDIFF_BUILD)),cuda,cpu) tools/build_wheels.sh $(PYTHONS)
+
 setup: $(BUILD)  ## make .venv and build the extension
 
 versions: $(PACKAGES)  ## print the versions of the packages that matter
@@ -107,8 +119,8 @@ $(INSTALL): pyproject.toml setup.py $(PACKAGES)
 	FASTDIFF_BUILD=none $(PY) -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps -e .
 	@touch $@
 
-# The folders stand beside their files so that a removed source counts as a change.
-$(BUILD): setup.py $(CSRC) $(sort $(dir $(CSRC))) $(INSTALL)
+# The folders stand beside their files so that a removed source counts as a change. Another torch in .venv is a change too.
+$(BUILD): setup.py $(CSRC) $(sort $(dir $(CSRC))) $(INSTALL) $(wildcard $(VENV)/lib/python*/site-packages/torch-*.dist-info/RECORD)
 	@command -v $(firstword $(or $(CXX),c++)) >/dev/null || \
 	  echo "make: there is no C++ compiler; the reference backend in plain torch will do the work, and slower" >&2
 	@rm -f fastdiff/_C*.so $(VENV)/.stamp-build-*

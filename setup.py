@@ -14,6 +14,10 @@
 steps down only for what is absent; sources that fail to compile are an error in every mode. What is known about the
 machine is gathered in ``Facts`` and judged by ``decide``, which touches nothing and so can be tested for any machine.
 
+What is distributed depends on that too. The pure-Python package asks for a torch of a range, one with an extension for
+the release that it was built for. The README on a package index cannot reach the files beside it;
+``FASTDIFF_FILES_URL`` says under which address they are served (docs/packaging.md).
+
 ``FASTDIFF_SANITIZE=1`` compiles the C++ with AddressSanitizer and UndefinedBehaviorSanitizer. Python loads such an
 extension only with their runtimes preloaded: ``make sanitize`` builds one in a folder of its own and tests it.
 """
@@ -35,6 +39,9 @@ from setuptools import Extension, setup
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
+
+#: What the pure-Python package asks for: the versions of torch that it is proven with (docs/packaging.md).
+TORCH = "torch>=2.6,<2.15"
 
 MODES = ("auto", "cpu", "cuda", "none")
 
@@ -58,8 +65,11 @@ PACKAGE_DIR = {
 }
 PACKAGE_DATA = {"fastdiff": ["py.typed"], "fastdiff.digits": ["weights.safetensors", "figures.json"]}
 
-# The commands that end in an extension. The others (sdist, egg_info, clean, …) describe the tree and need no compiler.
-BUILD_COMMANDS = frozenset({"build", "build_ext", "bdist_wheel", "bdist", "install", "develop", "editable_wheel"})
+# The commands that end in an extension, and dist_info, which tells pip beforehand what such a wheel will ask for. The
+# others (sdist, egg_info, clean, …) describe the tree and need no compiler.
+BUILD_COMMANDS = frozenset(
+    {"build", "build_ext", "bdist_wheel", "bdist", "install", "develop", "editable_wheel", "dist_info"}
+)
 
 # No -march=native: a wheel runs on other machines; the sources pick instruction sets when they load. No -ffast-math,
 # and no contraction: every fma is written out, so that all builds agree bit for bit. -fno-trapping-math changes no
@@ -97,6 +107,7 @@ class Facts(NamedTuple):
     torch: str | None = None  # version of the torch that can be imported, "2.13.0+cpu"
     torch_problem: str = "there is none"
     torch_cuda: str | None = None  # the CUDA release that torch is built for, "13.0"
+    torch_cxx11_abi: bool = True  # whether that torch has the C++11 ABI of the standard library
     toolkit: str | None = None  # the release of the CUDA toolkit, "13.0"
     toolkit_home: str | None = None
     toolkit_problem: str = "there is none"
@@ -263,6 +274,7 @@ def gather(environ: Mapping[str, str]) -> Facts:
     compiler, compiler_problem = find_compiler(environ)
     toolkit, toolkit_home, toolkit_problem = find_toolkit(environ)
     torch_version = torch_cuda = None
+    cxx11_abi = True
     torch_problem = ""
     try:
         import torch
@@ -270,9 +282,67 @@ def gather(environ: Mapping[str, str]) -> Facts:
         torch_problem = str(error)
     else:
         torch_version, torch_cuda = str(torch.__version__), torch.version.cuda
+        cxx11_abi = torch.compiled_with_cxx11_abi()
     return Facts(
-        compiler, compiler_problem, torch_version, torch_problem, torch_cuda, toolkit, toolkit_home, toolkit_problem
+        compiler=compiler,
+        compiler_problem=compiler_problem,
+        torch=torch_version,
+        torch_problem=torch_problem,
+        torch_cuda=torch_cuda,
+        torch_cxx11_abi=cxx11_abi,
+        toolkit=toolkit,
+        toolkit_home=toolkit_home,
+        toolkit_problem=toolkit_problem,
     )
+
+
+def built_for(mode: str, facts: Facts) -> str:
+    """Name the torch that an extension is built for; fastdiff/ops/built_for.py reads it in the finished file."""
+    cuda = f" cuda={facts.torch_cuda}" if mode == "cuda" else ""
+    return f"torch={facts.torch} cxx11abi={int(facts.torch_cxx11_abi)}{cuda}"
+
+
+def torch_requirement(mode: str, facts: Facts) -> str:
+    """Name the torch that a package asks for: with an extension one of the release that it was built for."""
+    if mode == "none":
+        return TORCH
+    public = str(facts.torch).partition("+")[0]
+    release = re.fullmatch(r"(\d+\.\d+)\.\d+", public)  # what is no release fits itself alone
+    return f"torch=={release.group(1)}.*" if release else f"torch=={public}"
+
+
+def files_url(environ: Mapping[str, str]) -> str:
+    """Read ``FASTDIFF_FILES_URL``: an address that ends in a slash, or an empty string.
+
+    Raises:
+        BuildError: it is no https address.
+    """
+    url = environ.get("FASTDIFF_FILES_URL") or ""
+    if url and not re.fullmatch(r"https://[^\s()]+", url):
+        expected = "an https address under which the files of this commit are served"
+        raise BuildError(_sentence("FASTDIFF_FILES_URL", f"is {url!r}", expected, "correct it, or unset it"))
+    return f"{url.rstrip('/')}/" if url else ""
+
+
+def readme(url: str) -> str:
+    """Make README.md readable away from the files beside it.
+
+    Links and images lead under `url`. Without one there is nowhere to lead to: a link becomes its text, an image what
+    is said in its place.
+    """
+
+    def leads(found: re.Match[str]) -> str:
+        image, text, target = found.groups()
+        if url:
+            return f"{image}[{text}]({url}{target})"
+        return f"*(Picture: {text}.)*" if image else text
+
+    parts = re.split(
+        r"(^```.*?^```$)", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
+    )
+    for i in range(0, len(parts), 2):  # what is odd is code
+        parts[i] = re.sub(r"(!?)\[([^\]]+)\]\((?![a-z]+:|#)([^)]+)\)", leads, parts[i])
+    return "".join(parts)
 
 
 def sources(mode: str) -> list[str]:
@@ -331,13 +401,17 @@ def extension(mode: str, facts: Facts, sanitize: list[str]) -> tuple[Extension, 
     # OpenMP is switched on for compiling only (at::parallel_for is a header). It is not linked: the symbols come from
     # the OpenMP runtime that torch has loaded, and a second runtime would bring a second set of threads.
     cxx_flags = CXX_FLAGS + ([] if sys.platform == "darwin" else ["-fopenmp"]) + sanitize
+    # On every command line, so that objects of another torch are compiled again: ninja follows none of its headers.
+    macros = [("FASTDIFF_BUILT_FOR", f'"{built_for(mode, facts)}"')]
+    if mode == "cuda":
+        macros.append(("FASTDIFF_CUDA", None))
     describe: Any = CUDAExtension if mode == "cuda" else CppExtension
     described = describe(
         "fastdiff._C",
         sources(mode),
         depends=[path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("csrc/**/*.[hi]*"))],
         include_dirs=[str(ROOT / "csrc")],
-        define_macros=[("FASTDIFF_CUDA", None)] if mode == "cuda" else [],
+        define_macros=macros,
         extra_compile_args={"cxx": cxx_flags, "nvcc": NVCC_FLAGS},
         extra_link_args=sanitize,
     )
@@ -351,24 +425,32 @@ def extension(mode: str, facts: Facts, sanitize: list[str]) -> tuple[Extension, 
 def main() -> None:
     """Decide, then hand over to setuptools."""
     arguments: dict[str, Any] = {}
-    if BUILD_COMMANDS.intersection(sys.argv[1:]):
-        requested = os.environ.get("FASTDIFF_BUILD") or "auto"
-        facts = Facts() if requested == "none" else gather(os.environ)
-        try:
-            decision = decide(requested, facts)
+    try:
+        url = files_url(os.environ)
+        mode, facts = "none", Facts()
+        if BUILD_COMMANDS.intersection(sys.argv[1:]):
+            requested = os.environ.get("FASTDIFF_BUILD") or "auto"
+            facts = Facts() if requested == "none" else gather(os.environ)
+            mode, warning = decide(requested, facts)
             sanitize = sanitize_flags(os.environ)
-        except BuildError as error:
-            raise SystemExit(f"error: {error}") from None
-        if decision.warning:
-            print(f"warning: {decision.warning}", file=sys.stderr)
-        if decision.mode != "none":
-            described, command = extension(decision.mode, facts, sanitize)
-            arguments = {"ext_modules": [described], "cmdclass": {"build_ext": command}}
+            if warning:
+                print(f"warning: {warning}", file=sys.stderr)
+            if mode != "none":
+                described, command = extension(mode, facts, sanitize)
+                arguments = {"ext_modules": [described], "cmdclass": {"build_ext": command}}
+    except BuildError as error:
+        raise SystemExit(f"error: {error}") from None
     setup(
         packages=PACKAGES,
         package_dir=PACKAGE_DIR,
         package_data=PACKAGE_DATA,
         include_package_data=False,  # a wheel holds what is listed here, not whatever MANIFEST.in matches
+        install_requires=[torch_requirement(mode, facts)],
+        long_description=readme(url),
+        long_description_content_type="text/markdown",
+        project_urls={"Source": url, "Changelog": f"{url}CHANGELOG.md", "Design": f"{url}docs/design.md"}
+        if url
+        else {},
         zip_safe=False,
         **arguments,
     )

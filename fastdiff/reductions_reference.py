@@ -19,16 +19,20 @@ from .table import compute_dtype
 #: Elements a block and lanes a block; csrc/reduce_math.h has the same numbers.
 BLOCK, LANES = 1024, 64
 
+#: Up to 2.13 torch.quantile rounds the position among float32 numbers to float32; from 2.14 on it keeps it in float64.
+_ROUNDS_POSITION = torch.__version__ < "2.14"
+
 
 def rank(q: float, count: int, dtype: torch.dtype) -> tuple[int, float]:
     """Which order statistic of `count` numbers the quantile `q` is: its rank, and how far it lies towards the next.
 
-    The position q·(count − 1) is rounded to `dtype` as torch.quantile does, up to the 2²⁴ numbers that it takes;
-    beyond, float32 cannot count, and the position is kept in float64.
+    `q` and the position q·(count − 1) are rounded as the torch.quantile of this torch does, up to the 2²⁴ numbers that
+    it takes; beyond, float32 cannot count, and both are kept in float64.
     """
     last = count - 1
     if dtype == torch.float32 and count <= 2**24:
-        position = float((torch.tensor(q, dtype=torch.float32, device="cpu") * last).item())
+        share = torch.tensor(q, dtype=torch.float32, device="cpu")
+        position = float((share * last).item()) if _ROUNDS_POSITION else float(share.item()) * last
     else:
         position = q * last
     low = min(int(position), last)

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import ast
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +19,11 @@ from torch._dynamo.utils import counters
 import fastdiff
 from fastdiff import ops
 from fastdiff.affine import Affine
-from fastdiff.ops import backends, run
+from fastdiff.call import StepCall
+from fastdiff.ops import backends, checks, run
 from fastdiff.ops.run import RESULT_DTYPES
 from fastdiff.stepper import Stepper
-from fastdiff.table import Row, StepTable
+from fastdiff.table import Row, StepTable, Variance
 from oracle import DTYPES, Case, Shape, assert_same_bits, make, plain_row
 
 ROW = plain_row(prev_x=1.0, prev_m=2.0)
@@ -365,3 +369,72 @@ def test_an_exported_module_is_saved_loaded_and_gives_the_same_bits(strict: bool
     assert type(eager) is Tensor
     for one in (program, loaded, program.run_decompositions()):
         assert_same_bits([one.module()(torch.ones(2, 3), inputs[1])], [expected])
+
+
+# --- Other versions of torch -----------------------------------------------------------------------------------------
+
+SOURCES = sorted(Path(fastdiff.__file__).parent.rglob("*.py"))
+
+
+def test_nothing_stands_in_the_sources_that_an_older_torch_cannot_read() -> None:
+    """What `make compat` proves with those versions, kept without them.
+
+    Before 2.13 Dynamo reads no `isinstance` of a union in a bar's form; 2.6 reads no `list[...]` in an operator's
+    signature, and imports nothing that has one.
+    """
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            where = f"{path.name}:{getattr(node, 'lineno', 0)}"
+            match node:
+                case ast.Call(func=ast.Name(id="isinstance"), args=[_, ast.BinOp(op=ast.BitOr())]):
+                    found.append(f"{where}: isinstance of a union")
+                case ast.FunctionDef(decorator_list=[ast.Call(func=ast.Attribute(attr="custom_op"))]):
+                    annotations = [node.returns, *(argument.annotation for argument in node.args.args)]
+                    if any("list[" in ast.unparse(each) for each in annotations if each is not None):
+                        found.append(f"{where}: list[...] in an operator's signature")
+    assert found == []
+
+
+def test_the_checks_of_a_call_use_no_enum_while_they_are_traced() -> None:
+    # Before 2.13 Dynamo neither iterates an enum's class nor compares its members.
+    tree = ast.parse(Path(str(checks.__file__)).read_text(encoding="utf-8"))
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assert len(functions) > 10
+    names = {node.id for function in functions for node in ast.walk(function) if isinstance(node, ast.Name)}
+    assert names & {"Variance", "Purpose"} == set()
+
+
+def test_a_learned_variance_compiles_whether_its_kind_is_a_member_or_an_int() -> None:
+    rows, x = TABLE.rows_as(torch.float32), torch.randn(2, 3)
+    for kind in (Variance.LEARNED, int(Variance.LEARNED)):
+
+        def step(x: Tensor, kind: int = kind) -> Tensor:
+            return ops.step(x, x, rows, 0, variance=x, variance_kind=kind, keeps=1)[0]
+
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(step, fullgraph=True, backend="eager")(x.abs()), step(x.abs()))
+    with pytest.raises(ValueError, match=r"variance_kind is 3, expected 0, 1 or 2"):
+        ops.step(x, x, rows, 0, variance_kind=3, keeps=1)
+
+
+class Incomparable(IntEnum):
+    """Numbers of which Dynamo before 2.13 can do nothing but `int`."""
+
+    ONE = 1
+    TWO = 2
+
+    def _refuse(self, other: object) -> bool:
+        raise TypeError("does not support the operator")
+
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse  # type: ignore[assignment]
+    __hash__ = int.__hash__
+
+
+def test_members_of_enums_are_not_compared() -> None:
+    x = torch.ones(2, 3)
+    purpose, kind = Incomparable.ONE, Incomparable.TWO
+    checks.check(StepCall(x, x, ROW, 0, variance=x, variance_kind=kind, seeds=torch.tensor([1, 2]), purpose=purpose))
+    assert torch.equal(fastdiff.randn((2, 3), [1, 2], purpose=purpose), fastdiff.randn((2, 3), [1, 2], purpose=1))
+    with pytest.raises(ValueError, match="purpose is -1, expected 0 to"):
+        checks.check(StepCall(x, x, ROW, 0, seeds=torch.tensor([1, 2]), purpose=-1))

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import email
+import email.message
+import importlib.machinery
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -12,11 +16,14 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 import fastdiff
 import sanitize
+from fastdiff.ops import backends, built_for
 from setup_script import load_setup
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -219,11 +226,6 @@ def test_packages_listed_are_those_on_disk() -> None:
         assert (ROOT / folder / "__init__.py").is_file(), f"{folder}/__init__.py is missing"
 
 
-def test_base_dependency_is_torch_alone() -> None:
-    requirements = importlib.metadata.requires("fastdiff-kernels") or []
-    assert [line for line in requirements if "extra ==" not in line] == ["torch>=2.6"]
-
-
 def test_extras_are_the_documented_ones() -> None:
     metadata = importlib.metadata.metadata("fastdiff-kernels")
     assert set(metadata.get_all("Provides-Extra") or []) == EXTRAS
@@ -275,49 +277,252 @@ def test_kernels_are_found_from_any_folder(start: str, tmp_path: Path) -> None:
     assert Path(answer.stdout.strip()).parts[-2:] in {("triton", "__init__.py"), ("kernels", "__init__.py")}
 
 
-# ------------------------------------------------------------------------------------------------- what is distributed
+# ---------------------------------------------------------------------------------------- wheels, and what they ask for
+
+
+class Released(NamedTuple):
+    """What tools/build_wheels.sh makes of this tree, with a compiler that takes all sources but one for empty."""
+
+    sdist: set[str]
+    pure: Path
+    built: Path
+
+
+#: The real compiler for what says which torch the extension is for, and for all that is no source of ours.
+_COMPILER = """
+for word in "$@"; do
+    case $word in *csrc/built_for.cpp) break ;; *csrc/*.cpp) source=$word ;; esac
+    [ "$before" = -o ] && object=$word
+    before=$word
+done
+[ -z "$source" ] && exec c++ "$@"
+echo | exec c++ -fPIC -x c++ -c - -o "$object"
+"""
+FILES_URL = "https://files.example/fastdiff/v0.1.0"
 
 
 @pytest.fixture(scope="module")
-def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str], str]:
-    """Names in the sdist, names in the pure wheel that is built from that sdist, and the wheel's file name."""
-    folder = tmp_path_factory.mktemp("distributions")
-    tree, out = folder / "tree", folder / "out"
+def released(tmp_path_factory: pytest.TempPathFactory) -> Released:
+    folder = tmp_path_factory.mktemp("released")
+    tree = folder / "tree"
     shutil.copytree(ROOT, tree, ignore=LEFTOVERS)
-    environ = {**os.environ, "FASTDIFF_BUILD": "none"}
-    program = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
-
-    def build(hook: str, source: Path, pattern: str) -> Path:
-        command = [sys.executable, "-c", program, hook, str(out)]
-        done = subprocess.run(command, cwd=source, env=environ, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return next(out.glob(pattern))
-
-    out.mkdir()
-    sdist = build("build_sdist", tree, "*.tar.gz")
+    programs = folder / "programs"
+    _executable(programs / "auditwheel", 'while [ "$1" != --wheel-dir ]; do shift; done; cp "$3" "$2"')
+    environ = {
+        **os.environ,
+        "CXX": str(_executable(programs / "compiler", _COMPILER)),
+        "FASTDIFF_BUILD": "cpu",
+        "FASTDIFF_FILES_URL": FILES_URL,
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+    }
+    command = [tree / "tools" / "build_wheels.sh", sys.executable]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    if setup_py.find_compiler(os.environ)[0] is None:
+        pytest.skip("needs a C++ compiler")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (sdist,) = (tree / "dist").glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder / "unpacked", filter="data")
-    (unpacked,) = (folder / "unpacked").iterdir()
-    wheel = build("build_wheel", unpacked, "*.whl")
-    in_sdist = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
-    return in_sdist, set(zipfile.ZipFile(wheel).namelist()), wheel.name
+        names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    (pure,) = (tree / "dist").glob("*-py3-none-any.whl")
+    (built,) = set((tree / "dist").glob("*.whl")) - {pure}
+    return Released(names, pure, built)
 
 
-def test_sdist_holds_what_building_and_testing_need(distributions: tuple[set[str], set[str], str]) -> None:
-    in_sdist, _, _ = distributions
+def _metadata(wheel: Path) -> email.message.Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return email.message_from_bytes(archive.read(name))
+
+
+def _required(wheel: Path) -> list[str]:
+    return [line for line in _metadata(wheel).get_all("Requires-Dist") or [] if "extra ==" not in line]
+
+
+def test_the_pure_wheel_asks_for_the_range_of_torch_that_is_proven(released: Released) -> None:
+    (required,) = _required(released.pure)
+    assert set(required.removeprefix("torch").split(",")) == set(setup_py.TORCH.removeprefix("torch").split(","))
+    assert set(required.removeprefix("torch").split(",")) == {">=2.6", "<2.15"}
+
+
+def test_what_is_declared_is_what_the_documents_say_was_proven(released: Released) -> None:
+    text = (ROOT / "docs" / "packaging.md").read_text()
+    proven = re.findall(r"^\| (\d+\.\d+)\.\d+ \| ([\d., ]+) \|", text, flags=re.MULTILINE)
+    releases = sorted({tuple(map(int, release.split("."))) for release, _ in proven})
+    lowest, highest = releases[0], releases[-1]
+    assert f"torch>={lowest[0]}.{lowest[1]},<{highest[0]}.{highest[1] + 1}" == setup_py.TORCH
+    pythons = {python for _, several in proven for python in several.split(", ")}
+    prefix = "Programming Language :: Python :: 3."
+    declared = _metadata(released.pure).get_all("Classifier") or []
+    assert {line.rpartition(" ")[2] for line in declared if line.startswith(prefix)} == pythons
+
+
+def test_a_wheel_with_the_extension_names_the_torch_that_it_fits(released: Released) -> None:
+    release = ".".join(str(torch.__version__).split(".")[:2])
+    assert _required(released.built) == [f"torch=={release}.*"]
+    assert _metadata(released.built)["Version"] == f"{fastdiff.__version__}+torch{release}.cpu"
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert released.built.name.startswith(
+        f"fastdiff_kernels-{fastdiff.__version__}+torch{release}.cpu-{tag}-{tag}-linux"
+    )
+
+
+def test_the_extension_of_a_wheel_says_which_torch_it_is_for(released: Released, tmp_path: Path) -> None:
+    with zipfile.ZipFile(released.built) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".so"))
+        extension = Path(archive.extract(name, tmp_path))
+    assert name.startswith("fastdiff/_C.")
+    assert built_for.why_unfit(extension) == ""
+    other = extension.read_bytes().replace(f"torch={torch.__version__} ".encode(), b"torch=2.5.1 ")
+    extension.write_bytes(other)
+    assert "was built for torch 2.5.1" in built_for.why_unfit(extension)
+
+
+def test_the_readme_of_a_wheel_leads_to_where_the_files_are(released: Released) -> None:
+    metadata = _metadata(released.pure)
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    text = metadata.get_payload()
+    assert f"![100 generated digits, ten of each class]({FILES_URL}/docs/images/digits.png)" in text
+    targets = re.findall(r"\]\(([^)]+)\)", "".join(re.split(r"```.*?```", text, flags=re.DOTALL)))
+    assert len(targets) > 10
+    assert [target for target in targets if not target.startswith("https://")] == []
+    addresses = dict(line.split(", ") for line in metadata.get_all("Project-URL") or [])
+    assert addresses["Changelog"] == f"{FILES_URL}/CHANGELOG.md"
+    for address in addresses.values():
+        assert (ROOT / address.removeprefix(f"{FILES_URL}/")).exists()
+
+
+def test_without_an_address_the_readme_leads_nowhere_and_shows_words() -> None:
+    text = setup_py.readme("")
+    assert "*(Picture: 100 generated digits, ten of each class.)*" in text
+    assert "](" not in "".join(re.split(r"```.*?```", text, flags=re.DOTALL))
+    code = [
+        re.findall(r"```python\n.*?```", each, flags=re.DOTALL) for each in (text, (ROOT / "README.md").read_text())
+    ]
+    assert code[0] == code[1] != []
+
+
+@pytest.mark.parametrize("url", ["http://files.example/", "files", "https://a b/"])
+def test_an_address_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(setup_py.BuildError) as refusal:
+        setup_py.files_url({"FASTDIFF_FILES_URL": url})
+    assert _is_full_sentence(str(refusal.value))
+    assert repr(url) in str(refusal.value)
+    assert setup_py.files_url({}) == setup_py.files_url({"FASTDIFF_FILES_URL": ""}) == ""
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "requirement"),
+    [
+        ("2.13.0+cu130", "torch==2.13.*"),
+        ("2.7.1", "torch==2.7.*"),
+        ("2.15.0.dev20261101+cpu", "torch==2.15.0.dev20261101"),
+    ],
+)
+def test_a_package_with_an_extension_asks_for_its_torch(torch_version: str, requirement: str) -> None:
+    facts = COMPLETE._replace(torch=torch_version)
+    assert setup_py.torch_requirement("cpu", facts) == setup_py.torch_requirement("cuda", facts) == requirement
+    assert setup_py.torch_requirement("none", facts) == setup_py.TORCH
+
+
+# -------------------------------------------------------------------------------------- an extension for another torch
+
+
+def _says(tmp_path: Path, mode: str, facts: tuple[object, ...]) -> str:
+    """What is said of an extension that setup.py builds of these facts."""
+    extension = tmp_path / "_C.so"
+    extension.write_bytes(
+        b"\x7fELF" + bytes(5000) + f"fastdiff._C was built for <{setup_py.built_for(mode, facts)}>".encode()
+    )
+    return built_for.why_unfit(extension)
+
+
+def _beside(monkeypatch: pytest.MonkeyPatch, version: str, cuda: str | None = None, cxx11_abi: bool = True) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch, "compiled_with_cxx11_abi", lambda: cxx11_abi)
+
+
+def test_an_extension_fits_the_torch_of_its_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, cuda in (("2.13.0+cpu", None), ("2.13.1+cpu", None), ("2.13.0+cu126", "12.6")):
+        _beside(monkeypatch, version, cuda)
+        assert _says(tmp_path, "cpu", CPU_TORCH) == ""
+    _beside(monkeypatch, "2.13.0+cu132", "13.2")
+    assert _says(tmp_path, "cuda", COMPLETE) == ""
+    _beside(monkeypatch, "2.15.0a0+gitabc")
+    assert _says(tmp_path, "cpu", CPU_TORCH._replace(torch="2.15.0a0+gitabc")) == ""
+
+
+@pytest.mark.parametrize(
+    ("mode", "facts", "beside", "named"),
+    [
+        ("cpu", CPU_TORCH, ("2.14.1",), ["was built for torch 2.13.0+cpu", "expected torch 2.14.1"]),
+        ("cpu", CPU_TORCH._replace(torch="2.1.0"), ("2.13.0",), ["was built for torch 2.1.0"]),
+        (
+            "cpu",
+            CPU_TORCH._replace(torch="2.15.0a0+gitabc"),
+            ("2.15.0a0+gitdef",),
+            ["2.15.0a0+gitabc", "2.15.0a0+gitdef"],
+        ),
+        ("cpu", CPU_TORCH, ("2.13.0", None, False), ["_GLIBCXX_USE_CXX11_ABI=1", "expected 0"]),
+        ("cuda", COMPLETE, ("2.13.0+cpu",), ["was built for CUDA 13.0", "expected no CUDA"]),
+        ("cuda", COMPLETE, ("2.13.0+cu126", "12.6"), ["was built for CUDA 13.0", "expected CUDA 12.6"]),
+    ],
+)
+def test_an_extension_for_another_torch_is_not_loaded(
+    mode: str,
+    facts: tuple[object, ...],
+    beside: tuple[Any, ...],
+    named: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _beside(monkeypatch, *beside)
+    said = _says(tmp_path, mode, facts)
+    for part in [*named, "the C++ extension", "; build it again: "]:
+        assert part in said
+
+
+def test_an_extension_that_says_nothing_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A file of zeros would not load either; what counts is that nobody tries, and that the reason is ours.
+    for content in (b"", bytes(100)):
+        extension = tmp_path / "_C.so"
+        extension.write_bytes(content)
+        spec = importlib.machinery.ModuleSpec("fastdiff._C", None, origin=str(extension))
+        with monkeypatch.context() as patched:
+            patched.setattr(importlib.util, "find_spec", lambda name, spec=spec: spec)
+            patched.setattr(importlib, "import_module", lambda name: pytest.fail(f"{name} was loaded"))
+            loaded, reason = backends._load_extension()
+        assert loaded is None
+        assert "does not say which torch it was built for" in reason
+    assert "cannot be read" in built_for.why_unfit(tmp_path / "none")
+
+
+def test_the_extension_here_is_for_the_torch_here() -> None:
+    if backends.extension is None:
+        pytest.skip(backends.extension_error)
+    extension = Path(str(backends.extension.__file__))
+    assert built_for.why_unfit(extension) == ""
+    assert f"torch={torch.__version__} ".encode() in extension.read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------- what is distributed
+
+
+def test_sdist_holds_what_building_and_testing_need(released: Released) -> None:
+    in_sdist = released.sdist
     needed = {"setup.py", "pyproject.toml", "Makefile", "requirements-dev.txt", "LICENSE", ".clang-format", ".ci/run"}
     needed |= {"fastdiff/py.typed", "fastdiff/digits/weights.safetensors", "fastdiff/digits/figures.json"}
-    for folder in ("csrc", "kernels", "tests", "fastdiff", "benchmarks"):
+    for folder in ("csrc", "kernels", "tests", "fastdiff", "benchmarks", "tools"):
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in {".py", ".cpp", ".h", ".inc", ".cu", ".cuh"}:
+            if path.suffix in {".py", ".cpp", ".h", ".inc", ".cu", ".cuh", ".sh"}:
                 needed.add(path.relative_to(ROOT).as_posix())
     assert needed - in_sdist == set()
     assert [name for name in in_sdist if name.endswith((".so", ".pyc", ".o"))] == []
 
 
-def test_wheel_holds_every_module_and_the_data(distributions: tuple[set[str], set[str], str]) -> None:
-    _, in_wheel, name = distributions
-    assert name == "fastdiff_kernels-0.1.0-py3-none-any.whl"
+def test_wheel_holds_every_module_and_the_data(released: Released) -> None:
+    in_wheel = set(zipfile.ZipFile(released.pure).namelist())
+    assert released.pure.name == "fastdiff_kernels-0.1.0-py3-none-any.whl"
     needed = {"fastdiff/py.typed", "fastdiff/digits/weights.safetensors", "fastdiff/digits/figures.json"}
     needed |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastdiff").rglob("*.py")}
     needed |= {f"fastdiff/kernels/{path.name}" for path in (ROOT / "kernels" / "triton").glob("*.py")}

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from children import child_environment
-from fastdiff import ops
+from fastdiff import ops, reductions_reference
 from fastdiff.table import compute_dtype
 from oracle import DTYPES, INTERPRETED, UNIT_ROUNDOFF, assert_same_bits, backends_at_hand, device_of
 from reductions import KINDS, LAYOUTS, QUANTILES, SEEDS, SHAPES, SPREADS, by_torch, call, laid_out, numbers, oracle
@@ -40,6 +40,15 @@ def few_where_interpreted(backend: str, examples: int) -> settings:
 
 
 # --- The quantile ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rounds", "weight"), [(True, 0.203125), (False, 0.2018396407365799)])
+def test_the_position_among_float32_numbers_is_that_of_the_torch_beside(
+    rounds: bool, weight: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 0.1 in float32 times 1234562 is 123456.20183964074, in float32 123456.203125.
+    monkeypatch.setattr(reductions_reference, "_ROUNDS_POSITION", rounds)
+    assert reductions_reference.rank(0.1, 1234563, torch.float32) == (123456, weight)
 
 
 @torch_fuses

@@ -13,6 +13,7 @@
     ops/random.py      the noise that a step draws, on its own
     ops/backends.py    which implementations there are, why one is missing, which one answers
     ops/fallback.py    the choice for a call that runs, with a warning where the reference answers for a compiled one
+    ops/built_for.py   which torch an extension was built for
     ops/functional.py  cfg_combine, ddpm_step, ddim_step, dpm_solver_step, euler_step
     ops/reductions.py  quantile, mean, std, norm, dot: one scalar a sample
 """

@@ -15,12 +15,13 @@ all arguments again.
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -30,6 +31,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..call import StepCall, Target
 from ..environment import CHOICES, chosen, why_absent
 from ..errors import sentence, unknown_name
+from .built_for import why_unfit
 
 BACKENDS = CHOICES["FASTDIFF_BACKEND"]
 
@@ -61,6 +63,11 @@ class _Block:
 
 def _load_extension() -> tuple[ModuleType | None, str]:
     try:
+        spec = importlib.util.find_spec("fastdiff._C")
+        if spec is not None and spec.origin is not None:
+            unfit = why_unfit(Path(spec.origin))
+            if unfit:
+                return None, unfit
         return importlib.import_module("fastdiff._C"), ""
     except ImportError as error:
         return None, why_absent(error)

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,10 @@ from ..table import NUM_REGISTERS, ROW_WIDTH, STORE_0, STORE_1, Variance, comput
 from .layout import extent, in_memory, repeats_an_element, share_memory
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+#: The kinds of variance as plain ints: before 2.13 Dynamo iterates no enum.
+_VARIANCE_KINDS = tuple(int(kind) for kind in Variance)
+_FIXED = int(Variance.FIXED)
 
 
 def check(call: StepCall, out: tuple[Target, ...] | None = None) -> None:
@@ -55,7 +62,12 @@ def _refusal(argument: str, got: str, expected: str, remedy: str) -> str:
 
 def _is_integer(value: object) -> bool:
     """Whether a value is an int, or a tracer's; a bool in an int's place is a mistake."""
-    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def as_number(value: Any) -> Any:
+    """An enum's member as the int that it is, anything else as it is: before 2.13 Dynamo compares no members."""
+    return int(value) if isinstance(value, IntEnum) else value
 
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:
@@ -123,7 +135,7 @@ def _check_table(call: StepCall, out: tuple[Target, ...] | None) -> None:
         raise ValueError(_refusal("table", f"has shape {list(table.shape)}", f"[rows, {ROW_WIDTH}]", remedy))
     stored = {name: tensor.dtype for name, tensor in call.inputs()}
     for o, target in enumerate(out or ()):
-        if isinstance(target, Tensor | torch.dtype):
+        if isinstance(target, (Tensor, torch.dtype)):
             stored[f"out[{o}]"] = target if isinstance(target, torch.dtype) else target.dtype
     wanted = compute_dtype(*stored.values())
     if table.dtype == torch.float32 and sample.dtype != torch.float64 == wanted:
@@ -204,7 +216,7 @@ def _check_noise(call: StepCall) -> None:
         _check_counters("noise_step", call.noise_step, call.sample, one_for_all=True)
     else:
         _check_word("noise_step", call.noise_step)
-    _check_word("purpose", call.purpose)
+    _check_word("purpose", as_number(call.purpose))
 
 
 def _check_word(name: str, value: object) -> None:
@@ -280,13 +292,14 @@ def _check_guidance(call: StepCall) -> None:
 
 
 def _check_variance(call: StepCall) -> None:
-    if not _is_integer(call.variance_kind) or call.variance_kind not in tuple(Variance):
+    kind = as_number(call.variance_kind)
+    if not _is_integer(kind) or kind not in _VARIANCE_KINDS:
         raise ValueError(
             _refusal(
                 "variance_kind", f"is {call.variance_kind}", "0, 1 or 2", "use a member of fastdiff.table.Variance"
             )
         )
-    if (call.variance is not None) != (call.variance_kind != Variance.FIXED):
+    if (call.variance is not None) != (kind != _FIXED):
         raise ValueError(
             _refusal(
                 "variance",

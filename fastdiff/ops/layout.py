@@ -47,7 +47,7 @@ def in_memory(tensor: Tensor) -> bool:
 
 def is_fake(tensor: Tensor) -> bool:
     """Whether a tensor is a tracer's, with a shape and no values."""
-    return isinstance(tensor, FakeTensor | FunctionalTensor) or torch._is_functional_tensor(tensor)
+    return isinstance(tensor, (FakeTensor, FunctionalTensor)) or torch._is_functional_tensor(tensor)
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:

@@ -9,7 +9,7 @@ operator, in torch operators that a compiler sees.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, List  # noqa: UP035 (torch 2.6 reads no list[Tensor] in an operator's signature)
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def step_op(
     keep_0_dtype: torch.dtype | None,
     keep_1_dtype: torch.dtype | None,
     backend: str,
-) -> list[Tensor]:
+) -> List[Tensor]:  # noqa: UP006
     """`fastdiff.ops.step`: prev_sample, the kept tensors, and the model input where a dtype is given for it.
 
     `rows` and `noise_steps` take the place of `row` and `noise_step`; an empty `backend` leaves the choice.  Results
@@ -86,8 +86,8 @@ def step_rows_op(
     model_output: Tensor,
     table: Tensor,
     rows: Tensor,
-    registers: list[Tensor],
-    slots: list[int],
+    registers: Sequence[Tensor],
+    slots: Sequence[int],
     uncond: Tensor | None,
     guidance: Tensor | None,
     noise: Tensor | None,

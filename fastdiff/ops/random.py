@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import checked_type, sentence, shown
 from ..philox import Purpose, as_seeds, normals
 from . import backends
-from .checks import DTYPES
+from .checks import DTYPES, as_number
 from .fallback import backend_to_run
 from .layout import in_memory
 from .vmap import fold_randn
@@ -69,7 +69,7 @@ def randn(
         device = seeds.device if isinstance(seeds, Tensor) else "cpu"
     keys = as_seeds(seeds, shape[0], device)
     number, steps = (0, _steps(step, keys)) if isinstance(step, Tensor) else (step, None)
-    for name, value in (("step", number), ("purpose", purpose)):
+    for name, value in (("step", number), ("purpose", as_number(purpose))):
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             got, expected = f"is a {type(value).__name__}", "an int from 0 to 2**32 - 1"
             raise TypeError(sentence("randn", name, got, expected, "pass a whole number"))
