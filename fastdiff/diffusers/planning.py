@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -114,8 +115,10 @@ def _argument_kind(name: str, value: Any) -> Any:
         return value is None
     if value is None or isinstance(value, (bool, str)):
         return value
-    if isinstance(value, (int, float)):
-        return type(value)
+    if type(value) in (int, float):
+        return type(value)  # a recorded number
+    if isinstance(value, np.generic):
+        return type(value), value.item()
     return identity(value)
 
 
