@@ -117,8 +117,8 @@ def _argument_kind(name: str, value: Any) -> Any:
         return value
     if type(value) in (int, float):
         return type(value)  # a recorded number
-    if isinstance(value, np.generic):
-        return type(value), value.item()
+    if isinstance(value, (np.generic, np.ndarray)):
+        return type(value), value.dtype.str, value.shape, value.tobytes()
     return identity(value)
 
 
@@ -153,7 +153,7 @@ _AS_IT_IS = frozenset((type(None), bool, str))
 
 def _argument_value(schedule: Schedule, name: str, value: Any) -> Any:
     if not isinstance(value, Tensor):
-        return value
+        return value if isinstance(value, (int, float)) else None  # else it is part of the kind
     place = schedule.position(value)
     return ("timesteps", place) if place is not None else tuple(value.reshape(-1).tolist())
 

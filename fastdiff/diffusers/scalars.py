@@ -339,6 +339,8 @@ _UNARY: dict[str, Callable[[Any], Any]] = {
     "tan": t.tan, "atan": t.atan, "arctan": t.atan, "acos": t.acos, "asin": t.asin, "tanh": t.tanh,
     "sigmoid": t.sigmoid, "floor": t.rounded_down, "ceil": t.rounded_up, "round": t.rounded,
 }  # fmt: skip
+#: Unary functions with jumps.
+_JUMPS = frozenset(("floor", "ceil", "round"))
 #: Unary functions that keep integers integers.
 _KEEPS_DTYPE = frozenset(("neg", "negative", "abs", "absolute", "floor", "ceil", "round"))
 #: What only moves elements about: done on the places of the elements.
@@ -410,6 +412,8 @@ def _recorded(tape: Tape, name: str, func: Any, args: Any, kwargs: dict[str, Any
     if name in _SHAPES:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
+    if name in _JUMPS and len(args) == 1 and not kwargs:
+        args = (_narrowed(tape, args[0]),)
     if name in _UNARY and len(args) == 1 and not kwargs:
         return _elementwise(tape, _UNARY[name], args, None if name in _KEEPS_DTYPE else torch.float32)
     if name in _BINARY and len(args) == 2 and not kwargs:
@@ -435,6 +439,13 @@ def _recorded(tape: Tape, name: str, func: Any, args: Any, kwargs: dict[str, Any
     if name == "repr":
         return repr(observed_tensor(args[0]))
     return NotImplemented
+
+
+def _narrowed(tape: Tape, scalar: Scalar) -> Scalar:
+    """Numbers that diffusers has in float32, rounded to it."""
+    if scalar.dtype is not torch.float32 or scalar.array is not None:
+        return scalar
+    return Scalar.make(tape, tuple(tape.apply(t.as_float32, i) for i in scalar.elements), scalar.shape, scalar.dtype)
 
 
 def _quotient_dtype(name: str) -> torch.dtype | None:
@@ -514,7 +525,7 @@ def _cast(tape: Tape, scalar: Scalar, dtype: torch.dtype) -> Any:
         return Scalar.make(tape, scalar.elements, scalar.shape, dtype, scalar.array)
     if scalar.array is not None or dtype is torch.bool:
         return NotImplemented
-    elements = tuple(tape.apply(t.truncated, index) for index in scalar.elements)
+    elements = tuple(tape.apply(t.truncated, index) for index in _narrowed(tape, scalar).elements)
     return Scalar.make(tape, elements, scalar.shape, dtype)
 
 

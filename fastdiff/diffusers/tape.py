@@ -18,6 +18,8 @@ import operator
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+
 #: An operation: a reader of the environment ``(reader,)``, a function of one or two earlier values ``(f, i)``,
 #: ``(f, i, j)``, of several ``(f, (i, j, ...), _MANY, _MANY)``, or a constant ``(None, value, type, None)``.
 Operation = tuple[Any, ...]
@@ -243,6 +245,8 @@ def power(a: Any, b: Any) -> Any:
         result = a**b
         return math.nan if isinstance(result, complex) else result
     except (ZeroDivisionError, OverflowError):
+        if a < 0 and not float(b).is_integer() and math.isfinite(b):
+            return math.nan
         odd = float(b).is_integer() and b % 2 == 1
         return math.copysign(math.inf, a) if odd else math.inf
 
@@ -280,6 +284,11 @@ def minimum(a: Any, b: Any) -> Any:
 def maximum(a: Any, b: Any) -> Any:
     """The greater; NaN where one is."""
     return a if a > b or a != a else b
+
+
+def as_float32(x: float) -> float:
+    """The nearest float32: what a function with jumps has to be given, so that it jumps where it does for diffusers."""
+    return float(np.float32(x))
 
 
 def rounded_down(x: float) -> float:
