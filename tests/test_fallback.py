@@ -73,6 +73,8 @@ torch.export.export(Step(), (x,)).module()(x)""",
 #: Imports a copy of the package by its place, whatever an editable installation puts in front of the path.
 COPY = """
 import importlib.util, sys
+# An editable installation finds modules that the copy lacks.
+sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
 spec = importlib.util.spec_from_file_location("fastdiff", {0!r} + "/__init__.py", submodule_search_locations=[{0!r}])
 sys.modules["fastdiff"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["fastdiff"])
