@@ -24,7 +24,17 @@ def compat(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return compat
 
 
-CHECKS = ["import", "samplers", "quantile", "gradients", "compile", "export", "strict_export", "dropins"]
+CHECKS = [
+    "import",
+    "samplers",
+    "quantile",
+    "gradients",
+    "compile",
+    "export",
+    "strict_export",
+    "dropins",
+    "compiled_dropins",
+]
 
 
 def test_the_checks_are_those_that_are_run(compat: ModuleType) -> None:

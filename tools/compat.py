@@ -26,7 +26,17 @@ from cuda_stubs import make_stubs
 
 ROOT = Path(__file__).resolve().parents[1]
 #: The functions of tools/compat_checks.py, without their "check_".
-CHECKS = ("import", "samplers", "quantile", "gradients", "compile", "export", "strict_export", "dropins")
+CHECKS = (
+    "import",
+    "samplers",
+    "quantile",
+    "gradients",
+    "compile",
+    "export",
+    "strict_export",
+    "dropins",
+    "compiled_dropins",
+)
 #: What a checkout holds besides its sources.
 LEFTOVERS = shutil.ignore_patterns(".git", ".venv", ".*_cache", "build", "dist", "*.egg-info", "__pycache__", "*.so")
 #: What the build and the checks need beside torch. diffusers asks for no torch; torchsde would, with its libraries.

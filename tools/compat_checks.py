@@ -224,6 +224,39 @@ def check_dropins() -> None:
             torch.testing.assert_close(x, drawn[0], rtol=0.0, atol=bound, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def check_compiled_dropins() -> None:
+    """A compiled loop over a drop-in scheduler is one graph where it is one over diffusers' own class."""
+    import diffusers
+
+    import fastdiff.diffusers
+
+    whole = 0
+    for name in ("FlowMatchEulerDiscrete", "DPMSolverMultistep", "HeunDiscrete", "EulerAncestralDiscrete", "DDIM"):
+        outcomes: list[Any] = []
+        for module in (diffusers, fastdiff.diffusers):
+            scheduler = getattr(module, f"{name}Scheduler")()
+            scheduler.set_timesteps(4)
+            if hasattr(scheduler, "set_begin_index"):
+                scheduler.set_begin_index(0)
+
+            def loop(x: Tensor, scheduler: Any = scheduler) -> Tensor:
+                for t in scheduler.timesteps[:2]:
+                    x = scheduler.step(torch.tanh(x), t, x, return_dict=False)[0]
+                return x
+
+            torch._dynamo.reset()
+            torch.manual_seed(0)
+            try:
+                outcomes.append(torch.compile(loop, backend="eager", fullgraph=True)(normal(1)))
+            except Exception as error:
+                outcomes.append(type(error).__name__)
+        assert isinstance(outcomes[0], str) == isinstance(outcomes[1], str), (name, outcomes)
+        if isinstance(outcomes[0], Tensor):
+            whole += 1
+            same(outcomes[1], outcomes[0], name)
+    assert whole > 0, "diffusers' own classes give no graph here"
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     globals()[f"check_{sys.argv[1]}"]()
