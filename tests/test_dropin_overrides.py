@@ -163,3 +163,26 @@ def test_a_subclass_that_overrides_nothing_of_the_step_stays_fused() -> None:
     x = torch.ones(1, 1, 4, 4)
     scheduler.step(x, scheduler.timesteps[0], x)
     assert not isinstance(scheduler._fused.latest, str)
+
+
+@pytest.mark.parametrize("on_the_object", [False, True])
+def test_guidance_goes_through_a_step_of_one_s_own(on_the_object: bool) -> None:
+    import fastdiff.diffusers as dropins
+
+    class Own(dropins.DDIMScheduler):
+        def step(self, model_output: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().step(0.5 * model_output, *args, **kwargs)
+
+    x, cond, uncond = (torch.full((1, 1, 4, 4), value) for value in (1.0, 3.0, 2.0))
+    results = []
+    for kind in (dropins.DDIMScheduler, dropins.DDIMScheduler if on_the_object else Own):
+        scheduler = kind()
+        scheduler.set_timesteps(4)
+        if kind is dropins.DDIMScheduler and results:
+            plain = scheduler.step
+            scheduler.step = lambda m, *args, plain=plain, **kwargs: plain(0.5 * m, *args, **kwargs)
+        t = scheduler.timesteps[0]
+        given = (uncond, cond, 2.0) if results else (0.5 * uncond, 0.5 * cond, 2.0)
+        results.append([scheduler.guided_step(*given, t, x, return_dict=False)[0] for _ in range(3)])
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted)

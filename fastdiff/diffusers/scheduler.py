@@ -25,7 +25,7 @@ from .loop import Fused, fused_of, goes_on
 from .plan import Plan
 from .planning import SCALING, find_plan
 from .running import run_plan
-from .tracing import HOUSE, USUAL, pristine
+from .tracing import HOUSE, USUAL, overriding_class, pristine
 
 
 class FusedScheduler:
@@ -198,6 +198,9 @@ def _guided_step(
     factor = None
     if guidance_rescale != 0.0:
         factor = rescaling(model_output_uncond, model_output_cond, guidance_scale, guidance_rescale, sample)
+    if "step" in vars(self) or overriding_class(type(self), self.original, "step") is not None:
+        guided = combined(model_output_uncond, model_output_cond, guidance_scale, factor)
+        return self.step(guided, timestep, sample, **kwargs)  # somebody's own
     given = {**dict(zip(USUAL, (model_output_cond, timestep, sample), strict=True)), **kwargs}
     return _take(self, "step", (), given, model_output_uncond, guidance_scale, factor)
 
