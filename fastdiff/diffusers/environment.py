@@ -60,12 +60,12 @@ def snapshot(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {name: list(value) if type(value) is list else value for name, value in attributes.items() if name != FUSED}
 
 
-def _number_in(tensor: Tensor, schedule: Any) -> Any:
-    """The one number that a tensor holds, as a Python number, from the host where the schedule has it."""
-    place = schedule.position(tensor)
-    if place is not None:
-        return schedule.values("timesteps")[place]
-    return tensor.detach().reshape(-1)[0].item()
+def _number_of(value: Any, schedule: Any) -> Any:
+    """A number, or the one number that a tensor holds, from the host where the schedule has it."""
+    if not isinstance(value, Tensor):
+        return value
+    place = schedule.position(value)
+    return value.detach().reshape(-1)[0].item() if place is None else schedule.values("timesteps")[place]
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,7 @@ class AttributeNumber:
     name: str
 
     def __call__(self, environment: Environment) -> Any:
-        value = environment.attributes[self.name]
-        return _number_in(value, environment.schedule) if isinstance(value, Tensor) else value
+        return _number_of(environment.attributes[self.name], environment.schedule)
 
 
 @dataclass(frozen=True)
@@ -97,8 +96,7 @@ class ItemNumber:
     place: int
 
     def __call__(self, environment: Environment) -> Any:
-        value = environment.attributes[self.name][self.place]
-        return _number_in(value, environment.schedule) if isinstance(value, Tensor) else value
+        return _number_of(environment.attributes[self.name][self.place], environment.schedule)
 
 
 @dataclass(frozen=True)
@@ -108,8 +106,7 @@ class ArgumentNumber:
     name: str
 
     def __call__(self, environment: Environment) -> Any:
-        value = environment.arguments[self.name]
-        return _number_in(value, environment.schedule) if isinstance(value, Tensor) else value
+        return _number_of(environment.arguments[self.name], environment.schedule)
 
 
 @dataclass(frozen=True)
