@@ -23,12 +23,13 @@ from torch import Tensor
 from ..ops import backends
 from .brownian import sampler_maker
 from .environment import ABSENT, HISTORY, ArgumentItem, ArgumentNumber, Environment, identity
+from .overrides import pristine
 from .plan import Plan, compile_trace
 from .reads import note_read, reads_of
 from .schedule import PLANS, Schedule, state_of
 from .symbols import NotAffine
 from .tape import TraceTree
-from .tracing import INPUTS, Tracer, pristine, with_modes_restored
+from .tracing import INPUTS, Tracer, with_modes_restored
 
 #: Traces that are kept, of all kinds of calls; the kinds that were asked for longest ago are forgotten first.
 MOST_TRACES = 2048

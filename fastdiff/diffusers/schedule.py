@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .environment import CONFIG, FUSED, HISTORY, SCALARS_OF_STATE, Lookup, identity
+from .overrides import names_in_code
 from .plan import Plan
 from .reads import reads_of
-from .tracing import names_in_code
 
 #: Schedules whose plans are kept, the latest ones, and how many plans in all.
 MOST_SCHEDULES = 128

@@ -22,10 +22,11 @@ from ..seeded_draws import SeededDraws
 from .environment import FUSED, snapshot
 from .guidance import combined, combined_by_torch, rescaling
 from .loop import Fused, fused_of, goes_on
+from .overrides import HOUSE, overriding_class, pristine
 from .plan import Plan
 from .planning import SCALING, find_plan
 from .running import run_plan
-from .tracing import HOUSE, USUAL, overriding_class, pristine
+from .tracing import USUAL
 
 
 class FusedScheduler:
