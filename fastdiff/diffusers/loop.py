@@ -132,6 +132,8 @@ class Fused(_Loop):  # type: ignore[misc]
         self.latest: Plan | str | None = None
         #: Whether the schedule has to be looked at anew, for numbers may have been written that nobody counts.
         self.look_again = False
+        #: Whether the last step that was looked up was none of a loop.
+        self.irregular = False
         #: The plan of the last look at `scale_model_input`.
         self.scaling: Plan | None = None
         self._seeds_kept: Tensor | None = None
@@ -168,11 +170,10 @@ class Fused(_Loop):  # type: ignore[misc]
         place = self.schedule.position(timestep) if isinstance(timestep, Tensor) else None
         now = self.steps_taken, place, [value for value in given.values() if type(value) in (int, float)]
         before, self._last = self._last, now
-        if place is None:
-            return False
-        if before[0] != now[0] - 1:
-            return True  # the last one was the first of its kind, or taken in C++
-        return before[1] == place - 1 and before[2] == now[2]
+        # Where the last one was the first of its kind, or taken in C++, nothing says that this is no loop.
+        follows = before[0] != now[0] - 1 or (place is not None and before[1] == place - 1 and before[2] == now[2])
+        self.irregular = place is None or not follows
+        return not self.irregular
 
     def go_on_from(self, plan: Plan, method: str, guided: bool, given: Mapping[str, Any], scheduler: Any) -> None:
         """Look at the scheduler and the call after a step that was taken the longer way."""

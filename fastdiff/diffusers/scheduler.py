@@ -245,6 +245,8 @@ def _scaling_method(name: str, method: Any, signature: inspect.Signature) -> Any
         fused: Fused | None = attributes.get(FUSED)
         # Where nothing has changed since the last step, the factor is the one that was found there before.
         after = fused.plan if fused is not None and len(args) == 2 and not kwargs else None
+        if fused is not None and fused.irregular:
+            return method(self, *args, **kwargs)  # to look up a plan takes longer, and no step will follow this one
         if fused is None or after is None or attributes.get("_step_index") is None:
             return _take(self, name, args, kwargs, None, None)
         if not fused.unchanged(self):
