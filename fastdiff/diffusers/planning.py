@@ -32,7 +32,7 @@ from .tape import TraceTree
 from .tracing import INPUTS, Tracer, with_modes_restored
 
 #: Traces that are kept, of all kinds of calls; the kinds that were asked for longest ago are forgotten first.
-MOST_TRACES = 2048
+MOST_TRACES = 512
 #: The method that a step is no part of, though a scheduler is asked for it before each.
 SCALING = "scale_model_input"
 
