@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastdiff.diffusers
-from dropins import LAST_IS_NO_STEP, MAKES_SAMPLER, quiet
+from dropins import LAST_IS_NO_STEP, MAKES_SAMPLER, forget_plans, quiet
 from fastdiff.diffusers import schedule
 from fastdiff.diffusers import scheduler as scheduling
 from fastdiff.diffusers.schedule import Schedule
@@ -539,6 +539,7 @@ def test_nothing_is_kept_of_a_state_that_changes_meanwhile(looked: list[str], mo
 
 def test_no_tensor_of_a_loop_is_kept_for_the_next() -> None:
     for name in ("PNDM", "HeunDiscrete", "DPMSolverMultistep"):
+        forget_plans()  # so that the first loop is traced, whatever ran before
         scheduler, outputs, watched = made(name), tensors(), []
         for _ in range(3):
             first = tensors(seed=1)

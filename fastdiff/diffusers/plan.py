@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Plan:
     makes.
 
     Attributes:
-        row: the step's 32 scalars; before `with_values`, recorded coefficients are among them.
+        row: the step's 32 scalars; before `with_values`, a tuple with its index on the tape for each recorded one.
         dtype: the widest of all tensors, before and after: the step is taken in its compute dtype.
         from_attributes: by name, and by the place in a list where there is one.
         from_arguments, from_keywords: by the number among `USUAL`, and by name.
@@ -99,7 +99,7 @@ class Plan:
         Raises:
             NotAffine: a coefficient is infinite or NaN with these numbers.
         """
-        row = [values[entry.index] if type(entry) is Coefficient else entry for entry in self.row]
+        row = [values[entry[0]] if type(entry) is tuple else entry for entry in self.row]
         if not all(map(math.isfinite, row[:CLIP] + row[CLIP + 1 :])):
             raise NotAffine(UNBOUNDED_COEFFICIENT)
         own = object.__new__(Plan)
@@ -272,7 +272,8 @@ def compile_trace(
         # What is made on the way to the result must not be rounded to a half type.
         dtype = torch.promote_types(dtype, torch.float32)
     return Plan(
-        row=list(form.row.scalars()),
+        # By their index alone: a coefficient has its tape, and that the tensors of the call that was traced.
+        row=[(c.index,) if type(c) is Coefficient else c for c in cast(list[Any], form.row.scalars())],
         dtype=dtype,
         from_attributes=tuple(map(_attribute, attributes)),
         from_arguments=tuple(map(USUAL.index, arguments)),

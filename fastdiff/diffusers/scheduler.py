@@ -34,9 +34,10 @@ class FusedScheduler:
 
     #: Methods that take a step.
     stepping: ClassVar[tuple[str, ...]] = ("step",)
-    #: The diffusers class, and each stepping method's arguments in order.
+    #: The diffusers class, and each stepping method's arguments in order, with their defaults.
     original: ClassVar[type]
     arguments: ClassVar[dict[str, tuple[str, ...]]]
+    defaults: ClassVar[dict[str, dict[str, Any]]]
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -49,11 +50,12 @@ class FusedScheduler:
         cls.__module__ = cls.original.__module__
         _BY_NAME[cls.__name__] = cls
         pristine(cast(Any, cls.original))
-        cls.arguments = {}
+        cls.arguments, cls.defaults = {}, {}
         for name in cls.stepping:
             method = getattr(cls.original, name)
             signature = inspect.signature(method)
             cls.arguments[name] = tuple(signature.parameters)[1:]
+            cls.defaults[name] = {n: p.default for n, p in signature.parameters.items() if p.default is not p.empty}
             make = _scaling_method if name == SCALING else _stepping_method
             setattr(cls, name, make(name, method, signature))
         if hasattr(cls.original, "set_timesteps"):
@@ -350,15 +352,18 @@ def _take(
 ) -> Any:  # fmt: skip
     """A step whose plan has to be looked up, or made; or one that the scheduler's own code takes."""
     names = scheduler.arguments[name]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    twice_or_too_many = len(given) != len(args) + len(kwargs)
+    call = {**dict(zip(names, args, strict=False)), **kwargs}
+    twice_or_too_many = len(call) != len(args) + len(kwargs)
     found: Fused | None = vars(scheduler).get(FUSED)
     if found is not None and factor is None and not twice_or_too_many:
-        result = found.begin(scheduler, name, name == SCALING, found.seeds is not None, given, uncond, scale)
+        result = found.begin(scheduler, name, name == SCALING, found.seeds is not None, call, uncond, scale)
         if result is not None:
             if name == SCALING:
                 found.scaling = None  # whichever it was, nobody has looked
             return result
+    # What is a default says nothing that the scheduler's own code does not know.
+    defaults = scheduler.defaults[name]
+    given = {n: value for n, value in call.items() if n not in defaults or value is not defaults[n]}
     output, sample = given.get("model_output"), given.get("sample")
     if name == SCALING:
         output = sample
@@ -391,14 +396,14 @@ def _take(
     result = run_plan(plan, attributes, given, uncond, scale, seeds, fused.steps_taken, factor)
     alone = fused.move() == begun + 1
     if before is not None and alone:
-        fused.begin_from(plan, scheduler, schedule, name, uncond is not None, given, before)
+        fused.begin_from(plan, scheduler, schedule, name, uncond is not None, call, before)
     if name == SCALING:
         return result
     fused.steps_taken += 1
     if undisturbed and alone and fused.plan is not None:  # none: the schedule was looked at anew
         fused.plan.program.follow(plan.program)
     if alone and fused.is_regular(given):
-        fused.go_on_from(plan, name, uncond is not None, given, scheduler)
+        fused.go_on_from(plan, name, uncond is not None, call, scheduler)
     else:
         fused.forget()
     return result
