@@ -21,7 +21,7 @@ from torch import Tensor
 import fastdiff
 from fastdiff import Purpose, ops
 from fastdiff.noise import brownian_path
-from fastdiff.noise.brownian_path import BrownianPath, Time, _octaves_between
+from fastdiff.noise.brownian_path import BrownianPath, Time, _draws_between_octave_starts
 
 SEEDS = st.integers(0, 2**64 - 1)
 #: Over all octaves that noise levels have, the range below them, and times whose bridge ends early.
@@ -43,25 +43,25 @@ def next_time(time: float, ulps: int = 1) -> float:
 
 @given(st.floats(2.0**-20, 2.0**105, width=32))
 def test_float32_times_are_exact(value: float) -> None:
-    assert Time.of(value).value == value
-    assert Time.of(-value).value == -value
+    assert Time.from_float(value).value == value
+    assert Time.from_float(-value).value == -value
 
 
 @given(st.floats(-(2.0**40), 2.0**40), st.floats(-(2.0**40), 2.0**40))
 def test_times_are_rounded_and_keep_their_order(a: float, b: float) -> None:
     # Half a unit of 24 bits, or half of 2⁻⁴³.
-    assert abs(Time.of(a).value - a) <= max(abs(a) * 2.0**-24, 2.0**-44)
-    assert (Time.of(a).value <= Time.of(b).value) or a > b
+    assert abs(Time.from_float(a).value - a) <= max(abs(a) * 2.0**-24, 2.0**-44)
+    assert (Time.from_float(a).value <= Time.from_float(b).value) or a > b
 
 
 def test_zero_is_one_time() -> None:
-    assert Time.of(0.0) == Time.of(-0.0) == Time.of(-1e-30) == Time(False, 0, 0)
+    assert Time.from_float(0.0) == Time.from_float(-0.0) == Time.from_float(-1e-30) == Time(False, 0, 0)
 
 
 def value_draws(value: float) -> dict[int, float]:
     """The draws whose sum is W(value), by their step."""
-    time, draws = Time.of(value), {}
-    for step, weight in (*_octaves_between(Time.of(0.0), time), *time.since_octave()):
+    time, draws = Time.from_float(value), {}
+    for step, weight in (*_draws_between_octave_starts(Time.from_float(0.0), time), *time.draws_since_octave_start()):
         assert step not in draws
         assert 0 <= step < 2**32
         draws[step] = weight
@@ -71,7 +71,7 @@ def value_draws(value: float) -> dict[int, float]:
 @given(SIGNED, SIGNED)
 def test_covariances_are_those_of_a_brownian_motion(a: float, b: float) -> None:
     of_a, of_b = value_draws(a), value_draws(b)
-    a, b = Time.of(a).value, Time.of(b).value
+    a, b = Time.from_float(a).value, Time.from_float(b).value
     covariance = math.fsum(weight * of_b.get(step, 0.0) for step, weight in of_a.items())
     expected = min(abs(a), abs(b)) if (a < 0) == (b < 0) else 0.0
     assert covariance == pytest.approx(expected, rel=1e-13, abs=0)
@@ -94,10 +94,10 @@ def test_small_adjacent_increments_are_independent(start: float, ulps: int, more
 
 def exact_increment(seeds: Sequence[int], size: int, start: float, end: float) -> tuple[Tensor, Tensor, int]:
     """W(end) − W(start) in float64 from the definition, the sum of its terms' magnitudes, and their number."""
-    times = [Time.of(start), Time.of(end)]
-    terms = [(step, weight, 1.0) for step, weight in _octaves_between(*times)]
+    times = [Time.from_float(start), Time.from_float(end)]
+    terms = [(step, weight, 1.0) for step, weight in _draws_between_octave_starts(*times)]
     terms += [(step, weight, sign) for time, sign in zip(times, (-1.0, 1.0), strict=True)
-              for step, weight in time.since_octave()]  # fmt: skip
+              for step, weight in time.draws_since_octave_start()]  # fmt: skip
     total = torch.zeros(len(seeds), size, dtype=torch.float64)
     largest = torch.zeros_like(total)
     for step, weight, sign in terms:
@@ -120,7 +120,7 @@ def test_increments_are_exact_to_their_roundings(
     # never above that of the magnitudes. In float64 the exact one has roundings of its own.
     bound = (count + 3) * unit * largest * (1 if dtype == torch.float32 else 2)
     assert bool(((increment - exact).abs() <= bound + 1e-40).all())
-    length = abs(Time.of(end).value - Time.of(start).value)
+    length = abs(Time.from_float(end).value - Time.from_float(start).value)
     if length > 0:
         noise = path(start, end).double()
         expected = exact / math.sqrt(length)
@@ -133,9 +133,10 @@ def test_an_increment_is_the_sum_of_its_parts() -> None:
     path = BrownianPath((3, 4, 8, 8), [1, 2, 3])
     levels = [14.6, 9.5, 8.0, 7.999, 3.0, 0.4, 0.029, 1e-7, 0.0]
     parts = [
-        path(a, b).double() * math.sqrt(Time.of(a).value - Time.of(b).value) for a, b in itertools.pairwise(levels)
+        path(a, b).double() * math.sqrt(Time.from_float(a).value - Time.from_float(b).value)
+        for a, b in itertools.pairwise(levels)
     ]
-    whole = path(levels[0], levels[-1]).double() * math.sqrt(Time.of(levels[0]).value)
+    whole = path(levels[0], levels[-1]).double() * math.sqrt(Time.from_float(levels[0]).value)
     # Some 40 terms of sums of magnitude 20 at most, eight parts: 8·40·20·2⁻²⁴ is 4e-4, found 4e-6.
     assert (sum(parts) - whole).abs().max() <= 1e-5
 
@@ -244,13 +245,15 @@ def test_a_loop_draws_each_time_once(monkeypatch: pytest.MonkeyPatch) -> None:
     path = BrownianPath((1, 8), 3)
     monkeypatch.setattr(brownian_path, "randn", counted)
     path(7.9, 7.1)
-    assert len(drawn) == len(list(Time.of(7.9).since_octave())) + len(list(Time.of(7.1).since_octave()))
+    assert len(drawn) == len(list(Time.from_float(7.9).draws_since_octave_start())) + len(
+        list(Time.from_float(7.1).draws_since_octave_start())
+    )
     # As DPMSolverSDE asks: to a middle and then from the start again to the end, of which the next one begins.
     for interval, new in (((7.1, 6.3), 6.3), ((7.1, 5.7), 5.7), ((5.7, 5.1), 5.1), ((5.7, 4.3), 4.3)):
         drawn.clear()
         path(*interval)
-        assert len(drawn) == len(list(Time.of(new).since_octave())) <= 24
-        assert len(path._kept) == 2
+        assert len(drawn) == len(list(Time.from_float(new).draws_since_octave_start())) <= 24
+        assert len(path._cached) == 2
 
 
 def test_threads_share_a_path() -> None:

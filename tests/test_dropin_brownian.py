@@ -19,7 +19,7 @@ from torch import Tensor
 from dropins import quiet
 from fastdiff.diffusers import CLASSES
 from fastdiff.noise import brownian_tree as brownian
-from fastdiff.noise.brownian_tree import Tree, sampled, way_to
+from fastdiff.noise.brownian_tree import Tree, bridge_expansion, sampled
 from fastdiff.noise.torch_normals import why_by_torch
 from fastdiff.ops.backends import extension
 
@@ -89,7 +89,7 @@ def test_what_is_not_plain_is_declined_and_left_alone() -> None:
 
 @given(TIMES, TIMES)
 def test_a_way_has_the_variance_of_a_brownian_motion(t: float, s: float) -> None:
-    a, b = (way_to(time, START, END, 6) for time in (t, s))
+    a, b = (bridge_expansion(time, START, END, 6) for time in (t, s))
     length = END - START
     assert a.fraction**2 * length + sum(w * w for w in a.weights) == pytest.approx(t - START, abs=1e-11)
     of_b = dict(zip(b.nodes, b.weights, strict=True))
@@ -98,10 +98,10 @@ def test_a_way_has_the_variance_of_a_brownian_motion(t: float, s: float) -> None
 
 
 def test_the_ends_of_a_way() -> None:
-    assert way_to(START, START, END, 6) == brownian.Way(0.0, (), ())
-    assert way_to(END, START, END, 6) == brownian.Way(1.0, (), ())
+    assert bridge_expansion(START, START, END, 6) == brownian.BridgeExpansion(0.0, (), ())
+    assert bridge_expansion(END, START, END, 6) == brownian.BridgeExpansion(1.0, (), ())
     middle = round(0.5 * (START + END), 6)
-    assert way_to(middle, START, END, 6).nodes == ((0, 0),)
+    assert bridge_expansion(middle, START, END, 6).nodes == ((0, 0),)
 
 
 def sampler_for(shape: tuple[int, ...], seed: Any, dtype: torch.dtype = torch.float32) -> Any:
@@ -113,9 +113,11 @@ def exact_noise(interval: Any, before: float, after: float) -> Tensor:
     total = interval._w_h[0].double()
     result = torch.zeros_like(total)
     for time, sign in ((before, -1.0), (after, 1.0)):
-        way = way_to(round(time, 6), interval._start, interval._end, 6)
-        result += sign * way.fraction * total
-        for seed, weight in zip(E.spawned_seeds(interval._entropy, list(way.nodes), 24), way.weights, strict=True):
+        expansion = bridge_expansion(round(time, 6), interval._start, interval._end, 6)
+        result += sign * expansion.fraction * total
+        for seed, weight in zip(
+            E.spawned_seeds(interval._entropy, list(expansion.nodes), 24), expansion.weights, strict=True
+        ):
             result += sign * weight * drawn(total.numel(), seed).reshape(total.shape).double()
     return result / math.sqrt(after - before)
 
@@ -150,7 +152,7 @@ def test_what_was_asked_before_changes_nothing_but_roundings() -> None:
         sampled(used, *span)
     assert (sampled(used, 4.0, 2.0) - fresh).abs().max() <= 1e-5
     tree = brownian._TREES[used.tree][0]
-    assert 0 < len(tree._rests) <= 3
+    assert 0 < len(tree._partial_sums) <= 3
 
 
 def test_a_seed_a_sample() -> None:
@@ -199,7 +201,7 @@ def test_where_torchsde_differs_it_draws(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_tree_that_is_not_torchsdes_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     brownian._difference.cache_clear()
-    monkeypatch.setattr(brownian, "way_to", lambda time, *rest: way_to(time - 1e-3, *rest))
+    monkeypatch.setattr(brownian, "bridge_expansion", lambda time, *rest: bridge_expansion(time - 1e-3, *rest))
     assert "builds its tree otherwise" in brownian._difference()
     brownian._difference.cache_clear()
 

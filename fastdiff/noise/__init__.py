@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Noise that is drawn outside the step: torch's own numbers, Brownian paths, draws by seeds.
+"""Noise drawn outside the step: torch's random numbers, Brownian paths, noise from per-sample seeds.
 
 The modules::
 
-    generators.py     torch's generators, one for the batch or one a sample
+    generators.py     noise from torch generators, one for the batch or one per sample
     torch_normals.py  the numbers of torch.randn on the CPU, drawn by the extension
-    brownian_path.py  Brownian increments by the samples' seeds
-    brownian_tree.py  the trees of torchsde, drawn by the extension
-    seeded_draws.py   a block in which torch.randn draws by the samples' seeds
+    brownian_path.py  Brownian increments from per-sample seeds
+    brownian_tree.py  increments of torchsde's Brownian trees, drawn by the extension
+    seeded_draws.py   context manager in which torch.randn draws from per-sample seeds
 """
 
 from .brownian_path import BrownianPath

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""A sampler of Brownian noise whose paths belong to the samples' own seeds.
+"""Brownian noise sampler in which each sample's path is a function of its seed.
 
-SDE solvers take noise of an interval of noise levels: the increment of a Brownian path W.  Here each sample's path is a
-function of its 64-bit seed alone, with a value at every float32 time whatever the schedule.
+SDE solvers take the noise of an interval of noise levels: the increment of a Brownian path W.  Here each sample's path
+is a function of its 64-bit seed alone, with a value at every float32 time, independent of the schedule.
 
-The time axis is divided as float32 numbers are: octaves [2ᵉ, 2ᵉ⁺¹) of 2²³ equal parts each, and a range [0, 2⁻²⁰)
-below them, divided likewise.  The increment over an octave of length h is √h·Z, with a Z of its own.  Inside, an
-interval that is halved draws a Z for its middle (Lévy's construction of the Brownian bridge; its basis functions are
-Schauder's).  With x the place of t in its octave, 0 ≤ x < 1, and x_d the fractional part of 2ᵈ·x,
+The time axis is divided like the float32 numbers: octaves [2ᵉ, 2ᵉ⁺¹) of 2²³ equal parts each, and a range [0, 2⁻²⁰)
+below them with as many parts.  The increment over an octave of length h is √h·Z, with one Z per octave.  Within an
+octave, each interval that is halved draws a Z for its midpoint (Lévy's construction of the Brownian bridge; the basis
+functions are Schauder's).  With x the relative position of t in its octave, 0 ≤ x < 1, and x_d the fractional part of
+2ᵈ·x,
 
     W(t) = Σ √h·Z over the octaves below + R(t),    R(t) = √h·x·Z + Σ_{d < 23} ½·√(h·2⁻ᵈ)·(1 − |2·x_d − 1|)·Z_d
 
-R(t) is a sum of at most 24 draws.  It does not depend on the times asked for before, so neither does an increment.
-Negative times have another path, which starts at W(0) = 0 too.
+R(t) is a sum of at most 24 draws.  It does not depend on earlier calls, and neither does an increment.  Negative times
+have a path of their own, which also starts at W(0) = 0.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from ..errors import sentence
 from ..ops import randn
 from ..philox import Purpose, as_seeds
 
-#: log2 of the number of parts of an octave, as float32 has it, and the number.
+#: log2 of the number of parts of an octave (the mantissa bits of float32), and that number.
 _DEPTH = 23
 _PARTS = 1 << _DEPTH
-#: log2 of the start of the first octave, and of the end of times: the counter has room for 127 octaves.
+#: log2 of the start of the first octave, and of the end of the time range: the counter has room for 127 octaves.
 _LOWEST = -20
 _END = 106
 
-#: The `step` of a draw of `fastdiff.randn`, and the weight of the draw in a sum.
+#: The `step` argument of a draw of `fastdiff.randn`, and the weight of the draw in a sum.
 _Draw = tuple[int, float]
 
 
@@ -43,7 +44,7 @@ class Time(NamedTuple):
     """A time rounded to 24 significant bits, or to a multiple of 2⁻⁴³ below 2⁻²⁰.
 
     Attributes:
-        negative: the sign.
+        negative: whether the time is below zero.
         octave: 0 for [0, 2⁻²⁰), n for [2ⁿ⁻²¹, 2ⁿ⁻²⁰).
         part: the number of whole parts between the octave's start and the time.
     """
@@ -53,8 +54,8 @@ class Time(NamedTuple):
     part: int
 
     @classmethod
-    def of(cls, value: float) -> Time:
-        """Round a number.
+    def from_float(cls, value: float) -> Time:
+        """Round a number to a time.
 
         Raises:
             ValueError: the number is NaN, or its magnitude is 2¹⁰⁶ or more.
@@ -74,23 +75,23 @@ class Time(NamedTuple):
 
     @property
     def value(self) -> float:
-        """The time as a number."""
+        """Return the time as a number."""
         start = _length(self.octave) if self.octave > 0 else 0.0
         magnitude = start + _length(self.octave) * (self.part / _PARTS)
         return -magnitude if self.negative else magnitude
 
-    def since_octave(self) -> Iterator[_Draw]:
-        """The draws of R, the increment between the octave's start and the time."""
+    def draws_since_octave_start(self) -> Iterator[_Draw]:
+        """Yield the draws of R, the increment between the octave's start and the time."""
         if self.part == 0:
             return
         step, length = _octave_step(self.negative, self.octave), _length(self.octave)
         yield step, math.sqrt(length) * (self.part / _PARTS)
         for depth in range(_DEPTH):
-            place = (self.part << depth) % _PARTS / _PARTS
-            if place == 0.0:
-                return  # the time is where this interval starts
+            position = (self.part << depth) % _PARTS / _PARTS
+            if position == 0.0:
+                return  # the time is the start of this interval
             node = 2**depth + (self.part >> (_DEPTH - depth))
-            yield step + node, 0.5 * math.sqrt(length * 0.5**depth) * (1.0 - abs(2.0 * place - 1.0))
+            yield step + node, 0.5 * math.sqrt(length * 0.5**depth) * (1.0 - abs(2.0 * position - 1.0))
 
 
 def _length(octave: int) -> float:
@@ -98,12 +99,12 @@ def _length(octave: int) -> float:
 
 
 def _octave_step(negative: bool, octave: int) -> int:
-    """The step of an octave's own draw; the 2²³ − 1 after it are those of its bridge."""
+    """Return the step of the draw for a whole octave; the 2²³ − 1 steps after it belong to the octave's bridge."""
     return negative << 31 | octave << 24
 
 
-def _octaves_between(start: Time, end: Time) -> Iterator[_Draw]:
-    """The draws of the increment between the starts of two times' octaves."""
+def _draws_between_octave_starts(start: Time, end: Time) -> Iterator[_Draw]:
+    """Yield the draws of the increment between the starts of two times' octaves."""
     common = min(start.octave, end.octave) if start.negative == end.negative else 0
     for time, sign in ((start, -1.0), (end, 1.0)):
         for octave in range(common, time.octave):
@@ -111,22 +112,22 @@ def _octaves_between(start: Time, end: Time) -> Iterator[_Draw]:
 
 
 class BrownianPath:
-    """Draw normalized increments of a Brownian path, each sample's from a seed of its own.
+    """Draw normalized increments of a Brownian path, each sample's from its own seed.
 
-    An instance is called as diffusers' `BrownianTreeNoiseSampler` is.  A sample's increment is the same bits alone and
-    at any place of any batch, whatever was asked before, and for any range and number of noise levels.  The numbers of
-    ``fastdiff.randn(..., purpose=Purpose.PATH)`` are multiplied and added up one after another, so the bits are the
-    same on every device.
+    An instance has the call signature of diffusers' `BrownianTreeNoiseSampler`.  A sample's increment has the same bits
+    at any position of any batch, after any earlier calls, and for any range and number of noise levels.  The numbers of
+    ``fastdiff.randn(..., purpose=Purpose.PATH)`` are multiplied and added one after another, so the bits are the same
+    on every device.
 
-    A new time costs at most 24 draws.  The sums of the last interval's two times are kept, since a loop asks next for
-    an interval that begins with one of them.
+    A new time costs at most 24 draws.  The sums for both times of the last interval are cached, since a loop usually
+    asks next for an interval that begins at one of them.
 
     Args:
-        shape: of the samples, ``[B, ...]``.
-        seeds: one for each sample, as in `fastdiff.randn`.
-        device: of the noise; the seeds' own where they are a tensor, else the CPU.
-        dtype: of the noise.  Sums are float32, or float64 for float64, and rounded once.
-        transform: a monotonic function from a noise level, a tensor ``[]``, to a time; None for the level itself.
+        shape: shape of the samples, ``[B, ...]``.
+        seeds: one seed per sample, see `fastdiff.randn`.
+        device: device of the noise; by default that of a seeds tensor, else the CPU.
+        dtype: dtype of the noise.  Sums are float32 (float64 for float64) and are rounded once.
+        transform: monotonic function from a noise level, a tensor ``[]``, to a time; None for the identity.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which and why.
@@ -148,17 +149,17 @@ class BrownianPath:
         self.seeds = as_seeds(seeds, self.shape[0], device)
         self.dtype, self.transform = dtype, transform
         self._sum_dtype = torch.promote_types(dtype, torch.float32)
-        #: R at the last interval's two times. Replaced, never changed: threads may share a path.
-        self._kept: dict[Time, Tensor] = {}
+        #: R at both times of the last interval. The dict is replaced, never mutated: threads may share a path.
+        self._cached: dict[Time, Tensor] = {}
 
     def __call__(self, sigma: float | Tensor, sigma_next: float | Tensor) -> Tensor:
-        """Return (W(t1) − W(t0)) / √|t1 − t0|, negated where `transform` decreases, as diffusers' sampler does.
+        """Return (W(t1) − W(t0)) / √|t1 − t0|, with the sign of diffusers' sampler: negated if `transform` decreases.
 
         Args:
-            sigma, sigma_next: noise levels.  The increment between two levels of one time is zero.
+            sigma, sigma_next: noise levels.  The increment is zero if both have the same time.
 
         Returns:
-            ``[B, ...]``.
+            Noise, ``[B, ...]``.
 
         Raises:
             ValueError: a time is NaN or beyond ±2¹⁰⁶.
@@ -171,30 +172,32 @@ class BrownianPath:
         return noise.to(self.dtype)
 
     def increment(self, start: float, end: float) -> Tensor:
-        """Return W(end) − W(start), ``[B, ...]``, in float32, or in float64 where the noise is float64.
+        """Return W(end) − W(start), ``[B, ...]``, in float32, or in float64 if the noise is float64.
 
         Args:
             start, end: times, in any order.
         """
-        return self._increment(Time.of(start), Time.of(end))
+        return self._increment(Time.from_float(start), Time.from_float(end))
 
     def _time(self, sigma: float | Tensor) -> Time:
-        return Time.of(float(sigma if self.transform is None else self.transform(torch.as_tensor(sigma))))
+        return Time.from_float(float(sigma if self.transform is None else self.transform(torch.as_tensor(sigma))))
 
     def _increment(self, start: Time, end: Time) -> Tensor:
-        rests = {time: self._rest(time) for time in (start, end)}
-        self._kept = rests
-        return self._add(rests[end] - rests[start], _octaves_between(start, end))
+        within = {time: self._since_octave_start(time) for time in (start, end)}
+        self._cached = within
+        return self._add_draws(within[end] - within[start], _draws_between_octave_starts(start, end))
 
-    def _rest(self, time: Time) -> Tensor:
-        kept = self._kept.get(time)
-        if kept is not None:
-            return kept
-        return self._add(torch.zeros(self.shape, dtype=self._sum_dtype, device=self.seeds.device), time.since_octave())
+    def _since_octave_start(self, time: Time) -> Tensor:
+        """Return R(time), from the cache if it is there."""
+        cached = self._cached.get(time)
+        if cached is not None:
+            return cached
+        zeros = torch.zeros(self.shape, dtype=self._sum_dtype, device=self.seeds.device)
+        return self._add_draws(zeros, time.draws_since_octave_start())
 
-    def _add(self, total: Tensor, draws: Iterable[_Draw]) -> Tensor:
+    def _add_draws(self, total: Tensor, draws: Iterable[_Draw]) -> Tensor:
         for step, weight in draws:
             drawn = randn(self.shape, self.seeds, step, Purpose.PATH, dtype=self._sum_dtype)
-            # Product and sum are rounded each: whether torch's add_(alpha=) fuses them depends on an element's place.
+            # Round the product and the sum separately: torch's add_(alpha=) fuses them for some element positions only.
             total += drawn.mul_(weight)
         return total

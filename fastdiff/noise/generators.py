@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Noise, drawn as diffusers draws it: torch's own generators, one for the batch or one a sample."""
+"""Noise from torch generators, one for the batch or one per sample, with diffusers' rule for the device."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from torch import Tensor
 
 from ..device_copy import to_device
 from ..errors import sentence
-from .torch_normals import torch_randn
+from .torch_normals import batched_randn
 
 #: One generator for the whole batch, one for each sample, or torch's default.
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 def draw(shape: Sequence[int], generator: Generators = None, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Standard normal noise, ``[*shape]``.
+    """Draw standard normal noise, ``[*shape]``.
 
-    It is drawn in `dtype` on the generator's own device and then moved, so that a CPU generator gives the same noise
-    whatever the samples' device.
+    The noise is drawn in `dtype` on the generator's device and then moved, so that a CPU generator gives the same noise
+    for samples on any device.
 
     Args:
-        shape: of the result; its first dimension is the batch.
-        generator: one for all, or one a sample, whose noise then does not depend on the rest of the batch.
-        dtype, device: of the result.
+        shape: shape of the result; its first dimension is the batch.
+        generator: one for the batch, or one per sample; a sample's noise then does not depend on the rest of the batch.
+        dtype, device: dtype and device of the result.
 
     Raises:
-        ValueError: there are not as many generators as samples.
+        ValueError: the number of generators is not the number of samples.
     """
+    shape = tuple(shape)
     if generator is None or isinstance(generator, torch.Generator):
         drawn_on = device if generator is None else generator.device
-        return to_device(torch_randn(tuple(shape), generator, dtype=dtype, device=drawn_on), device)
-    generator = _listed(generator)
+        return to_device(batched_randn(shape, generator, dtype=dtype, device=drawn_on), device)
+    generator = _as_list(generator)
     if len(shape) == 0 or len(generator) != shape[0]:
         raise ValueError(
             sentence(
@@ -44,21 +45,27 @@ def draw(shape: Sequence[int], generator: Generators = None, *, dtype: torch.dty
                 "pass one generator a sample, or a single one",
             )
         )
-    one = (1, *shape[1:])
-    parts = [to_device(torch_randn(one, g, dtype=dtype, device=g.device), device) for g in generator]
-    return torch.cat(parts) if parts else torch.empty(tuple(shape), dtype=dtype, device=device)
+    if not generator:
+        return torch.empty(shape, dtype=dtype, device=device)
+    if len({g.device for g in generator}) == 1:
+        return to_device(batched_randn(shape, generator, dtype=dtype, device=generator[0].device), device)
+    return torch.cat([draw((1, *shape[1:]), g, dtype=dtype, device=device) for g in generator])
 
 
 def generator_states(generator: Generators) -> list[tuple[torch.Generator, Tensor]]:
-    """The states of the given generators, to be put back where a loop fails."""
+    """Return each generator with its current state, to be restored if a loop fails."""
     if generator is None:
         return []
-    listed = [generator] if isinstance(generator, torch.Generator) else _listed(generator)
+    listed = [generator] if isinstance(generator, torch.Generator) else _as_list(generator)
     return [(g, g.get_state()) for g in listed]
 
 
-def _listed(generators: object) -> list[torch.Generator]:
-    """Return the generators of a sequence, one a sample."""
+def _as_list(generators: object) -> list[torch.Generator]:
+    """Return a sequence of generators as a list.
+
+    Raises:
+        TypeError: it is no sequence, or holds something else.
+    """
     expected = "a torch.Generator, or one a sample"
     if not isinstance(generators, Iterable):
         raise TypeError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Noise of the samples' own seeds for code that draws it from torch's generators."""
+"""Noise from per-sample seeds for code that draws with torch.randn."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ _REMEDY = "call use_philox(None), so that generators draw"
 
 
 class SeededDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within the block, let `torch.randn` and `torch.randn_like` return numbers of the samples' own seeds.
+    """Within the context, make `torch.randn` and `torch.randn_like` draw from per-sample seeds.
 
-    The k-th draw, from k = 0, is ``fastdiff.randn(shape, seeds, step, purpose_of_draw(k))`` in the dtype and on the
-    device asked for; the first one is so the noise that a fused step of these seeds draws inside.  Generators passed
-    are not asked.  Where a list of one generator a sample is passed to diffusers' `randn_tensor`, which draws one
-    sample after another, those B draws are one.  Any other random operation of torch, known by its tag
-    `nondeterministic_seeded`, is refused.  The block holds for the thread that enters it.
+    The k-th draw, from k = 0, is ``fastdiff.randn(shape, seeds, step, purpose_of_draw(k))`` in the requested dtype and
+    on the requested device; the first draw therefore equals the noise that a fused step with these seeds draws.
+    Generators passed are not used.  diffusers' `randn_tensor` with a list of one generator per sample draws one sample
+    after another; those B draws count as one.  Any other random operation of torch, recognized by its tag
+    `nondeterministic_seeded`, is refused.  The context applies to the thread that enters it.
 
     Args:
-        seeds: one for each sample, as in `fastdiff.randn`.
-        step: the number of the step that is taken within the block.
+        seeds: one seed per sample, see `fastdiff.randn`.
+        step: the number of the step that is taken within the context.
 
     Raises:
-        RuntimeError: a draw is no normal noise of B samples; nothing is drawn by it.
+        RuntimeError: a draw is not normal noise for B samples; it draws nothing.
     """
 
     def __init__(self, seeds: Sequence[int] | Tensor, step: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seeds = as_seeds(seeds, len(seeds), seeds.device if isinstance(seeds, Tensor) else "cpu")
         self.step = step
-        #: Whole draws so far, and samples of the one under way.
+        #: Complete draws so far, and samples drawn of the current incomplete one.
         self.draws = self._samples = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -47,10 +47,10 @@ class SeededDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
         if func in _RANDN:
-            return self._drawn(args[0], kwargs, torch.get_default_dtype(), torch.device("cpu"))
+            return self._draw(args[0], kwargs, torch.get_default_dtype(), torch.device("cpu"))
         if func.overloadpacket is torch.ops.aten.randn_like:
             like = args[0]
-            drawn = self._drawn(like.shape, kwargs, like.dtype, like.device)
+            drawn = self._draw(like.shape, kwargs, like.dtype, like.device)
             layout = kwargs.get("memory_format") or torch.preserve_format
             return torch.empty_like(like, dtype=drawn.dtype, device=drawn.device, memory_format=layout).copy_(drawn)
         raise RuntimeError(
@@ -60,11 +60,12 @@ class SeededDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __exit__(self, kind: Any, *exception: Any) -> None:
         super().__exit__(kind, *exception)  # type: ignore[no-untyped-call]
         if kind is None and self._samples > 0:
-            raise self._refused([1])
+            raise self._wrong_shape([1])
 
-    def _drawn(
+    def _draw(
         self, shape: Sequence[int], kwargs: Mapping[str, Any], dtype: torch.dtype, device: torch.device
     ) -> Tensor:
+        """Draw noise of one shape, for all samples or for the next one; `dtype` and `device` are defaults."""
         dtype, device = kwargs.get("dtype") or dtype, kwargs.get("device") or device
         seeds, purpose = self.seeds, purpose_of_draw(self.draws)
         batch = len(seeds)
@@ -72,13 +73,13 @@ class SeededDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
             seeds = seeds[self._samples : self._samples + 1]
             self._samples = (self._samples + 1) % batch
         elif list(shape[:1]) != [batch] or self._samples > 0:
-            raise self._refused(shape)
+            raise self._wrong_shape(shape)
         drawn = randn(shape, seeds, self.step, purpose, device, dtype)
         if self._samples == 0:
             self.draws += 1
         return drawn
 
-    def _refused(self, shape: Sequence[int]) -> RuntimeError:
+    def _wrong_shape(self, shape: Sequence[int]) -> RuntimeError:
         batch = len(self.seeds)
         return RuntimeError(
             sentence("use_philox", "the step", f"draws noise of shape {list(shape)}",

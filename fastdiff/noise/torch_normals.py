@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""torch's own normal numbers, drawn several times faster: the same bits, and the generator left in the same state.
+"""torch.randn on the CPU, several times faster: the same bits, and the same generator state afterwards.
 
-Whoever draws noise as torch and diffusers do pays for a Mersenne Twister that makes one word at a time.  The extension
-has a loop that makes the same words many at a time and turns them into the same numbers
-(csrc/cpu/torch_normal_loop.inc).  It takes float32 on the CPU, 16 numbers or more, where torch runs its AVX2 code;
-everything else is torch's to draw, and since both give the same bits nobody can tell which one did.
+torch's CPU generator is a Mersenne Twister that produces one word at a time.  The extension has a loop that produces
+the same words many at a time and turns them into the same numbers (csrc/cpu/torch_normal_loop.inc).  It serves float32
+on the CPU, 16 numbers or more, where torch runs its AVX2 code; torch draws everything else.
 
-That this torch draws so is not assumed: at the first draw of a process both draw a few thousand numbers from equal
-generators, and unless bits and states agree, torch draws from then on.  `why_by_torch` says which it is.
+The equality is verified, not assumed: the first draw of a process draws a few thousand numbers both ways from equal
+generators, and unless bits and states agree, torch draws from then on.  `why_by_torch` gives the reason.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from torch import Tensor
 
 from ..extension import cpu_build, extension, extension_error
 
-#: The draws by which a torch is known: whole groups of 16 and others, less and more than the 624 words that a generator
-#: makes at a time, from one that has none left, all of them, or some.
+#: Sizes of the draws that are compared: multiples of 16 and others, below and above the 624 words of a generator's
+#: state, starting with none, all or some of the state's words used.
 _TRIAL_SIZES = (16, 17, 591, 624, 31, 2 * 624, 1000, 4096, 16 + 623)
 _TRIAL_SEEDS = (0, 2**63 - 25)
 
-#: What torch would draw; None, and nothing drawn, where the call is not plain or there is no loop.
+#: Draw the numbers of torch.randn in the extension; return None and draw nothing if the call is not plain eager.
 _draw: Callable[[Sequence[int], Any], Any] = (lambda *_: None) if extension is None else extension.torch_randn
 _is_compiling = torch.compiler.is_compiling
 _get_default_device = torch._C._get_default_device
@@ -38,19 +37,42 @@ def torch_randn(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``torch.randn(shape, generator=generator, device=device, dtype=dtype)``: its bits and its refusals, and the
-    generator in the state that it leaves.
+    """Return ``torch.randn(shape, generator=generator, device=device, dtype=dtype)``, with the same generator state.
 
     Args:
-        shape: of the result.
-        generator: what to draw from; torch's default for None.
-        device, dtype: of the result; torch's defaults for None.
+        shape: shape of the result.
+        generator: the generator to draw from; None for torch's default.
+        device, dtype: device and dtype of the result; None for torch's defaults.
 
     Raises:
-        RuntimeError, TypeError: what torch raises.
+        RuntimeError, TypeError: as torch.randn raises them.
     """
-    drawn = _draw_here(shape, generator, device, dtype)
+    drawn = _draw_in_extension(shape, generator, device, dtype)
     return torch.randn(shape, generator=generator, device=device, dtype=dtype) if drawn is None else drawn
+
+
+def batched_randn(
+    shape: Sequence[int],
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Draw a batch on `device` with one generator, or with a list whose i-th generator draws the i-th sample.
+
+    Args:
+        shape: shape of the result; its first dimension is the batch.
+        generator: generators of that type of device.
+        device, dtype: device and dtype of the result; None for torch's defaults.
+
+    Raises:
+        IndexError: the list has fewer generators than there are samples.
+        RuntimeError, TypeError: as torch.randn raises them.
+    """
+    if not isinstance(generator, list):
+        return torch_randn(shape, generator, device=device, dtype=dtype)
+    one = (1,) + shape[1:]  # type: ignore[operator]  # a list is a TypeError, like in diffusers
+    return torch.cat([torch_randn(one, generator[i], device=device, dtype=dtype) for i in range(shape[0])])
 
 
 def randn_like_diffusers(
@@ -59,30 +81,31 @@ def randn_like_diffusers(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``diffusers.utils.torch_utils.randn_tensor(shape, generator, device, dtype)`` without diffusers, which would also
-    log that a CPU generator's numbers are moved.
+    """Return ``diffusers.utils.torch_utils.randn_tensor(shape, generator, device, dtype)`` without importing diffusers.
+
+    The one difference is diffusers' log message about moving a CPU generator's numbers, which is left out.
 
     Args:
-        shape: of the result; its first dimension is the batch.
-        generator: one for all, or a list of one a sample, whose draws are put together; a list of one is that one for
-            all.  Generators on the CPU draw there, and the result is moved.
-        device: of the result; the CPU for None.
-        dtype: of the result; torch's default for None.
+        shape: shape of the result; its first dimension is the batch.
+        generator: one for the batch, or a list of one per sample, whose draws are concatenated; a list of one is used
+            for the whole batch.  CPU generators draw on the CPU, and the result is moved.
+        device: device of the result; None for the CPU.
+        dtype: dtype of the result; None for torch's default.
 
     Raises:
-        ValueError: a CUDA generator is to draw for another type of device.
+        ValueError: a CUDA generator is given for another type of device.
         IndexError: there are fewer generators than samples.
-        RuntimeError, TypeError: what torch raises.
+        RuntimeError, TypeError: as torch.randn raises them.
     """
-    drawn = _draw_here(shape, generator, device, dtype)
+    drawn = _draw_in_extension(shape, generator, device, dtype)
     if drawn is not None:
-        return drawn  # nothing to choose, to put together or to move
+        return drawn
+    _ = shape[0]  # an empty shape is an IndexError, like in diffusers
     if isinstance(device, str):
         device = torch.device(device)
     drawn_on: torch.device | str | None = device
-    batch = shape[0]
     device = device or torch.device("cpu")
-    if device.type == "neuron":  # draws nothing itself
+    if device.type == "neuron":  # has no generator
         drawn_on = torch.device("cpu")
     if generator is not None:
         drawn_by = (generator[0] if isinstance(generator, list) else generator).device.type
@@ -92,28 +115,24 @@ def randn_like_diffusers(
             raise ValueError(f"Cannot generate a {device} tensor from a generator of type {drawn_by}.")
     if isinstance(generator, list) and len(generator) == 1:
         generator = generator[0]
-    if not isinstance(generator, list):
-        return torch_randn(shape, generator, device=drawn_on, dtype=dtype).to(device)
-    one = (1,) + shape[1:]  # type: ignore[operator]  # a list is refused, as diffusers refuses it
-    parts = [torch_randn(one, generator[i], device=drawn_on, dtype=dtype) for i in range(batch)]
-    return torch.cat(parts, dim=0).to(device)
+    return batched_randn(shape, generator, device=drawn_on, dtype=dtype).to(device)
 
 
 def why_by_torch() -> str:
-    """Why torch itself draws its float32 numbers on the CPU here, as a clause; empty where fastdiff's loop draws them.
+    """Return why torch draws float32 numbers on the CPU here, as a clause; empty if the extension draws them.
 
-    A call that some mode, tracer or transform has to see is torch's all the same, and so is the answer within one.
+    torch also draws within a mode, tracer or transform that has to see its operators; called there, this says so.
     """
     return "" if _trial.passes() else _trial.problem or "something around this call has to see torch's operators"
 
 
-def _draw_here(
+def _draw_in_extension(
     shape: Sequence[int],
     generator: torch.Generator | list[torch.Generator] | None,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> Tensor | None:
-    """What torch would draw with these arguments; None, and nothing drawn, where torch has to."""
+    """Draw the numbers of torch.randn in the extension; return None and draw nothing if torch has to draw."""
     if (
         not _is_compiling()  # a tracer has to see torch's operator
         and (dtype is torch.float32 or (dtype is None and torch.get_default_dtype() is torch.float32))
@@ -126,7 +145,7 @@ def _draw_here(
 
 
 class _Trial:
-    """Whether the loop draws what torch draws: found out once, by the first plain call."""
+    """One-time comparison of the extension's draws with torch's, made by the first plain eager call."""
 
     def __init__(self) -> None:
         self.passed = False
@@ -143,6 +162,7 @@ class _Trial:
 
 
 def _why_impossible() -> str:
+    """Return why the extension cannot draw here, as a clause; empty if it may."""
     if extension is None:
         return extension_error
     if cpu_build() == "generic":
@@ -153,15 +173,15 @@ def _why_impossible() -> str:
 
 
 def _difference() -> str:
-    """What differs between the loop's draws and torch's from equal generators, as a clause; empty for nothing."""
+    """Compare the extension's draws with torch's from equal generators; return the difference as a clause, or ""."""
     for seed in _TRIAL_SEEDS:
-        ours, theirs = (torch.Generator("cpu").manual_seed(seed) for _ in range(2))
+        own, torchs = (torch.Generator("cpu").manual_seed(seed) for _ in range(2))
         for size in _TRIAL_SIZES:
-            drawn = _draw((size,), ours)
-            expected = torch.randn((size,), generator=theirs, dtype=torch.float32, device="cpu")
+            drawn = _draw((size,), own)
+            expected = torch.randn((size,), generator=torchs, dtype=torch.float32, device="cpu")
             if not torch.equal(drawn.view(torch.int32), expected.view(torch.int32)):
                 return f"torch {torch.__version__} makes other bits of a generator's words"
-            if not torch.equal(ours.get_state(), theirs.get_state()):
+            if not torch.equal(own.get_state(), torchs.get_state()):
                 return f"torch {torch.__version__} leaves a generator in another state"
     return ""
 
