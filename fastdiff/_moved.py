@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The modules that have moved: an import by the old name gives the module of the new one, with a warning.
+"""Aliases for moved modules: an import by the old name returns the module of the new name, with a DeprecationWarning.
 
-The old name is an alias of the same module object, so pickles that name it are read as well.  The aliases go with the
-next release.
+The old name is an alias of the same module object, so pickles that contain it can be read.  The next release removes
+the aliases.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-#: The new name of each module, by its old one.
+#: New module names by old name.
 MOVED = {
     f"{__package__}.{old}": f"{__package__}.{new}"
     for old, new in {
@@ -55,7 +55,7 @@ MOVED = {
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the old names of `MOVED`, and puts the module of the new name in the place of the one that is loaded."""
+    """Import finder and loader for the old names in `MOVED`; loading one puts the new module into `sys.modules`."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -63,32 +63,32 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.machinery.ModuleSpec(fullname, self) if fullname in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        # The frames of the import system do not count: the warning names the line that imports.
-        sys.modules[module.__name__] = _moved(module.__name__, stacklevel=3)
+        # `warnings` skips the frames of the import system, so this level is the importing line.
+        sys.modules[module.__name__] = _import_moved(module.__name__, stacklevel=3)
 
 
-def _moved(old: str, stacklevel: int) -> ModuleType:
+def _import_moved(old: str, stacklevel: int) -> ModuleType:
     message = f"{old} has moved to {MOVED[old]}; the old name goes with the next release"
     warnings.warn(message, DeprecationWarning, stacklevel)
     return importlib.import_module(MOVED[old])
 
 
 def install() -> None:
-    """Let the old names be found; a second call changes nothing."""
+    """Add the finder for the old names, once."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
 
 
 def attribute(package: str, name: str) -> ModuleType:
-    """The moved submodule that was an attribute of a package.
+    """Return a moved submodule that used to be an attribute of a package.
 
     Raises:
-        AttributeError: no submodule of that name has moved.
+        AttributeError: the package had no such submodule that moved.
     """
     old = f"{package}.{name}"
     if old not in MOVED:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
     if old not in sys.modules:
-        sys.modules[old] = _moved(old, stacklevel=4)
+        sys.modules[old] = _import_moved(old, stacklevel=4)
     setattr(sys.modules[package], name, sys.modules[old])
     return sys.modules[old]

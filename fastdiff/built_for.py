@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Which torch an extension was built for: read in its file, before it is loaded.
+"""The torch version an extension was built for, read from its file before it is loaded.
 
-An extension calls torch's C++ by names and layouts that change from one minor release to the next.  Beside another
-torch it fails to load with the name of a symbol, or loads and crashes.
+torch's C++ symbols and layouts change from one minor release to the next.  With another torch an extension fails to
+load with an undefined symbol, or loads and crashes.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-#: As setup.py's `built_for` says it and csrc/built_for.cpp writes it.
+#: The record that setup.py's `built_for` composes and csrc/built_for.cpp stores.
 _RECORD = re.compile(rb"fastdiff\._C was built for <torch=(\S+) cxx11abi=([01])(?: cuda=(\S+))?>")
 
-#: pip keeps the wheels that it has built, and would take the same one again.
+#: Without these options pip would reuse its cached wheel.
 _REMEDY = (
     "`make setup` in a checkout, else `pip install --no-build-isolation --no-cache-dir --no-deps --force-reinstall "
     "--no-binary fastdiff-kernels fastdiff-kernels`"
@@ -23,16 +23,16 @@ _REMEDY = (
 
 
 def release(version: str) -> str:
-    """What two versions of torch share where one extension fits both: "2.13" of "2.13.0+cpu".
+    """Return the part of a torch version that an extension depends on: "2.13" for "2.13.0+cpu".
 
-    A version that is no release fits itself alone.
+    A version that is not a release is returned whole: an extension built for it fits no other.
     """
     found = re.fullmatch(r"(\d+\.\d+)\.\d+", version.partition("+")[0])
     return found.group(1) if found else version
 
 
 def why_unfit(extension: Path) -> str:
-    """Why an extension must not be loaded beside this torch, as a clause; empty where it may."""
+    """Return why an extension must not be loaded with the installed torch, as a clause; empty if it may be."""
     try:
         found = _RECORD.search(extension.read_bytes())
     except OSError as error:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""How a command ends: its exit code, and one line on stderr in place of a traceback.
+"""Exit codes and error output of the commands: one line on stderr instead of a traceback.
 
 ==== ==========================================================================================================
-0    done
-1    it failed on the way: a full disk, too little memory, a closed pipe; files are whole or as they were
-2    refused: an argument that does not fit, a device, a backend or a package that is missing; nothing was written
+0    success
+1    failure while running: a full disk, too little memory, a closed pipe; files are complete or unchanged
+2    refused: an invalid argument, or a missing device, backend or package; nothing was written
 130  interrupted
 ==== ==========================================================================================================
 """
@@ -26,7 +26,7 @@ FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse, which raises its complaint as one sentence."""
+    """Argument parser that raises its errors as a ValueError with one sentence."""
 
     def error(self, message: str) -> NoReturn:
         operation = self.prog.split()[-1].rpartition(".")[2]
@@ -35,38 +35,38 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def run_command(program: str, command: Callable[[], int | None]) -> int:
-    """Run a command and return its exit code; what the library raises is printed in one line.
+    """Run a command and return its exit code; print an exception of the library in one line.
 
     Args:
-        program: what the line begins with.
-        command: returns its exit code, or None for 0.
+        program: prefix of that line.
+        command: function that returns an exit code, or None for 0.
     """
     try:
         code = command() or 0
-        sys.stdout.flush()  # a full disk shows here, where it can still be said
+        sys.stdout.flush()  # a full disk fails here, where the error can still be reported
         return code
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # whoever reads has enough
-        _leave_stdout()
+    except BrokenPipeError:  # the reader has closed the pipe
+        _discard_stdout()
         return FAILED
     except (OSError, MemoryError, torch.OutOfMemoryError) as error:
-        _say(program, error)
-        _leave_stdout()
+        _print_error(program, error)
+        _discard_stdout()
         return FAILED
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
-        _say(program, error)
+        _print_error(program, error)
         return REFUSED
 
 
-def _say(program: str, error: BaseException) -> None:
+def _print_error(program: str, error: BaseException) -> None:
     text = " ".join(str(error).split()) or type(error).__name__
     print(f"{program}: {text}", file=sys.stderr)
 
 
-def _leave_stdout() -> None:
-    """Let the interpreter flush what is left to nowhere when it ends, where stdout itself may have failed."""
+def _discard_stdout() -> None:
+    """Redirect stdout to the null device, so that the interpreter's flush at exit does not fail again."""
     with contextlib.suppress(OSError, ValueError):
-        stdout, nowhere = sys.stdout.fileno(), os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stdout)
-        os.close(nowhere)
+        stdout, null = sys.stdout.fileno(), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stdout)
+        os.close(null)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""From the host to the device without a host sync: through pinned memory, in the order of the current stream."""
+"""Copies from host to device without a host synchronization: through pinned memory, on the current stream."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on `device`; the caller's own where it is there already.
+    """Return the tensor on `device`; the tensor itself if it is there already.
 
-    A copy from the CPU to a CUDA device is only enqueued, on the current stream: what runs there later finds the
-    values, and the host does not wait.  (From ordinary memory it would, until the device has come that far.)
-    torch keeps the pinned memory until the copy is over.
+    A copy from the CPU to a CUDA device is enqueued on the current stream without waiting for it; a copy from pageable
+    memory would make the host wait.  torch keeps the pinned memory until the copy is complete.
 
     Args:
-        tensor: any shape and dtype.
-        device: where to; a CUDA device without a number is the current one.
+        tensor: a tensor of any shape and dtype.
+        device: the target; a CUDA device without an index is the current one.
     """
     device = torch.device(device)
-    if tensor.device.type != "cpu" or device.type != "cuda" or _is_watched():
+    if tensor.device.type != "cpu" or device.type != "cuda" or _is_traced_or_captured():
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def _is_watched() -> bool:
-    """Whether operators are traced, which need not see where host memory comes from, or captured.
+def _is_traced_or_captured() -> bool:
+    """Return True while operators are traced or captured in a CUDA graph, where the copy has to be a plain `to`.
 
-    A graph would read pinned memory again that has long been somebody else's; torch refuses the plain copy.
+    A trace need not contain the pinning.  A replayed graph would read pinned memory that has been reused since; torch
+    refuses the plain copy during a capture.
     """
     return (
         torch.compiler.is_compiling()
@@ -37,24 +37,24 @@ def _is_watched() -> bool:
 
 
 class OnDevice:
-    """A tensor that was brought to a device once, and may be read on any of its streams.
+    """A tensor copied to a device once and readable on each of its streams.
 
-    Since the host does not wait for the copy, another stream than the one that it was enqueued on has to.
+    The host does not wait for the copy, so a stream other than the one it was enqueued on has to.
     """
 
     def __init__(self, tensor: Tensor, device: torch.device) -> None:
         self._tensor = to_device(tensor, device)
-        self._arrived: torch.cuda.Event | None = None
+        self._copied: torch.cuda.Event | None = None
         if self._tensor.is_cuda:
             self._stream = torch.cuda.current_stream(self._tensor.device)
-            self._arrived = self._stream.record_event()
+            self._copied = self._stream.record_event()
 
     def get(self) -> Tensor:
-        """The tensor, there for what is enqueued on the current stream from now on; not to be written."""
-        if self._arrived is not None:
+        """Return the tensor, to be read only; later work on the current stream sees the copied values."""
+        if self._copied is not None:
             stream = torch.cuda.current_stream(self._tensor.device)
-            # A capture must not wait for what lies outside it; it comes after a warm-up, which has waited.
+            # A captured graph must not wait for an event outside it; the warm-up before the capture has waited.
             if stream != self._stream and not torch.cuda.is_current_stream_capturing():
-                stream.wait_event(self._arrived)
+                stream.wait_event(self._copied)
                 self._tensor.record_stream(stream)
         return self._tensor

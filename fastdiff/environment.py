@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The environment variables that name one of a few choices, and the reason why the extension does not load.
+"""Environment variables with a fixed set of values, and the reason why the extension does not load.
 
-``FASTDIFF_KEEP_MIB`` is a number and is read by `fastdiff.ops.memory`; ``FASTDIFF_BUILD`` and ``FASTDIFF_SANITIZE`` are
-read by setup.py alone.
+``FASTDIFF_KEEP_MIB`` is a number and is read by `fastdiff.ops.memory`; only setup.py reads ``FASTDIFF_BUILD`` and
+``FASTDIFF_SANITIZE``.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 
 from .errors import unknown_name
 
-#: Variables and the values that they may have.  An empty value is an unset variable.
+#: Variables and their accepted values.  An empty value counts as unset.
 CHOICES = {
     "FASTDIFF_BACKEND": ("cpu", "cuda", "triton", "reference"),
     "FASTDIFF_CPU": ("generic", "avx2", "avx512"),
     "FASTDIFF_TRITON_LAUNCHER": ("held", "jit"),
 }
 
-#: pip would otherwise take a wheel that it built earlier, without a compiler or for another torch.
+#: Without these options pip would reuse a wheel that it built earlier, without a compiler or for another torch.
 INSTALL = (
     "with torch and a C++ compiler installed, run FASTDIFF_BUILD=cpu (or cuda) pip install --no-build-isolation "
     "--no-cache-dir --force-reinstall --no-deps on fastdiff's source"
@@ -28,10 +28,10 @@ INSTALL = (
 
 
 def chosen(variable: str) -> str | None:
-    """Return the value of a variable in `CHOICES`; None where it is unset or empty.
+    """Return the value of a variable in `CHOICES`; None if it is unset or empty.
 
     Raises:
-        ValueError: the value is none of the choices.
+        ValueError: the value is not one of the choices.
     """
     value = os.environ.get(variable)
     if value and value not in CHOICES[variable]:
@@ -40,10 +40,10 @@ def chosen(variable: str) -> str | None:
 
 
 def why_absent(error: ImportError) -> str:
-    """Return the reason why ``fastdiff._C`` cannot be imported, and the remedy, as a clause.
+    """Return why ``fastdiff._C`` cannot be imported, and the remedy, as a clause.
 
     Args:
-        error: raised by the import.
+        error: the exception that the import raised.
 
     Raises:
         ValueError: the extension loads, but ``FASTDIFF_CPU`` names an instruction set that this processor lacks.
@@ -53,7 +53,7 @@ def why_absent(error: ImportError) -> str:
         raise ValueError(text) from None
     if not isinstance(error, ModuleNotFoundError) or error.name != "fastdiff._C":
         return f"the C++ extension does not load: {text}; {INSTALL}"
-    # The import system passes over a file whose suffix is another interpreter's.
+    # The import system ignores a file with the suffix of another interpreter.
     own = [f"_C{suffix}" for suffix in EXTENSION_SUFFIXES]
     found = [path.name for path in sorted(Path(__file__).parent.glob("_C.*")) if path.suffix in (".so", ".pyd")]
     foreign = [name for name in found if name not in own]
@@ -63,4 +63,4 @@ def why_absent(error: ImportError) -> str:
 
 
 for _variable in CHOICES:
-    chosen(_variable)  # a mistyped value is refused at import, whether or not its backend is here
+    chosen(_variable)  # refuse a mistyped value at import, even if its backend is missing

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""How fastdiff refuses: one sentence with operation, argument, what it got, what it expected, and a remedy.
+"""Error messages: one sentence with the operation, the argument, what it got, what was expected, and a remedy.
 
-Every check of the library ends here, so that all messages read alike, for example::
+All checks of the library use these functions, so that messages have one form, for example::
 
     step: row is 20, expected 0 to 19; the loop has run out of rows: start again
 """
@@ -18,29 +18,29 @@ from typing import Any
 
 
 def sentence(operation: str, argument: str, got: str, expected: str, remedy: str) -> str:
-    """Compose the message of a refusal.
+    """Compose an error message.
 
     Args:
-        operation: what the caller asked for, as the caller wrote it (``"step"``, ``"NoiseSchedulerConfig"``).
+        operation: the public name that was called (``"step"``, ``"NoiseSchedulerConfig"``).
         argument: the name of the argument at fault.
-        got: a verb phrase, ``"has shape [2, 4]"`` or ``"is -1"``.
-        expected: what would have been accepted, ``"[4, 4] like sample"``.
-        remedy: what to do about it, in the imperative.
+        got: a verb phrase about the value, ``"has shape [2, 4]"`` or ``"is -1"``.
+        expected: the accepted values, ``"[4, 4] like sample"``.
+        remedy: the way to correct the call, in the imperative.
     """
     return f"{operation}: {argument} {got}, expected {expected}; {remedy}"
 
 
 def unknown_name(operation: str, argument: str, got: object, known: Iterable[str]) -> ValueError:
-    """Refuse a name that is not in a list, showing the list."""
+    """Make the error for a name that is not among the known ones; the message lists these."""
     names = ", ".join(sorted(known))
     return ValueError(sentence(operation, argument, f"is {got!r}", f"one of {names}", "pick a name from that list"))
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:
-    """Import an optional package, or say which extra of fastdiff brings it.
+    """Import a module of an optional package.
 
     Raises:
-        ImportError: the package is not installed; the message names the extra.
+        ImportError: the package is not installed; the message names the extra of fastdiff that installs it.
     """
     try:
         return importlib.import_module(module)
@@ -58,7 +58,7 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
 
 
 def shown(value: object) -> str:
-    """Return a value's text for a message; an integer of hundreds of digits is told by its size."""
+    """Return a value's repr for a message; for an integer of hundreds of digits, its size in bits."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
     return repr(value)
@@ -68,7 +68,7 @@ def checked_integer(operation: str, argument: str, value: object, minimum: int) 
     """Return ``value`` as an ``int`` that is at least ``minimum``.
 
     Raises:
-        TypeError: it is no integer (``True`` is none either).
+        TypeError: it is not an integer (a bool is not accepted).
         ValueError: it is below ``minimum``.
     """
     expected = f"an integer of at least {minimum}"
@@ -85,10 +85,10 @@ def checked_integer(operation: str, argument: str, value: object, minimum: int) 
 
 
 def as_float(operation: str, argument: str, value: object, expected: str = "a number") -> float:
-    """Return a real number as a ``float``, NaN and infinity too.
+    """Return a real number as a ``float``; NaN and infinity are accepted.
 
     Raises:
-        TypeError: it is no real number (``True`` is none either).
+        TypeError: it is not a real number (a bool is not accepted).
         ValueError: it is beyond the range of a float.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -103,10 +103,10 @@ def as_float(operation: str, argument: str, value: object, expected: str = "a nu
 
 
 def checked_float(operation: str, argument: str, value: object, minimum: float, *, strict: bool = False) -> float:
-    """Return ``value`` as a finite ``float`` that is at least ``minimum``, or above it where ``strict``.
+    """Return ``value`` as a finite ``float`` that is at least ``minimum``, or above it if ``strict``.
 
     Raises:
-        TypeError: it is no real number (``True`` is none either).
+        TypeError: it is not a real number (a bool is not accepted).
         ValueError: it is NaN, infinite, or too small.
     """
     bound = f" {'above' if strict else 'of at least'} {minimum:g}" if math.isfinite(minimum) else ""
@@ -118,10 +118,10 @@ def checked_float(operation: str, argument: str, value: object, minimum: float, 
 
 
 def checked_bool(operation: str, argument: str, value: object) -> bool:
-    """Return ``value`` where it is True or False.
+    """Return ``value`` if it is a bool.
 
     Raises:
-        TypeError: it is anything else.
+        TypeError: it is not.
     """
     if not isinstance(value, bool):
         got, remedy = f"has type {type(value).__name__}", f"pass {argument}=True or {argument}=False"
@@ -130,7 +130,7 @@ def checked_bool(operation: str, argument: str, value: object) -> bool:
 
 
 def checked_callable(operation: str, argument: str, value: object, expected: str, remedy: str) -> None:
-    """Refuse a value that cannot be called.
+    """Check that a value is callable.
 
     Raises:
         TypeError: it is not callable.
@@ -140,10 +140,10 @@ def checked_callable(operation: str, argument: str, value: object, expected: str
 
 
 def checked_type(operation: str, argument: str, value: object, kind: type[Any], expected: str, remedy: str) -> None:
-    """Refuse a value of another type.
+    """Check the type of a value.
 
     Raises:
-        TypeError: it is not of the type.
+        TypeError: it is not of the type `kind`.
     """
     if not isinstance(value, kind):
         raise TypeError(sentence(operation, argument, f"is a {type(value).__name__}", expected, remedy))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The compiled extension ``fastdiff._C``, or why it is missing: loaded once, when this module is imported."""
+"""The compiled extension ``fastdiff._C``, or the reason why it is missing; loaded once, on import of this module."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ extension, extension_error = _load_extension()
 
 
 def cpu_build() -> str | None:
-    """Which build of the C++ loops runs here: "generic", "avx2" or "avx512"; None without the extension."""
+    """Return the build of the C++ loops in use: "generic", "avx2" or "avx512"; None without the extension."""
     return None if extension is None else str(extension.cpu_build)

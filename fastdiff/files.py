@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Files that are written whole or not at all.
+"""Atomic file writes: a file is replaced completely or not at all.
 
-The bytes go to a temporary file in the same folder, which then takes the target's place in one operation.  Whatever
-happens before that (a full disk, an interrupt) leaves a file that was there as it was, and the temporary is removed.
+The bytes go to a temporary file in the same folder, which is then renamed to the target in one operation.  If anything
+fails before that (a full disk, an interrupt), an existing target is unchanged and the temporary file is removed.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from .errors import sentence
 
 
 def write_whole(path: str | Path, data: bytes, *, operation: str, argument: str = "the file") -> None:
-    """Write a file, or raise and leave what was there.
+    """Write a file atomically; on an error an existing file is unchanged.
 
-    A new file gets the permissions of the process' umask, one that is replaced keeps its own.  A symbolic link stays,
-    and its target is replaced.  What is no regular file, such as ``/dev/stdout``, is written to.
+    A new file gets the permissions of the process' umask, an existing one keeps its own.  A symbolic link stays, and
+    its target is replaced.  Anything that is not a regular file, such as ``/dev/stdout``, is written to directly.
 
     Args:
-        path: of the file; its folder has to exist.
-        data: all of its bytes.
-        operation, argument: who asks for it and how the path was named, for messages.
+        path: path of the file, in an existing folder.
+        data: the content.
+        operation, argument: the operation and the name of the path argument, for error messages.
 
     Raises:
-        OSError: it cannot be written; `errno` says why, and the message is one sentence.
+        OSError: the file cannot be written; `errno` has the reason, and the message is one sentence.
     """
     try:
         before = _checked(path)
@@ -45,7 +45,7 @@ def write_whole(path: str | Path, data: bytes, *, operation: str, argument: str 
 
 
 def check_writable(path: str | Path, *, operation: str, argument: str) -> None:
-    """Refuse a path that `write_whole` could not write, before the work whose result is to go there.
+    """Check that `write_whole` could write a path, before the work whose result it will hold.
 
     Raises:
         ValueError: its folder is missing or read-only, it is a folder itself, or the file is write-protected.
@@ -54,7 +54,7 @@ def check_writable(path: str | Path, *, operation: str, argument: str) -> None:
         before = _checked(path)
         if before is not None and not stat.S_ISREG(before.st_mode):
             return
-        # Permissions do not tell of a file system that is mounted read-only: trying does.
+        # Permissions do not show a read-only file system; creating a file does.
         temporary = _temporary_beside(os.path.realpath(path))
         try:
             os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
@@ -66,16 +66,16 @@ def check_writable(path: str | Path, *, operation: str, argument: str) -> None:
 
 
 def _replace(target: str, data: bytes, before: os.stat_result | None) -> None:
-    """Write a temporary file and give it the target's place, with the permissions that the target had."""
+    """Write a temporary file with the target's permissions and rename it to the target."""
     temporary = _temporary_beside(target)
     try:
-        # The mode is narrowed by the umask, as that of a file that open() makes.
+        # The umask narrows the mode, like for a file that open() creates.
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             if before is not None:
                 os.chmod(temporary, stat.S_IMODE(before.st_mode))
             _write_all(descriptor, data)
-            os.fsync(descriptor)  # some file systems find out here that they are full
+            os.fsync(descriptor)  # some file systems report a full disk only here
         finally:
             os.close(descriptor)
         os.replace(temporary, target)
@@ -86,7 +86,7 @@ def _replace(target: str, data: bytes, before: os.stat_result | None) -> None:
 
 
 def _checked(path: str | Path) -> os.stat_result | None:
-    """Return the status of the file that a path leads to, None where there is none, after a look at its permissions."""
+    """Return the status of the file at a path, or None if there is none, after checking its type and permissions."""
     try:
         found = os.stat(path)
     except FileNotFoundError:
@@ -94,7 +94,7 @@ def _checked(path: str | Path) -> os.stat_result | None:
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(errno.EISDIR, "it is a folder")
     if not os.access(path, os.W_OK):
-        raise PermissionError(errno.EACCES, "the file is write-protected")  # replacing it would not ask
+        raise PermissionError(errno.EACCES, "the file is write-protected")  # a rename would ignore that
     return found
 
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Normal numbers from a counter, in plain torch: the specification for csrc/philox.h and Triton.
+"""Counter-based normal random numbers in plain torch: the specification for csrc/philox.h and Triton.
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) under the Box–Muller transform.
-The key is a sample's own seed; the counter is ``(chunk_lo, chunk_hi, step, purpose)``, a chunk being four consecutive
-elements of the sample in row-major order.  So a sample's noise depends on nothing but its seed, the step and what it
-is for: not on the batch, the device, the number of threads or the memory format.
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with the Box–Muller transform.
+The key is the sample's seed; the counter is ``(chunk_lo, chunk_hi, step, purpose)``, where a chunk is four consecutive
+elements of the sample in row-major order.  A sample's noise depends only on its seed, the step and the purpose, not on
+the batch, the device, the number of threads or the memory format.
 
-Everything here is integers, conversions and roots that round correctly, and fused multiply-adds, so that every
-backend gives the same bits.
+All operations are integer operations, correctly rounded conversions and square roots, and fused multiply-adds, so that
+every backend gives the same bits.
 """
 
 from __future__ import annotations
@@ -36,16 +36,15 @@ _ONE = 0x3F800000
 
 
 class Purpose(IntEnum):
-    """What noise is for, the last word of the counter, so that two uses at one step do not share numbers.
+    """The last word of the counter, which keeps different uses of noise at one step from sharing numbers.
 
-    Values up to 2¹⁶ − 1 that are not named here are free for noise of one's own.  The high half of the word counts the
-    draws of one purpose at one step: see `purpose_of_draw`.
+    Values up to 2¹⁶ − 1 that are not named here are free for the caller's own noise.  The high half of the word counts
+    the draws of one purpose at one step: see `purpose_of_draw`.
 
     Attributes:
-        LATENTS: the first sample.
-        STEP: what a step adds.
-        PATH: the numbers that a `fastdiff.noise.BrownianPath` adds up; their `step` is no step's number but the
-            place of an interval of time.
+        LATENTS: the initial sample.
+        STEP: the noise that a step adds.
+        PATH: the numbers that a `fastdiff.noise.BrownianPath` adds up; their `step` word encodes an interval of time.
     """
 
     LATENTS = 0
@@ -54,11 +53,11 @@ class Purpose(IntEnum):
 
 
 def purpose_of_draw(draw: int, purpose: int = Purpose.STEP) -> int:
-    """The last word of the counter for a draw of a step that draws several times.
+    """Return the last word of the counter for a draw of a step that draws several times.
 
     Args:
-        draw: 0 to 2¹⁶ − 1, the number of draws that the step made before; the word of the first is `purpose` itself.
-        purpose: 0 to 2¹⁶ − 1, what the draws are for.
+        draw: 0 to 2¹⁶ − 1, the number of the step's earlier draws; for the first draw the word is `purpose` itself.
+        purpose: 0 to 2¹⁶ − 1, see `Purpose`.
 
     Raises:
         ValueError: out of range.
@@ -70,11 +69,11 @@ def purpose_of_draw(draw: int, purpose: int = Purpose.STEP) -> int:
 
 
 def philox_words(counter: Sequence[Tensor | int], key: Sequence[Tensor | int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four 32-bit words that Philox4x32-10 makes of a counter.
+    """Return the four 32-bit words of Philox4x32-10 for a counter.
 
     Args:
-        counter: four words, int64 tensors of numbers below 2³², or ints, that broadcast together.
-        key: two words, likewise.
+        counter: four words that broadcast together: int64 tensors of numbers below 2³², or ints.
+        key: two words of the same kinds.
     """
     given = [word for word in (*counter, *key) if isinstance(word, Tensor)]
     device = given[0].device if given else torch.device("cpu")
@@ -94,13 +93,13 @@ def philox_words(counter: Sequence[Tensor | int], key: Sequence[Tensor | int]) -
 
 
 def normals(seeds: Tensor, step: int | Tensor, purpose: int, size: int) -> Tensor:
-    """Standard normal numbers, ``[B, size]`` float32.
+    """Return standard normal numbers, ``[B, size]`` float32.
 
     Args:
         seeds: ``[B]`` int64, read as 64 bits.
-        step: of all samples, or ``[B]`` int64.
+        step: one number for all samples, or ``[B]`` int64.
         purpose: see `Purpose`.
-        size: numbers a sample.
+        size: numbers per sample.
     """
     chunk = torch.arange((size + 3) // 4, dtype=torch.int64, device=seeds.device)
     key = (seeds[:, None] & _MASK, (seeds[:, None] >> 32) & _MASK)
@@ -111,8 +110,8 @@ def normals(seeds: Tensor, step: int | Tensor, purpose: int, size: int) -> Tenso
 
 
 def _box_muller(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-    """r·cos θ and r·sin θ: r = √(−2 ln u) from one word, θ from another, whose low three bits are the octant."""
-    # In float64 and rounded: torch's own float32 root comes from a library that does not always round correctly.
+    """Return r·cos θ and r·sin θ: r = √(−2 ln u) from one word, θ from another, whose low three bits are the octant."""
+    # Computed in float64 and rounded: torch's float32 square root is not always correctly rounded.
     r = torch.sqrt((-2.0 * _log_of_uniform(radius)).double()).to(torch.float32)
     y = _fma((angle & ~7).to(torch.float32), 2.0**-34, 2.0**-32)
     y2 = y * y
@@ -123,12 +122,12 @@ def _box_muller(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _log_of_uniform(word: Tensor) -> Tensor:
-    """ln u for u = (word + 1/2)·2⁻³²."""
+    """Return ln u for u = (word + 1/2)·2⁻³²."""
     u = _fma(word.to(torch.float32), 2.0**-32, 2.0**-33)
     shifted = u.view(torch.int32).to(torch.int64) + (_ONE - _ROOT_HALF)
     n = (shifted >> 23) - 127
     mantissa = ((shifted & 0x7FFFFF) + _ROOT_HALF).to(torch.int32).view(torch.float32)
-    # Near 1 the difference u − 1 comes from the bits of ~word, which keeps the digits that u itself has lost.
+    # Near 1 compute u − 1 from the bits of ~word, which has the digits that rounding removes from u.
     near_one = -_fma((word ^ _MASK).to(torch.float32), 2.0**-32, 2.0**-33)
     f = torch.where(n == 0, near_one, mantissa - 1.0)
     exponent = n.to(torch.float32)
@@ -139,7 +138,7 @@ def _log_of_uniform(word: Tensor) -> Tensor:
 
 
 def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
-    """Horner's rule, the highest power first."""
+    """Evaluate a polynomial by Horner's rule, highest power first."""
     value = torch.full_like(x, coefficients[0])
     for coefficient in coefficients[1:]:
         value = _fma(value, x, coefficient)
@@ -147,10 +146,10 @@ def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
 
 
 def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
-    """a·b + c in float32, rounded once.
+    """Return a·b + c in float32, rounded once.
 
     The product is exact in float64.  The sum is rounded to odd there (towards the neighbour whose last bit is set,
-    unless exact): with 53 ≥ 2·24 + 2 bits, rounding that to float32 is the same as rounding once.
+    unless exact): with 53 ≥ 2·24 + 2 bits, rounding that to float32 equals a single rounding.
     """
     product = a.double() * _single(b, a).double()
     addend = _single(c, a).double()
@@ -168,15 +167,15 @@ def _single(value: Tensor | float, like: Tensor) -> Tensor:
 
 
 def as_seeds(seeds: int | Sequence[int] | Tensor, batch: int, device: torch.device | str) -> Tensor:
-    """Seeds as the tensor that a backend takes, ``[batch]`` int64 on `device`.
+    """Return seeds as the tensor that a backend takes, ``[batch]`` int64 on `device`.
 
     Args:
-        seeds: a number from 0 to 2⁶⁴ − 1 for each sample, a single one for a batch of one, or an int64 tensor
-            ``[batch]``, whose bits are read as such a number.
+        seeds: one number from 0 to 2⁶⁴ − 1 per sample, a single number for a batch of one, or an int64 tensor
+            ``[batch]``, whose bits are read as such numbers.
 
     Raises:
-        TypeError: something else.
-        ValueError: not as many as samples, or a number out of range.
+        TypeError: the seeds have another type.
+        ValueError: the number of seeds is not the number of samples, or a seed is out of range.
     """
     if isinstance(seeds, Tensor):
         if seeds.dtype != torch.int64:
@@ -213,15 +212,15 @@ def as_seeds(seeds: int | Sequence[int] | Tensor, batch: int, device: torch.devi
 
 
 def spawn_seeds(seed: int, count: int) -> list[int]:
-    """Seeds for `count` samples of one request: ``seed`` in the low 32 bits, the sample's number above it.
+    """Return seeds for `count` samples of one request: ``seed`` in the low 32 bits, the sample's index above it.
 
     Args:
-        seed: 0 to 2³² − 1.  Different requests with different seeds share no sample's noise.
+        seed: 0 to 2³² − 1.  Requests with different seeds share no sample's noise.
         count: 0 to 2³².
 
     Raises:
-        TypeError: no integer.
-        ValueError: out of range.
+        TypeError: an argument is not an integer.
+        ValueError: an argument is out of range.
     """
     for name, value, end in (("seed", seed, 2**32), ("count", count, 2**32 + 1)):
         if not checked_integer("spawn_seeds", name, value, 0) < end:

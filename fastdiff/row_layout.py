@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The layout of a row of scalars, as every backend reads it, and the dtype that its scalars are stored in.
+"""Layout of a row of step coefficients, shared by every backend, and the dtype of its numbers.
 
-A row has `ROW_WIDTH` numbers: eight scalars, then three affine maps of one coefficient a column of `COLUMNS`.
+A row has `ROW_WIDTH` numbers: eight scalars, then three affine maps with one coefficient per column of `COLUMNS`.
 csrc/step_math.h and kernels/triton/step.py read the same layout.
 """
 
@@ -11,10 +11,10 @@ from enum import IntEnum
 
 import torch
 
-#: The columns of an affine map, in the order in which every backend adds them up.
+#: The columns of an affine map, in the order of summation of every backend.
 COLUMNS = ("sample", "model_output", "prediction", "history_0", "history_1", "history_2", "history_3", "noise")
 
-#: Scalars of a row before the three affine maps.
+#: Positions of the scalars before the three affine maps.
 PREDICTION_SAMPLE, PREDICTION_OUTPUT, CLIP, VARIANCE_OFFSET, VARIANCE_SLOPE = range(5)
 MODEL_INPUT_SCALE, STORE_0, STORE_1 = 5, 6, 7
 PREV_SAMPLE, KEEP_0, KEEP_1 = 8, 16, 24
@@ -23,7 +23,7 @@ NUM_REGISTERS = 4
 
 
 class Variance(IntEnum):
-    """How the noise coefficient is scaled element by element, by the model's second output v."""
+    """Elementwise scale of the noise coefficient, from the model's second output v."""
 
     FIXED = 0
     #: exp(offset + slope·v): Improved DDPM's interpolation between two log variances (arXiv 2102.09672, eq. 15).
@@ -33,5 +33,5 @@ class Variance(IntEnum):
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype in which a step on tensors of these dtypes is computed, and in which its table is stored."""
+    """Return the compute dtype of a step on tensors of these dtypes, which is also the dtype of its table."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
