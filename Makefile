@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-# Every target sets up what it needs in .venv first; a second call finds it done. Variables, with their defaults:
+# Every target first creates .venv and installs its requirements, if that is not done yet. Variables and their defaults:
 #   PYTHON=python3        the interpreter that .venv is made with
 #   FASTDIFF_BUILD=auto   what is compiled: auto, cpu, cuda or none (see setup.py)
 #   PIP_ARGS=             more options for pip install
 #   PYTEST_ARGS=          more options for pytest, such as PYTEST_ARGS="-n 4 -k philox"
 #   BENCH_ARGS=           more options for the benchmarks
 #   SOAK_ARGS=            more options for the soak, such as SOAK_ARGS="--steps 5000 --only eta"
-#   VERSIONS=             the versions of torch that `make compat` proves the package with
+#   VERSIONS=             the versions of torch that `make compat` tests the package with
 #   PYTHONS=              interpreters, each with its torch, that `make wheels` builds for
 
 PYTHON ?= python3
@@ -23,20 +23,21 @@ export FASTDIFF_BUILD
 VENV := .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
-# Stamps: empty files, as old as the step that they stand for. The build's carries its mode, so that another mode builds.
+# Stamps: empty files with the time of the last run of a step. The build's has the mode in its name, so that another mode
+# is built again.
 PACKAGES := $(VENV)/.stamp-packages
 INSTALL := $(VENV)/.stamp-install
 BUILD := $(VENV)/.stamp-build-$(FASTDIFF_BUILD)
 
-# An extension with sanitizers has a folder of its own, beside a copy of the package. SANITIZE_TESTS: the tests that run
-# our C++ on every kind of call; what is not there yet, or not any more, the wildcard leaves out.
+# The extension with sanitizers is built into a separate folder, with a copy of the package. SANITIZE_TESTS: the tests that
+# run the C++ code on every kind of call; the wildcard leaves out files that do not exist.
 SANITIZED := build/sanitize
 SANITIZE_TESTS ?= $(sort $(wildcard $(addprefix tests/test_,$(addsuffix .py,step_parity step_layout step_overlap \
   step_functional step_checks step_dtypes step_properties step_memory step_allocation step_streaming blocks binding_fuzz* \
   reductions reductions_ops philox* rows seeds copy_kernel torch_noise dropin_loop \
   dropin_beginnings dropin_brownian))))
 
-# The tests that draw their examples.
+# The property-based tests.
 FUZZ_TESTS ?= $(shell grep -l '^from hypothesis' tests/test_*.py)
 
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null | sort)
@@ -54,7 +55,7 @@ sample: $(BUILD)  ## draw 100 digits with the small model that ships, into sampl
 test: $(BUILD)  ## run the tests
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-fuzz: $(BUILD)  ## run the properties on thousands of fresh examples: half an hour or more
+fuzz: $(BUILD)  ## run the property-based tests on thousands of new examples: half an hour or more
 	HYPOTHESIS_PROFILE=thorough $(PY) -m pytest $(PYTEST_ARGS) $(FUZZ_TESTS)
 
 sanitize: $(INSTALL)  ## run the tests of the step over a build with address and undefined-behaviour sanitizers
@@ -73,18 +74,18 @@ format: $(PACKAGES)  ## rewrite the sources in the house format
 	$(BIN)/ruff format .
 	$(if $(CSRC),$(BIN)/clang-format -i $(CSRC))
 
-bench: $(BUILD)  ## print what a step costs beside its peers
+bench: $(BUILD)  ## print the time of a step, compared with its peers
 	$(PY) -m benchmarks $(BENCH_ARGS)
 
-soak: $(BUILD)  ## take 100000 steps of each kind and fail where memory grows: a quarter of an hour or more
+soak: $(BUILD)  ## take 100000 steps of each kind and fail if memory grows: a quarter of an hour or more
 	$(PY) -m benchmarks.soak $(SOAK_ARGS)
 
-# No .venv and no pip: the machine with the GPU has what it has. The script says which variables it takes.
-gpu:  ## on a machine with an NVIDIA GPU: build, prove, measure; DRY=1 rehearses on the CPU, STAGES="build test" picks
+# Uses neither .venv nor pip, only packages installed on the machine with the GPU. The script lists its variables.
+gpu:  ## on a machine with an NVIDIA GPU: build, test, measure; DRY=1 for a dry run on the CPU, STAGES="build test" picks
 	@benchmarks/gpu.sh
 
-# No .venv either: each version of torch has an environment of its own under build/compat, of half a gigabyte and more.
-compat:  ## prove the package beside other versions of torch: VERSIONS="2.6.0 2.14.1", COMPAT_ARGS="--tests tests/test_compile.py"
+# Does not use .venv: each version of torch has its own environment under build/compat, of half a gigabyte or more.
+compat:  ## test the package with other versions of torch: VERSIONS="2.6.0 2.14.1", COMPAT_ARGS="--tests tests/test_compile.py"
 	$(PYTHON) tools/compat.py $(COMPAT_ARGS) $(VERSIONS)
 
 wheels: $(PACKAGES)  ## build the sdist, the pure wheel, and wheels with the extension for each of PYTHONS, into dist
@@ -95,12 +96,12 @@ setup: $(BUILD)  ## make .venv and build the extension
 versions: $(PACKAGES)  ## print the versions of the packages that matter
 	@$(PY) -m pip list --format=freeze 2>/dev/null | grep -iE '^(torch|triton|diffusers|numpy|setuptools|pytest|hypothesis|ruff|mypy|clang-format)=='
 
-clean:  ## remove everything that was made, .venv too
+clean:  ## remove all generated files, including .venv
 	rm -rf $(VENV) build dist *.egg-info samples.png .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f fastdiff/_C*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A .venv that is there already is kept.
+# An existing .venv is kept.
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "make: $(PYTHON) is missing or older than 3.10, expected Python 3.10 or newer; name one: make PYTHON=python3.12" >&2; exit 1; }
@@ -113,13 +114,13 @@ $(PACKAGES): requirements-dev.txt | $(PY)
 	@$(PY) -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -r requirements-dev.txt
 	@touch $@
 
-# Installing and compiling are two steps: pip compiles in a new folder each time, while building in place lets ninja
-# compile again only what changed, and shows the compiler's messages.
+# Installing and compiling are separate: pip compiles in a new folder each time, while an in-place build lets ninja
+# recompile only changed files, and shows the compiler's messages.
 $(INSTALL): pyproject.toml setup.py $(PACKAGES)
 	FASTDIFF_BUILD=none $(PY) -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps -e .
 	@touch $@
 
-# The folders stand beside their files so that a removed source counts as a change. Another torch in .venv is a change too.
+# The folders are prerequisites too, so that a removed source counts as a change. So does another torch in .venv.
 $(BUILD): setup.py $(CSRC) $(sort $(dir $(CSRC))) $(INSTALL) $(wildcard $(VENV)/lib/python*/site-packages/torch-*.dist-info/RECORD)
 	@command -v $(firstword $(or $(CXX),c++)) >/dev/null || \
 	  echo "make: there is no C++ compiler; the reference backend in plain torch will do the work, and slower" >&2

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Builds fastdiff: the Python packages, and the extension ``fastdiff._C`` where this machine can compile it.
+"""Build fastdiff: the Python packages, and the extension ``fastdiff._C`` if this machine can compile it.
 
-``FASTDIFF_BUILD`` chooses what is compiled:
+``FASTDIFF_BUILD`` selects what is compiled:
 
 ======== ==============================================================================================
 ``none`` nothing; the pure-Python package runs on the reference and Triton backends
@@ -10,16 +10,16 @@
 ``auto`` (default) ``cuda`` where that is possible, else ``cpu``, else ``none`` with a warning
 ======== ==============================================================================================
 
-``auto`` looks at what is installed, never at a visible GPU, so that a build machine without one builds for one. It
-steps down only for what is absent; sources that fail to compile are an error in every mode. What is known about the
-machine is gathered in ``Facts`` and judged by ``decide``, which touches nothing and so can be tested for any machine.
+``auto`` depends on installed software, never on a visible GPU, so that a build machine without a GPU builds for one. It
+falls back only if a tool is absent; sources that fail to compile are an error in every mode. ``Facts`` describes the
+machine; ``decide`` is a pure function of it, so that it can be tested for any machine.
 
-What is distributed depends on that too. The pure-Python package asks for a torch of a range, one with an extension for
-the release that it was built for. The README on a package index cannot reach the files beside it;
-``FASTDIFF_FILES_URL`` says under which address they are served (docs/packaging.md).
+The requirements of the package depend on the mode. The pure-Python package requires a range of torch versions, a
+package with an extension requires the torch release it was built for. On a package index the README cannot link to the
+files beside it; ``FASTDIFF_FILES_URL`` is the address where they are served (docs/packaging.md).
 
 ``FASTDIFF_SANITIZE=1`` compiles the C++ with AddressSanitizer and UndefinedBehaviorSanitizer. Python loads such an
-extension only with their runtimes preloaded: ``make sanitize`` builds one in a folder of its own and tests it.
+extension only with their runtimes preloaded: ``make sanitize`` builds one in a separate folder and tests it.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 
-#: What the pure-Python package asks for: the versions of torch that it is proven with (docs/packaging.md).
+#: Requirement of the pure-Python package: the versions of torch that it is tested with (docs/packaging.md).
 TORCH = "torch>=2.6,<2.15"
 
 MODES = ("auto", "cpu", "cuda", "none")
 
-# Spelled out, because discovery would find `kernels` at the root: a top-level package of that name would shadow the
-# PyPI package `kernels`, which diffusers imports.
+# Listed explicitly, because discovery would find `kernels` at the root: a top-level package of that name would shadow
+# the PyPI package `kernels`, which diffusers imports.
 PACKAGES = [
     "fastdiff",
     "fastdiff.analysis",
@@ -71,15 +71,15 @@ PACKAGE_DIR = {
 }
 PACKAGE_DATA = {"fastdiff": ["py.typed"], "fastdiff.digits": ["weights.safetensors", "figures.json"]}
 
-# The commands that end in an extension, and dist_info, which tells pip beforehand what such a wheel will ask for. The
-# others (sdist, egg_info, clean, …) describe the tree and need no compiler.
+# The commands that build the extension, and dist_info, from which pip reads the wheel's requirements in advance. Other
+# commands (sdist, egg_info, clean, …) need no compiler.
 BUILD_COMMANDS = frozenset(
     {"build", "build_ext", "bdist_wheel", "bdist", "install", "develop", "editable_wheel", "dist_info"}
 )
 
-# No -march=native: a wheel runs on other machines; the sources pick instruction sets when they load. No -ffast-math,
-# and no contraction: every fma is written out, so that all builds agree bit for bit. -fno-trapping-math changes no
-# result and lets gcc vectorise selects; -fno-math-errno lets it inline sqrt. No -std: torch adds what its headers need.
+# No -march=native: a wheel runs on other machines; the extension selects an instruction set when it is loaded. No
+# -ffast-math and no contraction: every fma is explicit, so that all builds agree bit for bit. -fno-trapping-math
+# changes no result and lets gcc vectorise selects; -fno-math-errno lets it inline sqrt. No -std: torch adds its own.
 CXX_FLAGS = [
     "-O3",
     "-g0",
@@ -90,8 +90,8 @@ CXX_FLAGS = [
     "-Wall",
     "-Wextra",
 ]
-# The last -O and -g win. The first report ends the process: what goes on behind it proves nothing. The library's own
-# assertions catch an index that leaves an array without leaving its object.
+# The last -O and -g apply. The first report ends the process, because later results would prove nothing. The standard
+# library's assertions catch an index beyond an array that is still within its object.
 SANITIZE_FLAGS = [
     "-O1",
     "-g",
@@ -106,7 +106,7 @@ PURE_PYTHON = "set FASTDIFF_BUILD=none for the pure-Python package"
 
 
 class Facts(NamedTuple):
-    """What a build depends on. A ``*_problem`` says why the entry above it is None."""
+    """Inputs of a build. A ``*_problem`` is the reason why the entry above it is None."""
 
     compiler: str | None = None  # the C++ compiler, "c++"
     compiler_problem: str = "there is none"
@@ -120,14 +120,14 @@ class Facts(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What to build (``none``, ``cpu`` or ``cuda``), and what to tell the user when that is less than was possible."""
+    """The mode to build (``none``, ``cpu`` or ``cuda``), and a warning if a problem prevented a better one."""
 
     mode: str
     warning: str = ""
 
 
 class BuildError(Exception):
-    """The build that was asked for is not possible here; the message is a full sentence with a remedy."""
+    """The requested build is not possible here; the message is a full sentence with a remedy."""
 
 
 def _sentence(argument: str, got: str, expected: str, remedy: str) -> str:
@@ -136,7 +136,7 @@ def _sentence(argument: str, got: str, expected: str, remedy: str) -> str:
 
 
 def _cpp_problem(facts: Facts) -> str:
-    """Say why the C++ extension cannot be built, or return an empty string."""
+    """Return why the C++ extension cannot be built, or an empty string."""
     if facts.torch is None:
         return _sentence(
             "torch",
@@ -155,7 +155,7 @@ def _cpp_problem(facts: Facts) -> str:
 
 
 def _cuda_problem(facts: Facts) -> str:
-    """Say why the CUDA kernels cannot be built, or return an empty string."""
+    """Return why the CUDA kernels cannot be built, or an empty string."""
     remedy = "or set FASTDIFF_BUILD=cpu to leave the CUDA kernels out"
     if facts.torch_cuda is None:
         like = f"for CUDA {facts.toolkit.partition('.')[0]}.x like the toolkit" if facts.toolkit else "for CUDA"
@@ -182,10 +182,10 @@ def _cuda_problem(facts: Facts) -> str:
 
 
 def decide(requested: str, facts: Facts) -> Decision:
-    """Turn the value of ``FASTDIFF_BUILD`` and the facts of the machine into what is built.
+    """Choose the mode from the value of ``FASTDIFF_BUILD`` and the facts of the machine.
 
     Raises:
-        BuildError: the value is unknown, or asks for what this machine cannot build.
+        BuildError: the value is unknown, or this machine cannot build that mode.
     """
     if requested not in MODES:
         raise BuildError(
@@ -206,16 +206,16 @@ def decide(requested: str, facts: Facts) -> Decision:
     if requested == "cuda" and cuda_problem:
         raise BuildError(cuda_problem)
     if cuda_problem:
-        # On a torch without CUDA nobody misses the kernels; on one with CUDA they are worth a word.
-        missed = facts.torch_cuda is not None
-        return Decision("cpu", f"{cuda_problem}. FASTDIFF_BUILD=auto goes on without CUDA kernels." if missed else "")
+        # Warn only if torch itself is built for CUDA: otherwise the kernels could not be used.
+        usable = facts.torch_cuda is not None
+        return Decision("cpu", f"{cuda_problem}. FASTDIFF_BUILD=auto goes on without CUDA kernels." if usable else "")
     return Decision("cuda")
 
 
 def cuda_architectures(toolkit: str) -> str:
-    """List the GPU architectures to compile for: data-centre Ampere, Hopper and Blackwell, and PTX for what follows.
+    """Return the GPU architectures to compile for: data-centre Ampere, Hopper and Blackwell, and PTX for later ones.
 
-    The value has the form of ``TORCH_CUDA_ARCH_LIST``, which overrides it.
+    The value has the format of ``TORCH_CUDA_ARCH_LIST``, which overrides it.
     """
     major, minor = (int(part) for part in toolkit.split(".")[:2])
     return "8.0;9.0;10.0+PTX" if (major, minor) >= (12, 8) else "8.0;9.0+PTX"  # sm_100 came with CUDA 12.8
@@ -232,7 +232,7 @@ def find_compiler(environ: Mapping[str, str]) -> tuple[str | None, str]:
             if "CXX" in environ:
                 problem = f"CXX names {command!r}, which is not on PATH"
             continue
-        # Trying is the only check that finds a missing Python.h or a compiler without its standard library.
+        # Only a trial compilation detects a missing Python.h or a compiler without its standard library.
         probe = subprocess.run(
             [*words, "-I", sysconfig.get_path("include"), "-x", "c++", "-fsyntax-only", "-"],
             input="#include <Python.h>\n#include <vector>\n",
@@ -250,8 +250,8 @@ def find_compiler(environ: Mapping[str, str]) -> tuple[str | None, str]:
 def find_toolkit(environ: Mapping[str, str]) -> tuple[str | None, str | None, str]:
     """Find the CUDA toolkit; return its release and folder, or None, None and why not.
 
-    A folder that was named is the only one looked at. Otherwise the owner of the nvcc on PATH comes first; an nvcc
-    that merely forwards to another folder has no headers beside it and is passed over.
+    If CUDA_HOME or CUDA_PATH names a folder, only that folder is searched. Otherwise the folder of the nvcc on PATH is
+    searched first; an nvcc without headers beside it (a wrapper script) is ignored.
     """
     named = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
     if named:
@@ -276,7 +276,7 @@ def find_toolkit(environ: Mapping[str, str]) -> tuple[str | None, str | None, st
 
 
 def gather(environ: Mapping[str, str]) -> Facts:
-    """Look at this machine."""
+    """Collect the facts of this machine."""
     compiler, compiler_problem = find_compiler(environ)
     toolkit, toolkit_home, toolkit_problem = find_toolkit(environ)
     torch_version = torch_cuda = None
@@ -303,17 +303,17 @@ def gather(environ: Mapping[str, str]) -> Facts:
 
 
 def built_for(mode: str, facts: Facts) -> str:
-    """Name the torch that an extension is built for; fastdiff/built_for.py reads it in the finished file."""
+    """Describe the torch that an extension is built for; fastdiff/built_for.py reads it from the binary."""
     cuda = f" cuda={facts.torch_cuda}" if mode == "cuda" else ""
     return f"torch={facts.torch} cxx11abi={int(facts.torch_cxx11_abi)}{cuda}"
 
 
 def torch_requirement(mode: str, facts: Facts) -> str:
-    """Name the torch that a package asks for: with an extension one of the release that it was built for."""
+    """Return the package's requirement on torch: with an extension, the release that it was built for."""
     if mode == "none":
         return TORCH
     public = str(facts.torch).partition("+")[0]
-    release = re.fullmatch(r"(\d+\.\d+)\.\d+", public)  # what is no release fits itself alone
+    release = re.fullmatch(r"(\d+\.\d+)\.\d+", public)  # otherwise a pre-release, which is required exactly
     return f"torch=={release.group(1)}.*" if release else f"torch=={public}"
 
 
@@ -331,13 +331,12 @@ def files_url(environ: Mapping[str, str]) -> str:
 
 
 def readme(url: str) -> str:
-    """Make README.md readable away from the files beside it.
+    """Return README.md with relative links and images made absolute under `url`.
 
-    Links and images lead under `url`. Without one there is nowhere to lead to: a link becomes its text, an image what
-    is said in its place.
+    Without a URL a link is replaced by its text, and an image by its description.
     """
 
-    def leads(found: re.Match[str]) -> str:
+    def absolute(found: re.Match[str]) -> str:
         image, text, target = found.groups()
         if url:
             return f"{image}[{text}]({url}{target})"
@@ -346,19 +345,19 @@ def readme(url: str) -> str:
     parts = re.split(
         r"(^```.*?^```$)", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
     )
-    for i in range(0, len(parts), 2):  # what is odd is code
-        parts[i] = re.sub(r"(!?)\[([^\]]+)\]\((?![a-z]+:|#)([^)]+)\)", leads, parts[i])
+    for i in range(0, len(parts), 2):  # the odd parts are code blocks
+        parts[i] = re.sub(r"(!?)\[([^\]]+)\]\((?![a-z]+:|#)([^)]+)\)", absolute, parts[i])
     return "".join(parts)
 
 
 def sources(mode: str) -> list[str]:
-    """List the sources of the extension, relative to the root, in an order that does not depend on the disk."""
+    """List the sources of the extension, relative to the root, sorted."""
     patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp"] + (["csrc/cuda/*.cu"] if mode == "cuda" else [])
     return [path.relative_to(ROOT).as_posix() for pattern in patterns for path in sorted(ROOT.glob(pattern))]
 
 
 def sanitize_flags(environ: Mapping[str, str]) -> list[str]:
-    """List what ``FASTDIFF_SANITIZE`` adds to the compiler's and the linker's flags.
+    """Return the compiler and linker flags for the value of ``FASTDIFF_SANITIZE``.
 
     Raises:
         BuildError: the value is neither 0 nor 1.
@@ -372,24 +371,24 @@ def sanitize_flags(environ: Mapping[str, str]) -> list[str]:
 
 
 def extension(mode: str, facts: Facts, sanitize: list[str]) -> tuple[Extension, type]:
-    """Describe ``fastdiff._C`` and the command that builds it. The first to import torch's build helpers."""
+    """Return the description of ``fastdiff._C`` and the command that builds it; imports torch's build helpers."""
     if facts.compiler and facts.compiler != "c++":
-        os.environ.setdefault("CXX", facts.compiler)  # torch compiles and setuptools links with the same one
+        os.environ.setdefault("CXX", facts.compiler)  # used by torch to compile and by setuptools to link
     scripts = sysconfig.get_path("scripts")
     if shutil.which("ninja") is None and shutil.which("ninja", path=scripts):
-        # The ninja of an environment that is used without being activated.
+        # The environment has ninja but is not activated.
         os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
     if mode == "cuda":
         assert facts.toolkit is not None
         assert facts.toolkit_home is not None
         os.environ["CUDA_HOME"] = facts.toolkit_home
-        # Left unset, torch would compile for the GPUs that it sees.
+        # By default torch compiles for the visible GPUs.
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_architectures(facts.toolkit))
 
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     class BuildOrExplain(BuildExtension):
-        """torch's build, whose failure names the way out."""
+        """torch's build command, with a remedy in its error message."""
 
         def build_extensions(self) -> None:
             try:
@@ -404,10 +403,10 @@ def extension(mode: str, facts: Facts, sanitize: list[str]) -> tuple[Extension, 
                     )
                 ) from error
 
-    # OpenMP is switched on for compiling only (at::parallel_for is a header). It is not linked: the symbols come from
-    # the OpenMP runtime that torch has loaded, and a second runtime would bring a second set of threads.
+    # OpenMP is enabled for compiling only (at::parallel_for is a header) and not linked: the symbols come from the
+    # OpenMP runtime that torch has loaded, and a second runtime would create a second thread pool.
     cxx_flags = CXX_FLAGS + ([] if sys.platform == "darwin" else ["-fopenmp"]) + sanitize
-    # On every command line, so that objects of another torch are compiled again: ninja follows none of its headers.
+    # On every command line, so that another torch compiles all objects again: ninja does not track torch's headers.
     macros = [("FASTDIFF_BUILT_FOR", f'"{built_for(mode, facts)}"')]
     if mode == "cuda":
         macros.append(("FASTDIFF_CUDA", None))
@@ -421,7 +420,7 @@ def extension(mode: str, facts: Facts, sanitize: list[str]) -> tuple[Extension, 
         extra_compile_args={"cxx": cxx_flags, "nvcc": NVCC_FLAGS},
         extra_link_args=sanitize,
     )
-    # Headers of torch, Python and CUDA as system headers: -Wall and -Wextra are for our own. nvcc needs none of them.
+    # Headers of torch, Python and CUDA as system headers, so that -Wall and -Wextra apply to fastdiff's sources only.
     for folder in described.include_dirs[1:]:
         cxx_flags += ["-isystem", folder]
     described.include_dirs = described.include_dirs[:1]
@@ -429,7 +428,7 @@ def extension(mode: str, facts: Facts, sanitize: list[str]) -> tuple[Extension, 
 
 
 def main() -> None:
-    """Decide, then hand over to setuptools."""
+    """Choose the mode, then call setuptools."""
     arguments: dict[str, Any] = {}
     try:
         url = files_url(os.environ)
@@ -450,7 +449,7 @@ def main() -> None:
         packages=PACKAGES,
         package_dir=PACKAGE_DIR,
         package_data=PACKAGE_DATA,
-        include_package_data=False,  # a wheel holds what is listed here, not whatever MANIFEST.in matches
+        include_package_data=False,  # a wheel contains the files listed here, not those that MANIFEST.in matches
         install_requires=[torch_requirement(mode, facts)],
         long_description=readme(url),
         long_description_content_type="text/markdown",

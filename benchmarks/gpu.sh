@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT
-# Builds, proves and measures on a machine with an NVIDIA GPU: `make gpu`. It installs nothing and needs no network: what
-# Python has there is what is used, and the package is built into build/gpu. A stage that fails does not keep the next ones
-# from running; the script ends with their names and 1. Each is held to four minutes, so that stages can be run one by one:
-#   build     the extension with CUDA kernels, for the GPU that is there
+# Build, test and measure on a machine with an NVIDIA GPU: `make gpu`. Installs nothing and needs no network: it uses the
+# packages of that Python and builds into build/gpu. After a stage that fails the next ones still run; the script ends with
+# the names of the failed stages and status 1. Each stage is limited to four minutes and can be run alone:
+#   build     the extension with CUDA kernels, for the local GPU
 #   test      the tests that need a GPU, and the parity tests on every backend
 #   noise     noise of CPU and GPU, compared bit by bit
-#   bench     what a step costs, the verdict on the targets, the timeline
+#   bench     the time of a step, the targets, the timeline
 #   sanitize  the parity tests under compute-sanitizer (gpu_checks.sh)
 # Variables:
 #   STAGES="build test noise bench sanitize"
-#   PYTHON=       else the python3 whose torch sees a GPU, else .venv/bin/python
-#   DRY=1         a rehearsal on the CPU: every stage as far as it goes without a GPU, in under three minutes
-#   LIMIT=230     seconds a stage may take (540 in a rehearsal); what bench has not measured by then its JSON names
-#   WORKERS=      processes of the tests, where pytest-xdist is installed; else all cores but two, 14 at most
-#   RESULTS=      a folder for the results' JSON and the timeline's picture, else benchmarks/results (a rehearsal's: build/gpu)
-#   FASTDIFF_COMMIT=  the commit, where there is no git
+#   PYTHON=       default: python3 if its torch sees a GPU, else .venv/bin/python
+#   DRY=1         a dry run on the CPU: every stage as far as possible without a GPU, in under three minutes
+#   LIMIT=230     time limit of a stage in seconds (540 in a dry run); the JSON lists the cases that bench did not reach
+#   WORKERS=      test processes, if pytest-xdist is installed; default: all cores but two, at most 14
+#   RESULTS=      folder for the results' JSON and the timeline's picture; default benchmarks/results (dry run: build/gpu)
+#   FASTDIFF_COMMIT=  the commit, if there is no git checkout
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-refuse() {  # what it got, what was expected, what to do
+refuse() {  # GOT EXPECTED REMEDY
     echo "gpu: $1, expected $2; $3" >&2
     exit 2
 }
@@ -46,7 +46,7 @@ if [[ $dry == 0 ]]; then
     sees_gpu "$PYTHON" || refuse "torch of $PYTHON finds no CUDA device" "a GPU" "run this where there is one, or rehearse: make gpu DRY=1"
     rehearse=()
     mode=cuda
-    # For the GPU that is there alone: a third of the time that all architectures take.
+    # For the local GPU only, which takes a third of the time of all architectures.
     TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')}
     export TORCH_CUDA_ARCH_LIST
 else
@@ -56,8 +56,8 @@ else
 fi
 
 lib=$PWD/build/gpu/$mode
-# What was built comes first, then what lies beside it in the checkout: benchmarks, tests. -P keeps the current folder, whose
-# fastdiff has no kernels beside it, off the path.
+# The built package comes first, then the checkout with benchmarks and tests. -P keeps the current folder off the path,
+# whose fastdiff has no kernels.
 export PYTHONPATH=$lib:$PWD${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1
 python=("$PYTHON" -P)
@@ -79,26 +79,26 @@ json=("${rehearse[@]}" --json "$results")
 
 pytest=("${python[@]}" -m pytest -q -p no:cacheprovider)
 workers=()
-# Workers compile Triton's kernels, so they want cores; each has a CUDA context, so there is a most.
+# Workers compile Triton kernels, so they need cores; each has a CUDA context, so their number is limited.
 if "$PYTHON" -c 'import xdist' 2>/dev/null && [[ $dry == 0 ]]; then
     cores=$(nproc)
     workers=(-n "${WORKERS:-$((cores > 16 ? 14 : cores > 3 ? cores - 2 : 1))}")
 elif [[ $dry == 0 ]]; then
     echo "gpu: pytest-xdist is not installed: the tests run in one process and may need LIMIT=1800"
 fi
-# Every test file whose tests take a backend by name.
+# Every test file with a parameter for the backend.
 parity=(tests/test_step_parity.py tests/test_rows.py tests/test_philox.py tests/test_reductions.py)
 
 stage_build() {
     if [[ $dry == 1 ]] && command -v nvcc >/dev/null; then
         echo "gpu: nvcc is here: the kernels are compiled to objects by tests/test_cuda_compile.py, not linked"
     fi
-    # One build of a mode serves the next: ninja compiles again what has changed.
+    # Builds of one mode share a folder, so that ninja recompiles only changed files.
     FASTDIFF_BUILD=$mode "$PYTHON" setup.py --quiet build --build-base "build/gpu/objects-$mode" --build-lib "$lib" &&
         check_import
 }
 
-check_import() {  # that what runs is what was built, with the kernels in it
+check_import() {  # check that the built package is imported, with its kernels
     "${python[@]}" - "$lib" "$mode" <<'PY'
 import pathlib
 import sys
@@ -129,7 +129,7 @@ stage_test() {
         return
     fi
     local failed=0 until=$((SECONDS + limit))
-    # No test may pass by being skipped for want of a backend: build has seen to it that both are there.
+    # No test is skipped for a missing backend: the build stage has checked that both are available.
     timeout -k 10 "$limit" "${pytest[@]}" "${workers[@]}" -m gpu tests || failed=1
     # `timeout 0` would set no limit.
     timeout -k 10 "$((until > SECONDS ? until - SECONDS : 1))" "${pytest[@]}" "${workers[@]}" -m "not gpu" "${parity[@]}" ||
@@ -144,7 +144,7 @@ stage_noise() {
 }
 
 stage_bench() {
-    # No part begins after --seconds; the last one and the timeline have the rest.
+    # No part begins after --seconds; the rest of the time is for the last part and the timeline.
     local options=(--seconds "$((limit - 90))")
     [[ $dry == 0 ]] || options=(--rounds 2 --no-compile)
     local failed=0
@@ -161,7 +161,7 @@ for stage in "${stages[@]}"; do
     started=$SECONDS
     if "stage_$stage"; then outcome=passed; else outcome=failed; failed+=("$stage"); fi
     echo "== $stage $outcome after $((SECONDS - started)) s"
-    # The record is not the proof: where it cannot be kept, for want of a build, the stage's outcome still counts.
+    # Storing the outcome fails without a build; that does not change the outcome.
     "${bench[@]}" stage "$stage" "$outcome after $((SECONDS - started)) s" "${json[@]}" || true
 done
 if [[ " ${stages[*]} " == *" bench "* || " ${stages[*]} " == *" noise "* ]]; then

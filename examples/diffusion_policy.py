@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""A diffusion policy, and the control rate that it reaches with diffusers' schedulers and with fastdiff's.
+"""Control rate of a diffusion policy with diffusers' schedulers and with fastdiff's.
 
 A policy (C. Chi et al., "Diffusion Policy", arXiv 2303.04137) samples the next actions of a robot from a small
-conditional 1-D U-Net.  Its denoiser takes a fraction of a millisecond to a few, so what the scheduler costs a step is
-felt.  Here a point moves in the plane from where it is to a goal, around an obstacle that lies between, on either side:
-two ways for each observation, which is what diffusion is for.
+conditional 1-D U-Net.  A call of its denoiser takes between a fraction of a millisecond and a few milliseconds, so the
+scheduler is a noticeable part of a step.  Here a point moves in the plane to a goal and passes an obstacle on the left
+or on the right: the distribution of plans has two modes for each observation.
 
     python examples/diffusion_policy.py                    # trains for half a minute, then measures
     python examples/diffusion_policy.py --iterations 0     # measures with random weights
@@ -25,16 +25,16 @@ from torch.nn import functional
 
 import fastdiff.diffusers
 
-#: Actions that are planned at a time, and what one is: a position in the plane.
+#: Number of actions in a plan, and the size of an action: a position in the plane.
 HORIZON, ACTION = 16, 2
-#: What the policy sees: where the point is, and where it has to go.
+#: Size of an observation: the point's position and the goal's.
 OBSERVATION = 4
-#: How far to the side a way passes the obstacle.
-BOW = 0.5
+#: Lateral distance at which a plan passes the obstacle, relative to the distance of the goal.
+DETOUR = 0.5
 
 
 class ConditionalBlock(nn.Module):
-    """Two convolutions over time, scaled and shifted by what the policy sees and by the timestep."""
+    """Two convolutions over time, scaled and shifted by a condition (observation and timestep)."""
 
     def __init__(self, channels_in: int, channels: int, condition: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class ConditionalBlock(nn.Module):
 
 
 class PolicyUnet(nn.Module):
-    """Noise in a plan of actions ``[B, 2, 16]``, given a timestep ``[B]`` and an observation ``[B, 4]``."""
+    """Predict the noise in plans ``[B, 2, 16]``, given timesteps ``[B]`` and observations ``[B, 4]``."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -71,8 +71,8 @@ class PolicyUnet(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor, observation: Tensor) -> Tensor:
         angles = timestep.reshape(-1, 1).float() * self.frequencies
-        time_of = torch.cat([angles.sin(), angles.cos()], dim=1).expand(len(x), -1)
-        condition = self.embed(torch.cat([time_of, observation], dim=1))
+        embedding = torch.cat([angles.sin(), angles.cos()], dim=1).expand(len(x), -1)
+        condition = self.embed(torch.cat([embedding, observation], dim=1))
         skip = self.down(x, condition)
         deep = self.widen(self.middle(self.shorten(skip), condition))
         result: Tensor = self.out(self.up(torch.cat([deep, skip], dim=1), condition))
@@ -80,19 +80,19 @@ class PolicyUnet(nn.Module):
 
 
 def demonstrations(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Observations ``[count, 4]`` and plans ``[count, 2, 16]`` of an expert who passes on either side, as he likes."""
+    """Return observations ``[count, 4]`` and an expert's plans ``[count, 2, 16]``, which pass on a random side."""
     start, goal = torch.rand(2, count, ACTION, generator=generator) * 2 - 1
     side = torch.randint(0, 2, (count, 1), generator=generator) * 2.0 - 1
     along = torch.linspace(0, 1, HORIZON)[None, None]
     straight = start[:, :, None] + (goal - start)[:, :, None] * along
     across = torch.stack([start[:, 1] - goal[:, 1], goal[:, 0] - start[:, 0]], dim=1)
     across = across / across.norm(dim=1, keepdim=True).clamp(min=1e-6)
-    plans = straight + BOW * (side * across)[:, :, None] * torch.sin(torch.pi * along)
+    plans = straight + DETOUR * (side * across)[:, :, None] * torch.sin(torch.pi * along)
     return torch.cat([start, goal], dim=1), plans
 
 
 def train(model: PolicyUnet, iterations: int, generator: torch.Generator) -> None:
-    """Teach the model to predict the noise in the expert's plans (arXiv 2006.11239, algorithm 1)."""
+    """Train the model to predict the noise in the expert's plans (arXiv 2006.11239, algorithm 1)."""
     schedule = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", num_train_timesteps=100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(iterations):
@@ -108,7 +108,7 @@ def train(model: PolicyUnet, iterations: int, generator: torch.Generator) -> Non
 
 @torch.inference_mode()
 def plan(model: PolicyUnet, scheduler: Any, steps: int, observation: Tensor, seed: int) -> Tensor:
-    """The next actions, ``[B, 2, 16]``: the loop that runs on the robot."""
+    """Sample the next actions, ``[B, 2, 16]``: the loop that would run on the robot."""
     generator = torch.Generator().manual_seed(seed)
     scheduler.set_timesteps(steps)
     x = torch.randn(len(observation), ACTION, HORIZON, generator=generator)
@@ -118,8 +118,8 @@ def plan(model: PolicyUnet, scheduler: Any, steps: int, observation: Tensor, see
     return x
 
 
-def rates(calls: dict[str, Callable[[int], object]], rounds: int) -> dict[str, float]:
-    """Seconds a call, the median of rounds in which all take turns."""
+def median_times(calls: dict[str, Callable[[int], object]], rounds: int) -> dict[str, float]:
+    """Return seconds per call, the median over rounds in which all calls alternate."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(-1, rounds):
         for name, call in calls.items():
@@ -131,25 +131,25 @@ def rates(calls: dict[str, Callable[[int], object]], rounds: int) -> dict[str, f
 
 
 def compare(model: PolicyUnet, method: str, steps: int, rounds: int) -> str:
-    """One line of the table: a scheduler, before and after."""
+    """Return one line of the table: a scheduler's plans per second with diffusers and with fastdiff."""
     options = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 100, "clip_sample_range": 2.0}
     observation, _ = demonstrations(1, torch.Generator().manual_seed(1))
     schedulers = {
-        "before": getattr(diffusers, method)(**options),
-        "after": getattr(fastdiff.diffusers, method)(**options),
+        "diffusers": getattr(diffusers, method)(**options),
+        "fastdiff": getattr(fastdiff.diffusers, method)(**options),
     }
     plans = [plan(model, scheduler, steps, observation, 7) for scheduler in schedulers.values()]
-    apart = float((plans[0] - plans[1]).abs().max())
-    found = rates(
+    difference = float((plans[0] - plans[1]).abs().max())
+    seconds = median_times(
         {name: lambda i, s=scheduler: plan(model, s, steps, observation, i) for name, scheduler in schedulers.items()},  # type: ignore[misc]
         rounds,
     )
-    before, after = 1 / found["before"], 1 / found["after"]
-    return f"{method:15} {steps:5}   {before:9.1f}   {after:9.1f}   {after / before:5.2f}   {apart:.1e}"
+    theirs, ours = 1 / seconds["diffusers"], 1 / seconds["fastdiff"]
+    return f"{method:15} {steps:5}   {theirs:9.1f}   {ours:9.1f}   {ours / theirs:5.2f}   {difference:.1e}"
 
 
-def reached(model: PolicyUnet) -> float:
-    """How far from the goal plans end, the median over a hundred observations."""
+def distance_to_goal(model: PolicyUnet) -> float:
+    """Return the distance between a plan's end and the goal, the median over a hundred observations."""
     observations, _ = demonstrations(100, torch.Generator().manual_seed(2))
     scheduler = fastdiff.diffusers.DDIMScheduler(
         beta_schedule="squaredcos_cap_v2", num_train_timesteps=100, clip_sample_range=2.0
@@ -159,11 +159,11 @@ def reached(model: PolicyUnet) -> float:
 
 
 def main() -> None:
-    """Train, then print plans a second before and after."""
+    """Train, then print plans per second with diffusers and with fastdiff."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, default=1500, help="steps of training")
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 20, 50, 100], help="steps of denoising")
-    parser.add_argument("--rounds", type=int, default=15, help="plans that each scheduler is timed over")
+    parser.add_argument("--rounds", type=int, default=15, help="number of timed plans per scheduler")
     parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
@@ -172,8 +172,8 @@ def main() -> None:
     train(model, chosen.iterations, torch.Generator().manual_seed(0))
     model.eval()
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters} parameters; plans end {reached(model):.3f} from the goal (median)")
-    print("scheduler       steps   diffusers    fastdiff    times   apart    (plans a second)")
+    print(f"{parameters} parameters; plans end {distance_to_goal(model):.3f} from the goal (median)")
+    print("scheduler       steps   diffusers    fastdiff    times   difference (plans per second)")
     for method in ("DDIMScheduler", "DDPMScheduler"):
         for steps in chosen.steps:
             print(compare(model, method, steps, chosen.rounds))

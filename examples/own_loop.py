@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A sampling loop of one's own: digits, guided, with a stepper in place of a scheduler.
+"""Custom sampling loop with a stepper: handwritten digits with classifier-free guidance.
 
 Run it with ``python examples/own_loop.py``; it writes ``own_loop.png``.
 """

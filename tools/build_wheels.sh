@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT
-# Builds what is distributed, into dist/: the sdist and the pure wheel, for a package index; and for each interpreter that is
-# named a wheel with the extension for its torch, whose version says which, for an index or a folder of one's own.
+# Build the distributions into dist/: the sdist and the pure wheel, for a package index; and for each interpreter on the
+# command line a wheel with the extension for its torch, with torch's release in its version, for a private index or folder.
 #
 #   tools/build_wheels.sh [PYTHON...]      (make wheels PYTHONS="...")
 #
@@ -35,15 +35,15 @@ first=${pythons[0]}
 (($#)) || pythons=()
 FASTDIFF_BUILD=none hook "$first" build_sdist "$work"
 cp "$work"/*.tar.gz "$out"
-# All wheels come from the sdist: a folder that was built in before leaves things behind.
+# Build all wheels from the sdist: a checkout may contain files of earlier builds.
 mkdir "$work/tree"
 tar xf "$work"/*.tar.gz -C "$work/tree" --strip-components 1
 cd "$work/tree"
 FASTDIFF_BUILD=none hook "$first" build_wheel "$out"
 
 for python in "${pythons[@]}"; do
-    # "torch2.13.cpu", "torch2.13.cu130": a local version. An index such as PyPI takes none, and it should not: a wheel
-    # without it would be chosen for any torch.
+    # "torch2.13.cpu", "torch2.13.cu130": a local version. An index such as PyPI accepts none; without it the wheel would
+    # be chosen for any torch.
     label=$("$python" - "$mode" <<'PY'
 import re, sys
 import torch
@@ -56,7 +56,7 @@ PY
     rm -rf "$work/raw" build
     mkdir "$work/raw"
     DIST_EXTRA_CONFIG="$work/extra.cfg" FASTDIFF_BUILD=$mode hook "$python" build_wheel "$work/raw"
-    # torch's libraries and CUDA's are those of the torch that is there: a copy in the wheel would be a second one.
+    # torch's and CUDA's libraries come with the installed torch; the wheel must not contain a second copy.
     auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude 'libcudart.so.*' --wheel-dir "$out" "$work"/raw/*.whl
 done
 ls -l "$out"

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Proves the package beside other versions of torch, on the CPU (``make compat``).
+"""Test the package with other versions of torch, on the CPU (``make compat``).
 
     python tools/compat.py [--folder DIR] [--build cpu|none] [--tests "FILES"] VERSION...
 
-For each version: a virtual environment of the interpreter that runs this, that torch, a copy of the sources built
-against it, and the checks of tools/compat_checks.py, each in a process of its own. One line a version says how each
-ended; the exit status is 1 where any failed, 2 where a version could not be set up. What is there already is kept, so
-that a second run only compiles what changed; output of what failed goes to stderr.
+For each version: create a virtual environment with this interpreter and that torch, build a copy of the sources against
+it, and run the checks of tools/compat_checks.py, each in its own process. One line per version reports the results; the
+exit status is 1 if a check failed, 2 if a version could not be set up. Existing environments and copies are kept, so
+that a second run compiles only what changed; the output of failed checks goes to stderr.
 
-Wheels of most versions are built for CUDA. They are installed without its libraries, and where those are missing
-tools/cuda_stubs.py makes empty ones.
+The wheels of most versions are built for CUDA. They are installed without the CUDA libraries; tools/cuda_stubs.py
+makes empty libraries in their place.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ CHECKS = (
     "dropins",
     "compiled_dropins",
 )
-#: What a checkout holds besides its sources.
-LEFTOVERS = shutil.ignore_patterns(".git", ".venv", ".*_cache", "build", "dist", "*.egg-info", "__pycache__", "*.so")
-#: What the build and the checks need beside torch. diffusers asks for no torch; torchsde would, with its libraries.
+#: Files of a checkout that are not copied.
+IGNORED = shutil.ignore_patterns(".git", ".venv", ".*_cache", "build", "dist", "*.egg-info", "__pycache__", "*.so")
+#: Requirements of the build and the checks besides torch. diffusers does not depend on torch; torchsde does.
 PACKAGES = (
     "setuptools>=77.0.3,<82",
     "wheel",
@@ -52,7 +52,7 @@ PACKAGES = (
     "psutil",
 )
 WITHOUT_DEPENDENCIES = ("torchsde==0.2.6", "trampoline==0.1.2")
-#: Of torch's requirements, those that only its CUDA build has.
+#: Requirements of torch that only its CUDA build has.
 CUDA_ONLY = re.compile(r"nvidia|cuda|triton", re.IGNORECASE)
 
 
@@ -81,7 +81,7 @@ def run(*command: str | Path, cwd: Path | None = None, **environ: str) -> str:
 
 
 def make_environment(folder: Path, version: str) -> Path:
-    """Make a virtual environment with that torch, or keep the one that is there; return its interpreter."""
+    """Create a virtual environment with that torch, unless it exists; return its interpreter."""
     python = folder / "bin" / "python"
     done = folder / ".torch-is-there"
     if done.exists():
@@ -93,8 +93,8 @@ def make_environment(folder: Path, version: str) -> Path:
     program = (
         "import importlib.metadata as m; print(*(r for r in m.requires('torch') if 'extra ==' not in r), sep='\\n')"
     )
-    asked = [line.strip() for line in run(python, "-c", program).splitlines() if not CUDA_ONLY.match(line)]
-    run(*pip, *asked, *PACKAGES)
+    requirements = [line.strip() for line in run(python, "-c", program).splitlines() if not CUDA_ONLY.match(line)]
+    run(*pip, *requirements, *PACKAGES)
     run(*pip, "--no-deps", *WITHOUT_DEPENDENCIES)
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     if subprocess.run([python, "-c", "import torch"], capture_output=True, check=False).returncode != 0:
@@ -105,19 +105,19 @@ def make_environment(folder: Path, version: str) -> Path:
 
 
 def copy_sources(target: Path) -> None:
-    """Bring a copy of the sources up to date. A file that did not change keeps its age, and so what is built of it."""
+    """Update a copy of the sources. An unchanged file keeps its time, so that its objects are not compiled again."""
 
-    def newer(source: str, destination: str) -> str:
-        there = Path(destination)
-        if not there.exists() or there.stat().st_mtime_ns != Path(source).stat().st_mtime_ns:
+    def copy_if_changed(source: str, destination: str) -> str:
+        copied = Path(destination)
+        if not copied.exists() or copied.stat().st_mtime_ns != Path(source).stat().st_mtime_ns:
             shutil.copy2(source, destination)
         return destination
 
-    shutil.copytree(ROOT, target, ignore=LEFTOVERS, copy_function=newer, dirs_exist_ok=True)
+    shutil.copytree(ROOT, target, ignore=IGNORED, copy_function=copy_if_changed, dirs_exist_ok=True)
 
 
 def install(python: Path, sources: Path, build: str) -> None:
-    """Install the copy as `make` installs a checkout, and build its extension in place."""
+    """Install the copy in editable mode, like `make`, and build its extension in place."""
     path = os.pathsep.join([str(python.parent), os.environ.get("PATH", "")])
     pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     run(*pip, "--no-build-isolation", "--no-deps", "-e", sources, FASTDIFF_BUILD="none")
@@ -127,15 +127,15 @@ def install(python: Path, sources: Path, build: str) -> None:
         run(python, "setup.py", "--quiet", "build_ext", "--inplace", cwd=sources, FASTDIFF_BUILD=build, PATH=path)
 
 
-def prove(python: Path, sources: Path, build: str, tests: list[str]) -> dict[str, str]:
-    """Run the checks; return what failed, by its name, with its output."""
+def run_checks(python: Path, sources: Path, build: str, tests: list[str]) -> dict[str, str]:
+    """Run the checks; return the output of each one that failed, by name."""
     commands = {name: [python, sources / "tools" / "compat_checks.py", name] for name in CHECKS}
     if tests:
         commands["tests"] = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", *tests]
     failed = {}
     for name, command in commands.items():
         try:
-            # A backend that the caller's environment names would answer in the place of the one that is proven.
+            # FASTDIFF_BACKEND of the caller's environment would select another backend than the one under test.
             run(*command, cwd=sources, FASTDIFF_BUILD=build, FASTDIFF_BACKEND="", OMP_NUM_THREADS="1")
         except SetUpError as error:
             failed[name] = str(error)
@@ -143,12 +143,12 @@ def prove(python: Path, sources: Path, build: str, tests: list[str]) -> dict[str
 
 
 def main() -> int:
-    """Take the versions one after another; return the exit status."""
-    parser = argparse.ArgumentParser(description="prove the package beside other versions of torch")
+    """Test the versions one after another; return the exit status."""
+    parser = argparse.ArgumentParser(description="test the package with other versions of torch")
     parser.add_argument("versions", nargs="+", metavar="VERSION")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "compat", help="where environments are made")
-    parser.add_argument("--build", choices=("cpu", "none"), default="cpu", help="whether the extension is built")
-    parser.add_argument("--tests", default="", help="test files to run as well, separated by spaces")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "compat", help="folder of the environments")
+    parser.add_argument("--build", choices=("cpu", "none"), default="cpu", help="none: without the extension")
+    parser.add_argument("--tests", default="", help="test files to run too, separated by spaces")
     options = parser.parse_args()
     status = 0
     tag = f"py{sys.version_info.major}.{sys.version_info.minor}"
@@ -164,7 +164,7 @@ def main() -> int:
             print(error, file=sys.stderr)
             status = 2
             continue
-        failed = prove(python, folder / "sources", options.build, options.tests.split())
+        failed = run_checks(python, folder / "sources", options.build, options.tests.split())
         ran = [*CHECKS, "tests"] if options.tests else [*CHECKS]
         built = run(python, "-c", "import torch; print(torch.__version__)").strip()
         print(

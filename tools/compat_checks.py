@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What fastdiff has to do beside some version of torch: one check a process, run by tools/compat.py.
+"""Checks of fastdiff with the installed version of torch: one check per process, run by tools/compat.py.
 
     python tools/compat_checks.py CHECK
 
-A check that fails raises. All run on the CPU, on every backend that is here.
+A check that fails raises. All run on the CPU, on every available backend.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ SHAPE = (2, 3, 8, 8)
 
 
 def backends() -> list[str]:
-    """The backends that have to be here; the first answers where none is named."""
+    """Return the backends that have to be available; the first is the default."""
     return ["cpu", "reference"] if BUILT else ["reference"]
 
 
-def same(found: Any, expected: Any, what: str) -> None:
-    """Require the same bits of two tensors, or of two lists of them."""
+def assert_equal(found: Any, expected: Any, what: str) -> None:
+    """Require that two tensors, or two lists of tensors, have equal values."""
     if isinstance(found, Tensor):
         found, expected = [found], [expected]
     for one, other in zip(found, expected, strict=True):
@@ -35,12 +35,12 @@ def same(found: Any, expected: Any, what: str) -> None:
 
 
 def normal(seed: int, shape: tuple[int, ...] = SHAPE, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The same numbers for the same seed."""
+    """Return normal numbers that depend on the seed alone."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def check_import() -> None:
-    """The package and each of its operators are there, and so is the extension where one was built."""
+    """Check that the package, each of its operators and, if one was built, the extension can be imported."""
     import fastdiff
     from fastdiff.ops import backends as found
 
@@ -54,7 +54,7 @@ def check_import() -> None:
 
 
 def check_samplers() -> None:
-    """Every sampler draws the same on every backend, within float32's rounding of a loop."""
+    """Check that the backends agree on every sampler, up to float32 rounding."""
     import fastdiff
     from fastdiff.sampling.config import SamplingMethod
 
@@ -74,12 +74,12 @@ def check_samplers() -> None:
             drawn.append(result.samples)
         if not drawn[0].isfinite().all():
             raise AssertionError(f"{method.value}: not finite")
-        # Backends lie within one rounding a step of each other, 2⁻²³ of values below 100, which a step doubles at most.
+        # One rounding per step, 2⁻²³ of values below 100; a step at most doubles a difference.
         torch.testing.assert_close(drawn[0], drawn[-1], rtol=0.0, atol=2.0**6 * 100 * 2.0**-23)
 
 
 def check_quantile() -> None:
-    """The quantile is torch's, to the bit; torch fuses its interpolation for AVX2 and AVX-512 alone."""
+    """Check that the quantile equals torch's bit for bit; torch fuses its interpolation for AVX2 and AVX-512 only."""
     from fastdiff import ops
 
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
@@ -89,11 +89,11 @@ def check_quantile() -> None:
             x, q = normal(count, (3, count), dtype), (count * 0.618) % 1.0
             for backend in backends():
                 what = f"quantile {q} of {count} numbers of {dtype} by {backend}"
-                same(ops.quantile(x, q, backend=backend), torch.quantile(x, q, dim=1), what)
+                assert_equal(ops.quantile(x, q, backend=backend), torch.quantile(x, q, dim=1), what)
 
 
 def check_gradients() -> None:
-    """Gradients of the fused step, and vmap, are those of the reference."""
+    """Check the gradients of the fused step, and vmap."""
     from fastdiff import ops
 
     table = normal(2, (1, 32), torch.float64)
@@ -106,7 +106,7 @@ def check_gradients() -> None:
         )
     x, m = normal(6, (4, 2, 5)), normal(7, (4, 2, 5))
     rows = table.float()
-    same(
+    assert_equal(
         torch.func.vmap(lambda x, m: ops.step(x, m, rows, 0)[0])(x, m),
         torch.stack([ops.step(a, b, rows, 0)[0] for a, b in zip(x, m, strict=True)]),
         "vmap",
@@ -114,7 +114,7 @@ def check_gradients() -> None:
 
 
 def check_compile() -> None:
-    """The step in every form, noise and reductions compile in one graph to the eager call's bits."""
+    """Check that each kind of step, noise and reductions compile to one graph with the bits of the eager call."""
     import fastdiff
     from fastdiff import ops
     from fastdiff.sampling.config import SamplingMethod
@@ -157,14 +157,15 @@ def check_compile() -> None:
     for compiler in ("eager", "aot_eager"):
         for function, arguments, written in cases:
             torch._dynamo.reset()
-            ours, its = arguments(), arguments()
-            found = torch.compile(function, fullgraph=True, backend=compiler)(*its)
-            same(found, function(*ours), f"{function.__name__} in {compiler}")
-            same(list(its[-written:]), list(ours[-written:]), f"what {function.__name__} writes in {compiler}")
+            eager, compiled = arguments(), arguments()
+            found = torch.compile(function, fullgraph=True, backend=compiler)(*compiled)
+            assert_equal(found, function(*eager), f"{function.__name__} in {compiler}")
+            outputs = [list(given[-written:]) for given in (compiled, eager)]
+            assert_equal(*outputs, f"outputs of {function.__name__} in {compiler}")
 
 
 class Loop(torch.nn.Module):
-    """Steps of a small model."""
+    """Three steps of a small model."""
 
     def __init__(self) -> None:
         import fastdiff
@@ -186,21 +187,21 @@ def _export(strict: bool) -> None:
     module, inputs = Loop(), (normal(1), torch.tensor([1, 2]))
     program = torch.export.export(module, inputs, strict=strict)
     for one in (program, program.run_decompositions()):
-        same(one.module()(normal(2), inputs[1]), module(normal(2), inputs[1]), "the exported module")
+        assert_equal(one.module()(normal(2), inputs[1]), module(normal(2), inputs[1]), "the exported module")
 
 
 def check_export() -> None:
-    """A module that takes steps exports without strict."""
+    """Check that a module with steps exports with strict=False."""
     _export(False)
 
 
 def check_strict_export() -> None:
-    """And with it."""
+    """Check that a module with steps exports with strict=True."""
     _export(True)
 
 
 def check_dropins() -> None:
-    """Drop-in schedulers draw what diffusers' own do."""
+    """Check that loops of drop-in schedulers equal diffusers' own, up to float32 rounding."""
     import diffusers
 
     import fastdiff.diffusers
@@ -208,7 +209,7 @@ def check_dropins() -> None:
     draws = ("DDIM", "DDPM", "EulerDiscrete", "EulerAncestralDiscrete", "FlowMatchEulerDiscrete")
     for name in (*draws, "DPMSolverMultistep", "HeunDiscrete", "UniPCMultistep"):
         drawn = []
-        # The second loop of ours takes the plans that the first has made.
+        # The second loop of fastdiff's classes uses the plans that the first one made.
         for module in (diffusers, fastdiff.diffusers, fastdiff.diffusers):
             scheduler = getattr(module, f"{name}Scheduler")()
             scheduler.set_timesteps(6)
@@ -218,14 +219,14 @@ def check_dropins() -> None:
                 scaled = x if name.startswith("Flow") else scheduler.scale_model_input(x, t)
                 x = scheduler.step(torch.tanh(scaled), t, x, **given).prev_sample
             drawn.append(x)
-        # Six steps of rounding to float32, 2⁻²³ of the largest value, which a step doubles at most.
+        # Six float32 roundings, 2⁻²³ of the largest value; a step at most doubles a difference.
         bound = 2.0**6 * 2.0**-23 * drawn[0].abs().max().item()
         for x in drawn[1:]:
             torch.testing.assert_close(x, drawn[0], rtol=0.0, atol=bound, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def check_compiled_dropins() -> None:
-    """A compiled loop over a drop-in scheduler is one graph where it is one over diffusers' own class."""
+    """Check that a loop over a drop-in scheduler compiles to one graph if a loop over diffusers' class does."""
     import diffusers
 
     import fastdiff.diffusers
@@ -253,7 +254,7 @@ def check_compiled_dropins() -> None:
         assert isinstance(outcomes[0], str) == isinstance(outcomes[1], str), (name, outcomes)
         if isinstance(outcomes[0], Tensor):
             whole += 1
-            same(outcomes[1], outcomes[0], name)
+            assert_equal(outcomes[1], outcomes[0], name)
     assert whole > 0, "diffusers' own classes give no graph here"
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Makes a CUDA build of torch importable where there is no CUDA: empty libraries in the place of those that it links.
+"""Make a CUDA build of torch importable without CUDA, with stub libraries in place of those that it links.
 
     python tools/cuda_stubs.py SITE_PACKAGES
 
-Every function of theirs returns 0, and the count of devices is none. Torch's own CPU code runs as it is, which is all
-that proving the package on the CPU needs; the libraries themselves are gigabytes.
+Every stub function returns 0, and the device count is 0. torch's CPU code is unchanged, which is enough to test the
+package on the CPU; the real libraries take gigabytes.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-#: Libraries of the system: torch finds these anywhere.
+#: System libraries, which need no stub.
 _SYSTEM = re.compile(r"(libc|libm|libdl|librt|libpthread|libstdc\+\+|libgcc_s|libutil|ld-linux.*)\.so")
-#: What a name in CUDA's libraries begins with.
+#: Prefixes of symbols in CUDA's libraries.
 _CUDA = re.compile(r"_*(cu|CU|nv|Nv|NV|nccl)|__cuda|cupti")
-#: Functions whose answer torch reads when it is imported; 100 is cudaErrorNoDevice.
-_ANSWERS = {
+#: Functions that torch calls when it is imported; 100 is cudaErrorNoDevice.
+_DEFINITIONS = {
     "cudaGetDeviceCount": "int cudaGetDeviceCount(int* count) { if (count) *count = 0; return 100; }",
     "cudaDriverGetVersion": "int cudaDriverGetVersion(int* version) { if (version) *version = 0; return 0; }",
     "cudaRuntimeGetVersion": "int cudaRuntimeGetVersion(int* version) { if (version) *version = 13000; return 0; }",
@@ -29,20 +29,20 @@ _ANSWERS = {
 }
 
 
-def _said(*command: str | Path) -> str:
+def _output(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _names(library: Path, which: str) -> set[str]:
-    lines = _said("nm", "-D", which, library).splitlines()
+    lines = _output("nm", "-D", which, library).splitlines()
     return {line.split()[-1].partition("@")[0] for line in lines if line.strip()}
 
 
 def _versions(library: Path) -> dict[str, set[str]]:
-    """For each library that this one links, the versions of symbols that it asks for."""
+    """Return the symbol versions that a library requires, for each library that it links."""
     wanted: dict[str, set[str]] = {}
     current: set[str] = set()
-    for line in _said("readelf", "-V", library).splitlines():
+    for line in _output("readelf", "-V", library).splitlines():
         if file := re.search(r"File: (\S+)", line):
             current = wanted.setdefault(file.group(1), set())
         if name := re.search(r"Name: (\S+)\s+Flags", line):
@@ -51,7 +51,7 @@ def _versions(library: Path) -> dict[str, set[str]]:
 
 
 def make_stubs(site_packages: Path) -> list[str]:
-    """Write the libraries that torch misses beside its own; return their names."""
+    """Write stubs of the libraries that torch misses into its own folder; return their names."""
     folder = site_packages / "torch" / "lib"
     libraries = sorted(folder.glob("*.so*"))
     needed: set[str] = set()
@@ -59,7 +59,7 @@ def make_stubs(site_packages: Path) -> list[str]:
     undefined: set[str] = set()
     versions: dict[str, set[str]] = {}
     for library in libraries:
-        needed |= set(re.findall(r"NEEDED.*\[(.+?)\]", _said("readelf", "-d", library)))
+        needed |= set(re.findall(r"NEEDED.*\[(.+?)\]", _output("readelf", "-d", library)))
         defined |= _names(library, "--defined-only")
         undefined |= _names(library, "--undefined-only")
         for name, found in _versions(library).items():
@@ -68,7 +68,7 @@ def make_stubs(site_packages: Path) -> list[str]:
     functions = sorted(name for name in undefined - defined if _CUDA.match(name))
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary) / "stubs.c"
-        source.write_text("\n".join(_ANSWERS.get(name, f"long {name}(void) {{ return 0; }}") for name in functions))
+        source.write_text("\n".join(_DEFINITIONS.get(name, f"long {name}(void) {{ return 0; }}") for name in functions))
         for name in missing:
             command = ["gcc", "-w", "-shared", "-fPIC", "-fno-builtin", source, "-o", folder / name]
             command.append(f"-Wl,-soname,{name}")
