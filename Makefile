@@ -30,15 +30,15 @@ INSTALL := $(VENV)/.stamp-install
 BUILD := $(VENV)/.stamp-build-$(FASTDIFF_BUILD)
 
 # The extension with sanitizers is built into a separate folder, with a copy of the package. SANITIZE_TESTS: the tests that
-# run the C++ code on every kind of call; the wildcard leaves out files that do not exist.
+# run the C++ code on every kind of call; files that do not exist are left out.
 SANITIZED := build/sanitize
-SANITIZE_TESTS ?= $(sort $(wildcard $(addprefix tests/test_,$(addsuffix .py,step_parity step_layout step_overlap \
+SANITIZE_TESTS ?= $(sort $(shell find tests -false $(patsubst %,-o -name 'test_%.py',step_parity step_layout step_overlap \
   step_functional step_checks step_dtypes step_properties step_memory step_allocation step_streaming blocks binding_fuzz* \
   reductions reductions_ops philox* rows seeds copy_kernel torch_noise dropin_loop \
-  dropin_beginnings dropin_brownian))))
+  dropin_beginnings dropin_brownian)))
 
 # The property-based tests.
-FUZZ_TESTS ?= $(shell grep -l '^from hypothesis' tests/test_*.py)
+FUZZ_TESTS ?= $(sort $(shell find tests -name 'test_*.py' -exec grep -l '^from hypothesis' {} +))
 
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null | sort)
 
@@ -61,7 +61,7 @@ fuzz: $(BUILD)  ## run the property-based tests on thousands of new examples: ha
 sanitize: $(INSTALL)  ## run the tests of the step over a build with address and undefined-behaviour sanitizers
 	@rm -rf $(SANITIZED)/lib
 	FASTDIFF_SANITIZE=1 FASTDIFF_BUILD=cpu $(PY) setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
-	$(PY) tests/sanitize.py $(SANITIZED)/lib $(SANITIZE_TESTS)
+	$(PY) tests/support/sanitize.py $(SANITIZED)/lib $(SANITIZE_TESTS)
 
 lint: $(PACKAGES)  ## check format, lint and types
 	$(BIN)/ruff check .
@@ -85,7 +85,7 @@ gpu:  ## on a machine with an NVIDIA GPU: build, test, measure; DRY=1 for a dry 
 	@benchmarks/gpu.sh
 
 # Does not use .venv: each version of torch has its own environment under build/compat, of half a gigabyte or more.
-compat:  ## test the package with other versions of torch: VERSIONS="2.6.0 2.14.1", COMPAT_ARGS="--tests tests/test_compile.py"
+compat:  ## test the package with other versions of torch: VERSIONS="2.6.0 2.14.1", COMPAT_ARGS="--tests tests/ops/test_compile.py"
 	$(PYTHON) tools/compat.py $(COMPAT_ARGS) $(VERSIONS)
 
 wheels: $(PACKAGES)  ## build the sdist, the pure wheel, and wheels with the extension for each of PYTHONS, into dist

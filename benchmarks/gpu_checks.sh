@@ -23,7 +23,7 @@ refuse() {  # GOT EXPECTED REMEDY
 # Tests of the kernels with a fixed number of calls. Not the property-based tests: a hundred examples, each compiled by Triton,
 # under a tool that slows a kernel down a hundred times take hours. No graph capture: it needs torch's memory pool. No
 # profiling: a process can have one tool at a time.
-tests=(tests/test_gpu*.py)
+tests=(tests/gpu/test_gpu*.py)
 chosen="(step_on_gpu or randn_on_gpu or noise_drawn or mixed_solvers or any_rows or row_beyond or model_input or reductions or quantile) and not captured and not graph and not one_kernel and not waits and not loop and not launch"
 
 # Use -P if Python has it: the fastdiff in the current folder is not the one that `make gpu` has built.
