@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""Benchmarks: what a step costs, beside its peers and beside what the machine's memory allows.
+"""Benchmarks: the time of a step, compared with its peers and with the machine's memory bandwidth.
 
-cases.py               what is measured: samplers, shapes, dtypes, and the tensors of a case
+cases.py               the cases: samplers, shapes, dtypes, and the tensors of a case
 traffic.py             the bytes that a step must move
-peers.py               who takes the steps: fastdiff, its reference, and whom they are held against
+peers.py               the implementations of a loop: fastdiff, its reference, and other libraries
 compiled_peer.py       the reference's formula under torch.compile
 diffusers_peer.py      diffusers' schedulers
 k_diffusion_peer.py    k-diffusion's sampling functions
-copying.py             the copy that a step's bytes are held against; how large the caches are
-measure.py             all of them in turn, round by round, in one process
-base.py, worker.py     this code beside that of another commit, in processes that take turns
-options.py, report.py, plots.py, conditions.py    the command's arguments, its table, its picture, its circumstances
-gpu_configs.py         which sizes of blocks a GPU takes best; a command of its own
+copy_bandwidth.py      a copy of as many bytes as a step moves; the size of the caches
+timing.py              timing of all implementations, alternating round by round in one process
+base_commit.py, worker.py    comparison with another commit, in alternating processes
+options.py, report.py, plots.py, conditions.py    command-line arguments, table, picture, machine and versions
+gpu_configs.py         search for the best block sizes on a GPU; a command of its own
 __main__.py            ``fastdiff bench``; from a checkout also ``python -m benchmarks``
-test_step.py           the same cases under pytest-benchmark; test_reductions.py reductions and noise there
+test_step.py           the same cases under pytest-benchmark; test_reductions.py: reductions and noise
 
-Installed as ``fastdiff.benchmarks``; within, imports are relative, so that it runs under either name.
+Installed as ``fastdiff.benchmarks``; imports within the package are relative, so that it runs under either name.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""``fastdiff bench``, and ``python -m benchmarks`` from a checkout: one table of one run."""
+"""Command ``fastdiff bench``, from a checkout also ``python -m benchmarks``: time the cases and print a table."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from fastdiff.errors import require
 from fastdiff.files import write_whole
 
 from .conditions import conditions
-from .measure import measure
 from .options import cases, parse
 from .report import render, render_base
+from .timing import measure
 
 SCHEMA = 2
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmarks") -> None:
-    """Measure, print the table, write what was asked for.
+    """Measure, print the table, and write the requested files.
 
     Raises:
-        ValueError, RuntimeError, ImportError, OSError: with one sentence for the user.
+        ValueError, RuntimeError, ImportError, OSError: the message is one sentence for the user.
     """
     options = parse(arguments, prog)
-    require("rich", "cli", "fastdiff bench")  # before the measuring, not after it
+    require("rich", "cli", "fastdiff bench")  # fail before measuring, not after it
     if options.plot is not None:
         require("matplotlib", "plots", "fastdiff bench --plot")
     report: dict[str, Any] = {"schema": SCHEMA, "conditions": conditions(), "absent": {}, "results": []}
     if options.base is not None:
-        importlib.import_module(".base", __package__).compare(options, report)
+        importlib.import_module(".base_commit", __package__).compare(options, report)
         render_base(report)
     else:
         _measure_all(options, report)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is measured: steps of whole loops with classifier-free guidance, the model's outputs made beforehand."""
+"""Benchmark cases: whole sampling loops with classifier-free guidance and precomputed model outputs."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Op:
-    """A sampler, as its peers know it.
+class SamplerSpec:
+    """A sampler in fastdiff and in the peers.
 
     Args:
         config: fields of SamplingConfig.
-        diffusers: a scheduler's class and its arguments.
-        k_diffusion: a function of k_diffusion.sampling and its arguments; None where it has none.
-        seeded: the kernel draws the noise itself, from seeds that the step is given; peers draw theirs as ever.
+        diffusers: name of a scheduler class and its arguments.
+        k_diffusion: name of a function of k_diffusion.sampling and its arguments; None if there is none.
+        seeded: fastdiff's kernel draws the noise from seeds; peers draw it with torch.
     """
 
     config: dict[str, Any]
@@ -51,39 +51,39 @@ class Op:
     seeded: bool = False
 
 
-def seeded(op: Op) -> Op:
-    """The same sampler with its noise drawn in the kernel."""
-    return dataclasses.replace(op, seeded=True)
+def seeded(spec: SamplerSpec) -> SamplerSpec:
+    """Return the same sampler with its noise drawn in the kernel."""
+    return dataclasses.replace(spec, seeded=True)
 
 
-#: By the name of the table's first column. DDIM is Euler, and DDPM Euler-ancestral, in the coordinates of k-diffusion;
-#: its third-order multistep solver is the one for SDEs, which with eta 0 draws no noise.
-OPS: dict[str, Op] = {
-    "ddim": Op({"method": "ddim"}, ("DDIMScheduler", {"clip_sample": False}), ("sample_euler", {})),
-    "dpmsolver++2m": Op(
+#: Samplers by the name in the table's first column. In k-diffusion's coordinates DDIM is Euler and DDPM is
+#: Euler-ancestral; k-diffusion's third-order multistep solver is the SDE solver, which draws no noise with eta 0.
+SAMPLERS: dict[str, SamplerSpec] = {
+    "ddim": SamplerSpec({"method": "ddim"}, ("DDIMScheduler", {"clip_sample": False}), ("sample_euler", {})),
+    "dpmsolver++2m": SamplerSpec(
         {"method": "dpm_solver", "solver_order": 2},
         ("DPMSolverMultistepScheduler", {"solver_order": 2}),
         ("sample_dpmpp_2m", {}),
     ),
-    "dpmsolver++3m": Op(
+    "dpmsolver++3m": SamplerSpec(
         {"method": "dpm_solver", "solver_order": 3},
         ("DPMSolverMultistepScheduler", {"solver_order": 3}),
         ("sample_dpmpp_3m_sde", {"eta": 0.0}),
     ),
-    "euler": Op({"method": "euler"}, ("EulerDiscreteScheduler", {}), ("sample_euler", {})),
-    "heun": Op({"method": "heun"}, ("HeunDiscreteScheduler", {}), ("sample_heun", {})),
-    "ddpm": Op({"method": "ddpm"}, ("DDPMScheduler", {"clip_sample": False}), ("sample_euler_ancestral", {})),
-    "euler-ancestral": Op(
+    "euler": SamplerSpec({"method": "euler"}, ("EulerDiscreteScheduler", {}), ("sample_euler", {})),
+    "heun": SamplerSpec({"method": "heun"}, ("HeunDiscreteScheduler", {}), ("sample_heun", {})),
+    "ddpm": SamplerSpec({"method": "ddpm"}, ("DDPMScheduler", {"clip_sample": False}), ("sample_euler_ancestral", {})),
+    "euler-ancestral": SamplerSpec(
         {"method": "euler_ancestral"}, ("EulerAncestralDiscreteScheduler", {}), ("sample_euler_ancestral", {})
     ),
 }
 
 
-OPS |= {f"{name} (philox)": seeded(OPS[name]) for name in ("ddpm", "euler-ancestral")}
+SAMPLERS |= {f"{name} (philox)": seeded(SAMPLERS[name]) for name in ("ddpm", "euler-ancestral")}
 
 
 class Tensors(NamedTuple):
-    """What a step is given; `sample` is where a loop starts, and is not written."""
+    """Input tensors of a loop; `sample` is the initial sample and is not written."""
 
     sample: Tensor
     cond: Tensor
@@ -101,9 +101,9 @@ class Case:
     device: str = field(default="cpu", repr=False)
 
     @property
-    def recipe(self) -> Op:
-        """The sampler, as its peers know it."""
-        return OPS[self.op]
+    def spec(self) -> SamplerSpec:
+        """The sampler of this case."""
+        return SAMPLERS[self.op]
 
     @property
     def dimensions(self) -> str:
@@ -115,14 +115,14 @@ class Case:
 
     @functools.cached_property
     def sampler(self) -> Any:
-        return create_sampler("linear", num_inference_steps=self.steps, **self.recipe.config)
+        return create_sampler("linear", num_inference_steps=self.steps, **self.spec.config)
 
     @functools.cached_property
     def table(self) -> Any:
         return self.sampler.stepper().table
 
     def stepper(self, backend: str | None = None, **options: Any) -> Any:
-        """A fresh walk over the table."""
+        """Return a stepper at the start of the loop."""
         return self.sampler.stepper(backend, **options)
 
     @property
@@ -139,12 +139,12 @@ class Case:
 
     @property
     def bytes_a_step(self) -> float:
-        """Bytes that a step must move, the mean of the loop's rows."""
-        return bytes_a_step(self.table, self.tensor_bytes, guided=True, noise_in_memory=not self.recipe.seeded)
+        """Bytes that a step must move, the mean over the steps of the loop."""
+        return bytes_a_step(self.table, self.tensor_bytes, guided=True, noise_in_memory=not self.spec.seeded)
 
     def tensors(self, copies: int = 1) -> list[Tensors]:
-        """As many sets of tensors, each its own memory; of the same values, which cost nothing to tell apart."""
+        """Return sets of tensors with equal values in separate memory."""
         generator = torch.Generator().manual_seed(0)
-        made = (torch.randn(self.shape, generator=generator).to(self.device, self.torch_dtype) for _ in range(3))
-        first = Tensors(*made)
+        drawn = (torch.randn(self.shape, generator=generator).to(self.device, self.torch_dtype) for _ in range(3))
+        first = Tensors(*drawn)
         return [first] + [Tensors(*(tensor.clone() for tensor in first)) for _ in range(copies - 1)]

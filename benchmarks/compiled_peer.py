@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The reference's formula under torch.compile, given every advantage that a table allows.
+"""Peer "torch.compile": the reference's formula compiled, specialized as far as a table allows.
 
-A graph is compiled for each form that rows of the table have: which terms an output sums is then constant, and only the
-weights come as a tensor, so that no row compiles again. It writes in place, as fastdiff does; without that, inductor
-would allocate outputs. The form of the reference itself cannot be compiled whole: it looks at its weights.
+One graph is compiled for each set of nonzero terms among the table's rows: the terms of each output are constant, and
+the weights are a tensor, so that rows with equal terms share a graph. Outputs are written in place, like fastdiff's;
+otherwise inductor would allocate them. The reference itself cannot be compiled to one graph: it branches on weights.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from fastdiff.noise.generators import draw
 from fastdiff.row_layout import COLUMNS, compute_dtype
 
 from .cases import GUIDANCE, Case, Tensors
-from .peers import Walk
+from .peers import RepeatingLoop
 
 _SAMPLE, _OUTPUT, _PREDICTION, _HISTORY, _NOISE = 0, 1, 2, 3, 7
 
 
-class Plan(NamedTuple):
-    """One row: its graph, its scalars, the registers that it reads and stores to, whether it draws noise."""
+class CompiledRow(NamedTuple):
+    """One row: its graph, its scalars, the registers that it reads and stores to, and whether it draws noise."""
 
     step: Callable[..., None]
     scalars: Tensor
@@ -34,12 +34,12 @@ class Plan(NamedTuple):
     draws_noise: bool
 
 
-#: Which terms each output sums: columns, with history counted by its place among the registers that are read.
-Form = tuple[tuple[int, ...], ...]
+#: Columns of the terms that each output sums; a history column counts its position among the registers that are read.
+Terms = tuple[tuple[int, ...], ...]
 
 
-def formula(form: Form) -> Callable[..., None]:
-    """The step for rows of one form, in place; its scalars are p, q, clip and then the weights, output by output."""
+def formula(terms: Terms) -> Callable[..., None]:
+    """Return the in-place step for rows with these terms; its scalars are p, q, clip, then the weights per output."""
 
     def step(
         sample: Tensor,
@@ -53,72 +53,72 @@ def formula(form: Form) -> Callable[..., None]:
         dtype = scalars.dtype
         x, c, u = sample.to(dtype), cond.to(dtype), uncond.to(dtype)
         m = u + GUIDANCE * (c - u)
-        terms: dict[int, Any] = {_SAMPLE: x, _OUTPUT: m}
-        if any(_PREDICTION in columns for columns in form):
-            terms[_PREDICTION] = torch.clamp(scalars[0] * x + scalars[1] * m, -scalars[2], scalars[2])
-        terms.update({_HISTORY + j: tensor.to(dtype) for j, tensor in enumerate(history)})
+        values: dict[int, Any] = {_SAMPLE: x, _OUTPUT: m}
+        if any(_PREDICTION in columns for columns in terms):
+            values[_PREDICTION] = torch.clamp(scalars[0] * x + scalars[1] * m, -scalars[2], scalars[2])
+        values.update({_HISTORY + j: tensor.to(dtype) for j, tensor in enumerate(history)})
         if noise is not None:
-            terms[_NOISE] = noise.to(dtype)
+            values[_NOISE] = noise.to(dtype)
         at = 3
         results = []
-        for columns in form:
-            total = scalars[at] * terms[columns[0]]
+        for columns in terms:
+            total = scalars[at] * values[columns[0]]
             for k, column in enumerate(columns[1:], at + 1):
-                total = total + scalars[k] * terms[column]
+                total = total + scalars[k] * values[column]
             at += len(columns)
             results.append(total.to(sample.dtype))
         for target, result in zip((sample, *registers), results, strict=True):
             target.copy_(result)
 
-    # A code object of its own: what is compiled is kept by code, and the forms would share one list of guards.
+    # A separate code object: Dynamo caches by code object, and all functions would share one list of guards.
     step.__code__ = step.__code__.replace()
     return step
 
 
-@functools.lru_cache(maxsize=2)  # a case's cold run follows its warm one
-def plans(case: Case, threads: int) -> list[Plan]:
-    """The table's rows, ready to run. Graphs are made for a number of threads."""
-    compiled: dict[Form, Callable[..., None]] = {}
+@functools.lru_cache(maxsize=2)  # the cold run of a case follows its warm run
+def compiled_rows(case: Case, threads: int) -> list[CompiledRow]:
+    """Return the table's rows with their graphs; a graph depends on the number of threads."""
+    compiled: dict[Terms, Callable[..., None]] = {}
     dtype = compute_dtype(case.torch_dtype)
-    made = []
+    rows = []
     for i, row in enumerate(case.table):
         reads = case.table.reads[i]
-        place = {_HISTORY + register: _HISTORY + j for j, register in enumerate(reads)}
-        maps = [form.coefficients for form in (row.prev_sample, *row.keep)]
+        position = {_HISTORY + register: _HISTORY + j for j, register in enumerate(reads)}
+        maps = [affine.coefficients for affine in (row.prev_sample, *row.keep)]
         used = [[column for column in range(len(COLUMNS)) if weights[column]] for weights in maps]
-        form = tuple(tuple(place.get(column, column) for column in columns) for columns in used)
+        terms = tuple(tuple(position.get(column, column) for column in columns) for columns in used)
         weights = [weights[column] for weights, columns in zip(maps, used, strict=True) for column in columns]
         scalars = torch.tensor([*row.prediction, row.clip, *weights], dtype=dtype, device=case.device)
-        if form not in compiled:
-            compiled[form] = torch.compile(formula(form), fullgraph=True, dynamic=False)
-        made.append(Plan(compiled[form], scalars, reads, case.table.store[i], case.table.draws_noise[i]))
-    return made
+        if terms not in compiled:
+            compiled[terms] = torch.compile(formula(terms), fullgraph=True, dynamic=False)
+        rows.append(CompiledRow(compiled[terms], scalars, reads, case.table.store[i], case.table.draws_noise[i]))
+    return rows
 
 
-def walks(case: Case, sets: Sequence[Tensors]) -> list[Walk]:
-    """A walk a set, compiled already.
+def repeating_loops(case: Case, sets: Sequence[Tensors]) -> list[RepeatingLoop]:
+    """Return a compiled loop per set of tensors.
 
     Raises:
-        RuntimeError: torch cannot compile here, for want of a C++ compiler most likely.
+        RuntimeError: torch cannot compile here, usually because there is no C++ compiler.
     """
-    rows = plans(case, torch.get_num_threads())
-    made = [Walk(_walk(rows, tensors)) for tensors in sets]
+    rows = compiled_rows(case, torch.get_num_threads())
+    loops = [RepeatingLoop(_loop(rows, tensors)) for tensors in sets]
     try:
         for _ in range(len(rows)):
-            made[0].advance()
-    except Exception as error:  # of many kinds, by what inductor lacks
+            loops[0].advance()
+    except Exception as error:  # inductor raises many types
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise RuntimeError(f"unavailable ({reason})") from error
-    return made
+    return loops
 
 
-def _walk(rows: list[Plan], tensors: Tensors) -> Callable[[], object]:
+def _loop(rows: list[CompiledRow], tensors: Tensors) -> Callable[[], object]:
     start, cond, uncond = tensors
     sample = torch.empty_like(start)
     registers = {j: torch.zeros_like(start) for row in rows for j in row.store}
     generator = torch.Generator(start.device).manual_seed(0)
-    # Which tensors a row reads and writes is known: looked up here once, not at each step.
-    places = [(tuple(registers[j] for j in row.reads), tuple(registers[j] for j in row.store)) for row in rows]
+    # Look up the tensors that each row reads and writes once, not at each step.
+    row_tensors = [(tuple(registers[j] for j in row.reads), tuple(registers[j] for j in row.store)) for row in rows]
     position = len(rows)
 
     def advance() -> None:
@@ -127,7 +127,7 @@ def _walk(rows: list[Plan], tensors: Tensors) -> Callable[[], object]:
             sample.copy_(start)
             position = 0
         row = rows[position]
-        history, store = places[position]
+        history, store = row_tensors[position]
         noise = draw(start.shape, generator, dtype=start.dtype, device=start.device) if row.draws_noise else None
         row.step(sample, cond, uncond, row.scalars, history, noise, store)
         position += 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a figure is worth nothing without: machine, versions, date."""
+"""Conditions of a measurement: machine, versions, date."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 
 from fastdiff import __version__, ops
 
-from .copying import last_level_cache
+from .copy_bandwidth import last_level_cache
 from .peers import version
 
 
 def conditions() -> dict[str, Any]:
-    """The circumstances of a run, as they are stored with it."""
+    """Return the conditions of a run, which are stored with its results."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": _cpu_name(),

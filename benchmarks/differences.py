@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""How far loops of the drop-ins are from diffusers' own, and where diffusers' are not finite and ours are.
+"""Differences between loops of the drop-in schedulers and diffusers' own, and the number of non-finite values.
 
     python -m benchmarks.differences                          # the loops of docs/diffusers.md
     python -m benchmarks.differences --only DEISMultistep
 
-A loop is one of diffusers' tests: from 768 numbers between 0 and 1 as a batch 4x3x8x8, with x*t/(t+1) for a model.
-"apart" is the largest difference of the two last samples over the larger of 1 and the largest number; the sums are of
-|x|.  Numbers that are not finite are counted and left out of both.
+The loop is that of diffusers' tests: it starts from 768 numbers between 0 and 1 as a batch 4x3x8x8, with x*t/(t+1) as
+the model.  "apart" is the largest difference of the two last samples over the larger of 1 and the largest number; the
+sums are of |x|.  Numbers that are not finite are counted and left out of both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
-#: Classes, configurations, steps.
+#: Class, configuration and number of steps of each loop.
 LOOPS: list[tuple[str, dict[str, Any], int]] = [
     ("DDIM", {}, 50),
     ("EulerDiscrete", {}, 50),
@@ -44,7 +44,7 @@ LOOPS: list[tuple[str, dict[str, Any], int]] = [
 
 
 def last_sample(module: Any, name: str, config: dict[str, Any], steps: int, part: slice = slice(None)) -> Tensor:
-    """Take a loop with a class of a module, or a part of one.
+    """Run a loop, or a part of one, with a scheduler class of a module.
 
     Returns:
         The last sample, ``[4, 3, 8, 8]``.
@@ -60,7 +60,7 @@ def last_sample(module: Any, name: str, config: dict[str, Any], steps: int, part
 
 
 def compare(theirs: Tensor, ours: Tensor) -> tuple[int, int, float, float, float]:
-    """Numbers of diffusers' and of ours that are not finite; how far the others are apart, and their sums of |x|."""
+    """Return both counts of non-finite numbers, the relative difference of the others, and both sums of |x|."""
     finite = theirs.isfinite() & ours.isfinite()
     a, b = theirs[finite].double(), ours[finite].double()
     apart = float((a - b).abs().max() / a.abs().max().clamp(min=1.0)) if finite.any() else 0.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""diffusers' schedulers, called as its pipelines call them: input scaled, guidance inline, one step."""
+"""Peer "diffusers": its schedulers, called like its pipelines call them: scaled input, inline guidance, one step."""
 
 from __future__ import annotations
 
@@ -10,25 +10,29 @@ from typing import Any
 import torch
 
 from .cases import GUIDANCE, Case, Tensors
-from .peers import Walk
+from .peers import RepeatingLoop
 
-#: What a step changes in a scheduler, and set_timesteps would reset.
+#: Attributes of a scheduler that a step changes and set_timesteps would reset.
 _STATE = ("_step_index", "lower_order_nums", "model_outputs", "dt", "prev_derivative", "sample")
 
 
-def walks(case: Case, sets: Sequence[Tensors], *, compiled: bool = False) -> list[Walk]:
-    """A scheduler a set; `compiled`: its step and the guidance before it under torch.compile, breaks and all."""
+def repeating_loops(case: Case, sets: Sequence[Tensors], *, compiled: bool = False) -> list[RepeatingLoop]:
+    """Return a loop with its own scheduler per set of tensors.
+
+    Args:
+        compiled: run guidance and step under torch.compile, with graph breaks allowed.
+    """
     import diffusers
 
-    class_name, arguments = case.recipe.diffusers
+    class_name, arguments = case.spec.diffusers
     scheduler = getattr(diffusers, class_name)(**arguments)
     scheduler.set_timesteps(case.steps, device=case.device)
     draws = {"generator": torch.Generator(case.device).manual_seed(0)} if any(case.table.draws_noise) else {}
     # A shallow copy shares the tables, which a step only reads.
-    return [Walk(_walk(copy.copy(scheduler), tensors, draws, compiled)) for tensors in sets]
+    return [RepeatingLoop(_loop(copy.copy(scheduler), tensors, draws, compiled)) for tensors in sets]
 
 
-def _walk(scheduler: Any, tensors: Tensors, draws: dict[str, Any], compiled: bool) -> Callable[[], object]:
+def _loop(scheduler: Any, tensors: Tensors, draws: dict[str, Any], compiled: bool) -> Callable[[], object]:
     start, cond, uncond = tensors
     fresh = {name: value for name, value in vars(scheduler).items() if name in _STATE}
     timesteps = list(scheduler.timesteps)
@@ -45,12 +49,12 @@ def _walk(scheduler: Any, tensors: Tensors, draws: dict[str, Any], compiled: boo
     def advance() -> None:
         nonlocal position, sample
         if position == len(timesteps):
-            for name, value in fresh.items():  # without set_timesteps' cost: it is not part of a step
+            for name, value in fresh.items():  # avoids set_timesteps, whose time is not part of a step
                 setattr(scheduler, name, list(value) if isinstance(value, list) else value)
             position, sample = 0, start
         timestep = timesteps[position]
         if scales is not None:
-            scales(sample, timestep)  # as every pipeline does; most return their argument
+            scales(sample, timestep)  # every pipeline calls it; most schedulers return the argument
         sample = take(cond, uncond, timestep, sample)
         position += 1
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""How many operators a step dispatches, and how often it reads a number back: counted on the CPU, where both are known.
+"""Number of operators that a step dispatches, and of values that it reads back to the host, counted on the CPU.
 
-Views move nothing and are left out. Of the rest those of the sample's size are at least a launch each on a GPU; the
-small ones are where the scheduler keeps its scalars on the device (diffusers keeps timesteps there and sigmas on the
-host). A number that is read back (``.item()``, a comparison in an ``if``, ``nonzero``) is a wait of the host for the
-device, where its tensor is on the device.
+Views are not counted. On a GPU every operator on tensors of the sample's size is at least one launch; a small operator
+is one if the scheduler keeps its scalars on the device (diffusers keeps timesteps there and sigmas on the host).
+Reading a value back (``.item()``, a comparison in an ``if``, ``nonzero``) makes the host wait if the tensor is on the
+device.
 
 ``python -m benchmarks.dispatches`` prints the table of docs/performance.md.
 """
@@ -24,12 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .cases import GUIDANCE, STEPS, Case
 
-#: Operators whose result is on the host, or whose size is.
-_READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")
+#: Operators whose result, or the size of whose result, is read on the host.
+_HOST_READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")
 
 SHAPE = (1, 4, 64, 64)
 
-#: The column's name, diffusers' class and arguments, and our own case.
+#: Name in the table, diffusers' class and arguments, and fastdiff's case.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "DDIM": ("DDIMScheduler", {"clip_sample": False}, "ddim"),
     "DPM-Solver++ 2M": ("DPMSolverMultistepScheduler", {"solver_order": 2}, "dpmsolver++2m"),
@@ -43,8 +43,8 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any], str | None]] = {
 
 
 @dataclass
-class Counted:
-    """What passed through the dispatcher; views are not in it."""
+class OperatorCounts:
+    """Dispatched operators by name, without views; how many are full-size, and how many read values back."""
 
     names: Counter[str] = field(default_factory=Counter)
     full: int = 0
@@ -58,19 +58,19 @@ class Counted:
 class _Counter(TorchDispatchMode):
     def __init__(self, numel: int) -> None:
         super().__init__()
-        self.counted, self._numel = Counted(), numel
+        self.counted, self._numel = OperatorCounts(), numel
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        # A view's result is marked as an alias that is not written; what allocates without computing launches nothing.
+        # A view's result is marked as an alias that is not written; an allocation launches nothing.
         aliases = [value.alias_info for value in func._schema.returns]
         name = func._schema.name.partition("::")[2]
         if any(alias is not None and not alias.is_write for alias in aliases) or name.startswith("empty"):
             return result
         self.counted.names[name] += 1
-        self.counted.reads += name in _READS
+        self.counted.reads += name in _HOST_READS
         tensors = [
             value for value in torch.utils._pytree.tree_leaves((args, kwargs, result)) if isinstance(value, Tensor)
         ]
@@ -78,15 +78,15 @@ class _Counter(TorchDispatchMode):
         return result
 
 
-def count_operators(run: Callable[[], object], numel: int = 1) -> Counted:
-    """What `run` dispatches; `numel`: from how many elements on an operator counts as full-size."""
+def count_operators(run: Callable[[], object], numel: int = 1) -> OperatorCounts:
+    """Count the operators that `run` dispatches; one on a tensor of at least `numel` elements counts as full-size."""
     with torch.no_grad(), _Counter(numel) as counter:
         run()
     return counter.counted
 
 
-def of_diffusers(name: str, arguments: dict[str, Any]) -> tuple[Counted, int]:
-    """Guidance and steps of a loop by diffusers' scheduler of that class, and how many steps.
+def count_diffusers(name: str, arguments: dict[str, Any]) -> tuple[OperatorCounts, int]:
+    """Count the operators of a loop with guidance by diffusers' scheduler; return the counts and the number of steps.
 
     Raises:
         ImportError: diffusers is not installed.
@@ -109,17 +109,17 @@ def of_diffusers(name: str, arguments: dict[str, Any]) -> tuple[Counted, int]:
     return count_operators(loop, sample.numel()), len(timesteps)
 
 
-def of_ours(op: str) -> float:
-    """How many operators of torch a step of ours calls beside its one pass, which goes straight to the extension.
+def count_fastdiff(op: str) -> float:
+    """Count the torch operators of a fastdiff step besides its kernel, which is called without the dispatcher.
 
-    A dispatch mode would send the step round through the dispatcher; the profiler looks on without that. The first loop
-    brings the table and the scale to the device, once, and is not counted.
+    A dispatch mode would make the step use the dispatcher; the profiler does not. The first loop copies the table and
+    the guidance scale to the device once and is not counted.
     """
-    from .gpu.cases import GpuCase  # it builds on this module's neighbours
+    from .gpu.cases import GpuCase  # imported late: it imports modules beside this one
 
     case = GpuCase(op, SHAPE)
     sample, cond, uncond = case.tensors()[0]
-    seeds = {"seeds": torch.zeros(SHAPE[0], dtype=torch.int64)} if case.recipe.seeded else {}
+    seeds = {"seeds": torch.zeros(SHAPE[0], dtype=torch.int64)} if case.spec.seeded else {}
     out = torch.empty_like(sample)
 
     def loop() -> None:
@@ -136,19 +136,19 @@ def of_ours(op: str) -> float:
 
 
 def rows() -> list[dict[str, Any]]:
-    """The table's lines; a step of diffusers that is not installed is None."""
+    """Return the table's lines; an entry is None if diffusers is not installed."""
     lines = []
     for name, (scheduler, arguments, op) in SCHEDULERS.items():
         line: dict[str, Any] = {"solver": name, "diffusers": None, "fastdiff": None}
         with contextlib.suppress(ImportError):
-            line["diffusers"] = _a_step(*of_diffusers(scheduler, arguments))
+            line["diffusers"] = _a_step(*count_diffusers(scheduler, arguments))
         if op is not None:
-            line["fastdiff"] = of_ours(op)
+            line["fastdiff"] = count_fastdiff(op)
         lines.append(line)
     return lines
 
 
-def _a_step(counted: Counted, steps: int) -> dict[str, float]:
+def _a_step(counted: OperatorCounts, steps: int) -> dict[str, float]:
     return {
         "full": counted.full / steps,
         "small": (counted.operators - counted.full) / steps,
@@ -157,7 +157,7 @@ def _a_step(counted: Counted, steps: int) -> dict[str, float]:
 
 
 def markdown(lines: list[dict[str, Any]]) -> str:
-    """The table, for docs/performance.md."""
+    """Return the table as Markdown, for docs/performance.md."""
     text = [
         "| a step of | full-size | small | numbers read back | fastdiff: operators beside its one pass |",
         "|" + "---|" * 5,

@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""What a step of each drop-in scheduler costs beside diffusers' own, whole loops in turn in one run.
+"""Time of a step of each drop-in scheduler and of diffusers' own, in alternating loops of one run.
 
     python -m benchmarks.dropins                                  # every class at 1x4x64x64, one thread
     python -m benchmarks.dropins --only DDIM,UniPCMultistep --shape 1x16x21x90x160 --json FILE
     python -m benchmarks.dropins --bandwidth --shape 1x16x21x90x160
     python -m benchmarks.dropins --beginnings
 
-A loop is `set_timesteps` and 20 steps on an output that was made beforehand; steps alone are timed, and a class's first
-loop, in which its steps are traced, is not.  "guided" has the combination of two outputs before diffusers' step and
-within ours.  Where a step draws noise it is torch's, and the time of the draw is told as well.
+A loop is `set_timesteps` and 20 steps on a precomputed model output; only the steps are timed, and not those of a
+class's first loop, which traces them.  "guided" combines two outputs before diffusers' step and within fastdiff's.
+Noise is drawn by torch; the time of a draw is reported too.
 
-`--bandwidth` adds what share of a copy's bandwidth our steps reach: a copy of as many bytes as their plans must move,
-inputs read once and outputs written once, takes its turn with them (see copying.py; the better of both stores).  That
-says something where a step moves more than the caches hold.  A draw of torch's is in the step's time, not in its bytes.
+`--bandwidth` adds the share of a copy's bandwidth that fastdiff's steps reach: a copy of as many bytes as their plans
+must move, inputs read once and outputs written once, alternates with them (see copy_bandwidth.py; the faster of both
+kinds of stores).  It is meaningful if a step moves more than the caches hold.  The time of a step includes a draw by
+torch, its bytes do not.
 
-`--beginnings` adds what is left out otherwise: the first step after `set_timesteps`, and a whole loop of 4 steps with
-it, as a model of few steps has them.  diffusers' loops and ours take turns, and `set_timesteps` itself is not timed.
-And the first loop of a process, in which all plans are made.
+`--beginnings` adds the first step after `set_timesteps`, and a whole loop of 4 steps, like that of a few-step model.
+Loops of diffusers and fastdiff alternate, and `set_timesteps` itself is not timed.  It also adds the first loop of a
+process, in which all plans are made.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ from fastdiff.command import CommandParser, run_command
 from fastdiff.files import check_writable, write_whole
 
 from .conditions import conditions
-from .copying import STORES, copy_walk, why_absent
-from .measure import quantiles, ratios
+from .copy_bandwidth import STORES, copy_loop, why_absent
+from .timing import quantiles, ratios
 from .traffic import tensors_of_plan
 
 STEPS = 20
-#: Steps of a loop whose beginning is timed, and such loops in a round.
-FEW, LOOPS = 4, 10
-#: What a class needs to be made, and to be given timesteps, where the defaults do not do.
+#: Steps of a short loop, and short loops per round.
+SHORT_STEPS, SHORT_LOOPS = 4, 10
+#: Arguments of constructors, and of set_timesteps, for classes that cannot use the defaults.
 OPTIONS: dict[str, dict[str, Any]] = {
     "DDIMScheduler": {"clip_sample": False},
     "DDPMScheduler": {"clip_sample": False},
@@ -57,14 +58,14 @@ TIMESTEPS: dict[str, tuple[Any, ...]] = {"SCMScheduler": (2,), "ConsistencyDecod
 
 
 class Loop:
-    """Loops of one scheduler on one set of tensors."""
+    """Timed loops of one scheduler on one set of tensors."""
 
     def __init__(self, name: str, cls: Any, shape: tuple[int, ...], dtype: torch.dtype, guided: bool) -> None:
         self.name, self.guided = name, guided
         self.scheduler = cls(**OPTIONS.get(name, {}))
-        made = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         self.sample, self.output, self.uncond, self.other = (
-            torch.randn(shape, generator=made).to(dtype) * 0.1 for _ in range(4)
+            torch.randn(shape, generator=generator).to(dtype) * 0.1 for _ in range(4)
         )
         self.mask = (self.other > 0).to(dtype)
         self.fused = hasattr(cls, "guided_step")
@@ -73,11 +74,11 @@ class Loop:
             self.extra["generator"] = torch.Generator().manual_seed(0)
         if name == "RePaintScheduler":
             self.extra |= {"original_image": self.other, "mask": self.mask}
-        #: For the one class that is told the timestep before.
+        #: The previous timestep, which CogVideoXDPMScheduler.step takes.
         self.before: Any = None
 
     def step(self, timestep: Any, sample: Tensor) -> Tensor:
-        """One step, with the guidance that is asked for."""
+        """Take one step, with guidance if the loop is guided."""
         if self.guided and self.fused and self.name != "CogVideoXDPMScheduler":
             return self.scheduler.guided_step(self.uncond, self.output, 3.0, timestep, sample, **self.extra)[0]
         output = self.uncond + 3.0 * (self.output - self.uncond) if self.guided else self.output
@@ -88,63 +89,63 @@ class Loop:
         return self.scheduler.step(output, timestep, sample, **self.extra)[0]
 
     def plans(self) -> list[Any]:
-        """The plans of our steps in the order in which they were taken; of those that are timed, where there are."""
+        """Return the plans of fastdiff's steps in the order of use, without those of the untimed first two steps."""
         plans = [plan for plan in vars(self.scheduler)["_fused"].schedule.plans.values() if not isinstance(plan, str)]
         return plans[2:] or plans
 
     def bytes_a_step(self) -> float | None:
-        """Bytes that our step must move, the mean of the plans; None where one is more than a pass."""
+        """Return the bytes that a fastdiff step must move, the mean of its plans; None if a plan is not one pass."""
         moved = [tensors_of_plan(plan, guided=self.guided) for plan in self.plans()]
         known = [tensors for tensors in moved if tensors is not None]
         return statistics.fmean(known) * self.sample.nbytes if known and len(known) == len(moved) else None
 
-    def begin(self, steps: int) -> list[Any]:
-        """The timesteps of a new loop."""
+    def start(self, steps: int) -> list[Any]:
+        """Set the timesteps of a new loop and return them."""
         self.scheduler.set_timesteps(*TIMESTEPS.get(self.name, (steps,)))
         timesteps = list(self.scheduler.timesteps)
         self.before = None
         if self.name in ("DDPMWuerstchenScheduler", "SCMScheduler"):
-            timesteps = timesteps[:-1]  # the last one is where a loop ends
+            timesteps = timesteps[:-1]  # the last one is the end of the loop
         if self.name == "DDPMWuerstchenScheduler":
             timesteps = [t[None] for t in timesteps]
         if hasattr(self.scheduler, "is_scale_input_called"):
             self.scheduler.is_scale_input_called = True
         return timesteps
 
-    def time_beginning(self) -> tuple[float, float]:
-        """Microseconds of the first step of a loop of few, and of the whole loop."""
-        timesteps = self.begin(FEW)
+    def time_short_loop(self) -> tuple[float, float]:
+        """Return microseconds of the first step of a short loop, and of the whole loop."""
+        timesteps = self.start(SHORT_STEPS)
         started = time.perf_counter()
         sample = self.step(timesteps[0], self.sample)
         first = time.perf_counter()
-        for timestep in timesteps[1:FEW]:
+        for timestep in timesteps[1:SHORT_STEPS]:
             sample = self.step(timestep, sample)
         return (first - started) * 1e6, (time.perf_counter() - started) * 1e6
 
-    def time_first(self) -> float:
-        """Milliseconds of the steps of a process' first loop: all plans are forgotten, and made in it."""
+    def time_planning(self) -> float:
+        """Return milliseconds of the steps of a process' first loop: all plans are discarded before it."""
         from fastdiff.diffusers.planning import forget_all
 
         forget_all()
         self.scheduler = type(self.scheduler)(**OPTIONS.get(self.name, {}))
-        timesteps, sample = self.begin(STEPS), self.sample
+        timesteps, sample = self.start(STEPS), self.sample
         started = time.perf_counter()
         for timestep in timesteps:
             sample = self.step(timestep, sample)
         return (time.perf_counter() - started) * 1e3
 
     def time(self) -> float:
-        """Microseconds a step, over one loop; what begins a loop is left out."""
-        timesteps = self.begin(STEPS)
+        """Return microseconds per step over one loop without its first two steps."""
+        timesteps = self.start(STEPS)
         sample = self.sample
         first = min(2, len(timesteps) - 1)
         for timestep in timesteps[:first]:
             sample = self.step(timestep, sample)
-        seconds = self._walk(sample, timesteps[first:])
+        seconds = self._time_steps(sample, timesteps[first:])
         return seconds / (len(timesteps) - first) * 1e6
 
-    def _walk(self, sample: Tensor, timesteps: list[Any]) -> float:
-        """Seconds of steps, with as little around them as a user's loop has."""
+    def _time_steps(self, sample: Tensor, timesteps: list[Any]) -> float:
+        """Return seconds for the steps in a loop with as little overhead as a user's loop."""
         output, uncond, extra = self.output, self.uncond, self.extra
         if self.name == "CogVideoXDPMScheduler":
             started = time.perf_counter()
@@ -169,38 +170,38 @@ class Loop:
 
 
 def draw_time(shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], float]:
-    """Microseconds of a draw of noise, as diffusers draws it."""
+    """Return a function that times a draw of noise by diffusers, in microseconds."""
     from diffusers.utils.torch_utils import randn_tensor
 
     generator = torch.Generator().manual_seed(0)
 
-    def timed() -> float:
+    def time_draws() -> float:
         started = time.perf_counter()
         for _ in range(STEPS):
             randn_tensor(shape, generator, torch.device("cpu"), dtype)
         return (time.perf_counter() - started) / STEPS * 1e6
 
-    return timed
+    return time_draws
 
 
 class Copies:
-    """A copy of as many bytes as a loop's step moves, with both kinds of stores."""
+    """Timed copies of as many bytes as a loop's step moves, with both kinds of stores."""
 
     def __init__(self, loop: Loop) -> None:
         self.bytes = loop.bytes_a_step()
-        self.walks = {} if self.bytes is None else {name: copy_walk(self.bytes, "warm", name) for name in STORES}
-        self.times: dict[str, list[float]] = {name: [] for name in self.walks}
+        self.loops = {} if self.bytes is None else {name: copy_loop(self.bytes, "warm", name) for name in STORES}
+        self.times: dict[str, list[float]] = {name: [] for name in self.loops}
 
     def time(self) -> None:
-        """Take a turn: as many copies as a loop times steps."""
-        for name, walk in self.walks.items():
+        """Time as many copies as a loop times steps."""
+        for name, loop in self.loops.items():
             started = time.perf_counter()
             for _ in range(STEPS - 2):
-                walk.advance()
-            self.times[name].append((time.perf_counter() - started) / ((STEPS - 2) * walk.steps) * 1e6)
+                loop.advance()
+            self.times[name].append((time.perf_counter() - started) / ((STEPS - 2) * loop.steps) * 1e6)
 
     def share(self, ours: list[float]) -> dict[str, Any] | None:
-        """The better copy, and its time over the step's."""
+        """Return the faster copy and the ratio of its time to the step's; None if the step is not one pass."""
         if self.bytes is None:
             return None
         best = min(self.times, key=lambda name: statistics.median(self.times[name]))
@@ -208,27 +209,27 @@ class Copies:
         return {"bytes": self.bytes, "copy": best, "microseconds": quantiles(self.times[best]), "share": found}
 
 
-def beginnings(theirs: Loop, ours: Loop, rounds: int) -> dict[str, Any]:
-    """Microseconds of the first step of a loop, and of the loop, of both; and how many times longer diffusers takes.
+def measure_beginnings(theirs: Loop, ours: Loop, rounds: int) -> dict[str, Any]:
+    """Time the first step of short loops and the whole loops, in microseconds, and the ratio of diffusers to fastdiff.
 
-    And milliseconds of a longer loop in which our plans are made.
+    Also time a longer loop in which fastdiff's plans are made, in milliseconds.
     """
     times: list[list[tuple[float, float]]] = [[], []]
     for loop in (theirs, ours):
-        for _ in range(3):  # traces, and learns what follows what
-            loop.time_beginning()
-    for _ in range(rounds * LOOPS):
+        for _ in range(3):  # trace the steps and record their order
+            loop.time_short_loop()
+    for _ in range(rounds * SHORT_LOOPS):
         for found, loop in zip(times, (theirs, ours), strict=True):
-            found.append(loop.time_beginning())
+            found.append(loop.time_short_loop())
     line = {}
     for k, what in enumerate(("first", "loop")):
-        of_theirs, of_ours = ([each[k] for each in found] for found in times)
+        of_theirs, count_fastdiff = ([each[k] for each in found] for found in times)
         line[what] = {
             "diffusers": quantiles(of_theirs),
-            "fastdiff": quantiles(of_ours),
-            "times": quantiles(ratios(of_theirs, of_ours)),
+            "fastdiff": quantiles(count_fastdiff),
+            "times": quantiles(ratios(of_theirs, count_fastdiff)),
         }
-    pairs = [(theirs.time_first(), ours.time_first()) for _ in range(max(3, rounds // 3))]
+    pairs = [(theirs.time_planning(), ours.time_planning()) for _ in range(max(3, rounds // 3))]
     line["planning"] = {who: quantiles([pair[k] for pair in pairs]) for k, who in enumerate(("diffusers", "fastdiff"))}
     return line
 
@@ -237,11 +238,11 @@ def measure(
     names: list[str], shape: tuple[int, ...], dtype: torch.dtype, rounds: int, *, bandwidth: bool = False,
     begins: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """By class: microseconds a step of both, plain and guided, and how many times longer diffusers takes.
+    """For each class, time a step of both, plain and guided, in microseconds, and the ratio of diffusers to fastdiff.
 
     Args:
         bandwidth: measure the copies too.
-        begins: measure the beginnings of loops too.
+        begins: measure first steps, short loops and planning too.
     """
     from fastdiff.diffusers import CLASSES
 
@@ -255,7 +256,7 @@ def measure(
             for who, made in (("diffusers", cls.original), ("fastdiff", cls))
         }
         times: dict[tuple[str, bool], list[float]] = {key: [] for key in loops}
-        for loop in loops.values():  # traces, and allocates
+        for loop in loops.values():  # trace and allocate
             loop.time()
         copies = {guided: Copies(loops["fastdiff", guided]) for guided in (False, True) if bandwidth}
         for _ in range(rounds):
@@ -274,7 +275,7 @@ def measure(
             if bandwidth:
                 line["guided" if guided else "plain"]["bandwidth"] = copies[guided].share(ours)
         if begins:
-            line["beginnings"] = beginnings(loops["diffusers", False], loops["fastdiff", False], rounds)
+            line["beginnings"] = measure_beginnings(loops["diffusers", False], loops["fastdiff", False], rounds)
         line["draws"] = any(plan.draws for plan in loops["fastdiff", False].plans())
         lines[name] = line
         print(_row(name, line), flush=True)
@@ -310,15 +311,17 @@ def _share(found: dict[str, Any] | None) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the table, and store it where asked."""
+    """Print the table, and store it if requested."""
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="classes, without Scheduler, with commas between; else all")
+    parser.add_argument("--only", default="", help="classes, without Scheduler, separated by commas; default: all")
     parser.add_argument("--shape", default="1x4x64x64")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--bandwidth", action="store_true", help="the share of a copy's bandwidth too")
-    parser.add_argument("--beginnings", action="store_true", help=f"the first step of a loop, and loops of {FEW}, too")
+    parser.add_argument("--bandwidth", action="store_true", help="add the share of a copy's bandwidth")
+    parser.add_argument(
+        "--beginnings", action="store_true", help=f"add the first step of a loop and loops of {SHORT_STEPS} steps"
+    )
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)
     if chosen.json is not None:
@@ -332,7 +335,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--bandwidth needs the extension's copy: {why_absent()}")
     more = ["share of a copy", "guided: share"] if chosen.bandwidth else []
     if chosen.beginnings:
-        more += ["first step: diffusers", "ours", "times", f"{FEW} steps: diffusers", "ours", "times"]
+        more += ["first step: diffusers", "ours", "times", f"{SHORT_STEPS} steps: diffusers", "ours", "times"]
         more += ["first loop, ms: diffusers", "ours"]
     heads = ["class", "diffusers µs", "ours µs", "times", "guided: diffusers", "ours", "times", "draws", *more]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")

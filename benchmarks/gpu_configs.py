@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Which sizes of blocks a GPU takes best: ``python -m benchmarks.gpu_configs`` sweeps them, prints the table's lines.
+"""Search for the best block sizes on a GPU: ``python -m benchmarks.gpu_configs`` prints the entries of the tables.
 
-Every kernel of both backends is taken at several shapes and dtypes with every candidate.  Candidates take turns, round
-by round; each launch reads other tensors than the one before, more of them than the last-level cache holds; launches
-are replayed from a CUDA graph and timed by events; a figure is the median of its rounds.  A candidate whose results are
-not the default's, bit for bit, ends the run.  ``--rehearse`` runs all of it without a GPU, at tiny sizes, with Triton's
-interpreter and the host's clock: its figures mean nothing, and it prints no line for the table.
+Every kernel of both backends runs at several shapes and dtypes with every candidate.  Candidates alternate round by
+round; launches rotate through more tensors than the last-level cache holds; they are replayed from a CUDA graph and
+timed by events; a figure is the median over the rounds.  A candidate whose results differ in a bit from the default's
+is an error.  ``--rehearse`` is a dry run without a GPU, at tiny sizes, with Triton's interpreter and the host's clock:
+its figures are meaningless, and it prints no entry.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 SHAPES = {"image": (1, 4, 64, 64), "batch": (8, 4, 128, 128), "video": (1, 16, 21, 90, 160)}
 TINY = {"tiny": (2, 2, 5, 7)}
 
-#: An entry has to be worth its line: less than this is the noise of a run.
-WORTH = 0.02
+#: Minimum relative gain of an entry; smaller gains are within the noise of a run.
+MIN_GAIN = 0.02
 
-#: A candidate: of Triton `Config`'s fields, of CUDA the one number of its kind.
+#: A candidate: the fields of Triton's `Config`, or CUDA's one number for the kind of kernel.
 Candidate = tuple[int, ...]
 
 
@@ -59,13 +59,13 @@ class Case:
 
     @property
     def bytes_moved(self) -> int:
-        """What one launch has to read and write: x, c, u and x again; the numbers; what is reduced."""
+        """Bytes that one launch must read and write."""
         tensors = {"step": 4, "draw": 4, "randn": 1, "sum": 1, "select": 1}[self.kind]
         return tensors * math.prod(self.shape) * self.element_size
 
 
 def candidates(backend: str, kind: str, rehearse: bool = False) -> list[Candidate]:
-    """What is tried for a kind of kernel, the default among it."""
+    """Return the candidates for a kind of kernel, the default first."""
     if backend == "cuda":
         tried = [(n,) for n in ((4, 8, 16, 32, 64) if kind == "select" else (64, 128, 256, 512))]
     elif kind == "sum":
@@ -73,15 +73,15 @@ def candidates(backend: str, kind: str, rehearse: bool = False) -> list[Candidat
     elif kind == "select":
         tried = [(tile, warps, tiles) for tile in (1024, 2048, 4096) for warps in (4, 8) for tiles in (4, 8, 16)]
     else:
-        # 4 to 32 elements a thread.
+        # 4 to 32 elements per thread.
         tried = [(b, w) for b in (512, 1024, 2048, 4096, 8192) for w in (2, 4, 8, 16) if 4 <= b // (32 * w) <= 32]
-    default = default_of(backend, kind)
+    default = default_config(backend, kind)
     others = [candidate for candidate in tried if candidate != default]
     return [default, *(others[:1] if rehearse else others)]
 
 
-def default_of(backend: str, kind: str) -> Candidate:
-    """The configuration without an entry."""
+def default_config(backend: str, kind: str) -> Candidate:
+    """Return the configuration that applies without an entry."""
     if backend == "cuda":
         return ({"step": 256, "draw": 256, "randn": 256, "sum": 128, "select": 16}[kind],)
     config = importlib.import_module("fastdiff.kernels.config").DEFAULT[kind]
@@ -89,8 +89,8 @@ def default_of(backend: str, kind: str) -> Candidate:
 
 
 @contextlib.contextmanager
-def configured(backend: str, kind: str, candidate: Candidate) -> Iterator[None]:
-    """Launch with a candidate inside a ``with`` block."""
+def use_config(backend: str, kind: str, candidate: Candidate) -> Iterator[None]:
+    """Use a candidate for the launches within the context."""
     if backend == "triton":
         module = importlib.import_module("fastdiff.kernels.config")
         with module.override(**{kind: module.Config(*candidate)}):
@@ -98,7 +98,7 @@ def configured(backend: str, kind: str, candidate: Candidate) -> Iterator[None]:
         return
     extension = backends.extension
     assert extension is not None
-    sizes = {name: default_of("cuda", name)[0] for name in KINDS}
+    sizes = {name: default_config("cuda", name)[0] for name in KINDS}
     extension._set_cuda_config([*{**sizes, kind: candidate[0]}.values()])
     try:
         yield
@@ -106,8 +106,8 @@ def configured(backend: str, kind: str, candidate: Candidate) -> Iterator[None]:
         extension._set_cuda_config(None)
 
 
-def work_of(case: Case, device: torch.device) -> Callable[[], Tensor]:
-    """One launch on tensors of its own; the same values in every call, so that candidates can be compared."""
+def make_launch(case: Case, device: torch.device) -> Callable[[], Tensor]:
+    """Return a function that makes one launch on its own tensors, with the same values in every call."""
     x, c, u = torch.randn(3, *case.shape, device=device).to(case.dtype).unbind()
     batch = case.shape[0]
     seeds = torch.arange(batch, device=device)
@@ -130,7 +130,7 @@ def work_of(case: Case, device: torch.device) -> Callable[[], Tensor]:
 
 
 class Timer:
-    """Launches of one candidate over rotating tensors: from a graph on a GPU, by the host's clock elsewhere."""
+    """Timer of one candidate's launches over rotating tensors: a replayed graph on a GPU, else the host's clock."""
 
     def __init__(self, works: Sequence[Callable[[], Tensor]], device: torch.device, replays: int) -> None:
         self._works, self._replays, self._graph = works, replays, None
@@ -138,18 +138,18 @@ class Timer:
             return
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            for work in works[:2]:  # compiles
+            for work in works[:2]:  # compile the kernels
                 work()
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            # Results are kept until the end of the capture, or their memory would be one.
-            self._kept = [work() for work in works]
+            # Keep the results until the end of the capture; otherwise they would share memory.
+            self._results = [work() for work in works]
         self._graph.replay()
         torch.cuda.synchronize()
 
     def microseconds(self) -> float:
-        """Of one launch, in one round."""
+        """Return the microseconds of one launch, measured in one round."""
         launches = len(self._works) * self._replays
         if self._graph is None:
             begin = time.perf_counter()
@@ -167,18 +167,18 @@ class Timer:
 
 
 def measure(case: Case, device: torch.device, rounds: int, rehearse: bool) -> list[dict[str, Any]]:
-    """Every candidate of a case, the default first.
+    """Time every candidate of a case, the default first.
 
     Raises:
-        RuntimeError: a candidate's result is not the default's to the bit.
+        RuntimeError: a candidate's result differs in a bit from the default's.
     """
     cache = 0 if device.type == "cpu" else torch.cuda.get_device_properties(device).L2_cache_size
     copies = 2 if rehearse else max(2, min(4096, math.ceil(4 * cache / case.bytes_moved)))
-    works = [work_of(case, device) for _ in range(copies)]
+    works = [make_launch(case, device) for _ in range(copies)]
     expected, timers = None, []
     tried = candidates(case.backend, case.kind, rehearse)
     for candidate in tried:
-        with configured(case.backend, case.kind, candidate):
+        with use_config(case.backend, case.kind, candidate):
             result = works[0]().clone()
             expected = result if expected is None else expected
             if not torch.equal(result.view(torch.uint8), expected.view(torch.uint8)):
@@ -196,7 +196,7 @@ def measure(case: Case, device: torch.device, rounds: int, rehearse: bool) -> li
     for turn in range(rounds):
         order = range(len(tried)) if turn % 2 == 0 else reversed(range(len(tried)))
         for i in order:
-            with configured(case.backend, case.kind, tried[i]):
+            with use_config(case.backend, case.kind, tried[i]):
                 times[i].append(timers[i].microseconds())
     return [
         {
@@ -214,8 +214,11 @@ def measure(case: Case, device: torch.device, rounds: int, rehearse: bool) -> li
 
 
 def best(results: Sequence[dict[str, Any]], backend: str, kind: str, element_size: int | None = None) -> Candidate:
-    """The candidate with the least geometric mean of its times over the default's; the default, unless worth a line."""
-    default = default_of(backend, kind)
+    """Return the candidate with the least geometric mean of times relative to the default.
+
+    The default, if the gain is below `MIN_GAIN`.
+    """
+    default = default_config(backend, kind)
     ratios: dict[Candidate, list[float]] = {}
     by_case: dict[tuple[Any, ...], dict[Candidate, float]] = {}
     for line in results:
@@ -227,11 +230,11 @@ def best(results: Sequence[dict[str, Any]], backend: str, kind: str, element_siz
             ratios.setdefault(candidate, []).append(own / times[default])
     means = {candidate: statistics.geometric_mean(own) for candidate, own in ratios.items()}
     chosen = min(means, key=lambda candidate: means[candidate], default=default)
-    return chosen if means.get(chosen, 1.0) < 1.0 - WORTH else default
+    return chosen if means.get(chosen, 1.0) < 1.0 - MIN_GAIN else default
 
 
 def entries(results: Sequence[dict[str, Any]], chip: str) -> list[str]:
-    """The lines for kernels/triton/config.py and csrc/cuda/config.h; none where the defaults are as good."""
+    """Return the entries for kernels/triton/config.py and csrc/cuda/config.h that improve on the defaults."""
     lines = []
     sizes = sorted({line["element_size"] for line in results})
     found = {
@@ -240,12 +243,12 @@ def entries(results: Sequence[dict[str, Any]], chip: str) -> list[str]:
         for size in sizes
         if any((r["backend"], r["kind"], r["element_size"]) == ("triton", kind, size) for r in results)
     }
-    found = {key: config for key, config in found.items() if config != default_of("triton", key[0])}
+    found = {key: config for key, config in found.items() if config != default_config("triton", key[0])}
     if found:
         inside = ", ".join(f'("{kind}", {size}): Config{config}' for (kind, size), config in found.items())
         lines.append(f'"{chip}": {{{inside}}},')
     chosen = [best(results, "cuda", kind)[0] for kind in KINDS]
-    if chip.startswith("sm_") and chosen != [default_of("cuda", kind)[0] for kind in KINDS]:
+    if chip.startswith("sm_") and chosen != [default_config("cuda", kind)[0] for kind in KINDS]:
         lines.append(f"{{{chip.removeprefix('sm_')}, {{{', '.join(map(str, chosen))}}}}},")
     return lines
 
@@ -259,7 +262,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     add("--rounds", type=int, default=15)
     add("--json", type=Path, help="write every figure")
-    add("--rehearse", action="store_true", help="without a GPU: tiny sizes, no figure worth keeping")
+    add("--rehearse", action="store_true", help="dry run without a GPU: tiny sizes, meaningless figures")
     options = parser.parse_args(arguments)
     if options.json is not None:
         check_writable(options.json, operation="gpu_configs", argument="--json")
@@ -269,10 +272,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Sweep, print the table and its lines, write what was asked for.
+    """Time all candidates, print the table and the entries, and write the requested file.
 
     Raises:
-        RuntimeError: there is no GPU and this is no rehearsal, or a candidate changes a result.
+        RuntimeError: there is no GPU and this is not a dry run, or a candidate changes a result.
     """
     options = parse(arguments)
     if not options.rehearse and not torch.cuda.is_available():
@@ -330,7 +333,8 @@ def _print(report: dict[str, Any]) -> None:
         print("a rehearsal: these figures say nothing of any GPU, and none is for the table")
         return
     print(
-        "\n".join(report["entries"]) or f"the defaults are within {100 * WORTH:.0f} % of the best on {report['chip']}"
+        "\n".join(report["entries"])
+        or f"the defaults are within {100 * MIN_GAIN:.0f} % of the best on {report['chip']}"
     )
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""k-diffusion's sampling functions, with a model that combines two outputs made beforehand.
+"""Peer "k-diffusion": its sampling functions, with a model that combines two precomputed outputs.
 
-The combination stands for the denoised sample as it is: a wrapper around a real model would do more.
+The combination is used as the denoised sample; a wrapper around a real model would do more work.
 
-``import k_diffusion`` brings in what it trains and evaluates with (torchvision, wandb, clean-fid, ...), none of which
-its samplers use. So its sampling.py is loaded alone, unchanged, and of its utils.py the functions that sampling.py
-names: today `append_dims`, four lines. torchdiffeq and torchsde, which sampling.py imports, have to be there.
+``import k_diffusion`` imports packages for training and evaluation (torchvision, wandb, clean-fid, ...) that its
+samplers do not use. Therefore only its sampling.py is loaded, unchanged, with the functions of utils.py that it uses:
+currently `append_dims`, four lines. torchdiffeq and torchsde, which sampling.py imports, have to be installed.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from types import ModuleType
 from typing import Any
 
 from .cases import GUIDANCE, Case, Tensors
-from .peers import Walk
+from .peers import RepeatingLoop
 
 _ALONE = "_k_diffusion_alone"
 
 
 @functools.cache
 def load_sampling() -> ModuleType:
-    """k_diffusion.sampling without the rest of the package.
+    """Import k_diffusion.sampling without the rest of the package.
 
     Raises:
-        ImportError: k-diffusion, or what its sampling.py imports, is not installed.
+        ImportError: k-diffusion, or a package that its sampling.py imports, is not installed.
     """
     found = importlib.util.find_spec("k_diffusion")
     if found is None or not found.submodule_search_locations:
@@ -57,12 +57,15 @@ def load_sampling() -> ModuleType:
     return sampling
 
 
-def walks(case: Case, sets: Sequence[Tensors]) -> list[Walk]:
-    """One walk, of a whole loop at a time: its functions do not stop between steps. The sets of outputs take turns."""
+def repeating_loops(case: Case, sets: Sequence[Tensors]) -> list[RepeatingLoop]:
+    """Return one loop that advances by a whole loop at a time, rotating through the sets of model outputs.
+
+    k-diffusion's functions cannot stop between steps.
+    """
     sampling = load_sampling()
-    if case.recipe.k_diffusion is None:
+    if case.spec.k_diffusion is None:
         raise RuntimeError(f"k-diffusion has no {case.op}")
-    name, arguments = case.recipe.k_diffusion
+    name, arguments = case.spec.k_diffusion
     function = getattr(sampling, name)
     sigmas = sampling.get_sigmas_karras(case.steps, 0.03, 14.6, device=case.device)
     outputs = itertools.cycle(sets)
@@ -74,4 +77,4 @@ def walks(case: Case, sets: Sequence[Tensors]) -> list[Walk]:
     def advance() -> None:
         function(model, sets[0].sample, sigmas, disable=True, **arguments)
 
-    return [Walk(advance, len(case.table))]
+    return [RepeatingLoop(advance, len(case.table))]

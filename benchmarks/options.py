@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The arguments of ``fastdiff bench``. What is wrong with them is said as everywhere: in one sentence."""
+"""Arguments of ``fastdiff bench``."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fastdiff.command import CommandParser
 from fastdiff.errors import sentence, unknown_name
 from fastdiff.files import check_writable
 
-from .cases import DTYPES, OPS, SHAPES, Case
-from .measure import CACHES
+from .cases import DTYPES, SAMPLERS, SHAPES, Case
 from .peers import PEERS
+from .timing import CACHES
 
-#: What is measured where the arguments do not say; --quick is a look of under a minute.
+#: Defaults; those of --quick take less than a minute.
 FULL: dict[str, Any] = {
-    "samplers": list(OPS),
+    "samplers": list(SAMPLERS),
     "shapes": list(SHAPES),
     "dtypes": ["float32"],
     "threads": [1],
@@ -30,14 +30,14 @@ FULL: dict[str, Any] = {
     "rounds": 15,
     "seconds": 0.5,
 }
-#: The endings that name a format of a picture.
+#: Supported file formats of the picture.
 PLOT_ENDINGS = (".png", ".svg", ".pdf")
 
 QUICK = {**FULL, "samplers": ["ddim", "dpmsolver++2m"], "shapes": ["digits", "image"], "rounds": 5, "seconds": 0.1}
 
 
 def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
-    """Read and check the arguments; what was not given is filled in.
+    """Parse and check the arguments, with defaults filled in.
 
     Raises:
         ValueError: an unknown option or name, or a number out of range.
@@ -50,7 +50,7 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
         epilog="Lists are separated by spaces: --threads 1 2 --dtypes float32 bfloat16",
     )
     add = parser.add_argument
-    add("--samplers", nargs="+", metavar="NAME", help=f"of {', '.join(OPS)} (default: all)")
+    add("--samplers", nargs="+", metavar="NAME", help=f"of {', '.join(SAMPLERS)} (default: all)")
     add("--shapes", nargs="+", metavar="SHAPE", help=f"of {', '.join(SHAPES)}, or such as 2x4x32x32 (default: all)")
     add("--dtypes", nargs="+", metavar="DTYPE", help=f"of {', '.join(DTYPES)} (default: float32)")
     add("--threads", nargs="+", type=int, metavar="N", help="numbers of threads (default: 1)")
@@ -82,7 +82,7 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
 
 
 def _check(options: argparse.Namespace) -> None:
-    _known("--samplers", options.samplers, OPS)
+    _known("--samplers", options.samplers, SAMPLERS)
     _known("--dtypes", options.dtypes, DTYPES)
     _known("--caches", options.caches, CACHES)
     _known("--peers", options.peers, PEERS)
@@ -127,7 +127,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    """The cases asked for, in the table's order."""
+    """Return the selected cases in the order of the table."""
     return [
         Case(op, shape, dtype)
         for shape, dtype, op in itertools.product(options.shapes, options.dtypes, options.samplers)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Who takes the steps. A peer turns sets of tensors into walks: callables that take the next step, round and round."""
+"""Implementations of a loop: fastdiff and its peers. Each makes repeating loops from sets of tensors."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 from .cases import GUIDANCE, Case, Tensors
 
 
-class Walk(NamedTuple):
-    """One loop that never ends: `advance` takes its next `steps` steps, and starts over after the last."""
+class RepeatingLoop(NamedTuple):
+    """A sampling loop that restarts after its last step; `advance` takes its next `steps` steps."""
 
     advance: Callable[[], object]
     steps: int = 1
 
 
-#: The table's column, and the module whose `walks` makes its walks.
+#: The name of each peer, and the module whose `repeating_loops` makes its loops.
 PEERS = {
     "reference": None,
     "torch.compile": "compiled_peer",
@@ -30,21 +30,21 @@ PEERS = {
 }
 
 
-def walks(peer: str, case: Case, sets: Sequence[Tensors]) -> list[Walk]:
-    """Walks of a peer, one a set of tensors where it can stop after a step, else one that changes sets as it goes.
+def repeating_loops(peer: str, case: Case, sets: Sequence[Tensors]) -> list[RepeatingLoop]:
+    """Return a peer's loops: one per set of tensors if it can stop after a step, else one that rotates the sets.
 
     Raises:
-        ImportError, RuntimeError: the peer is not installed, or cannot take these steps.
+        ImportError, RuntimeError: the peer is not installed, or cannot run this case.
     """
     module = PEERS.get(peer)
     if module is not None:
-        made: list[Walk] = importlib.import_module(f".{module}", __package__).walks(case, sets)
-        return made
+        loops: list[RepeatingLoop] = importlib.import_module(f".{module}", __package__).repeating_loops(case, sets)
+        return loops
     backend = None if peer == "fastdiff" else peer
-    return [Walk(fastdiff_walk(case, tensors, backend)) for tensors in sets]
+    return [RepeatingLoop(fastdiff_loop(case, tensors, backend)) for tensors in sets]
 
 
-def fastdiff_walk(
+def fastdiff_loop(
     case: Case,
     tensors: Tensors,
     backend: str | None,
@@ -52,21 +52,21 @@ def fastdiff_walk(
     sample: Tensor | None = None,
     model_input: Tensor | None = None,
 ) -> Callable[[], object]:
-    """Takes the next step of a loop that starts over; `sample` and `model_input` are what it writes."""
+    """Return a function that takes the next step of a repeating loop; it writes `sample` and `model_input`."""
     start, cond, uncond = tensors
     sample = torch.empty_like(start) if sample is None else sample
     generator: torch.Generator | None = torch.Generator(start.device).manual_seed(0)
     seeds: dict[str, Any] = {}
-    if case.recipe.seeded and backend != "reference":
+    if case.spec.seeded and backend != "reference":
         generator, seeds = None, {"seeds": torch.arange(case.shape[0], device=start.device)}
     stepper: Any = None
 
     def advance() -> None:
         nonlocal stepper
-        if stepper is None or stepper.done:  # a loop's own beginnings are part of its time
+        if stepper is None or stepper.done:  # the time of a loop includes its setup
             stepper = case.stepper(backend, **seeds)
             sample.copy_(start)
-        # In place, as the samplers' own loop does.
+        # In place, like the loop of the samplers.
         stepper.step(
             sample, cond, uncond=uncond, guidance=GUIDANCE, out=sample, generator=generator, model_input=model_input
         )
@@ -75,7 +75,7 @@ def fastdiff_walk(
 
 
 def version(package: str) -> str:
-    """A package's version, or that it is absent."""
+    """Return a package's version, or "absent"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

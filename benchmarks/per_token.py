@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""What a flow-matching step with a timestep for each token costs beside diffusers' own, in turn in one run.
+"""Time of a flow-matching step with per-token timesteps, diffusers' and fastdiff's alternating in one run.
 
     python -m benchmarks.per_token
 
-Loops of 8 steps, other levels at each, one thread; medians of 15 rounds, in microseconds a step.  Levels are made
-beforehand.
+Loops of 8 steps with different, precomputed levels at each step, on one thread; medians of 15 rounds, in microseconds
+per step.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def _loops(scheduler: Any, step: Callable[..., Any], given: dict[str, Any], levels: list[Any], loops: int) -> float:
-    """Take some loops, and return microseconds a step."""
+    """Run loops and return microseconds per step."""
     spent = 0.0
     for _ in range(loops):
         scheduler.set_timesteps(STEPS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One picture of a run: how many times longer the peers take, and the share of the machine's copy bandwidth."""
+"""Picture of a run: the peers' times relative to fastdiff's, and the share of the machine's copy bandwidth."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fastdiff.files import write_whole
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Draw a report of ``fastdiff bench`` into `path`: a row of panels for each peer and one for the copy, a column for
-    each number of threads and state of the caches.
+    """Draw a report of ``fastdiff bench`` into a file.
 
-    A panel has a group of bars for each sampler, and in it a bar for each shape and dtype, with its quantiles.
+    The picture has a row of panels per peer and one for the copy, and a column per number of threads and cache state.
+    A panel has a group of bars per sampler, with a bar per shape and dtype and its quantiles.
     """
     matplotlib = require("matplotlib", "plots", "fastdiff bench --plot")
     matplotlib.use("Agg")
@@ -61,17 +61,17 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 
 def _bars(axis: Any, lines: list[dict[str, Any]], pick: Any, ops: list[str], series: list[str]) -> None:
-    """A panel's bars, and the line where both are equal."""
+    """Draw a panel's bars, and the line of ratio 1."""
     width = 0.8 / len(series)
     for i, name in enumerate(series):
         found = [(ops.index(line["op"]), pick(line)) for line in lines if _series(line) == name]
-        places = [place + (i - len(series) / 2 + 0.5) * width for place, _ in found]
+        positions = [group + (i - len(series) / 2 + 0.5) * width for group, _ in found]
         heights = [figure["median"] for _, figure in found]
         spread = [
             [max(0.0, figure["median"] - figure["p20"]) for _, figure in found],
             [max(0.0, figure["p80"] - figure["median"]) for _, figure in found],
         ]
-        axis.bar(places, heights, width, yerr=spread, label=name, error_kw={"linewidth": 0.6})
+        axis.bar(positions, heights, width, yerr=spread, label=name, error_kw={"linewidth": 0.6})
     axis.axhline(1.0, color="black", linewidth=0.8)
 
 
@@ -79,7 +79,7 @@ COPY = "share of copy bandwidth"
 
 
 def _panels(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """What each panel shows, by its axis: functions from a line to a figure, or to None where there is none."""
+    """Return for each panel, by axis label, a function from a line to its figure, or to None if it has none."""
     if any("base_over_this" in line for line in results):
         return {"base / this": lambda line: line.get("base_over_this")}
     peers = dict.fromkeys(peer for line in results for peer in line["over_fastdiff"])

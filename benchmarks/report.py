@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The one table of a run, with what has to be known to read it."""
+"""Table of a run, with notes on its columns and the conditions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from fastdiff.errors import require
 
-#: What the columns mean; the last two are about one peer.
+#: Notes on the columns; the last two are about k-diffusion.
 NOTES = (
     "µs/step: median of the rounds, in brackets the quantiles at 20 and 80 %. A peer's column: its time over ours.",
     "bytes: each tensor that a step uses read once and each output written once, the mean of the loop's steps.",
@@ -20,7 +20,7 @@ NOTES = (
 
 
 def render(report: dict[str, Any], *, peers: list[str]) -> None:
-    """Print a run's table and its circumstances."""
+    """Print a run's table, its conditions and the notes."""
     rows = [
         (*_case(line), f"{line['bytes']:,.0f}", _percent(line["share_of_copy"]))
         + tuple(_times(line["over_fastdiff"].get(peer)) for peer in peers)
@@ -28,7 +28,7 @@ def render(report: dict[str, Any], *, peers: list[str]) -> None:
     ]
     heads = ["op", "shape", "dtype", "threads", "cache", "µs/step", "bytes", "% of copy", *peers]
     _print("what a step costs", heads, rows, report)
-    _say(NOTES if "k-diffusion" in peers else NOTES[:5])
+    _print_notes(NOTES if "k-diffusion" in peers else NOTES[:5])
 
 
 def render_base(report: dict[str, Any]) -> None:
@@ -39,7 +39,7 @@ def render_base(report: dict[str, Any]) -> None:
         rows.append((*_case(line), _us(line["microseconds"].get("base")), last))
     heads = ["op", "shape", "dtype", "threads", "cache", "this, µs/step", f"{report['base']}, µs/step", "base / this"]
     _print(f"this code beside {report['base']}", heads, rows, report)
-    _say(("base / this: above 1 this code is quicker; in brackets the quantiles at 20 and 80 %.",))
+    _print_notes(("base / this: above 1 this code is quicker; in brackets the quantiles at 20 and 80 %.",))
 
 
 def _print(title: str, heads: list[str], rows: list[tuple[str, ...]], report: dict[str, Any]) -> None:
@@ -52,7 +52,7 @@ def _print(title: str, heads: list[str], rows: list[tuple[str, ...]], report: di
     for row in rows:
         table.add_row(*(plain(cell) for cell in row))
     console = require("rich.console", "cli", "fastdiff bench").Console()
-    # A table that a pipe or a narrow window would cut is printed whole.
+    # Print the whole table even if the terminal is narrower.
     console.width = max(console.width, table.__rich_measure__(console, console.options.update(max_width=1000)).maximum)
     console.print(table)
     for peer, reason in report["absent"].items():
@@ -60,7 +60,7 @@ def _print(title: str, heads: list[str], rows: list[tuple[str, ...]], report: di
     console.print(plain(", ".join(f"{name} {value}" for name, value in report["conditions"].items())))
 
 
-def _say(notes: tuple[str, ...]) -> None:
+def _print_notes(notes: tuple[str, ...]) -> None:
     for note in notes:
         print(note)
 

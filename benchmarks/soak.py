@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Whether memory stays flat over many steps, and what a step costs then beside diffusers' own.
+"""Soak test: memory growth over many steps, and the time of a step compared with diffusers' own.
 
-    python -m benchmarks.soak                              # every kind of use, 100000 steps each
+    python -m benchmarks.soak                              # every workload, 100000 steps each
     python -m benchmarks.soak --steps 5000 --only eta,churn
 
-Each kind of use runs in a process of its own, on samples 1x4x8x8 and one thread.  After a tenth of the steps, and after
-all of them, garbage is collected, free memory is returned to the system, and the resident set and the number of objects
-that the collector tracks are read.  The command fails where a resident set grows by more than 5 MiB between the two.
-"us/step" is the mean over the last nine tenths, with all that a loop does between steps; diffusers' own classes then go
-through the same steps, at most 2000 of them.
+Each workload runs in its own process, on samples 1x4x8x8 and one thread.  After a tenth of the steps, and after all of
+them, it collects garbage, returns free memory to the system, and reads the resident set and the number of objects that
+the collector tracks.  The command fails if a resident set grows by more than 5 MiB between the two.  "us/step" is the
+mean over the last nine tenths, including the work of the loop between steps; diffusers' own classes then take the same
+steps, at most 2000 of them.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ import fastdiff
 from fastdiff.errors import sentence
 
 STEPS = 100_000
-#: How far a resident set may grow after the first tenth of the steps, in MiB.
+#: Maximum growth of the resident set after the first tenth of the steps, in MiB.
 LIMIT = 5.0
 SHAPE = (1, 4, 8, 8)
-#: Steps of a loop, and the most steps of diffusers' classes.
-LOOP, MOST_OF_DIFFUSERS = 20, 2000
+#: Steps of a loop, and the maximum number of steps with diffusers' classes.
+LOOP, MAX_DIFFUSERS_STEPS = 20, 2000
 
-#: Take steps with the classes of a module, `diffusers` or `fastdiff.diffusers`; each value yielded is one step.
-Use = Callable[[Any], Iterator[None]]
+#: Takes steps with the classes of a module, `diffusers` or `fastdiff.diffusers`, and yields after each step.
+Workload = Callable[[Any], Iterator[None]]
 
 
 def own_sampler(module: Any) -> Iterator[None]:
-    """fastdiff's samplers, in whole loops of `sample` and step by step."""
+    """Run fastdiff's samplers, in whole loops of `sample` and step by step."""
     samplers = [
         fastdiff.create_sampler("scaled_linear", method, num_inference_steps=LOOP)
         for method in ("ddim", "dpm_solver", "ddpm")
@@ -68,7 +68,7 @@ def own_sampler(module: Any) -> Iterator[None]:
 
 
 def loops(module: Any) -> Iterator[None]:
-    """Loops of schedulers that are kept."""
+    """Run loops of the same schedulers again and again."""
     names = ("DDIM", "DPMSolverMultistep", "UniPCMultistep", "EulerDiscrete", "DDPM", "HeunDiscrete")
     schedulers = [getattr(module, f"{name}Scheduler")() for name in names]
     output = torch.randn(SHAPE)
@@ -82,7 +82,7 @@ def loops(module: Any) -> Iterator[None]:
 
 
 def guided(module: Any) -> Iterator[None]:
-    """`guided_step`, with a scale that is another at each step; diffusers' `step` of the guided output."""
+    """Call `guided_step` with a different scale at each step; for diffusers, `step` with the guided output."""
     schedulers = [getattr(module, f"{name}Scheduler")() for name in ("DDIM", "DPMSolverMultistep")]
     uncond, cond = torch.randn(SHAPE), torch.randn(SHAPE)
     while True:
@@ -99,7 +99,7 @@ def guided(module: Any) -> Iterator[None]:
 
 
 def per_token(module: Any) -> Iterator[None]:
-    """A timestep for each token, others at each step."""
+    """Take steps with per-token timesteps, different at each step."""
     schedulers = [module.FlowMatchEulerDiscreteScheduler(stochastic_sampling=drawn) for drawn in (False, True)]
     sample, output = torch.randn(1, 256, 16), torch.randn(1, 256, 16)
     while True:
@@ -112,12 +112,12 @@ def per_token(module: Any) -> Iterator[None]:
 
 
 def eta(module: Any) -> Iterator[None]:
-    """DDIM with an eta that is drawn anew for each step."""
+    """Take DDIM steps with a random eta at each step."""
     yield from _with_arguments(module.DDIMScheduler(), lambda: {"eta": random.random()})
 
 
 def churn(module: Any) -> Iterator[None]:
-    """Euler steps with a churn that is drawn anew for each step."""
+    """Take Euler steps with a random churn at each step."""
     yield from _with_arguments(module.EulerDiscreteScheduler(), lambda: {"s_churn": random.uniform(0.0, 20.0)})
 
 
@@ -133,7 +133,7 @@ def _with_arguments(scheduler: Any, arguments: Callable[[], dict[str, Any]]) -> 
 
 
 def patching(module: Any) -> Iterator[None]:
-    """A scheduler of diffusers that is patched for half a loop, and unpatched for the other."""
+    """Run loops of a diffusers scheduler that is patched for the first half and unpatched for the second."""
     import diffusers
 
     scheduler = diffusers.DPMSolverMultistepScheduler()
@@ -151,7 +151,7 @@ def patching(module: Any) -> Iterator[None]:
 
 
 def configurations(module: Any) -> Iterator[None]:
-    """A new scheduler for each loop, with another number of steps and other betas."""
+    """Make a new scheduler for each loop, with a random number of steps and random betas."""
     output = torch.randn(SHAPE)
     while True:
         name = random.choice(("DDIM", "EulerDiscrete", "DPMSolverMultistep"))
@@ -164,7 +164,7 @@ def configurations(module: Any) -> Iterator[None]:
 
 
 def order(module: Any) -> Iterator[None]:
-    """Timesteps of the schedule in a random order."""
+    """Take steps at the timesteps of the schedule in random order."""
     schedulers = module.DDIMScheduler(), module.EulerDiscreteScheduler()
     sample, output = torch.randn(SHAPE), torch.randn(SHAPE)
     while True:
@@ -172,13 +172,13 @@ def order(module: Any) -> Iterator[None]:
             scheduler.set_timesteps(100)
             for t in random.sample(list(scheduler.timesteps), LOOP):
                 if hasattr(scheduler, "_step_index"):
-                    scheduler._step_index = None  # else Euler counts on from the step before
+                    scheduler._step_index = None  # otherwise Euler continues from the last step
                 scheduler.step(output, t, scheduler.scale_model_input(sample, t), return_dict=False)
                 yield
 
 
-#: By name: the use, and whether diffusers' own classes can be put through it.
-USES: dict[str, tuple[Use, bool]] = {
+#: Workloads by name, and whether they can run with diffusers' own classes.
+WORKLOADS: dict[str, tuple[Workload, bool]] = {
     "sampler": (own_sampler, False),
     "loops": (loops, True),
     "guided": (guided, True),
@@ -199,7 +199,7 @@ class Memory(NamedTuple):
 
 
 class Soak(NamedTuple):
-    """What a use came to: memory after a tenth of the steps and after all, and microseconds a step."""
+    """Result of a workload: memory after a tenth of the steps and after all, and microseconds per step."""
 
     early: Memory
     late: Memory
@@ -208,12 +208,12 @@ class Soak(NamedTuple):
 
     @property
     def growth(self) -> float:
-        """MiB by which the resident set has grown."""
+        """Growth of the resident set in MiB."""
         return self.late.resident - self.early.resident
 
 
 def memory() -> Memory:
-    """Read what a process holds once garbage is collected and free memory is returned to the system.
+    """Measure the process' memory after collecting garbage and returning free memory to the system.
 
     Raises:
         RuntimeError: the system is not Linux with glibc.
@@ -223,7 +223,7 @@ def memory() -> Memory:
     except (OSError, AttributeError) as error:
         remedy = "run it on Linux with glibc, which returns free memory when it is asked to"
         raise RuntimeError(sentence("soak", "system", f"has no {error}", "malloc_trim and /proc", remedy)) from error
-    for _ in range(3):  # what one collection frees may hold what the next one does
+    for _ in range(3):  # one collection may free the last references to objects of the next
         gc.collect()
     trim(0)
     statm = Path("/proc/self/statm").read_text()
@@ -231,13 +231,13 @@ def memory() -> Memory:
     return Memory(int(statm.split()[1]) * page / 2**20, len(gc.get_objects()))
 
 
-def soak(use: Use, steps: int, beside_diffusers: bool) -> Soak:
-    """Take `steps` steps.
+def soak(use: Workload, steps: int, beside_diffusers: bool) -> Soak:
+    """Run a workload for `steps` steps.
 
     Args:
-        use: which steps.
-        steps: how many, 10 or more.
-        beside_diffusers: take the same steps with diffusers' own classes afterwards, at most `MOST_OF_DIFFUSERS`.
+        use: the workload.
+        steps: the number of steps, 10 or more.
+        beside_diffusers: take the same steps with diffusers' own classes afterwards, at most `MAX_DIFFUSERS_STEPS`.
 
     Raises:
         RuntimeError: memory cannot be read here.
@@ -257,7 +257,7 @@ def soak(use: Use, steps: int, beside_diffusers: bool) -> Soak:
         _seed()
         taken = use(diffusers)
         _take(taken, LOOP)
-        theirs = _take(taken, min(steps, MOST_OF_DIFFUSERS))
+        theirs = _take(taken, min(steps, MAX_DIFFUSERS_STEPS))
     return Soak(early, late, microseconds, theirs)
 
 
@@ -267,7 +267,7 @@ def _seed() -> None:
 
 
 def _take(taken: Iterator[None], count: int) -> float:
-    """Take steps, and return microseconds a step."""
+    """Take steps and return microseconds per step."""
     start = time.perf_counter()
     for _ in islice(taken, count):
         pass
@@ -275,15 +275,15 @@ def _take(taken: Iterator[None], count: int) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what each use came to; 1 where memory has grown."""
+    """Print the results of all workloads; return 1 if memory has grown."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"of each use, 10 or more; {STEPS} if not given")
-    parser.add_argument("--only", default=",".join(USES), help="which uses, separated by commas; all if not given")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"steps per workload, at least 10 (default: {STEPS})")
+    parser.add_argument("--only", default=",".join(WORKLOADS), help="workloads, separated by commas (default: all)")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this process, without a heading
     options = parser.parse_args(arguments)
     names = options.only.split(",")
-    if options.steps < 10 or not USES.keys() >= set(names):
-        parser.error(f"--steps takes 10 or more, --only takes some of {','.join(USES)}")
+    if options.steps < 10 or not WORKLOADS.keys() >= set(names):
+        parser.error(f"--steps takes 10 or more, --only takes some of {','.join(WORKLOADS)}")
     if options.here:
         return max(_report(name, options.steps) for name in names)
     head = ("use", "MiB at 10 %", "at 100 %", "growth", "objects at 10 %", "at 100 %", "us/step", "diffusers")
@@ -299,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _report(name: str, steps: int) -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    use, beside_diffusers = USES[name]
+    use, beside_diffusers = WORKLOADS[name]
     found = soak(use, steps, beside_diffusers)
     theirs = "" if found.diffusers is None else f"{found.diffusers:.1f}"
     print(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Reductions and noise under pytest-benchmark, beside torch: ``pytest benchmarks/test_reductions.py``."""
+"""Reductions and noise of fastdiff and torch under pytest-benchmark: ``pytest benchmarks/test_reductions.py``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The cases under pytest-benchmark: ``pytest benchmarks --benchmark-group-by=group``.
+"""The benchmark cases under pytest-benchmark: ``pytest benchmarks --benchmark-group-by=group``.
 
-A round is a whole loop; divide by the steps in extra_info. Peers of one case run one after another here, with a warm
-cache; `fastdiff bench` takes them in turn, which is what figures are quoted from.
+A round is a whole loop; divide by the steps in extra_info. Here the peers of a case run one after another, with a warm
+cache; `fastdiff bench` alternates them, and published figures come from it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from .cases import OPS, SHAPES, Case
-from .copying import STORES, copy_walk, why_absent
-from .peers import PEERS, walks
+from .cases import SAMPLERS, SHAPES, Case
+from .copy_bandwidth import STORES, copy_loop, why_absent
+from .peers import PEERS, repeating_loops
 
 
 @pytest.fixture(autouse=True)
@@ -29,22 +29,22 @@ def _one_thread_without_gradients() -> Iterator[None]:
 
 @pytest.mark.parametrize("peer", ["fastdiff", *PEERS])
 @pytest.mark.parametrize("shape", ["image", "video"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", SAMPLERS)
 def test_loop(benchmark: Any, op: str, shape: str, peer: str) -> None:
     case = Case(op, SHAPES[shape])
     try:
-        (walk,) = walks(peer, case, case.tensors())
+        (loop,) = repeating_loops(peer, case, case.tensors())
     except (ImportError, RuntimeError) as absent:
         pytest.skip(str(absent))
 
-    def loop() -> None:
-        for _ in range(len(case.table) // walk.steps):
-            walk.advance()
+    def run() -> None:
+        for _ in range(len(case.table) // loop.steps):
+            loop.advance()
 
     benchmark.group = case.name
     benchmark.extra_info.update(steps=len(case.table), bytes_a_step=case.bytes_a_step)
     small = shape == "image"
-    benchmark.pedantic(loop, rounds=20 if small else 3, iterations=5 if small else 1, warmup_rounds=1)
+    benchmark.pedantic(run, rounds=20 if small else 3, iterations=5 if small else 1, warmup_rounds=1)
 
 
 @pytest.mark.skipif(bool(why_absent()), reason=why_absent())
@@ -52,7 +52,7 @@ def test_loop(benchmark: Any, op: str, shape: str, peer: str) -> None:
 @pytest.mark.parametrize("shape", ["image", "video"])
 def test_copy(benchmark: Any, shape: str, stores: str) -> None:
     case = Case("ddim", SHAPES[shape])
-    walk = copy_walk(case.bytes_a_step, "warm", stores)
+    loop = copy_loop(case.bytes_a_step, "warm", stores)
     benchmark.group = f"copy of as many bytes as {case.name}"
-    benchmark.extra_info.update(steps=walk.steps, bytes_a_step=case.bytes_a_step)
-    benchmark.pedantic(walk.advance, rounds=20, iterations=1, warmup_rounds=1)
+    benchmark.extra_info.update(steps=loop.steps, bytes_a_step=case.bytes_a_step)
+    benchmark.pedantic(loop.advance, rounds=20, iterations=1, warmup_rounds=1)

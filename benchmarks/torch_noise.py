@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""What a draw of torch's float32 normal numbers on the CPU costs, by torch.randn and by `fastdiff.noise.torch_normals`.
+"""Time of drawing float32 normal numbers on the CPU by torch.randn and by `fastdiff.noise.torch_normals`.
 
     python -m benchmarks.torch_noise                       # three shapes, one thread and all
     python -m benchmarks.torch_noise --shapes 2x16 --threads 1 --rounds 51 --json FILE
 
-Both take turns on generators that hold the same numbers; how many times longer torch takes is told round by round.
-torch draws on one thread whatever it has.
+Both alternate on generators in the same state; the ratio of their times is taken round by round.  torch always draws on
+one thread.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ from fastdiff.files import check_writable, write_whole
 from fastdiff.noise.torch_normals import torch_randn, why_by_torch
 
 from .conditions import conditions
-from .measure import quantiles, ratios
+from .timing import quantiles, ratios
 
 SHAPES = "1x4x64x64,4x128x128,1x16x21x90x160"
 
-#: Numbers that one timing draws at least, so that reading the clock does not count.
-_NUMBERS = 1 << 18
+#: Minimum count of numbers per timing, so that reading the clock is negligible.
+_MIN_NUMBERS = 1 << 18
 
 
 def measure(shape: tuple[int, ...], threads: int, rounds: int) -> dict[str, Any]:
-    """Microseconds a draw of each, and how many times longer torch takes: medians and spread over the rounds."""
-    by: dict[str, Callable[[torch.Generator], Tensor]] = {
+    """Time both draws in microseconds, and the ratio of torch to fastdiff: medians and spread over the rounds."""
+    draws: dict[str, Callable[[torch.Generator], Tensor]] = {
         "torch": lambda g: torch.randn(shape, generator=g, device="cpu", dtype=torch.float32),
         "fastdiff": lambda g: torch_randn(shape, g, device="cpu", dtype=torch.float32),
     }
-    generators = {name: torch.Generator("cpu").manual_seed(0) for name in by}
-    calls = max(1, _NUMBERS // math.prod(shape))
-    times: dict[str, list[float]] = {name: [] for name in by}
+    generators = {name: torch.Generator("cpu").manual_seed(0) for name in draws}
+    calls = max(1, _MIN_NUMBERS // math.prod(shape))
+    times: dict[str, list[float]] = {name: [] for name in draws}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for turn in range(rounds + 1):
-            for name, draw in by.items():
+            for name, draw in draws.items():
                 generator = generators[name]
                 started = time.perf_counter()
                 for _ in range(calls):
                     draw(generator)
                 elapsed = time.perf_counter() - started
-                if turn > 0:  # the first wakes threads and finds memory
+                if turn > 0:  # the first round starts threads and allocates memory
                     times[name].append(elapsed / calls * 1e6)
     finally:
         torch.set_num_threads(before)
@@ -63,10 +63,10 @@ def measure(shape: tuple[int, ...], threads: int, rounds: int) -> dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the table, and store it where asked."""
+    """Print the table, and store it if requested."""
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default=SHAPES, help="with commas between")
-    parser.add_argument("--threads", default=f"1,{torch.get_num_threads()}", help="with commas between")
+    parser.add_argument("--shapes", default=SHAPES, help="shapes, separated by commas")
+    parser.add_argument("--threads", default=f"1,{torch.get_num_threads()}", help="numbers, separated by commas")
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)

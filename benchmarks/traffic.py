@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The bytes that a step must move: every tensor that its row uses read once, every output written once."""
+"""Memory traffic of a step: every tensor that its row uses is read once, every output is written once."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ _SAMPLE, _OUTPUT, _PREDICTION = (COLUMNS.index(name) for name in ("sample", "mod
 
 
 def tensors_moved(table: Any, index: int, *, guided: bool, noise_in_memory: bool = True) -> int:
-    """How many tensors like the sample row `index` of a StepTable must read and write.
+    """Return the number of sample-sized tensors that row `index` of a StepTable must read and write.
 
     Args:
-        guided: the model's output is combined with an unconditional one, which is then read wherever it is.
-        noise_in_memory: noise comes as a tensor; False where the kernel draws it.
+        table: a `StepTable`.
+        index: the row.
+        guided: the model output is combined with an unconditional one, which is read too.
+        noise_in_memory: True if noise is a tensor, False if the kernel draws it.
     """
     row = table.source[index]
-    maps = [form.coefficients for form in (row.prev_sample, *row.keep)]
-    # d = p·x + q·m reads what p and q do not leave out; a threshold of d is a pass of its own, not counted here.
+    maps = [affine.coefficients for affine in (row.prev_sample, *row.keep)]
+    # d = p·x + q·m reads x if p is nonzero and m if q is; the pass that computes a threshold of d is not counted.
     prediction = any(weights[_PREDICTION] for weights in maps)
     sample = any(weights[_SAMPLE] for weights in maps) or (prediction and row.prediction[0] != 0)
     output = any(weights[_OUTPUT] for weights in maps) or (prediction and row.prediction[1] != 0)
@@ -30,13 +32,13 @@ def tensors_moved(table: Any, index: int, *, guided: bool, noise_in_memory: bool
 
 
 def bytes_a_step(table: Any, tensor_bytes: int, *, guided: bool, noise_in_memory: bool = True) -> float:
-    """Bytes that a step of this table must move, the mean of its rows; `tensor_bytes` is the size of one tensor."""
+    """Return the bytes that a step of this table must move, the mean of its rows, for tensors of `tensor_bytes`."""
     moved = [tensors_moved(table, i, guided=guided, noise_in_memory=noise_in_memory) for i in range(len(table))]
     return sum(moved) / len(moved) * tensor_bytes
 
 
 def tensors_of_plan(plan: Any, *, guided: bool) -> int | None:
-    """How many tensors like the sample a drop-in's planned step must read and write; None where it is not one pass."""
+    """Return the number of sample-sized tensors that a drop-in's plan reads and writes; None if it is not one pass."""
     if not plan.simple:
         return None
     row = plan.row

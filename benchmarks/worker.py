@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""One of two processes that take turns: this benchmark on whichever fastdiff PYTHONPATH leads to.
+"""Worker process of base_commit.py: run this benchmark with the fastdiff found on PYTHONPATH.
 
-It reads a JSON object a line and answers with one: ``prepare`` makes a case ready, ``time`` times it once. It asks of
-fastdiff only what its oldest versions have, and answers for a case that they lack with ``absent``.
+It reads one JSON object per line and answers each with one: ``prepare`` sets a case up, ``time`` times it once. It uses
+only names that old versions of fastdiff have, and answers ``absent`` for a case that a version lacks.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ import torch
 import fastdiff
 
 from .cases import Case
-from .copying import copies_for
-from .measure import Rotation
-from .peers import walks
+from .copy_bandwidth import copies_for
+from .peers import repeating_loops
+from .timing import Rotation
 
 
 def prepare(order: dict[str, Any]) -> Rotation:
-    """The rotation of one case, calibrated."""
+    """Return the calibrated rotation of one case."""
     torch.set_num_threads(order["threads"])
     case = Case(order["op"], tuple(order["shape"]), order["dtype"])
     sets = case.tensors(copies_for(order["cache"], 3 * case.tensor_bytes))
-    rotation = Rotation(walks("fastdiff", case, sets), len(case.table))
+    rotation = Rotation(repeating_loops("fastdiff", case, sets), len(case.table))
     rotation.calibrate(order["seconds"])
     return rotation
 
 
 def main() -> None:
-    """Answer until there is nothing more to read."""
+    """Answer orders until the end of the input."""
     answers = sys.stdout
     torch.set_grad_enabled(False)
     gc.disable()
@@ -45,15 +45,15 @@ def main() -> None:
         answer: dict[str, Any] = {}
         with contextlib.redirect_stdout(sys.stderr):
             if order["do"] == "prepare":
-                rotation = None  # its memory, before the next one takes its own
+                rotation = None  # free its memory before the next one allocates
                 gc.collect()
                 try:
                     rotation = prepare(order)
-                except Exception as error:  # of whatever kind an older fastdiff raises
+                except Exception as error:  # an old fastdiff may raise any type
                     answer["absent"] = f"{type(error).__name__}: {error}".splitlines()[0]
             else:
                 assert rotation is not None
-                rotation.time(1)  # what the other process has done to shared caches is not ours to pay for
+                rotation.time(1)  # refill the shared caches after the other process
                 answer["microseconds"] = rotation.time()
         print(json.dumps(answer), file=answers, flush=True)
 

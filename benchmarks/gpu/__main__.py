@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""``python -m benchmarks.gpu``: bench, noise, timeline, table; what `make gpu` calls."""
+"""Command ``python -m benchmarks.gpu`` with bench, noise, timeline and table, used by `make gpu`."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ import torch
 from fastdiff.command import CommandParser, run_command
 from fastdiff.errors import sentence
 
-from . import machine, noise, results, table, verdict
+from . import machine, noise, results, table, targets
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command and its options.
+    """Parse and check the command and its options.
 
     Raises:
-        ValueError: an unknown one, or a number out of range.
-        RuntimeError: there is no GPU and no rehearsal was asked for.
+        ValueError: an option is unknown, or a number is out of range.
+        RuntimeError: there is no GPU and no --rehearse.
     """
     parser = CommandParser(prog="python -m benchmarks.gpu", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, about in (
-        ("bench", "measure everything, print the verdict"),
+        ("bench", "measure all cases, print the targets"),
         ("noise", "compare all backends' noise bit by bit"),
         ("timeline", "draw host and device over a few steps"),
-        ("stage", "note how a stage of make gpu ended"),
-        ("show", "print the verdict that is stored"),
+        ("stage", "store the outcome of a stage of make gpu"),
+        ("show", "print the stored targets"),
     ):
         command = commands.add_parser(name, help=about)
-        command.add_argument("--rehearse", action="store_true", help="without a GPU: small tensors, the host's clock")
-        command.add_argument("--json", type=Path, metavar="OUT", help="the results' file")
+        command.add_argument("--rehearse", action="store_true", help="dry run without a GPU: small tensors, host clock")
+        command.add_argument("--json", type=Path, metavar="OUT", help="file of the results")
         if name in ("bench", "noise"):
-            command.add_argument("--seconds", type=float, metavar="S", help="what does not fit is left out and listed")
+            command.add_argument("--seconds", type=float, metavar="S", help="time limit; cases beyond it are listed")
         if name == "bench":
-            command.add_argument("--rounds", type=int, default=15, help="rounds in which all take turns")
-            command.add_argument("--samplers", nargs="+", metavar="NAME", help="these alone")
-            command.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes")
+            command.add_argument("--rounds", type=int, default=15, help="rounds in which all alternate")
+            command.add_argument("--samplers", nargs="+", metavar="NAME", help="only these samplers")
+            command.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
         if name == "timeline":
             command.add_argument("--picture", type=Path, metavar="OUT", help="a .png")
         if name == "stage":
@@ -74,10 +74,10 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what is asked; 1 where a comparison failed.
+    """Run a command; return 1 if a comparison failed.
 
     Raises:
-        ValueError, RuntimeError, ImportError: with one sentence for the user.
+        ValueError, RuntimeError, ImportError: the message is one sentence for the user.
     """
     options = parse(arguments)
     return int(globals()[f"_{options.command}"](options))
@@ -92,7 +92,7 @@ def _bench(options: Any) -> int:
         seconds=options.seconds or 480.0,
         compile_peers=not options.no_compile,
     )
-    stored = run.everything(options.samplers)
+    stored = run.measure_all(options.samplers)
     _show(options)
     for name, reason in stored["failed"].items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
@@ -108,10 +108,10 @@ def _noise(options: Any) -> int:
             f"{figures['largest_difference']:.3g} at most"
         )  # fmt: skip
         print(f"noise: {name}: {text}")
-    said = noise.faults(found, options.device)
-    for fault in said:
-        print(f"noise: {fault}; seed {found['seed']} repeats it", file=sys.stderr)
-    return 1 if said else 0
+    failures = noise.failures(found, options.device)
+    for failure in failures:
+        print(f"noise: {failure}; seed {found['seed']} repeats it", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def _timeline(options: Any) -> int:
@@ -133,7 +133,7 @@ def _stage(options: Any) -> int:
 
 def _show(options: Any) -> int:
     report = results.load(options.json)
-    lines = verdict.verdict(report)
+    lines = targets.evaluate_targets(report)
     results.store(options.json, options.rehearse, verdict=lines)
     for name, reason in report.get("absent", {}).items():
         print(f"absent: {name}: {reason}")
@@ -141,7 +141,7 @@ def _show(options: Any) -> int:
         print(f"not measured, for want of time: {name}")
     if options.rehearse:
         print("a rehearsal: small tensors on the host's clock; no figure of it means anything")
-    print(verdict.show(lines))
+    print(targets.show(lines))
     print(f"stored: {options.json}")
     return 0
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The whole run: ceilings, cases, mixed rows, noise and reductions, the verdict; stored after each part.
+"""The whole run: copies, cases, mixed rows, noise and reductions, the targets; stored after each part.
 
-Everybody of a case takes turns, round by round, so that a device that warms up or slows down does so for all. Where
-time runs out the rest is listed as not measured.
+The implementations of a case alternate round by round, so that a change of the device's speed affects all. Parts that
+do not fit into the time limit are listed as not measured.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from typing import Any
 
 import torch
 
-from ..copying import copies_for
-from ..measure import quantiles, ratios
-from . import ceiling, mixed, pieces, results
-from .cases import SHAPES, SMALL, GpuCase, absent_packages, chosen, footprint
+from ..copy_bandwidth import copies_for
+from ..timing import quantiles, ratios
+from . import copy_bandwidth, mixed_rows, results, standalone_ops
+from .cases import SHAPES, SMALL, GpuCase, absent_packages, footprint, select_cases
 from .clock import Clock, Unit, clock_for
 from .counting import count
+from .implementations import COMPILING, PEERS, units
 from .launchers import NAMES
 from .machine import l2_bytes, machine
-from .verdict import verdict
-from .ways import COMPILING, PEERS, units
+from .targets import evaluate_targets
 
-#: A host that has enqueued so many launches may have to wait for the device before it can enqueue the next.
-QUEUE = 900
+#: Launches in the queue beyond which the host may have to wait for the device.
+QUEUE_LIMIT = 900
 
 
 class Run:
-    """One run: its clock, its report, and what is left of its time."""
+    """One run: its clock, its report and its time limit."""
 
     def __init__(
         self, device: str, path: Path, *, rehearse: bool, rounds: int, seconds: float, compile_peers: bool = True
@@ -41,29 +41,29 @@ class Run:
         self.device, self.path, self.rehearse, self.rounds = device, path, rehearse, rounds
         self.clock: Clock = clock_for(device)
         self.absent: dict[str, str] = absent_packages()
-        #: The parts that are still to come, or that time ran out for: a run that is killed leaves their names.
+        #: Names of the parts not measured yet; they are stored with the report, even if the run is killed.
         self.not_measured: list[str] = []
         self.failed: dict[str, str] = {}
         self.report: dict[str, Any] = {"machine": machine(device), "ceilings": [], "cases": [], "pieces": []}
-        #: Which case a line of the report is of.
-        self._lines: dict[int, GpuCase | mixed.MixedCase] = {}
-        self._until = time.monotonic() + seconds
+        #: The case of each line of the report.
+        self._lines: dict[int, GpuCase | mixed_rows.MixedCase] = {}
+        self._deadline = time.monotonic() + seconds
         self._compile_peers = compile_peers
 
-    def everything(self, only: list[str] | None = None) -> dict[str, Any]:
-        """Measure, store, and return what is stored."""
-        selected = chosen(self.device, self.rehearse, only)
+    def measure_all(self, only: list[str] | None = None) -> dict[str, Any]:
+        """Measure and store all parts, or only those of some samplers; return the stored report."""
+        selected = select_cases(self.device, self.rehearse, only)
         parts: list[tuple[str, Callable[[], None]]] = [
             (f"{case.name}, {cache}", lambda case=case, cache=cache: self._case(case, cache))  # type: ignore[misc]
             for case in selected
             for cache in self._caches(case.tensor_bytes)
         ]
         if only is None:
-            # The ceilings and the first cases are what the targets speak of.
-            parts.insert(0, ("copies", self._ceilings))
+            # The copies and the first cases are those of the targets.
+            parts.insert(0, ("copies", self._copy_bandwidth))
             parts += [(case.name, lambda case=case: self._mixed(case)) for case in self._mixed_cases()]  # type: ignore[misc]
-            parts.append(("noise and reductions", self._pieces))
-        # Last: once the profiler has looked on, it may slow down whatever is launched afterwards.
+            parts.append(("noise and reductions", self._standalone_ops))
+        # Last, because the profiler may slow down launches after it has been used.
         counted = [*selected, *(self._mixed_cases() if only is None else ())]
         parts += [(f"counting {case.name}", lambda case=case: self._count(case)) for case in counted]  # type: ignore[misc]
         self.not_measured = [name for name, _ in parts]
@@ -73,12 +73,12 @@ class Run:
         gc.disable()
         try:
             for name, part in parts:
-                if time.monotonic() > self._until:
+                if time.monotonic() > self._deadline:
                     break
                 print(name, file=sys.stderr, flush=True)
                 try:
                     part()
-                except Exception as error:  # a peer or a size too many must not cost the rest of the run
+                except Exception as error:  # one failing part must not end the run
                     self.failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
                     traceback.print_exc()
                 self.not_measured.remove(name)
@@ -93,20 +93,20 @@ class Run:
         return self.store()
 
     def store(self) -> dict[str, Any]:
-        """Write what there is, and the verdict on it."""
+        """Write the report so far, with the targets."""
         sections = {**self.report, "absent": self.absent, "not_measured": self.not_measured, "failed": self.failed}
         stored = results.store(self.path, self.rehearse, **sections)
-        return results.store(self.path, self.rehearse, verdict=verdict(stored))
+        return results.store(self.path, self.rehearse, verdict=evaluate_targets(stored))
 
     # ------------------------------------------------------------------------------------------------------- the parts
 
-    def _ceilings(self) -> None:
-        sizes = ceiling.SIZES[:1] if self.rehearse else ceiling.SIZES
-        if ceiling.why_missing():
-            self.absent["copy, Triton"] = ceiling.why_missing()
+    def _copy_bandwidth(self) -> None:
+        sizes = copy_bandwidth.SIZES[:1] if self.rehearse else copy_bandwidth.SIZES
+        if copy_bandwidth.why_missing():
+            self.absent["copy, Triton"] = copy_bandwidth.why_missing()
         for size in (size >> 8 if self.rehearse else size for size in sizes):
             for cache in ("warm", "cold"):
-                times = self._in_turns(ceiling.copy_units(size, cache, self.device), host=False)["elapsed"]
+                times = self._in_turns(copy_bandwidth.copy_units(size, cache, self.device), host=False)["elapsed"]
                 best = min(times, key=lambda name: quantiles(times[name])["median"])
                 self.report["ceilings"].append(
                     {
@@ -120,8 +120,8 @@ class Run:
 
     def _case(self, case: GpuCase, cache: str) -> None:
         sets = case.tensors(self._copies(cache, footprint(case)))
-        made = units(case, sets, self.absent, self._wanted(case, cache))
-        copies = ceiling.copy_units(case.bytes_a_step, cache, self.device)
+        made = units(case, sets, self.absent, self._implementations(case, cache))
+        copies = copy_bandwidth.copy_units(case.bytes_a_step, cache, self.device)
         line: dict[str, Any] = {
             "op": case.op,
             "shape": list(case.shape),
@@ -134,13 +134,15 @@ class Run:
         self._lines[len(self.report["cases"])] = case
         self.report["cases"].append({**line, **self._measured(made, copies)})
 
-    def _mixed(self, case: mixed.MixedCase) -> None:
+    def _mixed(self, case: mixed_rows.MixedCase) -> None:
         tensor_bytes = torch.Size(case.shape).numel() * {"float32": 4, "bfloat16": 2}[case.dtype]
         cache = self._caches(tensor_bytes)[-1]
-        made, moved = mixed.units(case, self._copies(cache, 7 * tensor_bytes), self.absent, 1 if self.rehearse else 8)
+        made, moved = mixed_rows.units(
+            case, self._copies(cache, 7 * tensor_bytes), self.absent, 1 if self.rehearse else 8
+        )
         for unit in made.values():
             unit.run()
-        copies = ceiling.copy_units(moved, cache, self.device)
+        copies = copy_bandwidth.copy_units(moved, cache, self.device)
         line = {
             "op": "mixed rows",
             "shape": list(case.shape),
@@ -152,8 +154,8 @@ class Run:
         self._lines[len(self.report["cases"])] = case
         self.report["cases"].append({**line, **self._measured(made, copies)})
 
-    def _pieces(self) -> None:
-        for kind, shape, made in pieces.groups(self.device, self.rehearse):
+    def _standalone_ops(self) -> None:
+        for kind, shape, made in standalone_ops.groups(self.device, self.rehearse):
             for unit in made.values():
                 unit.run()
             times = self._in_turns(made)
@@ -161,10 +163,10 @@ class Run:
                 {"op": kind, "shape": list(shape), "dtype": "float32", **_all_quantiles(times)}
             )
 
-    # ------------------------------------------------------------------------------------------------- how it is done
+    # -------------------------------------------------------------------------------------------------------- helpers
 
     def _measured(self, made: dict[str, Unit], copies: dict[str, Unit]) -> dict[str, Any]:
-        """Times in turns, and shares of the best copy of as many bytes."""
+        """Time the units and the copies, and compute the share of the best copy's bandwidth."""
         for unit in copies.values():
             unit.run()
         times = self._in_turns({**made, **copies})
@@ -177,15 +179,15 @@ class Run:
             "share_of_copy": {name: quantiles(ratios(elapsed[best], elapsed[name])) for name in made},
         }
 
-    def _count(self, case: GpuCase | mixed.MixedCase) -> None:
-        """Count what the case's steps ask of the device, into the first line of it, if there was time for one."""
+    def _count(self, case: GpuCase | mixed_rows.MixedCase) -> None:
+        """Count kernels, copies and waits of a case's steps into its first line, if it has one."""
         line = next((self.report["cases"][i] for i, found in self._lines.items() if found == case), None)
         if line is None:
             return
-        if isinstance(case, mixed.MixedCase):
-            made, _ = mixed.units(case, 1, self.absent)
+        if isinstance(case, mixed_rows.MixedCase):
+            made, _ = mixed_rows.units(case, 1, self.absent)
         else:
-            made = units(case, case.tensors(), self.absent, self._wanted(case, "warm"))
+            made = units(case, case.tensors(), self.absent, self._implementations(case, "warm"))
         counts = line["counts"]
         for name, unit in made.items():
             unit.run()
@@ -193,12 +195,12 @@ class Run:
                 counts[name] = count(unit, self.device)
             except RuntimeError as error:
                 self.absent[f"counts: {name}"] = str(error).splitlines()[0][:300]
-        full = [name for name, counted in counts.items() if counted.get("launches", 0) * made[name].steps > QUEUE]
+        full = [name for name, counted in counts.items() if counted.get("launches", 0) * made[name].steps > QUEUE_LIMIT]
         if full:
             line["host_may_have_waited"] = full
 
-    def _wanted(self, case: GpuCase, cache: str) -> list[str]:
-        """The ways to measure; who compiles takes long, and diffusers' step is compiled for each set anew."""
+    def _implementations(self, case: GpuCase, cache: str) -> list[str]:
+        """Return the implementations to measure; compiling takes long, and diffusers' step compiles for each set."""
         skip = () if self._compile_peers else COMPILING
         dtype = "float32" if len(case.shape) == 4 else "bfloat16"
         once = (cache, case.op, case.dtype) == ("warm", "ddim", dtype)
@@ -209,21 +211,21 @@ class Run:
         ]
 
     def _in_turns(self, made: Mapping[str, Unit], host: bool = True) -> dict[str, dict[str, list[float]]]:
-        """For each unit, microseconds a step of each round: of the host, and elapsed on the device."""
+        """Return for each unit microseconds per step of each round: on the host, and elapsed on the device."""
         names = list(made)
         taken: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in names} for kind in ("host", "elapsed")}
         for turn in range(self.rounds + 1):
             for name in names if turn % 2 == 0 else reversed(names):
                 on_host = self.clock.host(made[name])
                 elapsed = self.clock.elapsed(made[name], on_host)
-                self.clock.settle()
-                if turn > 0:  # the first round warms up
+                self.clock.synchronize()
+                if turn > 0:  # the first round is a warm-up
                     taken["host"][name].append(on_host)
                     taken["elapsed"][name].append(elapsed)
         return taken if host else {"elapsed": taken["elapsed"]}
 
     def _caches(self, tensor_bytes: int) -> tuple[str, ...]:
-        """A cold cache makes a difference to steps that are bound by memory: from an eighth of the cache on."""
+        """Return the cache states to measure: cold only from an eighth of the cache on, where memory is the limit."""
         if self.rehearse:
             return ("warm",) if tensor_bytes > 100 else ("warm", "cold")
         return ("warm", "cold") if tensor_bytes >= l2_bytes() // 8 else ("warm",)
@@ -231,10 +233,10 @@ class Run:
     def _copies(self, cache: str, of_bytes: int) -> int:
         return copies_for(cache, of_bytes, 1024 if self.rehearse else l2_bytes())
 
-    def _mixed_cases(self) -> list[mixed.MixedCase]:
+    def _mixed_cases(self) -> list[mixed_rows.MixedCase]:
         shapes = [SMALL["image-128"]] if self.rehearse else [SHAPES["images-64"], SHAPES["latents-64"]]
         return [
-            mixed.MixedCase(shape, dtype, self.device)
+            mixed_rows.MixedCase(shape, dtype, self.device)
             for shape, dtype in zip(shapes, ("float32", "bfloat16"), strict=False)
         ]
 

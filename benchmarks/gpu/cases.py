@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is measured on a GPU: steps of whole loops with guidance, from one image latent to batches and videos."""
+"""GPU benchmark cases: whole loops with guidance, from one image latent to batches and videos."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fastdiff.sampling.stepper import Stepper
 from fastdiff.schedules.levels import levels_from_flow_times
 from fastdiff.solvers import Prediction, ddim
 
-from ..cases import Case, Op, Tensors
+from ..cases import Case, SamplerSpec, Tensors
 
-#: Of the paper's straight path, Euler is DDIM; k-diffusion's Euler takes the same update on σ.
-FLOW_EULER = Op({}, ("FlowMatchEulerDiscreteScheduler", {}), ("sample_euler", {}))
+#: On the straight path of flow matching Euler equals DDIM; k-diffusion's Euler is the same update in σ.
+FLOW_EULER = SamplerSpec({}, ("FlowMatchEulerDiscreteScheduler", {}), ("sample_euler", {}))
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "image-64": (1, 4, 64, 64),
@@ -29,7 +29,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "latents-64": (64, 16, 128, 128),
     "video": (1, 16, 21, 90, 160),
 }
-#: A rehearsal's: loops of so many steps at so small sizes, for Triton's interpreter takes 10 ms a step.
+#: Cases of a dry run: few steps at small sizes, because Triton's interpreter takes 10 ms per step.
 SMALL: dict[str, tuple[int, ...]] = {"image-128": (2, 2, 4, 4), "video": (1, 2, 3, 2, 2)}
 REHEARSED = (
     ("image-128", "float32", "dpmsolver++2m", True),
@@ -39,7 +39,7 @@ REHEARSED = (
 )
 REHEARSED_STEPS = 4
 
-#: Everybody takes these; of the others torch.compile would take the longest part of a run.
+#: Cases of all implementations. The other cases leave out torch.compile, which would take most of a run.
 CORE = (
     ("image-128", "float32", "ddim"),
     ("image-128", "float32", "dpmsolver++2m"),
@@ -62,19 +62,19 @@ EAGER = (
 
 @dataclass(frozen=True)
 class GpuCase(Case):
-    """A case that may also write the next model input, doubled for guidance.
+    """A case whose steps may also write the next model input, doubled for guidance.
 
     Args:
-        core: whether those who compile are measured too.
-        model_input: whether each step writes the next model input, ``[2·B, ...]`` in the samples' dtype.
+        core: measure the compiled implementations too.
+        model_input: each step writes the next model input, ``[2·B, ...]`` in the samples' dtype.
     """
 
     core: bool = field(default=False, compare=False, repr=False)
     model_input: bool = False
 
     @property
-    def recipe(self) -> Op:
-        return FLOW_EULER if self.op == "flow-euler" else super().recipe
+    def spec(self) -> SamplerSpec:
+        return FLOW_EULER if self.op == "flow-euler" else super().spec
 
     @functools.cached_property
     def table(self) -> Any:
@@ -97,11 +97,11 @@ class GpuCase(Case):
         return super().name + (" + model input" if self.model_input else "")
 
 
-def chosen(device: str, rehearse: bool, only: list[str] | None = None) -> list[GpuCase]:
-    """The cases of a run in their order: those that the targets speak of come first.
+def select_cases(device: str, rehearse: bool, only: list[str] | None = None) -> list[GpuCase]:
+    """Return the cases of a run in order, those of the targets first.
 
     Raises:
-        ValueError: `only` names a sampler that there is not.
+        ValueError: `only` contains an unknown sampler.
     """
     steps = {"steps": REHEARSED_STEPS} if rehearse else {}
     listed = [(*entry, True) for entry in CORE] + [(*entry, False) for entry in EAGER]
@@ -118,11 +118,11 @@ def chosen(device: str, rehearse: bool, only: list[str] | None = None) -> list[G
 
 
 def footprint(case: Case) -> int:
-    """Bytes of one set of tensors that a step reads, for choosing how many sets no cache holds."""
+    """Return the bytes of one set of input tensors, for choosing the number of sets of a cold cache."""
     return len(Tensors._fields) * case.tensor_bytes
 
 
 def absent_packages() -> dict[str, str]:
-    """Peers that are not installed here, by the name that the results use."""
+    """Return the peers that are not installed, by their name in the results."""
     modules = {"diffusers": "diffusers", "k-diffusion": "k_diffusion"}
     return {peer: "not installed" for peer, module in modules.items() if importlib.util.find_spec(module) is None}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How a unit of steps is timed: on a GPU by events and without waiting, on the CPU by the clock."""
+"""Clocks for a unit of steps: events and host time without waiting on a GPU, the host's clock on the CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-#: Cycles a second that a GPU's clock does not exceed by much: a sleep of so many is at least about that long.
+#: Approximate maximum clock rate of a GPU in cycles per second, for the length of a sleep.
 _CYCLES = 2e9
 
 
@@ -17,9 +17,9 @@ class Unit(NamedTuple):
     """Some steps that are timed together.
 
     Attributes:
-        prepare: puts everything back to where the steps begin; not timed.
+        prepare: restores the state before the steps; not timed.
         run: takes the steps.
-        steps: how many.
+        steps: number of steps.
     """
 
     prepare: Callable[[], object]
@@ -28,34 +28,34 @@ class Unit(NamedTuple):
 
 
 class HostClock:
-    """The host's clock for both times; the rehearsal's, and no figure of a GPU."""
+    """The host's clock for both times, used by a dry run."""
 
     device = "cpu"
 
     def host(self, unit: Unit) -> float:
-        """Microseconds of the host for each step."""
+        """Return microseconds per step on the host."""
         unit.prepare()
         started = time.perf_counter()
         unit.run()
         return (time.perf_counter() - started) / unit.steps * 1e6
 
     def elapsed(self, unit: Unit, host: float) -> float:
-        """Microseconds of the device for each step."""
+        """Return microseconds per step, measured on the host too."""
         return self.host(unit)
 
-    def settle(self) -> None:
-        """Wait until nothing is under way."""
+    def synchronize(self) -> None:
+        """Do nothing: the host has finished its work."""
 
 
 class CudaClock:
-    """Events around the steps, enqueued while the device sleeps, so that no launch is waited for."""
+    """Events around the steps, which are enqueued while the device sleeps, so that it does not wait for launches."""
 
     device = "cuda"
 
     def host(self, unit: Unit) -> float:
-        """Microseconds of the host for each step: until the last one is enqueued, not until it has run.
+        """Return microseconds per step on the host until the last step is enqueued, not until it has run.
 
-        A queue holds about a thousand launches; a unit must stay below that, or its host waits for the device.
+        The launch queue has about a thousand entries; with more launches in a unit the host waits for the device.
         """
         unit.prepare()
         torch.cuda.synchronize()
@@ -66,10 +66,11 @@ class CudaClock:
         return taken / unit.steps * 1e6
 
     def elapsed(self, unit: Unit, host: float) -> float:
-        """Microseconds of the device from one step's beginning to the next one's.
+        """Return microseconds per step on the device, from the beginning of a step to that of the next.
 
-        The device sleeps for as long as the host needs to enqueue them all, `host` microseconds a step: what is timed
-        is the device alone, gaps between kernels included. Who waits for it inside a step pays for the way there.
+        The device first sleeps for as long as the host needs to enqueue all steps, `host` microseconds per step, so
+        that only device time is measured, with gaps between kernels. An implementation that waits for the device
+        within a step also pays for the host's time.
         """
         unit.prepare()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -81,8 +82,8 @@ class CudaClock:
         torch.cuda.synchronize()
         return float(start.elapsed_time(end)) / unit.steps * 1e3
 
-    def settle(self) -> None:
-        """Wait until nothing is under way."""
+    def synchronize(self) -> None:
+        """Wait until the device has finished its work."""
         torch.cuda.synchronize()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A plain vectorised copy in Triton: 16 bytes an access where tensors are aligned, and nothing else."""
+"""Vectorised copy in Triton, with 16 bytes per access for aligned tensors."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def _copy_kernel(src_ptr, dst_ptr, size, BLOCK: tl.constexpr):
 
 
 def copy(src: Tensor, dst: Tensor, block: int, warps: int) -> None:
-    """Copy a contiguous tensor; `block` elements and `warps` warps a program."""
+    """Copy a contiguous tensor, with `block` elements and `warps` warps per program."""
     size = src.numel()
     _copy_kernel[(triton.cdiv(size, block),)](src, dst, size, BLOCK=block, num_warps=warps)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What a step asks of the device: kernels, launches, copies and waits, as the profiler sees them.
+"""Counts of kernels, launches, copies and waits of a step, from the profiler.
 
-Without a GPU the operators stand in that pass through torch's dispatcher.
+Without a GPU, counts of the operators that pass through torch's dispatcher.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaLaunc
 
 
 def count(unit: Unit, device: str) -> dict[str, Any]:
-    """For each step: kernels, copies (memcpy and memset), launches, waits and reads of a scalar, and kernels' names."""
+    """Count kernels, copies (memcpy and memset), launches, waits and scalar reads per step; list kernel names."""
     unit.prepare()
     if device == "cpu":
         counted = count_operators(unit.run)
@@ -36,15 +36,15 @@ def count(unit: Unit, device: str) -> dict[str, Any]:
 
 
 def _read(events: list[Any], steps: int) -> dict[str, Any]:
-    """Counts from the profiler's events.
+    """Count the profiler's events per step.
 
     Raises:
-        RuntimeError: it has seen no kernel: it is not allowed to here, and nothing can be said.
+        RuntimeError: there is no device event, because the profiler has no permission.
     """
     host = [event for event in events if event.device_type == DeviceType.CPU]
     ranges = [event.time_range for event in host if event.name == _RANGE]
     inside = [e for e in host if any(r.start <= e.time_range.start <= r.end for r in ranges)]
-    # The range itself shows on the device's side too.
+    # The range itself is an event on the device too.
     device = [e for e in events if e.device_type == DeviceType.CUDA and e.name != _RANGE]
     if not device:
         raise RuntimeError("the profiler is not allowed to see kernels here")
@@ -55,7 +55,7 @@ def _read(events: list[Any], steps: int) -> dict[str, Any]:
         "kernel_microseconds": sum(e.time_range.elapsed_us() for e in kernels) / steps,
         "copies": len(copies) / steps,
         "launches": _named(inside, _LAUNCHES) / steps,
-        # A plain cudaMemcpy waits as well; cudaMemcpyAsync to pageable memory is followed by a wait of its own.
+        # cudaMemcpy waits too; cudaMemcpyAsync to pageable memory is followed by an explicit wait.
         "waits": (_named(inside, WAITS) + sum(e.name == "cudaMemcpy" for e in inside)) / steps,
         "scalar_reads": sum(e.name == "aten::_local_scalar_dense" for e in inside) / steps,
         "names": dict(Counter(e.name[:120] for e in kernels).most_common(8)),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The ways from Python to our kernels on a GPU, named in one place; a way that is missing says why."""
+"""The ways to launch fastdiff's kernels from Python; a missing one has a reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastdiff.ops import backends
 
 from .clock import Unit
 
-#: By the names of the results' columns; what users get without asking comes first.
+#: Names in the results; the first is the default of the library.
 NAMES = ("C++ op", "Triton, held", "Triton, JIT")
 
 
@@ -20,19 +20,19 @@ class Launcher(NamedTuple):
     """One way to launch a step.
 
     Attributes:
-        backend: what a `Stepper` is told; None is what users get without asking.
-        missing: why it cannot be measured here; empty where it can.
-        within: makes the context in which it is taken.
+        backend: the backend argument of a `Stepper`; None for the default.
+        missing: why it cannot be measured here; empty if it can.
+        within: makes the context manager in which the steps run.
     """
 
     backend: str | None
     missing: str = ""
     within: Callable[[], Any] = contextlib.nullcontext
 
-    def hold(self, unit: Unit) -> Unit:
-        """The unit, taken this way."""
+    def wrap(self, unit: Unit) -> Unit:
+        """Return the unit with its functions called within the launcher's context."""
 
-        def taken(call: Callable[[], object]) -> Callable[[], object]:
+        def wrapped(call: Callable[[], object]) -> Callable[[], object]:
             def run() -> None:
                 with self.within():
                     call()
@@ -41,27 +41,27 @@ class Launcher(NamedTuple):
 
         if self.within is contextlib.nullcontext:
             return unit
-        return Unit(taken(unit.prepare), taken(unit.run), unit.steps)
+        return Unit(wrapped(unit.prepare), wrapped(unit.run), unit.steps)
 
 
 def launchers(device: str) -> dict[str, Launcher]:
-    """Each of `NAMES`."""
+    """Return the launchers by the names of `NAMES`."""
     triton = backends.why_missing("triton")
-    holder, not_held = _holder()
+    module, not_cached = _launch_module()
     return {
         "C++ op": Launcher(None, backends.why_missing("cuda" if device == "cuda" else "cpu")),
-        "Triton, held": Launcher("triton", triton or not_held),
-        # Where kernels can be held, the JIT has to be asked for.
-        "Triton, JIT": Launcher("triton", triton, contextlib.nullcontext if holder is None else holder.through_jit),
+        "Triton, held": Launcher("triton", triton or not_cached),
+        # If kernels are cached, the JIT's launcher has to be requested.
+        "Triton, JIT": Launcher("triton", triton, contextlib.nullcontext if module is None else module.through_jit),
     }
 
 
-def _holder() -> tuple[Any, str]:
-    """The module that holds compiled kernels, and why it does not hold them here."""
+def _launch_module() -> tuple[Any, str]:
+    """Return the module that caches compiled kernels, and why it does not cache them here."""
     try:
         module = importlib.import_module("fastdiff.kernels.launch")
     except ImportError as error:
         return None, f"nothing holds compiled kernels ({error})"
     if backends._triton_interprets():
-        return module, "the interpreter compiles nothing that could be held"
+        return module, "the interpreter compiles no kernels"
     return module, str(module.why_through_jit())

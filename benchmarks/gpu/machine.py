@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a figure from a GPU is worth nothing without: the chip, the driver, the versions, the commit, the date."""
+"""Conditions of a GPU measurement: the chip, the driver, the versions, the commit, the date."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SMI_FIELDS = ("name", "driver_version", "clocks.max.sm", "clocks.max.mem", "clo
 
 
 def machine(device: str) -> dict[str, Any]:
-    """The circumstances of a run."""
+    """Return the conditions of a run."""
     found: dict[str, Any] = {
         **conditions(),
         "backend": ops.backend_for(torch.empty(0, device=device)),
@@ -47,18 +47,18 @@ def _gpu() -> dict[str, Any]:
 
 
 def l2_bytes() -> int:
-    """The bytes of the GPU's second-level cache."""
+    """Return the size in bytes of the GPU's second-level cache."""
     return int(torch.cuda.get_device_properties(0).L2_cache_size)
 
 
 def file_name(device: str) -> str:
-    """What the results of this GPU are called: its name in small letters and dashes."""
+    """Return the name of the results' file without suffix: the GPU's name in lower case with dashes."""
     name = torch.cuda.get_device_name(0) if device == "cuda" else "rehearsal"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def commit() -> str:
-    """The commit that is measured, with a + where the tree differs from it; or that nobody knows."""
+    """Return the measured commit, with a + if the tree differs from it, or that it is unknown."""
     if os.environ.get("FASTDIFF_COMMIT"):
         return os.environ["FASTDIFF_COMMIT"]
     root = Path(__file__).resolve().parents[2]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The noise of every backend here, compared bit by bit with that of compiled code on the CPU.
+"""Bitwise comparison of the noise of every available backend with that of compiled code on the CPU.
 
-Requests are drawn at random: shapes around the ends of chunks, packs and blocks, all dtypes, seeds and counters of all
-sizes, on their own and inside a step in row-major and channels-last memory.
+Requests are random: shapes around the sizes of chunks, vectors and blocks, all dtypes, seeds and counters of all sizes,
+drawn alone and by a step, in row-major and channels-last memory.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _INNER = ((1,), (3,), (4,), (5,), (31,), (64,), (513,), (1027,), (4, 16, 16), (3
 _LARGE = ((4, 128, 128), (16, 5, 40, 30), (100_003,), (2**20,))
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WIDTHS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-#: Triton's interpreter rounds the product of an fma before its sum: of 12 sums on the way to a number below 6.8 each
-#: may move it by 2⁻²⁴ of itself, there and back.
+#: Triton's interpreter rounds the product of an fma before the sum: each of 12 sums in the computation of a number
+#: below 6.8 may change it by 2⁻²⁴ of its value, twice.
 INTERPRETED_BOUND = 24 * 2.0**-24 * 6.8
 
 
 def compare(device: str, seconds: float, *, seed: int | None = None, least: int = 8) -> dict[str, Any]:
-    """Compare until the time is over, and at least so many requests.
+    """Compare requests for `seconds`, and at least `least` requests.
 
     Returns:
-        The seed of the requests, and for each backend how many numbers were compared, how many differ in a bit, and by
-        how much at most; for one that is missing, why.
+        The seed of the requests, and for each backend the count of compared numbers, the count that differ in a bit and
+        the largest difference, or why the backend is missing.
 
     Raises:
         RuntimeError: there is no compiled code on the CPU to compare with.
@@ -43,8 +43,8 @@ def compare(device: str, seconds: float, *, seed: int | None = None, least: int 
     seed = random.randrange(2**32) if seed is None else seed
     found = {name: _Tally(backends.why_missing(name)) for name in _candidates(device)}
     rng = random.Random(seed)
-    until, requests = time.monotonic() + seconds, 0
-    while requests < least or time.monotonic() < until:
+    deadline, requests = time.monotonic() + seconds, 0
+    while requests < least or time.monotonic() < deadline:
         request = _request(rng, device)
         expected = _draw(request, "cpu", "cpu")
         for name, tally in found.items():
@@ -54,21 +54,21 @@ def compare(device: str, seconds: float, *, seed: int | None = None, least: int 
     return {"seed": seed, "requests": requests, "backends": {name: tally.figures() for name, tally in found.items()}}
 
 
-def faults(found: dict[str, Any], device: str) -> list[str]:
-    """What of a comparison is no proof: a backend that differs, or that compared nothing though it is there."""
-    said = []
+def failures(found: dict[str, Any], device: str) -> list[str]:
+    """Return the failures of a comparison: a backend that differs, or an available one that compared nothing."""
+    messages = []
     for name, figures in found["backends"].items():
         interpreted = device == "cpu" and name == "triton"
         if figures["missing"]:
             if device == "cuda":
-                said.append(f"{name} is missing: {figures['missing']}")
+                messages.append(f"{name} is missing: {figures['missing']}")
         elif figures["compared"] == 0:
-            said.append(f"{name} was compared on nothing")
+            messages.append(f"{name} was compared on nothing")
         elif interpreted and figures["largest_difference"] > INTERPRETED_BOUND:
-            said.append(f"{name}, interpreted, is off by {figures['largest_difference']:.3g}")
+            messages.append(f"{name}, interpreted, is off by {figures['largest_difference']:.3g}")
         elif not interpreted and figures["mismatches"]:
-            said.append(f"{name} differs in {figures['mismatches']} of {figures['compared']} numbers")
-    return said
+            messages.append(f"{name} differs in {figures['mismatches']} of {figures['compared']} numbers")
+    return messages
 
 
 def _candidates(device: str) -> tuple[str, ...]:
@@ -82,16 +82,16 @@ class _Tally:
         self.largest = 0.0
 
     def add(self, expected: Tensor, got: Tensor) -> None:
-        """Count where bits differ; on the device of `got`, where there are many."""
-        wanted = expected.to(got.device)
+        """Count the numbers that differ in a bit, on the device of `got`."""
+        expected = expected.to(got.device)
         width = _WIDTHS[got.element_size()]
-        differ = int((wanted.contiguous().view(width) != got.contiguous().view(width)).sum())
+        differ = int((expected.contiguous().view(width) != got.contiguous().view(width)).sum())
         self.compared += got.numel()
         self.mismatches += differ
         if differ:
-            apart = (wanted.double() - got.double()).abs().max().item()
-            # NaN compares with nothing: a difference that is none must not be forgotten.
-            self.largest = max(self.largest, apart if apart == apart else float("inf"))
+            difference = (expected.double() - got.double()).abs().max().item()
+            # max() would ignore NaN: count it as infinite.
+            self.largest = max(self.largest, difference if difference == difference else float("inf"))
 
     def figures(self) -> dict[str, Any]:
         return {
@@ -119,7 +119,7 @@ def _request(rng: random.Random, device: str) -> dict[str, Any]:
 
 
 def _draw(request: dict[str, Any], backend: str, device: str) -> Tensor:
-    """The request's numbers: drawn alone, or by a step of which nothing but the noise is left."""
+    """Draw the request's numbers, alone or by a step whose result is the noise."""
     step = request["step"].to(device) if isinstance(request["step"], Tensor) else request["step"]
     seeds, dtype, shape = request["seeds"].to(device), request["dtype"], request["shape"]
     if not request["in_a_step"]:

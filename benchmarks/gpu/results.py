@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The one JSON file of a GPU: each stage writes its own section, and a rehearsal can never pass for a run."""
+"""The JSON file of a GPU's results: each stage writes its own section, and dry runs are kept apart from real runs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ SCHEMA = 1
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What is stored, or the beginning of it.
+    """Return the stored report, or an empty one if there is no file.
 
     Raises:
-        ValueError: the file is no report of this schema.
+        ValueError: the file is not a report of this schema.
     """
     if not path.exists():
         return {"schema": SCHEMA}
@@ -31,10 +31,10 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def store(path: Path, rehearsal: bool, **sections: Any) -> dict[str, Any]:
-    """Put sections into the file; the others stay. The file is replaced whole, never half.
+    """Replace sections of the file, keep the others; return the report. The write is atomic.
 
     Raises:
-        ValueError: the file is of a run and this is a rehearsal, or the other way round.
+        ValueError: one of the file and this call is of a dry run, the other of a real run.
     """
     report = load(path)
     if report.setdefault("rehearsal", rehearsal) != rehearsal:

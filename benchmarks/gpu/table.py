@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The Markdown table of a run, put between two marks of docs/performance.md; a rehearsal is refused."""
+"""Markdown tables of a run, written between two marks of docs/performance.md; the results of a dry run are refused."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 from fastdiff.errors import sentence
 from fastdiff.files import write_whole
 
+from .implementations import PEERS
 from .launchers import NAMES
-from .ways import PEERS
 
 BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
 _OURS = (*NAMES, "CUDA graph")
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The run as Markdown.
+    """Return a run's report as Markdown.
 
     Raises:
-        ValueError: it is a rehearsal, or holds no case.
+        ValueError: the report is of a dry run, or has no case.
     """
     if report.get("rehearsal", True):
         raise ValueError(
@@ -34,10 +34,10 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def write(report: dict[str, Any], document: Path) -> None:
-    """Replace what stands between the marks.
+    """Replace the text between the marks.
 
     Raises:
-        ValueError: the report is no run's, or the document has not the two marks in their order.
+        ValueError: the report is of a dry run, or the document lacks the two marks in order.
     """
     text = document.read_text()
     begin, end = text.find(BEGIN), text.find(END)
@@ -45,8 +45,7 @@ def write(report: dict[str, Any], document: Path) -> None:
         raise ValueError(
             sentence("table", str(document), "lacks the marks", f"{BEGIN} before {END}", "put both where it belongs")
         )
-    made = markdown(report)
-    written = f"{text[: begin + len(BEGIN)]}\n{made}\n{text[end:]}"
+    written = f"{text[: begin + len(BEGIN)]}\n{markdown(report)}\n{text[end:]}"
     write_whole(document, written.encode(), operation="table", argument="the document")
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""One picture: what host and device do over a few steps, by diffusers and by us, on one axis of time.
+"""Timeline picture: activity of host and device over a few steps of diffusers and fastdiff, on one time axis.
 
-In a rehearsal there is no device: the operators that call no other stand in for its kernels, and the picture says so.
+A dry run has no device: it shows the innermost operators in place of kernels, and the picture says so.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from fastdiff.files import write_whole
 from .cases import SMALL, GpuCase
 from .clock import Unit
 from .counting import WAITS
-from .ways import units
+from .implementations import units
 
-#: From the slowest to the quickest, as they stand in the picture.
-WAYS = ("diffusers", "diffusers, torch.compile", "C++ op", "CUDA graph")
+#: Implementations in the order of the picture, from the slowest to the fastest.
+IMPLEMENTATIONS = ("diffusers", "diffusers, torch.compile", "C++ op", "CUDA graph")
 LABELS = {"C++ op": "fastdiff", "CUDA graph": "fastdiff, CUDA graph"}
 STEPS = 5
 _RANGE = "fastdiff: the steps"
@@ -34,7 +34,7 @@ Span = tuple[float, float]
 
 
 class Lanes(NamedTuple):
-    """What one way did; times count from the first step's beginning."""
+    """Activity of one implementation; times are relative to the beginning of the first step."""
 
     total: Span
     host: list[Span]
@@ -43,19 +43,19 @@ class Lanes(NamedTuple):
 
 
 def draw(device: str, picture: Path, rehearse: bool) -> dict[str, Any]:
-    """Profile, draw to a .png, and return the lanes as they are stored.
+    """Profile the implementations, draw a .png, and return the lanes for the results.
 
     Raises:
         ImportError: matplotlib is not installed.
-        RuntimeError: nobody of `WAYS` takes these steps here.
+        RuntimeError: none of `IMPLEMENTATIONS` is available.
     """
     require("matplotlib", "plots", "the timeline")
     shape = SMALL["image-128"] if rehearse else (1, 4, 128, 128)
     case = GpuCase("ddim", shape, device=device, steps=STEPS + 1, core=not rehearse)
     absent: dict[str, str] = {}
     with torch.no_grad():
-        made = units(case, case.tensors(), absent, WAYS)
-        found = {name: profiled(made[name], device) for name in WAYS if name in made}
+        made = units(case, case.tensors(), absent, IMPLEMENTATIONS)
+        found = {name: profiled(made[name], device) for name in IMPLEMENTATIONS if name in made}
     if not found:
         raise RuntimeError(f"the timeline: nobody takes the steps here: {absent}")
     picture.parent.mkdir(parents=True, exist_ok=True)
@@ -64,9 +64,9 @@ def draw(device: str, picture: Path, rehearse: bool) -> dict[str, Any]:
 
 
 def profiled(unit: Unit, device: str) -> Lanes:
-    """The spans of one unit."""
+    """Profile one unit and return its lanes."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
-    for _ in range(2):  # the profiler's own beginnings are in the first
+    for _ in range(2):  # the first run includes the profiler's setup
         unit.prepare()
         if device == "cuda":
             torch.cuda.synchronize()
@@ -79,7 +79,7 @@ def profiled(unit: Unit, device: str) -> Lanes:
 
 
 def lanes_of(events: list[Any], device: str) -> Lanes:
-    """Spans of what the host called from the steps themselves, of its waits, and of the device's kernels."""
+    """Extract the spans of the host's outermost calls, of its waits, and of the device's kernels."""
     host = [event for event in events if event.device_type == DeviceType.CPU]
     total = next(event for event in host if event.name == _RANGE)
     zero, end = total.time_range.start, total.time_range.end
@@ -91,13 +91,13 @@ def lanes_of(events: list[Any], device: str) -> Lanes:
     called = [e for e in inside if e.cpu_parent is None or e.cpu_parent is total]
     if device == "cuda":
         on_device = [e for e in events if e.device_type == DeviceType.CUDA and e.name != _RANGE]
-        stood_for = [span(e) for e in on_device]
+        device_spans = [span(e) for e in on_device]
     else:
-        stood_for = [span(e) for e in inside if not e.cpu_children] or [span(total)]
-    # On a GPU a number may be read back from the host's own memory: there the driver's word counts.
+        device_spans = [span(e) for e in inside if not e.cpu_children] or [span(total)]
+    # On a GPU a number may be read from host memory without a wait: use the driver's waits.
     beginnings = WAITS if device == "cuda" else ("aten::_local_scalar_dense",)
     waits = [span(e) for e in inside if e.name.startswith(beginnings)]
-    return Lanes(span(total), [span(e) for e in called], waits, stood_for)
+    return Lanes(span(total), [span(e) for e in called], waits, device_spans)
 
 
 def _plot(found: dict[str, Lanes], case: GpuCase, picture: Path, rehearse: bool) -> None:
@@ -113,15 +113,15 @@ def _plot(found: dict[str, Lanes], case: GpuCase, picture: Path, rehearse: bool)
             axis.axhspan(y - 0.4, y + 0.4, color="#f5f6fa", zorder=0)
             ticks.append(y)
             labels.append(f"{LABELS.get(name, name)}: {lane}" if lane == "host" else lane)
-        # The light bar is the time in which the host is at work on the steps, Python's own share included.
+        # The light bar is the host's total time for the steps, including Python.
         axis.broken_barh([lanes.total], (top - 0.4, 0.8), color="#dcdde1", zorder=1)
         axis.broken_barh(lanes.host, (top - 0.3, 0.6), facecolor=_HOST, linewidth=0, zorder=2)
-        # The edges keep what lasts a microsecond visible.
+        # The edges keep spans of a microsecond visible.
         axis.broken_barh(lanes.waits, (top - 0.4, 0.8), facecolor=_WAIT, edgecolor=_WAIT, linewidth=0.8, zorder=3)
         axis.broken_barh(lanes.device, (top - 1.3, 0.6), facecolor=_DEVICE, edgecolor=_DEVICE, linewidth=0.3, zorder=2)
         busy = sum(length for _, length in lanes.device)
-        said = f"host {_us(lanes.total[1])}" if rehearse else f"host {_us(lanes.total[1])}, device busy {_us(busy)}"
-        axis.annotate(said, (_end(lanes), top - 0.5), (6, 0), textcoords="offset points", va="center", fontsize=9)
+        note = f"host {_us(lanes.total[1])}" if rehearse else f"host {_us(lanes.total[1])}, device busy {_us(busy)}"
+        axis.annotate(note, (_end(lanes), top - 0.5), (6, 0), textcoords="offset points", va="center", fontsize=9)
     axis.set_yticks(ticks, labels, fontsize=9)
     axis.set_xlim(0, 1.22 * longest)
     axis.set_xlabel("µs from the first step's beginning")

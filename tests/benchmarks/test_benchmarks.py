@@ -14,11 +14,11 @@ import torch
 
 from benchmarks import compiled_peer, k_diffusion_peer, torch_noise
 from benchmarks.__main__ import main
-from benchmarks.cases import GUIDANCE, OPS, Case, seeded
-from benchmarks.copying import copies_for, copy_walk, last_level_cache, why_absent
-from benchmarks.measure import Rotation, quantiles, ratios
+from benchmarks.cases import GUIDANCE, SAMPLERS, Case, seeded
+from benchmarks.copy_bandwidth import copies_for, copy_loop, last_level_cache, why_absent
 from benchmarks.options import parse
-from benchmarks.peers import PEERS, Walk, walks
+from benchmarks.peers import PEERS, RepeatingLoop, repeating_loops
+from benchmarks.timing import Rotation, quantiles, ratios
 from benchmarks.traffic import bytes_a_step, tensors_moved
 from fastdiff.noise.torch_normals import why_by_torch
 from fastdiff.row_layout import Variance
@@ -85,7 +85,7 @@ def test_bytes_of_known_samplers(op: str, moved: float) -> None:
 
 
 def test_noise_drawn_in_the_kernel_is_not_among_the_bytes() -> None:
-    op = seeded(OPS["ddpm"])
+    op = seeded(SAMPLERS["ddpm"])
     assert op.seeded
     table = Case("ddpm", SMALL).table
     assert bytes_a_step(table, 1, guided=True, noise_in_memory=not op.seeded) == 4.0
@@ -97,13 +97,13 @@ def test_noise_drawn_in_the_kernel_is_not_among_the_bytes() -> None:
 @needs_copy
 @pytest.mark.parametrize("cache", ["warm", "cold"])
 def test_copy_walk_moves_as_many_bytes_as_the_step(cache: str) -> None:
-    walk = copy_walk(3000.0, cache, "ordinary")
-    src, dst, streaming = walk.advance.args  # type: ignore[attr-defined]
-    assert src.shape == dst.shape == (walk.steps, 1500)
+    loop = copy_loop(3000.0, cache, "ordinary")
+    src, dst, streaming = loop.advance.args  # type: ignore[attr-defined]
+    assert src.shape == dst.shape == (loop.steps, 1500)
     assert not streaming
     reach = src.untyped_storage().nbytes() + dst.untyped_storage().nbytes()
     assert reach < 4096 if cache == "warm" else reach > 2 * last_level_cache()
-    walk.advance()
+    loop.advance()
 
 
 def test_cold_rotation_goes_round_more_than_the_cache_holds() -> None:
@@ -117,8 +117,8 @@ def test_cold_rotation_goes_round_more_than_the_cache_holds() -> None:
 
 def test_rotation_takes_turns_across_rounds_and_mixes_rows() -> None:
     visits: list[int] = []
-    rotation = Rotation([Walk(lambda i=i: visits.append(i)) for i in range(5)], loop=3)  # type: ignore[misc]
-    assert sorted(visits) == [1, 2, 2, 4], "walk i begins at step i of its loop of 3"
+    rotation = Rotation([RepeatingLoop(lambda i=i: visits.append(i)) for i in range(5)], loop_length=3)  # type: ignore[misc]
+    assert sorted(visits) == [1, 2, 2, 4], "loop i begins at step i of its loop of 3"
     visits.clear()
     for calls in (3, 4, 1):
         rotation.time(calls)
@@ -127,7 +127,7 @@ def test_rotation_takes_turns_across_rounds_and_mixes_rows() -> None:
 
 def test_rotation_of_one_takes_whole_loops() -> None:
     visits: list[int] = []
-    rotation = Rotation([Walk(lambda: visits.append(0))], loop=7)
+    rotation = Rotation([RepeatingLoop(lambda: visits.append(0))], loop_length=7)
     rotation.calibrate(1e-6)
     visits.clear()
     rotation.time()
@@ -136,16 +136,16 @@ def test_rotation_of_one_takes_whole_loops() -> None:
 
 
 @pytest.mark.parametrize("cache_copies", [1, 3])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", SAMPLERS)
 def test_every_walk_of_fastdiff_has_tensors_of_its_own(op: str, cache_copies: int) -> None:
     case = Case(op, SMALL, steps=4)
     sets = case.tensors(cache_copies)
-    made = walks("fastdiff", case, sets)
+    made = repeating_loops("fastdiff", case, sets)
     assert len(made) == cache_copies
     before = [tensor.clone() for tensors in sets for tensor in tensors]
-    for walk in made:
+    for loop in made:
         for _ in range(2 * len(case.table) + 1):
-            walk.advance()
+            loop.advance()
     after = [tensor for tensors in sets for tensor in tensors]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "what a loop starts from is not written"
 
@@ -159,7 +159,7 @@ def test_quantiles_and_ratios() -> None:
 # ------------------------------------------------------------------------------------------------------------ the peers
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", SAMPLERS)
 def test_compiled_formula_takes_the_same_steps(op: str) -> None:
     """Uncompiled, in float64: the peer does the work that it is timed for."""
     case = Case(op, SMALL, "float64", steps=5)
@@ -167,7 +167,7 @@ def test_compiled_formula_takes_the_same_steps(op: str) -> None:
     generator = torch.Generator().manual_seed(0)
     stepper = case.sampler.stepper("reference")
     expected = tensors.sample.clone()
-    plans = compiled_peer.plans(case, 1)
+    plans = compiled_peer.compiled_rows(case, 1)
     sample, registers = tensors.sample.clone(), {j: torch.zeros_like(expected) for j in range(4)}
     for plan in plans:
         noise = torch.randn(SMALL, generator=generator, dtype=torch.float64) if plan.draws_noise else None
@@ -184,10 +184,10 @@ def test_every_peer_walks_or_says_why_not(peer: str) -> None:
     case = Case("dpmsolver++2m", SMALL, steps=4)
     try:
         with torch.no_grad():
-            made = walks(peer, case, case.tensors(2))
-            for walk in made:
-                for _ in range(9 if walk.steps == 1 else 2):
-                    walk.advance()
+            made = repeating_loops(peer, case, case.tensors(2))
+            for loop in made:
+                for _ in range(9 if loop.steps == 1 else 2):
+                    loop.advance()
     except (ImportError, RuntimeError) as error:
         pytest.skip(f"{peer}: {error}")
     assert len(made) * made[0].steps in (2, 4)
@@ -208,7 +208,7 @@ def test_k_diffusion_is_its_own_code_without_its_training_stack() -> None:
     assert Path(sampling.__file__ or "").parent == Path(found.origin).parent
     assert set(vars(sampling.utils)) >= {"append_dims"}
     assert "k_diffusion" not in sys.modules
-    for op in OPS.values():
+    for op in SAMPLERS.values():
         assert callable(getattr(sampling, op.k_diffusion[0]))
 
 
@@ -301,7 +301,7 @@ def test_bench_refuses_bad_input_in_a_sentence(arguments: tuple[str, ...], words
 def test_quick_keeps_what_is_given() -> None:
     options = parse(["--quick", "--rounds", "3"], "fastdiff bench")
     assert options.rounds == 3
-    assert len(options.samplers) < len(OPS)
+    assert len(options.samplers) < len(SAMPLERS)
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:

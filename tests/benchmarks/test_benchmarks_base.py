@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import base
+from benchmarks import base_commit
 from benchmarks.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +21,7 @@ def _needs_checkout() -> None:
     if shutil.which("git") is None:
         pytest.skip("git is not installed")
     try:
-        base.checkout()
+        base_commit.checkout()
     except RuntimeError as error:
         pytest.skip(str(error))
 
@@ -29,15 +29,15 @@ def _needs_checkout() -> None:
 def test_base_refuses_what_is_no_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "fastdiff").mkdir()
     (tmp_path / "setup.py").touch()
-    monkeypatch.setattr(base.fastdiff, "__file__", str(tmp_path / "fastdiff" / "__init__.py"))
+    monkeypatch.setattr(base_commit.fastdiff, "__file__", str(tmp_path / "fastdiff" / "__init__.py"))
     with pytest.raises(RuntimeError, match=r"^bench: --base .+, expected a git checkout .+; clone"):
-        base.checkout()
+        base_commit.checkout()
 
 
 def test_base_refuses_a_commit_that_is_not_there() -> None:
     _needs_checkout()
     with pytest.raises(ValueError, match=r"^bench: --base is 'no-such-rev', expected .+; see git log"):
-        base.resolve(base.checkout(), "no-such-rev")
+        base_commit.resolve(base_commit.checkout(), "no-such-rev")
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def test_the_table_has_the_beginnings_where_they_are_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, threads = tmp_path / "found.json", torch.get_num_threads()
-    monkeypatch.setattr(dropins, "LOOPS", 2)
+    monkeypatch.setattr(dropins, "SHORT_LOOPS", 2)
     try:
         dropins.main(["--only", "EulerDiscrete,ConsistencyDecoder", "--shape", "1x4x8x8", "--rounds", "3",
                       "--beginnings", "--json", str(file)])  # fmt: skip
@@ -87,10 +87,10 @@ def test_the_table_has_the_beginnings_where_they_are_asked_for(
 def test_a_first_loop_makes_all_its_plans() -> None:
     loop = dropins.Loop("DDIMScheduler", CLASSES["DDIMScheduler"], (1, 4, 8, 8), torch.float32, guided=False)
     loop.time()
-    assert loop.time_first() > 0
+    assert loop.time_planning() > 0
     assert len(loop.plans()) == dropins.STEPS - 2  # those that are not the first two
     before = loop.plans()
-    loop.time_first()
+    loop.time_planning()
     assert not {id(plan) for plan in loop.plans()} & {id(plan) for plan in before}
 
 
@@ -105,7 +105,7 @@ def test_a_beginning_is_that_of_a_whole_loop(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(loop, "step", counted)
     for _ in range(2):
-        first, whole = loop.time_beginning()
+        first, whole = loop.time_short_loop()
         assert first < whole
     assert taken == [float(t) for t in loop.scheduler.timesteps] * 2
-    assert len(taken) == 2 * dropins.FEW
+    assert len(taken) == 2 * dropins.SHORT_STEPS

@@ -16,10 +16,10 @@ import torch
 from torch.autograd import DeviceType
 
 from benchmarks import dispatches
-from benchmarks.gpu import cases, counting, launchers, mixed, noise, results, table, timeline, ways
+from benchmarks.gpu import cases, counting, implementations, launchers, mixed_rows, noise, results, table, timeline
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.clock import HostClock, Unit
-from benchmarks.peers import Walk
+from benchmarks.peers import RepeatingLoop
 from fastdiff.ops import backends
 from support.oracle import INTERPRETED
 
@@ -99,11 +99,11 @@ def test_a_part_that_fails_is_said_and_the_others_go_on(tmp_path: Path, monkeypa
         raise ZeroDivisionError("no such thing")
 
     monkeypatch.setattr(bench.Run, "_case", broken)
-    monkeypatch.setattr(bench.Run, "_pieces", lambda self: self.report["pieces"].append("ran"))
+    monkeypatch.setattr(bench.Run, "_standalone_ops", lambda self: self.report["pieces"].append("ran"))
     monkeypatch.setattr(bench.Run, "_mixed_cases", lambda self: [])
-    monkeypatch.setattr(bench.Run, "_ceilings", lambda self: None)
+    monkeypatch.setattr(bench.Run, "_copy_bandwidth", lambda self: None)
     run = bench.Run("cpu", tmp_path / "x.json", rehearse=True, rounds=1, seconds=60.0)
-    stored = run.everything()
+    stored = run.measure_all()
     assert stored["pieces"] == ["ran"]
     assert stored["failed"]["ddim 1x2x3x2x2 float32, warm"] == "ZeroDivisionError: no such thing"
 
@@ -111,7 +111,7 @@ def test_a_part_that_fails_is_said_and_the_others_go_on(tmp_path: Path, monkeypa
 def test_time_that_runs_out_is_said(tmp_path: Path) -> None:
     bench = importlib.import_module("benchmarks.gpu.bench")
     run = bench.Run("cpu", tmp_path / "x.json", rehearse=True, rounds=1, seconds=-1.0)
-    stored = run.everything()
+    stored = run.measure_all()
     assert stored["cases"] == []
     assert len(stored["not_measured"]) > 5
     assert any(name.startswith("ddim") for name in stored["not_measured"])
@@ -125,12 +125,12 @@ def test_run_that_is_killed_keeps_what_it_measured_and_names_the_rest(
     def killed(self: Any, case: Any, cache: str) -> None:
         raise SystemExit  # as a signal would
 
-    monkeypatch.setattr(bench.Run, "_ceilings", lambda self: self.report["ceilings"].append("measured"))
+    monkeypatch.setattr(bench.Run, "_copy_bandwidth", lambda self: self.report["ceilings"].append("measured"))
     monkeypatch.setattr(bench.Run, "_case", killed)
     path = tmp_path / "x.json"
     run = bench.Run("cpu", path, rehearse=True, rounds=1, seconds=60.0)
     with pytest.raises(SystemExit):
-        run.everything()
+        run.measure_all()
     stored = json.loads(path.read_text())
     assert stored["ceilings"] == ["measured"]
     assert any(name.startswith("ddim") for name in stored["not_measured"])
@@ -146,7 +146,7 @@ def test_noise_of_all_backends_is_compared(tmp_path: Path) -> None:
     reference = found["backends"]["reference"]
     assert reference["compared"] > 500
     assert (reference["mismatches"], reference["largest_difference"]) == (0, 0.0)
-    assert noise.faults(found, "cpu") == []
+    assert noise.failures(found, "cpu") == []
     again = noise.compare("cpu", 0.0, seed=found["seed"], least=12)
     assert again == found
 
@@ -166,19 +166,19 @@ def test_noise_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     found = noise.compare("cpu", 0.0, least=3)
     assert found["backends"]["reference"]["mismatches"] == 3
     assert found["backends"]["reference"]["largest_difference"] == float("inf")
-    (fault,) = noise.faults(found, "cpu")
+    (fault,) = noise.failures(found, "cpu")
     assert fault.startswith("reference differs in 3 of ")
     nothing = {"missing": "", "compared": 0, "mismatches": 0, "largest_difference": 0.0}
-    assert noise.faults({"backends": {"cuda": nothing}}, "cuda") == ["cuda was compared on nothing"]
+    assert noise.failures({"backends": {"cuda": nothing}}, "cuda") == ["cuda was compared on nothing"]
     gone = {**nothing, "missing": "not built"}
-    assert noise.faults({"backends": {"cuda": gone}}, "cuda") == ["cuda is missing: not built"]
+    assert noise.failures({"backends": {"cuda": gone}}, "cuda") == ["cuda is missing: not built"]
 
 
 # --------------------------------------------------------------------------------------------- cases and who takes them
 
 
 def test_gpu_cases_hold_those_of_the_targets_first() -> None:
-    made = cases.chosen("cuda", rehearse=False)
+    made = cases.select_cases("cuda", rehearse=False)
     assert all(case.core for case in made[: len(cases.CORE)])
     assert {(case.op, case.shape, case.dtype) for case in made if case.core} >= {
         ("ddim", (64, 16, 128, 128), "bfloat16"),
@@ -188,7 +188,7 @@ def test_gpu_cases_hold_those_of_the_targets_first() -> None:
     assert len(set(made)) == len(made)
     assert {"ddim", "dpmsolver++3m", "heun", "flow-euler", "euler", "ddpm (philox)"} <= {case.op for case in made}
     with pytest.raises(ValueError, match="--samplers is 'nope'"):
-        cases.chosen("cuda", rehearse=False, only=["nope"])
+        cases.select_cases("cuda", rehearse=False, only=["nope"])
 
 
 def test_bytes_of_gpu_cases() -> None:
@@ -197,7 +197,7 @@ def test_bytes_of_gpu_cases() -> None:
     assert cases.GpuCase("ddim", (2, 1, 4, 4), "bfloat16", model_input=True).bytes_a_step == 6 * 32 * 2
     assert cases.GpuCase("flow-euler", (2, 1, 4, 4)).bytes_a_step == 4 * 32 * 4
     # x, c, u and z out of the kernel → x; x, c, u, h → x, h; the third order reads one tensor more.
-    _, rows, moved = mixed.MixedCase((4, 1, 4, 4), "float32", "cpu").made()
+    _, rows, moved = mixed_rows.MixedCase((4, 1, 4, 4), "float32", "cpu").table_and_rows()
     assert moved == (4 + 6 + 4 + 7) * 16 * 4
     assert len(set(rows.tolist())) == 4
 
@@ -217,13 +217,13 @@ def test_flow_euler_is_diffusers_update() -> None:
 
 def test_a_unit_leaves_out_the_first_step_of_each_set() -> None:
     taken: list[str] = []
-    unit = ways.eager([Walk(lambda name=name: taken.append(name)) for name in "ab"], rows=3)  # type: ignore[misc]
+    unit = implementations.eager([RepeatingLoop(lambda name=name: taken.append(name)) for name in "ab"], rows=3)  # type: ignore[misc]
     unit.prepare()
     assert taken == ["a", "b"]
     unit.run()
     assert taken[2:] == ["a", "b", "a", "b"]
     assert unit.steps == 4
-    whole = ways.eager([Walk(lambda: taken.append("loop"), 20)], rows=3)
+    whole = implementations.eager([RepeatingLoop(lambda: taken.append("loop"), 20)], rows=3)
     assert whole.steps == 20
 
 
@@ -233,8 +233,8 @@ def test_a_compiled_step_ends_where_the_eager_one_does() -> None:
     case = cases.GpuCase("dpmsolver++2m", (2, 1, 4, 4), steps=4)
     tensors = case.tensors()[0]
     samples = [torch.empty_like(tensors.sample) for _ in range(2)]
-    eager = ways.fastdiff_walk(case, tensors, None, sample=samples[0])
-    compiled = ways.compiled_walk(case, tensors, sample=samples[1])
+    eager = implementations.fastdiff_loop(case, tensors, None, sample=samples[0])
+    compiled = implementations.compiled_loop(case, tensors, sample=samples[1])
     try:
         for _ in range(8):
             eager()
@@ -250,7 +250,7 @@ def test_launchers_say_why_they_are_missing(monkeypatch: pytest.MonkeyPatch) -> 
         assert launchers.launchers("cuda")["C++ op"].missing
         assert launchers.launchers("cpu")["Triton, held"].missing
     monkeypatch.setitem(sys.modules, "fastdiff.kernels.launch", None)
-    assert "nothing holds compiled kernels" in launchers._holder()[1]
+    assert "nothing holds compiled kernels" in launchers._launch_module()[1]
 
 
 def test_a_launcher_takes_its_unit_inside_its_context() -> None:
@@ -263,7 +263,7 @@ def test_a_launcher_takes_its_unit_inside_its_context() -> None:
         yield
         seen.append("out")
 
-    unit = launchers.Launcher("triton", within=within).hold(Unit(lambda: None, lambda: seen.append("run"), 1))
+    unit = launchers.Launcher("triton", within=within).wrap(Unit(lambda: None, lambda: seen.append("run"), 1))
     assert HostClock().host(unit) > 0
     assert seen == ["in", "out", "in", "run", "out"]
 
@@ -320,12 +320,12 @@ def test_operators_are_counted_without_views_and_with_reads() -> None:
 @needs_extension
 def test_a_step_of_ours_calls_no_operator_beside_its_pass() -> None:
     # A loop allocates its registers once: less than one operator a step, and none of a step itself.
-    assert all(dispatches.of_ours(op) < 0.2 for op in ("ddim", "dpmsolver++2m", "flow-euler", "ddpm (philox)"))
+    assert all(dispatches.count_fastdiff(op) < 0.2 for op in ("ddim", "dpmsolver++2m", "flow-euler", "ddpm (philox)"))
 
 
 def test_operators_of_diffusers_are_counted() -> None:
     pytest.importorskip("diffusers")
-    counted, steps = dispatches.of_diffusers("DDIMScheduler", {"clip_sample": False})
+    counted, steps = dispatches.count_diffusers("DDIMScheduler", {"clip_sample": False})
     assert steps == 20
     # Guidance takes three; the update four and more.
     assert counted.full / steps >= 7

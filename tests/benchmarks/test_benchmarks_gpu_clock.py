@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import cases, ways
+from benchmarks.gpu import cases, implementations
 from benchmarks.gpu.clock import CudaClock, Unit, clock_for
 from fastdiff.ops import backends
 
@@ -76,11 +76,11 @@ def test_graph_is_filled_with_the_steps_behind_the_first_and_replayed_from_the_s
     case = cases.GpuCase("dpmsolver++2m", (2, 1, 4, 4), steps=5)
     sets = case.tensors(2)
     samples: list[torch.Tensor] = []
-    walk = ways.fastdiff_walk
+    loop = implementations.fastdiff_loop
 
     def noted(*arguments: Any, sample: torch.Tensor, **options: Any) -> Any:
         samples.append(sample)
-        advance = walk(*arguments, sample=sample, **options)
+        advance = loop(*arguments, sample=sample, **options)
 
         def step() -> None:
             calls.append("step")
@@ -88,8 +88,8 @@ def test_graph_is_filled_with_the_steps_behind_the_first_and_replayed_from_the_s
 
         return step
 
-    monkeypatch.setattr(ways, "fastdiff_walk", noted)
-    unit = ways._graph(case, sets)
+    monkeypatch.setattr(implementations, "fastdiff_loop", noted)
+    unit = implementations._graph(case, sets)
     rest = 2 * (len(case.table) - 1)
     assert calls == ["wait", *["step"] * (2 + rest + 2), "wait", "synchronize", "capture", *["step"] * rest, "captured"]
     assert unit.steps == rest

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import machine, results, table, timeline, verdict
+from benchmarks.gpu import machine, results, table, targets, timeline
 from benchmarks.gpu.__main__ import parse
 from fastdiff.ops import backends
 
@@ -46,7 +46,7 @@ def _run_report() -> dict[str, Any]:
 
 
 def test_verdict_is_met_not_met_or_not_measured() -> None:
-    said = {line["target"]: (line["verdict"], line["figure"]) for line in verdict.verdict(_run_report())}
+    said = {line["target"]: (line["verdict"], line["figure"]) for line in targets.evaluate_targets(_run_report())}
     by_beginning = {
         "64x16x128x128 bfloat16": ("met", "93.0%"),
         "1x16x21x90x160 float32": ("not measured", "–"),
@@ -62,13 +62,13 @@ def test_verdict_is_met_not_met_or_not_measured() -> None:
         assert found == expected, beginning
     report = _run_report()
     report["cases"][0]["counts"]["Triton, JIT"] = {"kernels": 0.5, "copies": 0.0, "waits": 0.0}
-    (missing,) = [line for line in verdict.verdict(report) if line["target"].startswith("one kernel")]
+    (missing,) = [line for line in targets.evaluate_targets(report) if line["target"].startswith("one kernel")]
     assert missing["verdict"] == "not met"
 
 
 def test_table_is_written_between_its_marks(tmp_path: Path) -> None:
     report = _run_report()
-    report["verdict"] = verdict.verdict(report)
+    report["verdict"] = targets.evaluate_targets(report)
     document = tmp_path / "performance.md"
     document.write_text(f"before\n{table.BEGIN}\nyesterday\n{table.END}\nafter\n")
     for _ in range(2):  # a second run replaces the first one's

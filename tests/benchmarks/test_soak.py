@@ -19,9 +19,9 @@ from benchmarks import soak
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads memory as Linux tells it")
 
 
-@pytest.mark.parametrize("name", soak.USES)
+@pytest.mark.parametrize("name", soak.WORKLOADS)
 def test_soak_use_takes_steps(name: str) -> None:
-    use, beside_diffusers = soak.USES[name]
+    use, beside_diffusers = soak.WORKLOADS[name]
     for module in (fastdiff.diffusers, diffusers) if beside_diffusers else (fastdiff.diffusers,):
         assert len(list(islice(use(module), 45))) == 45  # three loops
 
@@ -38,8 +38,8 @@ def test_soak_fails_where_memory_grows(monkeypatch: pytest.MonkeyPatch, capsys: 
         while True:
             yield
 
-    monkeypatch.setitem(soak.USES, "leaks", (leaks, False))
-    monkeypatch.setitem(soak.USES, "flat", (flat, True))
+    monkeypatch.setitem(soak.WORKLOADS, "leaks", (leaks, False))
+    monkeypatch.setitem(soak.WORKLOADS, "flat", (flat, True))
     assert soak.main(["--here", "--steps", "20", "--only", "leaks"]) == 1
     assert soak.main(["--here", "--steps", "20", "--only", "flat"]) == 0
     leaking, steady = capsys.readouterr().out.splitlines()
@@ -50,7 +50,7 @@ def test_soak_fails_where_memory_grows(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def test_soak_reports_a_process_that_fails(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(soak.USES, "absent", soak.USES["eta"])  # which a process of its own does not know
+    monkeypatch.setitem(soak.WORKLOADS, "absent", soak.WORKLOADS["eta"])  # which a process of its own does not know
     assert soak.main(["--steps", "10", "--only", "absent"]) == 1
     assert "failed: absent" in capfd.readouterr().out
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import gpu_configs
-from benchmarks.gpu_configs import KINDS, best, candidates, default_of, entries
+from benchmarks.gpu_configs import KINDS, best, candidates, default_config, entries
 
 pytest.importorskip("fastdiff.kernels.config", reason="needs the triton package")
 
@@ -39,10 +39,10 @@ def test_a_rehearsal_measures_every_kind_and_keeps_nothing(tmp_path: Path, capsy
 
 @needs_interpreter
 def test_a_configuration_that_changes_a_result_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    work_of, calls = gpu_configs.work_of, []
+    make_launch, calls = gpu_configs.make_launch, []
 
     def faulty(case: Any, device: torch.device) -> Any:
-        work = work_of(case, device)
+        work = make_launch(case, device)
 
         def run() -> Tensor:
             calls.append(1)
@@ -50,7 +50,7 @@ def test_a_configuration_that_changes_a_result_ends_the_run(monkeypatch: pytest.
 
         return run
 
-    monkeypatch.setattr(gpu_configs, "work_of", faulty)
+    monkeypatch.setattr(gpu_configs, "make_launch", faulty)
     with pytest.raises(RuntimeError, match=r"sum of triton with \(.*has other bits than with the default"):
         gpu_configs.main(["--rehearse", "--kinds", "sum", "--dtypes", "float32", "--backends", "triton"])
 
@@ -72,7 +72,7 @@ def lines(backend: str, kind: str, size: int, times: dict[tuple[int, ...], list[
 
 
 def test_the_best_is_so_over_all_shapes_and_by_more_than_noise() -> None:
-    default = default_of("triton", "step")
+    default = default_config("triton", "step")
     results = lines("triton", "step", 4, {default: [10, 100], (2048, 8): [12, 70], (512, 4): [5, 210]})
     assert best(results, "triton", "step", 4) == (2048, 8)
     assert best(lines("triton", "step", 4, {default: [100], (2048, 8): [99]}), "triton", "step", 4) == default
@@ -81,26 +81,26 @@ def test_the_best_is_so_over_all_shapes_and_by_more_than_noise() -> None:
 
 def test_entries_are_lines_of_the_tables() -> None:
     config = pytest.importorskip("fastdiff.kernels.config")
-    results = lines("triton", "step", 4, {default_of("triton", "step"): [10], (2048, 8): [8]})
-    results += lines("triton", "select", 2, {default_of("triton", "select"): [10], (1024, 4, 16): [8]})
-    results += lines("triton", "sum", 2, {default_of("triton", "sum"): [10], (8, 4): [11]})
-    results += lines("cuda", "draw", 2, {default_of("cuda", "draw"): [10], (128,): [8]})
+    results = lines("triton", "step", 4, {default_config("triton", "step"): [10], (2048, 8): [8]})
+    results += lines("triton", "select", 2, {default_config("triton", "select"): [10], (1024, 4, 16): [8]})
+    results += lines("triton", "sum", 2, {default_config("triton", "sum"): [10], (8, 4): [11]})
+    results += lines("cuda", "draw", 2, {default_config("cuda", "draw"): [10], (128,): [8]})
     triton_line, cuda_line = entries(results, "sm_90")
     table = eval("{" + triton_line + "}", {"Config": config.Config})
     assert table == {"sm_90": {("step", 4): config.Config(2048, 8), ("select", 2): config.Config(1024, 4, 16)}}
     assert cuda_line == "{90, {256, 128, 256, 128, 16}},"
-    assert entries(lines("triton", "sum", 2, {default_of("triton", "sum"): [1]}), "sm_90") == []
+    assert entries(lines("triton", "sum", 2, {default_config("triton", "sum"): [1]}), "sm_90") == []
 
 
 def test_candidates_begin_with_the_default_and_are_all_taken() -> None:
     config = pytest.importorskip("fastdiff.kernels.config")
     header = (Path(gpu_configs.__file__).parents[1] / "csrc" / "cuda" / "config.h").read_text()
-    numbers = ", ".join(str(default_of("cuda", kind)[0]) for kind in KINDS)
+    numbers = ", ".join(str(default_config("cuda", kind)[0]) for kind in KINDS)
     assert f"kDefaultConfig = {{{numbers}}}" in header
     for kind in KINDS:
         for backend in gpu_configs.BACKENDS:
             tried = candidates(backend, kind)
-            assert tried[0] == default_of(backend, kind)
+            assert tried[0] == default_config(backend, kind)
             assert len(set(tried)) == len(tried) > 3
         for candidate in candidates("triton", kind):
             with config.override(**{kind: config.Config(*candidate)}):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""This code beside that of another commit, which is checked out and built in a temporary worktree.
+"""Comparison of this checkout with another commit, which is checked out and built in a temporary worktree.
 
-Both are measured by this benchmark, each in a process of its own; the two take turns, round by round, so that a machine
-that drifts drifts for both. Fresh pairs of processes are started a few times: where memory falls differs between
-processes, and is part of the spread.
+This version of the benchmark measures both, each in its own process. The two processes alternate round by round, so
+that a change of the machine's speed affects both. Several pairs of processes are started, because the placement in
+memory differs between processes and is part of the spread.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import fastdiff
 from fastdiff.errors import sentence
 
 from .cases import Case
-from .measure import quantiles, ratios
 from .options import cases
+from .timing import quantiles, ratios
 
-#: The name that this folder is imported by in the processes: either checkout's own `benchmarks` would be in the way.
+#: The name by which the processes import this folder: `benchmarks` would find a checkout's own folder.
 ALIAS = "fastdiff_bench"
 
 
 def compare(options: Any, report: dict[str, Any]) -> None:
-    """Fill the report with a line a case: both medians and their ratio, or why one side lacks the case."""
+    """Add a line per case to the report: both medians and their ratio, or why one side lacks the case."""
     root = checkout()
     commit = resolve(root, options.base)
     report["base"], report["base_commit"] = options.base, commit
@@ -97,7 +97,7 @@ def _line(key: tuple[Case, int, str], taken: dict[str, list[float]] | None, abse
 
 
 class Worker:
-    """A process that measures the fastdiff in `tree`."""
+    """Process that measures the fastdiff in `tree`."""
 
     def __init__(self, tree: Path, names: Path) -> None:
         paths = [str(names), str(tree), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -108,7 +108,7 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
             env=environ,
-            cwd=names,  # `python -m` looks in the current folder first: there must be no fastdiff in it
+            cwd=names,  # `python -m` searches the current folder first, which must not contain fastdiff
         )
         answer = self._answer()
         if not Path(answer["fastdiff"]).resolve().is_relative_to(tree.resolve()):
@@ -116,7 +116,7 @@ class Worker:
             raise RuntimeError(f"bench: --base imported {answer['fastdiff']}, expected fastdiff from {tree}")
 
     def ask(self, **order: Any) -> dict[str, Any]:
-        """Send an order, wait for its answer."""
+        """Send an order and return its answer."""
         assert self._process.stdin is not None
         print(json.dumps(order), file=self._process.stdin, flush=True)
         return self._answer()
@@ -154,10 +154,10 @@ class Worker:
 
 
 def checkout() -> Path:
-    """The root of the git checkout that this fastdiff is imported from.
+    """Return the root of the git checkout that this fastdiff is imported from.
 
     Raises:
-        RuntimeError: it is no checkout.
+        RuntimeError: it is not imported from a checkout.
     """
     root = Path(fastdiff.__file__).resolve().parents[1]
     top = _git(root, "rev-parse", "--show-toplevel") if (root / "setup.py").is_file() else None
@@ -175,10 +175,10 @@ def checkout() -> Path:
 
 
 def resolve(root: Path, revision: str) -> str:
-    """The commit that a revision stands for.
+    """Return the commit hash of a revision.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no such revision.
     """
     done = _git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
     if done.returncode != 0:
@@ -190,7 +190,7 @@ def resolve(root: Path, revision: str) -> str:
 
 @contextmanager
 def checked_out(root: Path, commit: str, folder: Path) -> Iterator[Path]:
-    """A worktree of that commit in `folder`, gone afterwards."""
+    """Check a commit out into a worktree in `folder`; remove the worktree on exit."""
     tree = folder / "tree"
     done = _git(root, "worktree", "add", "--detach", str(tree), commit)
     if done.returncode != 0:
@@ -205,7 +205,7 @@ def checked_out(root: Path, commit: str, folder: Path) -> Iterator[Path]:
 
 
 def build(tree: Path) -> None:
-    """Compile the extension of a checkout, in place.
+    """Compile the extension of a checkout in place.
 
     Raises:
         RuntimeError: it does not compile.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Everybody who takes the steps of a case, each as a unit that a clock can time.
+"""All implementations of a case's steps, each as a unit that a clock can time.
 
-A unit is the loop without its first step: that one puts the samples back to the start, which is not part of a step.
-With several sets of tensors each step is taken on one after the other, so that none is in a cache when its turn comes.
+A unit is a loop without its first step, which resets the samples.  With several sets of tensors each step is taken on
+one set after the other, so that no set is in a cache when it is used again.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from fastdiff.row_layout import NUM_REGISTERS
 
 from .. import compiled_peer, diffusers_peer, k_diffusion_peer
 from ..cases import GUIDANCE, Tensors
-from ..peers import Walk, fastdiff_walk
+from ..peers import RepeatingLoop, fastdiff_loop
 from .cases import GpuCase
 from .clock import Unit
 from .launchers import Launcher, launchers
 
-#: Ours, then those whom we are held against, by the names of the results. Who compiles is measured on core cases alone.
+#: Names in the results, besides the launchers. The compiled implementations are measured on core cases only.
 COMPILING = ("ours, torch.compile", "torch.compile of the reference", "diffusers, torch.compile")
 PEERS = (
     "ours, torch.compile",
@@ -41,11 +41,13 @@ Advance = Callable[[], object]
 def units(
     case: GpuCase, sets: Sequence[Tensors], absent: dict[str, str], only: Sequence[str] | None = None
 ) -> dict[str, Unit]:
-    """A unit for each way that takes this case here, warmed up; `absent` is told of the others, and why.
+    """Return a warmed-up unit for each implementation that can run this case.
 
     Args:
+        case: the case.
         sets: one set of tensors for a warm cache, more for a cold one.
-        only: names of ways, to build those alone.
+        absent: receives the other implementations and the reason.
+        only: names of implementations to make; None for all.
     """
     makers: dict[str, Callable[[], Unit]] = {}
     for name, launcher in launchers(case.device).items():
@@ -53,7 +55,7 @@ def units(
             absent[name] = launcher.missing
         else:
             makers[name] = functools.partial(_ours, case, sets, launcher)
-    # A graph holds whichever launcher filled it: one is enough, the one that users get.
+    # A graph contains the same kernels for each launcher, so capture only the default one's.
     if case.device == "cuda":
         makers["CUDA graph"] = functools.partial(_graph, case, sets)
     else:
@@ -67,19 +69,19 @@ def units(
         try:
             unit = make()
             unit.prepare()
-            unit.run()  # compiles, allocates, brings tables to the device
-        except Exception as error:  # of many kinds, by what a peer or its compiler lacks; a run must not end with it
+            unit.run()  # compile, allocate, copy tables to the device
+        except Exception as error:  # a peer or its compiler may raise any type; the run continues
             absent[f"{name}: {case.name}"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             continue
         made[name] = unit
     return made
 
 
-def eager(walks: Sequence[Walk], rows: int) -> Unit:
-    """Steps 2 to `rows` of each walk, in turns; a walk of whole loops is taken whole."""
-    if walks[0].steps > 1:
-        return Unit(lambda: None, walks[0].advance, walks[0].steps)
-    advances = [walk.advance for walk in walks]
+def eager(loops: Sequence[RepeatingLoop], rows: int) -> Unit:
+    """Return a unit of steps 2 to `rows` of each loop, alternating; a loop that advances as a whole is timed whole."""
+    if loops[0].steps > 1:
+        return Unit(lambda: None, loops[0].advance, loops[0].steps)
+    advances = [loop.advance for loop in loops]
     turns = advances * (rows - 1)
 
     def first() -> None:
@@ -94,21 +96,24 @@ def eager(walks: Sequence[Walk], rows: int) -> Unit:
 
 
 def _ours(case: GpuCase, sets: Sequence[Tensors], launcher: Launcher) -> Unit:
-    walks = [Walk(fastdiff_walk(case, tensors, launcher.backend, model_input=_model_input(case))) for tensors in sets]
-    return launcher.hold(eager(walks, len(case.table)))
+    loops = [
+        RepeatingLoop(fastdiff_loop(case, tensors, launcher.backend, model_input=_model_input(case)))
+        for tensors in sets
+    ]
+    return launcher.wrap(eager(loops, len(case.table)))
 
 
 def _graph(case: GpuCase, sets: Sequence[Tensors]) -> Unit:
-    """The same steps, captured once and replayed."""
+    """Return a unit that replays a CUDA graph of the same steps."""
     samples = [torch.empty_like(tensors.sample) for tensors in sets]
-    walks = [
-        Walk(fastdiff_walk(case, tensors, None, sample=sample, model_input=_model_input(case)))
+    loops = [
+        RepeatingLoop(fastdiff_loop(case, tensors, None, sample=sample, model_input=_model_input(case)))
         for tensors, sample in zip(sets, samples, strict=True)
     ]
-    unit = eager(walks, len(case.table))
+    unit = eager(loops, len(case.table))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # everything is made and loaded before it is captured
+    with torch.cuda.stream(side):  # allocate and load everything before the capture
         unit.prepare()
         unit.run()
         unit.prepare()
@@ -118,11 +123,11 @@ def _graph(case: GpuCase, sets: Sequence[Tensors]) -> Unit:
     with torch.cuda.graph(graph):
         unit.run()
 
-    def restore() -> None:  # replays go on from where the last one ended, and would grow without end
+    def restore() -> None:  # a replay continues from the last one's samples, which would grow without bound
         for sample, tensors in zip(samples, sets, strict=True):
             sample.copy_(tensors.sample)
 
-    # What the graph reads and writes must outlive it.
+    # The unit keeps the tensors of the graph alive.
     return Unit(restore, functools.partial(_replay, graph, unit), unit.steps)
 
 
@@ -133,25 +138,25 @@ def _replay(graph: Any, keeps_alive: Unit) -> None:
 def _peer(name: str, case: GpuCase, sets: Sequence[Tensors]) -> Unit:
     rows = len(case.table)
     if name == "ours, torch.compile":
-        return eager([Walk(compiled_walk(case, tensors)) for tensors in sets], rows)
+        return eager([RepeatingLoop(compiled_loop(case, tensors)) for tensors in sets], rows)
     if name == "reference":
-        return eager([Walk(fastdiff_walk(case, tensors, "reference")) for tensors in sets], rows)
+        return eager([RepeatingLoop(fastdiff_loop(case, tensors, "reference")) for tensors in sets], rows)
     if name == "torch.compile of the reference":
-        return eager(compiled_peer.walks(case, sets), rows)
+        return eager(compiled_peer.repeating_loops(case, sets), rows)
     if name == "k-diffusion":
-        return eager(k_diffusion_peer.walks(case, sets), rows)
-    return eager(diffusers_peer.walks(case, sets, compiled=name == "diffusers, torch.compile"), rows)
+        return eager(k_diffusion_peer.repeating_loops(case, sets), rows)
+    return eager(diffusers_peer.repeating_loops(case, sets, compiled=name == "diffusers, torch.compile"), rows)
 
 
-def compiled_walk(case: GpuCase, tensors: Tensors, sample: Tensor | None = None) -> Advance:
-    """One compiled function a step, its row in a tensor: one graph for all rows. It writes `sample`."""
+def compiled_loop(case: GpuCase, tensors: Tensors, sample: Tensor | None = None) -> Advance:
+    """Return a function that takes the next step with one compiled function for all rows; it writes `sample`."""
     start, cond, uncond = tensors
     sample = torch.empty_like(start) if sample is None else sample
     table = case.table.shared_rows(start.dtype, start.device)
     used = {j for store in case.table.store for j in store}
     registers = [torch.zeros_like(start) if j in used else None for j in range(NUM_REGISTERS)]
     scale = torch.full((1,), GUIDANCE, dtype=table.dtype, device=start.device)
-    seeds = torch.arange(case.shape[0], device=start.device) if case.recipe.seeded else None
+    seeds = torch.arange(case.shape[0], device=start.device) if case.spec.seeded else None
     rows = list(torch.arange(len(case.table), device=start.device)[:, None].unbind())
     step = torch.compile(_one_step, fullgraph=True, dynamic=False)
     position = len(rows)

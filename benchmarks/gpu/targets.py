@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The targets, each met, not met or not measured, with the figure that says so."""
+"""Performance targets, each met, not met or not measured, with its figure."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 from .launchers import NAMES
 
-#: What users get without asking; a graph is what they may fill with it.
-_OURS = NAMES[0]
+#: The default launcher, for which the targets hold.
+_DEFAULT = NAMES[0]
 
 SHARE, HOST, GRAPH = 0.90, 10.0, 3.0
 
 
-def verdict(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """A line a target: what it asks, the figure, and one of "met", "not met", "not measured".
+def evaluate_targets(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a line per target: the target, the figure, and one of "met", "not met", "not measured".
 
-    A rehearsal meets nothing: where it has a figure, its line says "rehearsal".
+    For a dry run a line with a figure says "rehearsal".
     """
     lines: list[dict[str, Any]] = []
     cases = report.get("cases", [])
@@ -25,11 +25,11 @@ def verdict(report: dict[str, Any]) -> list[dict[str, Any]]:
                          ((1, 16, 21, 90, 160), "float32")):  # fmt: skip
         line = _find(cases, "ddim", shape, dtype, "cold")
         target = f"{_dimensions(shape)} {dtype}, guidance, DDIM: at least {SHARE:.0%} of a copy's bandwidth"
-        lines.append(_line(target, _median(line, "share_of_copy", _OURS), lambda value: value >= SHARE, "{:.1%}"))
+        lines.append(_line(target, _median(line, "share_of_copy", _DEFAULT), lambda value: value >= SHARE, "{:.1%}"))
     for op in ("ddim", "dpmsolver++2m"):
         line = _find(cases, op, (1, 4, 128, 128), "float32", "warm")
         target = f"1x4x128x128, {op}, eager: at most {HOST:.0f} µs of the host a step"
-        lines.append(_line(target, _median(line, "host", _OURS), lambda value: value <= HOST, "{:.1f} µs"))
+        lines.append(_line(target, _median(line, "host", _DEFAULT), lambda value: value <= HOST, "{:.1f} µs"))
         target = f"1x4x128x128, {op}, in a graph: at most {GRAPH:.0f} µs of the device a step"
         lines.append(_line(target, _median(line, "elapsed", "CUDA graph"), lambda value: value <= GRAPH, "{:.2f} µs"))
     most = _most_kernels(cases)
@@ -51,7 +51,7 @@ def verdict(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def show(lines: Iterable[dict[str, Any]]) -> str:
-    """The verdict as text, a line a target."""
+    """Return the targets as text, one per line."""
     return "\n".join(f"{line['verdict']:>12}  {line['figure']:>24}  {line['target']}" for line in lines)
 
 
@@ -86,7 +86,7 @@ def _most(cases: list[dict[str, Any]], field: str) -> float | None:
 
 
 def _most_kernels(cases: list[dict[str, Any]]) -> float | None:
-    """The number of kernels and copies of a step that is furthest from 1, above or below."""
+    """Return the number of kernels and copies of a step that is furthest from 1, above or below."""
     kernels = [
         counts["kernels"] + counts["copies"]
         for line in cases

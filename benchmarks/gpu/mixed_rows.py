@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A batch whose samples take rows of different solvers at different places in their loops: one launch, ours alone."""
+"""Batches whose samples use rows of different solvers at different steps of their loops: one launch of fastdiff."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from fastdiff import create_sampler, ops
 from fastdiff.row_layout import NUM_REGISTERS, compute_dtype
 
-from ..cases import DTYPES, GUIDANCE, OPS
+from ..cases import DTYPES, GUIDANCE, SAMPLERS
 from ..traffic import tensors_moved
 from .clock import Unit
 from .launchers import launchers
 
-#: Taken by the samples in turn.
+#: The solvers of the samples, repeated over the batch.
 SOLVERS = ("ddim", "dpmsolver++2m", "ddpm (philox)", "dpmsolver++3m")
 _STEPS = 20
 
 
 @dataclass(frozen=True)
 class MixedCase:
-    """A batch of `shape` in `dtype`, row by row."""
+    """A batch of `shape` in `dtype` with a row per sample."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -33,9 +33,11 @@ class MixedCase:
     def name(self) -> str:
         return f"mixed rows {'x'.join(map(str, self.shape))} {self.dtype}"
 
-    def made(self) -> tuple[Any, torch.Tensor, float]:
-        """The tables, each sample's row, and the bytes that such a step must move."""
-        tables = [create_sampler("linear", num_inference_steps=_STEPS, **OPS[name].config).table for name in SOLVERS]
+    def table_and_rows(self) -> tuple[Any, torch.Tensor, float]:
+        """Return the joined tables, each sample's row, and the bytes that a step must move."""
+        tables = [
+            create_sampler("linear", num_inference_steps=_STEPS, **SAMPLERS[name].config).table for name in SOLVERS
+        ]
         firsts = [sum(len(table) for table in tables[:i]) for i in range(len(tables))]
         rows, moved = [], 0
         for b in range(self.shape[0]):
@@ -48,15 +50,15 @@ class MixedCase:
 
 
 def units(case: MixedCase, copies: int, absent: dict[str, str], repeats: int = 8) -> tuple[dict[str, Unit], float]:
-    """A unit a launcher, going round `copies` batches, and the bytes of a step."""
-    table, rows, moved = case.made()
+    """Return a unit per launcher, which rotates through `copies` batches, and the bytes that a step must move."""
+    table, rows, moved = case.table_and_rows()
     found = {}
     for name, launcher in launchers(case.device).items():
         if launcher.missing:
             absent[name] = launcher.missing
             continue
         batches = [_arguments(case, table, rows) for _ in range(copies)]
-        found[name] = launcher.hold(Unit(*_steps(batches * repeats, launcher.backend), repeats * copies))
+        found[name] = launcher.wrap(Unit(*_steps(batches * repeats, launcher.backend), repeats * copies))
     return found, moved
 
 
@@ -83,7 +85,7 @@ def _steps(batches: list[dict[str, Any]], backend: str | None) -> tuple[Any, Any
         for arguments in batches:
             ops.step_rows(**arguments, backend=backend)
 
-    def nothing() -> None:
-        """The output is not an input: nothing has to be put back; registers stay bounded by what they are made of."""
+    def prepare() -> None:
+        """Do nothing: the output is not an input, and the registers stay bounded."""
 
-    return nothing, run
+    return prepare, run

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Measures in turn: each round times everyone once, so that a machine that drifts drifts for all."""
+"""Alternating timing: each round times every implementation once, so that a change of speed affects all of them."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from typing import Any
 import torch
 
 from .cases import Case
-from .copying import STORES, copies_for, copy_walk, why_absent
-from .peers import Walk, walks
+from .copy_bandwidth import STORES, copies_for, copy_loop, why_absent
+from .peers import RepeatingLoop, repeating_loops
 
 CACHES = ("warm", "cold")
 
 
 class Rotation:
-    """Walks that are gone round: a step on the first, a step on the second, and so on, from round to round.
+    """Round-robin over repeating loops: a step of the first, a step of the second, and so on, across timing rounds.
 
-    Each starts at another of a loop's `loop` steps, so that any stretch of the rotation holds all rows alike.
+    The loops start at different steps of their `loop_length`, so that every part of the rotation contains all steps.
     """
 
-    def __init__(self, made: Sequence[Walk], loop: int) -> None:
+    def __init__(self, made: Sequence[RepeatingLoop], loop_length: int) -> None:
         self.steps = made[0].steps
-        self._endless = itertools.cycle([walk.advance for walk in made])
+        self._endless = itertools.cycle([loop.advance for loop in made])
         self._calls = 1
-        # A walk alone takes whole loops, for its rows differ.
-        self._unit = max(1, loop // self.steps) if len(made) == 1 else 1
-        for i, walk in enumerate(made if self.steps == 1 else ()):
-            for _ in range(i % loop):
-                walk.advance()
+        # A single loop is timed in whole loops, because its steps differ.
+        self._unit = max(1, loop_length // self.steps) if len(made) == 1 else 1
+        for i, loop in enumerate(made if self.steps == 1 else ()):
+            for _ in range(i % loop_length):
+                loop.advance()
 
     def calibrate(self, seconds: float) -> None:
-        """Choose how many steps a round takes: what fits into `seconds`."""
-        self.time(1)  # compiles, allocates, fills caches
+        """Choose the number of steps per round that fits into `seconds`."""
+        self.time(1)  # compile, allocate, fill caches
         unit = self._unit
         calls, elapsed = unit, 0.0
         while True:
@@ -50,11 +50,11 @@ class Rotation:
         self._calls = max(unit, int(calls * seconds / elapsed) // unit * unit)
 
     def time(self, calls: int | None = None) -> float:
-        """Take steps; microseconds for each."""
+        """Take steps and return microseconds per step."""
         calls = calls or self._calls
-        due = list(itertools.islice(self._endless, calls))
+        advances = list(itertools.islice(self._endless, calls))
         started = time.perf_counter()
-        for advance in due:
+        for advance in advances:
             advance()
         return (time.perf_counter() - started) / (calls * self.steps) * 1e6
 
@@ -62,13 +62,15 @@ class Rotation:
 def measure(
     case: Case, cache: str, peers: Iterable[str], *, rounds: int, seconds: float, absent: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """One line of the table: microseconds a step for fastdiff and each peer, and what is made of them.
+    """Measure one line of the table: microseconds per step of fastdiff and each peer, ratios, share of copy bandwidth.
 
     Args:
-        cache: "warm", the same tensors at every step, or "cold", as many sets of them as no cache holds.
-        rounds: how often each takes its turn; a figure is the median over them.
-        seconds: for each, all rounds together.
-        absent: is told which peers are not here, and why.
+        case: the case.
+        cache: "warm": the same tensors at every step; "cold": more sets of them than a cache holds.
+        peers: names of the peers.
+        rounds: number of rounds; a figure is the median over them.
+        seconds: total time per implementation.
+        absent: receives the missing peers and the reason.
     """
     rotations = _rotations(case, cache, peers, {} if absent is None else absent)
     samples: dict[str, list[float]] = {name: [] for name in rotations}
@@ -89,17 +91,17 @@ def measure(
 def _rotations(case: Case, cache: str, peers: Iterable[str], absent: dict[str, str]) -> dict[str, Rotation]:
     sets = case.tensors(copies_for(cache, 3 * case.tensor_bytes))
     loop = len(case.table)
-    rotations = {"fastdiff": Rotation(walks("fastdiff", case, sets), loop)}
+    rotations = {"fastdiff": Rotation(repeating_loops("fastdiff", case, sets), loop)}
     for peer in peers:
         try:
-            rotations[peer] = Rotation(walks(peer, case, sets), loop)
+            rotations[peer] = Rotation(repeating_loops(peer, case, sets), loop)
         except (ImportError, RuntimeError) as error:
             absent[peer] = str(error)
     if why_absent():
         absent["copy"] = why_absent()
     else:
         for stores in STORES:
-            rotations[f"copy, {stores} stores"] = Rotation([copy_walk(case.bytes_a_step, cache, stores)], 1)
+            rotations[f"copy, {stores} stores"] = Rotation([copy_loop(case.bytes_a_step, cache, stores)], 1)
     return rotations
 
 
@@ -131,12 +133,12 @@ def _line(case: Case, cache: str, samples: dict[str, list[float]]) -> dict[str, 
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
-    """Round by round, so that what slowed a whole round cancels."""
+    """Return the ratios round by round, which cancels a slowdown of a whole round."""
     return [a / b for a, b in zip(over, under, strict=True)]
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """The median, and the quantiles at 20 and 80 %."""
+    """Return the median and the quantiles at 20 and 80 %."""
     if len(values) == 1:
         return {"median": values[0], "p20": values[0], "p80": values[0]}
     low, *_, high = statistics.quantiles(values, n=5, method="inclusive")

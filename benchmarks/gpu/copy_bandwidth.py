@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a GPU's memory allows: copies of as many bytes as a step must move, by Triton and by torch; the best counts."""
+"""Memory bandwidth of a GPU: copies of as many bytes as a step must move, by Triton and torch; the fastest counts."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..copying import copies_for
+from ..copy_bandwidth import copies_for
 from .clock import Unit
 from .machine import l2_bytes
 
-#: Elements a program and warps a program of the Triton copy: 2 and 4 accesses of 16 bytes a thread.
+#: Elements and warps per program of the Triton copy: 2 and 4 accesses of 16 bytes per thread.
 TRITON_SHAPES = ((1024, 4), (2048, 4), (4096, 8))
-#: What the ceilings are measured at on their own, bytes read and written together.
+#: Sizes of the copies measured on their own: bytes read plus bytes written.
 SIZES = tuple(1 << bits for bits in (18, 20, 22, 24, 26, 28, 30))
-#: A warm copy is repeated so often in a unit.
+#: Repetitions of a warm copy in a unit.
 _CALLS = 20
 
 
 def why_missing() -> str:
-    """Why there is no Triton copy here; empty where there is one."""
+    """Return why the Triton copy is missing; empty if it is available."""
     from fastdiff.ops import backends
 
     return backends.why_missing("triton")
 
 
 def copy_units(moved: float, cache: str, device: str) -> dict[str, Unit]:
-    """A unit for each way to copy; each copy reads and writes `moved` bytes in all."""
+    """Return a unit for each kind of copy; each copy reads and writes `moved` bytes in total."""
     words = max(4, round(moved / 2) // 4)
-    holds = l2_bytes() if device == "cuda" else 1 << 10
-    copies = copies_for(cache, 8 * words, holds)
+    cache_bytes = l2_bytes() if device == "cuda" else 1 << 10
+    copies = copies_for(cache, 8 * words, cache_bytes)
     pairs = [
         tuple(torch.ones(words, dtype=torch.int32, device=device) for _ in range(2))
         for _ in range(copies)
@@ -50,7 +50,7 @@ def copy_units(moved: float, cache: str, device: str) -> dict[str, Unit]:
 
 
 def _nothing() -> None:
-    """A copy leaves nothing to be put back."""
+    """Prepare nothing: a copy does not change its inputs."""
 
 
 def _by_torch(src: Tensor, dst: Tensor) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Noise and reductions on their own, beside torch's."""
+"""Noise and reductions outside a step, compared with torch's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SMALL = ((2, 2, 4, 4),)
 _CALLS = 20
 
 _Reduction = Callable[..., Tensor]
-#: torch's own, for samples flattened.
+#: torch's reductions of flattened samples.
 TORCH: dict[str, _Reduction] = {
     "quantile": lambda x: torch.quantile(x.abs().flatten(1), 0.995, dim=1),
     "mean": lambda x: x.flatten(1).mean(1),
@@ -38,22 +38,24 @@ OURS: dict[str, _Reduction] = {
 
 
 def groups(device: str, rehearse: bool) -> list[tuple[str, tuple[int, ...], dict[str, Unit]]]:
-    """What is measured together: a name, a shape, and who does it."""
-    here = {name: launcher for name, launcher in launchers(device).items() if not launcher.missing}
+    """Return the groups that are measured together: a name, a shape, and a unit per implementation."""
+    available = {name: launcher for name, launcher in launchers(device).items() if not launcher.missing}
     calls = 1 if rehearse else _CALLS
-    made = []
+    groups = []
     for shape in SMALL if rehearse else SHAPES:
         x = torch.randn(shape, device=device)
         seeds = torch.arange(shape[0], device=device)
-        ways: dict[str, Unit] = {"torch": _unit(calls, torch.randn, shape, device=device)}
-        for name, way in here.items():
-            ways[name] = way.hold(_unit(calls, fastdiff.randn, shape, seeds, device=device, backend=way.backend))
-        made.append(("randn", shape, ways))
+        units: dict[str, Unit] = {"torch": _unit(calls, torch.randn, shape, device=device)}
+        for name, launcher in available.items():
+            backend = launcher.backend
+            units[name] = launcher.wrap(_unit(calls, fastdiff.randn, shape, seeds, device=device, backend=backend))
+        groups.append(("randn", shape, units))
         for kind, by_torch in TORCH.items():
-            ways = {"torch": _unit(calls, by_torch, x)}
-            ways |= {name: way.hold(_unit(calls, OURS[kind], x, way.backend)) for name, way in here.items()}
-            made.append((kind, shape, ways))
-    return made
+            units = {"torch": _unit(calls, by_torch, x)}
+            for name, launcher in available.items():
+                units[name] = launcher.wrap(_unit(calls, OURS[kind], x, launcher.backend))
+            groups.append((kind, shape, units))
+    return groups
 
 
 def _unit(calls: int, function: Callable[..., Any], *arguments: Any, **options: Any) -> Unit:
