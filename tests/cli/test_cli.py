@@ -14,7 +14,7 @@ import torch
 
 from fastdiff.analysis.images import GAP, save_grid
 from fastdiff.cli import SAMPLERS, parse_classes, print_environment
-from support.children import child_environment
+from support.child_environment import child_environment
 
 pytest.importorskip("typer")
 

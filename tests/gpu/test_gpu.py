@@ -12,12 +12,12 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.ops import backends
 from fastdiff.row_layout import MODEL_INPUT_SCALE, Variance
-from support.backend_used import answered
-from support.mixed import copied, laid_out, random_batch, run, solvers
-from support.on_gpu import BACKENDS, kernels_of, on_host, skip_where_missing
+from support.backend_used import record_backends
+from support.gpu_helpers import BACKENDS, kernels_of, on_host, skip_where_missing
 from support.oracle import DTYPES, INTERPRETED, Case, Shape, assert_same_bits, assert_within_rounding, make, plain_row
+from support.row_batches import copy_batch, random_batch, run_batch, solver_batch, with_layout
 
-pytestmark = [pytest.mark.gpu, pytest.mark.answers]
+pytestmark = [pytest.mark.gpu, pytest.mark.checks_backend]
 
 needs_cpu_backend = pytest.mark.skipif(backends.extension is None, reason="needs the C++ extension to compare with")
 
@@ -66,7 +66,7 @@ def test_gpu_is_answered_by_the_first_backend_that_is_there() -> None:
 def test_gpu_backend_that_is_forced_answers(backend: str) -> None:
     x = torch.ones(3, device="cuda")
     assert ops.backend_for(x, backend) == backend
-    with answered() as record:
+    with record_backends() as record:
         (result,) = ops.step(x, x, plain_row(prev_x=2.0).cuda(), 0, backend=backend)
     assert record.computed == {backend: 1}
     assert torch.equal(result, 2 * x)
@@ -159,7 +159,7 @@ def test_noise_drawn_in_a_step_on_gpu_gives_the_bits_of_the_cpu(
 ) -> None:
     table = plain_row(dtype, prev_x=0.5, prev_m=0.25, prev_z=0.75)
     for shape in ((2, 4, 16, 16), (2, 3, 5, 7), (1, 16, 33, 1)):
-        x, m = (laid_out(torch.randn(shape).to(dtype), channels_last) for _ in range(2))
+        x, m = (with_layout(torch.randn(shape).to(dtype), channels_last) for _ in range(2))
         seeds = torch.randint(-(2**62), 2**62, (shape[0],))
         rest = {"noise_step": 2**32 - 1, "purpose": 7}
         expected = ops.step(x, m, table, 0, seeds=seeds, backend="cpu", **rest)  # type: ignore[arg-type]
@@ -172,8 +172,8 @@ def test_noise_drawn_in_a_step_on_gpu_gives_the_bits_of_the_cpu(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mixed_solvers_on_gpu_give_the_bits_of_the_cpu(backend: str, dtype: torch.dtype, channels_last: bool) -> None:
     for seed, inner in enumerate([(4, 16, 16), (3, 5, 7), (4, 64, 64)]):
-        batch = solvers(seed, dtype, inner, channels_last=channels_last)
-        assert_same_bits(on_host(tuple(run(copied(batch, "cuda"), backend))), run(batch, "cpu"))
+        batch = solver_batch(seed, dtype, inner, channels_last=channels_last)
+        assert_same_bits(on_host(tuple(run_batch(copy_batch(batch, "cuda"), backend))), run_batch(batch, "cpu"))
 
 
 @needs_cpu_backend
@@ -184,7 +184,7 @@ def test_any_rows_on_gpu_give_the_bits_of_the_cpu(backend: str, dtype: torch.dty
         batch = random_batch(seed, dtype)
         if batch["variance_kind"] == Variance.LEARNED_RANGE:
             batch["variance_kind"] = int(Variance.LEARNED)  # exp is nobody's standard
-        assert_same_bits(on_host(tuple(run(copied(batch, "cuda"), backend))), run(batch, "cpu"))
+        assert_same_bits(on_host(tuple(run_batch(copy_batch(batch, "cuda"), backend))), run_batch(batch, "cpu"))
 
 
 def test_row_beyond_the_table_on_gpu_leaves_its_sample_as_it_is(backend: str) -> None:

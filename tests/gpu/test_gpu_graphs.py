@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from fastdiff import BaseSampler, SamplingResult, StepInfo, ops
+from support.gpu_helpers import skip_where_missing
 from support.graph_cases import GUIDANCE, METHODS, SHAPE, STOCHASTIC, Inputs, Model, model_of, sampler_of
-from support.on_gpu import skip_where_missing
 from support.oracle import assert_same_bits
 
 pytestmark = pytest.mark.gpu

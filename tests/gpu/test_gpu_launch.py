@@ -13,7 +13,7 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.ops import backends
 from fastdiff.ops.call import StepCall
-from support.on_gpu import skip_where_missing
+from support.gpu_helpers import skip_where_missing
 from support.oracle import DTYPES, INTERPRETED, assert_same_bits, plain_row
 
 pytestmark = pytest.mark.gpu

@@ -12,10 +12,10 @@ from torch import Tensor
 import fastdiff
 from fastdiff import ops
 from fastdiff.ops import backends
-from support.on_gpu import BACKENDS, kernels_of, skip_where_missing
+from support.gpu_helpers import BACKENDS, kernels_of, skip_where_missing
 from support.oracle import assert_same_bits
 
-pytestmark = [pytest.mark.gpu, pytest.mark.answers]
+pytestmark = [pytest.mark.gpu, pytest.mark.checks_backend]
 
 
 @pytest.fixture(params=BACKENDS)

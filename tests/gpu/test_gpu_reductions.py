@@ -12,13 +12,13 @@ import torch
 
 from fastdiff import ops
 from fastdiff.ops import backends
-from support.on_gpu import BACKENDS, skip_where_missing
+from support.gpu_helpers import BACKENDS, skip_where_missing
 from support.oracle import DTYPES, assert_same_bits
 from support.reduction_cases import KINDS, call, numbers
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.answers,
+    pytest.mark.checks_backend,
     pytest.mark.skipif(backends.extension is None, reason="needs the C++ extension to compare with"),
 ]
 

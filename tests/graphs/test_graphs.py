@@ -22,7 +22,7 @@ from fastdiff.guidance import GuidanceMode, GuidedModel
 from fastdiff.ops import backends
 from fastdiff.sampling.loop import run_loop
 from support.graph_cases import GUIDANCE, METHODS, SHAPE, STOCHASTIC, Inputs, Model, model_of, sampler_of
-from support.graph_emulator import EmulatedGraph, RefuseSyncs, looked_at_as_a_gpu, poison, storages
+from support.graph_emulator import EmulatedGraph, RefuseSyncs, poison, storages, values_unreadable
 from support.oracle import INTERPRETED, assert_same_bits
 
 pytestmark = pytest.mark.skipif(
@@ -571,7 +571,7 @@ def test_eager_loop_looks_at_no_value(thresholding: bool, guidance: str, seeded:
             check_finite=False,
         )
         generator = None if seeded else torch.Generator().manual_seed(0)
-        with torch.no_grad(), looked_at_as_a_gpu(), RefuseSyncs():
+        with torch.no_grad(), values_unreadable(), RefuseSyncs():
             stepper = sampler.stepper(seeds=inputs.seeds if seeded else None)
             result = run_loop(
                 model, stepper, sampler.timesteps, inputs.latents, generator=generator, progress=False,
@@ -586,7 +586,7 @@ def test_eager_loop_that_looks_is_seen() -> None:
     sampler, inputs = sampler_of("ddim-0.0"), Inputs(1)
     with (
         torch.no_grad(),
-        looked_at_as_a_gpu(),
+        values_unreadable(),
         RefuseSyncs(),
         pytest.raises(RuntimeError, match="waits for the device"),
     ):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastdiff import ops
-from support.children import child_environment
+from support.child_environment import child_environment
 
 if ops.backends.extension is None:
     pytest.skip(ops.backends.extension_error, allow_module_level=True)

@@ -21,9 +21,9 @@ from fastdiff.ops.checks import check
 from fastdiff.ops.layout import hand_back, make_plain
 from fastdiff.row_layout import MODEL_INPUT_SCALE, STORE_0, STORE_1, Variance
 from support.cuda_host import Kernel, Layout, needs_compiler, needs_cpu_backend, run_call, run_on_host
-from support.mixed import copied
 from support.mixed_dtypes import mixed_batch, mixed_case
 from support.oracle import TIE_FACTORS, Case, Shape, all_bit_patterns, assert_same_bits, plain_row
+from support.row_batches import copy_batch
 
 pytestmark = [needs_compiler, needs_cpu_backend]
 
@@ -110,9 +110,9 @@ def test_mixed_rows_on_host_give_the_bits_of_the_cpu(kernel: Kernel) -> None:
         batch, prev = mixed_batch(seed, "cuda")
         if batch["variance_kind"] == Variance.LEARNED_RANGE:
             batch["variance_kind"] = int(Variance.LEARNED)  # exp is nobody's standard
-        theirs = copied(batch)
+        theirs = copy_batch(batch)
         expected = ops.step_rows(**theirs, out=prev, backend="cpu")
-        own = copied(batch)
+        own = copy_batch(batch)
         rows, registers = own.pop("rows"), own.pop("registers")
         call = StepCall(row=rows, history=tuple(registers), scatter=True, **own)
         check(call, (prev,))

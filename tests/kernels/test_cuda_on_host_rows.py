@@ -21,8 +21,8 @@ from fastdiff.ops.checks import check
 from fastdiff.ops.layout import hand_back, make_plain
 from fastdiff.row_layout import MODEL_INPUT_SCALE, STORE_0, STORE_1, Variance
 from support.cuda_host import Kernel, Layout, needs_compiler, needs_cpu_backend, randn_on_host, run_call
-from support.mixed import Batch, copied, laid_out, random_batch, run, solvers, written
 from support.oracle import DTYPES, assert_same_bits, plain_row
+from support.row_batches import Batch, copy_batch, random_batch, run_batch, solver_batch, with_layout, written_tensors
 
 pytestmark = needs_compiler
 
@@ -43,11 +43,11 @@ def call_on_host(kernel: Kernel, call: StepCall, layout: Layout = Layout()) -> t
 
 
 def rows_on_host(kernel: Kernel, batch: Batch, layout: Layout) -> list[Tensor]:
-    """As `mixed.run`."""
-    own = copied(batch)
+    """As `row_batches.run_batch`."""
+    own = copy_batch(batch)
     rows, registers = own.pop("rows"), own.pop("registers")
     call = StepCall(row=rows, history=tuple(registers), scatter=True, **own)
-    return [*call_on_host(kernel, call, layout), *written({**own, "registers": registers})]
+    return [*call_on_host(kernel, call, layout), *written_tensors({**own, "registers": registers})]
 
 
 def some_layout(seed: int, dtype: torch.dtype) -> Layout:
@@ -68,8 +68,8 @@ def test_mixed_solvers_on_host_give_the_bits_of_the_cpu(
     # Samples of whole packs, of none, and of more than a block of threads.
     for seed, inner in enumerate([(4, 4, 4), (3, 5, 7), (1, 1, 1), (4, 24, 24)]):
         kernel.runtime(backwards=seed % 2 == 1)
-        batch = solvers(seed, dtype, inner, channels_last=channels_last)
-        assert_same_bits(rows_on_host(kernel, batch, Layout(shift=seed // 3)), run(batch, "cpu"))
+        batch = solver_batch(seed, dtype, inner, channels_last=channels_last)
+        assert_same_bits(rows_on_host(kernel, batch, Layout(shift=seed // 3)), run_batch(batch, "cpu"))
 
 
 @needs_cpu_backend
@@ -82,7 +82,7 @@ def test_any_rows_on_host_give_the_bits_of_the_cpu(kernel: Kernel, dtype: torch.
         batch = random_batch(seed, dtype)
         if batch["variance_kind"] == Variance.LEARNED_RANGE:
             batch["variance_kind"] = int(Variance.LEARNED)  # exp is nobody's standard
-        assert_same_bits(rows_on_host(kernel, batch, some_layout(seed, dtype)), run(batch, "cpu"))
+        assert_same_bits(rows_on_host(kernel, batch, some_layout(seed, dtype)), run_batch(batch, "cpu"))
 
     check_one()
 
@@ -117,7 +117,7 @@ def test_noise_drawn_on_host_is_the_references_to_the_bit(kernel: Kernel, dtype:
     for shape in ((4, 64), (4, 3), (4, 37), (4, 2100), (4, 3, 5, 7), (4, 8, 4, 4), (4, 16, 1, 3)):
         for channels_last in (False, True) if len(shape) == 4 else (False,):
             for step in (STEP, torch.tensor([3, 2**32 - 1, 0, STEP]), torch.tensor([STEP])):
-                x = laid_out(torch.zeros(shape, dtype=dtype), channels_last)
+                x = with_layout(torch.zeros(shape, dtype=dtype), channels_last)
                 call = StepCall(x, x.clone(), table, 0, seeds=SEEDS, noise_step=step, purpose=PURPOSE)
                 for shift in (0, 1):
                     (drawn,) = call_on_host(kernel, call, Layout(shift=shift))

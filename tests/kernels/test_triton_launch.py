@@ -13,7 +13,7 @@ import torch
 
 from fastdiff import ops
 from fastdiff.ops import backends
-from support.children import child_environment
+from support.child_environment import child_environment
 from support.oracle import DTYPES, assert_same_bits, plain_row
 
 config = pytest.importorskip("fastdiff.kernels.config", reason="needs the triton package")

@@ -14,8 +14,8 @@ import torch
 
 from fastdiff import ops, philox
 from fastdiff.ops import backends
-from support.mixed import random_batch, run, solvers
 from support.oracle import DTYPES, INTERPRETED, assert_same_bits
+from support.row_batches import random_batch, run_batch, solver_batch
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -106,10 +106,10 @@ def test_triton_randn_with_a_fused_fma_is_the_references_to_the_bit(fused: None,
 def test_triton_rows_with_a_fused_fma_give_the_bits_of_the_cpu(
     fused: None, dtype: torch.dtype, channels_last: bool
 ) -> None:
-    batch = solvers(5, dtype, (3, 19, 21), channels_last=channels_last)
-    assert_same_bits(run(batch, "triton"), run(batch, "cpu"))
+    batch = solver_batch(5, dtype, (3, 19, 21), channels_last=channels_last)
+    assert_same_bits(run_batch(batch, "triton"), run_batch(batch, "cpu"))
     for seed in range(12):
         batch = random_batch(seed, dtype, (torch.float16, torch.float32, torch.float64))
         if batch["variance_kind"] == 1:
             batch["variance_kind"] = 2  # exp is nobody's standard
-        assert_same_bits(run(batch, "triton"), run(batch, "cpu"))
+        assert_same_bits(run_batch(batch, "triton"), run_batch(batch, "cpu"))

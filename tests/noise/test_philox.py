@@ -20,10 +20,10 @@ import fastdiff
 from fastdiff import Purpose, as_seeds, ops, spawn_seeds
 from fastdiff.ops import backends
 from fastdiff.philox import normals, philox_words, purpose_of_draw
-from support.children import child_environment
-from support.oracle import DTYPES, assert_same_bits, backends_at_hand, device_of, plain_row
+from support.child_environment import child_environment
+from support.oracle import DTYPES, assert_same_bits, available_backends, device_of, plain_row
 
-pytestmark = pytest.mark.answers
+pytestmark = pytest.mark.checks_backend
 needs_extension = pytest.mark.skipif(backends.extension is None, reason="the C++ extension was not built")
 SEEDS = st.integers(0, 2**64 - 1)
 #: Alone, around chunks of 4, registers of 64 numbers and tiles of 512.
@@ -79,7 +79,7 @@ def test_normals_are_those_of_the_formula() -> None:
 # --- What numbers depend on ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", backends_at_hand())
+@pytest.mark.parametrize("backend", available_backends())
 def test_a_sample_is_the_same_alone_and_at_any_place_of_any_batch(backend: str) -> None:
     # Triton's interpreter takes tens of milliseconds a program.
     @settings(max_examples=10 if backend == "triton" else 60)
@@ -296,7 +296,7 @@ def test_nothing_is_drawn_for_empty_shapes(shape: tuple[int, ...]) -> None:
     assert fastdiff.randn(shape, list(range(shape[0]))).shape == shape
 
 
-@pytest.mark.parametrize("backend", backends_at_hand())
+@pytest.mark.parametrize("backend", available_backends())
 def test_opcheck(backend: str) -> None:
     seeds = as_seeds([1, 2], 2, device_of(backend))
     torch.library.opcheck(torch.ops.fastdiff.randn.default, (seeds, [2, 3, 5], None, 4, 1, torch.float16, backend))

@@ -25,8 +25,8 @@ from fastdiff import ops
 from fastdiff.noise import torch_normals as torch_noise
 from fastdiff.noise.generators import draw
 from fastdiff.noise.torch_normals import randn_like_diffusers, torch_randn, why_by_torch
-from support.children import child_environment
-from support.generator_words import differing, numbers_of, one_of_radius_one, with_counters
+from support.child_environment import child_environment
+from support.generator_states import differing, numbers_of, one_of_radius_one, with_counters
 
 extension = ops.backends.extension
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE")
@@ -556,7 +556,7 @@ def test_samplers_draw_with_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 IN_A_PROCESS = """
 import numpy, torch
 from fastdiff.noise.torch_normals import torch_randn, why_by_torch
-from support.generator_words import differing, one_of_radius_one
+from support.generator_states import differing, one_of_radius_one
 ours, theirs = torch.Generator().manual_seed(8), torch.Generator().manual_seed(8)
 for size in (1, 15, 16, 17, 1000, 8192, 70001, 624):
     drawn, expected = torch_randn((size,), ours), torch.randn(size, generator=theirs)

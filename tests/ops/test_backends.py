@@ -19,10 +19,10 @@ import fastdiff
 from fastdiff import ops
 from fastdiff.ops import backends
 from fastdiff.ops import dispatch as run
-from support.children import child_environment
-from support.oracle import backends_at_hand, device_of, plain_row
+from support.child_environment import child_environment
+from support.oracle import available_backends, device_of, plain_row
 
-BACKENDS = backends_at_hand()
+BACKENDS = available_backends()
 needs_extension = pytest.mark.skipif(backends.extension is None, reason="the C++ extension was not built")
 X = torch.ones(2, 3)
 ROW = plain_row(prev_x=1.0, prev_m=2.0)

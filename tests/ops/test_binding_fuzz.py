@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdiff.ops import backends
-from support.fuzz import Server
+from support.fuzz_process import Server
 from support.step_plans import COUNTERS, INTEGERS, LIKE_SAMPLE, LISTS, SLOTS, TENSORS, WAYS, Plan
-from support.strange_tensors import OTHER_CHANGES, TENSOR_CHANGES
+from support.tensor_mutations import OTHER_CHANGES, TENSOR_CHANGES
 
 #: Rows within the table, to be skipped, just beyond it and far from it.
 ROWS = st.sampled_from((0, 1, 2, 0, 1, 2, 0, 1, -1, -2, 3, 2**40, -(2**63)))

@@ -19,9 +19,9 @@ from torch import Tensor
 import fastdiff
 from fastdiff import ops
 from fastdiff.ops import backends
-from support.fuzz import Memory, Server, copy_of, serve
+from support.fuzz_process import Memory, Server, copy_of, serve
 from support.oracle import assert_same_bits
-from support.strange_tensors import OTHER_CHANGES, TENSOR_CHANGES, UNREADABLE, in_a_room
+from support.tensor_mutations import OTHER_CHANGES, TENSOR_CHANGES, UNREADABLE, in_a_room
 
 #: Each binding's arguments in their order, without `stream`.
 ARGUMENTS = {

@@ -24,7 +24,7 @@ from torch import Tensor
 import fastdiff
 from fastdiff import ops
 from fastdiff.ops import backends, memory
-from support.children import child_environment
+from support.child_environment import child_environment
 from support.oracle import DTYPES, plain_row
 
 if backends.extension is None:

@@ -20,8 +20,8 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.ops import reductions_reference
 from fastdiff.row_layout import compute_dtype
-from support.children import child_environment
-from support.oracle import DTYPES, INTERPRETED, UNIT_ROUNDOFF, assert_same_bits, backends_at_hand, device_of
+from support.child_environment import child_environment
+from support.oracle import DTYPES, INTERPRETED, UNIT_ROUNDOFF, assert_same_bits, available_backends, device_of
 from support.reduction_cases import (
     KINDS,
     LAYOUTS,
@@ -31,13 +31,13 @@ from support.reduction_cases import (
     SPREADS,
     by_torch,
     call,
-    laid_out,
     numbers,
     oracle,
+    with_layout,
 )
 
-pytestmark = pytest.mark.answers
-BACKENDS = backends_at_hand()
+pytestmark = pytest.mark.checks_backend
+BACKENDS = available_backends()
 needs_extension = pytest.mark.skipif(ops.backends.extension is None, reason="the C++ extension was not built")
 #: torch's interpolation fuses a product with its sum in its builds for AVX2 and AVX-512 and on CUDA.
 torch_fuses = pytest.mark.skipif(
@@ -79,7 +79,7 @@ def test_the_quantile_is_torch_s_to_the_bit(backend: str, dtype: torch.dtype) ->
         x = numbers(seed, shape, dtype, spread)
         if bad is not None:
             x.view(-1)[seed % x.numel()] = bad
-        got = ops.quantile(laid_out(x, layout).to(device_of(backend)), q, absolute, backend=backend).cpu()
+        got = ops.quantile(with_layout(x, layout).to(device_of(backend)), q, absolute, backend=backend).cpu()
         expected = by_torch(x, q, absolute)
         if backend == "triton" and INTERPRETED:
             # The interpreter rounds the product of an fma: once more, by half a unit of the distance it is a part of.
@@ -152,7 +152,7 @@ def test_sums_lie_within_their_rounding(backend: str, kind: str, dtype: torch.dt
         if kind == "std" and x[0].numel() <= correction:
             return
         device = device_of(backend)
-        got = call(kind, laid_out(x, layout).to(device), y.to(device), correction, backend=backend).cpu()
+        got = call(kind, with_layout(x, layout).to(device), y.to(device), correction, backend=backend).cpu()
         assert got.dtype == compute_dtype(dtype)
         assert got.shape == shape[:1]
         value, bound = oracle(kind, x, y, correction)
@@ -219,7 +219,7 @@ def test_a_sample_is_added_in_the_order_of_memory(kind: str) -> None:
     assert torch.equal(call(kind, *last), call(kind, *as_it_lies))
     assert torch.equal(call(kind, last[0], y), call(kind, *last))  # y follows x
     for layout in ("gaps", "batch inside"):
-        assert torch.equal(call(kind, laid_out(x, layout), laid_out(y, layout)), call(kind, x, y))
+        assert torch.equal(call(kind, with_layout(x, layout), with_layout(y, layout)), call(kind, x, y))
 
 
 @pytest.mark.parametrize("kind", KINDS)

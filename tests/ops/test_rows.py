@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.row_layout import MODEL_INPUT_SCALE, ROW_WIDTH, compute_dtype
-from support.mixed import alone, copied, of_sample, random_batch, run, solvers
-from support.oracle import DTYPES, INTERPRETED, assert_same_bits, backends_at_hand, device_of, plain_row
+from support.oracle import DTYPES, INTERPRETED, assert_same_bits, available_backends, device_of, plain_row
+from support.row_batches import copy_batch, random_batch, run_batch, run_sample_alone, select_sample, solver_batch
 
-pytestmark = pytest.mark.answers
-BACKENDS = backends_at_hand()
+pytestmark = pytest.mark.checks_backend
+BACKENDS = available_backends()
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -45,12 +45,12 @@ def model_input_dtypes(backend: str) -> tuple[torch.dtype, ...]:
 def test_mixed_solvers_in_one_launch_equal_each_sample_alone(
     backend: str, dtype: torch.dtype, channels_last: bool
 ) -> None:
-    batch = copied(solvers(3, dtype, (3, 5, 7), channels_last=channels_last), device_of(backend))
-    together = run(batch, backend)
+    batch = copy_batch(solver_batch(3, dtype, (3, 5, 7), channels_last=channels_last), device_of(backend))
+    together = run_batch(batch, backend)
     size = len(batch["sample"])
     assert int((batch["rows"] < 0).sum()) == 1
     for i in range(size):
-        assert_same_bits(of_sample(together, i, size), alone(batch, i, backend))
+        assert_same_bits(select_sample(together, i, size), run_sample_alone(batch, i, backend))
     # What a solver has not written yet was NaN; nothing else is, and noise has reached those who draw it.
     assert not together[0].isnan().any()
 
@@ -61,19 +61,19 @@ def test_any_rows_in_one_launch_equal_each_sample_alone(backend: str, dtype: tor
     @examples(backend, 40)
     @given(seed=st.integers(0, 2**32 - 1))
     def check(seed: int) -> None:
-        batch = copied(random_batch(seed, dtype, model_input_dtypes(backend)), device_of(backend))
-        together = run(batch, backend)
+        batch = copy_batch(random_batch(seed, dtype, model_input_dtypes(backend)), device_of(backend))
+        together = run_batch(batch, backend)
         for i in range(len(batch["sample"])):
-            assert_same_bits(of_sample(together, i, len(batch["sample"])), alone(batch, i, backend))
+            assert_same_bits(select_sample(together, i, len(batch["sample"])), run_sample_alone(batch, i, backend))
 
     check()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_step_in_place_equals_step_elsewhere(backend: str) -> None:
-    batch = copied(solvers(4, torch.float32, (6, 11)), device_of(backend))
-    expected = run(batch, backend)
-    own = copied(batch, device_of(backend))
+    batch = copy_batch(solver_batch(4, torch.float32, (6, 11)), device_of(backend))
+    expected = run_batch(batch, backend)
+    own = copy_batch(batch, device_of(backend))
     with torch.no_grad():
         result = ops.step_rows(**own, out=own["sample"], backend=backend)
     assert result is own["sample"]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from support.oracle import backends_at_hand, device_of, plain_row
+from support.oracle import available_backends, device_of, plain_row
 
-BACKENDS = backends_at_hand()
+BACKENDS = available_backends()
 NAN = float("nan")
 
 #: "step: <argument> <what it got>, expected <what>; <remedy>"

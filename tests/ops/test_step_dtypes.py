@@ -20,7 +20,6 @@ from fastdiff.ops import backends
 from fastdiff.ops.dispatch import RESULT_DTYPES
 from fastdiff.row_layout import MODEL_INPUT_SCALE, STORE_0, STORE_1
 from support.layouts import LAYOUTS, shapes_for
-from support.mixed import copied, random_batch
 from support.mixed_dtypes import SCALARS, by_definition, dtypes_for, mixed_batch, mixed_case, poisoned, widened
 from support.oracle import (
     DTYPES,
@@ -29,14 +28,15 @@ from support.oracle import (
     Case,
     Shape,
     assert_same_bits,
-    backends_at_hand,
+    available_backends,
     cases,
     device_of,
     make,
     plain_row,
 )
+from support.row_batches import copy_batch, random_batch
 
-BACKENDS = backends_at_hand()
+BACKENDS = available_backends()
 needs_extension = pytest.mark.skipif(backends.extension is None, reason="the C++ extension was not built")
 
 
@@ -50,7 +50,7 @@ def examples_for(backend: str | None, examples: int) -> settings:
 # --- The definition --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.answers
+@pytest.mark.checks_backend
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_mixed_step_is_the_widened_step_rounded_once(backend: str) -> None:
     @examples_for(backend, 150)
@@ -231,9 +231,9 @@ def test_mixed_registers_are_written_as_the_widened_ones_rounded(backend: str | 
     @given(seed=st.integers(0, 2**32 - 1))
     def check(seed: int) -> None:
         batch, prev = mixed_batch(seed, backend)
-        batch = copied(batch, device_of(backend or ""))
+        batch = copy_batch(batch, device_of(backend or ""))
         compute = batch["table"].dtype
-        wide = copied(batch)
+        wide = copy_batch(batch)
         for name in ("sample", "model_output", "uncond", "noise", "variance"):
             wide[name] = None if wide[name] is None else wide[name].to(compute)
         wide["registers"] = [None if h is None else h.to(compute) for h in wide["registers"]]

@@ -20,14 +20,14 @@ from support.oracle import (
     Shape,
     assert_same_bits,
     assert_within_rounding,
-    backends_at_hand,
+    available_backends,
     cases,
     device_of,
     make,
     plain_row,
 )
 
-BACKENDS = backends_at_hand()
+BACKENDS = available_backends()
 
 PER_SAMPLE = ("guidance", "threshold", "table")
 
@@ -40,14 +40,14 @@ def test_any_layout_gives_the_bits_of_the_contiguous_step(backend: str) -> None:
         case = make(plan).to(device_of(backend))
         layouts = iter(choice * 2)
 
-        def laid_out(name: str, tensor: Tensor) -> Tensor:
+        def with_layout(name: str, tensor: Tensor) -> Tensor:
             if name in PER_SAMPLE:
                 return tensor
             result = next(layouts)(tensor)
             assert torch.equal(result, tensor)
             return result
 
-        other = case.with_tensors(laid_out)
+        other = case.with_tensors(with_layout)
         results = other.run(backend)
         assert_same_bits(results, case.run(backend))
         if is_dense(other.sample) and other.sample.numel() > 0:

@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastdiff import ops
 from fastdiff.ops import backends
-from support.oracle import NOTHING_MORE, Case, assert_same_bits, backends_at_hand, device_of, plain_row
+from support.oracle import NOTHING_MORE, Case, assert_same_bits, available_backends, device_of, plain_row
 
-BACKENDS = [None, *backends_at_hand()]
+BACKENDS = [None, *available_backends()]
 COMPILED = [backend for backend in BACKENDS if backend != "reference"]
 
 

@@ -20,13 +20,13 @@ from support.oracle import (
     INTERPRETED,
     Case,
     assert_same_bits,
-    backends_at_hand,
+    available_backends,
     device_of,
     form_case,
     plain_row,
 )
 
-BACKENDS = backends_at_hand()
+BACKENDS = available_backends()
 POISONS = (float("nan"), float("inf"), -float("inf"))
 #: Of the tensor that the prediction does not read: the row's weight, the tensor and its column.
 LEFT_OUT = {"p": ("sample", "x"), "q": ("model_output", "m")}
@@ -50,7 +50,7 @@ def forms_for(backend: str, weight: str) -> list[Any]:
     return found if backend == "cpu" else found[:: len(found) // 4]
 
 
-@pytest.mark.answers
+@pytest.mark.checks_backend
 @pytest.mark.parametrize("weight", LEFT_OUT)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_prediction_leaves_out_what_its_weight_is_zero_for(backend: str, weight: str) -> None:
@@ -70,7 +70,7 @@ def test_prediction_leaves_out_what_its_weight_is_zero_for(backend: str, weight:
                     assert_same_bits(poisoned(case, "uncond", poison).run(backend), expected)
 
 
-@pytest.mark.answers
+@pytest.mark.checks_backend
 @pytest.mark.parametrize("weight", LEFT_OUT)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_thresholded_prediction_leaves_out_what_its_weight_is_zero_for(backend: str, weight: str) -> None:
@@ -85,7 +85,7 @@ def test_thresholded_prediction_leaves_out_what_its_weight_is_zero_for(backend: 
             assert_same_bits(poisoned(case, name, poison).run(backend), expected)
 
 
-@pytest.mark.answers
+@pytest.mark.checks_backend
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_prediction_leaves_out_a_sample_in_rows_of_their_own(backend: str) -> None:
     device = device_of(backend)
@@ -99,7 +99,7 @@ def test_prediction_leaves_out_a_sample_in_rows_of_their_own(backend: str) -> No
     assert result[1].tolist() == [0.25] * 70
 
 
-@pytest.mark.answers
+@pytest.mark.checks_backend
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bound", [0.5, -0.5])
 def test_clamp_is_torch_s(backend: str, bound: float) -> None:

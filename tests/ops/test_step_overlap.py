@@ -29,9 +29,9 @@ from support.layouts import (
     sliced,
     transposed,
 )
-from support.oracle import Shape, assert_same_bits, backends_at_hand, cases, device_of, make, plain_row
+from support.oracle import Shape, assert_same_bits, available_backends, cases, device_of, make, plain_row
 
-BACKENDS = backends_at_hand()
+BACKENDS = available_backends()
 PER_SAMPLE = ("guidance", "threshold", "table")
 
 

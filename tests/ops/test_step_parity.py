@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastdiff
-from support.children import child_environment
+from support.child_environment import child_environment
 from support.oracle import (
     DTYPES,
     FORMS,
@@ -27,7 +27,7 @@ from support.oracle import (
     all_bit_patterns,
     assert_same_bits,
     assert_within_rounding,
-    backends_at_hand,
+    available_backends,
     bits,
     cases,
     device_of,
@@ -37,8 +37,8 @@ from support.oracle import (
     plain_row,
 )
 
-pytestmark = pytest.mark.answers
-BACKENDS = backends_at_hand()
+pytestmark = pytest.mark.checks_backend
+BACKENDS = available_backends()
 HALVES = (torch.float16, torch.bfloat16)
 
 

@@ -17,7 +17,7 @@ from support.oracle import (
     Case,
     Shape,
     assert_same_bits,
-    backends_at_hand,
+    available_backends,
     cases,
     device_of,
     evaluate,
@@ -25,7 +25,7 @@ from support.oracle import (
     plain_row,
 )
 
-BACKENDS = backends_at_hand()
+BACKENDS = available_backends()
 SEEDS = st.integers(0, 2**32 - 1)
 
 

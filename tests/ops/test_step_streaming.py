@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.ops import backends
-from support.children import child_environment
+from support.child_environment import child_environment
 from support.oracle import Shape, assert_same_bits, cases, make, plain_row
 
 if backends.extension is None:

@@ -18,7 +18,7 @@ from fastdiff.schedules import create_noise_scheduler
 from fastdiff.schedules.levels import Levels, levels_from_timesteps
 from fastdiff.solvers import Prediction, PredictionType, ddim, ddpm, dpm_multistep, euler, euler_ancestral, heun
 from fastdiff.solvers.table import StepTable
-from support.loops import (
+from support.solver_loops import (
     ALGORITHMS,
     PREDICTION_TYPES,
     SOLVERS,
@@ -29,8 +29,8 @@ from support.loops import (
     Sensitivity,
     error_bound,
     evaluate,
+    run_loop,
     sensitivity,
-    walk,
 )
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -92,7 +92,7 @@ def _check(
     bound = error_bound(found, dtype)
     ends = {}
     for name in backends:
-        end = walk(table, model, start, noise, guidance=GUIDANCE, dtype=dtype, backend=name, device=device)
+        end = run_loop(table, model, start, noise, guidance=GUIDANCE, dtype=dtype, backend=name, device=device)
         ends[name] = end
         assert np.isfinite(end).all()
         # Derived in `error_bound`: rounding by rounding, each carried to the end by the measured response.
@@ -153,7 +153,7 @@ def test_loop_with_clipping_agrees_with_formulas(solver: str, backend: str) -> N
     model = _model(table.variance)
     found = sensitivity(table, model, START, NOISE, guidance=GUIDANCE)
     expected = evaluate(table, model, START, NOISE, guidance=GUIDANCE)
-    end = walk(table, model, START, NOISE, guidance=GUIDANCE, dtype=torch.float64, backend=backend)
+    end = run_loop(table, model, START, NOISE, guidance=GUIDANCE, dtype=torch.float64, backend=backend)
     unclipped = SOLVERS[solver](_levels(TIMESTEPS, clean=True), Prediction(PredictionType.EPSILON))
     assert np.abs(evaluate(unclipped, model, START, NOISE, guidance=GUIDANCE) - expected).max() > 0.1
     # Clamping shrinks errors; the floor of a few roundings is for elements that end clipped, with no response at all.
@@ -196,7 +196,7 @@ def test_loop_keeps_history_apart_from_samples() -> None:
             output = torch.from_numpy(model(samples[k].numpy(), 0.0).cond)
             samples[k] = steppers[k].step(samples[k], output, out=samples[k])
     for start, sample in zip((START, -START), samples, strict=True):
-        alone = walk(table, lambda x, t: Outputs(model(x, t).cond), start)
+        alone = run_loop(table, lambda x, t: Outputs(model(x, t).cond), start)
         # The same calls in the same order: the same bits.
         np.testing.assert_array_equal(sample.numpy(), alone)
 

@@ -19,7 +19,7 @@ from fastdiff.schedules.levels import levels_from_half_log_snr
 from fastdiff.solvers import Prediction
 from fastdiff.solvers.affine import HISTORY, MODEL_OUTPUT, NOISE, PREDICTION, SAMPLE, ZERO, Affine
 from fastdiff.solvers.table import Row, StepTable
-from support.loops import SOLVERS
+from support.solver_loops import SOLVERS
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -16,7 +16,7 @@ from fastdiff.schedules.levels import Level, Levels, levels_from_half_log_snr, l
 from fastdiff.solvers import Churn, Prediction, ddim, ddpm, euler, euler_ancestral, heun
 from fastdiff.solvers.affine import Affine
 from fastdiff.solvers.table import StepTable
-from support.loops import SOLVERS, Array, MakeTable, level_of
+from support.solver_loops import SOLVERS, Array, MakeTable, level_of
 
 MEAN, VARIANCE = 0.7, 0.25
 

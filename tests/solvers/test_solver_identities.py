@@ -33,7 +33,7 @@ from fastdiff.solvers import (
 )
 from fastdiff.solvers.affine import Affine
 from fastdiff.solvers.table import StepTable
-from support.loops import (
+from support.solver_loops import (
     ALGORITHMS,
     PREDICTION_TYPES,
     SOLVERS,
@@ -43,7 +43,7 @@ from support.loops import (
     Outputs,
     level_of,
     output_for,
-    walk,
+    run_loop,
 )
 
 #: Relative to the largest coefficient of a row.  A coefficient takes some ten operations; where 1 − e^h or 1 − f²
@@ -131,7 +131,7 @@ def test_identity_holds_over_whole_loops(
         eta = 0.0 if family is _deterministic_first_order else 1.0
         tables = {**tables, "ddim": ddim(levels, Prediction(clip_range=clip), eta=eta, use_clipped_model_output=True)}
         tables.pop("ddim, eta 1", None)
-    ends = {name: walk(table, lambda x, t: Outputs(np.tanh(x)), start, noise) for name, table in tables.items()}
+    ends = {name: run_loop(table, lambda x, t: Outputs(np.tanh(x)), start, noise) for name, table in tables.items()}
     first = next(iter(ends.values()))
     for name, end in ends.items():
         # Twelve rows of TOLERANCE at most, each passed on by the later ones, which multiply a sample by α_end/α_t at
@@ -179,7 +179,7 @@ def test_identity_of_prediction_types_for_every_solver(solver: str) -> None:
     for kind in PREDICTION_TYPES:
         table = SOLVERS[solver](levels, Prediction(kind))
         variance = None if table.variance is Variance.FIXED else np.full(SHAPE, 0.3)
-        ends.append(walk(table, _converted(kind, belief, variance), start, noise))
+        ends.append(run_loop(table, _converted(kind, belief, variance), start, noise))
     assert np.abs(ends[0]).max() > 0.1
     for end in ends[1:]:
         # A dozen rows of TOLERANCE, largest between ε and x0 at λ = −2, where x0 = (x − σε)/α takes 1/α = 7.5 times.
@@ -258,7 +258,7 @@ def test_singlestep_sde_mean_is_exact_for_a_constant_model(algorithm: str, order
 
     def end(levels: Levels, order: int) -> Array:
         table = dpm_singlestep(levels, prediction, solver_order=order, algorithm_type=algorithm)
-        return walk(table, lambda x, t: constant, np.array([0.7]), silent)
+        return run_loop(table, lambda x, t: constant, np.array([0.7]), silent)
 
     many, once = end(levels, order), end(whole, 1)
     np.testing.assert_allclose(many, once, rtol=TOLERANCE)

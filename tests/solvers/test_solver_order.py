@@ -17,7 +17,7 @@ import pytest
 from fastdiff.schedules.levels import Levels, levels_from_half_log_snr, with_intermediate_levels
 from fastdiff.solvers import Prediction, ddim, ddpm, dpm_multistep, dpm_singlestep, euler, euler_ancestral, heun
 from fastdiff.solvers.table import StepTable
-from support.loops import Array, Outputs, level_of, walk
+from support.solver_loops import Array, Outputs, level_of, run_loop
 
 MEANS, STDS, WEIGHTS = np.array([-1.5, 0.3, 1.2]), np.array([0.3, 0.5, 0.2]), np.array([0.3, 0.45, 0.25])
 FIRST, LAST = -4.0, 2.5  # λ = log(α/σ)
@@ -93,7 +93,7 @@ CASES: dict[str, tuple[Callable[[int], StepTable], float, float | None]] = {
 
 
 def _error(table: StepTable) -> float:
-    end = walk(table, lambda x, half_log_snr: Outputs(_epsilon(x, half_log_snr)), START)
+    end = run_loop(table, lambda x, half_log_snr: Outputs(_epsilon(x, half_log_snr)), START)
     return float(np.sqrt(np.mean((end - _truth()) ** 2)))
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""What several tests use: cases, oracles, emulators, and the processes that tests start."""
+"""Helpers of the tests: cases, oracles, emulators, and processes that tests start."""

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Which backend computed: a record of every call that reached one, and of what each public call had asked for.
+"""Record of the backend that computes each call, compared with the backend that the call requested.
 
-`answered` puts a recorder around the places where arithmetic is done (the extension's functions, the launches of
-Triton's kernels, the reference) and around the public operations. A call that asked for one backend and was computed by
-another, or by none, raises at once; so a silent fallback cannot pass, on any machine.
+`record_backends` wraps the functions that compute (the extension's functions, the launches of Triton's kernels, the
+reference) and the public operations. A public call that is computed by another backend than requested, or by none,
+raises at once; this detects a silent fallback on any machine.
 
-Marked ``answers``, a test that takes a parameter `backend` is run inside it (see conftest.py) and fails where that
-backend computed nothing.
+A test with the marker ``checks_backend`` runs within it (see conftest.py). If it has a parameter `backend`, it fails
+unless that backend computed something.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from fastdiff.ops import backends, reductions
 from fastdiff.ops import dispatch as run
 from fastdiff.ops import random as noise
 
-#: The public operations, and where in their arguments the tensor is by which a backend is chosen.
+#: The public operations, and the position of the tensor argument that determines the backend.
 OPERATIONS = {"step": 0, "step_rows": 0, "randn": 1, "quantile": 0, "mean": 0, "std": 0, "norm": 0, "dot": 0}
-#: Triton's launches: module of kernels/triton, function.
+#: Triton's launch functions: module of kernels/triton, function.
 TRITON = (("step", "launch"), ("philox", "randn"), ("select", "quantile"), ("reduce", "reduce"))
 EXTENSION = ("step", "randn", "quantile", "sum")
 
 
 @dataclass
 class Record:
-    """What `answered` has seen.
+    """Calls recorded by `record_backends`.
 
     Attributes:
-        computed: how many calls each backend has computed.
-        open: what the public calls under way have computed so far, the innermost last.
+        computed: number of calls that each backend has computed.
+        open: backends used so far by each public call in progress, the innermost last.
     """
 
     computed: Counter[str] = field(default_factory=Counter)
@@ -53,13 +53,13 @@ class Record:
             names.add(backend)
 
     def check(self, backend: str) -> None:
-        """`backend` has computed something."""
+        """Assert that `backend` has computed something."""
         assert self.computed[backend] > 0, f"{backend} computed nothing; who did: {dict(self.computed)}"
 
 
 @contextmanager
-def answered() -> Iterator[Record]:
-    """Record who computes in the block; a public call that is computed by another backend than it asks for raises."""
+def record_backends() -> Iterator[Record]:
+    """Record the backends used within the context; raise if a public call is not computed by the requested one."""
     record = Record()
     with ExitStack() as stack:
         for patch in (*_extension(record), *_triton(record), *_reference(record), *_operations(record)):
@@ -67,9 +67,9 @@ def answered() -> Iterator[Record]:
         yield record
 
 
-def _around(owner: Any, name: str, make: Callable[[Any], Any]) -> Any:
-    """A patch that puts `make(the function)` in its place; what is not there any more is an error, not a gap."""
-    assert hasattr(owner, name), f"{owner} has no {name}: backend_used.py records at a place that is gone"
+def _wrapped(owner: Any, name: str, make: Callable[[Any], Any]) -> Any:
+    """Return a patch that replaces a function by `make(function)`; a missing function is an error."""
+    assert hasattr(owner, name), f"{owner} has no {name}, which backend_used.py wraps"
     return mock.patch.object(owner, name, make(getattr(owner, name)))
 
 
@@ -81,7 +81,7 @@ def _extension(record: Record) -> list[Any]:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             done = function(*args, **kwargs)
-            # None is a refusal, except of randn, which fills a tensor. The kind of a sum comes before its tensor.
+            # None means refused, except for randn, which fills a tensor. A sum's kind precedes its tensor.
             if done is not None or function is original_randn:
                 tensor = next(value for value in args if isinstance(value, Tensor))
                 record.note("cuda" if tensor.is_cuda else "cpu")
@@ -90,13 +90,13 @@ def _extension(record: Record) -> list[Any]:
         return call
 
     original_randn = backends.extension.randn
-    return [_around(backends.extension, name, recorded) for name in EXTENSION]
+    return [_wrapped(backends.extension, name, recorded) for name in EXTENSION]
 
 
 def _triton(record: Record) -> list[Any]:
     if backends.why_missing("triton"):
         return []
-    return [_around(_kernels(module), name, functools.partial(_noted, record, "triton")) for module, name in TRITON]
+    return [_wrapped(_kernels(module), name, functools.partial(_recorded, record, "triton")) for module, name in TRITON]
 
 
 def _kernels(module: str) -> ModuleType:
@@ -104,13 +104,13 @@ def _kernels(module: str) -> ModuleType:
 
 
 def _reference(record: Record) -> list[Any]:
-    noted = functools.partial(_noted, record, "reference")
+    recorded = functools.partial(_recorded, record, "reference")
     names = ("quantile", "mean", "std", "norm", "dot")
-    found = [_around(reductions.reference, name, noted) for name in names]
-    return [*found, _around(run, "reference_step", noted), _around(noise, "normals", noted)]
+    found = [_wrapped(reductions.reference, name, recorded) for name in names]
+    return [*found, _wrapped(run, "reference_step", recorded), _wrapped(noise, "normals", recorded)]
 
 
-def _noted(record: Record, backend: str, function: Any) -> Any:
+def _recorded(record: Record, backend: str, function: Any) -> Any:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         done = function(*args, **kwargs)
@@ -121,11 +121,11 @@ def _noted(record: Record, backend: str, function: Any) -> Any:
 
 
 def _operations(record: Record) -> list[Any]:
-    return [_around(ops, name, functools.partial(_proved, record, name)) for name in OPERATIONS]
+    return [_wrapped(ops, name, functools.partial(_checked, record, name)) for name in OPERATIONS]
 
 
-def _proved(record: Record, name: str, function: Any) -> Any:
-    """The public operation, whose backend has to be the one that was asked for."""
+def _checked(record: Record, name: str, function: Any) -> Any:
+    """Wrap a public operation with a check that the requested backend computes it."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -144,7 +144,7 @@ def _proved(record: Record, name: str, function: Any) -> Any:
 
 
 def _is_empty(name: str, args: tuple[Any, ...], result: Tensor) -> bool:
-    """Whether there is nothing to compute; a reduction's samples may be empty where its result is not."""
+    """Return True if there is nothing to compute: the result, or a reduction's input, is empty."""
     given = args[OPERATIONS[name]] if len(args) > OPERATIONS[name] else None
     reduced = name not in ("step", "step_rows", "randn") and isinstance(given, Tensor) and given.numel() == 0
     return result.numel() == 0 or reduced

@@ -41,7 +41,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def laid_out(tensor: Tensor, layout: str) -> Tensor:
+def with_layout(tensor: Tensor, layout: str) -> Tensor:
     """The same numbers in another order in memory; or, where elements share memory, some of them in place of others."""
     if layout == "channels_last":
         return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -84,7 +84,7 @@ class Model:
             half = shape[1] // 2
             learned = output[:, half:].tanh()
             output[:, half:] = learned.abs() if self.case.config["variance_type"] == "learned" else learned
-        return laid_out(output.to(sample.dtype), self.case.output_layout or self.case.layout)
+        return with_layout(output.to(sample.dtype), self.case.output_layout or self.case.layout)
 
 
 def values_of(result: Any) -> list[Any]:
@@ -114,10 +114,10 @@ class Loop:
         random = torch.Generator().manual_seed(case.seed)
         self.model = Model(case)
         scale = float(getattr(self.scheduler, "init_noise_sigma", 1.0))
-        self.sample = laid_out((_normal(case.shape, random) * scale).to(case.dtype), case.layout)
+        self.sample = with_layout((_normal(case.shape, random) * scale).to(case.dtype), case.layout)
         self.fixed = {
-            "original_image": laid_out(_normal(case.shape, random).clamp(-1, 1).to(case.dtype), case.layout),
-            "mask": laid_out((_normal(case.shape, random) > 0).to(case.dtype), case.layout),
+            "original_image": with_layout(_normal(case.shape, random).clamp(-1, 1).to(case.dtype), case.layout),
+            "mask": with_layout((_normal(case.shape, random) > 0).to(case.dtype), case.layout),
         }
         self.noises = torch.Generator().manual_seed(case.seed + 2)
         self.generator: Any = torch.Generator().manual_seed(case.seed + 3)
@@ -143,7 +143,7 @@ class Loop:
         if "generator" in takes:
             kwargs["generator"] = self.generator
         if case.noise == "variance_noise":
-            kwargs["variance_noise"] = laid_out(_normal(case.shape, self.noises).to(case.dtype), case.layout)
+            kwargs["variance_noise"] = with_layout(_normal(case.shape, self.noises).to(case.dtype), case.layout)
             kwargs["generator"] = None
         if case.name == "RePaint":
             return (output, t, self.sample, self.fixed["original_image"], self.fixed["mask"]), kwargs

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What captured loops are tested with: every kind of sampler, a smooth model, random inputs of one form."""
+"""Cases of the captured loops' tests: every kind of sampler, a smooth model, random inputs of one shape."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STOCHASTIC = ("ddpm-fixed_small", "ddim-1.0", "multistep-sde-dpmsolver++-2", "eu
 
 
 class Model(nn.Module):
-    """Smooth, different for each timestep, condition and channel; with two outputs where a variance is learned."""
+    """Smooth model that depends on timestep, condition and channel; two outputs for a learned variance."""
 
     def __init__(self, outputs: int = 1, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Model(nn.Module):
 
 
 class Inputs:
-    """Random inputs of one form: latents, conditions, a scale and seeds."""
+    """Random inputs of one shape: latents, conditions, a guidance scale and seeds."""
 
     def __init__(self, seed: int, guidance: str = "none", dtype: torch.dtype = torch.float32) -> None:
         gen = torch.Generator().manual_seed(seed)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """CUDA graph capture, emulated on CPU tensors, so that captured loops can be tested without a GPU.
 
-`EmulatedGraph` records every operator of a body with its very argument tensors, and replays them into the memory that
-their results had.  What Python does in between happens once, as in a capture: a number that was read then stays.  It
-refuses what a capture refuses: looking at values, tensors whose shape depends on values, what comes from the host or
-goes there, and draws from a generator.
+`EmulatedGraph` records every operator of a body with its argument tensors, and replays them into the memory of their
+results.  Python code between operators runs once, as in a capture, so a number that it reads is constant.  The emulator
+refuses what a capture refuses: reading values, tensors whose shape depends on values, copies from or to the host, and
+draws from a generator.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastdiff.ops import checks
 
-_LOOKS_AT_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+_READS_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _HOST_CALLS = {
     getattr(owner, name)
     for owner, names in (
@@ -34,24 +34,24 @@ _HOST_CALLS = {
 
 
 class RefusedError(RuntimeError):
-    """A capture would have ended here; RuntimeError as torch's own."""
+    """A capture would fail here; a RuntimeError like torch's."""
 
 
 class RefuseSyncs(TorchDispatchMode):
-    """Refuses operators for whose result the host would wait for a GPU."""
+    """Refuses operators whose result would make the host wait for a GPU."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # Indices that are numbers say themselves how many there are; masks have to be counted.
+        # The size of an index by numbers is known; a mask has to be counted.
         numbers = func is torch.ops.aten.index.Tensor and all(i is None or i.dtype == torch.int64 for i in args[1])
-        if not numbers and any(tag in func.tags for tag in _LOOKS_AT_VALUES):
+        if not numbers and any(tag in func.tags for tag in _READS_VALUES):
             raise RefusedError(f"operation not permitted: {func} waits for the device")
         return func(*args, **(kwargs or {}))
 
 
 class _RefuseHostCalls(TorchFunctionMode):
-    """Refuses calls that lead from tensors to Python or back, some of which no dispatcher sees on the CPU."""
+    """Refuses conversions between tensors and Python values, some of which bypass the dispatcher on the CPU."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -62,7 +62,7 @@ class _RefuseHostCalls(TorchFunctionMode):
 
 
 class _Recording(RefuseSyncs):
-    """Runs operators and notes them down."""
+    """Runs operators and records them."""
 
     def __init__(self, calls: list[_Call]) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class _Recording(RefuseSyncs):
 
 
 class _Call:
-    """An operator with its arguments, and its results' memory."""
+    """Recorded operator with its arguments and the memory of its results."""
 
     def __init__(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         self.func, self.args, self.kwargs = func, args, kwargs
@@ -91,19 +91,19 @@ class _Call:
     def inputs(self) -> list[Tensor]:
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
-    def again(self) -> None:
-        anew = [leaf for leaf in tree_leaves(self.func(*self.args, **self.kwargs)) if isinstance(leaf, Tensor)]
-        for held, value in zip(self.results, anew, strict=True):
-            assert held.shape == value.shape
-            # A view, or what was written in place, is there already.
-            if _storage(held) != _storage(value):
-                held.copy_(value)
+    def replay(self) -> None:
+        values = [leaf for leaf in tree_leaves(self.func(*self.args, **self.kwargs)) if isinstance(leaf, Tensor)]
+        for result, value in zip(self.results, values, strict=True):
+            assert result.shape == value.shape
+            # A view, or a tensor written in place, needs no copy.
+            if _storage(result) != _storage(value):
+                result.copy_(value)
 
 
 class EmulatedGraph:
     """A `fastdiff.graphs.recorder.Recorder` on the CPU."""
 
-    #: All that were made, for tests to look into.
+    #: All instances, for inspection by tests.
     made: list[EmulatedGraph] = []  # noqa: RUF012 (a fixture empties it)
 
     def __init__(self, device: torch.device) -> None:
@@ -116,7 +116,7 @@ class EmulatedGraph:
         body()
 
     def capture(self, body: Callable[[], None]) -> None:
-        with looked_at_as_a_gpu(), _RefuseHostCalls(), _Recording(self.calls):
+        with values_unreadable(), _RefuseHostCalls(), _Recording(self.calls):
             body()
         self.poison()  # a capture computes nothing
 
@@ -124,13 +124,13 @@ class EmulatedGraph:
         self.replays += 1
         with torch.no_grad():
             for call in self.calls:
-                call.again()
+                call.replay()
 
     def turn(self, buffers: Sequence[Tensor]) -> nullcontext[None]:
         return nullcontext()
 
     def reads(self) -> list[Tensor]:
-        """The tensors that the recorded operators read, or write, and that none of them has made."""
+        """Return the tensors that the recorded operators read or write without having made them."""
         made: set[int] = set()
         found: dict[int, Tensor] = {}
         for call in self.calls:
@@ -141,7 +141,7 @@ class EmulatedGraph:
         return list(found.values())
 
     def poison(self) -> None:
-        """Fill the results' memory, as far as it is the graph's own, with NaN or, for integers, with 1."""
+        """Fill the results' memory that belongs to the graph with NaN or, for integers, with 1."""
         outside = {_storage(tensor) for tensor in self.reads()}
         for call in self.calls:
             for result in call.results:
@@ -150,13 +150,13 @@ class EmulatedGraph:
 
 
 def poison(tensor: Tensor) -> None:
-    """Overwrite a tensor's memory with what shows if it is read."""
+    """Overwrite a tensor's memory with values that reveal a read."""
     flat = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())  # type: ignore[call-overload]
     flat.fill_(float("nan") if tensor.is_floating_point() else 1)
 
 
 def storages(tensors: Iterator[Tensor] | Sequence[Tensor]) -> set[int]:
-    """Where the memory of tensors begins."""
+    """Return the addresses of the tensors' storages."""
     return {_storage(tensor) for tensor in tensors}
 
 
@@ -165,7 +165,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 @contextmanager
-def looked_at_as_a_gpu() -> Iterator[None]:
-    """Let the step's checks leave values alone, as they do where looking would be a sync."""
+def values_unreadable() -> Iterator[None]:
+    """Make the step's checks skip values, as on a GPU, where reading them would be a synchronization."""
     with mock.patch.object(checks, "may_look", return_value=False):
         yield

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Steps whose tensors have dtypes of their own, and what they are by definition: the step of the widened tensors."""
+"""Steps whose tensors have different dtypes, and their definition: the step of the widened tensors."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from fastdiff.row_layout import compute_dtype
-from support.mixed import Batch, random_batch
 from support.oracle import DTYPES, INTERPRETED, Case, Shape, make
+from support.row_batches import Batch, random_batch
 
 SCALARS = ("table", "guidance", "threshold")
 
-#: What may become of an output, as `out` takes it.
+#: An entry of `out`.
 Target = Tensor | torch.dtype | None
 
 
 def dtypes_for(backend: str | None) -> tuple[torch.dtype, ...]:
-    """Of outputs; Triton's interpreter cuts float32 off to bfloat16 instead of rounding it (oracle.py)."""
+    """Return the output dtypes to test; Triton's interpreter truncates float32 to bfloat16 (see oracle.py)."""
     interpreted = backend == "triton" and INTERPRETED
     return tuple(d for d in DTYPES if not (interpreted and d == torch.bfloat16))
 
@@ -29,7 +29,7 @@ def dtypes_for(backend: str | None) -> tuple[torch.dtype, ...]:
 def mixed_case(
     plan: Shape, backend: str | None = None, *, double: bool | None = None
 ) -> tuple[Case, list[torch.dtype]]:
-    """A plan's step with a random dtype for each tensor, float64 among them or not; and one for each output."""
+    """Return a plan's step with a random dtype for each tensor, and the dtypes of its outputs."""
     rng = random.Random(plan.seed)
     if double is None:
         double = rng.random() < 0.4
@@ -42,7 +42,7 @@ def mixed_case(
         if name in SCALARS:
             return tensor
         used.append(rng.choice(inputs))
-        # Not subnormal in a half type, which the interpreter reads as 0: random numbers are none.
+        # Random numbers are not subnormal in a half type; the interpreter would read subnormal numbers as 0.
         return tensor.to(used[-1])
 
     case = make(replace(plan, dtype=torch.float64)).with_tensors(stored)
@@ -51,12 +51,12 @@ def mixed_case(
 
 
 def widened(case: Case) -> Case:
-    """The same numbers, all in the compute dtype."""
+    """Return the case with all tensors in the compute dtype."""
     return case.with_tensors(lambda _, tensor: tensor.to(case.table.dtype))
 
 
 def by_definition(case: Case, outs: Sequence[torch.dtype], backend: str | None = None) -> list[Tensor]:
-    """The step of the widened tensors, each result rounded by torch."""
+    """Return the results of the step of the widened tensors, each rounded by torch."""
     results = widened(case).run(backend)
     return [result.to(dtype) for result, dtype in zip(results, outs, strict=True)]
 
@@ -66,7 +66,7 @@ def poisoned(case: Case, outs: Sequence[torch.dtype]) -> list[Tensor]:
 
 
 def mixed_batch(seed: int, backend: str | None) -> tuple[Batch, torch.dtype]:
-    """As `random_batch` with a dtype for each tensor, and one of prev_sample."""
+    """Return a `random_batch` with a dtype for each tensor, and the dtype of prev_sample."""
     rng = random.Random(seed)
     batch = random_batch(seed, torch.float64, dtypes_for(backend))
     double = rng.random() < 0.3

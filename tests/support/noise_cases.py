@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How each of diffusers' schedulers draws its noise, for each option that noise depends on."""
+"""Noise draws of each of diffusers' schedulers, for each option that affects them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ SOME_CHURN = {"s_churn": 8.0, "s_tmin": 0.05, "s_tmax": 20.0, "s_noise": 1.003}
 
 @dataclass(frozen=True)
 class NoiseCase:
-    """A class with options, and what a loop of four steps of it draws.
+    """A scheduler class with options, and the draws of a loop of four steps.
 
     Attributes:
         draws: the number of draws of each step; "u" for RePaint's `undo_step`, which draws once for each of its 250
             training timesteps.
-        interval: whether a draw belongs to an interval of noise levels.
-        finite: whether diffusers' own results are.
+        interval: True if a draw belongs to an interval of noise levels.
+        finite: True if diffusers' own results are finite.
     """
 
     name: str
@@ -34,13 +34,13 @@ class NoiseCase:
 
     @property
     def kind(self) -> str:
-        """none, once, twice or interval."""
+        """The kind of draws: none, once, twice or interval."""
         if self.interval:
             return "interval"
         return {"0": "none", "1": "once", "2": "twice"}[max(self.draws.replace("u", ""))]
 
     def case(self, **changes: Any) -> Case:
-        """The loop."""
+        """Return the loop as a case."""
         shape = (3, 6, 4) if self.per_token else (3, 4, 4, 4)
         return Case(self.name, self.config, 4, self.arguments, shape, per_token=self.per_token).of(**changes)
 

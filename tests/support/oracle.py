@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""What the tests of the step are measured against: the formula in extended precision, with a bound on its rounding.
+"""Oracle of the step: the formula in extended precision, with a bound on the rounding error of a backend.
 
 `evaluate` computes a step from the formula alone, in numpy's longdouble, from inputs and a row that are already
-rounded to the dtypes in which a backend gets them.  Beside each value it returns how far a backend may lie from it.
+rounded to the dtypes that a backend gets.  With each value it returns a bound on a backend's error.
 
 The bound is a running error analysis.  Every operation of the contract (fastdiff/ops/reference.py) rounds its result
-once, which costs at most u·|result|; an error that an operand carries is multiplied by what multiplies the operand.
-An fma rounds once where the reference rounds twice, so the bound counts the reference's roundings and serves both.
+once, with an error of at most u·|result|; an operand's error is multiplied by the factor of the operand.  An fma rounds
+once where the reference rounds twice, so the bound counts the reference's roundings and holds for both.
 
-Run as a program, this module takes the steps of `build_cases` and saves what they give, so that the builds of the
-CPU extension, one a process, can be compared.
+Run as a program, this module takes the steps of `build_cases` and saves the results, for a comparison of the builds of
+the CPU extension, one per process.
 """
 
 from __future__ import annotations
@@ -33,41 +33,41 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # --- The one table of tolerances -------------------------------------------------------------------------------------
-#: u: half a unit in the last place of 1, what one rounding costs relatively. Half types are computed in float32.
+#: u: half a unit in the last place of 1, the relative error of one rounding. Half types are computed in float32.
 UNIT_ROUNDOFF = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-24, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
-#: What the last rounding, to a dtype narrower than its compute dtype, adds: (bits after the leading one, the
-#: exponent of the smallest normal number). It is half a unit of the value's own binade.
+#: Parameters of the last rounding, to a dtype narrower than its compute dtype: (bits after the leading one, exponent of
+#: the smallest normal number). Its error is half a unit of the value's binade.
 NARROW = {torch.float16: (10, -14), torch.bfloat16: (7, -126)}
-#: Triton's interpreter turns float32 into bfloat16 by cutting the low 16 bits off (`cast_impl` hands no rounding mode
-#: to `_convert_float`), which errs by up to a whole unit, not half of one. It also reads bfloat16's subnormal numbers
-#: as 0. Compiled Triton and all other conversions round to nearest.
+#: Triton's interpreter converts float32 to bfloat16 by truncating the low 16 bits (`cast_impl` passes no rounding mode
+#: to `_convert_float`), with an error of up to a whole unit instead of half a unit. It also reads subnormal bfloat16
+#: numbers as 0. Compiled Triton and all other conversions round to nearest.
 UNITS_OF_LAST_ROUNDING = {("triton", torch.bfloat16): 1.0} if INTERPRETED else {}
 HALF_A_UNIT = 0.5
 #: exp in units in the last place: glibc's and CUDA's documented bound for expf and exp is 1 and 2, Sleef's (torch) 1.0,
 #: and 2.52 of numpy's float32 exp (the interpreter's).
 EXP_UNITS = {"cpu": 1.0, "reference": 1.0, "cuda": 2.0, "triton": 3.0}
-#: Neglected products of two errors: fewer than 40 roundings, so less than 40·u of the bound itself.
+#: Factor for products of two errors: fewer than 40 roundings, so less than 40·u of the bound itself.
 SECOND_ORDER = 1.0 + 40 * 2.0**-24
-#: Below the smallest normal number a rounding errs by half the smallest subnormal one, once an operation.
+#: Below the smallest normal number a rounding has an error of half the smallest subnormal number, once per operation.
 UNDERFLOW = {torch.float64: 20 * 2.0**-1074}  # not 40 · 2⁻¹⁰⁷⁵, which in a double is 0
 UNDERFLOW_SINGLE = 40 * 2.0**-150
-#: The oracle rounds too. On x86 its unit is 2⁻⁶⁴, 2000 times below float64's; where longdouble is double it counts.
+#: Rounding of the oracle. On x86 its unit is 2⁻⁶⁴, 2000 times below float64's; it matters where longdouble is double.
 ORACLE_ROUNDOFF = float(np.finfo(np.longdouble).eps) / 2
-#: A solver's formula in double against a row compiled in double: coefficients of up to 100 (divided differences over
-#: steps that differ by up to 7 in length) times values of up to 30, in some 64 roundings of 2⁻⁵³ each.
+#: Difference between a solver's formula and a row, both in double: coefficients of up to 100 (divided differences over
+#: steps that differ by up to 7 in length) times values of up to 30, with about 64 roundings of 2⁻⁵³ each.
 FORMULA_ROUNDING = 64 * 100 * 30 * 2.0**-53
-#: Schedulers that convert samples to float32 and update there: 64 roundings of values of up to 30, coefficients of
-#: order 1.
+#: Bound for schedulers that convert samples to float32 and update there: 64 roundings of values of up to 30, with
+#: coefficients of order 1.
 SCHEDULER_ROUNDING = 64 * 30 * 2.0**-24
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-#: The binding's last arguments where a step draws nothing: stream, seeds, noise_step, purpose, model_input, scatter.
+#: The binding's last arguments for a step without noise: stream, seeds, noise_step, purpose, model_input, scatter.
 NOTHING_MORE = (0, None, 0, 1, None, False)
 
 
-def backends_at_hand() -> list[object]:
-    """The backends that this machine has, each a pytest parameter; those of a GPU are marked."""
+def available_backends() -> list[object]:
+    """Return the backends of this machine as pytest parameters; those of a GPU are marked."""
     found: list[object] = ["reference"]
     if backends.extension is not None:
         found.append("cpu")
@@ -83,7 +83,7 @@ def backends_at_hand() -> list[object]:
 
 
 def device_of(backend: str) -> str:
-    """Where a backend's tensors live in the tests."""
+    """Return the device of a backend's tensors in the tests."""
     return "cuda" if backend == "cuda" or (backend == "triton" and not INTERPRETED) else "cpu"
 
 
@@ -102,7 +102,7 @@ class Case:
     threshold: Tensor | None = None
     variance_kind: int = 0
     keeps: int = 0
-    #: Which of these a row may ignore: names of the tensors whose coefficients are all 0.
+    #: Names of the tensors whose coefficients are all 0.
     unused: tuple[str, ...] = field(default=())
 
     def run(self, backend: str | None = None, *, out: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
@@ -112,7 +112,7 @@ class Case:
             return ops.step(self.sample, model_output, table, 0, **arguments, out=out, backend=backend)
 
     def with_tensors(self, change: object) -> Case:
-        """A copy whose tensors are `change(name, tensor)`."""
+        """Return a copy whose tensors are `change(name, tensor)`."""
         new = {f.name: getattr(self, f.name) for f in fields(self)}
         for name, value in new.items():
             if isinstance(value, Tensor):
@@ -124,13 +124,13 @@ class Case:
         return self.with_tensors(lambda _, tensor: tensor.to(device))
 
     def poisoned_out(self) -> tuple[Tensor, ...]:
-        """Outputs full of NaN, so that an element that is not written shows."""
+        """Return outputs filled with NaN, which reveals elements that are not written."""
         return tuple(torch.full_like(self.sample, float("nan")) for _ in range(self.keeps + 1))
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a case consists of, drawn by `cases` and shrunk by hypothesis."""
+    """Parameters of a case, drawn by `cases` and shrunk by hypothesis."""
 
     seed: int
     dtype: torch.dtype
@@ -147,7 +147,7 @@ class Shape:
 def cases(
     dtypes: Sequence[torch.dtype] = DTYPES, shapes: st.SearchStrategy[tuple[int, ...]] | None = None
 ) -> st.SearchStrategy[Shape]:
-    """Any step: each coefficient is 0 with probability 1/2 and each optional tensor may be there or not."""
+    """Return a strategy for any step: each coefficient is 0 with probability 1/2, each tensor optional if it may be."""
     sizes = st.lists(st.integers(1, 7), min_size=1, max_size=4).map(tuple)
     return st.builds(
         Shape,
@@ -165,7 +165,7 @@ def cases(
 
 
 def make(plan: Shape) -> Case:
-    """Fresh random tensors and a random row for a plan."""
+    """Make random tensors and a random row for a plan."""
     gen = torch.Generator().manual_seed(plan.seed)
     compute = compute_dtype(plan.dtype)
     batch = plan.shape[0] if plan.shape else 1
@@ -198,10 +198,10 @@ def make(plan: Shape) -> Case:
 
 
 def _unused(case: Case) -> tuple[str, ...]:
-    """The tensors that no output of this row depends on."""
+    """Return the names of the tensors that no output of this row depends on."""
     maps = case.table[0, 8 : 8 + 8 * (case.keeps + 1)].reshape(-1, 8)
     sample, output, prediction, *history, noise = (bool(column) for column in (maps != 0).any(0))
-    # d = p·x + q·m, of which a term of weight 0 is no part.
+    # d = p·x + q·m does not contain a term of weight 0.
     p, q = (prediction and bool(weight) for weight in case.table[0, :2])
     used = {
         "sample": sample or p,
@@ -217,9 +217,12 @@ def _unused(case: Case) -> tuple[str, ...]:
 def evaluate(
     case: Case, backend: str, dtypes: Sequence[torch.dtype] | None = None
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each output its value and the bound on a backend's error, both longdouble and in the sample's shape.
+    """Return for each output its value and the bound on a backend's error, both longdouble in the sample's shape.
 
-    `dtypes` are those of the outputs; the sample's by default.
+    Args:
+        case: the step.
+        backend: the backend of the bound.
+        dtypes: dtypes of the outputs; the sample's by default.
     """
     stored = dtypes or [case.sample.dtype] * (case.keeps + 1)
     u = UNIT_ROUNDOFF[case.table.dtype] + ORACLE_ROUNDOFF
@@ -278,8 +281,13 @@ def evaluate(
 def assert_within_rounding(
     case: Case, outputs: Sequence[Tensor], backend: str, dtypes: Sequence[torch.dtype] | None = None
 ) -> None:
-    """Each element of each output, of these dtypes or the sample's, lies within the bound of the oracle, overflow to
-    infinity included.
+    """Assert that each element of each output is within the bound of the oracle; overflow to infinity is allowed.
+
+    Args:
+        case: the step.
+        outputs: the results of a backend.
+        backend: its name.
+        dtypes: expected dtypes of the outputs; the sample's by default.
     """
     expected = evaluate(case, backend, dtypes)
     dtypes = dtypes or [case.sample.dtype] * len(expected)
@@ -301,7 +309,7 @@ def assert_within_rounding(
 
 
 def assert_same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
-    """Equal bit for bit; a NaN equals any NaN, since its payload is the processor's own."""
+    """Assert bitwise equality; all NaN are equal, since their payload depends on the processor."""
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):
         assert x.shape == y.shape
@@ -312,18 +320,18 @@ def assert_same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The elements as integers of their size, contiguous."""
+    """Return the elements as integers of their size, contiguous."""
     width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.contiguous().reshape(-1).view(width)
 
 
 def all_bit_patterns(dtype: torch.dtype) -> Tensor:
-    """Every number, infinity and NaN of a 16-bit dtype, ``[65536]``, in the order of their bits."""
+    """Return every number, infinity and NaN of a 16-bit dtype, ``[65536]``, in the order of their bits."""
     return torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
 
 
-#: What to multiply all numbers of a half type by: 1 ± 2⁻¹¹ and 1 ± 2⁻⁸ and 0.75 put products on ties, the small ones
-#: make subnormal results and zeros, the large ones overflow.
+#: Factors for all numbers of a half type: 1 ± 2⁻¹¹ and 1 ± 2⁻⁸ and 0.75 produce ties, the small ones subnormal results
+#: and zeros, the large ones overflow.
 TIE_FACTORS = (
     1.0,
     -1.0,
@@ -341,7 +349,7 @@ TIE_FACTORS = (
 
 
 def plain_row(dtype: torch.dtype = torch.float32, **coefficients: float) -> Tensor:
-    """A table of one row, 0 but for what is named; see `POSITIONS` for the names."""
+    """Return a table of one row with the given coefficients, all others 0; see `POSITIONS` for the names."""
     row = torch.zeros(1, ROW_WIDTH, dtype=torch.float64)
     row[0, POSITIONS["clip"]] = float("inf")
     for name, value in coefficients.items():
@@ -350,13 +358,13 @@ def plain_row(dtype: torch.dtype = torch.float32, **coefficients: float) -> Tens
 
 
 _COLUMNS = ("x", "m", "d", "h0", "h1", "h2", "h3", "z")
-#: Where a scalar stands in a row, written out here a second time so that a change of the layout shows.
+#: Positions of the scalars in a row, written out again so that the tests detect a change of the layout.
 POSITIONS = {"p": 0, "q": 1, "clip": 2, "offset": 3, "slope": 4}
 for _first, _output in ((8, "prev"), (16, "k0"), (24, "k1")):
     POSITIONS |= {f"{_output}_{column}": _first + c for c, column in enumerate(_COLUMNS)}
 
 
-#: The outputs that solvers ask for, each by its columns: heads (x, m, d) and how many of the other streams follow.
+#: Columns of the outputs in solvers' rows: the heads (x, m, d), followed by a number of the other columns.
 _HEADS = (
     "xm",
     "m",
@@ -385,7 +393,7 @@ FORMS = tuple(
 
 
 def form_case(form: tuple[tuple[str, ...], ...], dtype: torch.dtype, seed: int, *, guided: bool, size: int) -> Case:
-    """A step of two samples whose outputs have these columns."""
+    """Return a step of two samples whose outputs have these columns."""
     case = make(Shape(seed, dtype, (2, size), "a sample" if guided else "none", 15, True, keeps=len(form) - 1))
     weights = torch.randn(ROW_WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
     names = [f"{output}_{c}" for output, columns in zip(("prev", "k0", "k1"), form, strict=False) for c in columns]
@@ -411,14 +419,14 @@ def _std(
         return std, u * std
     exponent = offset + slope * v
     std = np.exp(exponent)
-    # An error of the exponent becomes a relative one of exp; a unit in the last place is at most 2u.
+    # An absolute error of the exponent is a relative error of exp; a unit in the last place is at most 2u.
     return std, std * (u * (abs(slope * v) + abs(exponent)) + 2 * u * exp_units)
 
 
 def build_cases(seed: int) -> list[Case]:
-    """What the CPU builds are compared on: random steps of every kind and dtype, and every bit pattern of a half."""
+    """Return the cases for the comparison of CPU builds: random steps of every kind and dtype, all 16-bit patterns."""
     rng = np.random.default_rng(seed)
-    # Sizes around a tile of 512 and the widths of vectors.
+    # Sizes around a tile of 512 and around vector widths.
     sizes = (1, 7, 8, 15, 16, 17, 31, 33, 63, 65, 511, 512, 513, 1031)
     found = []
     for i in range(160):
@@ -456,7 +464,7 @@ def build_cases(seed: int) -> list[Case]:
 
 
 def _with_other_dtypes(case: Case, rng: np.random.Generator) -> Case:
-    """Tensors of other dtypes beside the sample, such as go with its table."""
+    """Return the case with other dtypes for the tensors besides the sample that fit its table."""
     others = DTYPES if case.sample.dtype == torch.float64 else DTYPES[:3]
     keep = ("sample", "table", "guidance", "threshold")
     return case.with_tensors(lambda name, t: t if name in keep else t.to(others[int(rng.integers(len(others)))]))

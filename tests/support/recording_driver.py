@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""A driver for Triton that launches nothing: what a launch hands to the GPU is kept instead, to be looked at.
+"""Triton driver that records the arguments of each launch instead of launching.
 
-Devices 0 and 1 are NVIDIA's sm_90, device 2 is AMD's gfx942.  Kernels may be compiled for them without a GPU.
+Devices 0 and 1 are NVIDIA's sm_90, device 2 is AMD's gfx942.  Kernels can be compiled for them without a GPU.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from triton.compiler import CompiledKernel
 
 CHIPS = (GPUTarget("cuda", 90, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64))
 
-#: Of each launch: function, grid, stream, packed metadata, arguments with tensors as addresses.
+#: For each launch: function, grid, stream, packed metadata, arguments with tensors as addresses.
 LAUNCHES: list[tuple[Any, ...]] = []
 
 
 class Recorder:
-    """In the place of the class whose objects call the GPU's launch function; calls hooks as that does."""
+    """Replacement for the class that calls the GPU's launch function; it calls the launch hooks too."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -46,7 +46,7 @@ class RecordingDriver:
         self.stream = 0
         self.utils = SimpleNamespace(
             get_device_properties=lambda _: {"max_shared_mem": 2**20},
-            # A function is what it was compiled from, on its device.
+            # A function is identified by its binary and its device.
             load_binary=lambda name, binary, _, device: ("module", (name, device, hash(binary)), 32, 0, 1024),
         )
 
@@ -61,25 +61,25 @@ class RecordingDriver:
 
 
 class NotCompiled(CompiledKernel):  # type: ignore[misc]
-    """Stands for a compiled kernel: its function is all that the compiler would have been told."""
+    """Placeholder for a compiled kernel; its function is a tuple of all inputs of the compiler."""
 
     def __init__(self, source: Any, target: GPUTarget, options: dict[str, Any]) -> None:
-        told = (source.fn.__name__, source.signature, source.constants, source.attrs)
+        inputs = (source.fn.__name__, source.signature, source.constants, source.attrs)
         self.src, self.module, self.name = source, "module", source.fn.__name__
         device = triton.runtime.driver.active.get_current_device()
-        self.function = (*map(repr, told), device, target, repr(sorted(options.items(), key=lambda item: item[0])))
+        self.function = (*map(repr, inputs), device, target, repr(sorted(options.items(), key=lambda item: item[0])))
         self.packed_metadata = (options["num_warps"], 1, 0)
         self.metadata = SimpleNamespace(name=self.name)
         self._run = Recorder()
 
 
 def not_compile(source: Any, target: GPUTarget, options: dict[str, Any], **_: Any) -> NotCompiled:
-    """In the place of `triton.compiler.compile`."""
+    """Replace `triton.compiler.compile`: return a placeholder."""
     return NotCompiled(source, target, options)
 
 
 def install() -> RecordingDriver:
-    """Make a driver of this kind Triton's own."""
+    """Make a recording driver Triton's active driver and return it."""
     driver = RecordingDriver()
     triton.runtime.driver.set_active(driver)
     return driver

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What the tests of the reductions share: cases, and the sums in extended precision with a bound on their rounding.
+"""Cases of the reduction tests, and their values in extended precision with a bound on the rounding error.
 
-Run as a program, this module saves what the CPU build at hand gives, for the builds to be compared.
+Run as a program, this module saves the results of the current CPU build, for a comparison of the builds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ IN_A_BLOCK = 2 * 16 + 6
 
 
 def in_double(inner: int) -> int:
-    """Roundings between a block and the value: its widening, its lane, 6 folds, and a few to finish."""
+    """Return the number of roundings between a block and the value: its widening, its lane, 6 folds, and a few more."""
     return math.ceil(inner / 1024 / 64) + 6 + 6
 
 
@@ -41,11 +41,11 @@ def call(kind: str, x: Tensor, y: Tensor, correction: float = 1.0, **options: An
 
 
 def oracle(kind: str, x: Tensor, y: Tensor, correction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Each sample's value in extended precision, and how far a backend may lie from it."""
+    """Return each sample's value in extended precision, and the bound on a backend's error."""
     u = UNIT_ROUNDOFF[x.dtype] + ORACLE_ROUNDOFF
     a, b = (np.asarray(t.double().flatten(1).numpy(), dtype=np.longdouble) for t in (x, y))
     n = a.shape[1]
-    # Second order: fewer than 100 roundings in all.
+    # Second-order terms: fewer than 100 roundings in total.
     block, double = IN_A_BLOCK * u * (1 + 100 * u), in_double(n) * DOUBLE
     total = {"mean": a, "norm": a * a, "dot": a * b, "std": a}[kind]
     value, error = total.sum(1), (block + double) * abs(total).sum(1)
@@ -64,7 +64,7 @@ def oracle(kind: str, x: Tensor, y: Tensor, correction: float) -> tuple[np.ndarr
 
 
 def _spread(a: np.ndarray, block: float, u: float, double: float) -> tuple[np.ndarray, np.ndarray]:
-    """Σ(x−mean)² and the bound on its error.
+    """Return Σ(x−mean)² and the bound on its error.
 
     A block's c is off its mean by at most e = block·max|x|, so its Σ(x−c)² is at most q = v + n·e² over all blocks.
     Each x − c rounds once: the squares' sum errs by (block + 2u)·q, and Σ(x−c) by r = (block + u)·√(n·q) at most, of
@@ -85,15 +85,15 @@ def numbers(seed: int, shape: tuple[int, ...], dtype: torch.dtype, spread: str =
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     if spread == "few":
         x = (2 * x).round()
-    elif spread == "narrow":  # alike in the first digits, and of a mean that is large beside the deviation
+    elif spread == "narrow":  # equal leading digits, and a mean that is large compared with the deviation
         x = 1 + 1e-3 * x
     elif spread == "wide":
         x = x * torch.exp2(torch.randint(-12, 12, shape, generator=generator))
     return x.to(dtype)
 
 
-def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same numbers in another layout."""
+def with_layout(x: Tensor, layout: str) -> Tensor:
+    """Return a tensor with the same values in another layout."""
     if layout == "channels_last" and x.dim() == 4:
         return x.contiguous(memory_format=torch.channels_last)
     if layout == "batch inside":
@@ -122,7 +122,7 @@ def by_torch(x: Tensor, q: float, absolute: bool) -> Tensor:
 
 
 def results_of(seed: int) -> list[Tensor]:
-    """What the CPU backend gives on many cases."""
+    """Return the results of the CPU backend on many cases."""
     rng = random.Random(seed)
     results = []
     for dtype in DTYPES:

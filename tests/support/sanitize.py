@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Runs tests over an extension built with AddressSanitizer and UndefinedBehaviorSanitizer (``make sanitize``).
+"""Run tests with an extension built with AddressSanitizer and UndefinedBehaviorSanitizer (``make sanitize``).
 
     python tests/support/sanitize.py FOLDER TEST...
 
-FOLDER holds the package with the instrumented extension, as ``FASTDIFF_SANITIZE=1 python setup.py build`` makes it.
-For every build of the CPU loops that the processor has, two faults are committed first, through the extension itself:
-a read past the end of a heap block, and a read at an address that no float may have. Where either goes unreported
-the run fails, so that an extension without instruments, or without their runtimes, cannot pass for a clean one.
+FOLDER contains the package with the instrumented extension, made by ``FASTDIFF_SANITIZE=1 python setup.py build``. For
+every build of the CPU loops that the processor supports, two deliberate faults are tried first, through the extension:
+a read past the end of a heap block, and a misaligned read. The run fails if one is not reported, so that an extension
+without instrumentation, or without the runtimes, cannot pass.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BUILDS = ("generic", "avx2", "avx512")
 
-#: A step over 65 floats, one more than fills registers: the last is read alone, past what malloc gave or misaligned.
-#: (Registers are loaded from any address, and an access that only ends outside of a block has no name of its own.)
+#: A step over 65 floats, one more than whole vectors: the last is read alone, beyond the allocation or misaligned.
+#: (Vector loads may be misaligned, and one that is partly outside of a block is reported under another name.)
 _STEP_AT = """
 import ctypes, torch
 from fastdiff.ops.backends import extension
@@ -33,7 +33,7 @@ def step_at(buffer, offset=0):
     extension.step(sample, sample, table, 0, None, None, [], None, None, None, 0, 0, None, 0, None, 0, 1, None, False)
 """
 FAULTS = {
-    # 65 floats are announced, 64 are there.
+    # The tensor has 65 floats, the allocation 64.
     "ERROR: AddressSanitizer: heap-buffer-overflow": _STEP_AT
     + """
 libc = ctypes.CDLL(None)
@@ -42,28 +42,28 @@ step_at((ctypes.c_char * 260).from_address(libc.malloc(256)))
 """,
     "runtime error: load of misaligned address": _STEP_AT + "step_at(bytearray(512), offset=1)\n",
 }
-#: The same step with nothing wrong: a fault's report has to come from the fault.
+#: The same step without a fault, which must not be reported.
 NO_FAULT = _STEP_AT + "step_at(bytearray(512))\n"
 
 
 def runtime_environment(package: Path, build: str) -> dict[str, str]:
-    """What a process needs to load the instrumented extension of `package` and to run one build of its loops."""
+    """Return the environment for a process that loads the instrumented extension and runs one build of its loops."""
     compiler = shlex.split(os.environ.get("CXX") or "c++")
 
     def library(name: str) -> str:
         asked = subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
         path = Path(asked.stdout.strip())
-        if not path.is_absolute():  # what the compiler does not find it prints as it was asked
+        if not path.is_absolute():  # the compiler prints the bare name of a library that it does not find
             raise SystemExit(f"sanitize: {compiler[0]} has no {name}, expected GCC with its sanitizers; install them")
         return str(path.resolve())
 
-    # libstdc++ with them: AddressSanitizer looks for the real __cxa_throw when it starts, before torch brings it.
+    # libstdc++ too: AddressSanitizer looks up __cxa_throw when it starts, before torch loads the library.
     preload = [library(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so.6")]
     return {
         **os.environ,
         "LD_PRELOAD": " ".join(preload),
-        # Python and torch keep memory until they exit. Python starts uninstrumented, so the runtime is not first in
-        # the link order; and torch frees with free() what other libraries got from new.
+        # Python and torch keep memory until they exit. Python is not instrumented, so the runtime is not first in the
+        # link order; and torch calls free() for memory that other libraries got from new.
         "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0:alloc_dealloc_mismatch=0:abort_on_error=0",
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "PYTHONMALLOC": "malloc",  # no arenas: a Python object's end is a block's end
@@ -74,10 +74,7 @@ def runtime_environment(package: Path, build: str) -> dict[str, str]:
 
 
 def instrument_problem(package: Path, build: str) -> str:
-    """Why the extension in `package` is not known to report faults; empty where it reports each of `FAULTS`.
-
-    None of it is asked of the file (its symbols, its flags): the faults are committed.
-    """
+    """Run each of `FAULTS`; return why the extension in `package` fails to report one, or an empty string."""
     environment = runtime_environment(package, build)
 
     def run(program: str) -> subprocess.CompletedProcess[str]:
@@ -100,18 +97,18 @@ def processor_has(package: Path, build: str) -> bool:
         [sys.executable, "-c", "import torch, fastdiff._C"],
         env=runtime_environment(package, build), cwd=package, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    # Any other failure than this one is the extension's, and shows as a problem below.
+    # Any other failure is reported by instrument_problem().
     return f"FASTDIFF_CPU is '{build}'" not in done.stderr
 
 
 def run_tests(package: Path, build: str, tests: list[str], *, last: bool) -> subprocess.CompletedProcess[str]:
-    """The tests with one build of the loops."""
-    # From the package's folder: `-m` puts the current one first, and there lies the other extension. Triton and the
-    # reference have no C++ of ours, and what runs all builds by itself is run here build by build.
+    """Run the tests with one build of the loops."""
+    # In the package's folder: `-m` searches the current folder first, which may have another extension. Leave out
+    # Triton and the reference, which have no C++, and tests that run all builds themselves.
     options = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-q", "-p", "no:cacheprovider"]
-    # A report ends the process: what pytest holds back of the descriptors would be lost with it.
+    # A report ends the process: output that pytest has captured from the descriptors would be lost.
     options += ["--capture=sys"]
-    # The bindings are one code for all builds, and their tests take as long as all else: once, with the last.
+    # The bindings are the same for all builds, and their tests take half of the time: run them with the last build.
     chosen = "not triton and not reference and not cpu_build" + (
         "" if last else " and not fuzz and not dropin_loop and not beginnings and not brownian"
     )
@@ -135,7 +132,7 @@ def main(package: Path, tests: list[str]) -> int:
     print(f"sanitize: {', '.join(builds)}: deliberate faults are reported; running the tests", flush=True)
     failed = 0
     with ThreadPoolExecutor(min(len(builds), os.cpu_count() or 1)) as pool:
-        # The longest run first.
+        # Start the longest run first.
         runs = {
             build: pool.submit(run_tests, package, build, tests, last=build == builds[-1]) for build in builds[::-1]
         }

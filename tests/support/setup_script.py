@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""setup.py as a module, for the tests of what it decides and of what its flags compile."""
+"""Import of setup.py as a module, for tests of its decisions and compiler flags."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import ModuleType
 
 
 def load_setup() -> ModuleType:
-    """Run setup.py under a name of its own, so that it builds nothing."""
+    """Import setup.py under another name, so that it builds nothing."""
     path = Path(__file__).resolve().parents[2] / "setup.py"
     spec = importlib.util.spec_from_file_location("fastdiff_setup", path)
     assert spec is not None

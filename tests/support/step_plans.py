@@ -13,9 +13,9 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.ops import backends, reference
 from fastdiff.row_layout import MODEL_INPUT_SCALE, STORE_0, STORE_1
-from support.fuzz import Memory, copy_of, serve
+from support.fuzz_process import Memory, copy_of, serve
 from support.oracle import Case, Shape, assert_same_bits, assert_within_rounding, evaluate, make
-from support.strange_tensors import OTHER_CHANGES, SYMBOLIC, TENSOR_CHANGES, UNREADABLE, in_a_room
+from support.tensor_mutations import OTHER_CHANGES, SYMBOLIC, TENSOR_CHANGES, UNREADABLE, in_a_room
 
 #: The binding's arguments in their order, without `stream`, which it takes after `out`.
 ARGUMENTS = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Calls in a process of their own, which may die, and what memory they may change."""
+"""Child process for fuzzed calls, which may crash it, and checks of the memory that they change."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from support.children import child_environment
+from support.child_environment import child_environment
 
 
 class Server:
-    """The process, started at the first call and again after its death; `script` ends in `serve`."""
+    """Child process that runs `script`, which calls `serve`; started at the first request and again after a crash."""
 
     process: subprocess.Popen[str] | None = None
 
@@ -30,11 +30,11 @@ class Server:
 
     def ask(self, plan: Any) -> str:
         if self.process is None:
-            self.words = tempfile.TemporaryFile("w+")  # noqa: SIM115, the process writes to it until it ends
+            self.stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115, the process writes to it until it ends
             environment = child_environment(FASTDIFF_BACKEND="", PYTHONFAULTHANDLER="1")
             self.process = subprocess.Popen(
                 [sys.executable, "-W", "ignore", self.script], env=environment, text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.words,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr,
             )  # fmt: skip
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -45,8 +45,8 @@ class Server:
             return str(json.loads(answer))
         code = self.process.wait()
         self.process = None
-        self.words.seek(0)
-        raise AssertionError(f"the process ended with {code} in {plan}:\n{self.words.read()[-6000:]}")
+        self.stderr.seek(0)
+        raise AssertionError(f"the process ended with {code} in {plan}:\n{self.stderr.read()[-6000:]}")
 
     def close(self) -> None:
         if self.process is not None and self.process.stdin is not None:
@@ -55,7 +55,7 @@ class Server:
 
 
 def serve(plan: Callable[..., Any], outcome: Callable[[Any], str]) -> None:
-    """The process: a plan a line in, its outcome out."""
+    """Run the child process: read a plan per line and answer with its outcome."""
     torch.set_num_threads(1)
     for line in sys.stdin:
         try:
@@ -67,7 +67,7 @@ def serve(plan: Callable[..., Any], outcome: Callable[[Any], str]) -> None:
 
 
 def bytes_of(tensor: Tensor) -> Tensor | None:
-    """All bytes of a tensor's storage, where it has memory of its own kind."""
+    """Return all bytes of a tensor's storage; None if it is not in CPU memory."""
     try:
         storage = tensor.untyped_storage()
         if storage.device.type != "cpu" or storage.data_ptr() == 0:
@@ -78,25 +78,25 @@ def bytes_of(tensor: Tensor) -> Tensor | None:
 
 
 class Memory:
-    """The bytes of tensors as they were, to be compared with what they are."""
+    """Snapshot of the bytes of tensors, for a later comparison."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self.kept = [(now, now.clone()) for tensor in tensors if (now := bytes_of(tensor)) is not None]
+        self.snapshots = [(now, now.clone()) for tensor in tensors if (now := bytes_of(tensor)) is not None]
 
     def changed_outside(self, written: Iterable[Tensor]) -> int:
-        """How many bytes are not what they were, those of `written` left out."""
+        """Count the bytes that have changed, except those of the tensors in `written`."""
         written = [tensor for tensor in written if bytes_of(tensor) is not None]
         count = 0
-        for now, before in self.kept:
+        for now, before in self.snapshots:
             changed = now != before
             for tensor in written:
                 if tensor.untyped_storage().data_ptr() == now.data_ptr():
-                    _leave_out(changed, tensor)
+                    _ignore(changed, tensor)
             count += int(changed.sum())
         return count
 
 
-def _leave_out(changed: Tensor, written: Tensor) -> None:
+def _ignore(changed: Tensor, written: Tensor) -> None:
     size = written.element_size()
     shape, strides = (*written.shape, size), (*(s * size for s in written.stride()), 1)
     if written.numel():
@@ -104,11 +104,11 @@ def _leave_out(changed: Tensor, written: Tensor) -> None:
 
 
 def copy_of(value: Any) -> Any:
-    """A tensor's values in memory of its own, contiguous; of lists each entry's."""
+    """Return a contiguous copy of a tensor, or of each entry of a list; other values are returned as they are."""
     if isinstance(value, (list, tuple)):
         return [copy_of(item) for item in value]
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
         return value
     value = value.detach().resolve_neg().as_subclass(Tensor)
-    # Not clone(), which keeps shared elements shared in some layouts.
+    # Not clone(), which preserves shared elements of some layouts.
     return torch.empty(value.shape, dtype=value.dtype).copy_(value)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import fastdiff
-from support.children import child_environment
-from support.mixed import copied
+from support.child_environment import child_environment
+from support.row_batches import copy_batch
 
 
 def test_child_imports_the_same_package_wherever_it_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,9 +30,9 @@ def test_child_imports_the_same_package_wherever_it_is_started(tmp_path: Path, m
 
 def test_copied_batch_stays_on_its_device_unless_another_is_named() -> None:
     batch = {"sample": torch.zeros(2, device="meta"), "registers": [torch.zeros(2, device="meta"), None], "row": 3}
-    own = copied(batch)
+    own = copy_batch(batch)
     assert own["sample"].device.type == own["registers"][0].device.type == "meta"
     assert own["sample"] is not batch["sample"]
     there = {"sample": torch.ones(2)}
-    assert copied(there, "meta")["sample"].device.type == "meta"
-    assert copied(there)["sample"].data_ptr() != there["sample"].data_ptr()
+    assert copy_batch(there, "meta")["sample"].device.type == "meta"
+    assert copy_batch(there)["sample"].data_ptr() != there["sample"].data_ptr()

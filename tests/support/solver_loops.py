@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What the solver tests share: every form of every solver by name, and its loop, in plain numpy and through `Stepper`.
+"""Every variant of every solver by name, and its loop, in plain numpy and with `Stepper`.
 
 `evaluate` reads a table's float64 rows with numpy alone, so it depends on no backend and not on the reference.
-`error_bound` says how far a loop in another precision may end from it, by a first-order error analysis.
+`error_bound` bounds the difference to a loop in another precision by a first-order error analysis.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PREDICTION_TYPES = tuple(PredictionType)
 ALGORITHMS = ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
-#: Half the distance from 1 to the next number: the largest relative error of one rounding.
+#: Half the distance from 1 to the next number: the maximum relative error of one rounding.
 UNIT_ROUNDOFF = {
     torch.float16: 2.0**-11,
     torch.bfloat16: 2.0**-8,
@@ -79,26 +79,26 @@ SOLVERS = _all_solvers()
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model returns at one row; `uncond` and `variance` where they are used."""
+    """Outputs of a model at one row; `uncond` and `variance` are None if they are not used."""
 
     cond: Array
     uncond: Array | None = None
     variance: Array | None = None
 
 
-#: (sample, what the row tells the model) -> outputs; it acts on each element by itself.
+#: Elementwise model: (sample, timestep of the row) -> outputs.
 ElementModel = Callable[[Array, float], Outputs]
 
 
 @dataclass
 class Trace:
-    """What the error analysis needs of one row, all elementwise: the tensors it made, and what its sums rounded."""
+    """Elementwise data of one row for the error analysis: its outputs, and the magnitudes of its sums."""
 
     outputs: list[Array] = field(default_factory=list)
     summed: list[Array] = field(default_factory=list)  # Σ|coefficient·term| of each output
-    terms: int = 0  # the most products in one of its sums
+    terms: int = 0  # maximum number of products in one sum
     model_output: Array = field(default_factory=lambda: np.zeros(()))  # |g·c| + |(1 − g)·u|
-    variance_part: Array = field(default_factory=lambda: np.zeros(()))  # change of an output for a relative one of v
+    variance_part: Array = field(default_factory=lambda: np.zeros(()))  # change of an output per relative change of v
 
 
 def evaluate(
@@ -111,13 +111,13 @@ def evaluate(
     nudge: tuple[int, int, float] | None = None,
     trace: list[Trace] | None = None,
 ) -> Array:
-    """The loop in float64 numpy: the formulas at the head of fastdiff/solvers/table.py, and nothing of fastdiff's code.
+    """Run the loop in float64 numpy, by the formulas at the head of fastdiff/solvers/table.py, without fastdiff's code.
 
     Args:
-        nudge: (row, what, size): adds `size`·(1 + |value|) to output `what` of a row, or to m where it is −1.
-        trace: a list to fill with what `error_bound` needs.
+        nudge: (row, output, size): add `size`·(1 + |value|) to an output of a row, or to m if `output` is −1.
+        trace: a list to fill with the data for `error_bound`.
     """
-    # NaN rather than nothing: what is read before it is written shows.
+    # NaN reveals registers that are read before they are written.
     registers = [np.full_like(x, np.nan)] * 4
     for i, row in enumerate(table.source):
         answer = model(x, row.timestep)
@@ -160,7 +160,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How a loop's end answers to a change of each tensor on its way, and what each of them rounded."""
+    """Response of a loop's result to a change of each intermediate tensor, and the data of their roundings."""
 
     traces: list[Trace]
     of_output: list[list[Array]]  # a row, an output: |∂end/∂output|
@@ -170,12 +170,12 @@ class Sensitivity:
 def sensitivity(
     table: StepTable, model: ElementModel, x: Array, noise: Sequence[Array] | None, *, guidance: float = 1.0
 ) -> Sensitivity:
-    """Perturb the float64 loop: since the model acts on each element by itself, so does its derivative."""
+    """Measure the responses by perturbing the float64 loop; the model is elementwise, and so are the derivatives."""
     traces: list[Trace] = []
     end = evaluate(table, model, x, noise, guidance=guidance, trace=traces)
 
     def response(row: int, what: int, value: Array) -> Array:
-        size = 1e-6  # relative to the values; what it leaves out, of second order, is a millionth of the response
+        size = 1e-6  # relative to the values; the neglected second-order part is a millionth of the response
         moved = evaluate(table, model, x, noise, guidance=guidance, nudge=(row, what, size))
         return np.abs(moved - end) / (size * (1.0 + np.abs(value)))
 
@@ -187,13 +187,13 @@ def sensitivity(
 
 
 def error_bound(found: Sensitivity, dtype: torch.dtype) -> Array:
-    """How far a loop on tensors of `dtype` may end from `evaluate`, elementwise, to first order.
+    """Bound the difference between a loop on tensors of `dtype` and `evaluate`, elementwise, to first order.
 
     A row rounds each output once to `dtype` (u), and the model's outputs once before it.  In between it computes with
-    unit roundoff c (float32's, or float64's): a sum of k products is off by at most (k + 1)·c·Σ|product|, and what
-    enters the products by 6·c more (p, q and the coefficient as stored in the table, two roundings of d, one of m's
-    difference).  exp and sqrt of a learned variance may be 4 units off.  Each error then reaches the end times the
-    measured response to it.  Twice the sum, for the terms of second order.
+    unit roundoff c (float32's, or float64's): a sum of k products has an error of at most (k + 1)·c·Σ|product|, and the
+    factors of the products 6·c more (p, q and the coefficient as stored in the table, two roundings of d, one of m's
+    difference).  exp and sqrt of a learned variance may have an error of 4 units.  Each error is multiplied by the
+    measured response to it.  The sum is doubled for second-order terms.
     """
     u, c = UNIT_ROUNDOFF[dtype], UNIT_ROUNDOFF[torch.float64 if dtype == torch.float64 else torch.float32]
     tiny = 2.0**-25 if dtype == torch.float16 else 0.0  # half a step between float16's subnormal numbers
@@ -208,7 +208,7 @@ def error_bound(found: Sensitivity, dtype: torch.dtype) -> Array:
     return 2.0 * bound
 
 
-def walk(
+def run_loop(
     table: StepTable,
     model: ElementModel,
     x: Array,
@@ -219,7 +219,7 @@ def walk(
     backend: str | None = None,
     device: str = "cpu",
 ) -> Array:
-    """The same loop through `Stepper`, on tensors of `dtype`; the model computes in float64 and is rounded once."""
+    """Run the loop with `Stepper` on tensors of `dtype`; the model computes in float64, its outputs are rounded once."""
 
     def tensor(values: Array) -> torch.Tensor:
         return torch.from_numpy(np.asarray(values, dtype=np.float64)).to(device, dtype)
@@ -241,7 +241,7 @@ def walk(
 
 
 def output_for(kind: PredictionType, level: Level, sample: Array, x0: Array) -> Array:
-    """What a model of `kind` returns where it believes in `x0`: each definition, written out."""
+    """Return the output of a model with prediction type `kind` that predicts `x0`, by each definition."""
     epsilon = (sample - level.alpha * x0) / level.sigma
     if kind is PredictionType.EPSILON:
         return epsilon
@@ -253,5 +253,5 @@ def output_for(kind: PredictionType, level: Level, sample: Array, x0: Array) -> 
 
 
 def level_of(half_log_snr: float) -> Level:
-    """The variance-preserving level of λ, which is the timestep on `levels_from_half_log_snr`."""
+    """Return the variance-preserving level of λ, which is the timestep on `levels_from_half_log_snr`."""
     return variance_preserving(math.exp(-half_log_snr), half_log_snr)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The environment of interpreters that tests start."""
+"""Environment variables of interpreters that tests start."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import fastdiff
 
 
 def child_environment(**variables: str) -> dict[str, str]:
-    """Return this process's environment for a child that imports the same fastdiff and the tests' modules.
+    """Return the environment for a child process that imports the same fastdiff and the tests' modules.
 
-    The folder in which a child is started, or its script lies, is not searched first: a checkout's may hold a fastdiff
-    without the kernels that were built elsewhere.
+    The child does not search its current folder or its script's folder: a checkout there may contain a fastdiff without
+    the kernels, which were built elsewhere.
 
     Args:
-        variables: more of the environment, in place of what is set here.
+        variables: further variables, which override those set here.
     """
     folders = [
         str(Path(fastdiff.__file__).parents[1]),

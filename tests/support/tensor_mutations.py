@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What can become of a tensor, or of another argument, on its way into a call of the step."""
+"""Mutations of tensors and other arguments for the fuzz tests of the step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Labelled(torch.Tensor):
 
 
 class Wrapper(torch.Tensor):
-    """A subclass without memory, as those of DTensor and quantisation libraries are."""
+    """A subclass without memory, like those of DTensor and quantisation libraries."""
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Wrapper:
@@ -28,14 +28,14 @@ class Wrapper(torch.Tensor):
 
 
 def in_a_room(tensor: Tensor, before: int, step: int = 1) -> Tensor:
-    """The values at every `step`-th place of a longer buffer."""
-    room = torch.full((before + step * tensor.numel() + 3,), 7.0).to(tensor.dtype)
-    view = room[before : before + step * tensor.numel() : step] if tensor.numel() else room[:0]
+    """Copy the values to every `step`-th position of a longer buffer and return that view."""
+    buffer = torch.full((before + step * tensor.numel() + 3,), 7.0).to(tensor.dtype)
+    view = buffer[before : before + step * tensor.numel() : step] if tensor.numel() else buffer[:0]
     return view.copy_(tensor.reshape(-1)).view(tensor.shape)
 
 
 def _resized(tensor: Tensor, part: int) -> Tensor:
-    """Its storage freed or cut short behind its back; torch itself reads on past such an end."""
+    """Return a copy whose storage has been freed or truncated; torch itself reads past such an end."""
     tensor = tensor.clone()
     tensor.untyped_storage().resize_(tensor.untyped_storage().nbytes() * part // 4)
     return tensor
@@ -51,12 +51,12 @@ def _set(tensor: Tensor) -> Tensor:
 
 
 def _meaningless_strides(tensor: Tensor) -> Tensor:
-    """Strides of 2⁴⁰ and 0 where there is one element, which no address depends on."""
+    """Return a view with strides of 2⁴⁰ and 0 in dimensions of size 1, which do not affect addresses."""
     strides = [[2**40, 0][i % 2] if size == 1 else s for i, (size, s) in enumerate(zip(tensor.shape, tensor.stride()))]  # noqa: B905
     return tensor.as_strided(tensor.shape, strides)
 
 
-#: What can become of a tensor on its way into a call.
+#: Mutations of a tensor argument, by name.
 TENSOR_CHANGES: dict[str, Callable[[Tensor], Any]] = {
     "none": lambda t: None,
     "list": lambda t: [1.0, 2.0],
@@ -105,9 +105,9 @@ TENSOR_CHANGES: dict[str, Callable[[Tensor], Any]] = {
     "infinite": lambda t: torch.full_like(t, -float("inf")),
     "read only": lambda t: torch.from_numpy(np.frombuffer(t.float().numpy().tobytes(), np.float32)).view(t.shape),
 }
-#: Those that cannot be read, not even by torch, without an exception or the end of the process.
+#: Mutations that even torch cannot read without an exception or a crash.
 UNREADABLE = {"freed", "cut", "wrapper", "uninitialised", "fake", "functional", "meta", "nested", "jagged", "mkldnn"}
-#: Those that the public step may answer with a tensor of the same kind.
+#: Mutations for which the public step may return a tensor of the same kind.
 SYMBOLIC = {"fake", "functional", "meta"}
 OTHER_CHANGES: dict[str, Any] = {
     "true": True, "minus one": -1, "three": 3, "2^31": 2**31, "2^63 - 1": 2**63 - 1, "-2^63": -(2**63), "2^63": 2**63,

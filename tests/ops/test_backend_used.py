@@ -13,11 +13,11 @@ import fastdiff
 from fastdiff import ops
 from fastdiff.ops import backends
 from fastdiff.ops import dispatch as run
-from support.backend_used import answered
-from support.oracle import backends_at_hand, device_of, plain_row
+from support.backend_used import record_backends
+from support.oracle import available_backends, device_of, plain_row
 
 TESTS = Path(__file__).parents[1]
-BACKENDS = backends_at_hand()
+BACKENDS = available_backends()
 needs_extension = pytest.mark.skipif(backends.extension is None, reason="the C++ extension was not built")
 
 # ------------------------------------------------------------------------------------------------------ the recorder
@@ -38,7 +38,7 @@ def test_every_operation_is_recorded_as_the_backend_that_computes_it(backend: st
         *(lambda kind=kind: getattr(ops, kind)(x, backend=backend) for kind in ("mean", "std", "norm")),
     ]
     for call in calls:
-        with answered() as record:
+        with record_backends() as record:
             call()
         assert set(record.computed) == {backend}
         record.check(backend)
@@ -47,13 +47,13 @@ def test_every_operation_is_recorded_as_the_backend_that_computes_it(backend: st
 @needs_extension
 def test_calls_that_name_no_backend_and_a_loop_are_recorded() -> None:
     x = torch.randn(2, 3, 4, 4)
-    with answered() as record:
+    with record_backends() as record:
         ops.step(x, x, plain_row(prev_x=2.0), 0)
         ops.randn((2, 5), [1, 2])
         ops.norm(x)
     assert record.computed == {"cpu": 3}
     stepper = fastdiff.create_sampler("linear", "ddim", num_inference_steps=3).stepper()
-    with answered() as record:
+    with record_backends() as record:
         while not stepper.done:
             x = stepper.step(x, x)
     assert record.computed == {"cpu": 3}
@@ -62,7 +62,7 @@ def test_calls_that_name_no_backend_and_a_loop_are_recorded() -> None:
 def test_nothing_is_left_behind() -> None:
     places = [(ops, "step"), (run, "reference_step"), (backends, "extension_step"), (backends.extension, "sum")]
     before = [getattr(owner, name, None) for owner, name in places]
-    with answered(), pytest.raises(TypeError):
+    with record_backends(), pytest.raises(TypeError):
         ops.step(None, None, None, 0)  # type: ignore[arg-type]
     assert all(getattr(owner, name, None) is value for (owner, name), value in zip(places, before, strict=True))
 
@@ -76,18 +76,18 @@ def test_a_backend_that_falls_back_in_silence_is_found(monkeypatch: pytest.Monke
     monkeypatch.setitem(backends.RUN, "triton", lambda call: by_name(call))
     monkeypatch.setattr(backends, "why_missing", lambda name: "")
     monkeypatch.setattr(backends, "_serves", lambda name, device: True)
-    with pytest.raises(AssertionError, match=r"step asked for triton and was computed by \['cpu'\]"), answered():
+    with pytest.raises(AssertionError, match=r"step asked for triton and was computed by \['cpu'\]"), record_backends():
         ops.step(x, x, plain_row(prev_x=2.0), 0, backend="triton")
-    with pytest.raises(AssertionError, match="mean asked for reference and was computed by nobody"), answered():
+    with pytest.raises(AssertionError, match="mean asked for reference and was computed by nobody"), record_backends():
         ops.mean(x, backend="reference")
-    with answered() as record:
+    with record_backends() as record:
         ops.norm(x)
     with pytest.raises(AssertionError, match=r"triton computed nothing; who did: \{'cpu': 1\}"):
         record.check("triton")
 
 
 def test_empty_tensors_ask_nobody() -> None:
-    with answered() as record:
+    with record_backends() as record:
         ops.step(torch.empty(0, 3), torch.empty(0, 3), plain_row(prev_x=2.0), 0, backend="reference")
         ops.mean(torch.empty(2, 0))
     assert set(record.computed) <= {"reference"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Batches whose samples take rows of their own, for the tests of `ops.step_rows`; and each sample of one, alone."""
+"""Batches with a row per sample, for the tests of `ops.step_rows`, and the same step of each sample alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastdiff.row_layout import (
 from fastdiff.solvers.table import StepTable
 from support.oracle import DTYPES
 
-#: Deterministic and stochastic, of one call a step and of two, without history, with one register and with two.
+#: Deterministic and stochastic, with one or two model calls per step, without history, with one register and with two.
 METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("ddim", {}),
     ("dpm_solver", {"solver_order": 2}),
@@ -44,16 +44,16 @@ def _table(method: str, fields: dict[str, Any]) -> StepTable:
     return table
 
 
-def laid_out(tensor: Tensor, channels_last: bool) -> Tensor:
+def with_layout(tensor: Tensor, channels_last: bool) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def solvers(
+def solver_batch(
     seed: int, dtype: torch.dtype, inner: tuple[int, ...], batch: int = 9, channels_last: bool = False
 ) -> Batch:
-    """Real solvers in the middle of their loops, each sample with a seed, a step and a guidance scale of its own.
+    """Return a batch of solvers in the middle of their loops, with a seed, a step and a guidance scale per sample.
 
-    Registers hold NaN where the sample's solver has not written yet; every fifth sample stays as it is.
+    Registers contain NaN if the sample's solver has not written them yet; every fifth sample is left unchanged.
     """
     gen = torch.Generator().manual_seed(seed)
     rng = random.Random(seed)
@@ -61,7 +61,7 @@ def solvers(
     firsts = [sum(len(t) for t in tables[:i]) for i in range(len(tables))]
 
     def like_sample() -> Tensor:
-        return laid_out(torch.randn((batch, *inner), generator=gen, dtype=torch.float64).to(dtype), channels_last)
+        return with_layout(torch.randn((batch, *inner), generator=gen, dtype=torch.float64).to(dtype), channels_last)
 
     registers = [torch.full_like(like_sample(), float("nan")) for _ in range(NUM_REGISTERS)]
     rows = torch.empty(batch, dtype=torch.int64)
@@ -83,12 +83,12 @@ def solvers(
         "guidance": torch.rand(batch, generator=gen, dtype=torch.float64).mul(8).to(compute),
         "seeds": torch.randint(-(2**63), 2**63 - 1, (batch,), generator=gen),
         "noise_step": torch.randint(0, 2**32, (batch,), generator=gen),
-        "model_input": laid_out(torch.full((2 * batch, *inner), float("nan"), dtype=dtype), channels_last),
+        "model_input": with_layout(torch.full((2 * batch, *inner), float("nan"), dtype=dtype), channels_last),
     }
 
 
 def random_batch(seed: int, dtype: torch.dtype, model_input_dtypes: tuple[torch.dtype, ...] = DTYPES) -> Batch:
-    """Rows of random numbers, half of them 0, that store anywhere; any optional tensor there or not."""
+    """Return a batch with random rows, half of the coefficients 0, random store slots and optional tensors."""
     gen = torch.Generator().manual_seed(seed)
     rng = random.Random(seed)
     channels_last = rng.random() < 0.4
@@ -98,9 +98,9 @@ def random_batch(seed: int, dtype: torch.dtype, model_input_dtypes: tuple[torch.
     count = rng.randint(1, 5)
 
     def like_sample() -> Tensor:
-        return laid_out(torch.randn((batch, *inner), generator=gen, dtype=torch.float64).to(dtype), channels_last)
+        return with_layout(torch.randn((batch, *inner), generator=gen, dtype=torch.float64).to(dtype), channels_last)
 
-    def a_sample(low: float, high: float, size: int = batch) -> Tensor:
+    def per_sample(low: float, high: float, size: int = batch) -> Tensor:
         return (torch.rand(size, generator=gen, dtype=torch.float64) * (high - low) + low).to(compute)
 
     table = torch.randn(count, ROW_WIDTH, generator=gen, dtype=torch.float64)
@@ -121,7 +121,7 @@ def random_batch(seed: int, dtype: torch.dtype, model_input_dtypes: tuple[torch.
     steps: int | Tensor = torch.randint(0, 2**32, (rng.choice((1, batch)),), generator=gen)
     copies = rng.randint(0, 2)
     one_row = rng.random() < 0.2
-    # Where rows are negative, all such numbers mean the same.
+    # All negative rows have the same meaning.
     rows = torch.tensor([rng.randint(-2, count - 1) for _ in range(1 if one_row else batch)])
     next_dtype = rng.choice(model_input_dtypes)
     return {
@@ -131,22 +131,22 @@ def random_batch(seed: int, dtype: torch.dtype, model_input_dtypes: tuple[torch.
         "rows": rows,
         "registers": [like_sample() if j in there else None for j in range(NUM_REGISTERS)],
         "uncond": like_sample() if guided else None,
-        "guidance": a_sample(-1.0, 9.0, rng.choice((1, batch))) if guided else None,
+        "guidance": per_sample(-1.0, 9.0, rng.choice((1, batch))) if guided else None,
         "noise": like_sample() if noise == "given" else None,
         "seeds": torch.randint(-(2**63), 2**63 - 1, (batch,), generator=gen) if noise == "drawn" else None,
         "noise_step": rng.choice((steps, rng.randrange(2**32))),
         "purpose": rng.randrange(2**32),
         "variance": like_sample().abs() if kind else None,
         "variance_kind": int(kind),
-        "threshold": a_sample(0.5, 3.0) if rng.random() < 0.3 else None,
-        "model_input": laid_out(torch.full((copies * batch, *inner), float("nan"), dtype=next_dtype), channels_last)
+        "threshold": per_sample(0.5, 3.0) if rng.random() < 0.3 else None,
+        "model_input": with_layout(torch.full((copies * batch, *inner), float("nan"), dtype=next_dtype), channels_last)
         if copies
         else None,
     }
 
 
-def copied(batch: Batch, device: str | None = None) -> Batch:
-    """Copy a batch to a device, or where it is, in memory of its own and in the same layout."""
+def copy_batch(batch: Batch, device: str | None = None) -> Batch:
+    """Copy a batch to new memory with the same layout, on a device or on its own."""
 
     def copy(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -156,23 +156,23 @@ def copied(batch: Batch, device: str | None = None) -> Batch:
     return {name: copy(value) for name, value in batch.items()}
 
 
-def run(batch: Batch, backend: str | None) -> list[Tensor]:
-    """Run it on tensors of its own; prev_sample, the registers and the model input."""
-    own = copied(batch)
+def run_batch(batch: Batch, backend: str | None) -> list[Tensor]:
+    """Run the step on a copy of the batch; return prev_sample, the registers and the model input."""
+    own = copy_batch(batch)
     with torch.no_grad():
-        return [ops.step_rows(**own, backend=backend), *written(own)]
+        return [ops.step_rows(**own, backend=backend), *written_tensors(own)]
 
 
-def written(batch: Batch) -> list[Tensor]:
-    """What a call writes besides prev_sample."""
+def written_tensors(batch: Batch) -> list[Tensor]:
+    """Return the tensors that a call writes besides prev_sample."""
     return [tensor for tensor in (*batch["registers"], batch.get("model_input")) if tensor is not None]
 
 
-def alone(batch: Batch, i: int, backend: str | None) -> list[Tensor]:
-    """What `run` gives for sample i, from `ops.step` on it alone with its row as a number, and kept tensors by hand."""
+def run_sample_alone(batch: Batch, i: int, backend: str | None) -> list[Tensor]:
+    """Return the results of `run_batch` for sample i from `ops.step` on it alone, with its row as an int."""
     size = len(batch["sample"])
 
-    def mine(name: str) -> Any:
+    def own(name: str) -> Any:
         value = batch.get(name)
         return value[i : i + 1] if isinstance(value, Tensor) and value.numel() > 1 else value
 
@@ -194,7 +194,7 @@ def alone(batch: Batch, i: int, backend: str | None) -> list[Tensor]:
         return [tensor for tensor in (result, *registers, next_input) if tensor is not None]
     names = ("uncond", "variance", "noise", "seeds", "threshold")
     rest = {name: sliced(batch[name]) for name in names if batch.get(name) is not None}
-    rest |= {name: mine(name) for name in ("guidance", "noise_step") if batch.get(name) is not None}
+    rest |= {name: own(name) for name in ("guidance", "noise_step") if batch.get(name) is not None}
     rest |= {name: batch[name] for name in ("purpose", "variance_kind") if name in batch}
     with torch.no_grad():
         result, *kept = ops.step(
@@ -215,8 +215,8 @@ def alone(batch: Batch, i: int, backend: str | None) -> list[Tensor]:
     return [tensor for tensor in (result, *registers, next_input) if tensor is not None]
 
 
-def of_sample(results: list[Tensor], i: int, batch: int) -> list[Tensor]:
-    """Sample i's part of what `run` gives, as `alone` gives it."""
+def select_sample(results: list[Tensor], i: int, batch: int) -> list[Tensor]:
+    """Select sample i from the results of `run_batch`, in the form of `run_sample_alone`."""
     return [
         r[i : i + 1] if len(r) == batch else torch.cat([r[i : i + 1], r[batch + i : batch + i + 1]]) for r in results
     ]

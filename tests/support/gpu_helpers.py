@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the tests on a GPU share: its backends, what ran on it, and tensors brought back."""
+"""Helpers of the GPU tests: the backends, the kernels that ran, and copies of tensors on the host."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BACKENDS = ("cuda", "triton")
 
 
 def skip_where_missing(name: str) -> None:
-    """Skip where a backend does not run on the GPU here, and say why."""
+    """Skip the test, with the reason, if a backend does not run on the GPU here."""
     reason = backends.why_missing(name)
     if not reason and name == "triton" and INTERPRETED:
         reason = "TRITON_INTERPRET is 1: Triton's kernels run on the CPU"
@@ -31,7 +31,7 @@ def on_host(outputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def kernels_of(call: Callable[[], object]) -> list[str]:
-    """The names of what runs on the device, copies too."""
+    """Return the names of the kernels and copies that a call runs on the device."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         call()
