@@ -51,7 +51,7 @@ needs_copy = pytest.mark.skipif(bool(why_absent()), reason=why_absent())
         (Row(0.0, 1.0 * MODEL_OUTPUT, (1.0, 1.0), keep=(SAMPLE, SAMPLE + MODEL_OUTPUT), store=(0, 2)), 5, 6),
     ],
 )
-def test_tensors_moved_are_those_that_the_row_uses(row: Row, plain: int, guided: int) -> None:
+def test_tensors_moved_counts_tensors_used_by_row(row: Row, plain: int, guided: int) -> None:
     table = StepTable((row,))
     assert tensors_moved(table, 0, guided=False) == plain
     assert tensors_moved(table, 0, guided=True) == guided
@@ -59,7 +59,7 @@ def test_tensors_moved_are_those_that_the_row_uses(row: Row, plain: int, guided:
     assert in_kernel == plain - table.draws_noise[0]
 
 
-def test_tensors_moved_count_history_and_learned_variance() -> None:
+def test_tensors_moved_counts_history_and_learned_variance() -> None:
     rows = (
         Row(1.0, SAMPLE + MODEL_OUTPUT, (1.0, 1.0), keep=(SAMPLE, 1.0 * MODEL_OUTPUT), store=(0, 1)),
         Row(0.0, SAMPLE + HISTORY[0] + HISTORY[1] + NOISE, (1.0, 1.0), keep=(1.0 * HISTORY[0],), store=(1,)),
@@ -84,7 +84,7 @@ def test_bytes_of_known_samplers(op: str, moved: float) -> None:
     assert Case(op, SMALL, "bfloat16").bytes_a_step == pytest.approx(moved * 32 * 2)
 
 
-def test_noise_drawn_in_the_kernel_is_not_among_the_bytes() -> None:
+def test_bytes_exclude_noise_drawn_in_kernel() -> None:
     op = seeded(SAMPLERS["ddpm"])
     assert op.seeded
     table = Case("ddpm", SMALL).table
@@ -96,7 +96,7 @@ def test_noise_drawn_in_the_kernel_is_not_among_the_bytes() -> None:
 
 @needs_copy
 @pytest.mark.parametrize("cache", ["warm", "cold"])
-def test_copy_walk_moves_as_many_bytes_as_the_step(cache: str) -> None:
+def test_copy_loop_moves_bytes_of_step(cache: str) -> None:
     loop = copy_loop(3000.0, cache, "ordinary")
     src, dst, streaming = loop.advance.args  # type: ignore[attr-defined]
     assert src.shape == dst.shape == (loop.steps, 1500)
@@ -106,7 +106,7 @@ def test_copy_walk_moves_as_many_bytes_as_the_step(cache: str) -> None:
     loop.advance()
 
 
-def test_cold_rotation_goes_round_more_than_the_cache_holds() -> None:
+def test_cold_rotation_exceeds_cache_size() -> None:
     assert copies_for("warm", 1000) == 1
     for footprint in (1000, 1 << 20, 1 << 30):
         assert (copies_for("cold", footprint) - 1) * footprint >= 2 * last_level_cache()
@@ -115,7 +115,7 @@ def test_cold_rotation_goes_round_more_than_the_cache_holds() -> None:
     assert len(set(memory)) == 12
 
 
-def test_rotation_takes_turns_across_rounds_and_mixes_rows() -> None:
+def test_rotation_alternates_across_rounds_and_mixes_rows() -> None:
     visits: list[int] = []
     rotation = Rotation([RepeatingLoop(lambda i=i: visits.append(i)) for i in range(5)], loop_length=3)  # type: ignore[misc]
     assert sorted(visits) == [1, 2, 2, 4], "loop i begins at step i of its loop of 3"
@@ -125,7 +125,7 @@ def test_rotation_takes_turns_across_rounds_and_mixes_rows() -> None:
     assert visits == [0, 1, 2, 3, 4, 0, 1, 2]
 
 
-def test_rotation_of_one_takes_whole_loops() -> None:
+def test_rotation_of_one_loop_takes_whole_loops() -> None:
     visits: list[int] = []
     rotation = Rotation([RepeatingLoop(lambda: visits.append(0))], loop_length=7)
     rotation.calibrate(1e-6)
@@ -137,7 +137,7 @@ def test_rotation_of_one_takes_whole_loops() -> None:
 
 @pytest.mark.parametrize("cache_copies", [1, 3])
 @pytest.mark.parametrize("op", SAMPLERS)
-def test_every_walk_of_fastdiff_has_tensors_of_its_own(op: str, cache_copies: int) -> None:
+def test_fastdiff_loops_have_separate_tensors(op: str, cache_copies: int) -> None:
     case = Case(op, SMALL, steps=4)
     sets = case.tensors(cache_copies)
     made = repeating_loops("fastdiff", case, sets)
@@ -160,7 +160,7 @@ def test_quantiles_and_ratios() -> None:
 
 
 @pytest.mark.parametrize("op", SAMPLERS)
-def test_compiled_formula_takes_the_same_steps(op: str) -> None:
+def test_compiled_formula_equals_reference_steps(op: str) -> None:
     """Uncompiled, in float64: the peer does the work that it is timed for."""
     case = Case(op, SMALL, "float64", steps=5)
     (tensors,) = case.tensors()
@@ -180,7 +180,7 @@ def test_compiled_formula_takes_the_same_steps(op: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("peer", PEERS)
-def test_every_peer_walks_or_says_why_not(peer: str) -> None:
+def test_every_peer_makes_loops_or_has_reason(peer: str) -> None:
     case = Case("dpmsolver++2m", SMALL, steps=4)
     try:
         with torch.no_grad():
@@ -193,7 +193,7 @@ def test_every_peer_walks_or_says_why_not(peer: str) -> None:
     assert len(made) * made[0].steps in (2, 4)
 
 
-def test_k_diffusion_is_its_own_code_without_its_training_stack() -> None:
+def test_k_diffusion_sampling_loads_without_training_packages() -> None:
     if importlib.util.find_spec("k_diffusion") is None:
         with pytest.raises(ImportError, match="not installed"):
             k_diffusion_peer.load_sampling.__wrapped__()
@@ -217,7 +217,7 @@ def test_k_diffusion_is_its_own_code_without_its_training_stack() -> None:
 TINY = ("--samplers", "ddim", "heun", "--shapes", "2x1x4x4", "--rounds", "2", "--seconds", "0.002")
 
 
-def test_bench_prints_one_table_and_stores_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_prints_and_stores_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("rich")
     out, picture = tmp_path / "out.json", tmp_path / "out.png"
     arguments = [*TINY, "--caches", "warm", "--peers", "reference", "diffusers", "k-diffusion", "--json", str(out)]
@@ -261,7 +261,7 @@ def test_bench_prints_one_table_and_stores_it(tmp_path: Path, capsys: pytest.Cap
         assert bool(line["share_of_copy"]) == (not why_absent())
 
 
-def test_bench_lists_an_absent_peer_and_goes_on(
+def test_bench_lists_missing_peer_and_continues(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("rich")
@@ -291,14 +291,14 @@ def test_bench_lists_an_absent_peer_and_goes_on(
         (("--frobnicate",), ("--frobnicate", "--help")),
     ],
 )
-def test_bench_refuses_bad_input_in_a_sentence(arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+def test_bench_refuses_bad_input_in_one_sentence(arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match=r"^bench: .+, expected .+; .+") as refusal:
         parse(arguments, "fastdiff bench")
     for word in words:
         assert word in str(refusal.value)
 
 
-def test_quick_keeps_what_is_given() -> None:
+def test_quick_keeps_given_options() -> None:
     options = parse(["--quick", "--rounds", "3"], "fastdiff bench")
     assert options.rounds == 3
     assert len(options.samplers) < len(SAMPLERS)
@@ -308,7 +308,7 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=ROOT)
 
 
-def test_bench_is_a_command_of_fastdiff() -> None:
+def test_bench_is_fastdiff_subcommand() -> None:
     for package in ("typer", "rich"):
         pytest.importorskip(package)
     done = _run("-m", "fastdiff", "bench", *TINY, "--caches", "warm", "--peers", "reference", "--threads", "1")
@@ -324,7 +324,7 @@ def test_bench_is_a_command_of_fastdiff() -> None:
 
 
 @pytest.mark.skipif(bool(why_by_torch()), reason=why_by_torch())
-def test_draws_of_torchs_noise_are_timed_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_torch_noise_benchmark_times_both_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     torch_noise.main(
         ["--shapes", "2x16,40", "--threads", "1,2", "--rounds", "3", "--json", str(tmp_path / "times.json")]

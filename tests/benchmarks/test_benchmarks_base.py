@@ -26,7 +26,7 @@ def _needs_checkout() -> None:
         pytest.skip(str(error))
 
 
-def test_base_refuses_what_is_no_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_base_refuses_installed_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "fastdiff").mkdir()
     (tmp_path / "setup.py").touch()
     monkeypatch.setattr(base_commit.fastdiff, "__file__", str(tmp_path / "fastdiff" / "__init__.py"))
@@ -34,14 +34,14 @@ def test_base_refuses_what_is_no_checkout(monkeypatch: pytest.MonkeyPatch, tmp_p
         base_commit.checkout()
 
 
-def test_base_refuses_a_commit_that_is_not_there() -> None:
+def test_base_refuses_unknown_commit() -> None:
     _needs_checkout()
     with pytest.raises(ValueError, match=r"^bench: --base is 'no-such-rev', expected .+; see git log"):
         base_commit.resolve(base_commit.checkout(), "no-such-rev")
 
 
 @pytest.mark.slow
-def test_base_compares_with_the_last_commit_and_cleans_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_base_compares_with_last_commit_and_cleans_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _needs_checkout()
     pytest.importorskip("rich")
     out = tmp_path / "out.json"

@@ -28,7 +28,7 @@ from fastdiff.ops import backends
         ("UniPCMultistep", 8),  # x, m, h, h, h; x, the corrected x, h
     ],
 )
-def test_the_bytes_of_a_step_are_those_of_its_plan(name: str, tensors: int, guided: bool) -> None:
+def test_bytes_per_step_match_plan(name: str, tensors: int, guided: bool) -> None:
     name = f"{name}Scheduler"
     loop = dropins.Loop(name, CLASSES[name], (1, 4, 8, 8), torch.float32, guided)
     loop.time()
@@ -42,9 +42,7 @@ def test_the_bytes_of_a_step_are_those_of_its_plan(name: str, tensors: int, guid
 
 
 @pytest.mark.skipif(backends.extension is None, reason="the C++ extension was not built")
-def test_the_table_has_the_share_of_a_copy_where_it_is_asked_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_table_has_share_of_copy_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "found.json"
     threads = torch.get_num_threads()
     try:
@@ -61,7 +59,7 @@ def test_the_table_has_the_share_of_a_copy_where_it_is_asked_for(
     assert 0 < share["p20"] <= share["median"] <= share["p80"]
 
 
-def test_the_table_has_the_beginnings_where_they_are_asked_for(
+def test_table_has_beginnings_on_request(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, threads = tmp_path / "found.json", torch.get_num_threads()
@@ -84,7 +82,7 @@ def test_the_table_has_the_beginnings_where_they_are_asked_for(
         assert all(line["beginnings"]["planning"][who]["median"] > 0 for who in ("diffusers", "fastdiff"))
 
 
-def test_a_first_loop_makes_all_its_plans() -> None:
+def test_timed_planning_makes_all_plans_anew() -> None:
     loop = dropins.Loop("DDIMScheduler", CLASSES["DDIMScheduler"], (1, 4, 8, 8), torch.float32, guided=False)
     loop.time()
     assert loop.time_planning() > 0
@@ -94,7 +92,7 @@ def test_a_first_loop_makes_all_its_plans() -> None:
     assert not {id(plan) for plan in loop.plans()} & {id(plan) for plan in before}
 
 
-def test_a_beginning_is_that_of_a_whole_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_loop_times_first_step_and_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = dropins.Loop("DDIMScheduler", CLASSES["DDIMScheduler"], (1, 4, 8, 8), torch.float32, guided=False)
     taken: list[float] = []
     step = loop.step

@@ -43,7 +43,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return report
 
 
-def test_rehearsal_is_marked_and_whole(rehearsal: dict[str, Any]) -> None:
+def test_rehearsal_report_is_marked_and_complete(rehearsal: dict[str, Any]) -> None:
     assert rehearsal["rehearsal"] is True
     assert rehearsal["schema"] == results.SCHEMA
     assert rehearsal["stages"] == {"build": "passed"}
@@ -55,7 +55,7 @@ def test_rehearsal_is_marked_and_whole(rehearsal: dict[str, Any]) -> None:
 
 
 @needs_extension
-def test_rehearsal_measures_every_case_by_all_who_are_here(rehearsal: dict[str, Any]) -> None:
+def test_rehearsal_measures_every_case_with_available_implementations(rehearsal: dict[str, Any]) -> None:
     lines = rehearsal["cases"]
     assert {line["op"] for line in lines} == {
         "ddim", "dpmsolver++2m", "ddpm (philox)", "flow-euler", "mixed rows"
@@ -82,7 +82,7 @@ def test_rehearsal_meets_no_target(rehearsal: dict[str, Any]) -> None:
     assert {line["verdict"] for line in rehearsal["verdict"]} <= {"not measured", "rehearsal"}
 
 
-def test_rehearsal_is_refused_by_the_table(rehearsal: dict[str, Any], tmp_path: Path) -> None:
+def test_table_refuses_rehearsal(rehearsal: dict[str, Any], tmp_path: Path) -> None:
     document = tmp_path / "performance.md"
     document.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
     with pytest.raises(
@@ -92,7 +92,7 @@ def test_rehearsal_is_refused_by_the_table(rehearsal: dict[str, Any], tmp_path: 
     assert "old" in document.read_text()
 
 
-def test_a_part_that_fails_is_said_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_part_is_reported_and_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = importlib.import_module("benchmarks.gpu.bench")
 
     def broken(self: Any, case: Any, cache: str) -> None:
@@ -108,7 +108,7 @@ def test_a_part_that_fails_is_said_and_the_others_go_on(tmp_path: Path, monkeypa
     assert stored["failed"]["ddim 1x2x3x2x2 float32, warm"] == "ZeroDivisionError: no such thing"
 
 
-def test_time_that_runs_out_is_said(tmp_path: Path) -> None:
+def test_unmeasured_parts_are_listed_after_time_limit(tmp_path: Path) -> None:
     bench = importlib.import_module("benchmarks.gpu.bench")
     run = bench.Run("cpu", tmp_path / "x.json", rehearse=True, rounds=1, seconds=-1.0)
     stored = run.measure_all()
@@ -117,9 +117,7 @@ def test_time_that_runs_out_is_said(tmp_path: Path) -> None:
     assert any(name.startswith("ddim") for name in stored["not_measured"])
 
 
-def test_run_that_is_killed_keeps_what_it_measured_and_names_the_rest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_run_keeps_results_and_lists_unmeasured_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = importlib.import_module("benchmarks.gpu.bench")
 
     def killed(self: Any, case: Any, cache: str) -> None:
@@ -152,7 +150,7 @@ def test_noise_of_all_backends_is_compared(tmp_path: Path) -> None:
 
 
 @needs_extension
-def test_noise_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_differing_noise_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = noise._draw
 
     def off(request: dict[str, Any], backend: str, device: str) -> torch.Tensor:
@@ -177,7 +175,7 @@ def test_noise_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 # --------------------------------------------------------------------------------------------- cases and who takes them
 
 
-def test_gpu_cases_hold_those_of_the_targets_first() -> None:
+def test_gpu_cases_of_targets_come_first() -> None:
     made = cases.select_cases("cuda", rehearse=False)
     assert all(case.core for case in made[: len(cases.CORE)])
     assert {(case.op, case.shape, case.dtype) for case in made if case.core} >= {
@@ -203,7 +201,7 @@ def test_bytes_of_gpu_cases() -> None:
 
 
 @needs_extension
-def test_flow_euler_is_diffusers_update() -> None:
+def test_flow_euler_equals_diffusers_update() -> None:
     case = cases.GpuCase("flow-euler", (1, 2, 3, 3), "float64", steps=5)
     x, velocity, _ = case.tensors()[0]
     times = torch.linspace(1.0, 0.0, 6, dtype=torch.float64)
@@ -215,7 +213,7 @@ def test_flow_euler_is_diffusers_update() -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=40 * 2.0**-53)
 
 
-def test_a_unit_leaves_out_the_first_step_of_each_set() -> None:
+def test_unit_excludes_first_step_of_each_set() -> None:
     taken: list[str] = []
     unit = implementations.eager([RepeatingLoop(lambda name=name: taken.append(name)) for name in "ab"], rows=3)  # type: ignore[misc]
     unit.prepare()
@@ -229,7 +227,7 @@ def test_a_unit_leaves_out_the_first_step_of_each_set() -> None:
 
 @pytest.mark.slow
 @needs_extension
-def test_a_compiled_step_ends_where_the_eager_one_does() -> None:
+def test_compiled_loop_equals_eager_loop() -> None:
     case = cases.GpuCase("dpmsolver++2m", (2, 1, 4, 4), steps=4)
     tensors = case.tensors()[0]
     samples = [torch.empty_like(tensors.sample) for _ in range(2)]
@@ -244,7 +242,7 @@ def test_a_compiled_step_ends_where_the_eager_one_does() -> None:
     assert torch.equal(*samples)
 
 
-def test_launchers_say_why_they_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_launchers_have_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuple(launchers.launchers("cuda")) == launchers.NAMES
     if not torch.cuda.is_available():
         assert launchers.launchers("cuda")["C++ op"].missing
@@ -253,7 +251,7 @@ def test_launchers_say_why_they_are_missing(monkeypatch: pytest.MonkeyPatch) -> 
     assert "nothing holds compiled kernels" in launchers._launch_module()[1]
 
 
-def test_a_launcher_takes_its_unit_inside_its_context() -> None:
+def test_launcher_wraps_unit_in_its_context() -> None:
     seen: list[str] = []
     context = launchers.contextlib.contextmanager
 
@@ -318,7 +316,7 @@ def test_operators_are_counted_without_views_and_with_reads() -> None:
 
 
 @needs_extension
-def test_a_step_of_ours_calls_no_operator_beside_its_pass() -> None:
+def test_fastdiff_step_dispatches_no_torch_operator() -> None:
     # A loop allocates its registers once: less than one operator a step, and none of a step itself.
     assert all(dispatches.count_fastdiff(op) < 0.2 for op in ("ddim", "dpmsolver++2m", "flow-euler", "ddpm (philox)"))
 

@@ -56,13 +56,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
-def test_device_time_is_between_events_behind_a_sleep(calls: list[str]) -> None:
+def test_device_time_is_measured_by_events_after_sleep(calls: list[str]) -> None:
     unit = Unit(lambda: calls.append("prepare"), lambda: calls.append("run"), 4)
     assert CudaClock().elapsed(unit, host=10.0) == 8.0 / 4 * 1e3
     assert calls == ["prepare", "sleep", "record", "run", "record", "synchronize"]
 
 
-def test_host_time_waits_before_and_after_but_not_in_the_steps(calls: list[str]) -> None:
+def test_host_time_synchronizes_before_and_after_steps_only(calls: list[str]) -> None:
     unit = Unit(lambda: calls.append("prepare"), lambda: calls.append("run"), 4)
     assert CudaClock().host(unit) > 0
     assert calls == ["prepare", "synchronize", "run", "synchronize"]
@@ -70,7 +70,7 @@ def test_host_time_waits_before_and_after_but_not_in_the_steps(calls: list[str])
 
 
 @pytest.mark.skipif(backends.extension is None, reason="the C++ extension was not built")
-def test_graph_is_filled_with_the_steps_behind_the_first_and_replayed_from_the_start(
+def test_graph_contains_steps_after_first_and_replays_from_start(
     calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = cases.GpuCase("dpmsolver++2m", (2, 1, 4, 4), steps=5)

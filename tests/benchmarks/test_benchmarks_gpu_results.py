@@ -45,7 +45,7 @@ def _run_report() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_verdict_is_met_not_met_or_not_measured() -> None:
+def test_targets_are_met_not_met_or_not_measured() -> None:
     said = {line["target"]: (line["verdict"], line["figure"]) for line in targets.evaluate_targets(_run_report())}
     by_beginning = {
         "64x16x128x128 bfloat16": ("met", "93.0%"),
@@ -90,7 +90,7 @@ def test_documentation_has_the_marks_of_the_table() -> None:
     assert text.index(table.BEGIN) < text.index(table.END)
 
 
-def test_a_rehearsal_never_lands_in_a_run_s_file(tmp_path: Path) -> None:
+def test_rehearsal_is_not_stored_in_file_of_real_run(tmp_path: Path) -> None:
     path = tmp_path / "h200.json"
     results.store(path, False, noise={"compared": 1})
     before = path.read_text()
@@ -114,14 +114,14 @@ def test_a_rehearsal_never_lands_in_a_run_s_file(tmp_path: Path) -> None:
         (("frobnicate",), ("frobnicate", "--help")),
     ],
 )
-def test_gpu_refuses_bad_input_in_a_sentence(arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+def test_gpu_command_refuses_bad_input_in_one_sentence(arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match=r"^gpu: .+, expected .+; .+") as refusal:
         parse(arguments)
     assert all(word in str(refusal.value) for word in words)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_a_run_is_refused_and_a_rehearsal_offered() -> None:
+def test_run_without_gpu_is_refused_with_hint_to_rehearse() -> None:
     with pytest.raises(RuntimeError, match=r"^gpu: torch finds no CUDA device, expected a GPU; .*--rehearse"):
         parse(["bench"])
     assert machine.file_name("cpu") == "rehearsal"
@@ -136,7 +136,7 @@ def test_without_a_gpu_a_run_is_refused_and_a_rehearsal_offered() -> None:
         ({"LIMIT": "60"}, "LIMIT is '60', expected whole seconds, 120 or more"),
     ],
 )
-def test_the_script_refuses_bad_input_in_a_sentence(variables: dict[str, str], words: str) -> None:
+def test_script_refuses_bad_input_in_one_sentence(variables: dict[str, str], words: str) -> None:
     environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, **variables}
     script = ROOT / "benchmarks" / "gpu.sh"
     done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, check=False)

@@ -20,13 +20,13 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads memory as
 
 
 @pytest.mark.parametrize("name", soak.WORKLOADS)
-def test_soak_use_takes_steps(name: str) -> None:
+def test_soak_workload_takes_steps(name: str) -> None:
     use, beside_diffusers = soak.WORKLOADS[name]
     for module in (fastdiff.diffusers, diffusers) if beside_diffusers else (fastdiff.diffusers,):
         assert len(list(islice(use(module), 45))) == 45  # three loops
 
 
-def test_soak_fails_where_memory_grows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_soak_fails_if_memory_grows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     kept: list[Any] = []
 
     def leaks(module: Any) -> Iterator[None]:
@@ -49,14 +49,14 @@ def test_soak_fails_where_memory_grows(monkeypatch: pytest.MonkeyPatch, capsys: 
     kept.clear()
 
 
-def test_soak_reports_a_process_that_fails(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_soak_reports_failing_process(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(soak.WORKLOADS, "absent", soak.WORKLOADS["eta"])  # which a process of its own does not know
     assert soak.main(["--steps", "10", "--only", "absent"]) == 1
     assert "failed: absent" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["--steps", "9"], ["--only", "none such"]])
-def test_soak_refuses_other_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_soak_refuses_invalid_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         soak.main(arguments)
     assert "--steps takes 10 or more, --only takes some of sampler," in capsys.readouterr().err

@@ -29,7 +29,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_sample_writes_a_grid_and_prints_its_figures(tmp_path: Path) -> None:
+def test_sample_writes_grid_and_prints_figures(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     out = tmp_path / "grid.png"
     done = run("sample", "--classes", "0-2", "--n", "6", "--steps", "4", "--seed", "1", "--out", str(out))
@@ -43,7 +43,7 @@ def test_sample_writes_a_grid_and_prints_its_figures(tmp_path: Path) -> None:
         assert len(picture.getcolors(1 << 16)) > 16, "a picture, not a blank"
 
 
-def test_sample_gives_the_same_picture_for_the_same_seed(tmp_path: Path) -> None:
+def test_sample_is_reproducible_for_seed(tmp_path: Path) -> None:
     pictures = {}
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
         out = tmp_path / f"{name}.png"
@@ -55,7 +55,7 @@ def test_sample_gives_the_same_picture_for_the_same_seed(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_every_sampler_name_samples(name: str, tmp_path: Path) -> None:
+def test_every_sampler_name_works(name: str, tmp_path: Path) -> None:
     from fastdiff.cli import draw_digits
 
     out = tmp_path / "grid.png"
@@ -73,7 +73,7 @@ def test_every_sampler_name_samples(name: str, tmp_path: Path) -> None:
     assert out.stat().st_size > 0
 
 
-def test_env_names_every_backend_and_why_one_is_missing() -> None:
+def test_env_lists_backends_with_reasons() -> None:
     done = run("env")
     assert done.returncode == 0, done.stderr
     text = " ".join(done.stdout.split())
@@ -87,7 +87,7 @@ def test_env_names_every_backend_and_why_one_is_missing() -> None:
     ("reason", "line"),
     [("", "torch's noise: drawn by fastdiff's loop"), ("of [this]", "torch's noise: by torch: of [this]")],
 )
-def test_env_says_who_draws_torchs_noise(
+def test_env_reports_who_draws_torch_noise(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reason: str, line: str
 ) -> None:
     monkeypatch.setattr("fastdiff.cli.why_by_torch", lambda: reason)
@@ -95,9 +95,7 @@ def test_env_says_who_draws_torchs_noise(
     assert line in capsys.readouterr().out
 
 
-def test_env_prints_the_extra_that_is_missing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_env_names_missing_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Square brackets are markup to rich, and have to come out all the same."""
     monkeypatch.setattr("fastdiff.cli.ops.backend_status", lambda: {"triton": "pip install 'x[triton]'"})
     print_environment()
@@ -157,7 +155,7 @@ def sentence_on(stderr: str) -> str:
         (("--backend", "nope"), ("backend", "nope", "reference")),
     ],
 )
-def test_sample_refuses_bad_input_in_a_sentence_before_sampling(
+def test_sample_refuses_bad_input_before_sampling(
     arguments: tuple[str, ...], words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -172,7 +170,7 @@ def test_sample_refuses_bad_input_in_a_sentence_before_sampling(
     assert list(tmp_path.iterdir()) == [], "nothing was written"
 
 
-def test_the_command_without_arguments_prints_its_help(
+def test_command_without_arguments_prints_help(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_here(monkeypatch) == 2
@@ -192,7 +190,7 @@ QUICK = ("sample", "--quiet", "--n", "2", "--classes", "1", "--steps", "2", "--o
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_full_disk_ends_with_1_and_leaves_the_picture_that_was_there(
+def test_full_disk_exits_with_1_and_keeps_existing_picture(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "grid.png"
@@ -215,7 +213,7 @@ def test_a_full_disk_ends_with_1_and_leaves_the_picture_that_was_there(
 
 
 @pytest.mark.usefixtures("quick")
-def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -225,7 +223,7 @@ def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_full_disk_under_stdout_ends_with_1_and_one_line() -> None:
+def test_full_disk_on_stdout_exits_with_1_and_one_line() -> None:
     command = [sys.executable, "-m", "fastdiff", "env"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
@@ -267,7 +265,7 @@ def test_bench_refuses_bad_input_before_measuring(
         (("--out", "/proc/nope"), ("--out", "/proc/nope")),
     ],
 )
-def test_training_refuses_bad_input_before_it_trains(
+def test_training_refuses_bad_input_before_training(
     arguments: tuple[str, ...], words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("sklearn")
@@ -301,12 +299,12 @@ def test_save_grid_places_each_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 1, 8, 8), (2, 2, 8, 8), (1, 8, 8)])
-def test_save_grid_refuses_what_is_no_image(shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_save_grid_refuses_non_images(shape: tuple[int, ...], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="samples has shape"):
         save_grid(torch.zeros(shape), tmp_path / "grid.png", columns=1)
 
 
-def test_save_grid_refuses_an_ending_without_a_format(tmp_path: Path) -> None:
+def test_save_grid_refuses_unknown_suffix(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^save_grid: path is .*grid\.nope"):
         save_grid(torch.zeros(1, 1, 2, 2), tmp_path / "grid.nope", columns=1)
     assert list(tmp_path.iterdir()) == []

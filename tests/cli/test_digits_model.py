@@ -39,7 +39,7 @@ def test_weights_load_for_sampling(model: DigitUNet) -> None:
     assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
 
 
-def test_weights_say_what_they_predict() -> None:
+def test_weights_record_prediction_type() -> None:
     safetensors = pytest.importorskip("safetensors")
     with safetensors.safe_open(WEIGHTS_PATH, framework="pt") as file:
         metadata = file.metadata()
@@ -74,14 +74,14 @@ def test_fractional_timesteps_are_kept(model: DigitUNet) -> None:
     torch.testing.assert_close(half, (whole + following) / 2, atol=1e-2, rtol=0)
 
 
-def test_none_is_the_null_class(model: DigitUNet) -> None:
+def test_label_none_is_null_class(model: DigitUNet) -> None:
     x, t = noise(3), torch.tensor(700)
     null = model(x, t, torch.full((3,), NULL_CLASS))
     torch.testing.assert_close(model(x, t), null, atol=0, rtol=0)
     assert not torch.allclose(model(x, t, torch.tensor([1, 2, 3])), null)
 
 
-def test_images_of_a_batch_do_not_mix(model: DigitUNet) -> None:
+def test_batch_images_are_independent(model: DigitUNet) -> None:
     x, t, labels = noise(4), torch.tensor([10, 300, 600, 999]), torch.tensor([0, 5, 9, NULL_CLASS])
     together = model(x, t, labels)
     for i in range(4):
@@ -167,7 +167,7 @@ def test_measures_on_real_digits() -> None:
     assert data.nearest_distance(data.to_images(digits.train_pixels)).generated == 0.0
 
 
-def test_packaged_model_draws_digits(model: DigitUNet) -> None:
+def test_packaged_model_generates_digits(model: DigitUNet) -> None:
     """A small version of the packaged figures, so that weights that came to harm do not pass."""
     pytest.importorskip("sklearn")
     from fastdiff.digits import data, train

@@ -57,13 +57,13 @@ def plans(dtype: torch.dtype, count: int) -> list[Shape]:
 # --- Which backend, and what it computes -----------------------------------------------------------------------------
 
 
-def test_gpu_is_answered_by_the_first_backend_that_is_there() -> None:
+def test_gpu_uses_first_available_backend() -> None:
     on_gpu = torch.zeros(1, device="cuda")
     expected = next((name for name in BACKENDS if not backends.why_missing(name)), "reference")
     assert ops.backend_for(on_gpu) == expected
 
 
-def test_gpu_backend_that_is_forced_answers(backend: str) -> None:
+def test_gpu_uses_forced_backend(backend: str) -> None:
     x = torch.ones(3, device="cuda")
     assert ops.backend_for(x, backend) == backend
     with record_backends() as record:
@@ -90,7 +90,7 @@ def test_kernels_on_gpu_are_those_of_the_backend(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_step_on_gpu_is_the_formula_to_rounding(backend: str, dtype: torch.dtype) -> None:
+def test_step_on_gpu_equals_formula_within_rounding(backend: str, dtype: torch.dtype) -> None:
     for plan in plans(dtype, 12):
         case = make(plan).to("cuda")
         out = case.poisoned_out()
@@ -100,7 +100,7 @@ def test_step_on_gpu_is_the_formula_to_rounding(backend: str, dtype: torch.dtype
 
 @needs_cpu_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_step_on_gpu_gives_the_bits_of_the_cpu(backend: str, dtype: torch.dtype) -> None:
+def test_step_on_gpu_matches_cpu_bitwise(backend: str, dtype: torch.dtype) -> None:
     for plan in plans(dtype, 12):
         case = make(plan)
         if case.noise is not None and case.variance_kind == Variance.LEARNED_RANGE:
@@ -109,7 +109,7 @@ def test_step_on_gpu_gives_the_bits_of_the_cpu(backend: str, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_step_on_gpu_may_write_on_its_inputs(backend: str, dtype: torch.dtype) -> None:
+def test_step_on_gpu_may_overwrite_inputs(backend: str, dtype: torch.dtype) -> None:
     case = make(Shape(1, dtype, (2, 4099), "a sample", 15, noise=True, keeps=2)).to("cuda")
     expected = case.run(backend)
     copies = case.with_tensors(lambda _, tensor: tensor.clone())
@@ -118,7 +118,7 @@ def test_step_on_gpu_may_write_on_its_inputs(backend: str, dtype: torch.dtype) -
     assert_same_bits(on_host(out), on_host(expected))  # type: ignore[arg-type]
 
 
-def test_step_on_gpu_takes_tensors_off_16_bytes(backend: str) -> None:
+def test_step_on_gpu_accepts_tensors_not_aligned_to_16_bytes(backend: str) -> None:
     for dtype in DTYPES:
         case = make(Shape(2, dtype, (2, 640), "scalar", 1, noise=True, keeps=1)).to("cuda")
         expected = case.run(backend)
@@ -135,7 +135,7 @@ def test_step_on_gpu_takes_tensors_off_16_bytes(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_randn_on_gpu_gives_the_bits_of_the_cpu(backend: str, dtype: torch.dtype) -> None:
+def test_randn_on_gpu_matches_cpu_bitwise(backend: str, dtype: torch.dtype) -> None:
     seeds = torch.tensor([0, -1, 0x0123456789ABCDEF])
     for shape in ((3, 1), (3, 37), (3, 4, 16, 16), (3, 100_003)):
         for step in (0, 2**32 - 1, torch.tensor([2**31]), torch.tensor([1, 2, 2**32 - 1])):
@@ -144,7 +144,7 @@ def test_randn_on_gpu_gives_the_bits_of_the_cpu(backend: str, dtype: torch.dtype
             assert_same_bits([drawn.cpu()], [ops.randn(shape, seeds, step, 2**31, dtype=dtype)])
 
 
-def test_every_word_becomes_the_same_numbers_on_gpu(backend: str) -> None:
+def test_every_word_gives_same_numbers_on_gpu(backend: str) -> None:
     # A million transforms: enough to meet every exponent of ln u that is likelier than one in 2²⁰, and all octants.
     seeds = torch.tensor([20240229])
     drawn = ops.randn((1, 2**21), seeds.cuda(), 3, 4, backend=backend)
@@ -154,9 +154,7 @@ def test_every_word_becomes_the_same_numbers_on_gpu(backend: str) -> None:
 @needs_cpu_backend
 @pytest.mark.parametrize("channels_last", [False, True], ids=["row-major", "channels-last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_noise_drawn_in_a_step_on_gpu_gives_the_bits_of_the_cpu(
-    backend: str, dtype: torch.dtype, channels_last: bool
-) -> None:
+def test_noise_drawn_in_step_on_gpu_matches_cpu_bitwise(backend: str, dtype: torch.dtype, channels_last: bool) -> None:
     table = plain_row(dtype, prev_x=0.5, prev_m=0.25, prev_z=0.75)
     for shape in ((2, 4, 16, 16), (2, 3, 5, 7), (1, 16, 33, 1)):
         x, m = (with_layout(torch.randn(shape).to(dtype), channels_last) for _ in range(2))
@@ -170,7 +168,7 @@ def test_noise_drawn_in_a_step_on_gpu_gives_the_bits_of_the_cpu(
 @needs_cpu_backend
 @pytest.mark.parametrize("channels_last", [False, True], ids=["row-major", "channels-last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_mixed_solvers_on_gpu_give_the_bits_of_the_cpu(backend: str, dtype: torch.dtype, channels_last: bool) -> None:
+def test_mixed_solvers_on_gpu_match_cpu_bitwise(backend: str, dtype: torch.dtype, channels_last: bool) -> None:
     for seed, inner in enumerate([(4, 16, 16), (3, 5, 7), (4, 64, 64)]):
         batch = solver_batch(seed, dtype, inner, channels_last=channels_last)
         assert_same_bits(on_host(tuple(run_batch(copy_batch(batch, "cuda"), backend))), run_batch(batch, "cpu"))
@@ -178,7 +176,7 @@ def test_mixed_solvers_on_gpu_give_the_bits_of_the_cpu(backend: str, dtype: torc
 
 @needs_cpu_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_any_rows_on_gpu_give_the_bits_of_the_cpu(backend: str, dtype: torch.dtype) -> None:
+def test_any_rows_on_gpu_match_cpu_bitwise(backend: str, dtype: torch.dtype) -> None:
     # Few for Triton, which compiles each kind anew.
     for seed in range(12 if backend == "triton" else 60):
         batch = random_batch(seed, dtype)
@@ -187,7 +185,7 @@ def test_any_rows_on_gpu_give_the_bits_of_the_cpu(backend: str, dtype: torch.dty
         assert_same_bits(on_host(tuple(run_batch(copy_batch(batch, "cuda"), backend))), run_batch(batch, "cpu"))
 
 
-def test_row_beyond_the_table_on_gpu_leaves_its_sample_as_it_is(backend: str) -> None:
+def test_row_beyond_table_on_gpu_leaves_sample_unchanged(backend: str) -> None:
     # Looking would be a sync, so the kernel has to.
     x = torch.randn(4, 1000, device="cuda")
     rows = torch.tensor([0, 1, -1, 2**40], device="cuda")
@@ -197,7 +195,7 @@ def test_row_beyond_the_table_on_gpu_leaves_its_sample_as_it_is(backend: str) ->
 
 @needs_cpu_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_model_input_on_gpu_gives_the_bits_of_the_cpu(backend: str, dtype: torch.dtype) -> None:
+def test_model_input_on_gpu_matches_cpu_bitwise(backend: str, dtype: torch.dtype) -> None:
     table = plain_row(dtype, prev_x=0.5, prev_m=0.3)
     table[0, MODEL_INPUT_SCALE] = 0.7316
     for shape in ((2, 4, 16, 16), (3, 37), (1, 37)):
@@ -232,7 +230,7 @@ def test_triton_compiles_one_kernel_for_all_steps_and_rows() -> None:
     assert compiled() == before
 
 
-def test_captured_rows_and_steps_are_those_in_memory_when_it_is_replayed(backend: str) -> None:
+def test_captured_rows_and_steps_are_read_at_replay(backend: str) -> None:
     x = torch.randn(2, 3000, device="cuda")
     table = torch.cat([plain_row(prev_x=2.0, prev_z=1.0), plain_row(prev_x=-3.0, prev_z=0.5)]).cuda()
     rows, steps = torch.tensor([0, 1], device="cuda"), torch.tensor([4, 5], device="cuda")
@@ -285,7 +283,7 @@ def test_step_runs_on_the_device_of_its_tensors(backend: str) -> None:
     assert_same_bits(on_host(outputs), on_host(case.to("cuda:0").run(backend)))
 
 
-def test_captured_step_reads_the_table_that_is_there_when_it_is_replayed(backend: str) -> None:
+def test_captured_step_reads_table_at_replay(backend: str) -> None:
     sample, output = torch.randn(2, 3, 64, device="cuda").unbind()
     table = plain_row(prev_x=1.0).cuda()
     case = Case(sample, output, table)

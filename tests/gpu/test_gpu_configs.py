@@ -23,7 +23,7 @@ needs_interpreter = pytest.mark.skipif(
 
 
 @needs_interpreter
-def test_a_rehearsal_measures_every_kind_and_keeps_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rehearsal_measures_every_kind_and_makes_no_entry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "report.json"
     report = gpu_configs.main(["--rehearse", "--rounds", "2", "--dtypes", "float32", "--json", str(out)])
     assert json.loads(out.read_text()) == report
@@ -38,7 +38,7 @@ def test_a_rehearsal_measures_every_kind_and_keeps_nothing(tmp_path: Path, capsy
 
 
 @needs_interpreter
-def test_a_configuration_that_changes_a_result_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configuration_that_changes_result_ends_run(monkeypatch: pytest.MonkeyPatch) -> None:
     make_launch, calls = gpu_configs.make_launch, []
 
     def faulty(case: Any, device: torch.device) -> Any:
@@ -55,7 +55,7 @@ def test_a_configuration_that_changes_a_result_ends_the_run(monkeypatch: pytest.
         gpu_configs.main(["--rehearse", "--kinds", "sum", "--dtypes", "float32", "--backends", "triton"])
 
 
-def test_without_a_gpu_only_a_rehearsal_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_rehearsal_runs_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match=r"the GPU is missing, .*--rehearse"):
         gpu_configs.main([])
@@ -71,7 +71,7 @@ def lines(backend: str, kind: str, size: int, times: dict[tuple[int, ...], list[
     ]  # fmt: skip
 
 
-def test_the_best_is_so_over_all_shapes_and_by_more_than_noise() -> None:
+def test_best_candidate_wins_over_all_shapes_by_minimum_gain() -> None:
     default = default_config("triton", "step")
     results = lines("triton", "step", 4, {default: [10, 100], (2048, 8): [12, 70], (512, 4): [5, 210]})
     assert best(results, "triton", "step", 4) == (2048, 8)
@@ -92,7 +92,7 @@ def test_entries_are_lines_of_the_tables() -> None:
     assert entries(lines("triton", "sum", 2, {default_config("triton", "sum"): [1]}), "sm_90") == []
 
 
-def test_candidates_begin_with_the_default_and_are_all_taken() -> None:
+def test_candidates_begin_with_default_and_are_all_measured() -> None:
     config = pytest.importorskip("fastdiff.kernels.config")
     header = (Path(gpu_configs.__file__).parents[1] / "csrc" / "cuda" / "config.h").read_text()
     numbers = ", ".join(str(default_config("cuda", kind)[0]) for kind in KINDS)

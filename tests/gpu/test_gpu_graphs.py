@@ -73,7 +73,7 @@ def draws(noise: str) -> dict[str, Any]:
 # --- The eager loop --------------------------------------------------------------------------------------------------
 
 
-def test_what_waits_for_the_device_is_seen() -> None:
+def test_device_waits_are_detected() -> None:
     x = torch.ones(3, device="cuda")
     with syncs_refused():
         for look in (lambda: x.sum().item(), lambda: torch.ones(3).to("cuda"), lambda: torch.tensor([1.0]).cuda()):
@@ -84,7 +84,7 @@ def test_what_waits_for_the_device_is_seen() -> None:
 @pytest.mark.parametrize("thresholding", [True, False], ids=["thresholding", "plain"])
 @pytest.mark.parametrize("guidance", GUIDANCE)
 @pytest.mark.parametrize("noise", ["seeds", "listed seeds", "device", "host", "a sample"])
-def test_eager_loop_never_waits_from_the_first_step_to_the_last(
+def test_eager_loop_never_waits_between_first_and_last_step(
     backend: str, noise: str, guidance: str, thresholding: bool
 ) -> None:
     # The reference draws by a long way of small operations, and Triton compiles each kind of step: a few methods each.
@@ -102,7 +102,7 @@ def test_eager_loop_never_waits_from_the_first_step_to_the_last(
         assert not result.samples.isnan().any()
 
 
-def test_loop_returns_while_the_device_is_at_work_and_its_times_wait() -> None:
+def test_loop_returns_before_device_finishes_and_its_times_wait() -> None:
     sampler, model, inputs = sampler_of("ddim-0.0"), Model().cuda(), on_gpu(Inputs(1))
     run(sampler, model, inputs)
     torch.cuda.synchronize()
@@ -149,7 +149,7 @@ def check(
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_captured_loop_gives_the_bits_of_the_eager_loop(name: str, backend: str) -> None:
+def test_captured_loop_matches_eager_loop_bitwise(name: str, backend: str) -> None:
     i = list(METHODS).index(name)
     if backend != "cuda" and i % 4:
         pytest.skip("a quarter of the methods is enough for a backend that takes the same rows")
@@ -160,7 +160,7 @@ def test_captured_loop_gives_the_bits_of_the_eager_loop(name: str, backend: str)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("guidance", GUIDANCE)
 @pytest.mark.parametrize("name", ["ddpm-learned_range", "heun-churn"])
-def test_captured_loop_thresholds_as_the_eager_loop(name: str, guidance: str, mode: str, backend: str) -> None:
+def test_captured_loop_thresholds_like_eager_loop(name: str, guidance: str, mode: str, backend: str) -> None:
     check(name, guidance, mode, backend, fields={"thresholding": True, "sample_max_value": 1.5})
 
 
@@ -170,14 +170,14 @@ def test_captured_loop_thresholds_as_the_eager_loop(name: str, guidance: str, mo
     [(torch.float16, None), (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float64, None)],
     ids=str,
 )
-def test_captured_loop_converts_as_the_eager_loop(
+def test_captured_loop_converts_like_eager_loop(
     dtype: torch.dtype, model_dtype: torch.dtype | None, mode: str, backend: str
 ) -> None:
     check("multistep-sde-dpmsolver++-2", "batched", mode, backend, dtype, model_dtype=model_dtype)
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
-def test_kept_loop_is_captured_once_and_serves_without_waiting(name: str) -> None:
+def test_cached_loop_is_captured_once_and_replays_without_waiting(name: str) -> None:
     sampler, model = sampler_of(name, "batched"), Model().cuda()
     run(sampler, model, on_gpu(Inputs(0, "batched")), cuda_graph=True)
     for seed in (1, 2, 3):
@@ -202,7 +202,7 @@ def test_loop_is_one_launch_and_steps_are_one_each() -> None:
         assert len(called) == launches
 
 
-def test_replays_on_other_streams_take_turns() -> None:
+def test_replays_on_other_streams_are_ordered() -> None:
     sampler, model = sampler_of("ancestral"), Model().cuda()
     loop = sampler.capture(model, Inputs(0).latents.cuda())
     inputs = [on_gpu(Inputs(seed)) for seed in (1, 2, 3)]
@@ -219,7 +219,7 @@ def test_replays_on_other_streams_take_turns() -> None:
     assert_same_bits([result.cpu() for result in results], expected)
 
 
-def test_table_that_one_stream_has_brought_is_there_for_another() -> None:
+def test_table_copied_on_one_stream_is_available_on_another() -> None:
     sampler, model, inputs = sampler_of("ddim-0.0"), Model().cuda(), on_gpu(Inputs(1))
     expected = run(sampler_of("ddim-0.0"), model, inputs).samples.cpu()
     torch.cuda.synchronize()
@@ -233,7 +233,7 @@ def test_table_that_one_stream_has_brought_is_there_for_another() -> None:
     assert_same_bits([result.samples.cpu()], [expected])
 
 
-def test_callback_between_captured_steps_is_told_what_the_eager_loop_tells() -> None:
+def test_callback_between_captured_steps_gets_arguments_of_eager_loop() -> None:
     sampler, model, inputs = sampler_of("heun", "batched"), Model().cuda(), on_gpu(Inputs(1, "batched"))
     told: dict[str, list[StepInfo]] = {"eager": [], "step": []}
     run(sampler, model, inputs, callback=told["eager"].append)
@@ -243,7 +243,7 @@ def test_callback_between_captured_steps_is_told_what_the_eager_loop_tells() -> 
         assert_same_bits([a.sample.cpu(), a.model_output.cpu()], [b.sample.cpu(), b.model_output.cpu()])
 
 
-def test_model_that_waits_is_refused_and_the_device_lives_on() -> None:
+def test_model_that_waits_is_refused_and_device_stays_usable() -> None:
     sampler, inputs = sampler_of("ddim-0.0"), on_gpu(Inputs(1))
     with pytest.raises(
         RuntimeError, match=r"(?s)sample: model cannot be captured as a CUDA graph \(.*; take host syncs"
@@ -266,7 +266,7 @@ class _Mixed(nn.Module):
         return torch.tanh(self.mix(x)) * 0.5
 
 
-def test_loop_captured_under_autocast_does_not_read_weights_that_autocast_has_dropped() -> None:
+def test_loop_captured_under_autocast_reads_no_freed_weights() -> None:
     sampler, model, inputs = sampler_of("ddim-0.0"), _Mixed().cuda(), on_gpu(Inputs(1))
     with torch.autocast("cuda", torch.bfloat16):
         expected = run(sampler, model, inputs).samples
@@ -280,7 +280,7 @@ def test_loop_captured_under_autocast_does_not_read_weights_that_autocast_has_dr
     torch.testing.assert_close(result.samples, expected, rtol=2**-6, atol=2**-6)
 
 
-def test_captured_digits_are_those_of_the_eager_loop() -> None:
+def test_captured_digits_equal_eager_loop() -> None:
     pytest.importorskip("safetensors")
     from fastdiff.digits import IMAGE_SHAPE, NULL_CLASS, load_digit_unet
 
@@ -295,7 +295,7 @@ def test_captured_digits_are_those_of_the_eager_loop() -> None:
         torch.testing.assert_close(got, expected, rtol=0, atol=0.05)
 
 
-def test_dropped_loops_give_their_memory_back() -> None:
+def test_deleted_loops_free_their_memory() -> None:
     sampler, inputs, model = sampler_of("ddim-0.0"), on_gpu(Inputs(0)), Model().cuda()
     inputs.latents = torch.randn(128, *SHAPE[1:-1], 512, device="cuda")  # 2 MiB
     inputs.seeds = torch.arange(128, device="cuda")
@@ -315,7 +315,7 @@ def test_dropped_loops_give_their_memory_back() -> None:
     assert held() - before < 2**13
 
 
-def test_backend_that_is_chosen_by_itself_is_captured() -> None:
+def test_default_backend_is_captured() -> None:
     sampler, model, inputs = sampler_of("ancestral"), Model().cuda(), on_gpu(Inputs(0))
     name = ops.backend_for(inputs.latents)
     forced = run(sampler, model, inputs, backend=name).samples

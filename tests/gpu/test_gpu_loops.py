@@ -90,7 +90,7 @@ def test_loop_on_gpu_never_waits_for_the_device(backend: str, method: str, syncs
 
 
 @pytest.mark.parametrize("method", ["ddim", "dpm_solver"])
-def test_loop_on_gpu_ends_where_the_loop_on_the_cpu_does(backend: str, method: str) -> None:
+def test_loop_on_gpu_equals_loop_on_cpu(backend: str, method: str) -> None:
     if backends.extension is None:
         pytest.skip("needs the C++ extension to compare with")
     outputs = torch.randn(8, 2, 4, 16, 16)

@@ -36,7 +36,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_reductions_on_gpu_give_the_bits_of_the_cpu(backend: str, kind: str, dtype: torch.dtype) -> None:
+def test_reductions_on_gpu_match_cpu_bitwise(backend: str, kind: str, dtype: torch.dtype) -> None:
     for seed, size in enumerate(SIZES):
         x, y = (numbers(2 * seed + i, (3, size), dtype, "wide") for i in range(2))
         got = call(kind, x.cuda(), y.cuda(), 0.5, backend=backend).cpu()
@@ -44,7 +44,7 @@ def test_reductions_on_gpu_give_the_bits_of_the_cpu(backend: str, kind: str, dty
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_quantile_on_gpu_gives_the_bits_of_the_cpu(backend: str, dtype: torch.dtype) -> None:
+def test_quantile_on_gpu_matches_cpu_bitwise(backend: str, dtype: torch.dtype) -> None:
     for seed, size in enumerate(SIZES):
         x = numbers(seed, (3, size), dtype, ("normal", "few", "wide")[seed % 3])
         for q, absolute in ((0.0, False), (0.37, False), (0.995, True), (1.0, True)):

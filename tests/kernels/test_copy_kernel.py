@@ -19,7 +19,7 @@ copy_kernel = ops.backends.extension._copy_kernel
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("offset", [(0, 0), (1, 0), (0, 1), (3, 17), (63, 33)])
-def test_copy_kernel_copies_every_byte_and_no_other(streaming: bool, offset: tuple[int, int]) -> None:
+def test_copy_kernel_copies_exactly_requested_bytes(streaming: bool, offset: tuple[int, int]) -> None:
     source = torch.randint(0, 256, (5000,), dtype=torch.uint8)
     for size in (*range(70), 127, 128, 129, 255, 256, 257, 300, 511, 1023, 4097):
         target = torch.full((5000,), 77, dtype=torch.uint8)
@@ -33,7 +33,7 @@ def test_copy_kernel_copies_every_byte_and_no_other(streaming: bool, offset: tup
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("size", [262144, 262145, 1 << 20, (1 << 20) + 13])
-def test_copy_kernel_shares_out_large_copies(size: int, threads: int, streaming: bool) -> None:
+def test_copy_kernel_parallelizes_large_copies(size: int, threads: int, streaming: bool) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -71,7 +71,7 @@ def test_copy_kernel_of_every_cpu_build(build: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_copy_kernel_takes_rows_one_after_another() -> None:
+def test_copy_kernel_copies_rows_in_order() -> None:
     source, target = torch.randn(3, 40), torch.zeros(3, 64)
     copy_kernel(source, target[:, :40], False)
     assert torch.equal(target[:, :40], source)
@@ -90,6 +90,6 @@ def test_copy_kernel_takes_rows_one_after_another() -> None:
         (torch.zeros(2, 2, 2), torch.zeros(2, 2, 2), "laid out"),
     ],
 )
-def test_copy_kernel_refuses_what_it_cannot_copy(src: torch.Tensor, dst: torch.Tensor, word: str) -> None:
+def test_copy_kernel_refuses_invalid_arguments(src: torch.Tensor, dst: torch.Tensor, word: str) -> None:
     with pytest.raises(ValueError, match=word):
         copy_kernel(src, dst, False)

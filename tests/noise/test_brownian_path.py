@@ -48,13 +48,13 @@ def test_float32_times_are_exact(value: float) -> None:
 
 
 @given(st.floats(-(2.0**40), 2.0**40), st.floats(-(2.0**40), 2.0**40))
-def test_times_are_rounded_and_keep_their_order(a: float, b: float) -> None:
+def test_times_are_rounded_monotonically(a: float, b: float) -> None:
     # Half a unit of 24 bits, or half of 2⁻⁴³.
     assert abs(Time.from_float(a).value - a) <= max(abs(a) * 2.0**-24, 2.0**-44)
     assert (Time.from_float(a).value <= Time.from_float(b).value) or a > b
 
 
-def test_zero_is_one_time() -> None:
+def test_all_zeros_are_one_time() -> None:
     assert Time.from_float(0.0) == Time.from_float(-0.0) == Time.from_float(-1e-30) == Time(False, 0, 0)
 
 
@@ -69,7 +69,7 @@ def value_draws(value: float) -> dict[int, float]:
 
 
 @given(SIGNED, SIGNED)
-def test_covariances_are_those_of_a_brownian_motion(a: float, b: float) -> None:
+def test_covariances_match_brownian_motion(a: float, b: float) -> None:
     of_a, of_b = value_draws(a), value_draws(b)
     a, b = Time.from_float(a).value, Time.from_float(b).value
     covariance = math.fsum(weight * of_b.get(step, 0.0) for step, weight in of_a.items())
@@ -108,9 +108,7 @@ def exact_increment(seeds: Sequence[int], size: int, start: float, end: float) -
 
 
 @given(st.lists(SEEDS, min_size=1, max_size=3), SIGNED, SIGNED, st.sampled_from([torch.float32, torch.float64]))
-def test_increments_are_exact_to_their_roundings(
-    seeds: list[int], start: float, end: float, dtype: torch.dtype
-) -> None:
+def test_increments_are_exact_within_rounding(seeds: list[int], start: float, end: float, dtype: torch.dtype) -> None:
     path = BrownianPath((len(seeds), 5), seeds, dtype=dtype)
     exact, largest, count = exact_increment(seeds, 5, start, end)
     increment = path.increment(start, end)
@@ -129,7 +127,7 @@ def test_increments_are_exact_to_their_roundings(
         assert bool((error <= bound / math.sqrt(length) + 2 * unit * (expected.abs() + bound) + 1e-38).all())
 
 
-def test_an_increment_is_the_sum_of_its_parts() -> None:
+def test_increment_is_sum_of_parts() -> None:
     path = BrownianPath((3, 4, 8, 8), [1, 2, 3])
     levels = [14.6, 9.5, 8.0, 7.999, 3.0, 0.4, 0.029, 1e-7, 0.0]
     parts = [
@@ -144,7 +142,7 @@ def test_an_increment_is_the_sum_of_its_parts() -> None:
 INTERVALS = [(14.6, 9.0), (9.0, 0.3), (0.3, 0.3 * (1 - 2**-10)), (0.3 * (1 - 2**-10), 0.0), (14.6, 0.02)]
 
 
-def test_a_sample_is_the_same_alone_and_at_any_place() -> None:
+def test_sample_is_independent_of_batch_position() -> None:
     seeds = [7, 2**63 + 1, 7, 0]
     together = BrownianPath((4, 3, 5, 7), seeds)
     for interval in INTERVALS:
@@ -155,14 +153,14 @@ def test_a_sample_is_the_same_alone_and_at_any_place() -> None:
 
 
 @given(st.lists(st.tuples(SIGNED, SIGNED), max_size=4), st.sampled_from(INTERVALS))
-def test_what_was_asked_before_changes_no_bit(before: list[tuple[float, float]], interval: tuple[float, float]) -> None:
+def test_earlier_calls_change_no_bit(before: list[tuple[float, float]], interval: tuple[float, float]) -> None:
     fresh, used = (BrownianPath((2, 37), [5, 6]) for _ in range(2))
     for asked in before:
         used(*asked)
     assert torch.equal(used(*interval), fresh(*interval))
 
 
-def test_every_backend_gives_the_same_bits() -> None:
+def test_backends_agree_bitwise() -> None:
     expected = BrownianPath((2, 37), [5, 6])(3.0, 1.1)
     with ops.use_backend("reference"):
         assert torch.equal(BrownianPath((2, 37), [5, 6])(3.0, 1.1), expected)
@@ -181,7 +179,7 @@ def test_dtypes_and_seeds() -> None:
     assert torch.equal(BrownianPath((2, 3, 8), seeds)(levels[0], levels[1]), expected)
 
 
-def test_the_numbers_stay_what_they_are() -> None:
+def test_numbers_are_stable_across_versions() -> None:
     noise = BrownianPath((2, 3), [1, 2])(14.6146, 9.5)
     # From the first version: other numbers would be other pictures.
     assert noise.tolist() == [
@@ -207,7 +205,7 @@ def test_noise_is_standard_normal_and_independent() -> None:
         assert stats.kstest(row.numpy(), "norm").pvalue > 1e-7
 
 
-def test_overlapping_intervals_are_correlated_as_they_overlap() -> None:
+def test_overlapping_intervals_are_correlated_by_overlap() -> None:
     size = 2**16
     path = BrownianPath((1, size), 3)
     for (a, b), (c, d) in (((9.0, 1.0), (9.0, 3.0)), ((9.0, 1.0), (10.0, 5.0)), ((2.1, 1.9), (2.05, 2.0))):
@@ -217,7 +215,7 @@ def test_overlapping_intervals_are_correlated_as_they_overlap() -> None:
 
 
 @pytest.mark.parametrize("transform", [None, lambda t: -t.log(), lambda t: t * t], ids=["level", "-log", "square"])
-def test_the_sign_is_that_of_diffusers_sampler(transform: Any) -> None:
+def test_sign_matches_diffusers_sampler(transform: Any) -> None:
     more = {} if transform is None else {"transform": transform}
     theirs = BrownianTreeNoiseSampler(torch.zeros(1, 64), 0.1, 9.0, 3, **more)
     ours = BrownianPath((1, 64), 3, **more)
@@ -229,13 +227,13 @@ def test_the_sign_is_that_of_diffusers_sampler(transform: Any) -> None:
         assert torch.round(ours(*levels) * root / ours.increment(*times)).unique().equal(sign)
 
 
-def test_an_empty_interval_has_no_noise() -> None:
+def test_empty_interval_has_zero_noise() -> None:
     assert torch.equal(BrownianPath((1, 8), 3)(2.0, 2.0), torch.zeros(1, 8))
     assert torch.equal(BrownianPath((1, 8), 3)(0.0, 0.0), torch.zeros(1, 8))
     assert BrownianPath((0, 8), [])(2.0, 1.0).shape == (0, 8)
 
 
-def test_a_loop_draws_each_time_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loop_draws_each_time_once(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
 
     def counted(shape: Any, seeds: Any, step: Any = 0, *rest: Any, **more: Any) -> Tensor:
@@ -256,7 +254,7 @@ def test_a_loop_draws_each_time_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(path._cached) == 2
 
 
-def test_threads_share_a_path() -> None:
+def test_threads_may_share_path() -> None:
     path, levels = BrownianPath((1, 4, 16, 16), 7), [14.0 - i * 0.5 for i in range(27)]
     intervals = list(itertools.pairwise(levels))
     expected = [BrownianPath((1, 4, 16, 16), 7)(*interval) for interval in intervals]
@@ -275,7 +273,7 @@ def test_threads_share_a_path() -> None:
         assert all(map(torch.equal, result, expected))
 
 
-def test_inference_mode_leaves_nothing_behind() -> None:
+def test_inference_mode_has_no_lasting_effect() -> None:
     path = BrownianPath((1, 8), 3)
     with torch.inference_mode():
         path(4.0, 3.0)
@@ -296,6 +294,6 @@ def test_inference_mode_leaves_nothing_behind() -> None:
         (lambda: BrownianPath((1, 3), 1)(1.0, 2.0**106), ValueError, "of magnitude below 2\\*\\*106; pass finite"),
     ],
 )
-def test_what_is_refused(make: Any, error: type[Exception], message: str) -> None:
+def test_invalid_arguments_are_refused(make: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()

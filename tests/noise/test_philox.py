@@ -50,12 +50,12 @@ def test_known_answers(counter: Sequence[int], key: Sequence[int], expected: str
 
 @needs_extension
 @given(seed=SEEDS, step=WORDS, purpose=WORDS, size=SIZES)
-def test_the_extension_draws_the_references_bits(seed: int, step: int, purpose: int, size: int) -> None:
+def test_extension_draws_the_references_bits(seed: int, step: int, purpose: int, size: int) -> None:
     ours = fastdiff.randn((1, size), seed, step, purpose, backend="cpu")
     assert torch.equal(ours, fastdiff.randn((1, size), seed, step, purpose, backend="reference"))
 
 
-def test_normals_are_those_of_the_formula() -> None:
+def test_normals_match_formula() -> None:
     # Box–Muller in longdouble from the same words. Over 4·10⁵ words the radius was found at most 1.8 units in the last
     # place off and the sine 2.3 (1.7 of it the polynomial, the rest the angle's own rounding); their product rounds by
     # half a unit more.
@@ -80,7 +80,7 @@ def test_normals_are_those_of_the_formula() -> None:
 
 
 @pytest.mark.parametrize("backend", available_backends())
-def test_a_sample_is_the_same_alone_and_at_any_place_of_any_batch(backend: str) -> None:
+def test_sample_is_independent_of_batch_and_position(backend: str) -> None:
     # Triton's interpreter takes tens of milliseconds a program.
     @settings(max_examples=10 if backend == "triton" else 60)
     @given(seeds=st.lists(SEEDS, min_size=1, max_size=5), size=SIZES, data=st.data())
@@ -143,7 +143,7 @@ def test_threads_change_no_bit(layout: torch.memory_format) -> None:
 
 @needs_extension
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_step_draws_what_randn_gives(dtype: torch.dtype) -> None:
+def test_step_noise_equals_randn(dtype: torch.dtype) -> None:
     # Half types too: inside the step noise stays float32, so the sum is taken with float32 samples and rounded after.
     shape, seeds = (3, 4, 9, 7), as_seeds([5, 2**63, 7], 3, "cpu")
     x = torch.randn(shape).to(dtype)
@@ -159,7 +159,7 @@ def test_dtypes_are_roundings_of_float32(dtype: torch.dtype) -> None:
     assert torch.equal(fastdiff.randn((2, 1001), [1, 2], dtype=dtype), single.to(dtype))
 
 
-def test_instruction_sets_draw_the_same_bits(tmp_path: object) -> None:
+def test_instruction_sets_agree_bitwise(tmp_path: object) -> None:
     if backends.extension is None:
         pytest.skip(backends.extension_error)
     code = (
@@ -219,7 +219,7 @@ def test_kolmogorov_smirnov(many: np.ndarray) -> None:
 
 
 @statistics
-def test_tails_are_there(many: np.ndarray) -> None:
+def test_tails_exist(many: np.ndarray) -> None:
     # Beyond 5 lie 5.73 of ten million; a generator that lost its tail would have none.
     beyond = int((abs(many) > 4.5).sum())
     expected = DRAWS * 2 * stats.norm.sf(4.5)
@@ -233,7 +233,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @statistics
-def test_streams_are_not_correlated(many: np.ndarray) -> None:
+def test_counters_are_uncorrelated(many: np.ndarray) -> None:
     shape = (1, 1_000_000)
     base = fastdiff.randn(shape, 1, 1, 1).numpy()
     others = {
@@ -258,7 +258,7 @@ def test_streams_are_not_correlated(many: np.ndarray) -> None:
 
 
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(0, 20))
-def test_spawned_seeds_are_different_and_the_first_ones_stay(seed: int, count: int) -> None:
+def test_spawned_seeds_are_distinct_and_stable(seed: int, count: int) -> None:
     seeds = spawn_seeds(seed, count)
     assert len(set(seeds)) == count
     assert spawn_seeds(seed, count + 3)[:count] == seeds
@@ -292,7 +292,7 @@ def test_bad_input_is_refused(error: type[Exception], message: str, arguments: t
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0)])
-def test_nothing_is_drawn_for_empty_shapes(shape: tuple[int, ...]) -> None:
+def test_empty_shapes_draw_nothing(shape: tuple[int, ...]) -> None:
     assert fastdiff.randn(shape, list(range(shape[0]))).shape == shape
 
 
@@ -304,7 +304,7 @@ def test_opcheck(backend: str) -> None:
     torch.library.opcheck(torch.ops.fastdiff.randn.default, (seeds, [2, 6], steps, 0, 1, torch.float64, backend))
 
 
-def test_draws_of_one_step_have_words_of_their_own() -> None:
+def test_draws_of_one_step_use_distinct_words() -> None:
     words = [purpose_of_draw(draw, purpose) for draw in (0, 1, 2, 2**16 - 1) for purpose in (0, 1, 2, 2**16 - 1)]
     assert len(set(words)) == len(words)
     assert all(0 <= word < 2**32 for word in words)

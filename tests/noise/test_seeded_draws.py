@@ -30,7 +30,7 @@ def expected(draw: int = 0, step: int = 3, dtype: torch.dtype = torch.float32) -
     return fastdiff.randn(SHAPE, SEEDS, step, purpose_of_draw(draw), dtype=dtype)
 
 
-def test_draws_are_those_of_the_seeds_one_after_another() -> None:
+def test_draws_use_seeds_in_order() -> None:
     before = torch.get_rng_state()
     with SeededDraws(SEEDS, 3) as draws:
         found = [torch.randn(SHAPE), torch.randn(*SHAPE), torch.randn_like(torch.empty(SHAPE)), randn_tensor(SHAPE)]
@@ -57,7 +57,7 @@ def test_dtypes_layouts_and_seeds() -> None:
     assert torch.equal(wanted, expected(3))
 
 
-def test_the_default_dtype_counts() -> None:
+def test_default_dtype_applies() -> None:
     torch.set_default_dtype(torch.float64)
     try:
         with SeededDraws(SEEDS, 3):
@@ -67,7 +67,7 @@ def test_the_default_dtype_counts() -> None:
 
 
 @pytest.mark.parametrize("listed", [False, True], ids=["one", "a list"])
-def test_generators_are_not_asked(listed: bool) -> None:
+def test_generators_are_not_used(listed: bool) -> None:
     generators = [torch.Generator().manual_seed(k) for k in (1, 2)]
     states = [g.get_state() for g in generators]
     with SeededDraws(SEEDS, 3):
@@ -112,7 +112,7 @@ def test_other_random_operations_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (1, 3, 4, 5), (3, 2, 4, 5), (4, 3, 4, 5)])
-def test_shapes_without_a_place_for_each_sample_are_refused(shape: tuple[int, ...]) -> None:
+def test_shapes_without_batch_dimension_are_refused(shape: tuple[int, ...]) -> None:
     before = torch.get_rng_state()
     with SeededDraws(SEEDS, 3) as draws:
         with pytest.raises(RuntimeError, match=r"draws noise of shape \[.*\], expected \[2, \.\.\.\], for 2 samples"):
@@ -121,7 +121,7 @@ def test_shapes_without_a_place_for_each_sample_are_refused(shape: tuple[int, ..
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_one_draw_for_all_samples_is_refused() -> None:
+def test_shared_draw_for_all_samples_is_refused() -> None:
     generator = torch.Generator()
 
     def draw(shape: tuple[int, ...], error: type[Exception] | None = None) -> None:
@@ -140,7 +140,7 @@ def test_one_draw_for_all_samples_is_refused() -> None:
         draw((1, *SHAPE[1:]), KeyError)
 
 
-def test_the_block_ends_with_an_exception() -> None:
+def test_context_is_left_after_exception() -> None:
     def fail() -> None:
         with SeededDraws(SEEDS, 3):
             raise KeyError
@@ -152,7 +152,7 @@ def test_the_block_ends_with_an_exception() -> None:
     assert not torch.equal(torch.get_rng_state(), before)
 
 
-def test_other_threads_draw_as_ever() -> None:
+def test_other_threads_are_unaffected() -> None:
     torch.manual_seed(5)
     alone = torch.randn(SHAPE)
     torch.manual_seed(5)
@@ -164,7 +164,7 @@ def test_other_threads_draw_as_ever() -> None:
     assert torch.equal(found[0], alone)
 
 
-def test_fastdiffs_own_noise_is_drawn_within() -> None:
+def test_fastdiff_randn_works_within() -> None:
     outside = BrownianPath(SHAPE, SEEDS)(3.0, 1.0)
     with SeededDraws(SEEDS, 3) as draws:
         assert torch.equal(BrownianPath(SHAPE, SEEDS)(3.0, 1.0), outside)
@@ -200,7 +200,7 @@ class Seeded(Loop):
 
 @pytest.mark.parametrize("noise", ["none", "generators"])
 @pytest.mark.parametrize("each", NOISE_CASES, ids=str)
-def test_diffusers_own_steps(each: NoiseCase, noise: str) -> None:
+def test_diffusers_steps_draw_from_seeds(each: NoiseCase, noise: str) -> None:
     case = each.case(noise=noise)
     loop = Seeded(case, made(case, classes(each.name)[0]).scheduler).begin()
     states: list[list[Tensor]] = []
@@ -216,5 +216,5 @@ def test_diffusers_own_steps(each: NoiseCase, noise: str) -> None:
         assert all(map(torch.equal, state, fresh.random_states()))
 
 
-def test_every_class_has_a_case() -> None:
+def test_every_scheduler_class_has_case() -> None:
     assert {f"{each.name}Scheduler" for each in NOISE_CASES} == set(CLASSES)

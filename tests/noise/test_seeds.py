@@ -37,7 +37,7 @@ def model_for(config: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize(("method", "config"), STOCHASTIC)
 @pytest.mark.parametrize("guided", [False, True])
-def test_a_sample_comes_out_the_same_alone_and_in_any_batch(method: str, config: dict[str, Any], guided: bool) -> None:
+def test_sample_is_independent_of_batch(method: str, config: dict[str, Any], guided: bool) -> None:
     sampler = fastdiff.create_sampler("linear", method, num_inference_steps=6, **config)
     seeds = [7, 2**64 - 1, 12]
     model = model_for(config)
@@ -55,7 +55,7 @@ def test_a_sample_comes_out_the_same_alone_and_in_any_batch(method: str, config:
     assert not torch.equal(run([8])[0], together[0])
 
 
-def test_steps_draw_for_their_own_purpose_and_step() -> None:
+def test_steps_draw_by_purpose_and_step() -> None:
     sampler = fastdiff.create_sampler("linear", "ddpm", num_inference_steps=4)
     seeds = spawn_seeds(3, 3)
     x = fastdiff.randn(SHAPE, seeds)
@@ -69,7 +69,7 @@ def test_steps_draw_for_their_own_purpose_and_step() -> None:
         assert torch.equal(got, expected)
 
 
-def test_torchs_generators_are_left_alone_where_seeds_draw() -> None:
+def test_seeds_leave_torch_generators_unchanged() -> None:
     sampler = fastdiff.create_sampler("linear", "ddpm", num_inference_steps=3)
     before = torch.random.get_rng_state()
     sampler.sample(model_for({}), fastdiff.randn(SHAPE, [1, 2, 3]), seeds=[1, 2, 3], progress=False)
@@ -96,7 +96,7 @@ def test_bad_seeds_are_refused(options: dict[str, Any], error: type[Exception], 
 
 @pytest.mark.parametrize("mode", ["batched", "sequential"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_the_model_is_called_in_its_own_dtype_on_what_the_step_has_written(mode: str, dtype: torch.dtype) -> None:
+def test_model_gets_written_input_in_its_dtype(mode: str, dtype: torch.dtype) -> None:
     sampler = fastdiff.create_sampler("linear", "ddim", num_inference_steps=4, guidance_mode=mode)
     seen: list[Tensor] = []
     samples: list[Tensor] = []
@@ -120,7 +120,7 @@ def test_the_model_is_called_in_its_own_dtype_on_what_the_step_has_written(mode:
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_a_model_may_return_its_own_input(guided: bool) -> None:
+def test_model_may_return_its_input(guided: bool) -> None:
     # Its output is then the memory that the step writes the next input to.
     sampler = fastdiff.create_sampler("linear", "ddim", num_inference_steps=5)
     latents = torch.randn(SHAPE)
@@ -134,7 +134,7 @@ def test_a_model_may_return_its_own_input(guided: bool) -> None:
     assert torch.equal(run(lambda x, t, *_: x), run(lambda x, t, *_: x.clone()))
 
 
-def test_seeds_reach_a_step_in_any_batch_dimension() -> None:
+def test_seeds_work_for_any_batch_size() -> None:
     # One sample without a batch dimension has one seed.
     x = torch.randn(())
     table = fastdiff.create_sampler("linear", "ddpm").table.rows_as(torch.float32)

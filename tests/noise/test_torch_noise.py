@@ -58,7 +58,7 @@ def by_loop(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor
 
 
 @pytest.mark.skipif(bool(torch_noise._why_impossible()), reason=torch_noise._why_impossible())
-def test_the_loop_draws_for_this_torch() -> None:
+def test_extension_draws_for_installed_torch() -> None:
     assert why_by_torch() == ""
     assert by_loop((16,), None).shape == (16,)
 
@@ -81,7 +81,7 @@ OTHERS: dict[str, Callable[[torch.Generator], Tensor]] = {
     seed=st.integers(0, 2**63 - 1),
     plan=st.lists(st.one_of(st.integers(16, 3000), st.sampled_from(sorted(OTHERS))), min_size=1, max_size=12),
 )
-def test_any_order_of_draws_gives_torchs_bits_and_states(seed: int, plan: list[int | str]) -> None:
+def test_any_order_of_draws_matches_torch_bits_and_states(seed: int, plan: list[int | str]) -> None:
     ours, theirs = seeded(seed), seeded(seed)
     for draw_now in plan:
         if isinstance(draw_now, str):
@@ -101,7 +101,7 @@ def test_any_order_of_draws_gives_torchs_bits_and_states(seed: int, plan: list[i
     ),
     before=st.integers(16, 700),
 )
-def test_every_size_has_torchs_bits(seed: int, size: int, before: int) -> None:
+def test_every_size_matches_torch_bitwise(seed: int, size: int, before: int) -> None:
     ours, theirs = seeded(seed), seeded(seed)
     for count in (before, size, 16):
         assert same_bits(by_loop((count,), ours), torch.randn(count, generator=theirs))
@@ -111,7 +111,7 @@ def test_every_size_has_torchs_bits(seed: int, size: int, before: int) -> None:
 @loop_here
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 @pytest.mark.parametrize("size", [65536, 65537, 65536 + 16, 1_000_003])
-def test_threads_that_share_a_draw_do_not_change_it(threads: int, size: int) -> None:
+def test_number_of_threads_does_not_change_draw(threads: int, size: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -124,7 +124,7 @@ def test_threads_that_share_a_draw_do_not_change_it(threads: int, size: int) -> 
 
 
 @loop_here
-def test_every_radius_and_every_angle_there_is_has_torchs_bits() -> None:
+def test_every_radius_and_angle_matches_torch_bitwise() -> None:
     """A number is radius(u1)·cos(u2) or radius(u1)·sin(u2), rounded once, of 2²⁴ values each of u1 and u2.
 
     With u2 = 0 the cosine is 1 and the number is the radius; with a u1 whose radius is 1 it is the cosine or the sine.
@@ -137,7 +137,7 @@ def test_every_radius_and_every_angle_there_is_has_torchs_bits() -> None:
 
 
 @loop_here
-def test_the_ends_of_the_range_have_torchs_bits_and_no_negative_zero() -> None:
+def test_range_ends_match_torch_bitwise_without_negative_zero() -> None:
     """u1 = 1, whose radius is −0 before the mean is added, the smallest u1; eighths of a turn and their neighbours."""
     ends = np.array([0, 1, 2, 2**23 - 1, 2**23, 2**24 - 2, 2**24 - 1, 2**32 - 1, 2**31], dtype=np.uint32)
     turns = np.array([(i * 2**21 + j) % 2**24 for i in range(8) for j in (-1, 0, 1)], dtype=np.uint32)
@@ -150,7 +150,7 @@ def test_the_ends_of_the_range_have_torchs_bits_and_no_negative_zero() -> None:
 
 @loop_here
 @given(seed=st.integers(0, 2**63 - 1), used=st.integers(1, 2000), size=st.integers(16, 2000))
-def test_a_state_that_was_set_goes_on_as_torch_goes_on(seed: int, used: int, size: int) -> None:
+def test_restored_state_continues_like_torch(seed: int, used: int, size: int) -> None:
     generator = seeded(seed)
     torch.rand(used, generator=generator)
     middle = generator.get_state()
@@ -163,7 +163,7 @@ def test_a_state_that_was_set_goes_on_as_torch_goes_on(seed: int, used: int, siz
 
 
 @given(left=st.integers(1, 624), following=st.integers(0, 100), size=st.integers(16, 2000))
-def test_a_state_whose_counts_disagree_is_drawn_from_as_torch_does(left: int, following: int, size: int) -> None:
+def test_state_with_inconsistent_counts_draws_like_torch(left: int, following: int, size: int) -> None:
     state = with_counters(seeded(3).get_state(), left, min(following, 624 - left))
     ours, theirs = torch.Generator("cpu"), torch.Generator("cpu")
     ours.set_state(state)
@@ -172,7 +172,7 @@ def test_a_state_whose_counts_disagree_is_drawn_from_as_torch_does(left: int, fo
     assert torch.equal(ours.get_state(), theirs.get_state())
 
 
-def test_the_default_generator_is_torchs() -> None:
+def test_default_generator_is_torchs() -> None:
     torch.manual_seed(11)
     expected = [torch.randn(3, 333), torch.rand(2), torch.randn(70_001)]
     state = torch.get_rng_state()
@@ -189,7 +189,7 @@ def test_the_default_generator_is_torchs() -> None:
     dtype=st.sampled_from([None, torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64]),
     device=st.sampled_from([None, CPU, "cpu", "cpu:0", "meta"]),
 )
-def test_torch_randn_is_torch_randn(
+def test_torch_randn_equals_torchs(
     seed: int, shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device | str | None
 ) -> None:
     ours, theirs = seeded(seed), seeded(seed)
@@ -230,7 +230,7 @@ def outcome(call: Callable[[], Tensor]) -> tuple[Any, ...]:
         ((20,), "seeded", 3.5, torch.float32),
     ],
 )
-def test_what_torch_refuses_is_refused_in_its_words(shape: Any, generator: Any, device: Any, dtype: Any) -> None:
+def test_errors_equal_torchs(shape: Any, generator: Any, device: Any, dtype: Any) -> None:
     def given_generator() -> Any:
         return seeded(1) if generator == "seeded" else generator
 
@@ -261,14 +261,14 @@ class SeenFunctions(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("make", [Seen, SeenFunctions])
-def test_a_mode_sees_torchs_operator(make: Any) -> None:
+def test_dispatch_mode_sees_torch_operator(make: Any) -> None:
     with make() as seen:
         drawn = torch_randn((40,), seeded(1), dtype=torch.float32)
     assert any("randn" in name for name in seen.names)
     assert same_bits(drawn, torch.randn(40, generator=seeded(1)))
 
 
-def test_the_first_draw_within_a_mode_settles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_draw_within_mode_does_not_decide_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     trial = torch_noise._Trial()
     monkeypatch.setattr(torch_noise, "_trial", trial)
     impossible = trial.problem
@@ -283,7 +283,7 @@ def test_the_first_draw_within_a_mode_settles_nothing(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("spoil", ["a bit", "the state"])
 @loop_here
-def test_a_loop_that_draws_otherwise_is_never_used(monkeypatch: pytest.MonkeyPatch, spoil: str) -> None:
+def test_differing_extension_is_never_used(monkeypatch: pytest.MonkeyPatch, spoil: str) -> None:
     def spoilt(shape: Any, generator: Any) -> Tensor:
         drawn = by_loop(shape, generator)
         if drawn.numel() == 1000:  # far into the trial
@@ -306,7 +306,7 @@ def test_fake_tensors_stay_fake() -> None:
         assert type(torch_randn((40,), dtype=torch.float32)).__name__ == "FakeTensor"
 
 
-def test_under_vmap_torch_decides_on_randomness() -> None:
+def test_vmap_applies_torch_randomness() -> None:
     def one(x: Tensor) -> Tensor:
         return x + torch_randn((20,), dtype=torch.float32)
 
@@ -319,7 +319,7 @@ def test_under_vmap_torch_decides_on_randomness() -> None:
     assert same_bits(drawn, expected)
 
 
-def test_torch_compile_traces_torchs_operator() -> None:
+def test_torch_compile_traces_torch_operator() -> None:
     torch.manual_seed(6)
     compiled = torch.compile(
         lambda x: x + torch_randn((20,), device="cpu", dtype=torch.float32), backend="eager", fullgraph=True
@@ -330,7 +330,7 @@ def test_torch_compile_traces_torchs_operator() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-def test_a_trace_holds_the_draw() -> None:
+def test_jit_trace_contains_draw() -> None:
     traced = torch.jit.trace(lambda x: x + torch_randn((20,), dtype=torch.float32), torch.zeros(20), check_trace=False)
     assert "randn" in str(traced.graph)
 
@@ -349,7 +349,7 @@ def deterministic() -> Iterator[None]:
     [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu"), deterministic],
     ids=["inference_mode", "no_grad", "autocast", "deterministic"],
 )
-def test_what_does_not_concern_a_draw_does_not_change_it(around: Callable[[], AbstractContextManager[Any]]) -> None:
+def test_unrelated_settings_do_not_change_draw(around: Callable[[], AbstractContextManager[Any]]) -> None:
     with around():
         drawn, expected = torch_randn((3, 40), seeded(2)), torch.randn(3, 40, generator=seeded(2))
         assert drawn.is_inference() == expected.is_inference()
@@ -358,7 +358,7 @@ def test_what_does_not_concern_a_draw_does_not_change_it(around: Callable[[], Ab
         assert same_bits(drawn, expected)
 
 
-def test_torchs_defaults_are_followed() -> None:
+def test_torch_defaults_apply() -> None:
     torch.set_default_dtype(torch.float64)
     try:
         assert same_bits(torch_randn((20,), seeded(3)), torch.randn(20, generator=seeded(3), dtype=torch.float64))
@@ -392,7 +392,7 @@ def in_threads(works: list[Callable[[], None]]) -> None:
         raise failed[0]
 
 
-def test_threads_with_generators_of_their_own_draw_as_if_alone() -> None:
+def test_threads_with_own_generators_are_independent() -> None:
     sizes = [16, 5000, 70_000, 17, 140_001] * 4
     results: dict[int, list[Tensor]] = {}
     in_threads([lambda i=i: results.__setitem__(i, many_draws(seeded(i), sizes)) for i in range(4)])
@@ -401,7 +401,7 @@ def test_threads_with_generators_of_their_own_draw_as_if_alone() -> None:
         assert all(same_bits(one, torch.randn(one.numel(), generator=generator)) for one in results[i])
 
 
-def test_threads_that_share_a_generator_share_out_its_numbers() -> None:
+def test_threads_with_shared_generator_partition_its_numbers() -> None:
     """No number twice, none lost: draws of one size are those that one thread would have drawn, in some order."""
     for size, count in ((624, 200), (70_000, 12)):
         generator, alone = seeded(9), seeded(9)
@@ -421,7 +421,7 @@ def test_threads_that_share_a_generator_share_out_its_numbers() -> None:
 
 @loop_here
 @given(size=st.integers(16, 9000), before=st.integers(0, 20), after=st.integers(0, 20))
-def test_filling_a_tensor_writes_all_of_it_and_nothing_else(size: int, before: int, after: int) -> None:
+def test_filling_writes_exactly_the_tensor(size: int, before: int, after: int) -> None:
     assert extension is not None
     memory = torch.full((before + size + after,), float("nan"))
     out = memory[before : before + size]
@@ -454,7 +454,7 @@ def test_filling_a_tensor_writes_all_of_it_and_nothing_else(size: int, before: i
     ],
     ids=lambda out: f"{tuple(out.shape)} {out.dtype}" if isinstance(out, Tensor) else repr(out),
 )
-def test_filling_declines_what_torch_would_not_draw_so_and_draws_nothing(out: Any) -> None:
+def test_filling_declines_unsupported_tensors_without_drawing(out: Any) -> None:
     assert extension is not None
     generator = seeded(1)
     assert extension.torch_randn_(out, generator) is False
@@ -464,7 +464,7 @@ def test_filling_declines_what_torch_would_not_draw_so_and_draws_nothing(out: An
 
 
 @pytest.mark.skipif(extension is None, reason=ops.backends.extension_error)
-def test_the_binding_counts_its_arguments() -> None:
+def test_binding_checks_argument_count() -> None:
     assert extension is not None
     for function in (extension.torch_randn, extension.torch_randn):
         with pytest.raises(TypeError, match="expected 2 arguments, got 1"):
@@ -488,7 +488,7 @@ def test_freed_memory_is_not_written() -> None:
     kind=st.sampled_from(["list", "one", "none"]),
     batch=st.integers(0, 6),
 )
-def test_randn_like_diffusers_is_diffusers_randn_tensor(
+def test_randn_like_diffusers_equals_randn_tensor(
     seeds: list[int], rest: tuple[int, ...], dtype: Any, device: Any, kind: str, batch: int
 ) -> None:
     randn_tensor = pytest.importorskip("diffusers.utils.torch_utils").randn_tensor
@@ -512,7 +512,7 @@ def test_randn_like_diffusers_is_diffusers_randn_tensor(
 @pytest.mark.parametrize(
     ("shape", "generator"), [((), None), ([2, 40], "list"), ([1, 40], "one"), ((2, 40), "word"), ((2, 40), "empty")]
 )
-def test_randn_like_diffusers_fails_as_diffusers_does(shape: Any, generator: str | None) -> None:
+def test_randn_like_diffusers_fails_like_diffusers(shape: Any, generator: str | None) -> None:
     randn_tensor = pytest.importorskip("diffusers.utils.torch_utils").randn_tensor
 
     def made() -> Any:
@@ -523,7 +523,7 @@ def test_randn_like_diffusers_fails_as_diffusers_does(shape: Any, generator: str
 
 
 @pytest.mark.gpu
-def test_randn_like_diffusers_moves_a_cpu_generators_numbers_to_a_gpu() -> None:
+def test_randn_like_diffusers_moves_cpu_numbers_to_gpu() -> None:
     cuda = torch.device("cuda")
     for make in (lambda: seeded(9), lambda: [seeded(9), seeded(10)]):
         there = randn_like_diffusers((2, 50), make(), cuda, torch.float32)
@@ -538,7 +538,7 @@ def test_randn_like_diffusers_moves_a_cpu_generators_numbers_to_a_gpu() -> None:
 
 
 @loop_here
-def test_samplers_draw_with_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samplers_draw_with_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[Any] = []
 
     def counted(shape: Any, generator: Any) -> Tensor:
@@ -581,7 +581,7 @@ def in_a_process(**environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("build", ["generic", "avx2", "avx512"])
-def test_every_cpu_build_draws_torchs_bits(build: str) -> None:
+def test_every_cpu_build_matches_torch_bitwise(build: str) -> None:
     done = in_a_process(FASTDIFF_CPU=build)
     if "one that this processor has" in done.stderr:
         pytest.skip(f"this processor has no {build}")
@@ -593,7 +593,7 @@ def test_every_cpu_build_draws_torchs_bits(build: str) -> None:
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_every_capability_of_torch_keeps_its_bits(capability: str) -> None:
+def test_every_torch_cpu_capability_keeps_its_bits(capability: str) -> None:
     done = in_a_process(ATEN_CPU_CAPABILITY=capability)
     assert done.returncode == 0, done.stderr
     answered = done.stdout.split(maxsplit=1)

@@ -15,7 +15,7 @@ from support.child_environment import child_environment
 from support.row_batches import copy_batch
 
 
-def test_child_imports_the_same_package_wherever_it_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_child_imports_same_package_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Another fastdiff lies where the child is started, as a checkout's lies beside the build of it.
     (tmp_path / "fastdiff").mkdir()
     (tmp_path / "fastdiff" / "__init__.py").write_text("raise ImportError('the wrong one')\n", encoding="utf-8")
@@ -28,7 +28,7 @@ def test_child_imports_the_same_package_wherever_it_is_started(tmp_path: Path, m
     assert child_environment(PYTHONPATH="x", FASTDIFF_CPU="avx2")["PYTHONPATH"] == "x"
 
 
-def test_copied_batch_stays_on_its_device_unless_another_is_named() -> None:
+def test_copied_batch_stays_on_its_device_by_default() -> None:
     batch = {"sample": torch.zeros(2, device="meta"), "registers": [torch.zeros(2, device="meta"), None], "row": 3}
     own = copy_batch(batch)
     assert own["sample"].device.type == own["registers"][0].device.type == "meta"

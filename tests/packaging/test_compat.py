@@ -37,7 +37,7 @@ CHECKS = [
 ]
 
 
-def test_the_checks_are_those_that_are_run(compat: ModuleType) -> None:
+def test_check_list_matches_functions(compat: ModuleType) -> None:
     assert list(compat.CHECKS) == CHECKS
     text = (TOOLS / "compat_checks.py").read_text()
     assert [
@@ -48,7 +48,7 @@ def test_the_checks_are_those_that_are_run(compat: ModuleType) -> None:
 @pytest.mark.parametrize(
     "check", [pytest.param(name, marks=[] if name == "import" else pytest.mark.slow) for name in CHECKS]
 )
-def test_each_check_passes_with_the_torch_that_is_here(check: str) -> None:
+def test_each_check_passes_with_installed_torch(check: str) -> None:
     build = "none" if backends.extension is None else "cpu"
     environ = {**os.environ, "FASTDIFF_BUILD": build, "FASTDIFF_BACKEND": ""}
     command = [sys.executable, TOOLS / "compat_checks.py", check]
@@ -56,7 +56,7 @@ def test_each_check_passes_with_the_torch_that_is_here(check: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_check_of_the_import_fails_where_another_backend_answers_than_was_built() -> None:
+def test_import_check_fails_for_unexpected_backend() -> None:
     build = "cpu" if backends.extension is None else "none"
     environ = {**os.environ, "FASTDIFF_BUILD": build, "FASTDIFF_BACKEND": ""}
     command = [sys.executable, TOOLS / "compat_checks.py", "import"]
@@ -87,7 +87,7 @@ def _pretend(compat: ModuleType, monkeypatch: pytest.MonkeyPatch, failing: str) 
         ("install", 2, "torch 2.6.0     py3.11  could not be set up"),
     ],
 )
-def test_the_status_says_whether_a_version_failed(
+def test_exit_status_reports_failed_version(
     failing: str, status: int, said: str, compat: ModuleType, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -100,7 +100,7 @@ def test_the_status_says_whether_a_version_failed(
     assert (f"{failing} broke" in printed.err) == bool(failing)
 
 
-def test_a_copied_source_keeps_its_age_so_that_only_what_changed_is_compiled(
+def test_copied_source_keeps_modification_time(
     compat: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     root, copy = tmp_path / "root", tmp_path / "copy"

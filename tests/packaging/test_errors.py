@@ -29,28 +29,28 @@ from fastdiff.solvers import Algorithm, Churn, Prediction, PredictionType, Solve
 from fastdiff.solvers.table import StepTable
 
 
-def test_sentence_has_its_five_parts() -> None:
+def test_message_has_five_parts() -> None:
     assert sentence("step", "row", "is 7", "0 to 4", "start again") == "step: row is 7, expected 0 to 4; start again"
 
 
-def test_unknown_name_lists_what_is_known_in_order() -> None:
+def test_unknown_name_lists_known_names_sorted() -> None:
     error = unknown_name("create_sampler", "method", "eular", ["heun", "euler"])
     assert isinstance(error, ValueError)
     assert str(error) == "create_sampler: method is 'eular', expected one of euler, heun; pick a name from that list"
 
 
-def test_require_gives_the_module() -> None:
+def test_require_returns_module() -> None:
     assert require("json", "cli", "reading") is sys.modules["json"]
 
 
-def test_require_names_the_extra_of_a_missing_package() -> None:
+def test_require_names_extra_of_missing_package() -> None:
     with pytest.raises(ImportError, match=r"reading: the package 'no_such_package' cannot be imported") as refusal:
         require("no_such_package.inner", "spacings", "reading")
     assert "expected it to be installed; run: pip install 'fastdiff-kernels[spacings]'" in str(refusal.value)
     assert isinstance(refusal.value.__cause__, ImportError)
 
 
-def test_require_says_so_for_a_package_that_is_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_require_reports_blocked_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
     with pytest.raises(ImportError, match=r"fastdiff-kernels\[spacings\]"):
         create_sampler("linear", "ddim", sigma_spacing="beta")
@@ -66,7 +66,7 @@ def test_require_says_so_for_a_package_that_is_blocked(monkeypatch: pytest.Monke
         (GuidanceMode, "guidance_mode", "sequential"),
     ],
 )
-def test_names_are_parsed_or_refused_with_the_list(kind: type, argument: str, known: str) -> None:
+def test_names_are_parsed_or_refused_with_list(kind: type, argument: str, known: str) -> None:
     member = kind.parse(known)  # type: ignore[attr-defined]
     assert member.value == known
     assert kind.parse(member) is member  # type: ignore[attr-defined]
@@ -202,7 +202,7 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_refusal_names_argument_expectation_and_remedy(case: str) -> None:
+def test_error_names_argument_expectation_and_remedy(case: str) -> None:
     call, argument = REFUSALS[case]
     with pytest.raises((TypeError, ValueError), match=rf"(?s)^\w+: {argument}.*, expected .+; .+"):
         call()

@@ -24,7 +24,7 @@ def mode(path: Path) -> int:
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
-def test_a_new_file_gets_the_umasks_permissions_and_an_old_one_keeps_its_own(tmp_path: Path, umask: int) -> None:
+def test_new_file_uses_umask_and_existing_file_keeps_mode(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
         write(tmp_path / "new")
@@ -40,7 +40,7 @@ def test_a_new_file_gets_the_umasks_permissions_and_an_old_one_keeps_its_own(tmp
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "broken"), KeyboardInterrupt()])
 @pytest.mark.parametrize("place", ["write", "fsync", "replace", "chmod"])
-def test_a_failure_at_any_point_leaves_what_was_there(
+def test_failure_at_any_point_keeps_existing_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str, error: BaseException
 ) -> None:
     target, sound = tmp_path / "picture.png", getattr(os, place)
@@ -62,14 +62,14 @@ def test_a_failure_at_any_point_leaves_what_was_there(
     assert list(tmp_path.iterdir()) == [target], "the temporary is gone"
 
 
-def test_short_writes_are_gone_on_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_short_writes_are_continued(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sound = os.write
     monkeypatch.setattr(files.os, "write", lambda descriptor, data: sound(descriptor, data[:3]))
     write(tmp_path / "file", b"0123456789")
     assert (tmp_path / "file").read_bytes() == b"0123456789"
 
 
-def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
+def test_symlink_stays_and_target_is_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     for name in ("there", "dangling"):
@@ -83,7 +83,7 @@ def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+def test_pipe_is_written_to(tmp_path: Path) -> None:
     pipe, read = tmp_path / "pipe", []
     os.mkfifo(pipe)
     reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
@@ -95,7 +95,7 @@ def test_a_pipe_is_written_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_full_device_is_named_with_a_remedy(tmp_path: Path) -> None:
+def test_full_device_error_has_remedy(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left on device, .*; free some space") as full:
         write(tmp_path / "link")
@@ -114,7 +114,7 @@ UNWRITABLE = {
 
 
 @pytest.mark.parametrize("kind", UNWRITABLE)
-def test_what_cannot_be_written_is_refused_before_and_at_writing(tmp_path: Path, kind: str) -> None:
+def test_unwritable_path_is_refused_by_check_and_write(tmp_path: Path, kind: str) -> None:
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     path = tmp_path / UNWRITABLE[kind]
@@ -126,7 +126,7 @@ def test_what_cannot_be_written_is_refused_before_and_at_writing(tmp_path: Path,
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_write_protected_file_or_folder_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_write_protected_path_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     target = tmp_path / "file"
     target.write_bytes(b"old")
     target.chmod(0o444)
@@ -144,7 +144,7 @@ def test_a_write_protected_file_or_folder_is_refused(monkeypatch: pytest.MonkeyP
         tmp_path.chmod(0o755)
 
 
-def test_checking_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_check_leaves_no_file(tmp_path: Path) -> None:
     (tmp_path / "old").write_bytes(b"old")
     for name in ("old", "new"):
         check_writable(tmp_path / name, operation="sample", argument="--out")

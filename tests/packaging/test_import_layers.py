@@ -110,14 +110,14 @@ def _climbs(module: str, imported: str) -> bool:
     return ours != theirs and RANK[theirs] >= RANK[ours] and RANK[ours] < len(LAYERS) - 1
 
 
-def test_all_parts_are_known() -> None:
+def test_every_module_has_a_layer() -> None:
     folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()} | {"kernels"}
     assert folders == set(RANK) - {"modules", "cli", "__main__", "__init__"}
     assert {_part(module) for module in MODULES} == set(RANK)
     assert len(GRAPH) > len(MODULES), "the imports were found"
 
 
-def test_nothing_imports_what_is_above_it() -> None:
+def test_no_module_imports_from_higher_layer() -> None:
     found = [
         f"{MODULES[module]}:{line}: {module} imports {imported}, which is above it"
         for (module, imported), line in GRAPH.items()
@@ -126,7 +126,7 @@ def test_nothing_imports_what_is_above_it() -> None:
     assert found == []
 
 
-def test_an_import_from_above_is_found() -> None:
+def test_import_from_higher_layer_is_detected() -> None:
     cases = {
         "from ..sampling.stepper import Stepper": "fastdiff.sampling.stepper",
         "def f():\n    from .. import samplers": "fastdiff.samplers",
@@ -145,7 +145,7 @@ def test_an_import_from_above_is_found() -> None:
     assert name == "fastdiff.sampling.stepper"
 
 
-def test_no_modules_import_each_other_in_a_circle() -> None:
+def test_no_circular_imports() -> None:
     imports: dict[str, set[str]] = {module: set() for module in MODULES}
     for module, imported in GRAPH.keys() - LATE:
         imports[module].add(imported)

@@ -38,7 +38,7 @@ def _drop() -> None:
 
 
 @pytest.mark.parametrize("old", MOVED)
-def test_an_old_name_is_an_alias_and_warns_once(old: str) -> None:
+def test_old_name_is_alias_and_warns_once(old: str) -> None:
     if "diffusers" in old:
         pytest.importorskip("diffusers")
     new = importlib.import_module(MOVED[old])
@@ -54,7 +54,7 @@ def test_an_old_name_is_an_alias_and_warns_once(old: str) -> None:
 
 
 @pytest.mark.parametrize("old", [name for name in MOVED if "diffusers" not in name])
-def test_an_old_name_is_an_attribute_of_its_package(old: str) -> None:
+def test_old_name_is_attribute_of_its_package(old: str) -> None:
     package, _, name = old.rpartition(".")
     with pytest.warns(DeprecationWarning, match=f"^{old} has moved to ") as caught:
         assert getattr(sys.modules[package], name) is sys.modules[MOVED[old]]
@@ -64,20 +64,20 @@ def test_an_old_name_is_an_attribute_of_its_package(old: str) -> None:
         assert getattr(sys.modules[package], name) is sys.modules[MOVED[old]]
 
 
-def test_no_old_name_hides_a_module() -> None:
+def test_no_old_name_shadows_module() -> None:
     for old in MOVED:
         folders = importlib.import_module(old.rpartition(".")[0]).__path__
         assert importlib.machinery.PathFinder.find_spec(old, folders) is None, old
     assert not set(MOVED) & set(MOVED.values())
 
 
-def test_the_warning_names_the_line_that_imports() -> None:
+def test_warning_points_to_import_line() -> None:
     code = "import fastdiff\n\nfrom fastdiff.table import StepTable\n"
     done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, check=True)
     assert "<string>:3: DeprecationWarning: fastdiff.table has moved" in done.stderr
 
 
-def test_pickles_that_name_old_modules_are_read() -> None:
+def test_pickles_with_old_module_names_load() -> None:
     table = fastdiff.create_sampler("linear", "ddim", num_inference_steps=3).table
     new = pickle.dumps((table, Variance.LEARNED), protocol=2)
     old = new.replace(b"fastdiff.solvers.table", b"fastdiff.table").replace(b"fastdiff.row_layout", b"fastdiff.table")
@@ -88,7 +88,7 @@ def test_pickles_that_name_old_modules_are_read() -> None:
 
 
 @pytest.mark.parametrize("name", SINGLE_STEPS)
-def test_single_steps_are_still_found_among_the_operations(name: str) -> None:
+def test_single_steps_remain_available_in_ops(name: str) -> None:
     with pytest.warns(DeprecationWarning, match=rf"^fastdiff\.ops\.{name} has moved to fastdiff\.sampling\.{name};"):
         assert getattr(ops, name) is getattr(sampling, name)
     assert name not in ops.__all__
@@ -101,7 +101,7 @@ def test_unknown_names_are_attribute_errors() -> None:
     assert importlib.util.find_spec("fastdiff.no_such") is None
 
 
-def test_packages_have_the_names_of_the_modules_before_them() -> None:
+def test_packages_export_names_of_former_modules() -> None:
     assert set(fastdiff.schedules.__all__) >= {"NoiseSchedulerConfig", "NoiseScheduleType", "create_noise_scheduler"}
     assert {"GuidanceMode", "GuidedModel", "Model", "unwrap", "write_model_input"} <= set(fastdiff.guidance.__all__)
     assert {"SAMPLERS", "BaseSampler", "check_fields", "split_fields"} <= set(fastdiff.samplers.__all__)

@@ -92,7 +92,7 @@ def test_build_mode_follows_the_machine(requested: str, facts: tuple[str | None,
         (OTHER_TOOLKIT, "cpu", "12.8"),
     ],
 )
-def test_build_auto_steps_down_with_a_warning(facts: tuple[str | None, ...], mode: str, named: str) -> None:
+def test_build_auto_falls_back_with_warning(facts: tuple[str | None, ...], mode: str, named: str) -> None:
     decision = setup_py.decide("auto", facts)
     assert decision.mode == mode
     assert named in decision.warning
@@ -118,7 +118,7 @@ def test_build_auto_steps_down_with_a_warning(facts: tuple[str | None, ...], mod
         ),
     ],
 )
-def test_build_refuses_with_what_is_missing_and_a_remedy(
+def test_build_error_names_missing_tool_and_remedy(
     requested: str, facts: tuple[str | None, ...], named: list[str]
 ) -> None:
     with pytest.raises(setup_py.BuildError) as refusal:
@@ -128,7 +128,7 @@ def test_build_refuses_with_what_is_missing_and_a_remedy(
         assert part in str(refusal.value)
 
 
-def test_sanitizers_are_compiled_in_where_they_are_asked_for() -> None:
+def test_sanitizers_are_enabled_on_request() -> None:
     assert setup_py.sanitize_flags({}) == setup_py.sanitize_flags({"FASTDIFF_SANITIZE": "0"}) == []
     assert setup_py.sanitize_flags({"FASTDIFF_SANITIZE": ""}) == []
     flags = setup_py.sanitize_flags({"FASTDIFF_SANITIZE": "1"})
@@ -148,7 +148,7 @@ def test_sanitizers_reach_the_compiler_and_the_linker(flags: list[str], monkeypa
     assert described.extra_link_args == flags
 
 
-def test_an_extension_without_instruments_is_refused_by_make_sanitize() -> None:
+def test_make_sanitize_refuses_uninstrumented_extension() -> None:
     if fastdiff.ops.backends.extension is None or "LD_PRELOAD" in os.environ:
         pytest.skip("needs the plain extension")
     try:
@@ -180,20 +180,20 @@ def _toolkit(home: Path, release: str) -> Path:
     return home
 
 
-def test_toolkit_is_the_named_one_before_that_on_path(tmp_path: Path) -> None:
+def test_named_toolkit_precedes_toolkit_on_path(tmp_path: Path) -> None:
     first, second = _toolkit(tmp_path / "a", "12.8"), _toolkit(tmp_path / "b", "13.0")
     path = f"{second / 'bin'}{os.pathsep}{os.environ['PATH']}"
     assert setup_py.find_toolkit({"CUDA_HOME": str(first), "PATH": path}) == ("12.8", str(first), "")
     assert setup_py.find_toolkit({"PATH": path}) == ("13.0", str(second), "")
 
 
-def test_toolkit_that_is_named_but_empty_is_a_problem(tmp_path: Path) -> None:
+def test_named_empty_toolkit_is_a_problem(tmp_path: Path) -> None:
     release, home, problem = setup_py.find_toolkit({"CUDA_HOME": str(tmp_path), "PATH": os.environ["PATH"]})
     assert (release, home) == (None, None)
     assert str(tmp_path) in problem
 
 
-def test_compiler_that_cannot_compile_is_a_problem_with_its_message(tmp_path: Path) -> None:
+def test_failing_compiler_is_a_problem_with_its_message(tmp_path: Path) -> None:
     broken = _executable(tmp_path / "broken", "echo 'fatal error: Python.h: No such file or directory' >&2; exit 1")
     compiler, problem = setup_py.find_compiler({"CXX": str(broken), "PATH": os.environ["PATH"]})
     assert compiler is None
@@ -203,18 +203,18 @@ def test_compiler_that_cannot_compile_is_a_problem_with_its_message(tmp_path: Pa
     assert "on PATH" in problem
 
 
-def test_setup_never_asks_for_a_visible_gpu() -> None:
+def test_setup_ignores_visible_gpus() -> None:
     assert "torch.cuda." not in (ROOT / "setup.py").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------- what is declared
 
 
-def test_root_has_no_package_that_shadows_kernels() -> None:
+def test_no_root_package_shadows_kernels() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_packages_listed_are_those_on_disk() -> None:
+def test_listed_packages_match_disk() -> None:
     found = set(setup_py.PACKAGE_DIR)
     for init in (ROOT / "fastdiff").rglob("__init__.py"):
         found.add(".".join(init.parent.relative_to(ROOT).parts))
@@ -227,7 +227,7 @@ def test_packages_listed_are_those_on_disk() -> None:
         assert (ROOT / folder / "__init__.py").is_file(), f"{folder}/__init__.py is missing"
 
 
-def test_extras_are_the_documented_ones() -> None:
+def test_extras_match_documentation() -> None:
     metadata = importlib.metadata.metadata("fastdiff-kernels")
     assert set(metadata.get_all("Provides-Extra") or []) == EXTRAS
     assert metadata["Requires-Python"] == ">=3.10"
@@ -241,7 +241,7 @@ def test_extras_named_in_messages_exist() -> None:
     assert named <= EXTRAS
 
 
-def test_version_is_the_same_everywhere() -> None:
+def test_version_is_consistent() -> None:
     import fastdiff
 
     assert fastdiff.__version__ == importlib.metadata.version("fastdiff-kernels")
@@ -255,7 +255,7 @@ def test_command_line_entry_point_is_declared() -> None:
 # ---------------------------------------------------------------------------------------------------- what is imported
 
 
-def test_import_needs_torch_alone(tmp_path: Path) -> None:
+def test_import_needs_only_torch(tmp_path: Path) -> None:
     # Some builds of torch load triton or tqdm themselves, so what counts is what fastdiff adds.
     program = "import sys, torch; before = set(sys.modules); import fastdiff; print(*set(sys.modules) - before)"
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
@@ -263,7 +263,7 @@ def test_import_needs_torch_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("start", ["root", "elsewhere"])
-def test_benchmarks_are_found_from_any_folder(start: str, tmp_path: Path) -> None:
+def test_benchmarks_import_from_any_folder(start: str, tmp_path: Path) -> None:
     program = "import importlib.util; print(importlib.util.find_spec('fastdiff.benchmarks').origin)"
     folder = ROOT if start == "root" else tmp_path
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=folder)
@@ -271,7 +271,7 @@ def test_benchmarks_are_found_from_any_folder(start: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("start", ["root", "elsewhere"])
-def test_kernels_are_found_from_any_folder(start: str, tmp_path: Path) -> None:
+def test_kernels_import_from_any_folder(start: str, tmp_path: Path) -> None:
     program = "import importlib.util; print(importlib.util.find_spec('fastdiff.kernels').origin)"
     folder = ROOT if start == "root" else tmp_path
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=folder)
@@ -339,13 +339,13 @@ def _required(wheel: Path) -> list[str]:
     return [line for line in _metadata(wheel).get_all("Requires-Dist") or [] if "extra ==" not in line]
 
 
-def test_the_pure_wheel_asks_for_the_range_of_torch_that_is_proven(released: Released) -> None:
+def test_pure_wheel_requires_tested_torch_range(released: Released) -> None:
     (required,) = _required(released.pure)
     assert set(required.removeprefix("torch").split(",")) == set(setup_py.TORCH.removeprefix("torch").split(","))
     assert set(required.removeprefix("torch").split(",")) == {">=2.6", "<2.15"}
 
 
-def test_what_is_declared_is_what_the_documents_say_was_proven(released: Released) -> None:
+def test_declared_torch_range_matches_documentation(released: Released) -> None:
     text = (ROOT / "docs" / "packaging.md").read_text()
     proven = re.findall(r"^\| (\d+\.\d+)\.\d+ \| ([\d., ]+) \|", text, flags=re.MULTILINE)
     releases = sorted({tuple(map(int, release.split("."))) for release, _ in proven})
@@ -357,7 +357,7 @@ def test_what_is_declared_is_what_the_documents_say_was_proven(released: Release
     assert {line.rpartition(" ")[2] for line in declared if line.startswith(prefix)} == pythons
 
 
-def test_a_wheel_with_the_extension_names_the_torch_that_it_fits(released: Released) -> None:
+def test_wheel_with_extension_names_its_torch(released: Released) -> None:
     release = ".".join(str(torch.__version__).split(".")[:2])
     assert _required(released.built) == [f"torch=={release}.*"]
     assert _metadata(released.built)["Version"] == f"{fastdiff.__version__}+torch{release}.cpu"
@@ -367,7 +367,7 @@ def test_a_wheel_with_the_extension_names_the_torch_that_it_fits(released: Relea
     )
 
 
-def test_the_extension_of_a_wheel_says_which_torch_it_is_for(released: Released, tmp_path: Path) -> None:
+def test_extension_of_wheel_records_its_torch(released: Released, tmp_path: Path) -> None:
     with zipfile.ZipFile(released.built) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".so"))
         extension = Path(archive.extract(name, tmp_path))
@@ -378,7 +378,7 @@ def test_the_extension_of_a_wheel_says_which_torch_it_is_for(released: Released,
     assert "was built for torch 2.5.1" in built_for.why_unfit(extension)
 
 
-def test_the_readme_of_a_wheel_leads_to_where_the_files_are(released: Released) -> None:
+def test_wheel_readme_links_to_files_url(released: Released) -> None:
     metadata = _metadata(released.pure)
     assert metadata["Description-Content-Type"] == "text/markdown"
     text = metadata.get_payload()
@@ -392,7 +392,7 @@ def test_the_readme_of_a_wheel_leads_to_where_the_files_are(released: Released) 
         assert (ROOT / address.removeprefix(f"{FILES_URL}/")).exists()
 
 
-def test_without_an_address_the_readme_leads_nowhere_and_shows_words() -> None:
+def test_wheel_readme_without_url_has_no_links() -> None:
     text = setup_py.readme("")
     assert "*(Picture: 100 generated digits, ten of each class.)*" in text
     assert "](" not in "".join(re.split(r"```.*?```", text, flags=re.DOTALL))
@@ -403,7 +403,7 @@ def test_without_an_address_the_readme_leads_nowhere_and_shows_words() -> None:
 
 
 @pytest.mark.parametrize("url", ["http://files.example/", "files", "https://a b/"])
-def test_an_address_that_is_none_is_refused(url: str) -> None:
+def test_invalid_files_url_is_refused(url: str) -> None:
     with pytest.raises(setup_py.BuildError) as refusal:
         setup_py.files_url({"FASTDIFF_FILES_URL": url})
     assert _is_full_sentence(str(refusal.value))
@@ -419,7 +419,7 @@ def test_an_address_that_is_none_is_refused(url: str) -> None:
         ("2.15.0.dev20261101+cpu", "torch==2.15.0.dev20261101"),
     ],
 )
-def test_a_package_with_an_extension_asks_for_its_torch(torch_version: str, requirement: str) -> None:
+def test_package_with_extension_requires_its_torch(torch_version: str, requirement: str) -> None:
     facts = COMPLETE._replace(torch=torch_version)
     assert setup_py.torch_requirement("cpu", facts) == setup_py.torch_requirement("cuda", facts) == requirement
     assert setup_py.torch_requirement("none", facts) == setup_py.TORCH
@@ -443,7 +443,7 @@ def _beside(monkeypatch: pytest.MonkeyPatch, version: str, cuda: str | None = No
     monkeypatch.setattr(torch, "compiled_with_cxx11_abi", lambda: cxx11_abi)
 
 
-def test_an_extension_fits_the_torch_of_its_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extension_fits_torch_of_its_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for version, cuda in (("2.13.0+cpu", None), ("2.13.1+cpu", None), ("2.13.0+cu126", "12.6")):
         _beside(monkeypatch, version, cuda)
         assert _says(tmp_path, "cpu", CPU_TORCH) == ""
@@ -469,7 +469,7 @@ def test_an_extension_fits_the_torch_of_its_release(tmp_path: Path, monkeypatch:
         ("cuda", COMPLETE, ("2.13.0+cu126", "12.6"), ["was built for CUDA 13.0", "expected CUDA 12.6"]),
     ],
 )
-def test_an_extension_for_another_torch_is_not_loaded(
+def test_extension_for_other_torch_is_not_loaded(
     mode: str,
     facts: tuple[object, ...],
     beside: tuple[Any, ...],
@@ -483,7 +483,7 @@ def test_an_extension_for_another_torch_is_not_loaded(
         assert part in said
 
 
-def test_an_extension_that_says_nothing_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extension_without_record_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A file of zeros would not load either; what counts is that nobody tries, and that the reason is ours.
     for content in (b"", bytes(100)):
         extension = tmp_path / "_C.so"
@@ -498,7 +498,7 @@ def test_an_extension_that_says_nothing_is_not_loaded(tmp_path: Path, monkeypatc
     assert "cannot be read" in built_for.why_unfit(tmp_path / "none")
 
 
-def test_the_extension_here_is_for_the_torch_here() -> None:
+def test_built_extension_fits_installed_torch() -> None:
     if backends.extension is None:
         pytest.skip(backends.extension_error)
     extension = Path(str(backends.extension.__file__))
@@ -509,7 +509,7 @@ def test_the_extension_here_is_for_the_torch_here() -> None:
 # ------------------------------------------------------------------------------------------------- what is distributed
 
 
-def test_sdist_holds_what_building_and_testing_need(released: Released) -> None:
+def test_sdist_contains_files_for_building_and_testing(released: Released) -> None:
     in_sdist = released.sdist
     needed = {"setup.py", "pyproject.toml", "Makefile", "requirements-dev.txt", "LICENSE", ".clang-format", ".ci/run"}
     needed |= {"fastdiff/py.typed", "fastdiff/digits/weights.safetensors", "fastdiff/digits/figures.json"}
@@ -521,7 +521,7 @@ def test_sdist_holds_what_building_and_testing_need(released: Released) -> None:
     assert [name for name in in_sdist if name.endswith((".so", ".pyc", ".o"))] == []
 
 
-def test_wheel_holds_every_module_and_the_data(released: Released) -> None:
+def test_wheel_contains_every_module_and_data(released: Released) -> None:
     in_wheel = set(zipfile.ZipFile(released.pure).namelist())
     assert released.pure.name == "fastdiff_kernels-0.1.0-py3-none-any.whl"
     needed = {"fastdiff/py.typed", "fastdiff/digits/weights.safetensors", "fastdiff/digits/figures.json"}

@@ -219,7 +219,7 @@ def run_loop(
     backend: str | None = None,
     device: str = "cpu",
 ) -> Array:
-    """Run the loop with `Stepper` on tensors of `dtype`; the model computes in float64, its outputs are rounded once."""
+    """Run the loop with `Stepper` on tensors of `dtype`; the model computes in float64, outputs are rounded once."""
 
     def tensor(values: Array) -> torch.Tensor:
         return torch.from_numpy(np.asarray(values, dtype=np.float64)).to(device, dtype)
