@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The benchmarks measure what they say: bytes, rotation, peers, the table. No time is asserted."""
+"""CPU benchmarks: bytes, rotation, peers, table. No time is asserted."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_quantiles_and_ratios() -> None:
 
 @pytest.mark.parametrize("op", SAMPLERS)
 def test_compiled_formula_equals_reference_steps(op: str) -> None:
-    """Uncompiled, in float64: the peer does the work that it is timed for."""
+    """Run the formula uncompiled, in float64."""
     case = Case(op, SMALL, "float64", steps=5)
     (tensors,) = case.tensors()
     generator = torch.Generator().manual_seed(0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""``fastdiff bench --base``: another commit, checked out, built and measured beside this one."""
+"""``fastdiff bench --base``: check out, build and measure another commit."""
 
 from __future__ import annotations
 

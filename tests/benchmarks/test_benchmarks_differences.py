@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The table of differences from diffusers' loops."""
+"""Table of differences from diffusers' loops."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_table_has_row_per_loop(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 @pytest.mark.parametrize("steps", [500, 1000])
 def test_multistep_loops_are_non_finite_like_diffusers(steps: int) -> None:
-    """Of 1000 steps two have timestep 500, and the one between divides by 0; of 500 no two are the same."""
+    """With 1000 steps two have timestep 500, and the step between them divides by 0; with 500 steps all differ."""
     part = slice(steps // 2 - 2, steps // 2 + 2)
     ours, theirs = (
         differences.last_sample(module, "DPMSolverMultistep", differences.COSINE, steps, part)

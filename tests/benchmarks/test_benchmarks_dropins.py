@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What `benchmarks.dropins` counts and prints."""
+"""Counts and output of `benchmarks.dropins`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The GPU benchmarks without a GPU: what is counted, judged and refused. No time is asserted."""
+"""GPU benchmarks in a dry run without a GPU: counts, targets, refusals. No time is asserted."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ needs_extension = pytest.mark.skipif(backends.extension is None, reason="the C++
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The report of a rehearsal of bench and noise, the slow parts of Triton's interpreter left out."""
+    """Return the report of a dry run of bench and noise, without the slow parts of Triton's interpreter."""
     path = tmp_path_factory.mktemp("gpu") / "results" / "rehearsal.json"
     with pytest.MonkeyPatch.context() as patch:
         missing = backends.why_missing

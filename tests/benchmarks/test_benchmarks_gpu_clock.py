@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The GPU's clock and graphs in the order of their calls, by stand-ins for torch.cuda: no time is asserted."""
+"""Order of the calls of the GPU's clock and graphs, with mocks of torch.cuda. No time is asserted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastdiff.ops import backends
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is asked of torch.cuda, in order."""
+    """Return the recorded calls of torch.cuda, in order."""
     asked: list[str] = []
 
     class Event:

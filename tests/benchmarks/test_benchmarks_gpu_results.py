@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What becomes of a GPU run: its verdict, its table, its file, its command; nothing passes for more than it is."""
+"""Results of a GPU run: targets, table, file, command; a dry run is never taken for a real one."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The soak: it runs every use, and it fails where memory grows."""
+"""Soak test: it runs every workload, and it fails if memory grows."""
 
 from __future__ import annotations
 

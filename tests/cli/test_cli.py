@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command line, run as a user runs it."""
+"""Command line, run like a user runs it."""
 
 from __future__ import annotations
 
@@ -96,14 +96,14 @@ def test_env_reports_who_draws_torch_noise(
 
 
 def test_env_names_missing_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Square brackets are markup to rich, and have to come out all the same."""
+    """Square brackets are markup in rich and have to be printed literally."""
     monkeypatch.setattr("fastdiff.cli.ops.backend_status", lambda: {"triton": "pip install 'x[triton]'"})
     print_environment()
     assert "pip install 'x[triton]'" in capsys.readouterr().out
 
 
 def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The exit code of `fastdiff` with these arguments, in this process."""
+    """Run `fastdiff` with these arguments in this process; return the exit code."""
     from fastdiff import __main__
 
     monkeypatch.setattr(sys, "argv", ["fastdiff", *arguments])
@@ -113,7 +113,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def sentence_on(stderr: str) -> str:
-    """The one line that a refusal prints."""
+    """Return the one line that a refused command prints."""
     (line,) = stderr.splitlines()
     assert line.startswith("fastdiff: ")
     return line
@@ -182,7 +182,7 @@ def test_command_without_arguments_prints_help(
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that answers at once in place of the digits' own."""
+    """Replace the digits' model by a fast one."""
     monkeypatch.setattr("fastdiff.digits.load_digit_unet", lambda **_: lambda x, t, labels: x / 2)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The digit model: its size, its call protocol, its refusals, its packaged weights and the figures beside them."""
+"""Digit model: size, call protocol, refusals, packaged weights and their recorded figures."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_measures_on_real_digits() -> None:
 
 
 def test_packaged_model_generates_digits(model: DigitUNet) -> None:
-    """A small version of the packaged figures, so that weights that came to harm do not pass."""
+    """Recompute a small version of the packaged figures, which detects damaged weights."""
     pytest.importorskip("sklearn")
     from fastdiff.digits import data, train
 

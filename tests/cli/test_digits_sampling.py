@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The main job: digits sampled end to end are digits, the ones asked for, and not all alike."""
+"""End-to-end sampling: the digits are recognized as the requested ones, and they vary."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The step on a real GPU: the bits of the CPU, the caller's stream and device."""
+"""Step on a real GPU: the bits of the CPU, on the caller's stream and device."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ CYCLES = 100_000_000
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend that a GPU may have here."""
+    """Each backend of a GPU, skipped if it is missing."""
     name: str = request.param
     skip_where_missing(name)
     return name
 
 
 def plans(dtype: torch.dtype, count: int) -> list[Shape]:
-    """Steps of every kind. Few, for Triton compiles each kind anew."""
+    """Return a few steps of every kind; Triton compiles each kind."""
     rng = random.Random(repr(dtype))
     return [
         Shape(

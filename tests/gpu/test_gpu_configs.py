@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The sweep of configurations, rehearsed without a GPU: what it runs, what it picks, which lines it prints."""
+"""Search for configurations in a dry run without a GPU: candidates, choice, printed entries."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_only_rehearsal_runs_without_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def lines(backend: str, kind: str, size: int, times: dict[tuple[int, ...], list[float]]) -> list[dict[str, Any]]:
-    """Made-up results, a shape for each time."""
+    """Return artificial results, with a shape per time."""
     return [
         {"backend": backend, "kind": kind, "dtype": "any", "element_size": size, "shape": [i], "config": list(config),
          "microseconds": own}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Whole loops on a real GPU: no wait for it from the first step to the last, and the same bits as a CUDA graph."""
+"""Whole loops on a real GPU: no wait for the device during the loop, and the same bits in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CYCLES = 1_000_000_000
 
 @pytest.fixture(params=("cuda", "triton", "reference"))
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend that a GPU may have here."""
+    """Each backend of a GPU, skipped if it is missing."""
     name: str = request.param
     skip_where_missing(name)
     return name
@@ -35,7 +35,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @contextlib.contextmanager
 def syncs_refused() -> Iterator[None]:
-    """Let torch raise where the host would wait for the device."""
+    """Make torch raise if the host would wait for the device."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -60,7 +60,7 @@ def run(sampler: BaseSampler, model: Any, inputs: Inputs, **options: Any) -> Sam
 
 
 def draws(noise: str) -> dict[str, Any]:
-    """Options of `sample` for a source of noise, the same numbers each time."""
+    """Return options of `sample` for a source of noise, with the same numbers each time."""
     return {
         "seeds": {},
         "listed seeds": {"seeds": [5, 6, 2**63 + 7]},
@@ -256,7 +256,7 @@ def test_model_that_waits_is_refused_and_device_stays_usable() -> None:
 
 
 class _Mixed(nn.Module):
-    """A product under autocast, whose half weights autocast would keep until its block ends."""
+    """Product under autocast, which caches the half weights until its context ends."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Launching on a real GPU: a held kernel is the JIT's to the bit, on any stream and device, in any configuration."""
+"""Launches on a real GPU: cached kernels match the JIT bitwise, on any stream and device, in any configuration."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def holds() -> None:
 def work(
     backend: str, dtype: torch.dtype, inner: int = 5000, device: str = "cuda", shift: int = 0
 ) -> Callable[[], list[Tensor]]:
-    """Every kind of kernel on fresh tensors, `shift` elements off 16 bytes."""
+    """Run every kind of kernel on new tensors, `shift` elements off 16 bytes."""
     return work_on(backend, dtype, inner, device, shift)[1]
 
 
 def work_on(
     backend: str, dtype: torch.dtype, inner: int, device: str, shift: int
 ) -> tuple[Tensor, Callable[[], list[Tensor]]]:
-    """The same with the sample, which all kernels but that of normal numbers read."""
+    """Run every kind of kernel on this sample, which all except that of normal numbers read."""
     count = 2 * inner
     x, m = (torch.randn(count + shift, device=device).to(dtype)[shift:].view(2, inner) for _ in range(2))
     seeds = torch.randint(-(2**62), 2**62, (2,), device=device)

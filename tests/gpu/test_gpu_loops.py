@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Loops on a real GPU: one kernel a step, no wait for the device, and the bits of the CPU at the end."""
+"""Loops on a real GPU: one kernel per step, no wait for the device, and the bits of the CPU at the end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.checks_backend]
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend that a GPU may have here."""
+    """Each backend of a GPU, skipped if it is missing."""
     name: str = request.param
     skip_where_missing(name)
     return name
@@ -28,7 +28,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def syncs_refused() -> Iterator[None]:
-    """Put torch's mode back, whatever a test has set."""
+    """Restore torch's synchronization mode after a test."""
     before = torch.cuda.get_sync_debug_mode()
     yield
     torch.cuda.set_sync_debug_mode(before)

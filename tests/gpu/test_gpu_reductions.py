@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Reductions on a real GPU: the bits of the CPU for sums in one order and for quantiles found by selection.
+"""Reductions on a real GPU: sums and quantiles with the bits of the CPU.
 
 A fixed number of calls, so that they can run under tools that slow a kernel down a hundred times; test_reductions.py
-takes as many as its properties want.
+has the property-based tests.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SIZES = (1, 1024, 1025, 5003, 140_001)
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend that a GPU may have here."""
+    """Each backend of a GPU, skipped if it is missing."""
     name: str = request.param
     skip_where_missing(name)
     return name

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The copy that benchmarks hold a step against copies: every byte, and no other."""
+"""The benchmarks' copy kernel copies exactly the requested bytes."""
 
 from __future__ import annotations
 

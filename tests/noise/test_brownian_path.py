@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Brownian paths of the samples' own seeds: their law in exact arithmetic, their numbers, and what they depend on."""
+"""Brownian paths from per-sample seeds: their distribution in exact arithmetic, their numbers, their dependencies."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SIGNED = st.builds(lambda time, sign: time * sign, TIMES, st.sampled_from([1.0, 
 
 
 def next_time(time: float, ulps: int = 1) -> float:
-    """A float32 number a few places above."""
+    """Return a float32 number a few units above."""
     value = np.float32(time)
     for _ in range(ulps):
         value = np.nextafter(value, np.float32(np.inf))
@@ -59,7 +59,7 @@ def test_all_zeros_are_one_time() -> None:
 
 
 def value_draws(value: float) -> dict[int, float]:
-    """The draws whose sum is W(value), by their step."""
+    """Return the weights of the draws whose sum is W(value), by step."""
     time, draws = Time.from_float(value), {}
     for step, weight in (*_draws_between_octave_starts(Time.from_float(0.0), time), *time.draws_since_octave_start()):
         assert step not in draws
@@ -93,7 +93,7 @@ def test_small_adjacent_increments_are_independent(start: float, ulps: int, more
 
 
 def exact_increment(seeds: Sequence[int], size: int, start: float, end: float) -> tuple[Tensor, Tensor, int]:
-    """W(end) − W(start) in float64 from the definition, the sum of its terms' magnitudes, and their number."""
+    """Return W(end) − W(start) in float64 by the definition, the sum of its terms' magnitudes, and their number."""
     times = [Time.from_float(start), Time.from_float(end)]
     terms = [(step, weight, 1.0) for step, weight in _draws_between_octave_starts(*times)]
     terms += [(step, weight, sign) for time, sign in zip(times, (-1.0, 1.0), strict=True)

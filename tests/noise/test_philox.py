@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Noise from seeds: the generator's known answers, what a sample's numbers depend on, and how they are distributed."""
+"""Noise from seeds: the generator's known answers, the dependencies of a sample's numbers, and their distribution."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ statistics = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def many() -> np.ndarray:
-    """10⁷ numbers: 1000 seeds in a row, the worst case for a key, of 10000 numbers each."""
+    """Return 10⁷ numbers: 10000 for each of 1000 consecutive seeds, the worst case for a key."""
     return fastdiff.randn((1000, DRAWS // 1000), list(range(1000))).numpy()
 
 
@@ -228,7 +228,7 @@ def test_tails_exist(many: np.ndarray) -> None:
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """In standard errors of a correlation of independent normals, 1/√n."""
+    """Return a correlation in standard errors of independent normals, 1/√n."""
     return float((a.astype(np.float64) * b).mean()) * a.size**0.5
 
 

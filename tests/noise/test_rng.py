@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Noise as diffusers draws it: one generator for all, one a sample, or torch's own."""
+"""Noise from torch generators: one for the batch, one per sample, or torch's default."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Seeded noise for code that draws from torch's generators: its numbers, its refusals, and diffusers' own steps."""
+"""Noise from seeds for code that calls torch.randn: numbers, refusals, and steps of diffusers."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_fastdiff_randn_works_within() -> None:
 
 
 class Seeded(Loop):
-    """A loop of diffusers' own class whose noise belongs to the seeds 100, 101, …; it notes the draws of each call."""
+    """Loop of a diffusers class with noise from the seeds 100, 101, …, which records the draws of each call."""
 
     def begin(self) -> Seeded:
         self.counts = ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Seeds and the model's own dtype through a whole loop."""
+"""Seeds, and a model with its own dtype, in whole loops."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPE = (3, 4, 5, 7)
 
 
 def model_for(config: dict[str, Any]) -> Any:
-    """Elementwise, so that a sample does not depend on its neighbours."""
+    """Return an elementwise model, for which samples are independent."""
 
     def model(x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         y = x * 0.3 if cond is None else x * cond.reshape(-1, 1, 1, 1).to(x.dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""torch's normal numbers, drawn by our loop: the bits of torch.randn, and the generator left as torch leaves it."""
+"""torch's normal numbers drawn by the extension: the bits of torch.randn, and its generator state afterwards."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def same_bits(drawn: Tensor, expected: Tensor) -> bool:
-    """Also of zeros' signs."""
+    """Return True for equal bits, including signs of zeros."""
     as_integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[expected.element_size()]
     return (
         drawn.dtype == expected.dtype
@@ -50,7 +50,7 @@ def same_bits(drawn: Tensor, expected: Tensor) -> bool:
 
 
 def by_loop(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-    """The loop's draw; a test of it must not be answered by torch."""
+    """Draw with the extension; fail if it declines, so that torch's own draw cannot pass."""
     assert extension is not None
     drawn = extension.torch_randn(shape, generator)
     assert drawn is not None
@@ -125,10 +125,12 @@ def test_number_of_threads_does_not_change_draw(threads: int, size: int) -> None
 
 @loop_here
 def test_every_radius_and_angle_matches_torch_bitwise() -> None:
-    """A number is radius(u1)·cos(u2) or radius(u1)·sin(u2), rounded once, of 2²⁴ values each of u1 and u2.
+    """Compare every value of the radius and of the angle.
+
+    A number is radius(u1)·cos(u2) or radius(u1)·sin(u2), rounded once, with 2²⁴ values each of u1 and u2.
 
     With u2 = 0 the cosine is 1 and the number is the radius; with a u1 whose radius is 1 it is the cosine or the sine.
-    So the two passes below see each of these functions at each of its arguments, and with them all 2⁴⁸ numbers.
+    So the two passes below evaluate each function at each of its arguments, which covers all 2⁴⁸ numbers.
     """
     # Instrumented code looks for bad accesses, which every 61st shows as well.
     words = np.arange(0, 2**24, 61 if PROFILE == "sanitize" else 1, dtype=np.uint32)
@@ -138,7 +140,7 @@ def test_every_radius_and_angle_matches_torch_bitwise() -> None:
 
 @loop_here
 def test_range_ends_match_torch_bitwise_without_negative_zero() -> None:
-    """u1 = 1, whose radius is −0 before the mean is added, the smallest u1; eighths of a turn and their neighbours."""
+    """Compare u1 = 1 (radius −0 before the mean is added), the smallest u1, and eighths of a turn with neighbours."""
     ends = np.array([0, 1, 2, 2**23 - 1, 2**23, 2**24 - 2, 2**24 - 1, 2**32 - 1, 2**31], dtype=np.uint32)
     turns = np.array([(i * 2**21 + j) % 2**24 for i in range(8) for j in (-1, 0, 1)], dtype=np.uint32)
     first, second = (grid.ravel() for grid in np.meshgrid(ends, turns))
@@ -239,7 +241,7 @@ def test_errors_equal_torchs(shape: Any, generator: Any, device: Any, dtype: Any
 
 
 class Seen(TorchDispatchMode):
-    """Takes down operators."""
+    """Dispatch mode that records operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -374,7 +376,7 @@ def many_draws(generator: torch.Generator, sizes: list[int]) -> list[Tensor]:
 
 
 def in_threads(works: list[Callable[[], None]]) -> None:
-    """Run them at once, and raise what one of them raises."""
+    """Run functions concurrently, and raise the exception of any of them."""
     failed: list[BaseException] = []
 
     def run(work: Callable[[], None]) -> None:
@@ -402,7 +404,7 @@ def test_threads_with_own_generators_are_independent() -> None:
 
 
 def test_threads_with_shared_generator_partition_its_numbers() -> None:
-    """No number twice, none lost: draws of one size are those that one thread would have drawn, in some order."""
+    """No number is repeated or lost: draws of one size are those of a single thread, in some order."""
     for size, count in ((624, 200), (70_000, 12)):
         generator, alone = seeded(9), seeded(9)
         drawn: list[list[Tensor]] = [[], []]

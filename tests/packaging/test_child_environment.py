@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What tests share: children import the package that is tested, and copies of a batch stay where it is."""
+"""Test helpers: child processes import the package under test, and copies of a batch stay on its device."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`make compat`: it reports what failed, and the checks that it runs are there and pass with this torch."""
+"""`make compat`: it reports failures, and its checks exist and pass with the installed torch."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_import_check_fails_for_unexpected_backend() -> None:
 
 
 def _pretend(compat: ModuleType, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
-    """Every step is done at once; commands that have the failing word in them fail."""
+    """Mock the commands; those that contain the failing word fail."""
 
     def run(*command: object, **_: object) -> str:
         if any(str(word) == failing for word in command):

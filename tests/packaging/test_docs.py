@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the documents show runs, and what they point to is there."""
+"""Documentation: its code runs, and its links resolve."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Refusals: one sentence with operation, argument, what it got, what was expected, and a remedy."""
+"""Error messages: one sentence with operation, argument, value, expectation, and remedy."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Files are written whole or not at all."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 

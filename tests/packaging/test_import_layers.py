@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The order of the package's parts: nothing imports what is above it, and no modules import each other in a circle."""
+"""Layers of the package: no module imports from a higher layer, and there are no circular imports."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ MODULES = _modules()
 
 
 def _part(module: str) -> str:
-    """The part of the package that a module belongs to."""
+    """Return the part of the package that a module belongs to."""
     if module == "fastdiff":
         return "__init__"
     part = module.split(".")[1]
@@ -59,7 +59,7 @@ def _part(module: str) -> str:
 
 
 def _imports(module: str, source: str, is_package: bool) -> Iterator[tuple[int, str]]:
-    """Line and module of each import of one of ours, those inside functions too, and not those for type checkers."""
+    """Yield line and module of each import of a fastdiff module, also inside functions, except for type checkers."""
     skipped = set()
     for node in ast.walk(ast.parse(source)):  # breadth first: a condition comes before what it holds
         match node:
@@ -82,7 +82,7 @@ def _imports(module: str, source: str, is_package: bool) -> Iterator[tuple[int, 
 
 
 def _is_defined(package: str, name: str) -> bool:
-    """Whether a package imports something under the name of one of its modules, such as the function ``ops.step``."""
+    """Return True if a package defines a name that is also one of its modules, such as the function ``ops.step``."""
     if package not in MODULES:
         return False
     body = ast.parse(MODULES[package].read_text(encoding="utf-8")).body
@@ -93,7 +93,7 @@ def _is_defined(package: str, name: str) -> bool:
 
 
 def _graph() -> dict[tuple[str, str], int]:
-    """For each import of one of our modules by another, the line."""
+    """Return the line of each import of a fastdiff module by another."""
     return {
         (module, imported): line
         for module, path in MODULES.items()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The old names of modules and functions that have moved: each works, and says once where its thing is now."""
+"""Old names of moved modules and functions: each works, and warns once with the new name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SINGLE_STEPS = ("cfg_combine", "ddim_step", "ddpm_step", "dpm_solver_step", "eul
 
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
-    """Leave no alias behind: the old names have not been imported yet, before and after each test."""
+    """Remove the aliases before and after each test, so that no old name has been imported."""
     _drop()
     yield
     _drop()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is distributed, what importing it costs, and what setup.py decides to compile on which machine."""
+"""Distributions, the cost of importing the package, and the build decisions of setup.py."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ NO_TORCH = COMPLETE._replace(torch=None, torch_cuda=None, torch_problem="No modu
 
 
 def _is_full_sentence(message: str) -> bool:
-    """Operation, argument, what it got, what was expected, and a remedy after the semicolon."""
+    """Return True for a message with operation, argument, value, expectation, and a remedy after the semicolon."""
     return re.fullmatch(r"setup\.py: .+, expected .+; .+", message, flags=re.DOTALL) is not None
 
 
@@ -282,7 +282,7 @@ def test_kernels_import_from_any_folder(start: str, tmp_path: Path) -> None:
 
 
 class Released(NamedTuple):
-    """What tools/build_wheels.sh makes of this tree, with a compiler that takes all sources but one for empty."""
+    """Distributions that tools/build_wheels.sh makes of this tree, with a compiler that skips all sources but one."""
 
     sdist: set[str]
     pure: Path
@@ -429,7 +429,7 @@ def test_package_with_extension_requires_its_torch(torch_version: str, requireme
 
 
 def _says(tmp_path: Path, mode: str, facts: tuple[object, ...]) -> str:
-    """What is said of an extension that setup.py builds of these facts."""
+    """Return the reason why an extension that setup.py builds for these facts does not fit; empty if it does."""
     extension = tmp_path / "_C.so"
     extension.write_bytes(
         b"\x7fELF" + bytes(5000) + f"fastdiff._C was built for <{setup_py.built_for(mode, facts)}>".encode()
