@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
-// The extension module, the only translation unit that knows torch and pybind11 (their headers cost most of its time).
+// The extension module and the general bindings, the only translation unit that includes torch/extension.h, whose
+// headers cost most of its compile time.
 #include <cstdlib>
 #include <string>
 #include <utility>
 
-#include "bindings/blocks.h"
+#include "bindings/output_allocator.h"
 #include "bindings/randn.h"
 #include "bindings/reduce.h"
 #ifdef FASTDIFF_CUDA
@@ -12,6 +13,7 @@
 #endif
 #include "bindings/copy.h"
 #include "bindings/seeded_sum.h"
+#include "bindings/step.h"
 #include "bindings/stepping.h"
 #include "bindings/torch_normal.h"
 
@@ -20,8 +22,8 @@ namespace {
 using namespace fastdiff::bindings;
 
 PyMethodDef methods[] = {
-    {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&step)), METH_FASTCALL,
-     "The fused step; None where the call is not plain (see csrc/bindings/step.h)."},
+    {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&step)), METH_FASTCALL | METH_KEYWORDS,
+     "step(**fields): the fused step's tensors, or the reason why it was declined (see csrc/bindings/step.h)."},
     {"torch_randn", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&torch_randn)), METH_FASTCALL,
      "torch's normal numbers as a new tensor; None where torch has to draw them (see csrc/bindings/torch_normal.h)."},
     {"torch_randn_", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&torch_randn_)), METH_FASTCALL,
@@ -39,6 +41,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                                "', expected generic, avx2 or avx512, and one that this processor has; unset it to let "
                                "fastdiff choose");
     m.attr("cpu_build") = cpu_build.name;
+    m.attr("step_fields") = py::reinterpret_steal<py::tuple>(step_field_names());
 #ifdef FASTDIFF_CUDA
     m.attr("cuda") = true;
     if (!define_config(m.ptr())) throw py::error_already_set();

@@ -115,7 +115,8 @@ class KeptAttribute {
         if (now == value.ptr() && !tensor->is_cpu() && !tensor->is_inference() && tensor->_version() == version_)
             return true;
         if (!same_kind(tensor, type_, sizes_) || !tensor->is_cpu()) return false;
-        if (!ordinary(*tensor) || !tensor->is_contiguous() || !backed(*tensor, tensor->numel())) return false;
+        if (!is_plain_eager(*tensor) || !tensor->is_contiguous() || !storage_covers(*tensor, tensor->numel()))
+            return false;
         return holds(tensor->const_data_ptr(), tensor->nbytes());
     }
 
@@ -163,7 +164,7 @@ class KeptArgument {
         if (!same_kind(tensor, type_, sizes_)) return false;
         if (how == kLike) return true;
         const bool one = tensor->numel() == 1 || (tensor->dim() == 1 && tensor->stride(0) == 0);
-        return one && ordinary(*tensor) && tensor->const_data_ptr() == first + place_ * step_bytes;
+        return one && is_plain_eager(*tensor) && tensor->const_data_ptr() == first + place_ * step_bytes;
     }
 
     py::object name;
@@ -197,7 +198,7 @@ class Beginning {
 
     // Whether a scheduler stands as it did then, and is called as it was.
     bool fits(PyObject* scheduler, PyObject* now, PyObject* owner, PyObject* name, bool seeded,
-              const StepCall& call) const {
+              const MethodCall& call) const {
         static PyObject* const timesteps_name = PyUnicode_InternFromString("timesteps");
         if (reinterpret_cast<PyObject*>(Py_TYPE(scheduler)) != type_.ptr() || name != method_.ptr()) return false;
         if (version_ == 0 || class_version(Py_TYPE(scheduler)) != version_ || epoch_ != reads_epoch) return false;

@@ -16,8 +16,8 @@ constexpr int64_t kCacheLine = 64;
 // may be the same memory again (an expanded tensor): one call then stands for many, and the way here counts little.
 inline void copy_kernel(const at::Tensor& src, const at::Tensor& dst, bool streaming) {
     const auto rows_of_bytes = [](const at::Tensor& tensor) {
-        return tensor.is_cpu() && ordinary(tensor) && reached(tensor) && (tensor.dim() == 1 || tensor.dim() == 2) &&
-               (tensor.size(-1) <= 1 || tensor.stride(-1) == 1);
+        return tensor.is_cpu() && is_plain_eager(tensor) && storage_covers(tensor) &&
+               (tensor.dim() == 1 || tensor.dim() == 2) && (tensor.size(-1) <= 1 || tensor.stride(-1) == 1);
     };
     TORCH_CHECK_VALUE(
         rows_of_bytes(src) && rows_of_bytes(dst),

@@ -86,7 +86,7 @@ struct Loop {
     PyObject* self() { return reinterpret_cast<PyObject*>(this); }
 
     // Whether a call is the last one again, one timestep on, with nothing changed between.
-    bool is_next(PyObject* scheduler, PyObject* attributes, PyObject* name, const StepCall& call) {
+    bool is_next(PyObject* scheduler, PyObject* attributes, PyObject* name, const MethodCall& call) {
         const LoopState& s = *state;
         if (s.version == 0 || class_version(Py_TYPE(scheduler)) != s.version || s.epoch != reads_epoch) return false;
         if (s.program == nullptr || name != s.name.ptr() || (call.uncond != Py_None) != s.guided) return false;
@@ -100,7 +100,7 @@ struct Loop {
     }
 
     // Takes a step that is the next one and has a program; null, having done nothing, for any other.
-    py::object advance(PyObject* scheduler, PyObject* attributes, PyObject* name, const StepCall& call) {
+    py::object advance(PyObject* scheduler, PyObject* attributes, PyObject* name, const MethodCall& call) {
         LoopState& s = *state;
         undisturbed_at = -1;
         if (!is_next(scheduler, attributes, name, call)) return py::object();
@@ -125,7 +125,7 @@ struct Loop {
 
     // Takes a step that an earlier loop began with in the same state; null, having done nothing, for any other. What
     // only scales the model's input is no step to count or to go on from.
-    py::object begin(PyObject* scheduler, PyObject* name, bool scales, bool seeded, const StepCall& call) {
+    py::object begin(PyObject* scheduler, PyObject* name, bool scales, bool seeded, const MethodCall& call) {
         LoopState& s = *state;
         if (steps_taken != 0 || s.beginnings.empty()) return py::object();
         if (!nothing_forced(s.choice.ptr())) return py::object();
@@ -185,7 +185,7 @@ struct Loop {
     }
 
   private:
-    static std::vector<Known> known_of(const Beginning& beginning, const StepCall& call) {
+    static std::vector<Known> known_of(const Beginning& beginning, const MethodCall& call) {
         std::vector<Known> known;
         known.reserve(beginning.arguments.size());
         for (size_t i = 0; i < beginning.arguments.size(); ++i) {
@@ -201,7 +201,8 @@ struct Loop {
     }
 
     // `watched` becomes whether the watch knows already what the step has written.
-    py::object take(PyObject* plan, const Program& program, PyObject* attributes, const StepCall& call, bool* watched) {
+    py::object take(PyObject* plan, const Program& program, PyObject* attributes, const MethodCall& call,
+                    bool* watched) {
         // An output with a learned variance has twice the channels, in a last step that does not ask for it as well.
         const bool alike = THPVariable_Unpack(call.output()).sizes() == THPVariable_Unpack(call.sample()).sizes();
         try {
@@ -216,7 +217,7 @@ struct Loop {
         }
     }
 
-    py::object run(PyObject* plan, PyObject* attributes, const StepCall& call) {
+    py::object run(PyObject* plan, PyObject* attributes, const MethodCall& call) {
         static const std::array<PyObject*, 3> names{PyUnicode_InternFromString("model_output"),
                                                     PyUnicode_InternFromString("timestep"),
                                                     PyUnicode_InternFromString("sample")};
@@ -267,7 +268,7 @@ inline PyObject* loop_begin(PyObject* self, PyObject* const* objects, Py_ssize_t
     TORCH_CHECK_TYPE(count == 7 && PyDict_Check(objects[4]),
                      "begin: expected (scheduler, name, scales, seeded, given, uncond, guidance)");
     if ((objects[5] == Py_None) != (objects[6] == Py_None)) Py_RETURN_NONE;
-    StepCall call;
+    MethodCall call;
     call.uncond = objects[5];
     call.guidance = objects[6];
     Py_ssize_t at = 0;

@@ -22,8 +22,9 @@ constexpr int64_t kReduceGrain = 65536;
 
 // Whether each sample of x is one block of memory, the samples one after another.
 inline bool samples_are_blocks(const at::Tensor& x) {
-    return ordinary(x) && served(x) && x.dim() > 0 && x.numel() > 0 && reached(x) && x.is_non_overlapping_and_dense() &&
-           dtype_of(x.scalar_type()).has_value() && (x.size(0) == 1 || x.stride(0) * x.size(0) >= x.numel());
+    return is_plain_eager(x) && on_served_device(x) && x.dim() > 0 && x.numel() > 0 && storage_covers(x) &&
+           x.is_non_overlapping_and_dense() && dtype_of(x.scalar_type()).has_value() &&
+           (x.size(0) == 1 || x.stride(0) * x.size(0) >= x.numel());
 }
 
 inline at::Tensor one_a_sample(const at::Tensor& x) {
@@ -43,7 +44,7 @@ inline py::object sum(int64_t kind, const at::Tensor& x, const std::optional<at:
     if (kind < 0 || kind > static_cast<int64_t>(Sum::kDot) ||
         y.has_value() != (kind == static_cast<int64_t>(Sum::kDot)))
         return py::none();
-    if (y.has_value() && (!ordinary(*y) || !reached(*y) || y->scalar_type() != x.scalar_type() ||
+    if (y.has_value() && (!is_plain_eager(*y) || !storage_covers(*y) || y->scalar_type() != x.scalar_type() ||
                           y->device() != x.device() || y->sizes() != x.sizes() || y->strides() != x.strides()))
         return py::none();
     SumArgs args{};

@@ -110,8 +110,8 @@ inline bool seeded_sum(const at::Tensor& out, const std::vector<at::Tensor>& bas
                       seeds.size(), ", one for each base and seed");
     const int64_t total = out.numel();
     const auto plain = [total](const at::Tensor& tensor) {
-        return tensor.is_cpu() && tensor.scalar_type() == at::kFloat && ordinary(tensor) && tensor.is_contiguous() &&
-               tensor.numel() == total && backed(tensor, total);
+        return tensor.is_cpu() && tensor.scalar_type() == at::kFloat && is_plain_eager(tensor) &&
+               tensor.is_contiguous() && tensor.numel() == total && storage_covers(tensor, total);
     };
     if (cpu_build.twist == nullptr || !called_plainly() || total < kGroup || !plain(out)) return false;
     for (const at::Tensor& base : bases)
@@ -135,7 +135,7 @@ inline bool seeded_sum(const at::Tensor& out, const std::vector<at::Tensor>& bas
         at += count;
     }
     release.reset();
-    count_change(out);
+    bump_version(out);
     return true;
 }
 

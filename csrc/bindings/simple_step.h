@@ -2,6 +2,7 @@
 // A drop-in scheduler's step by a `simple` program: gather, draw, one fused step, write the state, hand out.
 #pragma once
 
+#include "output_allocator.h"
 #include "program.h"
 #include "step.h"
 #include "torch_normal.h"
@@ -13,7 +14,7 @@ namespace fastdiff::bindings {
 constexpr size_t kMore = 8;
 
 // What a step is called with; all references are the caller's.
-struct StepCall {
+struct MethodCall {
     std::array<PyObject*, 3> arguments{};  // model_output (of guidance, the conditional one), timestep, sample
     PyObject *uncond = Py_None, *guidance = Py_None;
     std::array<std::pair<PyObject*, PyObject*>, kMore> more{};  // by name, in the call's order
@@ -32,7 +33,7 @@ struct StepCall {
 
 // Puts one argument where it belongs; false where a step with it has to be looked at. The names that only `guided_step`
 // has belong nowhere in a call of another method.
-inline bool put_argument(PyObject* name, PyObject* value, bool guided, StepCall* call) {
+inline bool put_argument(PyObject* name, PyObject* value, bool guided, MethodCall* call) {
     static PyObject* const output = PyUnicode_InternFromString("model_output");
     static PyObject* const timestep = PyUnicode_InternFromString("timestep");
     static PyObject* const sample = PyUnicode_InternFromString("sample");
@@ -95,7 +96,7 @@ class SimpleStep {
   public:
     // `loop` has the methods of fastdiff.diffusers.scheduler.Fused; `choice` is the context variable that names the
     // forced backend, or None.
-    SimpleStep(PyObject* loop, PyObject* choice, const Program& program, PyObject* attributes, const StepCall& call,
+    SimpleStep(PyObject* loop, PyObject* choice, const Program& program, PyObject* attributes, const MethodCall& call,
                Watch* watch)
         : loop_(loop), choice_(choice), program_(program), attributes_(attributes), call_(call), watch_(watch) {}
 
@@ -157,7 +158,7 @@ class SimpleStep {
         MaybeTensor noise = consumed_.defined()  ? &consumed_
                             : program_.noise < 0 ? nullptr
                                                  : tensor_in(slots_.of(program_.noise));
-        if (directly(noise, seeds.ptr(), noise_step.ptr())) return;
+        if (directly(noise, seeds.ptr(), steps_taken)) return;
         if (noise_step.ptr() == nullptr) noise_step = made(PyLong_FromLongLong(steps_taken));
         const py::object given = noise == nullptr ? py::none() : made(THPVariable_Wrap(*noise));
         const py::object history = made(PyList_New(static_cast<Py_ssize_t>(program_.registers.size())));
@@ -172,45 +173,45 @@ class SimpleStep {
     }
 
     // By the loops of this extension, where nothing forces another backend and all is plain.
-    bool directly(MaybeTensor noise, PyObject* seeds, PyObject* noise_step) {
-        static PyObject* const first_row = PyLong_FromLong(0);
-        StepRequest request;
+    bool directly(MaybeTensor noise, PyObject* seeds, int64_t noise_step) {
+        StepCall request;
         request.sample = tensor_in(call_.sample());
         if (!request.sample->is_cpu() || !nothing_forced(choice_)) return false;
         request.model_output = tensor_in(call_.output());
         request.table = &program_.table;
-        request.row = first_row;
         request.uncond = tensor_in(call_.uncond);
         if (request.uncond == nullptr && call_.uncond != Py_None) return false;  // for Python to say what it is
-        request.guidance = call_.guidance;
+        if (!read_scale(call_.guidance, &request.guidance_scale)) return false;
         for (size_t j = 0; j < program_.registers.size(); ++j) {
             request.history[j] = tensor_in(slots_.of(program_.registers[j]));
             if (request.history[j] == nullptr) return false;
         }
         request.noise = noise;
         // The sample comes where the noise was, which is in the cache and wanted by nobody else.
-        if (consumed_.defined()) request.outs[0] = &consumed_;
+        if (consumed_.defined()) request.out.tensors[0] = &consumed_;
         request.seeds = tensor_in(seeds);
-        request.noise_step = noise_step;
+        request.noise_step.value = noise_step;
         request.purpose = program_.purpose;
         request.keeps = program_.keeps;
         for (size_t o = 0; o <= static_cast<size_t>(program_.keeps); ++o)
-            if (program_.made_types[o] != request.sample->scalar_type()) request.made[o] = program_.made_types[o];
-        Outputs outputs;
-        if (!take_step(request, &outputs) && !(lay_out(&request) && take_step(request, &outputs))) return false;
-        for (int64_t o = 0; o <= program_.keeps; ++o) slots_.add(made(THPVariable_Wrap(std::move(outputs[o]))));
+            if (program_.made_types[o] != request.sample->scalar_type()) request.out.dtypes[o] = program_.made_types[o];
+        Outcome outcome = run_step(request);
+        if (outcome.declined != Decline::kNone && lay_out(&request)) outcome = run_step(request);
+        if (outcome.declined != Decline::kNone) return false;
+        for (int64_t o = 0; o <= program_.keeps; ++o) slots_.add(made(THPVariable_Wrap(std::move(outcome.outputs[o]))));
         return true;
     }
 
     // Copies of the model's outputs in the samples' layout, where they have another: a transformer's are often views in
     // another order of dimensions. False where there is nothing to lay out, or something has to see the copy.
-    bool lay_out(StepRequest* request) {
+    bool lay_out(StepCall* request) {
         const at::Tensor& sample = *request->sample;
         if (!sample.is_non_overlapping_and_dense() || !called_plainly()) return false;
         bool laid = false;
         const auto in_layout = [&](MaybeTensor tensor, at::Tensor* copy) {
             const bool other = tensor != nullptr && tensor->strides() != sample.strides();
-            if (!other || !ordinary(*tensor) || !tensor->is_cpu() || tensor->sizes() != sample.sizes()) return tensor;
+            if (!other || !is_plain_eager(*tensor) || !tensor->is_cpu() || tensor->sizes() != sample.sizes())
+                return tensor;
             *copy = new_output(sample, tensor->scalar_type());
             copy->copy_(*tensor);
             laid = true;
@@ -264,7 +265,7 @@ class SimpleStep {
     PyObject *loop_, *choice_;
     const Program& program_;
     PyObject* attributes_;
-    const StepCall& call_;
+    const MethodCall& call_;
     Watch* watch_;
     bool watched_ = true;
     Watch::Gone gone_;

@@ -17,7 +17,7 @@ struct Stepping {
 
 // Reads a call (self, *positional, **named).
 inline bool read_call(PyObject* arguments, PyObject* const* objects, Py_ssize_t positional, PyObject* names,
-                      StepCall* call) {
+                      MethodCall* call) {
     static PyObject* const uncond = PyUnicode_InternFromString("model_output_uncond");
     const bool guided = PyTuple_GET_SIZE(arguments) > 0 && PyTuple_GET_ITEM(arguments, 0) == uncond;
     if (positional - 1 > PyTuple_GET_SIZE(arguments)) return false;
@@ -42,7 +42,7 @@ inline PyObject* stepping_call(PyObject* self, PyObject* const* objects, size_t 
     static PyObject* const fused = PyUnicode_InternFromString("_fused");
     const auto* method = reinterpret_cast<Stepping*>(self);
     const Py_ssize_t positional = PyVectorcall_NARGS(flagged);
-    StepCall call;
+    MethodCall call;
     if (positional > 0) {
         const py::object attributes = made(PyObject_GenericGetDict(objects[0], nullptr));
         PyObject* found = PyDict_GetItemWithError(attributes.ptr(), fused);

@@ -22,7 +22,7 @@
 #include <optional>
 #include <thread>
 
-#include "blocks.h"
+#include "output_allocator.h"
 #include "common.h"
 
 namespace fastdiff::bindings {
@@ -222,13 +222,13 @@ inline PyObject* torch_randn_(PyObject* /*module*/, PyObject* const* objects, Py
     TORCH_CHECK_TYPE(count == 2, "torch_randn_: expected 2 arguments, got ", count);
     if (cpu_build.twist == nullptr || !called_plainly() || !THPVariable_Check(objects[0])) Py_RETURN_FALSE;
     const at::Tensor out = THPVariable_Unpack(objects[0]);  // held: without the GIL the caller's may go
-    const bool plain = ordinary(out) && out.is_cpu() && out.scalar_type() == at::kFloat && out.numel() >= kGroup &&
-                       out.is_contiguous() && backed(out, out.numel());
+    const bool plain = is_plain_eager(out) && out.is_cpu() && out.scalar_type() == at::kFloat &&
+                       out.numel() >= kGroup && out.is_contiguous() && storage_covers(out, out.numel());
     if (!plain) Py_RETURN_FALSE;
     const std::optional<at::Generator> generator = cpu_generator(objects[1]);
     if (!generator.has_value() || !draw_from(*generator, static_cast<float*>(out.data_ptr()), out.numel()))
         Py_RETURN_FALSE;
-    count_change(out);
+    bump_version(out);
     Py_RETURN_TRUE;
     END_HANDLE_TH_ERRORS
 }

@@ -12,8 +12,11 @@
 // it.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_strided.h>
 #include <c10/core/CPUAllocator.h>
+#include <c10/core/ScalarTypeToTypeMeta.h>
+#include <c10/util/accumulate.h>
 
 #include <array>
 #include <atomic>
