@@ -125,7 +125,7 @@ def work_of(case: Case, device: torch.device) -> Callable[[], Tensor]:
         table[0, PREV_SAMPLE + 7] = 0.25
         drawn = {"seeds": seeds, "noise_step": 1}
     return lambda: ops.step(
-        x, c, table, 0, uncond=u, guidance=guidance, out=(out,), backend=case.backend, **drawn
+        x, c, table, 0, uncond=u, guidance_scale=guidance, out=(out,), backend=case.backend, **drawn
     )[0]  # fmt: skip
 
 

@@ -131,7 +131,7 @@ def run_loop(
                     sample,
                     output,
                     uncond=uncond,
-                    guidance=scale,
+                    guidance_scale=scale,
                     variance=variance,
                     generator=generator,
                     out=sample if overwrite else None,

@@ -27,7 +27,6 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 import recording_driver
-from fastdiff.call import StepCall
 from fastdiff.kernels import config, launch, philox, reduce, select, step
 from fastdiff.kernels.launch import Launcher
 from recording_driver import LAUNCHES, RecordingDriver
@@ -168,7 +167,7 @@ def other_calls(draw: Any) -> Callable[[], None]:
 
 
 def all_kernels(x: Tensor) -> None:
-    step.launch(StepCall(x, x, torch.empty(3, 32), 1, outputs=(x,)))
+    step.launch(call_of(x, rows=3, row_index=1))
     philox.randn(x, torch.zeros(len(x), dtype=torch.int64), None, 3, 4)
     reduce.reduce(1, x, None, 1.0)
     select.quantile(x, 3, 0.5, True)
@@ -231,7 +230,7 @@ def test_what_varies_from_step_to_step_is_one_held_kernel(asked: list[str]) -> N
     tables = [torch.empty(count, 32) for count in (1, 16, 33)]
     for table, row, number in itertools.product(tables, (0, 1, 16), (0, 1, 16, 2**31, 2**32 - 1)):
         step.launch(
-            StepCall(x, x, table, row, seeds=seeds, noise_step=number, purpose=number, outputs=(x,))
+            StepCall(sample=x, model_output=x, table=table, row_index=row, seeds=seeds, noise_step=number, purpose=number, out=(x,))
         )  # fmt: skip
         philox.randn(x, seeds, None, number, number)
     assert asked == ["_step_kernel", "_randn_kernel"]
@@ -258,11 +257,11 @@ def test_device_of_the_tensors_is_the_current_one_during_the_launch(
 
     monkeypatch.setattr(launch, "on_device", Guard)
     x = torch.empty(2, 64).as_subclass(OnDevice1)
-    step.launch(StepCall(x, x, torch.empty(1, 32), 0, outputs=(x,)))
+    step.launch(call_of(x, rows=1, row_index=0))
     assert (len(guarded), driver.device) == (1, 0)
     assert LAUNCHES[0][2] == 1000
     driver.device = 1
-    step.launch(StepCall(x, x, torch.empty(1, 32), 0, outputs=(x,)))
+    step.launch(call_of(x, rows=1, row_index=0))
     assert len(guarded) == 1
 
 
@@ -271,7 +270,7 @@ def test_device_of_the_tensors_is_the_current_one_during_the_launch(
 
 def plain_step() -> None:
     x = torch.empty(2, 64)
-    step.launch(StepCall(x, x, torch.empty(3, 32), 1, outputs=(x,)))
+    step.launch(call_of(x, rows=3, row_index=1))
 
 
 def test_launch_hooks_are_called_through_the_jit(asked: list[str]) -> None:
@@ -363,7 +362,7 @@ def test_kernels_held_are_not_without_number(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(launch, "_MOST_HELD", 3)
     for size in range(1, 9):
         x = torch.empty(1, size)
-        step.launch(StepCall(x, x, torch.empty(1, 32), 0, outputs=(x,)))
+        step.launch(call_of(x, rows=1, row_index=0))
         assert len(step._step._held) <= 3
 
 
@@ -389,8 +388,8 @@ def test_compiled_kernels_are_held_for_every_vendor(
         y = torch.empty(129)[offset : offset + 128].view(2, 64)
         philox.randn(y, seeds, None, 3, 4)
         reduce.reduce(0, y, None, 0.0)
-    step.launch(StepCall(x, x, torch.empty(3, 32), 1, outputs=(x,)))
-    step.launch(StepCall(x, x, torch.empty(3, 32), 2, outputs=(x,)))
+    step.launch(call_of(x, rows=3, row_index=1))
+    step.launch(call_of(x, rows=3, row_index=2))
     functions = [launched[0] for launched in LAUNCHES[spy_free:]]
     randns = [f for f in functions if f[0] == "_randn_kernel"]
     # Off 16 bytes it is another kernel, and the third call is the first one's.
@@ -405,7 +404,7 @@ def test_compiled_kernels_are_held_for_every_vendor(
 def test_host_time_of_a_held_launch_is_below_the_jit_s(capsys: pytest.CaptureFixture[str]) -> None:
     # With a driver that does nothing: Python's part alone, of which the held way does a fraction.
     x, seeds = torch.empty(2, 64), torch.tensor([1, 2])
-    call = StepCall(x, x, torch.empty(3, 32), 1, x, torch.empty(1), seeds=seeds, outputs=(x,))
+    call = replace(call_of(x, rows=3, row_index=1), uncond=x, guidance_scale=torch.empty(1), seeds=seeds)
 
     def microseconds() -> float:
         best = float("inf")

@@ -63,7 +63,6 @@ SCHEDULER_ROUNDING = 64 * 30 * 2.0**-24
 
 
 #: The binding's last arguments where a step draws nothing: stream, seeds, noise_step, purpose, model_input, scatter.
-NOTHING_MORE = (0, None, 0, 1, None, False)
 
 
 def backends_at_hand() -> list[object]:

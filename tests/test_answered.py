@@ -12,7 +12,7 @@ import torch
 import fastdiff
 from answered import answered
 from fastdiff import ops
-from fastdiff.ops import backends, fused, run
+from fastdiff.ops import backends, reference
 from oracle import backends_at_hand, device_of, plain_row
 
 HERE = Path(__file__).parent

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastdiff import Purpose, ops
 from fastdiff.ops import backends
-from fastdiff.ops.run import RESULT_DTYPES
+from fastdiff.ops.call import RESULT_DTYPES
 from fastdiff.table import MODEL_INPUT_SCALE, STORE_0, STORE_1, compute_dtype
 from layouts import LAYOUTS, shapes_for
 from mixed import Batch, copied, random_batch
@@ -24,7 +24,6 @@ from mixed_dtypes import SCALARS, by_definition, dtypes_for, mixed_case, poisone
 from oracle import (
     DTYPES,
     INTERPRETED,
-    NOTHING_MORE,
     Case,
     Shape,
     assert_same_bits,
@@ -117,15 +116,16 @@ def test_extension_takes_mixed_calls_as_they_are() -> None:
             )
             out = (second, torch.empty(2, 9, dtype=first))
             done = backends.extension.step(  # type: ignore[union-attr]
-                x, m, table, 0, None, None, (), None, None, None, 0, 1, out, *NOTHING_MORE
+                sample=x, model_output=m, table=table, row_index=0, keeps=1, out=out
             )
-            assert done is not None
+            assert isinstance(done, tuple)
             assert_same_bits(done, [x.to(table.dtype).to(second), (2 * m.to(table.dtype)).to(first)])
             # A table of the other compute dtype is declined, for a sentence to be said.
             other = table.to(torch.float32 if table.dtype == torch.float64 else torch.float64)
-            assert backends.extension.step(  # type: ignore[union-attr]
-                x, m, other, 0, None, None, (), None, None, None, 0, 1, out, *NOTHING_MORE
-            ) is None  # fmt: skip
+            declined = backends.extension.step(  # type: ignore[union-attr]
+                sample=x, model_output=m, table=other, row_index=0, keeps=1, out=out
+            )
+            assert declined == "dtype"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -314,7 +314,7 @@ def test_compiled_mixed_step_gives_the_bits_of_the_eager_one() -> None:
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(sample: Tensor) -> tuple[Tensor, ...]:
         return ops.step(
-            sample, case.model_output, case.table, 0, uncond=case.uncond, guidance=case.guidance,
+            sample, case.model_output, case.table, 0, uncond=case.uncond, guidance_scale=case.guidance,
             history=case.history, noise=case.noise, keeps=2, out=[outs[0], target, None],
         )  # fmt: skip
 
@@ -343,7 +343,7 @@ def test_gradients_of_a_mixed_step_are_those_of_the_widened_one_in_each_tensors_
             chosen = widened(own) if wide else own
             with torch.enable_grad():
                 results = ops.step(
-                    chosen.sample, chosen.model_output, chosen.table, 0, uncond=chosen.uncond, guidance=chosen.guidance,
+                    chosen.sample, chosen.model_output, chosen.table, 0, uncond=chosen.uncond, guidance_scale=chosen.guidance,
                     history=chosen.history, noise=chosen.noise, variance=chosen.variance, threshold=chosen.threshold,
                     variance_kind=chosen.variance_kind, keeps=chosen.keeps, out=None if wide else outs, backend=backend,
                 )  # fmt: skip

@@ -51,7 +51,7 @@ struct Targets {
     FIELD(int64_t, keeps, 0)                  \
     FIELD(MaybeTensor, seeds, nullptr)        \
     FIELD(Counter, noise_step, {})            \
-    FIELD(int64_t, purpose, 0)                \
+    FIELD(int64_t, purpose, 1)   /* STEP */   \
     FIELD(MaybeTensor, model_input, nullptr)  \
     FIELD(bool, write_history, false)         \
     FIELD(Targets, out, {})

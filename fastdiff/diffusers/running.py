@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .. import ops
 from ..affine import COLUMNS
-from ..ops.layout import laid_out, output_strides
 from ..philox import purpose_of_draw
 from ..table import KEEP_0, KEEP_1, PREDICTION_OUTPUT, PREV_SAMPLE
 from ..thresholding import dynamic_threshold
@@ -65,7 +64,7 @@ def run_plan(
     threshold = None
     if plan.thresholding:
         rows = _rows(plan.prediction_table(sample.device), factor)
-        (x0,) = ops.step(sample, output, *rows, uncond=uncond, guidance=guidance, out=[plan.dtype])
+        (x0,) = ops.step(sample, output, *rows, uncond=uncond, guidance_scale=guidance, out=[plan.dtype])
         config = attributes["_internal_dict"]
         ratio, largest = config["dynamic_thresholding_ratio"], config["sample_max_value"]
         threshold = dynamic_threshold(x0, ratio, largest, keep_nan=True)
@@ -144,28 +143,10 @@ def _rows(table: Tensor, factor: Tensor | None) -> tuple[Tensor, int | Tensor]:
 def _step(plan: Plan, rows: tuple[Tensor, int | Tensor], sample: Tensor, output: Tensor, uncond: Any, guidance: Any,
           history: Any, noise: Any, variance: Any, threshold: Any, seeds: Any, noise_step: int) -> Any:  # fmt: skip
     """One call of the fused step: (prev_sample, and what it keeps)."""
-    kind, out = plan.variance_kind, plan.outputs
-
-    def directly() -> Any:
-        return ops.direct_step(
-            sample, output, *rows, uncond, guidance, history, noise, variance, threshold, kind, plan.keeps, out, seeds,
-            noise_step, plan.purpose,
-        )  # fmt: skip
-
-    done = directly()
-    if done is None:
-        # Transformers' outputs are often views in another order of dimensions, and noise comes contiguous.
-        strides = output_strides(sample)
-        sample, output = laid_out(sample, strides), laid_out(output, strides)
-        uncond, noise = (t if t is None else laid_out(t, strides) for t in (uncond, noise))
-        history = [laid_out(t, strides) for t in history]
-        done = directly()
-    if done is not None:
-        return done
     return ops.step(
-        sample, output, *rows, uncond=uncond, guidance=guidance, history=history, noise=noise, seeds=seeds,
-        noise_step=noise_step, purpose=plan.purpose, variance=variance, threshold=threshold, variance_kind=kind,
-        keeps=plan.keeps, out=out,
+        sample, output, *rows, uncond=uncond, guidance_scale=guidance, history=history, noise=noise, seeds=seeds,
+        noise_step=noise_step, purpose=plan.purpose, variance=variance, threshold=threshold,
+        variance_kind=plan.variance_kind, keeps=plan.keeps, out=plan.outputs,
     )  # fmt: skip
 
 

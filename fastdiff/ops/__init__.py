@@ -3,19 +3,22 @@
 
 `step` is the one operation that every backend implements; the others make a row of scalars and call it::
 
-    ops/fused.py       the public step
-    ops/library.py     the step as operators of torch's dispatcher, for compilers and autograd
-    ops/gradients.py   its backward, which is the step with other scalars
-    ops/vmap.py        its batching rules
-    ops/run.py         a checked call on the backend that was chosen
-    ops/checks.py      what a call must satisfy, and the sentences that say so
-    ops/layout.py      which tensors share memory, and one dense layout for all
-    ops/random.py      the noise that a step draws, on its own
-    ops/backends.py    which implementations there are, why one is missing, which one answers
-    ops/fallback.py    the choice for a call that runs, with a warning where the reference answers for a compiled one
-    ops/built_for.py   which torch an extension was built for
-    ops/functional.py  cfg_combine, ddpm_step, ddim_step, dpm_solver_step, euler_step
-    ops/reductions.py  quantile, mean, std, norm, dot: one scalar a sample
+    ops/call.py          the arguments of a step, declared once
+    ops/step.py          the public step
+    ops/checks.py        the checks of a call
+    ops/custom_ops.py    the step as operators of torch's dispatcher, for compilers and autograd
+    ops/autograd.py      its backward, which is the step with other coefficients
+    ops/vmap.py          its batching rules
+    ops/dispatch.py      a checked call on the backend that was chosen
+    ops/canonicalize.py  one dense layout for all tensors of a call
+    ops/layout.py        which tensors share memory, and their strides
+    ops/reference.py     the step in plain torch
+    ops/random.py        the noise that a step draws, on its own
+    ops/backends.py      the implementations: which there are, why one is missing, which one is used
+    ops/fallback.py      the choice for a call that runs, with a warning where it falls back to the reference
+    ops/built_for.py     the torch that an extension was built for
+    ops/functional.py    cfg_combine, ddpm_step, ddim_step, dpm_solver_step, euler_step
+    ops/reductions.py    quantile, mean, std, norm, dot: one scalar a sample
 """
 
 from .backends import (
@@ -29,9 +32,9 @@ from .backends import (
 )
 from .fallback import FallbackWarning
 from .functional import cfg_combine, ddim_step, ddpm_step, dpm_solver_step, euler_step
-from .fused import direct_step, step, step_rows
 from .random import randn
 from .reductions import dot, mean, norm, quantile, std
+from .step import step, step_rows
 
 __all__ = [
     "BACKENDS",
@@ -43,7 +46,6 @@ __all__ = [
     "ddim_step",
     "ddpm_step",
     "direct_extension",
-    "direct_step",
     "dot",
     "dpm_solver_step",
     "euler_step",

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -26,12 +26,11 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from ..call import StepCall, Target
 from ..environment import CHOICES, chosen, why_absent
 from ..errors import sentence, unknown_name
 from .built_for import why_unfit
+from .call import FIELDS, StepCall
 
 BACKENDS = CHOICES["FASTDIFF_BACKEND"]
 
@@ -262,58 +261,36 @@ def current_stream(sample: Tensor) -> int:
 
 
 def direct_extension() -> ModuleType | None:
-    """The extension, where a call may go straight to it: nothing is forced, and no compiler has to see operators.
-
-    Its functions return None for a call that has to be looked at first.
-    """
+    """Return the extension where a call may be offered to it: nothing is forced, and no compiler has to see operators."""
     return None if _is_compiling() or (_ever_forced and _get_forced() is not None) else extension
 
 
-def _run_extension(call: StepCall) -> None:
-    done = extension_step(call)
-    if done is None:
-        # The extension declines under dispatch modes, so that they see the operator; this is the operator's inside.
-        with _disable_current_modes():
-            done = extension_step(call)
-    if done is None:
-        raise AssertionError(f"step: the extension declined a call that was made plain: {call}")
+def offer(call: StepCall) -> tuple[Tensor, ...] | str:
+    """Hand a call to the extension, from the inside of an operator or without dispatch modes.
 
-
-def extension_step(call: StepCall, out: Sequence[Target] | None = None) -> tuple[Tensor, ...] | None:
-    """A call by the extension, to `out`, to its outputs or to new ones; None where it declines."""
+    Returns:
+        The outputs, or, with nothing written, why the extension declined (`Decline` in csrc/bindings/step.h).
+    """
     assert extension is not None
-    done: tuple[Tensor, ...] | None = extension.step(
-        call.sample,
-        call.model_output,
-        call.table,
-        call.row,
-        call.uncond,
-        call.guidance,
-        call.history,
-        call.noise,
-        call.variance,
-        call.threshold,
-        int(call.variance_kind),
-        call.keeps,
-        out or call.outputs or None,
-        current_stream(call.sample),
-        call.seeds,
-        # Without seeds nobody has looked at these.
-        *((0, 0) if call.seeds is None else (call.noise_step, call.purpose)),
-        call.model_input,
-        call.scatter,
-    )
-    return done
+    fields = {name: getattr(call, name) for name in FIELDS}
+    offered: tuple[Tensor, ...] | str = extension.step(**fields, stream=current_stream(call.sample), in_operator=True)
+    return offered
+
+
+def _run_extension(call: StepCall) -> None:
+    offered = offer(call)
+    if isinstance(offered, str):
+        raise AssertionError(f"step: the extension declined a canonical call ({offered}): {call}")
 
 
 def _run_triton(call: StepCall) -> None:
     triton_module("step").launch(call)
-    # As the extension does itself: autograd has to find a tensor changed that it has saved.
-    written = [*call.outputs, *(call.history if call.scatter else ()), call.model_input]
-    torch.autograd.graph.increment_version([t for t in written if t is not None and not t.is_inference()])
+    # The extension does so itself: autograd has to find a tensor changed that it has saved.
+    written = [*call.targets, *(call.history if call.write_history else ()), call.model_input]
+    torch.autograd.graph.increment_version([t for t in written if isinstance(t, Tensor) and not t.is_inference()])
 
 
-#: How a plain call is run; the reference takes any call as it is.
+#: How a canonical call is run; the reference takes any call as it is.
 RUN: dict[str, Callable[[StepCall], None]] = {
     "cpu": _run_extension,
     "cuda": _run_extension,

@@ -38,7 +38,7 @@ from ..solvers.ddpm import VarianceType
 from ..solvers.dpm_multistep import THIRD_ORDERS
 from ..table import Row, StepTable, compute_dtype
 from .checks import DTYPES
-from .fused import step
+from .step import step
 
 
 def cfg_combine(
@@ -63,7 +63,7 @@ def cfg_combine(
     """
     table = _rows(_compiled(_cfg_row), cond, uncond, out)
     outs = None if out is None else (out,)
-    return step(cond, cond, table, 0, uncond=uncond, guidance=guidance_scale, out=outs, backend=backend)[0]
+    return step(cond, cond, table, 0, uncond=uncond, guidance_scale=guidance_scale, out=outs, backend=backend)[0]
 
 
 def ddpm_step(
@@ -220,7 +220,7 @@ def dpm_solver_step(
     noise = _noise(compiled, sample, noise, generator)
     table = _rows(compiled, sample, model_output, uncond, noise, *previous, *(out or ()))
     prev, kept = step(
-        sample, model_output, table, len(compiled) - 1, uncond=uncond, guidance=guidance_scale, history=history,
+        sample, model_output, table, len(compiled) - 1, uncond=uncond, guidance_scale=guidance_scale, history=history,
         noise=noise, keeps=1, out=out, backend=backend,
     )  # fmt: skip
     return prev, kept
@@ -284,7 +284,7 @@ def _run(
     table = _rows(compiled, sample, model_output, uncond, noise, variance, out)
     outs = None if out is None else (out,)
     return step(
-        sample, model_output, table, 0, uncond=uncond, guidance=guidance, noise=noise, variance=variance,
+        sample, model_output, table, 0, uncond=uncond, guidance_scale=guidance, noise=noise, variance=variance,
         variance_kind=int(compiled.variance), out=outs, backend=backend,
     )[0]  # fmt: skip
 

@@ -24,7 +24,7 @@ from ..table import compute_dtype
 from . import backends
 from .checks import DTYPES, check_memory
 from .fallback import backend_to_run
-from .layout import block_strides, laid_out
+from .layout import block_strides, to_strides
 
 _MEAN, _STD, _NORM, _DOT = range(4)
 _NAMES = ("mean", "std", "norm", "dot")
@@ -186,7 +186,7 @@ def _run_quantile(x: Tensor, q: float, absolute: bool, backend: str) -> Tensor:
     name = backend_to_run(x, backend or None, "quantile")
     if x.shape[0] == 0:
         return x.new_empty(0, dtype=compute_dtype(x.dtype))
-    x = laid_out(x.detach(), block_strides(x))
+    x = to_strides(x.detach(), block_strides(x))
     low, weight = _rank(_checked_q(q), x[0].numel(), compute_dtype(x.dtype))
     if name == "reference":
         return reference.quantile(x, low, weight, absolute)
@@ -201,10 +201,10 @@ def _run_sum(kind: int, x: Tensor, y: Tensor | None, correction: float, backend:
     if x.numel() == 0:
         nothing = 0.0 if kind in (_NORM, _DOT) else float("nan")
         return torch.full(x.shape[:1], nothing, dtype=compute_dtype(x.dtype), device=x.device)
-    x = laid_out(x.detach(), block_strides(x))
+    x = to_strides(x.detach(), block_strides(x))
     if y is not None:
         _check_like(y, x)
-        y = laid_out(y.detach(), x.stride())
+        y = to_strides(y.detach(), x.stride())
     if name == "reference":
         by_kind: tuple[Callable[[], Tensor], ...] = (
             lambda: reference.mean(x),
@@ -271,7 +271,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(compute_dtype(x.dtype))
 
 
-def _a_sample(scalars: Tensor, x: Tensor) -> Tensor:
+def _per_sample(scalars: Tensor, x: Tensor) -> Tensor:
     return scalars.reshape(-1, *[1] * (x.dim() - 1))
 
 
@@ -298,7 +298,7 @@ def _quantile_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _mean_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, _ = ctx.saved_tensors
-    return (_a_sample(grad / math.prod(x.shape[1:]), x).expand(x.shape).to(x.dtype), None)
+    return (_per_sample(grad / math.prod(x.shape[1:]), x).expand(x.shape).to(x.dtype), None)
 
 
 def _std_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -308,18 +308,18 @@ def _std_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     scale = grad / (result * max(math.prod(x.shape[1:]) - ctx.numbers[0], 0.0))
     # As torch: a sample without spread has no direction to grow in.
     scale = scale.masked_fill(result == 0, 0.0)
-    return ((_a_sample(scale, x) * (wide - _a_sample(around, x))).to(x.dtype), None, None)
+    return ((_per_sample(scale, x) * (wide - _per_sample(around, x))).to(x.dtype), None, None)
 
 
 def _norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, result = ctx.saved_tensors
     scale = (grad / result).masked_fill(result == 0, 0.0)
-    return ((_a_sample(scale, x) * _wide(x)).to(x.dtype), None)
+    return ((_per_sample(scale, x) * _wide(x)).to(x.dtype), None)
 
 
 def _dot_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, y, _ = ctx.saved_tensors
-    scale = _a_sample(grad, x)
+    scale = _per_sample(grad, x)
     return ((scale * _wide(y)).to(x.dtype), (scale * _wide(x)).to(y.dtype), None)
 
 

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: MIT
+"""The arguments of one fused step, declared once.
+
+`StepCall` is carried from the public functions to the kernels.  Each field states its role, from which the registered
+operators' schemas, autograd's slots and vmap's batching rules follow; csrc/bindings/step_call.h lists the same fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..philox import Purpose
+from ..table import NUM_REGISTERS, Variance
+
+#: Destination of one output: a tensor to write, the dtype of a new tensor, or None for a new one like the sample.
+Target = Tensor | torch.dtype | None
+
+#: What an argument is:
+#: ``sample``: a tensor of the samples' shape and device, differentiable; vmap folds its mapped dimension into the batch;
+#: ``history``: up to four of those, by history slot;
+#: ``table``: the coefficients, without a gradient;
+#: ``scalar``: compute-dtype numbers, one for all samples or one a sample, differentiable;
+#: ``counter``: int64 numbers, one for all samples or one a sample;
+#: ``option``: a number that selects code;
+#: ``output``: tensors to write.
+Role = Literal["sample", "history", "table", "scalar", "counter", "option", "output"]
+
+
+def _argument(role: Role, doc: str, **default: Any) -> Any:
+    return dataclasses.field(**default, metadata={"role": role, "doc": doc})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepCall:
+    """The arguments of one step; numbers that kernels read from memory are tensors already."""
+
+    sample: Tensor = _argument("sample", "x: [B, ...] or [...], float16, bfloat16, float32 or float64")
+    model_output: Tensor = _argument("sample", "c: like sample, of any of the four dtypes")
+    table: Tensor = _argument("table", "[R, 32] in the compute dtype")
+    row_index: int | Tensor = _argument("counter", "int, or int64 [], [1] or [B]; a negative one skips its sample")
+    uncond: Tensor | None = _argument("sample", "u: like sample, of any of the four dtypes", default=None)
+    guidance_scale: Tensor | None = _argument("scalar", "g: [], [1] or [B] in the compute dtype", default=None)
+    history: tuple[Tensor | None, ...] = _argument("history", "h_j: like sample, of any of the four dtypes", default=())
+    noise: Tensor | None = _argument("sample", "z: like sample, of any of the four dtypes", default=None)
+    variance: Tensor | None = _argument("sample", "v: like sample, of any of the four dtypes", default=None)
+    threshold: Tensor | None = _argument("scalar", "s: [B] in the compute dtype", default=None)
+    variance_kind: int = _argument("option", "a fastdiff.table.Variance", default=Variance.FIXED)
+    keeps: int = _argument("option", "kept outputs, 0 to 2", default=0)
+    seeds: Tensor | None = _argument("counter", "int64 [B]: noise is drawn in the step", default=None)
+    noise_step: int | Tensor = _argument("counter", "int, or int64 [1] or [B]; read beside seeds alone", default=0)
+    purpose: int = _argument("option", "a fastdiff.Purpose; read beside seeds alone", default=Purpose.STEP)
+    model_input: Tensor | None = _argument("output", "[B, ...] or [2·B, ...], of any of the four dtypes", default=None)
+    write_history: bool = _argument("option", "kept outputs go to the history slots that the rows name", default=False)
+    out: tuple[Target, ...] | None = _argument("output", "1 + keeps targets; None: new like sample", default=None)
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """The destination of each output."""
+        return (None,) * (self.keeps + 1) if self.out is None else self.out
+
+    @property
+    def output_dtypes(self) -> list[torch.dtype]:
+        """The dtype of each output."""
+        return [stored_as(target, self.sample) for target in self.targets]
+
+    def model_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield "model_output", self.model_output
+        for name in ("uncond", "variance"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                yield name, tensor
+
+    def inputs(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors like the sample that are read."""
+        yield "sample", self.sample
+        yield from self.model_tensors()
+        for j, tensor in enumerate(self.history):
+            if tensor is not None:
+                yield f"history[{j}]", tensor
+        if self.noise is not None:
+            yield "noise", self.noise
+
+    def scalars(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors in the compute dtype."""
+        yield "table", self.table
+        for name in SCALARS:
+            tensor = getattr(self, name)
+            if tensor is not None:
+                yield name, tensor
+
+    def counters(self) -> Iterator[tuple[str, Tensor]]:
+        """The integer tensors that are read: without seeds no other than the row index."""
+        for name in ("row_index",) if self.seeds is None else COUNTERS:
+            tensor = getattr(self, name)
+            if isinstance(tensor, Tensor):
+                yield name, tensor
+
+    @property
+    def model_input_copies(self) -> int:
+        """How many times the model input holds the samples: 0 where none is wanted."""
+        if self.model_input is None:
+            return 0
+        return 1 if self.model_input.shape == self.sample.shape else 2
+
+    @property
+    def differs_per_sample(self) -> bool:
+        """Whether anything but the elements differs from sample to sample."""
+        return (
+            self.threshold is not None
+            or self.seeds is not None
+            or any(isinstance(v, Tensor) and v.numel() > 1 for v in (self.row_index, self.guidance_scale))
+        )
+
+    def blocks(self) -> tuple[int, int, int]:
+        """The batch of a canonical call, its elements a sample, and the model tensors' stride from sample to sample.
+
+        All elements are one sample where nothing differs from sample to sample.
+        """
+        total = self.sample.numel()
+        if not self.differs_per_sample and self.model_output.stride() == self.sample.stride():
+            return 1, total, total
+        batch = self.sample.shape[0] if self.sample.dim() > 0 else 1
+        return batch, total // batch, self.model_output.stride(0) if batch > 1 else total // batch
+
+    def channels(self) -> int:
+        """Return 1 where a canonical call's samples are in row-major order, their channels where channels-last.
+
+        Any other dense order counts as the latter; only a call with seeds asks, and has neither.
+        """
+        expected = 1
+        for size, stride in zip(reversed(self.sample.shape[1:]), reversed(self.sample.stride()[1:]), strict=True):
+            if size != 1 and stride != expected:
+                return self.sample.shape[1]
+            expected *= size
+        return 1
+
+
+def stored_as(target: Target, sample: Tensor) -> torch.dtype:
+    """Return the dtype of an output."""
+    if target is None:
+        return sample.dtype
+    return target if isinstance(target, torch.dtype) else target.dtype
+
+
+#: The names of all fields, in order.
+FIELDS = tuple(field.name for field in dataclasses.fields(StepCall))
+
+
+def _fields_of(*roles: Role) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(StepCall) if field.metadata["role"] in roles)
+
+
+SCALARS = _fields_of("scalar")
+COUNTERS = _fields_of("counter")
+
+
+class OperatorArgument(NamedTuple):
+    """One argument of a registered operator.
+
+    Attributes:
+        name: in the schema.
+        type: in the schema's language.
+        role: of the field that it carries, or of a part of it; None for the backend.
+    """
+
+    name: str
+    type: str
+    role: Role | None
+
+
+#: Schema names of the parts of fields that one schema argument cannot carry.
+HISTORY_SLOTS = tuple(f"history_{j}" for j in range(NUM_REGISTERS))
+RESULT_DTYPES = ("prev_sample_dtype", "keep_0_dtype", "keep_1_dtype")
+#: The tensor in place of a counter that is a number otherwise.
+COUNTER_TENSORS = {"row_index": "row_indices", "noise_step": "noise_steps"}
+
+
+def _operator_arguments(write_history: bool) -> Iterator[OperatorArgument]:
+    for field in dataclasses.fields(StepCall):
+        name, role = field.name, field.metadata["role"]
+        if role in ("sample", "table", "scalar") or name == "seeds":
+            required = field.default is dataclasses.MISSING
+            yield OperatorArgument(name, "Tensor" if required else "Tensor?", role)
+        elif role == "history" and write_history:
+            # A schema cannot say that tensors that may be None are written: those present, and their slots.
+            yield OperatorArgument("history", "Tensor(a!)[]", role)
+            yield OperatorArgument("history_slots", "SymInt[]", role)
+        elif role == "history":
+            yield from (OperatorArgument(slot, "Tensor?", role) for slot in HISTORY_SLOTS)
+        elif name == "row_index" and write_history:
+            yield OperatorArgument(COUNTER_TENSORS[name], "Tensor", role)
+        elif role == "counter":
+            yield OperatorArgument(name, "SymInt", role)
+            yield OperatorArgument(COUNTER_TENSORS[name], "Tensor?", role)
+        elif name == "model_input":
+            yield OperatorArgument("model_input_dtype", "ScalarType?", role)
+            yield OperatorArgument("model_input_copies", "SymInt", role)
+        elif name == "out":
+            names = RESULT_DTYPES[:1] if write_history else RESULT_DTYPES
+            yield from (OperatorArgument(dtype, "ScalarType?", role) for dtype in names)
+        elif name != "write_history" and not (name == "keeps" and write_history):
+            yield OperatorArgument(name, "SymInt", role)
+    yield OperatorArgument("backend", "str", None)
+
+
+#: The arguments of ``fastdiff::step`` and ``fastdiff::step_rows``, in order.
+STEP_ARGUMENTS = tuple(_operator_arguments(write_history=False))
+STEP_ROWS_ARGUMENTS = tuple(_operator_arguments(write_history=True))
+
+
+def schema(arguments: Sequence[OperatorArgument], returns: str) -> str:
+    """Return an operator's schema."""
+    return f"({', '.join(f'{a.type} {a.name}' for a in arguments)}) -> {returns}"
+
+
+def operator_values(call: StepCall, backend: str) -> list[Any]:
+    """Return the arguments of the operator that takes this call, in its schema's order.
+
+    Outputs become dtypes: operators return new tensors, and their caller copies.  Dynamo traces this function.
+    """
+    given: dict[str, Any] = {name: getattr(call, name) for name in FIELDS}
+    for name, tensor in COUNTER_TENSORS.items():
+        value = given[name]
+        given[name], given[tensor] = (0, value) if isinstance(value, Tensor) else (value, None)
+    given["variance_kind"], given["purpose"] = int(call.variance_kind), int(call.purpose)
+    asked = call.model_input
+    given["model_input_dtype"], given["model_input_copies"] = None, 1
+    if asked is not None:
+        given["model_input_dtype"], given["model_input_copies"] = asked.dtype, call.model_input_copies
+    # None for the sample's own dtype, which most calls have.
+    dtypes = [None if dtype == call.sample.dtype else dtype for dtype in call.output_dtypes]
+    for name, dtype in zip(RESULT_DTYPES, (*dtypes, None, None), strict=False):
+        given[name] = dtype
+    given["backend"] = backend
+    if call.write_history:
+        slots = [j for j, tensor in enumerate(call.history) if tensor is not None]
+        given["history"], given["history_slots"] = [call.history[j] for j in slots], slots
+        return [given[argument.name] for argument in STEP_ROWS_ARGUMENTS]
+    for name, slot in zip(HISTORY_SLOTS, (*call.history, None, None, None, None), strict=False):
+        given[name] = slot
+    return [given[argument.name] for argument in STEP_ARGUMENTS]
+
+
+def named(arguments: Sequence[OperatorArgument], values: Sequence[Any]) -> dict[str, Any]:
+    """Return an operator's values by the names of its schema."""
+    return {argument.name: value for argument, value in zip(arguments, values, strict=True)}
+
+
+def call_of(given: dict[str, Any], model_input: Tensor | None = None) -> StepCall:
+    """Return the call of an operator's values by name, with the tensor that stands for a wanted model input."""
+    write_history = "history_slots" in given
+    fields = {name: given[name] for name in FIELDS if name in given and name not in ("history", "out")}
+    for name, tensor in COUNTER_TENSORS.items():
+        if given[tensor] is not None:
+            fields[name] = given[tensor]
+    if write_history:
+        history: list[Tensor | None] = [None] * NUM_REGISTERS
+        for slot, tensor in zip(given["history_slots"], given["history"], strict=True):
+            history[slot] = tensor
+    else:
+        history = [given[name] for name in HISTORY_SLOTS]
+    dtypes = tuple(given[name] for name in RESULT_DTYPES if name in given)
+    return StepCall(
+        **fields,
+        history=tuple(history),
+        model_input=model_input,
+        write_history=write_history,
+        out=dtypes[: fields.get("keeps", 0) + 1],
+    )
