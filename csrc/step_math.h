@@ -14,7 +14,7 @@
 
 namespace fastdiff {
 
-// The layout of a row; fastdiff/table.py holds the same numbers.
+// The layout of a row; fastdiff/row_layout.py holds the same numbers.
 enum RowLayout : int {
     kPredictionSample = 0,
     kPredictionOutput = 1,

@@ -80,8 +80,7 @@ def _extension(record: Record) -> list[Any]:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             done = function(*args, **kwargs)
-            # None and a reason are refusals, except from randn, which fills a tensor. The kind of a sum comes before its
-            # tensor.
+            # None and a reason are refusals, except from randn, which fills a tensor. A sum's kind precedes its tensor.
             if not (done is None or isinstance(done, str)) or function is original_randn:
                 tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
                 record.note("cuda" if tensor.is_cuda else "cpu")

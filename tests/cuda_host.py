@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastdiff.ops import backends
 from fastdiff.ops.call import StepCall
-from fastdiff.table import KEEP_0, KEEP_1, PREV_SAMPLE
+from fastdiff.row_layout import KEEP_0, KEEP_1, PREV_SAMPLE
 from oracle import DTYPES, Case, bits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,7 +159,7 @@ def _draws(call: StepCall) -> bool:
 
 
 def run_call(kernel: Kernel, call: StepCall, layout: Layout = Layout()) -> None:  # noqa: B008
-    """Run a canonical call of dense tensors in guarded copies of them; check what it touched; copy back what it wrote."""
+    """Run a canonical call in guarded copies of its dense tensors; check what it touched; copy back what it wrote."""
     sample = call.sample
     batch = 1 if layout.joined and layout.gap == 0 and not call.differs_per_sample else sample.shape[0]
     inner = sample.numel() // batch

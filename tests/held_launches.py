@@ -15,6 +15,7 @@ import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from triton.runtime.jit import JITFunction
 import recording_driver
 from fastdiff.kernels import config, launch, philox, reduce, select, step
 from fastdiff.kernels.launch import Launcher
+from fastdiff.ops.call import StepCall
 from recording_driver import LAUNCHES, RecordingDriver
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -136,15 +138,25 @@ def step_calls(draw: Any) -> Callable[[], None]:
     copies = draw(st.integers(0, 2))
     other = draw(st.sampled_from(DTYPES))
     call = StepCall(
-        like(), like(), draw(tensors(32 * draw(st.sampled_from([1, 16, 50])), compute)).view(-1, 32), counters(rows),
-        uncond, None if uncond is None else draw(tensors(draw(st.sampled_from([1, batch])), compute)),
-        tuple(like(draw(st.booleans())) for _ in range(draw(st.integers(0, 4)))),
-        like(seeds is None and draw(st.booleans())), like(draw(st.booleans())),
-        draw(tensors(batch, compute)) if draw(st.booleans()) else None, draw(st.integers(0, 2)),
-        0 if scatter else keeps, seeds, counters(draw(st.integers(0, 2))), draw(st.sampled_from([0, 1, 2**32 - 1])),
-        draw(tensors(copies * batch * inner, other)).view(-1, inner) if copies else None, scatter,
-        tuple(like() for _ in range(1 if scatter else 1 + keeps)),
-    )  # fmt: skip
+        sample=like(),
+        model_output=like(),
+        table=draw(tensors(32 * draw(st.sampled_from([1, 16, 50])), compute)).view(-1, 32),
+        row_index=counters(rows),
+        uncond=uncond,
+        guidance_scale=None if uncond is None else draw(tensors(draw(st.sampled_from([1, batch])), compute)),
+        history=tuple(like(draw(st.booleans())) for _ in range(draw(st.integers(0, 4)))),
+        noise=like(seeds is None and draw(st.booleans())),
+        variance=like(draw(st.booleans())),
+        threshold=draw(tensors(batch, compute)) if draw(st.booleans()) else None,
+        variance_kind=draw(st.integers(0, 2)),
+        keeps=0 if scatter else keeps,
+        seeds=seeds,
+        noise_step=counters(draw(st.integers(0, 2))),
+        purpose=draw(st.sampled_from([0, 1, 2**32 - 1])),
+        model_input=draw(tensors(copies * batch * inner, other)).view(-1, inner) if copies else None,
+        write_history=scatter,
+        out=tuple(like() for _ in range(1 if scatter else 1 + keeps)),
+    )
     return lambda: step.launch(call)
 
 
@@ -164,6 +176,11 @@ def other_calls(draw: Any) -> Callable[[], None]:
         return lambda: reduce.reduce(which, x, y, correction)  # type: ignore[return-value]
     weight, absolute = draw(st.sampled_from([0.0, 0.25])), draw(st.booleans())
     return lambda: select.quantile(x, 0, weight, absolute)  # type: ignore[return-value]
+
+
+def call_of(x: Tensor, rows: int, row_index: int) -> StepCall:
+    """A step of a tensor on itself, in place, by a table of so many rows."""
+    return StepCall(sample=x, model_output=x, table=torch.empty(rows, 32), row_index=row_index, out=(x,))
 
 
 def all_kernels(x: Tensor) -> None:
@@ -230,8 +247,17 @@ def test_what_varies_from_step_to_step_is_one_held_kernel(asked: list[str]) -> N
     tables = [torch.empty(count, 32) for count in (1, 16, 33)]
     for table, row, number in itertools.product(tables, (0, 1, 16), (0, 1, 16, 2**31, 2**32 - 1)):
         step.launch(
-            StepCall(sample=x, model_output=x, table=table, row_index=row, seeds=seeds, noise_step=number, purpose=number, out=(x,))
-        )  # fmt: skip
+            StepCall(
+                sample=x,
+                model_output=x,
+                table=table,
+                row_index=row,
+                seeds=seeds,
+                noise_step=number,
+                purpose=number,
+                out=(x,),
+            )
+        )
         philox.randn(x, seeds, None, number, number)
     assert asked == ["_step_kernel", "_randn_kernel"]
 

@@ -10,10 +10,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastdiff.table import compute_dtype
+from fastdiff.row_layout import compute_dtype
 from oracle import DTYPES, INTERPRETED, Case, Shape, make
 
-SCALARS = ("table", "guidance", "threshold")
+SCALARS = ("table", "guidance", "guidance_scale", "threshold")
 
 #: What may become of an output, as `out` takes it.
 Target = Tensor | torch.dtype | None

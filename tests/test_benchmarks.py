@@ -20,9 +20,10 @@ from benchmarks.measure import Rotation, quantiles, ratios
 from benchmarks.options import parse
 from benchmarks.peers import PEERS, Walk, walks
 from benchmarks.traffic import bytes_a_step, tensors_moved
-from fastdiff.affine import HISTORY, MODEL_OUTPUT, NOISE, PREDICTION, SAMPLE
-from fastdiff.table import Row, StepTable, Variance
-from fastdiff.torch_noise import why_by_torch
+from fastdiff.noise.torch_normals import why_by_torch
+from fastdiff.row_layout import Variance
+from fastdiff.solvers.affine import HISTORY, MODEL_OUTPUT, NOISE, PREDICTION, SAMPLE
+from fastdiff.solvers.table import Row, StepTable
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (2, 1, 4, 4)
@@ -170,7 +171,7 @@ def test_compiled_formula_takes_the_same_steps(op: str) -> None:
     sample, registers = tensors.sample.clone(), {j: torch.zeros_like(expected) for j in range(4)}
     for plan in plans:
         noise = torch.randn(SMALL, generator=generator, dtype=torch.float64) if plan.draws_noise else None
-        expected = stepper.step(expected, tensors.cond, uncond=tensors.uncond, guidance=GUIDANCE, noise=noise)
+        expected = stepper.step(expected, tensors.cond, uncond=tensors.uncond, guidance_scale=GUIDANCE, noise=noise)
         plain = plan.step._torchdynamo_orig_callable  # type: ignore[attr-defined]
         history, store = (tuple(registers[j] for j in places) for places in (plan.reads, plan.store))
         plain(sample, tensors.cond, tensors.uncond, plan.scalars, history, noise, store)

@@ -20,7 +20,7 @@ from fastdiff import ops
 from fastdiff.ops.call import StepCall
 from fastdiff.ops.canonicalize import canonicalize, copy_back
 from fastdiff.ops.checks import check
-from fastdiff.table import MODEL_INPUT_SCALE, STORE_0, STORE_1, Variance
+from fastdiff.row_layout import MODEL_INPUT_SCALE, STORE_0, STORE_1, Variance
 from mixed import Batch, copied, laid_out, random_batch, run, solvers, written
 from oracle import DTYPES, assert_same_bits, plain_row
 

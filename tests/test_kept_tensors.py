@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdiff import StepInfo, create_sampler, references
-from fastdiff.affine import HISTORY, MODEL_OUTPUT, PREDICTION, SAMPLE
-from fastdiff.references import reference_counts
-from fastdiff.stepper import Stepper
-from fastdiff.table import Row, StepTable
+from fastdiff import StepInfo, create_sampler
+from fastdiff.sampling import reference_counts as references
+from fastdiff.sampling.reference_counts import reference_counts
+from fastdiff.sampling.stepper import Stepper
+from fastdiff.solvers.affine import HISTORY, MODEL_OUTPUT, PREDICTION, SAMPLE
+from fastdiff.solvers.table import Row, StepTable
 from oracle import assert_same_bits
 
 SHAPE = (2, 3, 4, 4)
@@ -159,7 +160,7 @@ def test_history_that_autograd_has_saved_stays_as_it_was(backend: str | None) ->
     x, m = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     scale = torch.ones((), dtype=torch.float64, requires_grad=True)
     loss = stepper.step(x, m * scale).sum()
-    register = stepper._registers[0]  # nothing public hands it out
+    register = stepper._history[0]  # nothing public hands it out
     assert register is not None
     product = register * scale  # autograd saves the register
     before = register.detach().clone()

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdiff import Purpose, ops
 from fastdiff.ops import backends
 from fastdiff.ops.call import RESULT_DTYPES
-from fastdiff.table import MODEL_INPUT_SCALE, STORE_0, STORE_1, compute_dtype
+from fastdiff.row_layout import MODEL_INPUT_SCALE, STORE_0, STORE_1, compute_dtype
 from layouts import LAYOUTS, shapes_for
 from mixed import Batch, copied, random_batch
 from mixed_dtypes import SCALARS, by_definition, dtypes_for, mixed_case, poisoned, widened
@@ -238,9 +238,9 @@ def mixed_batch(seed: int, backend: str | None) -> tuple[Batch, torch.dtype]:
 
     for name in ("sample", "model_output", "uncond", "noise", "variance"):
         batch[name] = stored(batch[name], inputs)
-    batch["registers"] = [stored(h, allowed) for h in batch["registers"]]
+    batch["history"] = [stored(h, allowed) for h in batch["history"]]
     prev = rng.choice(allowed)
-    like = [batch[n] for n in ("sample", "model_output", "uncond", "noise", "variance")] + batch["registers"]
+    like = [batch[n] for n in ("sample", "model_output", "uncond", "noise", "variance")] + batch["history"]
     compute = compute_dtype(prev, *(t.dtype for t in like if t is not None))
     for name in SCALARS:
         batch[name] = None if batch[name] is None else batch[name].to(compute)
@@ -258,20 +258,18 @@ def test_mixed_registers_are_written_as_the_widened_ones_rounded(backend: str | 
         wide = copied(batch)
         for name in ("sample", "model_output", "uncond", "noise", "variance"):
             wide[name] = None if wide[name] is None else wide[name].to(compute)
-        wide["registers"] = [None if h is None else h.to(compute) for h in wide["registers"]]
+        wide["history"] = [None if h is None else h.to(compute) for h in wide["history"]]
         expected = ops.step_rows(**{**wide, "model_input": None}, backend=backend).to(prev)
         got = ops.step_rows(**batch, out=prev, backend=backend)
-        kept = [
-            None if h is None else w.to(h.dtype) for h, w in zip(batch["registers"], wide["registers"], strict=True)
-        ]
+        kept = [None if h is None else w.to(h.dtype) for h, w in zip(batch["history"], wide["history"], strict=True)]
         assert_same_bits([got], [expected])
-        assert_same_bits([h for h in batch["registers"] if h is not None], [h for h in kept if h is not None])
+        assert_same_bits([h for h in batch["history"] if h is not None], [h for h in kept if h is not None])
         target = batch["model_input"]
         if target is None:
             return
         # Of the sample as it has been rounded.
         scale = torch.ones(len(expected), dtype=compute, device=got.device)
-        rows = batch["rows"].expand(len(expected))
+        rows = batch["row_index"].expand(len(expected))
         scale[rows >= 0] = batch["table"][rows[rows >= 0], MODEL_INPUT_SCALE]
         scaled = scale.reshape(-1, *[1] * (expected.dim() - 1)) * expected.to(compute)
         once = (scaled.float() if target.element_size() == 2 else scaled).to(target.dtype)
@@ -343,8 +341,9 @@ def test_gradients_of_a_mixed_step_are_those_of_the_widened_one_in_each_tensors_
             chosen = widened(own) if wide else own
             with torch.enable_grad():
                 results = ops.step(
-                    chosen.sample, chosen.model_output, chosen.table, 0, uncond=chosen.uncond, guidance_scale=chosen.guidance,
-                    history=chosen.history, noise=chosen.noise, variance=chosen.variance, threshold=chosen.threshold,
+                    chosen.sample, chosen.model_output, chosen.table, 0, uncond=chosen.uncond,
+                    guidance_scale=chosen.guidance, history=chosen.history, noise=chosen.noise,
+                    variance=chosen.variance, threshold=chosen.threshold,
                     variance_kind=chosen.variance_kind, keeps=chosen.keeps, out=None if wide else outs, backend=backend,
                 )  # fmt: skip
                 results = tuple(r.to(d) for r, d in zip(results, outs, strict=True))
@@ -403,7 +402,7 @@ def test_mixed_bad_input_is_refused_in_a_sentence_and_nothing_is_written(backend
             "step: table has dtype torch.float64, expected torch.float32 for samples of torch.float32; ",
         ),
         (
-            {"uncond": x.half(), "guidance": torch.ones(2, device=device).half(), "out": [written, None]},
+            {"uncond": x.half(), "guidance_scale": torch.ones(2, device=device).half(), "out": [written, None]},
             "step: guidance has dtype torch.float16, expected torch.float32 like table; ",
         ),
     ]

@@ -42,7 +42,7 @@ def test_a_tensor_whose_storage_was_freed_or_cut_short_is_refused(backend: str |
     with pytest.raises(ValueError, match=message):
         ops.step(
             *(tensors[argument] for argument in ("sample", "model_output", "table")), 0, uncond=tensors["uncond"],
-            guidance=tensors["guidance"], history=[tensors["history"]], threshold=tensors["threshold"],
+            guidance_scale=tensors["guidance"], history=[tensors["history"]], threshold=tensors["threshold"],
             out=[tensors["out"]], backend=backend,
         )  # fmt: skip
 

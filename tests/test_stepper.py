@@ -13,11 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastdiff import ops, reference
-from fastdiff.affine import HISTORY, MODEL_OUTPUT, NOISE, PREDICTION, SAMPLE
-from fastdiff.stepper import Stepper
-from fastdiff.table import Row, StepTable, Variance
-from fastdiff.thresholding import dynamic_threshold
+from fastdiff import ops
+from fastdiff.ops import reference
+from fastdiff.ops.call import StepCall
+from fastdiff.ops.thresholding import dynamic_threshold
+from fastdiff.row_layout import Variance
+from fastdiff.sampling.stepper import Stepper
+from fastdiff.solvers.affine import HISTORY, MODEL_OUTPUT, NOISE, PREDICTION, SAMPLE
+from fastdiff.solvers.table import Row, StepTable
 
 
 def x0_row(prev: object, **rest: object) -> Row:
@@ -43,7 +46,15 @@ def walk_by_hand(table: StepTable, sample: Tensor, outputs: list[Tensor]) -> lis
     registers: list[Tensor | None] = [None] * 4
     rows, samples = table.rows_as(sample.dtype), []
     for i, output in enumerate(outputs):
-        sample, *kept = reference.step(sample, output, rows[i], history=registers, keeps=len(table.store[i]))
+        call = StepCall(
+            sample=sample,
+            model_output=output,
+            table=rows,
+            row_index=i,
+            history=tuple(registers),
+            keeps=len(table.store[i]),
+        )
+        sample, *kept = reference.step(call)
         for j, tensor in zip(table.store[i], kept, strict=True):
             registers[j] = tensor
         samples.append(sample)
@@ -97,7 +108,7 @@ def test_registers_are_allocated_once_and_never_lie_on_a_sample() -> None:
     stepper, samples, kept = Stepper(table), [torch.randn(2, 3)], set()
     for _ in range(6):
         samples.append(stepper.step(samples[-1], torch.randn(2, 3)))
-        register = stepper._registers[0]  # nothing public tells where a register lies
+        register = stepper._history[0]  # nothing public tells where a register lies
         assert register is not None
         kept.add(register.data_ptr())
     assert len(kept) == 1
@@ -192,16 +203,16 @@ def test_a_non_contiguous_sample_keeps_its_loop() -> None:
 
 @given(seed=st.integers(0, 2**32 - 1))
 def test_the_way_of_a_gpu_s_steps_is_the_same_loop(seed: int) -> None:
-    # Through `direct_step`, which the CPU's extension answers as well.
+    # Through `ops.step`, which the CPU's extension answers as well.
     gen = torch.Generator().manual_seed(seed)
     x, *outputs = torch.randn(5, 2, 3, generator=gen)
     usual, other = Stepper(RING), Stepper(RING)
     a, b = x.clone(), x.clone()
     for output in outputs:
-        a = usual.step(a, output, uncond=x, guidance=2.0)
+        a = usual.step(a, output, uncond=x, guidance_scale=2.0)
         other._look_at(b)
-        other._direct, other._on_cuda = False, True
-        b = other.step(b, output, uncond=x, guidance=2.0)
+        other._direct = False
+        b = other.step(b, output, uncond=x, guidance_scale=2.0)
         assert torch.equal(a, b)
     assert other.done
 
@@ -297,7 +308,7 @@ def test_a_guidance_scale_that_is_no_number_is_refused(
 ) -> None:
     x = torch.ones(2, 3)
     with pytest.raises(error, match=rf"^step: guidance {got}, expected .+; .+"):
-        Stepper(RING, backend=backend).step(x, x, uncond=x, guidance=value)  # type: ignore[arg-type]
+        Stepper(RING, backend=backend).step(x, x, uncond=x, guidance_scale=value)  # type: ignore[arg-type]
 
 
 def test_a_table_or_a_ratio_of_another_kind_is_refused() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastdiff import create_sampler, ops
-from fastdiff.table import NUM_REGISTERS, compute_dtype
+from fastdiff.row_layout import NUM_REGISTERS, compute_dtype
 
 from ..cases import DTYPES, GUIDANCE, OPS
 from ..traffic import tensors_moved
@@ -68,10 +68,10 @@ def _arguments(case: MixedCase, table: torch.Tensor, rows: torch.Tensor) -> dict
         "sample": tensors[0],
         "model_output": tensors[1],
         "table": table,
-        "rows": rows,
-        "registers": tensors[3:],
+        "row_index": rows,
+        "history": tensors[3:],
         "uncond": tensors[2],
-        "guidance": torch.full((batch,), GUIDANCE, dtype=table.dtype, device=device),
+        "guidance_scale": torch.full((batch,), GUIDANCE, dtype=table.dtype, device=device),
         "seeds": torch.arange(batch, device=device),
         "noise_step": rows,
         "out": torch.empty_like(tensors[0]),

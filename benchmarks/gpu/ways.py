@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.table import NUM_REGISTERS
+from fastdiff.row_layout import NUM_REGISTERS
 
 from .. import compiled_peer, diffusers_peer, k_diffusion_peer
 from ..cases import GUIDANCE, Tensors
@@ -172,7 +172,16 @@ def _one_step(
 ) -> Tensor:
     step = 0 if seeds is None else row
     return ops.step_rows(
-        sample, cond, table, row, registers, uncond=uncond, guidance_scale=scale, seeds=seeds, noise_step=step, out=sample
+        sample,
+        cond,
+        table,
+        row,
+        registers,
+        uncond=uncond,
+        guidance_scale=scale,
+        seeds=seeds,
+        noise_step=step,
+        out=sample,
     )
 
 

@@ -4,8 +4,8 @@
 //
 // It serves where torch runs the code that the loops repeat: 16 float32 numbers or more, in contiguous memory, from a
 // CPU generator, with nothing around the call that would have to see an operator. Anything else it declines, before
-// anything is drawn: the caller then asks torch. Whether this torch draws such numbers at all, fastdiff/torch_noise.py
-// finds out before the first call.
+// anything is drawn: the caller then asks torch. Whether this torch draws such numbers at all,
+// fastdiff/noise/torch_normals.py finds out before the first call.
 #pragma once
 
 #include <ATen/CPUGeneratorImpl.h>
@@ -199,7 +199,8 @@ inline at::Tensor torch_normal(at::IntArrayRef sizes, int64_t numel, PyObject* g
     return draw_from(*held, static_cast<float*>(out.data_ptr()), numel) ? out : at::Tensor();
 }
 
-// Whether `torch_normal` is known to draw what torch draws here; fastdiff/torch_noise.py says so after its trial.
+// Whether `torch_normal` is known to draw what torch draws here; fastdiff/noise/torch_normals.py says so after its
+// trial.
 inline bool draws_as_torch = false;
 
 // torch_randn(shape, generator): a new float32 tensor on the CPU with what torch.randn(shape, generator=generator)

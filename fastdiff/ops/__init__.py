@@ -1,37 +1,39 @@
 # SPDX-License-Identifier: MIT
-"""The fused step and the single steps built on it, for people who bring their own loop.
+"""The fused step, the one operation that every backend implements, and reductions to one scalar a sample.
 
-`step` is the one operation that every backend implements; the others make a row of scalars and call it::
+The modules::
 
-    ops/call.py          the arguments of a step, declared once
-    ops/step.py          the public step
-    ops/checks.py        the checks of a call
-    ops/custom_ops.py    the step as operators of torch's dispatcher, for compilers and autograd
-    ops/autograd.py      its backward, which is the step with other coefficients
-    ops/vmap.py          its batching rules
-    ops/dispatch.py      a checked call on the backend that was chosen
-    ops/canonicalize.py  one dense layout for all tensors of a call
-    ops/layout.py        which tensors share memory, and their strides
-    ops/reference.py     the step in plain torch
-    ops/random.py        the noise that a step draws, on its own
-    ops/backends.py      the implementations: which there are, why one is missing, which one is used
-    ops/fallback.py      the choice for a call that runs, with a warning where it falls back to the reference
-    ops/built_for.py     the torch that an extension was built for
-    ops/functional.py    cfg_combine, ddpm_step, ddim_step, dpm_solver_step, euler_step
-    ops/reductions.py    quantile, mean, std, norm, dot: one scalar a sample
+    step.py                  the public step
+    custom_ops.py            the step as operators of torch's dispatcher, for compilers and autograd
+    autograd.py              its backward, which is the step with other coefficients
+    vmap.py                  its batching rules
+    dispatch.py              a checked call on the backend that was chosen
+    call.py                  the arguments of a step, declared once
+    checks.py                the checks of a call
+    canonicalize.py          one dense layout for all tensors of a call
+    layout.py                which tensors share memory, and their strides
+    random.py                the noise that a step draws, on its own
+    backends.py              the implementations: which there are, why one is missing, which one is used
+    fallback.py              the choice for a call that runs, with a warning where it falls back to the reference
+    reference.py             the step in plain torch: the specification
+    reductions.py            quantile, mean, std, norm, dot: one scalar a sample
+    reductions_reference.py  the same in plain torch
+    thresholding.py          the threshold of a sample, from a quantile
+    memory.py                the memory that the extension keeps for new outputs
 """
 
+from typing import TYPE_CHECKING, Any
+
+from ..extension import cpu_build
 from .backends import (
     BACKENDS,
     backend_for,
     backend_status,
-    cpu_build,
     direct_extension,
     triton_launcher,
     use_backend,
 )
 from .fallback import FallbackWarning
-from .functional import cfg_combine, ddim_step, ddpm_step, dpm_solver_step, euler_step
 from .random import randn
 from .reductions import dot, mean, norm, quantile, std
 from .step import step, step_rows
@@ -41,14 +43,9 @@ __all__ = [
     "FallbackWarning",
     "backend_for",
     "backend_status",
-    "cfg_combine",
     "cpu_build",
-    "ddim_step",
-    "ddpm_step",
     "direct_extension",
     "dot",
-    "dpm_solver_step",
-    "euler_step",
     "mean",
     "norm",
     "quantile",
@@ -59,3 +56,27 @@ __all__ = [
     "triton_launcher",
     "use_backend",
 ]
+
+if TYPE_CHECKING:
+    from ..sampling.single_steps import cfg_combine as cfg_combine
+    from ..sampling.single_steps import ddim_step as ddim_step
+    from ..sampling.single_steps import ddpm_step as ddpm_step
+    from ..sampling.single_steps import dpm_solver_step as dpm_solver_step
+    from ..sampling.single_steps import euler_step as euler_step
+else:
+
+    def __getattr__(name: str) -> Any:
+        from importlib import import_module
+
+        if name not in ("cfg_combine", "ddim_step", "ddpm_step", "dpm_solver_step", "euler_step"):
+            from .._moved import attribute
+
+            return attribute(__name__, name)
+        from warnings import warn
+
+        warn(
+            f"fastdiff.ops.{name} has moved to fastdiff.sampling.{name}; the old name goes with the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(import_module("fastdiff.sampling.single_steps"), name)

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..affine import COLUMNS
 from ..errors import sentence
-from ..table import (
+from ..row_layout import (
     CLIP,
+    COLUMNS,
     MODEL_INPUT_SCALE,
     NUM_REGISTERS,
     PREDICTION_OUTPUT,
@@ -39,7 +39,7 @@ from ..table import (
 from . import reference
 from .call import HISTORY_SLOTS, STEP_ARGUMENTS, StepCall, named, operator_values
 from .checks import readable_without_sync
-from .dispatch import execute, run_new
+from .dispatch import execute
 from .layout import in_memory
 from .vmap import LIKE_SAMPLE, fold_step
 

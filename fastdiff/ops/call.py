@@ -7,21 +7,21 @@ operators' schemas, autograd's slots and vmap's batching rules follow; csrc/bind
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..philox import Purpose
-from ..table import NUM_REGISTERS, Variance
+from ..row_layout import NUM_REGISTERS, Variance
 
 #: Destination of one output: a tensor to write, the dtype of a new tensor, or None for a new one like the sample.
 Target = Tensor | torch.dtype | None
 
 #: What an argument is:
-#: ``sample``: a tensor of the samples' shape and device, differentiable; vmap folds its mapped dimension into the batch;
+#: ``sample``: a tensor of the samples' shape and device, differentiable; vmap folds it into the batch;
 #: ``history``: up to four of those, by history slot;
 #: ``table``: the coefficients, without a gradient;
 #: ``scalar``: compute-dtype numbers, one for all samples or one a sample, differentiable;
@@ -31,32 +31,54 @@ Target = Tensor | torch.dtype | None
 Role = Literal["sample", "history", "table", "scalar", "counter", "option", "output"]
 
 
-def _argument(role: Role, doc: str, **default: Any) -> Any:
-    return dataclasses.field(**default, metadata={"role": role, "doc": doc})
+def _argument(role: Role, doc: str) -> dict[str, str]:
+    return {"role": role, "doc": doc}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class StepCall:
     """The arguments of one step; numbers that kernels read from memory are tensors already."""
 
-    sample: Tensor = _argument("sample", "x: [B, ...] or [...], float16, bfloat16, float32 or float64")
-    model_output: Tensor = _argument("sample", "c: like sample, of any of the four dtypes")
-    table: Tensor = _argument("table", "[R, 32] in the compute dtype")
-    row_index: int | Tensor = _argument("counter", "int, or int64 [], [1] or [B]; a negative one skips its sample")
-    uncond: Tensor | None = _argument("sample", "u: like sample, of any of the four dtypes", default=None)
-    guidance_scale: Tensor | None = _argument("scalar", "g: [], [1] or [B] in the compute dtype", default=None)
-    history: tuple[Tensor | None, ...] = _argument("history", "h_j: like sample, of any of the four dtypes", default=())
-    noise: Tensor | None = _argument("sample", "z: like sample, of any of the four dtypes", default=None)
-    variance: Tensor | None = _argument("sample", "v: like sample, of any of the four dtypes", default=None)
-    threshold: Tensor | None = _argument("scalar", "s: [B] in the compute dtype", default=None)
-    variance_kind: int = _argument("option", "a fastdiff.table.Variance", default=Variance.FIXED)
-    keeps: int = _argument("option", "kept outputs, 0 to 2", default=0)
-    seeds: Tensor | None = _argument("counter", "int64 [B]: noise is drawn in the step", default=None)
-    noise_step: int | Tensor = _argument("counter", "int, or int64 [1] or [B]; read beside seeds alone", default=0)
-    purpose: int = _argument("option", "a fastdiff.Purpose; read beside seeds alone", default=Purpose.STEP)
-    model_input: Tensor | None = _argument("output", "[B, ...] or [2·B, ...], of any of the four dtypes", default=None)
-    write_history: bool = _argument("option", "kept outputs go to the history slots that the rows name", default=False)
-    out: tuple[Target, ...] | None = _argument("output", "1 + keeps targets; None: new like sample", default=None)
+    sample: Tensor = field(metadata=_argument("sample", "x: [B, ...] or [...], float16, bfloat16, float32 or float64"))
+    model_output: Tensor = field(metadata=_argument("sample", "c: like sample, of any of the four dtypes"))
+    table: Tensor = field(metadata=_argument("table", "[R, 32] in the compute dtype"))
+    row_index: int | Tensor = field(
+        metadata=_argument("counter", "int, or int64 [], [1] or [B]; a negative one skips its sample")
+    )
+    uncond: Tensor | None = field(
+        default=None, metadata=_argument("sample", "u: like sample, of any of the four dtypes")
+    )
+    guidance_scale: Tensor | None = field(
+        default=None, metadata=_argument("scalar", "g: [], [1] or [B] in the compute dtype")
+    )
+    history: tuple[Tensor | None, ...] = field(
+        default=(), metadata=_argument("history", "h_j: like sample, of any of the four dtypes")
+    )
+    noise: Tensor | None = field(
+        default=None, metadata=_argument("sample", "z: like sample, of any of the four dtypes")
+    )
+    variance: Tensor | None = field(
+        default=None, metadata=_argument("sample", "v: like sample, of any of the four dtypes")
+    )
+    threshold: Tensor | None = field(default=None, metadata=_argument("scalar", "s: [B] in the compute dtype"))
+    variance_kind: int = field(default=Variance.FIXED, metadata=_argument("option", "a fastdiff.table.Variance"))
+    keeps: int = field(default=0, metadata=_argument("option", "kept outputs, 0 to 2"))
+    seeds: Tensor | None = field(default=None, metadata=_argument("counter", "int64 [B]: noise is drawn in the step"))
+    noise_step: int | Tensor = field(
+        default=0, metadata=_argument("counter", "int, or int64 [1] or [B]; read beside seeds alone")
+    )
+    purpose: int = field(
+        default=Purpose.STEP, metadata=_argument("option", "a fastdiff.Purpose; read beside seeds alone")
+    )
+    model_input: Tensor | None = field(
+        default=None, metadata=_argument("output", "[B, ...] or [2·B, ...], of any of the four dtypes")
+    )
+    write_history: bool = field(
+        default=False, metadata=_argument("option", "kept outputs go to the history slots that the rows name")
+    )
+    out: tuple[Target, ...] | None = field(
+        default=None, metadata=_argument("output", "1 + keeps targets; None: new like sample")
+    )
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -148,11 +170,11 @@ def stored_as(target: Target, sample: Tensor) -> torch.dtype:
 
 
 #: The names of all fields, in order.
-FIELDS = tuple(field.name for field in dataclasses.fields(StepCall))
+FIELDS = tuple(each.name for each in fields(StepCall))
 
 
 def _fields_of(*roles: Role) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(StepCall) if field.metadata["role"] in roles)
+    return tuple(each.name for each in fields(StepCall) if each.metadata["role"] in roles)
 
 
 SCALARS = _fields_of("scalar")
@@ -181,10 +203,10 @@ COUNTER_TENSORS = {"row_index": "row_indices", "noise_step": "noise_steps"}
 
 
 def _operator_arguments(write_history: bool) -> Iterator[OperatorArgument]:
-    for field in dataclasses.fields(StepCall):
-        name, role = field.name, field.metadata["role"]
+    for each in fields(StepCall):
+        name, role = each.name, each.metadata["role"]
         if role in ("sample", "table", "scalar") or name == "seeds":
-            required = field.default is dataclasses.MISSING
+            required = each.default is MISSING
             yield OperatorArgument(name, "Tensor" if required else "Tensor?", role)
         elif role == "history" and write_history:
             # A schema cannot say that tensors that may be None are written: those present, and their slots.
@@ -211,6 +233,8 @@ def _operator_arguments(write_history: bool) -> Iterator[OperatorArgument]:
 #: The arguments of ``fastdiff::step`` and ``fastdiff::step_rows``, in order.
 STEP_ARGUMENTS = tuple(_operator_arguments(write_history=False))
 STEP_ROWS_ARGUMENTS = tuple(_operator_arguments(write_history=True))
+STEP_NAMES = tuple(argument.name for argument in STEP_ARGUMENTS)
+STEP_ROWS_NAMES = tuple(argument.name for argument in STEP_ROWS_ARGUMENTS)
 
 
 def schema(arguments: Sequence[OperatorArgument], returns: str) -> str:
@@ -240,10 +264,10 @@ def operator_values(call: StepCall, backend: str) -> list[Any]:
     if call.write_history:
         slots = [j for j, tensor in enumerate(call.history) if tensor is not None]
         given["history"], given["history_slots"] = [call.history[j] for j in slots], slots
-        return [given[argument.name] for argument in STEP_ROWS_ARGUMENTS]
+        return [given[name] for name in STEP_ROWS_NAMES]
     for name, slot in zip(HISTORY_SLOTS, (*call.history, None, None, None, None), strict=False):
         given[name] = slot
-    return [given[argument.name] for argument in STEP_ARGUMENTS]
+    return [given[name] for name in STEP_NAMES]
 
 
 def named(arguments: Sequence[OperatorArgument], values: Sequence[Any]) -> dict[str, Any]:
@@ -254,10 +278,10 @@ def named(arguments: Sequence[OperatorArgument], values: Sequence[Any]) -> dict[
 def call_of(given: dict[str, Any], model_input: Tensor | None = None) -> StepCall:
     """Return the call of an operator's values by name, with the tensor that stands for a wanted model input."""
     write_history = "history_slots" in given
-    fields = {name: given[name] for name in FIELDS if name in given and name not in ("history", "out")}
+    values = {name: given[name] for name in FIELDS if name in given and name not in ("history", "out")}
     for name, tensor in COUNTER_TENSORS.items():
         if given[tensor] is not None:
-            fields[name] = given[tensor]
+            values[name] = given[tensor]
     if write_history:
         history: list[Tensor | None] = [None] * NUM_REGISTERS
         for slot, tensor in zip(given["history_slots"], given["history"], strict=True):
@@ -266,9 +290,9 @@ def call_of(given: dict[str, Any], model_input: Tensor | None = None) -> StepCal
         history = [given[name] for name in HISTORY_SLOTS]
     dtypes = tuple(given[name] for name in RESULT_DTYPES if name in given)
     return StepCall(
-        **fields,
+        **values,
         history=tuple(history),
         model_input=model_input,
         write_history=write_history,
-        out=dtypes[: fields.get("keeps", 0) + 1],
+        out=dtypes[: values.get("keeps", 0) + 1],
     )

@@ -119,6 +119,5 @@ def _history_apart(canonical: StepCall) -> tuple[Tensor | None, ...]:
     others = [tensor for name, tensor in canonical.inputs() if not name.startswith("history")]
     others += [tensor for _, tensor in (*canonical.scalars(), *canonical.counters())]
     return tuple(
-        h.clone() if h is not None and any(share_memory(h, other) for other in others) else h
-        for h in canonical.history
+        h.clone() if h is not None and any(share_memory(h, other) for other in others) else h for h in canonical.history
     )

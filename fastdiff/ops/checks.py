@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import checked_type, sentence, shown
-from ..table import NUM_REGISTERS, ROW_WIDTH, STORE_0, STORE_1, Variance, compute_dtype
+from ..row_layout import NUM_REGISTERS, ROW_WIDTH, STORE_0, STORE_1, Variance, compute_dtype
 from .call import StepCall, Target
 from .layout import extent, in_memory, repeats_an_element, share_memory
 
@@ -160,20 +160,38 @@ def _check_table(call: StepCall) -> None:
         # On a GPU reading would be a sync: there a sample whose row is not in the table stays as it is.
         if readable_without_sync(call.row_index) and call.row_index.numel() > 0 and int(call.row_index.max()) > last:
             raise ValueError(
-                _refusal("row_index", f"holds {int(call.row_index.max())}", f"{last} at most", "a negative index skips its sample")
+                _refusal(
+                    "row_index",
+                    f"holds {int(call.row_index.max())}",
+                    f"{last} at most",
+                    "a negative index skips its sample",
+                )
             )
         return
     if call.write_history:
         raise TypeError(
-            sentence("step_rows", "row_index", f"is a {type(call.row_index).__name__}", "an int64 tensor", "put it into a tensor")
+            sentence(
+                "step_rows",
+                "row_index",
+                f"is a {type(call.row_index).__name__}",
+                "an int64 tensor",
+                "put it into a tensor",
+            )
         )
     if not _is_integer(call.row_index):
         raise TypeError(
-            _refusal("row_index", f"is a {type(call.row_index).__name__}", "an int or an int64 tensor", "pass the index of a row")
+            _refusal(
+                "row_index",
+                f"is a {type(call.row_index).__name__}",
+                "an int or an int64 tensor",
+                "pass the index of a row",
+            )
         )
     if not 0 <= call.row_index <= last:
         raise ValueError(
-            _refusal("row_index", f"is {shown(call.row_index)}", f"0 to {last}", "the loop has run out of rows: start again")
+            _refusal(
+                "row_index", f"is {shown(call.row_index)}", f"0 to {last}", "the loop has run out of rows: start again"
+            )
         )
 
 
@@ -267,7 +285,11 @@ def _check_written_history(call: StepCall) -> None:
     for i, (name, tensor) in enumerate(slots):
         if any(share_memory(tensor, other) for _, other in slots[:i]):
             raise ValueError(_refusal(name, "shares memory with another", "memory of its own", "allocate it apart"))
-    if not (readable_without_sync(call.table) and isinstance(call.row_index, Tensor) and readable_without_sync(call.row_index)):
+    if not (
+        readable_without_sync(call.table)
+        and isinstance(call.row_index, Tensor)
+        and readable_without_sync(call.row_index)
+    ):
         return
     indices = call.row_index.reshape(-1)
     stores = call.table[indices[indices >= 0]][:, [STORE_0, STORE_1]]

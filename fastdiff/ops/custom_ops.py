@@ -25,9 +25,7 @@ from .vmap import fold_step, refuse_step_rows
 _TAGS: dict[str, Any] = {"tags": (torch.Tag.needs_exact_strides,)} if hasattr(torch.Tag, "needs_exact_strides") else {}
 
 
-@torch.library.custom_op(
-    "fastdiff::step", mutates_args=(), schema=schema(STEP_ARGUMENTS, "Tensor[]"), **_TAGS
-)
+@torch.library.custom_op("fastdiff::step", mutates_args=(), schema=schema(STEP_ARGUMENTS, "Tensor[]"), **_TAGS)
 def step_op(*values: Any) -> list[Tensor]:
     """`fastdiff.ops.step`: prev_sample, the kept outputs, and the model input where a dtype is given for it.
 

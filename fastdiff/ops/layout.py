@@ -9,7 +9,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 
-
 def extent(tensor: Tensor) -> int:
     """Return the elements from a tensor's first to its last in memory, both counted; 0 where it has none."""
     if tensor.numel() == 0:
@@ -48,7 +47,7 @@ def is_fake(tensor: Tensor) -> bool:
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have a byte in common; for tensors without memory of their own, whether they are one object."""
+    """Whether two tensors have a byte in common; for tensors without memory, whether they are one object."""
     if not (in_memory(a) and in_memory(b)):
         return a is b
     if a.numel() == 0 or b.numel() == 0 or a.device != b.device:
@@ -93,7 +92,7 @@ def samples_are_blocks(tensor: Tensor, strides: tuple[int, ...]) -> bool:
 
 
 def block_strides(sample: Tensor) -> tuple[int, ...]:
-    """Return a dense layout in which each sample is one block of memory: the results' own where it is, else contiguous."""
+    """Return a dense layout in which each sample is one block: the results' own where it is, else contiguous."""
     strides = output_strides(sample)
     return strides if samples_are_blocks(sample, strides) else contiguous_strides(sample)
 
@@ -154,4 +153,5 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def contiguous_strides(tensor: Tensor) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor of this shape."""
     return _permuted_strides(tensor, tuple(range(tensor.dim())))

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from .. import philox
-from ..affine import COLUMNS
-from ..table import (
+from ..row_layout import (
     CLIP,
+    COLUMNS,
     KEEP_0,
     KEEP_1,
     MODEL_INPUT_SCALE,
@@ -113,9 +113,7 @@ def _outputs(call: StepCall, coefficients: Tensor, dtypes: Sequence[torch.dtype]
 
 
 def _where(taken: Tensor, value: Tensor, old: Tensor | None) -> Tensor:
-    return torch.where(
-        per_sample(taken, value), value, torch.zeros_like(value) if old is None else old.to(value.dtype)
-    )
+    return torch.where(per_sample(taken, value), value, torch.zeros_like(value) if old is None else old.to(value.dtype))
 
 
 def _updated_history(call: StepCall, kept: Sequence[Tensor]) -> list[Tensor | None]:

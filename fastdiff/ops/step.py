@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..errors import as_float, renamed, sentence
 from ..philox import Purpose
-from ..table import Variance
+from ..row_layout import Variance
 from .backends import current_stream, direct_extension
-from .call import StepCall, Target
+from .call import StepCall
 from .checks import check
 from .custom_ops import call_operator
 from .dispatch import run
@@ -67,7 +67,7 @@ def step(
             the four dtypes, and is widened as it is read.)
         table: ``[R, 32]`` from `StepTable.rows_as(sample.dtype, sample.device)`: in float64 where any tensor is
             float64, an output too, else in float32.
-        row_index: the table's row, 0 to R − 1; or an int64 tensor ``[]`` or ``[1]``, one row for all that is read on the
+        row_index: the table's row, 0 to R − 1; or an int64 tensor ``[]`` or ``[1]``, one row for all, read on the
             device, or ``[B]``, one a sample.  A sample whose index in a tensor is negative stays as it is.
         uncond: u, the unconditional output, like `sample`.
         guidance_scale: g, a float, or a tensor ``[]``, ``[1]`` or ``[B]`` in the table's dtype; goes with `uncond`.
@@ -328,7 +328,7 @@ def _refuse_gradients(call: StepCall) -> None:
                     argument,
                     "requires grad and history is written in place",
                     "a tensor outside autograd's graph",
-                    "call ops.step(row_index=indices), one row a sample, with history= and keeps=, or use torch.no_grad()",
+                    "call ops.step(row_index=indices) with history= and keeps=, or use torch.no_grad()",
                 )
             )
 
