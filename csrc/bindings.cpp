@@ -14,8 +14,8 @@
 #include "bindings/copy.h"
 #include "bindings/seeded_sum.h"
 #include "bindings/step.h"
-#include "bindings/stepping.h"
 #include "bindings/torch_normal.h"
+#include "dropin/dropin.h"
 
 namespace {
 
@@ -67,8 +67,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Says that torch_randn draws what torch draws here: steps in C++ then draw by it.");
     define_reductions(m);
     define_seeded_sum(m);
-    define_program(m);
-    define_loop(m);
-    define_stepping(m);
+    fastdiff::dropin::define(m);
     if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }

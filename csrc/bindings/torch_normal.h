@@ -13,6 +13,7 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <pybind11/pybind11.h>
 #include <torch/csrc/Generator.h>
 
 #include <array>
@@ -23,9 +24,11 @@
 #include <thread>
 
 #include "output_allocator.h"
-#include "common.h"
+#include "tensors.h"
 
 namespace fastdiff::bindings {
+
+namespace py = pybind11;
 
 constexpr int64_t kStateWords = at::MERSENNE_STATE_N;
 constexpr int64_t kGroup = 16;

@@ -13,7 +13,7 @@ from typing import Any
 import diffusers
 
 from .per_token import PerTokenSteps
-from .scheduler import FusedScheduler
+from .mixin import FusedScheduler
 
 #: Class by class, the methods that take a step, and the module where diffusers does not export it.
 _SCHEDULERS: dict[str, tuple[tuple[str, ...], str]] = {
