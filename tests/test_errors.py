@@ -137,7 +137,7 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
     "seed of True": (lambda: spawn_seeds(True, 2), "seed"),
     "half a count": (lambda: spawn_seeds(1, 2.5), "count"),  # type: ignore[arg-type]
     "huge correction": (lambda: ops.std(torch.ones(2, 3), correction=10**400), "correction"),
-    "huge row": (lambda: ops.step(*_x2(), _rows(), 10**5000), "row"),
+    "huge row": (lambda: ops.step(*_x2(), _rows(), 10**5000), "row_index"),
     "guidance of True": (lambda: ops.step(*_x2(), _rows(), 0, uncond=_x2()[0], guidance_scale=True), "guidance_scale"),
     "huge guidance of a step": (
         lambda: ops.step(*_x2(), _rows(), 0, uncond=_x2()[0], guidance_scale=10**400),

@@ -98,7 +98,7 @@ def triton_launcher() -> str:
     if _triton_interprets():
         return "interpreted on the CPU: TRITON_INTERPRET is 1"
     reason = triton_module("launch").why_through_jit()
-    return f"through Triton's JIT: {reason}" if reason else "holds compiled kernels"
+    return f"through Triton's JIT: {reason}" if reason else "caches compiled kernels"
 
 
 def why_missing(name: str) -> str:
