@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""A cached kernel is launched as Triton's JIT would have launched it: run by test_triton_launch.py, in a process in which
-`triton.jit` makes kernels that are compiled.
+"""A cached kernel is launched as Triton's JIT would have launched it: run by test_triton_launch.py, in a process of its
+own, where `triton.jit` makes kernels that are compiled.
 
 Each launch is made twice with the same arguments, by a `Launcher` and through the JIT, with a driver that writes down
 what it is handed.  The function handed over is all that the compiler was told, so that a key which forgot something

@@ -52,7 +52,7 @@ def launchers(device: str) -> dict[str, Launcher]:
         "C++ op": Launcher(None, backends.why_missing("cuda" if device == "cuda" else "cpu")),
         "Triton, cached": Launcher("triton", triton or not_cached),
         # Where kernels can be held, the JIT has to be asked for.
-        "Triton, JIT": Launcher("triton", triton, contextlib.nullcontext if holder is None else holder.through_jit),
+        "Triton, JIT": Launcher("triton", triton, contextlib.nullcontext if cache is None else cache.through_jit),
     }
 
 
