@@ -106,8 +106,11 @@ def step(
     extension = direct_extension() if backend is None else None
     if extension is not None:
         scale, stream = guidance_scale, 0
-        if not getattr(sample, "is_cpu", True):
-            scale, stream = scale_on_device(guidance_scale, sample, table), current_stream(sample)
+        try:
+            if not sample.is_cpu:
+                scale, stream = scale_on_device(guidance_scale, sample, table), current_stream(sample)
+        except AttributeError:  # no tensor: the extension declines it, and the checks name it
+            pass
         offered = extension.step(
             sample=sample,
             model_output=model_output,
@@ -206,8 +209,11 @@ def step_rows(
     extension = direct_extension() if backend is None else None
     if extension is not None:
         scale, stream = guidance_scale, 0
-        if not getattr(sample, "is_cpu", True):
-            scale, stream = scale_on_device(guidance_scale, sample, table), current_stream(sample)
+        try:
+            if not sample.is_cpu:
+                scale, stream = scale_on_device(guidance_scale, sample, table), current_stream(sample)
+        except AttributeError:  # no tensor: the extension declines it, and the checks name it
+            pass
         offered = extension.step(
             sample=sample,
             model_output=model_output,
