@@ -17,7 +17,7 @@ from typing import Any
 
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ..errors import sentence
+from ..errors import error_message
 from .environment import FUSED
 from .scheduler import FusedScheduler
 from .schedulers import CLASSES
@@ -174,7 +174,7 @@ def _parts(operation: str, pipe: Any) -> Iterator[tuple[str, Any]]:
     found = list(walk("", pipe))
     if not found and not isinstance(pipe, (*pipelines, Mapping, list, tuple)):
         raise TypeError(
-            sentence(
+            error_message(
                 operation,
                 "pipe",
                 f"is a {type(pipe).__name__} without a scheduler or a guider",

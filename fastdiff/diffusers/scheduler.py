@@ -16,7 +16,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from ..errors import sentence
+from ..errors import error_message
 from ..noise.brownian_path import BrownianPath
 from ..noise.seeded_draws import SeededDraws
 from .environment import FUSED, snapshot
@@ -296,7 +296,7 @@ def _index_for_timestep(self: Any, timestep: Any, schedule_timesteps: Any = None
 def _refuse_seeds(scheduler: Any) -> None:
     if _SEEDED in scheduler.__dict__:
         raise RuntimeError(
-            sentence(
+            error_message(
                 "step",
                 "use_philox",
                 "was called, and the step is traced by torch.compile",
@@ -336,7 +336,7 @@ def _undoing_method(method: Any) -> Any:
 def _check_uncond(value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(
-            sentence(
+            error_message(
                 "guided_step",
                 "model_output_uncond",
                 f"is a {type(value).__name__}",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import as_float, renamed, sentence
+from ..errors import as_float, error_message, renamed
 from ..philox import Purpose
 from ..row_layout import Variance
 from .backends import current_stream, direct_extension
@@ -266,7 +266,7 @@ def _entries(operation: str, argument: str, values: object) -> tuple[Any, ...] |
         return None if values is None else tuple(values)
     remedy = f"pass {argument}=[tensor]" if isinstance(values, Tensor) else "pass a list"
     expected = "a list or tuple of tensors or None"
-    raise TypeError(sentence(operation, argument, f"is a {type(values).__name__}", expected, remedy))
+    raise TypeError(error_message(operation, argument, f"is a {type(values).__name__}", expected, remedy))
 
 
 def complete_step(call: StepCall, backend: str | None = None) -> tuple[Tensor, ...]:
@@ -313,7 +313,7 @@ def _refuse_tangents(call: StepCall, name: str) -> None:
     for argument, tensor in (*call.inputs(), *call.scalars()):
         if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
             raise RuntimeError(
-                sentence(
+                error_message(
                     "step",
                     argument,
                     f"carries a forward-mode tangent and backend {name!r} has reverse-mode gradients only",
@@ -329,7 +329,7 @@ def _refuse_gradients(call: StepCall) -> None:
     for argument, tensor in (*call.inputs(), *call.scalars()):
         if tensor.requires_grad:
             raise RuntimeError(
-                sentence(
+                error_message(
                     "step_rows",
                     argument,
                     "requires grad and history is written in place",

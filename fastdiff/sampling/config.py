@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-from ..errors import checked_bool, checked_float, checked_integer, sentence, unknown_name
+from ..errors import checked_bool, checked_float, checked_integer, error_message, unknown_name
 from ..guidance import GuidanceMode
 from ..schedules.timesteps import SIGMA_SPACINGS
 from ..solvers import Algorithm, PredictionType, SolverType, VarianceType
@@ -140,7 +140,7 @@ class SamplingConfig:
             > 1
         ):
             raise ValueError(
-                sentence(
+                error_message(
                     operation,
                     "dynamic_thresholding_ratio",
                     f"is {self.dynamic_thresholding_ratio}",
@@ -150,7 +150,7 @@ class SamplingConfig:
             )
         if self.use_karras_sigmas and self.sigma_spacing not in (None, "karras"):
             raise ValueError(
-                sentence(
+                error_message(
                     "SamplingConfig",
                     "use_karras_sigmas",
                     f"is set beside sigma_spacing {self.sigma_spacing!r}",

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-from ..errors import as_float, sentence, unknown_name
+from ..errors import as_float, error_message, unknown_name
 from ..schedules.levels import Level
 from .affine import MODEL_OUTPUT, PREDICTION, SAMPLE, Affine
 from .table import Row
@@ -72,7 +72,7 @@ class Prediction:
         object.__setattr__(self, "prediction_type", PredictionType.parse(self.prediction_type))
         if not as_float("Prediction", "clip_range", self.clip_range) > 0.0:
             raise ValueError(
-                sentence(
+                error_message(
                     "Prediction", "clip_range", f"is {self.clip_range}", "a number above 0", "use inf for no clipping"
                 )
             )
@@ -115,7 +115,7 @@ class Prediction:
 
 def _undetermined(level: Level, kind: str, what: str, needs: str, instead: str) -> ValueError:
     return ValueError(
-        sentence(
+        error_message(
             "Prediction",
             "prediction_type",
             f"is {kind!r} at timestep {level.timestep:g}, where it does not determine {what}",
