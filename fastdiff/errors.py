@@ -13,9 +13,12 @@ import math
 import operator
 import warnings
 from collections.abc import Iterable
+from enum import Enum
 from numbers import Real
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
+
+_Choice = TypeVar("_Choice", bound=Enum)
 
 
 def error_message(operation: str, argument: str, got: str, expected: str, remedy: str) -> str:
@@ -37,6 +40,18 @@ def unknown_name(operation: str, argument: str, got: object, known: Iterable[str
     return ValueError(
         error_message(operation, argument, f"is {got!r}", f"one of {names}", "pick a name from that list")
     )
+
+
+def parse_choice(kind: type[_Choice], operation: str, argument: str, value: object) -> _Choice:
+    """Return the member of an enumeration that has a value, or is it.
+
+    Raises:
+        ValueError: there is no such member; the message lists the values.
+    """
+    try:
+        return kind(value)
+    except ValueError:
+        raise unknown_name(operation, argument, value, [member.value for member in kind]) from None
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-from ..errors import as_float, error_message, unknown_name
+from ..errors import as_float, error_message, parse_choice
 from ..schedules.levels import Level
 from .affine import MODEL_OUTPUT, PREDICTION, SAMPLE, Affine
 from .table import Row
@@ -23,10 +23,7 @@ class PredictionType(str, Enum):
 
     @classmethod
     def parse(cls, value: str | PredictionType) -> PredictionType:
-        try:
-            return cls(value)
-        except ValueError:
-            raise unknown_name("Prediction", "prediction_type", value, [member.value for member in cls]) from None
+        return parse_choice(cls, "Prediction", "prediction_type", value)
 
 
 @dataclass(frozen=True)
