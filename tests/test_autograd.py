@@ -43,7 +43,7 @@ class Problem:
         self.table[:, 6:8] = -1
         kind, guided, noisy = dice.randrange(3), dice.choice(["none", "one", "each"]), dice.choice(["", "z", "seeds"])
         self.rest: dict[str, Any] = {
-            "row": dice.choice([0, 2, torch.tensor([1]), torch.tensor([0, 2]), torch.tensor([-1, 1])]),
+            "row_index": dice.choice([0, 2, torch.tensor([1]), torch.tensor([0, 2]), torch.tensor([-1, 1])]),
             "keeps": dice.randrange(3), "variance_kind": kind, "noise_step": 2,
             "seeds": torch.tensor([3, 4]) if noisy == "seeds" else None,
         }  # fmt: skip
@@ -74,8 +74,8 @@ class Problem:
     def run(self, *tensors: Tensor, backend: str = "cpu") -> tuple[Tensor, ...]:
         given = dict(zip(self.inputs, tensors, strict=True))
         history = [given.pop(f"h{j}", None) for j in range(4)]
-        x, m, row = given.pop("sample"), given.pop("model_output"), self.rest["row"]
-        rest = {name: value for name, value in self.rest.items() if name != "row"}
+        x, m, row = given.pop("sample"), given.pop("model_output"), self.rest["row_index"]
+        rest = {name: value for name, value in self.rest.items() if name != "row_index"}
         buffer = x.new_zeros(self.copies * self.batch, *self.shape[1:]) if self.copies else None
         results = ops.step(x, m, self.table, row, history=history, model_input=buffer, backend=backend, **rest, **given)
         return results if buffer is None else (*results, buffer)
@@ -86,7 +86,7 @@ class Problem:
             given = {name: self.inputs[name] for name in ("uncond", "guidance_scale") if name in self.inputs}
             rows = torch.zeros_like(self.table)
             rows[:, :2], rows[:, 2], rows[:, 10] = self.table[:, :2], INF, 1.0
-            row = self.rest["row"]
+            row = self.rest["row_index"]
             (d,) = ops.step(self.inputs["sample"], self.inputs["model_output"], rows, row, backend="reference", **given)
             near = (d.abs() - 0.7).abs() < 1e-4
             if "threshold" in self.inputs:

@@ -407,7 +407,7 @@ def test_mixed_bad_input_is_refused_in_a_sentence_and_nothing_is_written(backend
         ),
     ]
     for change, message in faults:
-        arguments = {"sample": x, "model_output": x, "table": row, "row": 0, "keeps": 1, **change}
+        arguments = {"sample": x, "model_output": x, "table": row, "row_index": 0, "keeps": 1, **change}
         with pytest.raises(TypeError, match="^" + re.escape(message)):
             ops.step(**arguments, backend=backend)
     assert bool(written.isnan().all())

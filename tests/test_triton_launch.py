@@ -27,14 +27,14 @@ needs_interpreter = pytest.mark.skipif(
 )
 
 
-def test_held_launches_hand_the_driver_what_the_jit_does(tmp_path: Path) -> None:
+def test_cached_launches_hand_the_driver_what_the_jit_does(tmp_path: Path) -> None:
     if launch._unknown:
         pytest.skip(launch._unknown)
     environ = {n: value for n, value in child_environment().items() if not n.startswith(("TRITON_", "FASTDIFF_"))}
     # Set, since conftest.py would turn the interpreter on.
     environ |= {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "held_launches.py")],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "cached_launches.py")],
         env=environ, cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -49,10 +49,10 @@ def test_how_kernels_are_launched_is_said_with_the_reason(monkeypatch: pytest.Mo
     monkeypatch.setattr(backends, "why_missing", lambda name: "")
     monkeypatch.setattr(launch, "_unknown", "")
     monkeypatch.setattr(launch, "_unknown_target", lambda: "")
-    assert ops.triton_launcher() == "holds compiled kernels"
+    assert ops.triton_launcher() == "caches compiled kernels"
     with launch.through_jit():
         assert ops.triton_launcher().startswith("through Triton's JIT: it was asked for")
-    assert ops.triton_launcher() == "holds compiled kernels"
+    assert ops.triton_launcher() == "caches compiled kernels"
 
 
 @pytest.mark.parametrize(("value", "expected"), [("jit", "True"), ("held", "False"), ("", "False")])

@@ -16,7 +16,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import sentence
+from ..errors import error_message
 from ..noise.brownian_tree import sampled, sampler_maker
 from .compiler.inputs import CACHE, HISTORY, SCALARS_OF_STATE
 from .compiler.plan import Fallback
@@ -134,7 +134,7 @@ def explain(
     kind = _fused_class(scheduler)
     if num_inference_steps is None and getattr(scheduler, "num_inference_steps", 0) is None:
         raise ValueError(
-            sentence(
+            error_message(
                 "explain",
                 "num_inference_steps",
                 "is None for a scheduler without timesteps",
@@ -157,7 +157,7 @@ def _fused_class(scheduler: Any) -> Any:
         if type(scheduler) is kind.original:
             return kind
     raise TypeError(
-        sentence(
+        error_message(
             "explain",
             "scheduler",
             f"is a {type(scheduler).__name__}",

@@ -17,10 +17,10 @@ from typing import Any
 
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ..errors import sentence
+from ..errors import error_message
 from .compiler.inputs import CACHE
-from .registry import CLASSES
 from .mixin import FusedScheduler
+from .registry import CLASSES
 
 #: Where an object remembers that `patch` changed its class, so that `unpatch` changes no other.
 _PATCHED = "_patched"
@@ -174,7 +174,7 @@ def _parts(operation: str, pipe: Any) -> Iterator[tuple[str, Any]]:
     found = list(walk("", pipe))
     if not found and not isinstance(pipe, (*pipelines, Mapping, list, tuple)):
         raise TypeError(
-            sentence(
+            error_message(
                 operation,
                 "pipe",
                 f"is a {type(pipe).__name__} without a scheduler or a guider",

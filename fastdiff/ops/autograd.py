@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import sentence
+from ..errors import error_message
 from ..row_layout import (
     CLIP,
     COLUMNS,
@@ -56,7 +56,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     wanted = _wanted(ctx)
     if wanted["table"]:
         raise RuntimeError(
-            sentence(
+            error_message(
                 "step",
                 "table",
                 "requires grad and compiled backends have no gradient of it",

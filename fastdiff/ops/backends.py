@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..environment import CHOICES, chosen
-from ..errors import sentence, unknown_name
+from ..errors import error_message, unknown_name
 from ..extension import extension as extension
 from ..extension import extension_error as extension_error
 from .call import FIELDS, StepCall
@@ -98,7 +98,7 @@ def triton_launcher() -> str:
     if _triton_interprets():
         return "interpreted on the CPU: TRITON_INTERPRET is 1"
     reason = triton_module("launch").why_through_jit()
-    return f"through Triton's JIT: {reason}" if reason else "holds compiled kernels"
+    return f"through Triton's JIT: {reason}" if reason else "caches compiled kernels"
 
 
 def why_missing(name: str) -> str:
@@ -156,7 +156,7 @@ def backend_for(sample: Tensor, backend: str | None = None, operation: str = "st
             raise RuntimeError(f"{operation}: backend {name!r} was asked for and is missing: {missing}")
         if not _serves(name, device):
             raise ValueError(
-                sentence(
+                error_message(
                     operation,
                     "backend",
                     f"is {name!r} for tensors on {device}",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import checked_type, sentence, shown
+from ..errors import checked_type, error_message, shown
 from ..row_layout import NUM_REGISTERS, ROW_WIDTH, STORE_0, STORE_1, Variance, compute_dtype
 from .call import StepCall, Target
 from .layout import extent, in_memory, repeats_an_element, share_memory
@@ -57,7 +57,7 @@ def check(call: StepCall) -> None:
 
 
 def _refusal(argument: str, got: str, expected: str, remedy: str) -> str:
-    return sentence("step", argument, got, expected, remedy)
+    return error_message("step", argument, got, expected, remedy)
 
 
 def _is_integer(value: object) -> bool:
@@ -103,7 +103,7 @@ def check_memory(name: str, tensor: Tensor, operation: str = "step") -> None:
     """
     if tensor.layout != torch.strided:
         raise TypeError(
-            sentence(
+            error_message(
                 operation, name, f"has layout {tensor.layout}", "torch.strided", "convert it first, with .to_dense()"
             )
         )
@@ -116,7 +116,7 @@ def check_memory(name: str, tensor: Tensor, operation: str = "step") -> None:
     needed = (tensor.storage_offset() + extent(tensor)) * tensor.element_size() if tensor.numel() > 0 else 0
     if held < needed:
         raise ValueError(
-            sentence(
+            error_message(
                 operation,
                 name,
                 f"has a storage of {held} bytes",
@@ -170,7 +170,7 @@ def _check_table(call: StepCall) -> None:
         return
     if call.write_history:
         raise TypeError(
-            sentence(
+            error_message(
                 "step_rows",
                 "row_index",
                 f"is a {type(call.row_index).__name__}",

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import checked_float, sentence
+from ..errors import checked_float, error_message
 from ..row_layout import compute_dtype
 from . import backends
 from . import reductions_reference as reference
@@ -144,22 +144,22 @@ def _sum(kind: int, x: Tensor, y: Any, correction: Any, backend: str | None) -> 
 
 def _check(operation: str, x: object) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(sentence(operation, "x", f"is a {type(x).__name__}", "a torch.Tensor", "pass a tensor"))
+        raise TypeError(error_message(operation, "x", f"is a {type(x).__name__}", "a torch.Tensor", "pass a tensor"))
     if x.dtype not in DTYPES:
         expected = "float16, bfloat16, float32 or float64"
-        raise TypeError(sentence(operation, "x", f"has dtype {x.dtype}", expected, "convert it first"))
+        raise TypeError(error_message(operation, "x", f"has dtype {x.dtype}", expected, "convert it first"))
     if x.dim() == 0:
         remedy = "add a dimension of samples with x[None]"
-        raise ValueError(sentence(operation, "x", "has no dimension", "[B, ...], a batch of samples", remedy))
+        raise ValueError(error_message(operation, "x", "has no dimension", "[B, ...], a batch of samples", remedy))
     check_memory("x", x, operation)
     if operation == "quantile" and x.shape[0] > 0 and x[0].numel() == 0:
         got = f"has shape {list(x.shape)}"
-        raise ValueError(sentence(operation, "x", got, "an element or more a sample", "leave out what is empty"))
+        raise ValueError(error_message(operation, "x", got, "an element or more a sample", "leave out what is empty"))
 
 
 def _check_like(y: object, x: Tensor) -> None:
     if not isinstance(y, Tensor):
-        raise TypeError(sentence("dot", "y", f"is a {type(y).__name__}", "a torch.Tensor", "pass a tensor"))
+        raise TypeError(error_message("dot", "y", f"is a {type(y).__name__}", "a torch.Tensor", "pass a tensor"))
     for name, got, wanted in (
         ("shape", list(y.shape), list(x.shape)),
         ("dtype", y.dtype, x.dtype),
@@ -167,14 +167,14 @@ def _check_like(y: object, x: Tensor) -> None:
     ):
         if got != wanted:
             kind = TypeError if name == "dtype" else ValueError
-            raise kind(sentence("dot", "y", f"has {name} {got}", f"{wanted} like x", "make the two alike"))
+            raise kind(error_message("dot", "y", f"has {name} {got}", f"{wanted} like x", "make the two alike"))
     check_memory("y", y, "dot")
 
 
 def _checked_q(q: float) -> float:
     number = checked_float("quantile", "q", q, 0.0)
     if number > 1.0:
-        raise ValueError(sentence("quantile", "q", f"is {number!r}", "0 to 1", "pass a share, not a percentage"))
+        raise ValueError(error_message("quantile", "q", f"is {number!r}", "0 to 1", "pass a share, not a percentage"))
     return number
 
 

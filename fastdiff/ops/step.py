@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import as_float, renamed, sentence
+from ..errors import as_float, error_message, renamed
 from ..philox import Purpose
 from ..row_layout import Variance
 from .backends import current_stream, direct_extension
@@ -106,8 +106,11 @@ def step(
     extension = direct_extension() if backend is None else None
     if extension is not None:
         scale, stream = guidance_scale, 0
-        if not getattr(sample, "is_cpu", True):
-            scale, stream = scale_on_device(guidance_scale, sample, table), current_stream(sample)
+        try:
+            if not sample.is_cpu:
+                scale, stream = scale_on_device(guidance_scale, sample, table), current_stream(sample)
+        except AttributeError:  # no tensor: the extension declines it, and the checks name it
+            pass
         offered = extension.step(
             sample=sample,
             model_output=model_output,
@@ -206,8 +209,11 @@ def step_rows(
     extension = direct_extension() if backend is None else None
     if extension is not None:
         scale, stream = guidance_scale, 0
-        if not getattr(sample, "is_cpu", True):
-            scale, stream = scale_on_device(guidance_scale, sample, table), current_stream(sample)
+        try:
+            if not sample.is_cpu:
+                scale, stream = scale_on_device(guidance_scale, sample, table), current_stream(sample)
+        except AttributeError:  # no tensor: the extension declines it, and the checks name it
+            pass
         offered = extension.step(
             sample=sample,
             model_output=model_output,
@@ -260,7 +266,7 @@ def _entries(operation: str, argument: str, values: object) -> tuple[Any, ...] |
         return None if values is None else tuple(values)
     remedy = f"pass {argument}=[tensor]" if isinstance(values, Tensor) else "pass a list"
     expected = "a list or tuple of tensors or None"
-    raise TypeError(sentence(operation, argument, f"is a {type(values).__name__}", expected, remedy))
+    raise TypeError(error_message(operation, argument, f"is a {type(values).__name__}", expected, remedy))
 
 
 def complete_step(call: StepCall, backend: str | None = None) -> tuple[Tensor, ...]:
@@ -307,7 +313,7 @@ def _refuse_tangents(call: StepCall, name: str) -> None:
     for argument, tensor in (*call.inputs(), *call.scalars()):
         if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
             raise RuntimeError(
-                sentence(
+                error_message(
                     "step",
                     argument,
                     f"carries a forward-mode tangent and backend {name!r} has reverse-mode gradients only",
@@ -323,7 +329,7 @@ def _refuse_gradients(call: StepCall) -> None:
     for argument, tensor in (*call.inputs(), *call.scalars()):
         if tensor.requires_grad:
             raise RuntimeError(
-                sentence(
+                error_message(
                     "step_rows",
                     argument,
                     "requires grad and history is written in place",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import sentence
+from ..errors import error_message
 from .call import STEP_ARGUMENTS, named
 
 LIKE_SAMPLE = tuple(argument.name for argument in STEP_ARGUMENTS if argument.role in ("sample", "history"))
@@ -98,7 +98,7 @@ def fold_randn(
 def refuse_step_rows(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     """Refuse `fastdiff::step_rows` under vmap: history that is not mapped would be written once for each sample."""
     raise RuntimeError(
-        sentence(
+        error_message(
             "step_rows",
             "history",
             "is written in place and vmap has no rule for that",

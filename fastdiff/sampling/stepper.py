@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..errors import as_float, checked_float, checked_type, renamed, sentence
+from ..errors import as_float, checked_float, checked_type, error_message, renamed
 from ..noise.generators import Generators, draw
 from ..ops.call import StepCall
 from ..ops.checks import check_dtype
@@ -121,7 +121,7 @@ class Stepper:
         row = self.index
         if row == self._end:
             raise IndexError(
-                sentence(
+                error_message(
                     "step",
                     "index",
                     f"is {row}",
@@ -218,7 +218,7 @@ class Stepper:
             if sample.shape == self._shape and sample.dtype is self._dtype:
                 return
             raise ValueError(
-                sentence(
+                error_message(
                     "step",
                     "sample",
                     f"has shape {list(sample.shape)} and {sample.dtype}",
@@ -265,7 +265,7 @@ class Stepper:
     def _variance_kind(self, variance: Tensor | None) -> int:
         if variance is None and self.table.variance != Variance.FIXED and self.table.draws_noise[self.index]:
             raise ValueError(
-                sentence(
+                error_message(
                     "step",
                     "variance",
                     "is missing",

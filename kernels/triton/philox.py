@@ -135,13 +135,13 @@ def _randn_kernel(
     step,
     purpose,
     inner,
-    blocks_a_sample,
+    blocks_per_sample,
     STEPS: tl.constexpr,  # 0: `step`; 1: one in memory for all; 2: one a sample
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    b = program // blocks_a_sample
-    first = (program % blocks_a_sample) * BLOCK
+    b = program // blocks_per_sample
+    first = (program % blocks_per_sample) * BLOCK
     z = normals(first, tl.load(seeds_ptr + b), step_of(steps_ptr, b, step, STEPS), purpose.to(tl.uint32), BLOCK)
     offsets = first + tl.arange(0, BLOCK)
     tl.store(out_ptr + b * inner + offsets, z.to(out_ptr.dtype.element_ty), mask=offsets < inner)
@@ -167,11 +167,11 @@ def randn(out: Tensor, seeds: Tensor, steps: Tensor | None, step: int, purpose: 
     batch = seeds.numel()
     inner = out.numel() // batch
     config = config_for("randn", out)
-    blocks_a_sample = blocks_of(inner, config.block)
+    blocks_per_sample = blocks_of(inner, config.block)
     _randn(
-        batch * blocks_a_sample,
+        batch * blocks_per_sample,
         (out, seeds, seeds if steps is None else steps),
-        (as_int32(step), as_int32(purpose), inner, blocks_a_sample),
+        (as_int32(step), as_int32(purpose), inner, blocks_per_sample),
         (how_many(steps), config.block),
         config.num_warps,
     )

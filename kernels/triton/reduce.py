@@ -60,14 +60,14 @@ def _sum_kernel(
     partials_ptr,  # [batch, blocks, 1 or 3], compute dtype
     inner,
     blocks,
-    programs_a_sample,
+    programs_per_sample,
     KIND: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     compute = partials_ptr.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
-    b = program // programs_a_sample
-    j = (program % programs_a_sample) * BLOCKS + tl.arange(0, BLOCKS)
+    b = program // programs_per_sample
+    j = (program % programs_per_sample) * BLOCKS + tl.arange(0, BLOCKS)
     first = j[:, None] * _BLOCK + tl.arange(0, _LANES)[None, :]
     base = b * inner
     lanes = tl.zeros((BLOCKS, _LANES), compute)

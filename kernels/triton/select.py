@@ -57,7 +57,7 @@ def _count_kernel(
     counts_ptr,  # [batch, 2048], int64, zero
     state_ptr,  # [batch, 4], int64
     inner,
-    programs_a_sample,
+    programs_per_sample,
     FIRST: tl.constexpr,  # whether no bits are known yet
     KNOWN: tl.constexpr,  # the shift of the bits that are known
     SHIFT: tl.constexpr,  # and of those to count
@@ -68,8 +68,8 @@ def _count_kernel(
     TILES: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    b = program // programs_a_sample
-    start = (program % programs_a_sample) * (TILE * TILES)
+    b = program // programs_per_sample
+    start = (program % programs_per_sample) * (TILE * TILES)
     state = state_ptr + b * _STATE
     known = tl.load(state)
     nan = tl.zeros((TILE,), tl.int64)
@@ -121,7 +121,7 @@ def _next_kernel(
     bits_ptr,
     state_ptr,
     inner,
-    programs_a_sample,
+    programs_per_sample,
     ABSOLUTE: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
@@ -129,8 +129,8 @@ def _next_kernel(
 ):
     """The smallest key above the one at the rank."""
     program = tl.program_id(0).to(tl.int64)
-    b = program // programs_a_sample
-    start = (program % programs_a_sample) * (TILE * TILES)
+    b = program // programs_per_sample
+    start = (program % programs_per_sample) * (TILE * TILES)
     state = state_ptr + b * _STATE
     known = tl.load(state)
     least = tl.full((TILE,), _LARGEST, tl.int64)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""A held kernel is launched as Triton's JIT would have launched it: run by test_triton_launch.py, in a process in which
-`triton.jit` makes kernels that are compiled.
+"""A cached kernel is launched as Triton's JIT would have launched it: run by test_triton_launch.py, in a process of its
+own, where `triton.jit` makes kernels that are compiled.
 
 Each launch is made twice with the same arguments, by a `Launcher` and through the JIT, with a driver that writes down
 what it is handed.  The function handed over is all that the compiler was told, so that a key which forgot something
@@ -51,7 +51,7 @@ def driver() -> RecordingDriver:
 
 @pytest.fixture(autouse=True)
 def uncompiled(monkeypatch: pytest.MonkeyPatch, driver: RecordingDriver) -> Iterator[None]:
-    """Forget what was held and compiled, and compile nothing."""
+    """Forget what was cached and compiled, and compile nothing."""
     monkeypatch.setattr(triton.compiler, "compile", recording_driver.not_compile)
     forget()
     driver.device = driver.stream = 0
@@ -64,7 +64,7 @@ def forget() -> None:
     for kernel in KERNELS:
         kernel.device_caches.clear()
     for launcher in LAUNCHERS:
-        launcher._held.clear()
+        launcher._cached.clear()
         launcher._rules.clear()
 
 
@@ -92,9 +92,9 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         once(self, *args)
         with launch.through_jit():
             once(self, *args)
-        held, jit = LAUNCHES
-        assert held == jit
-        seen.append(held)
+        cached, jit = LAUNCHES
+        assert cached == jit
+        seen.append(cached)
 
     monkeypatch.setattr(Launcher, "__call__", twice)
     return seen
@@ -201,13 +201,13 @@ CONFIGS: list[dict[str, config.Config]] = [
 ]  # fmt: skip
 
 
-def test_what_is_held_is_launched_as_the_jit_would_have(
+def test_what_is_cached_is_launched_as_the_jit_would_have(
     monkeypatch: pytest.MonkeyPatch, driver: RecordingDriver, asked: list[str]
 ) -> None:
     seen = compared(monkeypatch)
     all_kernels(torch.empty(2, 64))
 
-    # What earlier examples left is held: calls of all kinds come in any order.
+    # What earlier examples left is cached: calls of all kinds come in any order.
     @settings(max_examples=400)
     @given(
         calls=st.lists(st.one_of(step_calls(), step_calls(), other_calls()), min_size=1, max_size=4),
@@ -242,7 +242,7 @@ def test_the_second_launch_does_not_ask_the_jit(driver: RecordingDriver, asked: 
     assert [(f, grid, s, m) for f, grid, s, m, _ in LAUNCHES[len(first) :]] == [(f, g, s, m) for f, g, s, m, _ in first]
 
 
-def test_what_varies_from_step_to_step_is_one_held_kernel(asked: list[str]) -> None:
+def test_what_varies_from_step_to_step_is_one_cached_kernel(asked: list[str]) -> None:
     x, seeds = torch.empty(2, 64), torch.tensor([1, 2])
     tables = [torch.empty(count, 32) for count in (1, 16, 33)]
     for table, row, number in itertools.product(tables, (0, 1, 16), (0, 1, 16, 2**31, 2**32 - 1)):
@@ -343,7 +343,7 @@ def test_what_changes_the_compiler_goes_through_the_jit(
     plain_step()
     plain_step()
     assert len(asked) == 3
-    # The other option is another kernel, and the held one is not it.
+    # The other option is another kernel, and the cached one is not it.
     assert LAUNCHES[0][0] != LAUNCHES[1][0] == LAUNCHES[2][0]
 
 
@@ -362,7 +362,7 @@ def test_a_kind_of_gpu_that_was_not_read_goes_through_the_jit_and_is_named(
 ) -> None:
     monkeypatch.setattr(launch, "TARGETS", ("cuda",))
     driver.device = 2
-    assert launch.why_through_jit() == "compiled kernels are held for cuda, and this device is hip"
+    assert launch.why_through_jit() == "compiled kernels are cached for cuda, and this device is hip"
     plain_step()
     plain_step()
     assert len(asked) == 2
@@ -384,12 +384,12 @@ def test_vendors_launchers_take_what_is_handed_over(vendor: str) -> None:
     assert rest == [7]
 
 
-def test_kernels_held_are_not_without_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_MOST_HELD", 3)
     for size in range(1, 9):
         x = torch.empty(1, size)
         step.launch(call_of(x, rows=1, row_index=0))
-        assert len(step._step._held) <= 3
+        assert len(step._step._cached) <= 3
 
 
 def test_more_programs_than_a_launch_takes_are_refused() -> None:
@@ -403,7 +403,7 @@ def test_more_programs_than_a_launch_takes_are_refused() -> None:
 
 
 @pytest.mark.parametrize("device", [0, 2], ids=["sm_90", "gfx942"])
-def test_compiled_kernels_are_held_for_every_vendor(
+def test_compiled_kernels_are_cached_for_every_vendor(
     monkeypatch: pytest.MonkeyPatch, driver: RecordingDriver, asked: list[str], device: int
 ) -> None:
     monkeypatch.undo()
@@ -423,12 +423,12 @@ def test_compiled_kernels_are_held_for_every_vendor(
     assert functions[-1] == functions[-2]
     assert all(function[1] == device for function in functions)
     target = recording_driver.CHIPS[device]
-    held = list(step._step_kernel.device_caches[device][0].values())
-    assert [kernel.metadata.target for kernel in held] == [target]
+    cached = list(step._step_kernel.device_caches[device][0].values())
+    assert [kernel.metadata.target for kernel in cached] == [target]
 
 
-def test_host_time_of_a_held_launch_is_below_the_jit_s(capsys: pytest.CaptureFixture[str]) -> None:
-    # With a driver that does nothing: Python's part alone, of which the held way does a fraction.
+def test_host_time_of_a_cached_launch_is_below_the_jit_s(capsys: pytest.CaptureFixture[str]) -> None:
+    # With a driver that does nothing: Python's part alone, of which a cached launch does a fraction.
     x, seeds = torch.empty(2, 64), torch.tensor([1, 2])
     call = replace(call_of(x, rows=3, row_index=1), uncond=x, guidance_scale=torch.empty(1), seeds=seeds)
 
@@ -443,9 +443,9 @@ def test_host_time_of_a_held_launch_is_below_the_jit_s(capsys: pytest.CaptureFix
         return best
 
     step.launch(call)
-    held = microseconds()
+    cached = microseconds()
     with launch.through_jit():
         jit = microseconds()
     with capsys.disabled():
-        print(f"\nhost time with a driver that does nothing: held {held:.1f} us, through the JIT {jit:.1f} us")
-    assert held < jit
+        print(f"\nhost time with a driver that does nothing: cached {cached:.1f} us, through the JIT {jit:.1f} us")
+    assert cached < jit
