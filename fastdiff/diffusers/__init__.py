@@ -20,9 +20,9 @@ from ..errors import error_message, require
 require("diffusers", "diffusers", "fastdiff.diffusers")
 
 from .explain import ExplainedStep, Explanation, explain  # noqa: E402
+from .mixin import FusedScheduler  # noqa: E402
 from .patch import Part, PatchReport, patch, unpatch  # noqa: E402
 from .registry import ABSENT, CLASSES  # noqa: E402
-from .mixin import FusedScheduler  # noqa: E402
 
 __all__ = [
     "ExplainedStep",

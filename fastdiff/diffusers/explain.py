@@ -20,10 +20,10 @@ from ..errors import error_message
 from ..noise.brownian_tree import sampled, sampler_maker
 from .compiler.inputs import CACHE, HISTORY, SCALARS_OF_STATE
 from .compiler.plan import Fallback
-from .runtime.scheduler_cache import current_cache_of
-from .runtime.lookup import find_plan
-from .registry import CLASSES
 from .mixin import FusedScheduler
+from .registry import CLASSES
+from .runtime.lookup import find_plan
+from .runtime.scheduler_cache import current_cache_of
 
 #: Attributes that a loop leaves behind, beside its tensors.
 _LEFT_BEHIND = HISTORY | SCALARS_OF_STATE | {

@@ -12,8 +12,8 @@ from typing import Any
 
 import diffusers
 
-from .per_token import PerTokenSteps
 from .mixin import FusedScheduler
+from .per_token import PerTokenSteps
 
 #: Class by class, the methods that take a step, and the module where diffusers does not export it.
 _SCHEDULERS: dict[str, tuple[tuple[str, ...], str]] = {

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Guards: the conditions on a scheduler's attributes and on a call's arguments under which a plan is the right one.
 
-A guard list is emitted once, when a step's plan has been looked up.  The cache in C++ (csrc/dropin/guards.h) and the one
+A guard list is emitted once, when the plan of a step has been looked up.  The cache in C++ (csrc/dropin/guards.h) and one
 in Python (`fastdiff.diffusers.runtime.step_cache`) evaluate it by the same definition: `Guard.check` here.
 """
 
@@ -225,5 +225,3 @@ def array_record(value: Any) -> tuple[Any, ...]:
         flat = value.detach().contiguous().reshape(-1)
         return Tensor, value.dtype, tuple(value.shape), flat.view(torch.uint8).numpy().tobytes()
     return type(value), memoryview(value).format, value.shape, value.tobytes()
-
-

@@ -18,6 +18,7 @@ from .execute import execute
 from .lookup import SCALING, find_plan
 from .scheduler_cache import SchedulerCache, current_cache_of
 
+
 def take_step(
     scheduler: Any, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], uncond: Tensor | None = None,
     guidance_scale: float | Tensor | None = None, output_scale: Tensor | None = None,

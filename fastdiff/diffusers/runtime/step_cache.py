@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The per-scheduler cache of steps in Python, for an install without the extension; csrc/dropin/step_cache.h is its twin.
+"""The per-scheduler cache of steps in Python, for an install without the extension; twin of csrc/dropin/step_cache.h.
 
 It takes the next step of a loop, and the first step of a loop like an earlier one, without looking up a plan.
 """
