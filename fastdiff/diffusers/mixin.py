@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import error_message
 from ..noise.seeded_draws import SeededDraws
 from .compiler.inputs import CACHE
-from .compiler.overrides import HOUSE, overriding_class, pristine
+from .compiler.overrides import OWN_CLASSES, overriding_class, pristine
 from .guidance import combined, combined_by_torch, rescaling
 from .runtime.lookup import SCALING
 from .runtime.scheduler_cache import SchedulerCache, cache_of, current_cache_of, with_fast_path
@@ -72,7 +72,7 @@ class FusedScheduler:
         if index is not None and "schedule_timesteps" in inspect.signature(index).parameters:
             cls.index_for_timestep = _index_for_timestep  # type: ignore[attr-defined]
         for base in cls.__mro__[: cls.__mro__.index(cls.original)]:
-            HOUSE[base] = dict(vars(base))
+            OWN_CLASSES[base] = dict(vars(base))
 
     def guided_step(
         self,
