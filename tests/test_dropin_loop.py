@@ -107,8 +107,8 @@ def test_a_list_that_only_grows_keeps_its_step_in_cpp(looked_up: list[str]) -> N
         ends.append((x, list(each.ets), len(looked_up)))
     assert ends[2][2] == 1
     plan = scheduler._fused.plan
-    assert plan.simple
-    assert len(plan.from_attributes) <= 4
+    assert plan.native_eligible
+    assert len(plan.attribute_inputs) <= 4
     for mine, other in zip(ends[2][1], ends[3][1], strict=True):
         assert (mine - other).abs().max() <= 1e-5 * other.abs().max().clamp(min=1)
     assert (ends[2][0] - ends[3][0]).abs().max() <= 1e-5 * ends[3][0].abs().max().clamp(min=1)

@@ -182,7 +182,7 @@ class Beginning {
     // step_bytes, reads); of the attributes one is `timesteps`, a tensor.
     explicit Beginning(const py::tuple& found)
         : plan(found[0]),
-          program(plan.attr("program").cast<Program*>()),
+          program(plan.attr("native").cast<Program*>()),
           schedule(found[7]),
           step_bytes(found[8].cast<int64_t>()),
           reads(found[9]),

@@ -243,7 +243,7 @@ inline PyObject* loop_remember(PyObject* self, PyObject* const* objects, Py_ssiz
         "remember: expected (plan, attributes, name, guided, arguments, step_bytes, tensors, reads, class)");
     LoopState& s = *loop_of(self)->state;
     py::object plan = py::reinterpret_borrow<py::object>(objects[0]);
-    auto* program = plan.attr("program").cast<Program*>();
+    auto* program = plan.attr("native").cast<Program*>();
     std::vector<Known> known;
     for (const py::handle item : py::handle(objects[4])) {
         const auto triple = item.cast<py::tuple>();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// A drop-in scheduler's plan (fastdiff/diffusers/plan.py) as C++ reads it: where a step's tensors come from, the row,
-// and what becomes of the results.
+// A drop-in scheduler's plan (fastdiff/diffusers/compiler/plan.py) as C++ reads it: where a step's tensors come from,
+// the row, and what becomes of the results.
 #pragma once
 
 #include <algorithm>
@@ -22,42 +22,56 @@ struct Entry {
 };
 
 struct Program {
-    // `plan` is an object with the attributes that are read here, which fastdiff.diffusers.plan.Plan describes.
+    // `plan` is an object with the attributes that are read here, which fastdiff.diffusers.compiler.plan.Plan
+    // describes.
     explicit Program(const py::handle& plan) : plan(plan.ptr()) {
-        simple = plan.attr("simple").cast<bool>();
-        for (const py::handle source : plan.attr("from_attributes")) {
+        simple = plan.attr("native_eligible").cast<bool>();
+        for (const py::handle source : plan.attr("attribute_inputs")) {
             const auto pair = source.cast<py::tuple>();
             from_attributes.emplace_back(pair[0], pair[1].is_none() ? -1 : pair[1].cast<Py_ssize_t>());
         }
-        from_arguments = plan.attr("from_arguments").cast<std::vector<int>>();
-        from_keywords = objects(plan.attr("from_keywords"));
-        registers = plan.attr("registers").cast<std::vector<int>>();
-        draws = objects(plan.attr("draws"));
-        for (const py::object& dtype : draws) draw_types.push_back(scalar_type_of(dtype.ptr()));
+        // The usual arguments come first.
+        constexpr std::array<const char*, 3> usual = {"model_output", "timestep", "sample"};
+        for (const py::handle name : plan.attr("argument_inputs")) {
+            const auto* found = std::find(usual.begin(), usual.end(), name.cast<std::string>());
+            if (found != usual.end())
+                from_arguments.push_back(static_cast<int>(found - usual.begin()));
+            else
+                from_keywords.push_back(py::reinterpret_borrow<py::object>(name));
+        }
+        registers = plan.attr("history").cast<std::vector<int>>();
+        for (const py::handle draw : plan.attr("draws")) {
+            if (draw.attr("fused").cast<bool>()) {
+                draws_inside = true;
+                purpose = draw.attr("purpose").cast<int64_t>();
+            } else {
+                draws.push_back(draw.attr("dtype"));
+                draw_types.push_back(scalar_type_of(draws.back().ptr()));
+            }
+        }
         if (!plan.attr("noise").is_none()) noise = plan.attr("noise").cast<int>();
-        draws_inside = plan.attr("draws_inside").cast<bool>();
-        purpose = plan.attr("purpose").cast<int64_t>();
-        keeps = plan.attr("keeps").cast<int64_t>();
+        keeps = plan.attr("kept").cast<int64_t>();
         // A plan that is not simple may make more tensors than the fused step does.
         for (int64_t o = 0; simple && o <= keeps; ++o)
-            made_types[static_cast<size_t>(o)] = scalar_type_of(py::object(plan.attr("made")[py::int_(o)]).ptr());
+            made_types[static_cast<size_t>(o)] =
+                scalar_type_of(py::object(plan.attr("output_dtypes")[py::int_(o)]).ptr());
         if (simple) table = THPVariable_Unpack(plan.attr("host_table").ptr());
-        for (const py::handle item : plan.attr("constants").attr("items")()) {
+        for (const py::handle item : plan.attr("constant_writes").attr("items")()) {
             const auto pair = item.cast<py::tuple>();
             constants.emplace_back(pair[0], pair[1]);
         }
-        for (const py::handle item : plan.attr("variables")) {
+        for (const py::handle item : plan.attr("tensor_writes")) {
             const auto pair = item.cast<py::tuple>();
             variables.emplace_back(pair[0], pair[1].cast<int>());
         }
-        for (const py::handle item : plan.attr("lists")) {
+        for (const py::handle item : plan.attr("list_writes")) {
             const auto triple = item.cast<py::tuple>();
             lists.push_back({triple[0], triple[1].is_none() ? -1 : triple[1].cast<Py_ssize_t>(), entries(triple[2])});
         }
         results = entries(plan.attr("results"));
-        in_tuple = plan.attr("kind").ptr() == reinterpret_cast<PyObject*>(&PyTuple_Type);
-        kind = plan.attr("kind");
-        if (!plan.attr("names").is_none()) names = objects(plan.attr("names"));
+        in_tuple = plan.attr("result_type").ptr() == reinterpret_cast<PyObject*>(&PyTuple_Type);
+        kind = plan.attr("result_type");
+        if (!plan.attr("result_names").is_none()) names = objects(plan.attr("result_names"));
         consumes_noise = noise >= 0 && draws.size() == 1 && draw_types[0] == at::kFloat && made_types[0] == at::kFloat;
         const auto leaves = [this](const Entry& entry) { return entry.slot == noise; };
         for (const auto& [name, slot] : variables) consumes_noise = consumes_noise && slot != noise;
@@ -86,8 +100,8 @@ struct Program {
     std::vector<at::ScalarType> draw_types;
     int noise = -1;
     bool consumes_noise;  // one draw in float32, of which nothing is left: it may lie where the sample will
-    bool draws_inside;
-    int64_t purpose;  // of noise that is drawn inside
+    bool draws_inside = false;
+    int64_t purpose = 0;  // of noise that is drawn inside
     int64_t keeps;
     std::array<at::ScalarType, kMaxOutputs> made_types{};
     at::Tensor table;

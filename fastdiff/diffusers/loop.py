@@ -12,12 +12,11 @@ from torch import Tensor
 
 from ..ops import backends
 from ..philox import as_seeds
-from .environment import FUSED
-from .plan import Plan
+from .compiler.inputs import CACHE, TENSOR_ARGUMENTS, USUAL_ARGUMENTS
+from .compiler.plan import Fallback, Plan
 from .reads import reads_of
 from .running import draw, launch, run_plan
 from .schedule import PLAIN, KeptAttribute, Schedule, comparable
-from .tracing import INPUTS, USUAL
 
 
 class _NoLoop:
@@ -95,7 +94,7 @@ def _begun(schedule: Schedule, name: str, value: Any) -> tuple[str, Begun, Any, 
         return name, Begun.ANY, None, 0  # no plan asks which one it is
     if not isinstance(value, Tensor):
         return (name, Begun.EQUAL, value, 0) if type(value) in PLAIN else None
-    if name in INPUTS:
+    if name in TENSOR_ARGUMENTS:
         return (name, Begun.LIKE, value, 0) if comparable(value) else None
     place = schedule.position(value)
     return None if place is None else (name, Begun.MOVING, value, place)
@@ -105,7 +104,7 @@ def _known(schedule: Schedule, name: str, value: Any) -> Known | None:
     """None for a tensor whose numbers count."""
     if not isinstance(value, Tensor):
         return Known.SAME
-    if name in INPUTS:
+    if name in TENSOR_ARGUMENTS:
         return Known.LIKE
     return Known.MOVING if schedule.position(value) is not None else None
 
@@ -129,7 +128,7 @@ class Fused(_Loop):  # type: ignore[misc]
         self.schedule: Schedule = Schedule(scheduler) if beside is None else beside.schedule
         self.seeds: int | Sequence[int] | Tensor | None = None
         #: The plan of the last step that was looked up, or why there was none.
-        self.latest: Plan | str | None = None
+        self.latest: Plan | Fallback | None = None
         #: Whether the schedule has to be looked at anew, for numbers may have been written that nobody counts.
         self.look_again = False
         #: Whether the last step that was looked up was none of a loop.
@@ -178,7 +177,7 @@ class Fused(_Loop):  # type: ignore[misc]
     def go_on_from(self, plan: Plan, method: str, guided: bool, given: Mapping[str, Any], scheduler: Any) -> None:
         """Look at the scheduler and the call after a step that was taken the longer way."""
         schedule = self.schedule
-        names = (*USUAL, *(name for name in given if name not in USUAL))
+        names = (*USUAL_ARGUMENTS, *(name for name in given if name not in USUAL_ARGUMENTS))
         known = [(name, given.get(name), _known(schedule, name, given.get(name))) for name in names]
         if known[1][2] is Known.MOVING and all(kind is not None for _, _, kind in known):
             self.remember(
@@ -196,7 +195,7 @@ class Fused(_Loop):  # type: ignore[misc]
         if backends.forced.get() is not None:
             return  # a loop does not begin at once there
         given = {"model_output": given["sample"], **given}  # what scales the model's input has but one tensor
-        names = (*USUAL, *(name for name in given if name not in USUAL))
+        names = (*USUAL_ARGUMENTS, *(name for name in given if name not in USUAL_ARGUMENTS))
         arguments = [_begun(schedule, name, given.get(name)) for name in names]
         if arguments[1] is None or arguments[1][1] is not Begun.MOVING or None in arguments:
             return
@@ -212,7 +211,7 @@ class Fused(_Loop):  # type: ignore[misc]
 
     def run(self, plan: Plan, attributes: dict[str, Any], given: Mapping[str, Any], uncond: Any, guidance: Any) -> Any:
         """A step by a plan that is not `simple`."""
-        seeds = self.seeds_for(given["sample"]) if plan.seeded else None
+        seeds = self.seeds_for(given["sample"]) if plan.uses_seeds else None
         return run_plan(plan, attributes, given, uncond, guidance, seeds, self.steps_taken)
 
 
@@ -223,9 +222,9 @@ def _listed(seeds: Sequence[int] | None) -> list[int] | None:
 def fused_of(scheduler: Any) -> Fused:
     """What hangs on a scheduler, with the schedule that it has now."""
     attributes = vars(scheduler)
-    fused: Fused | None = attributes.get(FUSED)
+    fused: Fused | None = attributes.get(CACHE)
     if fused is None:
-        fused = attributes[FUSED] = Fused(scheduler)
+        fused = attributes[CACHE] = Fused(scheduler)
     elif fused.look_again or not fused.schedule.holds(attributes):
         before = fused.schedule
         fused.schedule = Schedule(scheduler, None if fused.look_again else before)

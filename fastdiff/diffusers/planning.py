@@ -10,9 +10,8 @@ Three stores, each bounded:
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import FunctionType
 from typing import Any
 
@@ -22,21 +21,22 @@ from torch import Tensor
 
 from ..noise.brownian_tree import sampler_maker
 from ..ops import backends
-from .environment import ABSENT, HISTORY, ArgumentItem, ArgumentNumber, Environment, identity
-from .overrides import pristine
-from .plan import Plan, compile_trace
+from .compiler.compile import compile_step, has_other_shapes, scalar_modes, unsupported_call
+from .compiler.inputs import ABSENT, TENSOR_ARGUMENTS, StepInputs, identity
+from .compiler.overrides import pristine
+from .compiler.plan import Fallback, Plan
+from .compiler.symbolic import UnsupportedStep
+from .compiler.tape import TraceTree
+from .compiler.trace import with_modes_restored
 from .reads import note_read, reads_of
 from .schedule import PLANS, Schedule, state_of
-from .symbols import NotAffine
-from .tape import TraceTree
-from .tracing import INPUTS, Tracer, with_modes_restored
 
 #: Traces that are kept, of all kinds of calls; the kinds that were asked for longest ago are forgotten first.
 MOST_TRACES = 512
 #: The method that a step is no part of, though a scheduler is asked for it before each.
 SCALING = "scale_model_input"
 
-_TREES: OrderedDict[Any, TraceTree[Plan | str]] = OrderedDict()
+_TREES: OrderedDict[Any, TraceTree[Plan | Fallback]] = OrderedDict()
 _FUNCTIONS: dict[type, frozenset[str]] = {}
 #: By kind of call, the numbers among its arguments that a trace has read.
 _ARGUMENTS: OrderedDict[Any, dict[str, None]] = OrderedDict()
@@ -61,14 +61,14 @@ def class_version(kind: type) -> Any:
 def find_plan(
     scheduler: Any, name: str, given: Mapping[str, Any], attributes: dict[str, Any], schedule: Schedule,
     *, guided: bool, seeded: bool,
-) -> Plan | str:  # fmt: skip
+) -> Plan | Fallback:  # fmt: skip
     """The plan of a step, or why there is none.
 
     Args:
         scheduler: whose step it is.
         name: of the method.
         given: the call's arguments, by name.
-        attributes: the scheduler's, as `fastdiff.diffusers.environment.snapshot` gives them.
+        attributes: the scheduler's, as `fastdiff.diffusers.compiler.inputs.snapshot` gives them.
         schedule: its schedule.
         guided: whether the model's output is combined within the step.
         seeded: whether noise is drawn within the step.
@@ -103,7 +103,7 @@ def _kind(
         functions = _FUNCTIONS[original] = frozenset(found)
     return (
         type(scheduler), class_version(type(scheduler)), schedule.options, name, guided, seeded,
-        output.shape == sample.shape, sample.dim(), schedule.of_other_shapes(attributes, sample.shape),
+        output.shape == sample.shape, sample.dim(), has_other_shapes(attributes, sample.shape),
         tuple(n for n in attributes if n in functions), torch.get_default_dtype(),
         tuple([(n, _argument_kind(n, value)) for n, value in given.items()]),
     )  # fmt: skip
@@ -111,7 +111,7 @@ def _kind(
 
 def _argument_kind(name: str, value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.dtype if name in INPUTS else (value.dtype, value.shape)
+        return value.dtype if name in TENSOR_ARGUMENTS else (value.dtype, value.shape)
     if name == "generator":
         return value is None
     if value is None or isinstance(value, (bool, str)):
@@ -162,49 +162,41 @@ def _argument_value(schedule: Schedule, name: str, value: Any) -> Any:
 def _make(
     scheduler: Any, kind: tuple[Any, ...], arguments: dict[str, None], name: str, given: Mapping[str, Any],
     attributes: dict[str, Any], schedule: Schedule, guided: bool, seeded: bool,
-) -> Plan | str:  # fmt: skip
+) -> Plan | Fallback:  # fmt: skip
     """A plan, of a trace that is kept or of a new one; or why there is none."""
-    reason = _refusal(given, attributes, schedule)
-    if reason:
-        return reason
     lacks_sampler = name != SCALING and attributes.get("noise_sampler", 0) is None
-    make_sampler = sampler_maker(scheduler.original) if lacks_sampler else None
-    sampler = make_sampler is not None or attributes.get("noise_sampler") is not None
-    if make_sampler is not None:
-        attributes = {**attributes, "noise_sampler": make_sampler}  # stands for what it makes: a trace asks no sampler
-    environment = Environment(attributes, given, schedule)
-    # Scalars are computed as the scheduler itself does it where they are times at which a tree of noise has its
-    # numbers, and where they are rounded so coarsely that another result would be another picture.
-    widened = not sampler and not schedule.half
-    for recorded in (True, False) if widened else (False,):
-        tree = _tree((kind, make_sampler, recorded))
-        found = _found(tree, environment)
+    factory = sampler_maker(scheduler.original) if lacks_sampler else None
+    if factory is not None:
+        attributes = {**attributes, "noise_sampler": factory}  # stands for what it makes: a trace asks no sampler
+    inputs = StepInputs(attributes, given, schedule)
+    refused = unsupported_call(inputs)
+    if refused is not None:
+        return refused
+    leaf: Plan | Fallback | None = None
+    for mode in scalar_modes(inputs):
+        tree = _tree((kind, factory, mode))
+        found = _found(tree, inputs)
         if found is None:
-            tracer = Tracer(
-                type(scheduler), scheduler.original, environment, recorded=recorded, sampler=sampler, widened=widened
+            compiled = compile_step(
+                type(scheduler), name, inputs, mode, guided=guided, seeded=seeded, noise_sampler_factory=factory
             )
-            try:
-                leaf = _traced(tracer, name, given, attributes, guided, seeded, make_sampler)
-            finally:
-                for read in tracer.reads:
-                    note_read(scheduler.original, read)
-                for reader in tracer.tape.readers:
-                    if isinstance(reader, (ArgumentNumber, ArgumentItem)):
-                        arguments.setdefault(reader.name)
-            tree.add(tracer.tape, leaf)
+            for read in compiled.attributes_read:
+                note_read(scheduler.original, read)
+            arguments.update(dict.fromkeys(compiled.arguments_read))
+            tree.add(compiled.tape, compiled.plan)
             _forget_oldest_traces()
-            found = leaf, tracer.tape.values
+            found = compiled.plan, compiled.tape.values
         leaf, values = found
         if isinstance(leaf, Plan):
             try:
                 return leaf.with_values(values)
-            except NotAffine as refused:
-                return str(refused)
-    assert isinstance(leaf, str)
+            except UnsupportedStep as error:
+                return Fallback(str(error))
+    assert leaf is not None
     return leaf
 
 
-def _tree(kind: Any) -> TraceTree[Plan | str]:
+def _tree(kind: Any) -> TraceTree[Plan | Fallback]:
     tree = _TREES.get(kind)
     if tree is None:
         tree = _TREES[kind] = TraceTree()
@@ -212,9 +204,9 @@ def _tree(kind: Any) -> TraceTree[Plan | str]:
     return tree
 
 
-def _found(tree: TraceTree[Plan | str], environment: Environment) -> tuple[Plan | str, list[Any]] | None:
+def _found(tree: TraceTree[Plan | Fallback], inputs: StepInputs) -> tuple[Plan | Fallback, list[Any]] | None:
     try:
-        return tree.find(environment)
+        return tree.find(inputs)
     except (MemoryError, RecursionError):
         raise
     except Exception:
@@ -224,58 +216,3 @@ def _found(tree: TraceTree[Plan | str], environment: Environment) -> tuple[Plan 
 def _forget_oldest_traces() -> None:
     while sum(tree.count for tree in _TREES.values()) > MOST_TRACES:
         _TREES.popitem(last=False)
-
-
-def _traced(
-    tracer: Tracer, name: str, given: Mapping[str, Any], attributes: Mapping[str, Any], guided: bool, seeded: bool,
-    make_sampler: Any,
-) -> Plan | str:  # fmt: skip
-    """A plan whose numbers are recorded, or why there is none."""
-    try:
-        trace = tracer.run(name)
-        dtypes = dict(_dtypes(given, attributes)) | {f"noise:{k}": dtype for k, dtype in enumerate(trace.draws)}
-        seeded = seeded and bool(trace.draws) and not trace.noise_spans  # a path has its seeds itself
-        compiled = functools.partial(
-            compile_trace, trace, dtypes, guided=guided, seeded=seeded, make_sampler=make_sampler
-        )
-        if not seeded:
-            return compiled()
-        try:
-            return compiled(drawn=True)
-        except NotAffine:
-            return compiled()  # the noise is kept, or drawn twice: it has to be a tensor
-    except NotAffine as reason:
-        return str(reason)
-    except (MemoryError, RecursionError):
-        raise  # not the scheduler's doing, and perhaps not there the next time
-    except Exception as error:
-        # The step itself has to fail, so that generators and state stand afterwards where a failure leaves them.
-        return f"raises {type(error).__name__}"
-
-
-def _refusal(given: Mapping[str, Any], attributes: Mapping[str, Any], schedule: Schedule) -> str:
-    """Why a call has no plan whatever the scheduler does; empty where that is not known."""
-    sample, output = given["sample"], given.get("model_output", given["sample"])
-    doubled = output.dim() > 1 and (output.shape[0], output.shape[1] // 2, *output.shape[2:]) == sample.shape
-    if output.shape != sample.shape and not doubled:
-        return "the model's output and the samples have different shapes"
-    if schedule.of_other_shapes(attributes, sample.shape):
-        return "the history and the samples have different shapes"
-    timestep, levels = given.get("timestep"), schedule.host.get("alphas_cumprod")
-    if levels is not None and levels.dtype == torch.float64 and isinstance(timestep, Tensor) and timestep.dim() > 0:
-        return "levels in float64, looked up for a tensor of timesteps, make the result float64"
-    return ""
-
-
-def _dtypes(given: Mapping[str, Any], attributes: Mapping[str, Any]) -> Iterator[tuple[str, torch.dtype]]:
-    """Of each tensor that a step may read, its place and its dtype."""
-    for name, value in given.items():
-        if name in INPUTS and isinstance(value, Tensor):
-            yield INPUTS[name], value.dtype
-    for name in HISTORY & attributes.keys():
-        value = attributes[name]
-        if isinstance(value, Tensor):
-            yield f"self.{name}", value.dtype
-        for i, item in enumerate(value if isinstance(value, list) else ()):
-            if isinstance(item, Tensor):
-                yield f"self.{name}:{i}", item.dtype

@@ -7,7 +7,7 @@ Attributes that no trace has read, such as a counter of the user's own, are comp
 from __future__ import annotations
 
 from ..ops import backends
-from .environment import CONFIG
+from .compiler.inputs import CONFIG
 
 #: What every plan depends on.
 _ALWAYS = (CONFIG, "timesteps")

@@ -14,10 +14,8 @@ from ..noise.brownian_tree import sampled
 from ..noise.torch_normals import randn_like_diffusers
 from ..ops.layout import laid_out, output_strides
 from ..ops.thresholding import dynamic_threshold
-from ..philox import purpose_of_draw
 from ..row_layout import COLUMNS, KEEP_0, KEEP_1, PREDICTION_OUTPUT, PREV_SAMPLE
-from .plan import Plan
-from .tracing import USUAL
+from .compiler.plan import NoiseSource, Plan
 
 
 def run_plan(
@@ -48,15 +46,15 @@ def run_plan(
         if uncond is not None:
             uncond = uncond.chunk(2, dim=1)[0]
         variance = variance if plan.variance_kind else None
-    if plan.make_sampler is not None:
-        attributes["noise_sampler"] = plan.make_sampler(attributes, arguments)
+    if plan.noise_sampler_factory is not None:
+        attributes["noise_sampler"] = plan.noise_sampler_factory(attributes, arguments)
     drawn = _draw(plan, attributes, arguments, output, seeds, noise_step)
     values: list[Any] = [
-        attributes[name] if index is None else attributes[name][index] for name, index in plan.from_attributes
+        attributes[name] if index is None else attributes[name][index] for name, index in plan.attribute_inputs
     ]
-    values += [arguments[name] for name in (*(USUAL[i] for i in plan.from_arguments), *plan.from_keywords)]
+    values += [arguments[name] for name in plan.argument_inputs]
     values += drawn
-    history = [values[slot] for slot in plan.registers]
+    history = [values[slot] for slot in plan.history]
     noise = None if plan.noise is None else values[plan.noise]
     sample, output = _as_taken(sample, plan.dtype), _as_taken(output, plan.dtype)
     uncond, noise, variance = (t if t is None else _as_taken(t, plan.dtype) for t in (uncond, noise, variance))
@@ -70,13 +68,15 @@ def run_plan(
         threshold = dynamic_threshold(x0, ratio, largest, keep_nan=True)
     rows = _rows(plan.table(sample.device), factor)
     made = _step(plan, rows, sample, output, uncond, guidance, history, noise, variance, threshold,
-                 seeds if plan.draws_inside else None, noise_step)  # fmt: skip
+                 seeds if plan.fused_draw else None, noise_step)  # fmt: skip
     if plan.blend is not None:
         mask, a, b = plan.blend
         blended = torch.addcmul(made[a], values[mask].to(plan.dtype), made[b])
         made = (blended, *(t for k, t in enumerate(made) if k not in (a, b)))
     if plan.converts:
-        made = tuple(t if t.dtype is wanted else t.to(wanted) for t, wanted in zip(made, plan.made, strict=True))
+        made = tuple(
+            t if t.dtype is wanted else t.to(wanted) for t, wanted in zip(made, plan.output_dtypes, strict=True)
+        )
     values.extend(made)
     _write(plan, attributes, values)
     return _result(plan, values)
@@ -103,7 +103,7 @@ def launch(
     plan: Plan, sample: Tensor, output: Tensor, uncond: Any, guidance: Any, history: list[Tensor], noise: Any,
     seeds: Any, noise_step: int,
 ) -> Any:  # fmt: skip
-    """The fused step of a `simple` plan, by whichever backend it is."""
+    """The fused step of a `native_eligible` plan, by whichever backend it is."""
     rows = plan.table(sample.device), 0
     uncond = uncond if uncond is None else _as_taken(uncond, plan.dtype)  # which no plan knows the dtype of
     return _step(plan, rows, sample, output, uncond, guidance, history, noise, None, None, seeds, noise_step)
@@ -114,17 +114,16 @@ def _draw(
     step: int,
 ) -> list[Any]:  # fmt: skip
     """The step's noise, drawn as diffusers draws it, or from seeds, and as often."""
-    if plan.spans:
-        sampler = attributes["noise_sampler"]
-        return [sampled(sampler, start, end).to(output.device) for start, end in plan.spans]
-    if not plan.draws or plan.draws_inside:
-        return []
-    if plan.seeded:
-        assert seeds is not None
-        draws = enumerate(plan.draws)
-        return [ops.randn(output.shape, seeds, step, purpose_of_draw(k), output.device, dtype) for k, dtype in draws]
-    generator = arguments.get("generator")
-    return [draw(output, generator, dtype) for dtype in plan.draws]
+    drawn: list[Any] = []
+    for each in plan.draws:
+        if each.interval is not None:
+            drawn.append(sampled(attributes["noise_sampler"], *each.interval).to(output.device))
+        elif each.source is NoiseSource.TORCH:
+            drawn.append(draw(output, arguments.get("generator"), each.dtype))
+        elif not each.fused:
+            assert seeds is not None
+            drawn.append(ops.randn(output.shape, seeds, step, each.purpose, output.device, each.dtype))
+    return drawn
 
 
 #: The columns of a row that multiply the model's output, itself or within the prediction.
@@ -143,12 +142,13 @@ def _rows(table: Tensor, factor: Tensor | None) -> tuple[Tensor, int | Tensor]:
 def _step(plan: Plan, rows: tuple[Tensor, int | Tensor], sample: Tensor, output: Tensor, uncond: Any, guidance: Any,
           history: Any, noise: Any, variance: Any, threshold: Any, seeds: Any, noise_step: int) -> Any:  # fmt: skip
     """One call of the fused step: (prev_sample, and what it keeps)."""
-    kind, out = plan.variance_kind, plan.outputs
+    kind, out = plan.variance_kind, plan.new_output_dtypes
+    purpose = plan.fused_draw.purpose if plan.fused_draw else 0
 
     def directly() -> Any:
         return ops.direct_step(
-            sample, output, *rows, uncond, guidance, history, noise, variance, threshold, kind, plan.keeps, out, seeds,
-            noise_step, plan.purpose,
+            sample, output, *rows, uncond, guidance, history, noise, variance, threshold, kind, plan.kept, out, seeds,
+            noise_step, purpose,
         )  # fmt: skip
 
     done = directly()
@@ -163,20 +163,20 @@ def _step(plan: Plan, rows: tuple[Tensor, int | Tensor], sample: Tensor, output:
         return done
     return ops.step(
         sample, output, *rows, uncond=uncond, guidance=guidance, history=history, noise=noise, seeds=seeds,
-        noise_step=noise_step, purpose=plan.purpose, variance=variance, threshold=threshold, variance_kind=kind,
-        keeps=plan.keeps, out=out,
+        noise_step=noise_step, purpose=purpose, variance=variance, threshold=threshold, variance_kind=kind,
+        keeps=plan.kept, out=out,
     )  # fmt: skip
 
 
 def _write(plan: Plan, attributes: dict[str, Any], values: list[Any]) -> None:
     """Bring the scheduler to its state after the step."""
-    attributes.update(plan.constants)
-    for name, slot in plan.variables:
+    attributes.update(plan.constant_writes)
+    for name, slot in plan.tensor_writes:
         attributes[name] = values[slot]
-    for name, stay, entries in plan.lists:
+    for name, stay, entries in plan.list_writes:
         items = []
         for v in entries:
-            items.append(values[v] if type(v) is int else v.value)  # type: ignore[union-attr]
+            items.append(values[v] if type(v) is int else v.value)
         if stay is None:
             attributes[name] = items
         else:
@@ -185,8 +185,8 @@ def _write(plan: Plan, attributes: dict[str, Any], values: list[Any]) -> None:
 
 def _result(plan: Plan, values: list[Any]) -> Any:
     results = [values[v] if type(v) is int else v.value for v in plan.results]  # type: ignore[union-attr]
-    if plan.kind is tuple:
+    if plan.result_type is tuple:
         return tuple(results)
-    if plan.kind is None:
+    if plan.result_type is None:
         return results[0]
-    return plan.kind(**dict(zip(plan.names, results, strict=True)))  # type: ignore[arg-type]
+    return plan.result_type(**dict(zip(plan.result_names, results, strict=True)))  # type: ignore[arg-type]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from enum import IntEnum
 from types import FunctionType
 from typing import Any
@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .environment import CONFIG, FUSED, HISTORY, SCALARS_OF_STATE, Lookup, identity
-from .overrides import names_in_code
-from .plan import Plan
+from .compiler.inputs import CACHE, CONFIG, HISTORY, SCALARS_OF_STATE, Lookup, identity
+from .compiler.overrides import names_in_code
+from .compiler.plan import Fallback, Plan
 from .reads import reads_of
 
 #: Schedules whose plans are kept, the latest ones, and how many plans in all.
@@ -27,9 +27,9 @@ class PlanStore:
     """The plans of all schedules, by what a schedule holds and then by a call's key; the oldest are forgotten."""
 
     def __init__(self) -> None:
-        self.schedules: OrderedDict[Any, OrderedDict[Any, Plan | str]] = OrderedDict()
+        self.schedules: OrderedDict[Any, OrderedDict[Any, Plan | Fallback]] = OrderedDict()
 
-    def of_schedule(self, key: Any) -> OrderedDict[Any, Plan | str]:
+    def of_schedule(self, key: Any) -> OrderedDict[Any, Plan | Fallback]:
         """The plans for schedules that hold the same."""
         plans = self.schedules.setdefault(key, OrderedDict())
         self.schedules.move_to_end(key)
@@ -37,7 +37,7 @@ class PlanStore:
             self.schedules.popitem(last=False)
         return plans
 
-    def keep(self, plans: OrderedDict[Any, Plan | str], key: Any, plan: Plan | str) -> None:
+    def keep(self, plans: OrderedDict[Any, Plan | Fallback], key: Any, plan: Plan | Fallback) -> None:
         """Keep a plan, and no more plans than `MOST_PLANS`."""
         plans[key] = plan
         while len(plans) > MOST_PLANS:
@@ -93,7 +93,7 @@ class Schedule:
         }
         self.tensors = tuple((n, t, version_of(t)) for n, t in arrays.items() if isinstance(t, Tensor))
         self.arrays = tuple((n, a) for n, a in arrays.items() if isinstance(a, np.ndarray))
-        self.names = frozenset(arrays) | {CONFIG, FUSED}
+        self.names = frozenset(arrays) | {CONFIG, CACHE}
         seen = set() if before is None else {(n, id(t), version) for n, t, version in before.tensors}
         self.host: dict[str, Tensor] = {}
         self._contents: dict[str, tuple[Any, ...]] = {}
@@ -160,7 +160,7 @@ class Schedule:
     def look_up(self, which: Lookup, value: Any, attributes: dict[str, Any]) -> Any:
         """What the method itself gives for a timestep of this value."""
         stub: Any = object.__new__(self._class)
-        vars(stub).update({name: self.host.get(name, held) for name, held in attributes.items() if name != FUSED})
+        vars(stub).update({name: self.host.get(name, held) for name, held in attributes.items() if name != CACHE})
         with torch.inference_mode(False):
             timestep = value
             if which.dtype is not None:
@@ -204,7 +204,7 @@ class Schedule:
         }
         read = reads_of(self._class)
         for name, value in attributes.items():
-            if name not in read and name != FUSED:
+            if name not in read and name != CACHE:
                 found.append((name, Kept.NOT_READ, None, 0, b""))
                 continue
             if name in arrays:
@@ -216,16 +216,6 @@ class Schedule:
                 return None
             found.append(each)
         return found
-
-    @staticmethod
-    def of_other_shapes(attributes: Mapping[str, Any], shape: torch.Size) -> bool:
-        """Whether tensors of history have another shape than the samples, which they are then broadcast to."""
-        for name in HISTORY & attributes.keys():
-            value = attributes[name]
-            for item in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(item, Tensor) and item.shape != shape:
-                    return True
-        return False
 
 
 def _contents_of(array: Any) -> tuple[Any, ...]:
@@ -247,7 +237,7 @@ def comparable(tensor: Tensor) -> bool:
 
 def _kept(name: str, value: Any) -> KeptAttribute | None:
     """An attribute that is no array, as it is compared later: alike is what `state_of` says the same of, or less."""
-    if name == FUSED:
+    if name == CACHE:
         return name, Kept.OWNER, None, 0, b""
     if name == CONFIG or type(value) is FunctionType:
         return name, Kept.SAME, value, 0, b""

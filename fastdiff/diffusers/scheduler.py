@@ -19,14 +19,13 @@ from torch import Tensor
 from ..errors import sentence
 from ..noise.brownian_path import BrownianPath
 from ..noise.seeded_draws import SeededDraws
-from .environment import FUSED, snapshot
+from .compiler.inputs import CACHE, USUAL_ARGUMENTS, snapshot
+from .compiler.overrides import OWN_CLASSES, overriding_class, pristine
+from .compiler.plan import Fallback, Plan
 from .guidance import combined, combined_by_torch, rescaling
 from .loop import Fused, fused_of, goes_on
-from .overrides import HOUSE, overriding_class, pristine
-from .plan import Plan
 from .planning import SCALING, find_plan
 from .running import run_plan
-from .tracing import USUAL
 
 
 class FusedScheduler:
@@ -66,7 +65,7 @@ class FusedScheduler:
         if index is not None and "schedule_timesteps" in inspect.signature(index).parameters:
             cls.index_for_timestep = _index_for_timestep  # type: ignore[attr-defined]
         for base in cls.__mro__[: cls.__mro__.index(cls.original)]:
-            HOUSE[base] = dict(vars(base))
+            OWN_CLASSES[base] = dict(vars(base))
 
     def guided_step(
         self,
@@ -110,7 +109,7 @@ class FusedScheduler:
         shared memory) are seen by the first step after the next `set_timesteps`, those on a device not at all: call
         this after such a write.
         """
-        fused: Fused | None = vars(self).get(FUSED)
+        fused: Fused | None = vars(self).get(CACHE)
         if fused is not None:
             fused.invalidate()
 
@@ -123,7 +122,7 @@ class FusedScheduler:
             seeds: one for each sample, as in `fastdiff.randn`; its `step` is the number of steps taken since
                 `set_timesteps`.
         """
-        fused: Fused | None = vars(self).get(FUSED)
+        fused: Fused | None = vars(self).get(CACHE)
         if fused is None:
             fused = fused_of(self)
         fused.use_seeds(seeds)  # the schedule is nothing to them
@@ -149,7 +148,7 @@ class FusedScheduler:
         """
         own = type(self).__new__(type(self))
         for name, value in vars(self).items():
-            if name == FUSED:
+            if name == CACHE:
                 beside, value = value, Fused(own, beside=value)
                 value.use_seeds(beside.seeds)
                 value.steps_taken = beside.steps_taken
@@ -157,8 +156,8 @@ class FusedScheduler:
         return own
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in vars(self).items() if name not in (FUSED, _SEEDED)}
-        fused: Fused | None = vars(self).get(FUSED)
+        state = {name: value for name, value in vars(self).items() if name not in (CACHE, _SEEDED)}
+        fused: Fused | None = vars(self).get(CACHE)
         if fused is not None and fused.seeds is not None:
             state[_SEEDS] = fused.seeds, fused.steps_taken
         return state
@@ -169,7 +168,7 @@ class FusedScheduler:
         if seeds is not None:
             sampler = vars(self).get("noise_sampler")
             self.use_philox(seeds[0])
-            vars(self)[FUSED].steps_taken = seeds[1]
+            vars(self)[CACHE].steps_taken = seeds[1]
             if sampler is not None:
                 vars(self)["noise_sampler"] = sampler
 
@@ -204,7 +203,7 @@ def _guided_step(
     if "step" in vars(self) or overriding_class(type(self), self.original, "step") is not None:
         guided = combined(model_output_uncond, model_output_cond, guidance_scale, factor)
         return self.step(guided, timestep, sample, **kwargs)  # somebody's own
-    given = {**dict(zip(USUAL, (model_output_cond, timestep, sample), strict=True)), **kwargs}
+    given = {**dict(zip(USUAL_ARGUMENTS, (model_output_cond, timestep, sample), strict=True)), **kwargs}
     return _take(self, "step", (), given, model_output_uncond, guidance_scale, factor)
 
 
@@ -244,7 +243,7 @@ def _scaling_method(name: str, method: Any, signature: inspect.Signature) -> Any
         if _is_compiling():
             return method(self, *args, **kwargs)
         attributes = self.__dict__
-        fused: Fused | None = attributes.get(FUSED)
+        fused: Fused | None = attributes.get(CACHE)
         # Where nothing has changed since the last step, the factor is the one that was found there before.
         after = fused.plan if fused is not None and len(args) == 2 and not kwargs else None
         if fused is not None and fused.irregular:
@@ -259,7 +258,7 @@ def _scaling_method(name: str, method: Any, signature: inspect.Signature) -> Any
         result = _take(self, name, args, kwargs, None, None)
         plan = fused.scaling
         if plan is not None and fused.plan is after:
-            after.next_scale = None if plan.only_scale is None else (plan.dtype, plan.only_scale)
+            after.next_scale = None if plan.scale_only is None else (plan.dtype, plan.scale_only)
         return result
 
     scale_model_input.__signature__ = signature  # type: ignore[attr-defined]
@@ -272,7 +271,7 @@ def _setting_method(method: Any) -> Any:
         result = method(self, *args, **kwargs)
         if _is_compiling():
             return result
-        fused: Fused | None = vars(self).get(FUSED)
+        fused: Fused | None = vars(self).get(CACHE)
         if fused is not None:
             fused.steps_taken = 0  # noise of `use_philox` starts again with its first step
             fused.look_again = True
@@ -321,7 +320,7 @@ def _take_path_of_seeds(attributes: dict[str, Any], fused: Fused, sample: Tensor
 def _undoing_method(method: Any) -> Any:
     @functools.wraps(method)
     def undo_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        fused: Fused | None = vars(self).get(FUSED)
+        fused: Fused | None = vars(self).get(CACHE)
         if fused is None or fused.seeds is None:
             return method(self, *args, **kwargs)
         sample = kwargs["sample"] if "sample" in kwargs else args[0]
@@ -346,6 +345,9 @@ def _check_uncond(value: Any) -> None:
         )
 
 
+_PER_TOKEN = Fallback("has a timestep for each token")
+
+
 def _take(
     scheduler: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], uncond: Any, scale: Any,
     factor: Tensor | None = None,
@@ -354,7 +356,7 @@ def _take(
     names = scheduler.arguments[name]
     call = {**dict(zip(names, args, strict=False)), **kwargs}
     twice_or_too_many = len(call) != len(args) + len(kwargs)
-    found: Fused | None = vars(scheduler).get(FUSED)
+    found: Fused | None = vars(scheduler).get(CACHE)
     if found is not None and factor is None and not twice_or_too_many:
         result = found.begin(scheduler, name, name == SCALING, found.seeds is not None, call, uncond, scale)
         if result is not None:
@@ -370,7 +372,7 @@ def _take(
     if not isinstance(output, Tensor) or not isinstance(sample, Tensor) or twice_or_too_many:
         return getattr(scheduler.original, name)(scheduler, *args, **kwargs)  # which says what is wrong
     if scheduler.never_planned(given):
-        return _take_otherwise(scheduler, found, "has a timestep for each token", name, given, uncond, scale, factor)
+        return _take_otherwise(scheduler, found, _PER_TOKEN, name, given, uncond, scale, factor)
     fused = fused_of(scheduler)
     if fused.seeds is not None and name != SCALING:
         _take_path_of_seeds(vars(scheduler), fused, sample)
@@ -378,7 +380,7 @@ def _take(
     undisturbed = fused.undisturbed_at == begun - 1 and factor is None and name != SCALING
     schedule, attributes = fused.schedule, vars(scheduler)
 
-    def plan_of_now() -> Plan | str:
+    def plan_of_now() -> Plan | Fallback:
         now = snapshot(attributes)
         return find_plan(
             scheduler, name, given, now, schedule, guided=uncond is not None, seeded=fused.seeds is not None
@@ -386,13 +388,13 @@ def _take(
 
     plan = fused.latest = plan_of_now()
     if name == SCALING:
-        fused.scaling = None if isinstance(plan, str) else plan
-    if isinstance(plan, str):
+        fused.scaling = None if isinstance(plan, Fallback) else plan
+    if isinstance(plan, Fallback):
         return _take_otherwise(scheduler, fused, plan, name, given, uncond, scale, factor)
     before = schedule.kept(attributes) if fused.steps_taken == 0 and factor is None else None
     if before is not None and not (plan is plan_of_now() and schedule.holds(attributes)):
         before = None  # another thread came between, and it is no state that this plan is known to be for
-    seeds = fused.seeds_for(sample) if plan.seeded else None
+    seeds = fused.seeds_for(sample) if plan.uses_seeds else None
     result = run_plan(plan, attributes, given, uncond, scale, seeds, fused.steps_taken, factor)
     alone = fused.move() == begun + 1
     if before is not None and alone:
@@ -401,7 +403,7 @@ def _take(
         return result
     fused.steps_taken += 1
     if undisturbed and alone and fused.plan is not None:  # none: the schedule was looked at anew
-        fused.plan.program.follow(plan.program)
+        fused.plan.native.follow(plan.native)
     if alone and fused.is_regular(given):
         fused.go_on_from(plan, name, uncond is not None, call, scheduler)
     else:
@@ -410,15 +412,15 @@ def _take(
 
 
 def _take_otherwise(
-    scheduler: Any, fused: Fused | None, reason: str, name: str, given: dict[str, Any], uncond: Any, scale: Any,
+    scheduler: Any, fused: Fused | None, fallback: Fallback, name: str, given: dict[str, Any], uncond: Any, scale: Any,
     factor: Tensor | None,
 ) -> Any:  # fmt: skip
-    """A step without a plan, for a reason: guidance first, then the scheduler's own way."""
+    """A step without a plan: guidance first, then the scheduler's own way."""
     if uncond is not None:
         given["model_output"] = combined(uncond, given["model_output"], scale, factor)
     if fused is None or name == SCALING:
         return scheduler.step_otherwise(name, given)
-    fused.latest = reason
+    fused.latest = fallback
     fused.move()
     fused.forget()
     if fused.seeds is None:

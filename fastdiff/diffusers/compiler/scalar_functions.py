@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Functions of torch and numpy on the recorded numbers of a traced step: recorded where there is a rule, else done on
-their values, which are then observed.
+"""Functions of torch and numpy on scalar proxies.
+
+In: a function and its arguments, some of them `NumberProxy` or `ScalarTensor`.  Out: a proxy of the result, recorded on
+the tape where there is a rule; else the function is done on the values, which are then guarded.
 """
 
 from __future__ import annotations
@@ -17,15 +19,15 @@ from . import tape as t
 from .scalars import (
     BY_SHAPE,
     COMPARISONS,
-    Number,
-    Scalar,
-    bare,
-    element,
-    observed_tensor,
+    NumberProxy,
+    ScalarTensor,
+    example_value,
+    guarded_tensor,
     operand_index,
     operator_index,
     scalar_of,
     spread,
+    uniform_index,
 )
 from .tape import Tape
 
@@ -60,7 +62,7 @@ _UNARY: dict[str, Callable[[Any], Any]] = {
 _JUMPS = frozenset(("floor", "ceil", "round"))
 #: Unary functions that keep integers integers.
 _KEEPS_DTYPE = frozenset(("neg", "negative", "abs", "absolute", "floor", "ceil", "round"))
-#: What only moves elements about: done on the places of the elements.
+#: Functions that only rearrange elements: done on a tensor of the elements' tape indices.
 _MOVES = frozenset(
     (
         "getitem", "flatten", "view", "reshape", "unsqueeze", "squeeze", "expand", "expand_as", "repeat", "transpose",
@@ -78,9 +80,9 @@ _SHAPES = frozenset(("size", "dim", "numel", "nelement", "ndimension", "is_float
 
 
 def scalar_function(func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """A torch function of scalars: recorded where there is a rule, else done on their values."""
-    if any(issubclass(kind, Tensor) and kind not in (Tensor, Scalar) for kind in types):
-        return NotImplemented  # a tensor like the samples has rules of its own
+    """Do a torch function of scalar proxies."""
+    if any(issubclass(kind, Tensor) and kind not in (Tensor, ScalarTensor) for kind in types):
+        return NotImplemented  # the rules of a tensor like the samples apply
     tape = _tape_of(args) or _tape_of(kwargs.values())
     assert tape is not None
     name = getattr(func, "__name__", str(func))
@@ -97,27 +99,33 @@ def scalar_function(func: Any, types: Any, args: Any, kwargs: dict[str, Any]) ->
     name = name.strip("_")
     if in_place:
         return _rewritten(tape, _IN_PLACE.get(name, name), args, kwargs)
-    result = _taken_out(tape, name, args[0]) if special else NotImplemented
+    result = _python_scalar(tape, name, args[0]) if special else NotImplemented
     if result is NotImplemented:
         result = _recorded(tape, name, func, args, kwargs)
     if result is not NotImplemented:
         return result
     with torch._C.DisableTorchFunctionSubclass():
-        return func(*_on_values(list(args)), **{key: _on_values(value) for key, value in kwargs.items()})
+        return func(*_specialized(list(args)), **{key: _specialized(value) for key, value in kwargs.items()})
 
 
 class UnrecordedError(Exception):
-    """Something is done to recorded numbers that is neither recorded nor done on their values."""
+    """A recorded number is written, which no tape expresses."""
 
 
 #: Operators that write to their first operand.
 _IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "idiv": "div", "ipow": "pow"}
 
 
-def _rewritten(tape: Tape, name: str, args: Any, kwargs: dict[str, Any]) -> Scalar:
-    """The first operand with other numbers; whoever holds it sees them."""
+def _rewritten(tape: Tape, name: str, args: Any, kwargs: dict[str, Any]) -> ScalarTensor:
+    """Give the first operand other numbers, which every holder of it sees."""
     first = args[0]
-    if isinstance(first, Scalar) and not first.held and first.array is None and name in _BINARY and not kwargs:
+    if (
+        isinstance(first, ScalarTensor)
+        and not first.read_only
+        and first.array is None
+        and name in _BINARY
+        and not kwargs
+    ):
         result = _elementwise(tape, _BINARY[name], args, None)
         if result is not NotImplemented and result.shape == first.shape:
             first.elements = result.elements
@@ -140,33 +148,35 @@ def _recorded(tape: Tape, name: str, func: Any, args: Any, kwargs: dict[str, Any
         return _elementwise(tape, _REFLECTED[name], args[::-1], _quotient_dtype(name))
     if name in ("clamp", "clip", "clamp_min", "clamp_max"):
         return _clamped(tape, name, args, kwargs)
-    if name == "item" and element(args[0]) is not None:
-        return Number(tape, args[0].elements[0])
+    if name == "item" and uniform_index(args[0]) is not None:
+        return NumberProxy(tape, args[0].elements[0])
     if name in ("to", "type", "type_as"):
         return _cast(tape, args[0], _wanted_dtype(args, kwargs))
     if name in _CASTS and len(args) == 1:
         return _cast(tape, args[0], _CASTS[name])
     if name in _SAME:
         first = args[0]
-        return Scalar.make(tape, first.elements, first.shape, first.dtype, first.array)
+        return ScalarTensor.make(tape, first.elements, first.shape, first.dtype, first.array)
     if name in _MOVES:
         return _moved(tape, name, func, args, kwargs)
     if name == "linalg_solve":
         return _solved(tape, *args)
     if name == "repr":
-        return repr(observed_tensor(args[0]))
+        return repr(guarded_tensor(args[0]))
     return NotImplemented
 
 
-def _narrowed(tape: Tape, scalar: Scalar) -> Scalar:
-    """Numbers that diffusers has in float32, rounded to it."""
+def _narrowed(tape: Tape, scalar: ScalarTensor) -> ScalarTensor:
+    """Round the numbers that diffusers has in float32."""
     if scalar.dtype is not torch.float32 or scalar.array is not None:
         return scalar
-    return Scalar.make(tape, tuple(tape.apply(t.as_float32, i) for i in scalar.elements), scalar.shape, scalar.dtype)
+    return ScalarTensor.make(
+        tape, tuple(tape.apply(t.as_float32, i) for i in scalar.elements), scalar.shape, scalar.dtype
+    )
 
 
 def _quotient_dtype(name: str) -> torch.dtype | None:
-    """The dtype that a true division gives integers at least."""
+    """Return the dtype of a true division of integers; None for any other function."""
     return torch.float32 if name in ("div", "truediv", "true_divide", "divide", "rtruediv", "rdiv") else None
 
 
@@ -175,7 +185,7 @@ def _elementwise(tape: Tape, function: Callable[..., Any], args: Sequence[Any], 
     if any(operand is None or operand.array is not None for operand in operands):
         return NotImplemented
     with torch._C.DisableTorchFunctionSubclass():
-        stand_ins = [bare(value) if not isinstance(value, np.number) else value.item() for value in args]
+        stand_ins = [example_value(value) if not isinstance(value, np.number) else value.item() for value in args]
         dtype = torch.result_type(*stand_ins) if len(args) == 2 else args[0].dtype
         if at_least is torch.bool:
             dtype = torch.bool
@@ -187,18 +197,18 @@ def _elementwise(tape: Tape, function: Callable[..., Any], args: Sequence[Any], 
         return NotImplemented
     if all(len(operand.elements) == 1 for operand in operands):  # type: ignore[union-attr]
         first = tape.apply(function, *(operand.elements[0] for operand in operands))  # type: ignore[union-attr]
-        return Scalar.make(tape, (first,), shape, dtype)
+        return ScalarTensor.make(tape, (first,), shape, dtype)
     columns = [_broadcast(operand, shape) for operand in operands]  # type: ignore[arg-type]
     elements = tuple(tape.apply(function, *each) for each in zip(*columns, strict=True))
-    return Scalar.make(tape, elements, shape, dtype)
+    return ScalarTensor.make(tape, elements, shape, dtype)
 
 
-def _broadcast(operand: Scalar, shape: Sequence[int]) -> list[int]:
-    return [int(i) for i in _places(operand).expand(shape).reshape(-1).tolist()]
+def _broadcast(operand: ScalarTensor, shape: Sequence[int]) -> list[int]:
+    return [int(i) for i in _indices(operand).expand(shape).reshape(-1).tolist()]
 
 
-def _places(scalar: Scalar) -> Tensor:
-    """The index of each element, in a plain tensor of the same shape."""
+def _indices(scalar: ScalarTensor) -> Tensor:
+    """Return the tape index of each element, in a plain tensor of the same shape."""
     with torch._C.DisableTorchFunctionSubclass():
         found = torch.tensor(scalar.elements, dtype=torch.int64, device="cpu")
         return spread(found, scalar.shape)
@@ -214,16 +224,16 @@ def _clamped(tape: Tape, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     return result
 
 
-def _taken_out(tape: Tape, name: str, scalar: Any) -> Any:
-    """What Python itself asks a tensor of one number for; a number that C code takes is observed."""
+def _python_scalar(tape: Tape, name: str, scalar: Any) -> Any:
+    """Convert a tensor of one number as Python's built-ins do; a number that C code takes is guarded."""
     if name == "len":
         return scalar.shape[0]
-    index = element(scalar) if name in ("bool", "int", "float", "index") and scalar.numel() == 1 else None
+    index = uniform_index(scalar) if name in ("bool", "int", "float", "index") and scalar.numel() == 1 else None
     if index is None:
         return NotImplemented
     if name == "bool":
-        return bool(tape.observe(tape.apply(bool, index)))
-    number = tape.observe(index)
+        return bool(tape.guard(tape.apply(bool, index)))
+    number = tape.guard(index)
     return int(number) if name == "int" else float(number) if name == "float" else operator_index(number)
 
 
@@ -236,92 +246,92 @@ def _wanted_dtype(args: Any, kwargs: dict[str, Any]) -> torch.dtype:
     return args[0].dtype  # type: ignore[no-any-return]
 
 
-def _cast(tape: Tape, scalar: Scalar, dtype: torch.dtype) -> Any:
-    """Another dtype.  Numbers stay as wide as they are: a step's scalars are computed in float64 and rounded once."""
+def _cast(tape: Tape, scalar: ScalarTensor, dtype: torch.dtype) -> Any:
+    """Cast; floats keep their width, since a step's scalars are computed in float64 and rounded once."""
     if dtype.is_floating_point == scalar.dtype.is_floating_point or dtype.is_floating_point:
-        return Scalar.make(tape, scalar.elements, scalar.shape, dtype, scalar.array)
+        return ScalarTensor.make(tape, scalar.elements, scalar.shape, dtype, scalar.array)
     if scalar.array is not None or dtype is torch.bool:
         return NotImplemented
     elements = tuple(tape.apply(t.truncated, index) for index in _narrowed(tape, scalar).elements)
-    return Scalar.make(tape, elements, scalar.shape, dtype)
+    return ScalarTensor.make(tape, elements, scalar.shape, dtype)
 
 
 def _moved(tape: Tape, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name == "getitem":
         source, index = args
-        if isinstance(source, Scalar) and source.array is not None:
+        if isinstance(source, ScalarTensor) and source.array is not None:
             return _entry(tape, source, index)
-        if not isinstance(source, Scalar):
+        if not isinstance(source, ScalarTensor):
             return _entry_of_plain(tape, source, index)
         if _tape_of((index,)) is not None:
-            index = _on_values(index)
+            index = _specialized(index)
         args = (source, index)
-    scalars: list[Scalar] = []
+    scalars: list[ScalarTensor] = []
 
-    def places(value: Any) -> Any:
+    def indices_of(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
-            return type(value)(places(item) for item in value)
+            return type(value)(indices_of(item) for item in value)
         if isinstance(value, Tensor):
             scalar = scalar_of(tape, value)
             if scalar is None or scalar.array is not None:
                 raise _NoRuleError
             scalars.append(scalar)
-            return _places(scalar)
-        return _on_values(value)
+            return _indices(scalar)
+        return _specialized(value)
 
     try:
-        moved_args = [places(value) for value in args[:1]] + [_on_values(value) for value in args[1:]]
+        moved_args = [indices_of(value) for value in args[:1]] + [_specialized(value) for value in args[1:]]
     except _NoRuleError:
         return NotImplemented
     with torch._C.DisableTorchFunctionSubclass():
-        moved = func(*moved_args, **{key: _on_values(value) for key, value in kwargs.items()})
+        moved = func(*moved_args, **{key: _specialized(value) for key, value in kwargs.items()})
         dtype = functools.reduce(torch.promote_types, [scalar.dtype for scalar in scalars])
 
-    def back(found: Any) -> Any:
+    def to_scalars(found: Any) -> Any:
         if isinstance(found, (list, tuple)):
-            return type(found)(back(item) for item in found)
+            return type(found)(to_scalars(item) for item in found)
         elements = tuple(int(i) for i in found.reshape(-1).tolist())
         if len(elements) > 1 and len(set(elements)) == 1:
             elements = elements[:1]
-        return Scalar.make(tape, elements, found.shape, dtype)
+        return ScalarTensor.make(tape, elements, found.shape, dtype)
 
-    return back(moved)
+    return to_scalars(moved)
 
 
 class _NoRuleError(Exception):
     pass
 
 
-def _entry(tape: Tape, source: Scalar, index: Any) -> Any:
-    """An entry of a schedule; a range of it where it is a short one."""
+def _entry(tape: Tape, source: ScalarTensor, index: Any) -> Any:
+    """Take an entry of a schedule, or a short range of it."""
     assert source.array is not None
-    if isinstance(index, Scalar) and not index.dtype.is_floating_point and index.dtype is not torch.bool:
-        at = element(index)
+    if isinstance(index, ScalarTensor) and not index.dtype.is_floating_point and index.dtype is not torch.bool:
+        at = uniform_index(index)
         if at is not None:
-            return Scalar.make(tape, (tape.apply(t.entry, source.array, at),), index.shape, source.dtype)
-    if type(index) is Number:
-        return Scalar.make(tape, (tape.apply(t.entry, source.array, index.index),), (), source.dtype)
+            return ScalarTensor.make(tape, (tape.apply(t.entry, source.array, at),), index.shape, source.dtype)
+    if type(index) is NumberProxy:
+        return ScalarTensor.make(tape, (tape.apply(t.entry, source.array, index.index),), (), source.dtype)
     if isinstance(index, int) and not isinstance(index, bool):
-        return Scalar.make(tape, (tape.apply(t.entry, source.array, tape.constant(index)),), (), source.dtype)
+        return ScalarTensor.make(tape, (tape.apply(t.entry, source.array, tape.constant(index)),), (), source.dtype)
     count = source.shape[0]
     if isinstance(index, slice) and _tape_of((index.start, index.stop, index.step)) is None:
         at_most = range(count)[index]
         if len(at_most) <= 64:
             elements = tuple(tape.apply(t.entry, source.array, tape.constant(i)) for i in at_most)
-            return Scalar.make(tape, elements, (len(at_most),), source.dtype)
+            return ScalarTensor.make(tape, elements, (len(at_most),), source.dtype)
     return NotImplemented
 
 
 def _entry_of_plain(tape: Tape, source: Any, index: Any) -> Any:
-    """An entry of a plain tensor of few numbers, such as one that the step has made."""
+    """Take an entry of a plain tensor of few numbers, such as one that the step has made."""
     if type(source) is not Tensor or source.dim() != 1 or source.numel() > 64:
         return NotImplemented
     numbers = tape.constant(tuple(source.tolist()))
-    return _entry(tape, Scalar.make(tape, (), source.shape, source.dtype, numbers), index)
+    return _entry(tape, ScalarTensor.make(tape, (), source.shape, source.dtype, numbers), index)
 
 
 def _solved(tape: Tape, matrix: Any, right: Any) -> Any:
-    """The solution of a small system, as one operation with as many results."""
+    """Solve a small system, as one operation whose result is a list."""
     a, b = scalar_of(tape, matrix), scalar_of(tape, right)
     if a is None or b is None or a.array is not None or b.array is not None or b.dim() != 1:
         return NotImplemented
@@ -331,7 +341,7 @@ def _solved(tape: Tape, matrix: Any, right: Any) -> Any:
     if solution is None:
         return _elementwise(tape, t.divide, (right, matrix.reshape(right.shape)), None)
     elements = tuple(tape.apply(t.entry, solution, tape.constant(i)) for i in range(count))
-    return Scalar.make(tape, elements, (count,), torch.promote_types(a.dtype, b.dtype))
+    return ScalarTensor.make(tape, elements, (count,), torch.promote_types(a.dtype, b.dtype))
 
 
 def _solve(count: int, *numbers: float) -> list[float]:
@@ -343,9 +353,9 @@ def _solve(count: int, *numbers: float) -> list[float]:
 
 
 def _tape_of(values: Any) -> Tape | None:
-    """The tape of the first recorded number among values, lists of them included."""
+    """Return the tape of the first proxy among values and lists of them."""
     for value in values:
-        if type(value) is Number or isinstance(value, Scalar):
+        if type(value) is NumberProxy or isinstance(value, ScalarTensor):
             return value.tape
         if isinstance(value, (list, tuple)):
             found = _tape_of(value)
@@ -358,16 +368,16 @@ def _tape_of(values: Any) -> Tape | None:
     return None
 
 
-def _on_values(value: Any) -> Any:
-    """An argument with plain numbers and tensors in place of recorded ones, which are observed."""
-    if type(value) is Number:
-        return value.observe()
-    if isinstance(value, Scalar):
-        return observed_tensor(value)
+def _specialized(value: Any) -> Any:
+    """Return an argument with plain values in place of proxies, whose values are guarded."""
+    if type(value) is NumberProxy:
+        return value.guard()
+    if isinstance(value, ScalarTensor):
+        return guarded_tensor(value)
     if isinstance(value, slice):
-        return slice(*(_on_values(part) for part in (value.start, value.stop, value.step)))
+        return slice(*(_specialized(part) for part in (value.start, value.stop, value.step)))
     if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
-        return type(value)(_on_values(item) for item in value)
+        return type(value)(_specialized(item) for item in value)
     return value
 
 
@@ -380,21 +390,21 @@ _UFUNCS = {
 
 
 def numpy_function(ufunc: Any, method: str, inputs: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """A numpy function of recorded numbers."""
+    """Do a numpy function of scalar proxies."""
     tape = _tape_of(inputs)
     assert tape is not None
     name = _UFUNCS.get(ufunc.__name__)
     if method == "__call__" and not kwargs and name is not None:
-        if any(isinstance(value, Tensor) and not isinstance(value, Scalar) for value in inputs):
+        if any(isinstance(value, Tensor) and not isinstance(value, ScalarTensor) for value in inputs):
             return NotImplemented
         function = _UNARY.get(name) or _BINARY[name]
         if not any(isinstance(value, Tensor) for value in inputs):
             indices = [operand_index(tape, value) for value in inputs]
             if None not in indices:
-                return Number(tape, tape.apply(function, *indices))  # type: ignore[arg-type]
+                return NumberProxy(tape, tape.apply(function, *indices))  # type: ignore[arg-type]
         else:
             result = _elementwise(tape, function, inputs, None if name in _KEEPS_DTYPE else torch.float32)
             if result is not NotImplemented:
                 return result
-    plain = [_on_values(value) for value in inputs]
+    plain = [_specialized(value) for value in inputs]
     return getattr(ufunc, method)(*(v.numpy() if isinstance(v, Tensor) else v for v in plain), **kwargs)

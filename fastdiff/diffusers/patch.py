@@ -18,9 +18,9 @@ from typing import Any
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..errors import sentence
-from .environment import FUSED
+from .compiler.inputs import CACHE
+from .registry import CLASSES
 from .scheduler import FusedScheduler
-from .schedulers import CLASSES
 
 #: Where an object remembers that `patch` changed its class, so that `unpatch` changes no other.
 _PATCHED = "_patched"
@@ -117,7 +117,7 @@ def unpatch(pipe: Any) -> PatchReport:
             left.append(Part(where, type(part).__name__, "made as a fused one, not by patch"))
         else:
             part.__class__ = original = type(part).original
-            for name in (_PATCHED, FUSED):
+            for name in (_PATCHED, CACHE):
                 vars(part).pop(name, None)
             replaced.append(Part(where, original.__name__))
     return PatchReport("unpatch", tuple(replaced), tuple(left))

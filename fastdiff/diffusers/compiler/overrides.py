@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What a diffusers class defines, and who overrides it: a step is traced only through code that is diffusers' own."""
+"""Find overrides of diffusers' own methods: a step is traced only through code that is diffusers' own.
+
+In: a scheduler's class and an attribute name.  Out: the class that overrides it, if any.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,18 @@ import functools
 from types import CodeType, FunctionType
 from typing import Any
 
-from .environment import ABSENT
+from .inputs import ABSENT
 
 
 @functools.cache
 def pristine(original: Any) -> dict[str, Any]:
-    """What a diffusers class and its bases define, as it was when it was first asked for."""
+    """Return what a diffusers class and its bases define, as at the first call."""
     return {name: value for base in reversed(original.__mro__) for name, value in vars(base).items()}
 
 
 @functools.cache
 def names_in_code(original: Any) -> frozenset[str]:
-    """All names that a diffusers class's own code mentions: an attribute of another name is no concern of its steps."""
+    """Return all names in a diffusers class's own code: its steps use no attribute of another name."""
     found: set[str] = set()
     codes = [function.__code__ for value in pristine(original).values() for function in _functions_of(value)]
     while codes:
@@ -33,7 +36,7 @@ def names_in_code(original: Any) -> frozenset[str]:
 
 
 def _functions_of(value: Any) -> list[Any]:
-    """The Python functions behind a class attribute, those that decorators wrap among them."""
+    """Return the Python functions behind a class attribute, including those that decorators wrap."""
     parts = [value.fget, value.fset] if isinstance(value, property) else [getattr(value, "__func__", value)]
     found = []
     for part in parts:
@@ -45,19 +48,19 @@ def _functions_of(value: Any) -> list[Any]:
 
 
 #: Classes that fastdiff puts before diffusers' own, each with what it defines itself.
-HOUSE: dict[type, dict[str, Any]] = {}
+OWN_CLASSES: dict[type, dict[str, Any]] = {}
 
 
 def overriding_class(scheduler_class: type, original: type, name: str) -> type | None:
-    """The class because of which an attribute is not what the diffusers class had; None where it is."""
+    """Return the class that makes an attribute differ from the diffusers class's; None if none does."""
     expected = pristine(original).get(name, ABSENT)
     for base in scheduler_class.__mro__:
         defined = vars(base)
         if name not in defined:
             continue
-        house = HOUSE.get(base)
-        if house is None:
+        own = OWN_CLASSES.get(base)
+        if own is None:
             return None if defined[name] is expected else base
-        if house.get(name, ABSENT) is not defined[name]:
+        if own.get(name, ABSENT) is not defined[name]:
             return base
     return None if expected is ABSENT else original

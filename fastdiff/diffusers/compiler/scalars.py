@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Numbers and tensors of numbers in a traced step: their arithmetic goes to a `Tape`.
+"""Proxies for the scalars of a traced step: their arithmetic is recorded on a `Tape`.
 
-`Number` stands for a Python number (the step index, eta), `Scalar` for a tensor of numbers (an entry of the schedule).
-Both have a value, so that a branch can be taken, and taking one is an observation on the tape.  What is not recorded
-as a formula is done on the values themselves, each of which is then observed: the trace holds for those values alone.
+In: a Python number (the step index, eta) as a `NumberProxy`; a tensor of numbers (an entry of the schedule) as a
+`ScalarTensor`.  Out: proxies of the results, and `Coefficient`s of linear expressions.
+
+Both have a value, so that a branch can be taken; taking one puts a guard on the tape.  An operation without a rule is
+done on the values, each of which is then guarded: the trace holds for those values alone.
 """
 
 from __future__ import annotations
@@ -20,12 +22,12 @@ from torch import Tensor
 from . import tape as t
 from .tape import Tape
 
-#: Attributes of a tensor that are answered by its shape and dtype.
+#: Attributes of a tensor that its shape and dtype determine.
 BY_SHAPE = frozenset(("shape", "dtype", "ndim", "layout", "is_cuda", "is_sparse", "requires_grad", "is_meta"))
 
 
-class Number:
-    """A Python number of a traced step.  It passes for an int or a float in `isinstance`."""
+class NumberProxy:
+    """A Python number of a traced step; in `isinstance` it is an int or a float."""
 
     __slots__ = ("_index", "_reader", "tape")
 
@@ -34,7 +36,7 @@ class Number:
 
     @property
     def index(self) -> int:
-        """Its place on the tape.  What a reader reads is recorded when it is first asked for."""
+        """The index on the tape; a reader's input is recorded at the first use."""
         if self._index is None:
             assert self._reader is not None
             self._index = self.tape.read(self._reader)
@@ -42,62 +44,62 @@ class Number:
 
     @property
     def value(self) -> Any:
-        """The number, not observed."""
+        """The number, without a guard."""
         return self.tape.values[self.index]
 
     @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # what isinstance asks where the type itself does not fit
-        value = self.value if self._index is not None or self._reader is None else self._reader(self.tape.environment)
+    def __class__(self) -> Any:  # isinstance asks for it where the type itself does not match
+        value = self.value if self._index is not None or self._reader is None else self._reader(self.tape.inputs)
         return type(value)
 
-    def observe(self) -> Any:
-        """The number; the trace holds for it alone."""
-        return self.tape.observe(self.index)
+    def guard(self) -> Any:
+        """Return the number; the trace holds for it alone."""
+        return self.tape.guard(self.index)
 
     def __bool__(self) -> bool:
-        return bool(self.tape.observe(self.tape.apply(bool, self.index)))
+        return bool(self.tape.guard(self.tape.apply(bool, self.index)))
 
     def __int__(self) -> int:
-        return int(self.observe())
+        return int(self.guard())
 
     def __float__(self) -> float:
-        return float(self.observe())
+        return float(self.guard())
 
     def __index__(self) -> int:
-        return operator_index(self.observe())
+        return operator_index(self.guard())
 
     def __round__(self, digits: int | None = None) -> Any:
-        return round(self.observe(), digits)
+        return round(self.guard(), digits)
 
     def __floor__(self) -> int:
-        return math.floor(self.observe())  # type: ignore[no-any-return]
+        return math.floor(self.guard())  # type: ignore[no-any-return]
 
     def __ceil__(self) -> int:
-        return math.ceil(self.observe())  # type: ignore[no-any-return]
+        return math.ceil(self.guard())  # type: ignore[no-any-return]
 
     def __trunc__(self) -> int:
-        return math.trunc(self.observe())  # type: ignore[no-any-return]
+        return math.trunc(self.guard())  # type: ignore[no-any-return]
 
     def __hash__(self) -> int:
-        return hash(self.observe())
+        return hash(self.guard())
 
     def __repr__(self) -> str:
-        return repr(self.observe())
+        return repr(self.guard())
 
     def __format__(self, spec: str) -> str:
-        return format(self.observe(), spec)
+        return format(self.guard(), spec)
 
-    def __neg__(self) -> Number:
-        return Number(self.tape, self.tape.apply(t.negative, self.index))
+    def __neg__(self) -> NumberProxy:
+        return NumberProxy(self.tape, self.tape.apply(t.negative, self.index))
 
-    def __pos__(self) -> Number:
+    def __pos__(self) -> NumberProxy:
         return self
 
-    def __abs__(self) -> Number:
-        return Number(self.tape, self.tape.apply(t.absolute, self.index))
+    def __abs__(self) -> NumberProxy:
+        return NumberProxy(self.tape, self.tape.apply(t.absolute, self.index))
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        return np.asarray(self.observe(), *args, **kwargs)
+        return np.asarray(self.guard(), *args, **kwargs)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
         from .scalar_functions import numpy_function
@@ -106,19 +108,19 @@ class Number:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from .scalar_functions import scalar_function  # which makes numbers itself
+        from .scalar_functions import scalar_function  # which imports this module
 
         return scalar_function(func, types, args, kwargs or {})
 
 
 def operator_index(value: Any) -> int:
-    """The integer that indexing takes, refused for anything else as Python refuses it."""
+    """Convert to an index; raises what Python raises for anything but an integer."""
     return value.__index__()  # type: ignore[no-any-return]
 
 
 def operand_index(tape: Tape, other: Any) -> int | None:
-    """The index of another operand; None for what is no number."""
-    if type(other) is Number:
+    """Return the tape index of another operand; None if it is no number."""
+    if type(other) is NumberProxy:
         return other.index
     if isinstance(other, (bool, int, float)):
         return tape.constant(other)
@@ -128,26 +130,26 @@ def operand_index(tape: Tape, other: Any) -> int | None:
 
 
 def _arithmetic(name: str, function: Callable[..., Any]) -> None:
-    def forward(self: Number, other: Any) -> Any:
+    def forward(self: NumberProxy, other: Any) -> Any:
         index = operand_index(self.tape, other)
-        return NotImplemented if index is None else Number(self.tape, self.tape.apply(function, self.index, index))
+        return NotImplemented if index is None else NumberProxy(self.tape, self.tape.apply(function, self.index, index))
 
-    def reflected(self: Number, other: Any) -> Any:
+    def reflected(self: NumberProxy, other: Any) -> Any:
         index = operand_index(self.tape, other)
-        return NotImplemented if index is None else Number(self.tape, self.tape.apply(function, index, self.index))
+        return NotImplemented if index is None else NumberProxy(self.tape, self.tape.apply(function, index, self.index))
 
-    setattr(Number, f"__{name}__", forward)
-    setattr(Number, f"__r{name}__", reflected)
+    setattr(NumberProxy, f"__{name}__", forward)
+    setattr(NumberProxy, f"__r{name}__", reflected)
 
 
 def _comparison(name: str, function: Callable[..., Any]) -> None:
-    def compare(self: Number, other: Any) -> Any:
+    def compare(self: NumberProxy, other: Any) -> Any:
         index = operand_index(self.tape, other)
         if index is None:
             return NotImplemented
-        return bool(self.tape.observe(self.tape.apply(function, self.index, index)))
+        return bool(self.tape.guard(self.tape.apply(function, self.index, index)))
 
-    setattr(Number, f"__{name}__", compare)
+    setattr(NumberProxy, f"__{name}__", compare)
 
 
 for _name, _function in (
@@ -163,7 +165,7 @@ for _name, _function in COMPARISONS.items():
 
 
 class Coefficient:
-    """A number of a formula, recorded: what `LinearExpr`s are scaled and added by.  Equal to itself alone."""
+    """A recorded coefficient of a `LinearExpr`, by its index on the tape; equal to no number."""
 
     __slots__ = ("index", "tape")
 
@@ -207,26 +209,26 @@ class Coefficient:
         return Coefficient(self.tape, self.tape.apply(function, self.index, index))
 
 
-#: A coefficient that is known, or one that is recorded.
+#: A coefficient that is constant, or one that is recorded.
 Factor = float | Coefficient
 
 
 def finite(value: Factor) -> bool:
-    """Whether a coefficient is finite, as far as that is known while tracing."""
+    """Return whether a coefficient is finite; a recorded one is checked once it has a number."""
     return type(value) is Coefficient or math.isfinite(value)  # type: ignore[arg-type]
 
 
-class Scalar(Tensor):
-    """A tensor of numbers of a traced step, with its shape and dtype and no contents of its own.
+class ScalarTensor(Tensor):
+    """A tensor of recorded numbers, with its shape and dtype and no data.
 
     Attributes:
-        tape: where its arithmetic goes.
-        elements: the index of each element in row-major order; one index alone where all are one number.
-        array: in place of `elements`, the index of a list with all elements: a schedule, of which entries are taken.
-        held: whether it stands for a tensor that is there before the step, and is not to be written.
+        tape: where its arithmetic is recorded.
+        elements: the tape index of each element in row-major order; a single index if all are one number.
+        array: in place of `elements`, the tape index of a list of all elements: a schedule, of which entries are taken.
+        read_only: it stands for a tensor that exists before the step and must not be written.
     """
 
-    held: bool = False
+    read_only: bool = False
     tape: Tape
     elements: tuple[int, ...]
     array: int | None
@@ -234,17 +236,17 @@ class Scalar(Tensor):
     @staticmethod
     def make(
         tape: Tape, elements: tuple[int, ...], shape: Sequence[int], dtype: torch.dtype, array: int | None = None
-    ) -> Scalar:
-        """A tensor of recorded numbers; `array` as in the class."""
+    ) -> ScalarTensor:
+        """Make one; `elements` and `array` as in the class."""
         with torch._C.DisableTorchFunctionSubclass():
             base = _empty(dtype) if not shape else _empty(dtype).expand(shape)
-            scalar: Scalar = torch.Tensor._make_subclass(Scalar, base)
+            scalar: ScalarTensor = torch.Tensor._make_subclass(ScalarTensor, base)
         scalar.tape, scalar.elements, scalar.array = tape, elements, array
         return scalar
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from .scalar_functions import scalar_function  # which makes numbers itself
+        from .scalar_functions import scalar_function  # which imports this module
 
         return scalar_function(func, types, args, kwargs or {})
 
@@ -254,7 +256,7 @@ class Scalar(Tensor):
         return numpy_function(ufunc, method, inputs, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return observed_tensor(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        return guarded_tensor(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 @functools.cache
@@ -263,47 +265,44 @@ def _empty(dtype: torch.dtype) -> Tensor:
         return torch.empty((), dtype=dtype, device="cpu")
 
 
-def element(scalar: Scalar) -> int | None:
-    """The index of the one number that all elements are; None where they differ or are not told apart."""
+def uniform_index(scalar: ScalarTensor) -> int | None:
+    """Return the tape index of the one number in all elements; None if they differ or are a schedule's."""
     return scalar.elements[0] if scalar.array is None and len(set(scalar.elements)) == 1 else None
 
 
-def observed_tensor(scalar: Scalar) -> Tensor:
-    """The numbers as a plain tensor, float64 where they are no integers; the trace holds for them alone."""
+def guarded_tensor(scalar: ScalarTensor) -> Tensor:
+    """Return the numbers as a plain tensor, floats in float64; the trace holds for them alone."""
     tape = scalar.tape
     if scalar.array is not None:
-        tape.observe(tape.apply(tuple, scalar.array))
+        tape.guard(tape.apply(tuple, scalar.array))
         values = list(tape.values[scalar.array])
     else:
-        values = [tape.observe(index) for index in scalar.elements]
+        values = [tape.guard(index) for index in scalar.elements]
     with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
-        plain = torch.tensor(values, dtype=_widest(scalar.dtype), device="cpu")
+        dtype = torch.float64 if scalar.dtype.is_floating_point else scalar.dtype
+        plain = torch.tensor(values, dtype=dtype, device="cpu")
         return spread(plain, scalar.shape).clone()
 
 
 def spread(flat: Tensor, shape: Sequence[int]) -> Tensor:
-    """Elements in row-major order, or one for all, in a shape."""
+    """Reshape elements in row-major order, or expand one for all."""
     return flat.reshape(()).expand(shape) if flat.numel() == 1 else flat.reshape(shape)
 
 
-def _widest(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype.is_floating_point else dtype
-
-
-def scalar_of(tape: Tape, value: Any) -> Scalar | None:
-    """A number or a plain tensor of few elements as a `Scalar`; None for anything else."""
-    if isinstance(value, Scalar):
+def scalar_of(tape: Tape, value: Any) -> ScalarTensor | None:
+    """Return a number or a plain tensor of few elements as a `ScalarTensor`; None for anything else."""
+    if isinstance(value, ScalarTensor):
         return value
-    if type(value) is Number:
-        return Scalar.make(tape, (value.index,), (), _dtype_of(value.value))
+    if type(value) is NumberProxy:
+        return ScalarTensor.make(tape, (value.index,), (), _dtype_of(value.value))
     if isinstance(value, Tensor) and type(value) is Tensor and value.numel() <= 64:
         with torch._C.DisableTorchFunctionSubclass():
             elements = tuple(tape.constant(item) for item in value.detach().reshape(-1).tolist())
-        return Scalar.make(tape, elements, value.shape, value.dtype)
+        return ScalarTensor.make(tape, elements, value.shape, value.dtype)
     if isinstance(value, np.number):
         value = value.item()
     if isinstance(value, (bool, int, float)):
-        return Scalar.make(tape, (tape.constant(value),), (), _dtype_of(value))
+        return ScalarTensor.make(tape, (tape.constant(value),), (), _dtype_of(value))
     return None
 
 
@@ -313,6 +312,6 @@ def _dtype_of(value: Any) -> torch.dtype:
     return torch.int64 if isinstance(value, int) else torch.get_default_dtype()
 
 
-def bare(value: Any) -> Any:
-    """A stand-in for a `Number` by which torch finds shapes and dtypes; any other value itself."""
-    return type(value.value)(1) if type(value) is Number else value
+def example_value(value: Any) -> Any:
+    """Return a number of the same type for a `NumberProxy`, by which torch promotes dtypes; any other value itself."""
+    return type(value.value)(1) if type(value) is NumberProxy else value
