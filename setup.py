@@ -53,6 +53,7 @@ PACKAGES = [
     "fastdiff.benchmarks",
     "fastdiff.benchmarks.gpu",
     "fastdiff.diffusers",
+    "fastdiff.diffusers.compiler",
     "fastdiff.digits",
     "fastdiff.graphs",
     "fastdiff.guidance",

@@ -89,7 +89,9 @@ class Loop:
 
     def plans(self) -> list[Any]:
         """The plans of our steps in the order in which they were taken; of those that are timed, where there are."""
-        plans = [plan for plan in vars(self.scheduler)["_fused"].schedule.plans.values() if not isinstance(plan, str)]
+        from fastdiff.diffusers.compiler.plan import Plan
+
+        plans = [plan for plan in vars(self.scheduler)["_fused"].schedule.plans.values() if isinstance(plan, Plan)]
         return plans[2:] or plans
 
     def bytes_a_step(self) -> float | None:
