@@ -403,7 +403,7 @@ def test_mixed_bad_input_is_refused_in_a_sentence_and_nothing_is_written(backend
         ),
         (
             {"uncond": x.half(), "guidance_scale": torch.ones(2, device=device).half(), "out": [written, None]},
-            "step: guidance has dtype torch.float16, expected torch.float32 like table; ",
+            "step: guidance_scale has dtype torch.float16, expected torch.float32 like table; ",
         ),
     ]
     for change, message in faults:

@@ -96,7 +96,7 @@ def test_a_failed_step_leaves_index_and_registers_so_that_it_can_be_taken_again(
         if i == fails_at:
             with pytest.raises(ValueError, match=r"^step: model_output has shape"):
                 disturbed.step(b, output[:, :2])
-            with pytest.raises(ValueError, match=r"^step: guidance is missing"):
+            with pytest.raises(ValueError, match=r"^step: guidance_scale is missing"):
                 disturbed.step(b, output, uncond=output)
             assert disturbed.index == i
         b = disturbed.step(b, output)
@@ -158,7 +158,7 @@ def test_thresholding_clamps_each_sample_to_its_quantile_and_divides(seed: int, 
     bound = dynamic_threshold(d, 0.8, 2.5)[:, None]
     expected = x + d.clamp(-bound, bound) / bound
     stepper = Stepper(THRESHOLDED, dynamic_thresholding_ratio=0.8, sample_max_value=2.5)
-    guidance = {} if scale is None else {"uncond": u, "guidance": scale}
+    guidance = {} if scale is None else {"uncond": u, "guidance_scale": scale}
     # A few roundings of numbers below 200.
     assert torch.allclose(stepper.step(x, m, **guidance), expected, rtol=0, atol=200 * 16 * 2.0**-53)
 
@@ -307,7 +307,7 @@ def test_a_guidance_scale_that_is_no_number_is_refused(
     value: object, error: type[Exception], got: str, backend: str | None
 ) -> None:
     x = torch.ones(2, 3)
-    with pytest.raises(error, match=rf"^step: guidance {got}, expected .+; .+"):
+    with pytest.raises(error, match=rf"^step: guidance_scale {got}, expected .+; .+"):
         Stepper(RING, backend=backend).step(x, x, uncond=x, guidance_scale=value)  # type: ignore[arg-type]
 
 
