@@ -20,17 +20,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastdiff.diffusers
-<<<<<<< HEAD:tests/test_dropin_beginnings.py
-from support.dropin_helpers import LAST_IS_NO_STEP, MAKES_SAMPLER, forget_first_steps, forget_plans, quiet
 from fastdiff.diffusers.runtime import plan_cache, step
 from fastdiff.diffusers.runtime.scheduler_cache import SchedulerCache
-=======
-from fastdiff.diffusers import schedule
-from fastdiff.diffusers import scheduler as scheduling
-from fastdiff.diffusers.schedule import Schedule
->>>>>>> h-call:tests/dropins/test_dropin_beginnings.py
 from fastdiff.ops import backends, use_backend
-from support.dropin_helpers import LAST_IS_NO_STEP, MAKES_SAMPLER, forget_plans, quiet
+from support.dropin_helpers import LAST_IS_NO_STEP, MAKES_SAMPLER, forget_first_steps, forget_plans, quiet
 from support.oracle import assert_same_bits
 
 pytestmark = pytest.mark.skipif(backends.extension is None, reason="loops begin at once in the C++ extension")

@@ -23,21 +23,13 @@ from torch import Tensor
 from torch.overrides import BaseTorchFunctionMode
 
 import fastdiff.diffusers
-<<<<<<< HEAD:tests/test_dropin_loop.py
-from support.dropin_helpers import forget_first_steps, quiet
+from fastdiff import ops
 from fastdiff.diffusers import mixin
 from fastdiff.diffusers.runtime import execute as executor
 from fastdiff.diffusers.runtime import plan_cache, scheduler_cache
-from fastdiff import ops
-=======
-from fastdiff.diffusers import loop as looping
-from fastdiff.diffusers import schedule
-from fastdiff.diffusers import scheduler as scheduling
-from fastdiff.diffusers.running import draw
->>>>>>> h-call:tests/dropins/test_dropin_loop.py
 from fastdiff.ops import backends, use_backend
 from fastdiff.philox import Purpose
-from support.dropin_helpers import quiet
+from support.dropin_helpers import forget_first_steps, quiet
 from support.oracle import assert_same_bits
 
 pytestmark = pytest.mark.skipif(backends.extension is None, reason="steps go on in the C++ extension")

@@ -12,14 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-<<<<<<< HEAD:tests/test_dropin_overrides.py
-from support.dropin_cases import Case
-from support.dropin_helpers import CLASSES, Loop, classes, forget_plans, made, quiet
 from fastdiff.diffusers.compiler.plan import Fallback
-=======
 from support.dropin_cases import Case
 from support.dropin_helpers import CLASSES, Loop, classes, forget_plans, made, quiet
->>>>>>> h-call:tests/dropins/test_dropin_overrides.py
 
 STEPS = 4
 #: Methods that fastdiff replaces itself, or that only say what the state is.

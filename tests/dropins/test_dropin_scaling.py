@@ -11,12 +11,8 @@ import torch
 from torch import Tensor
 
 import fastdiff.diffusers
-<<<<<<< HEAD:tests/test_dropin_scaling.py
 from fastdiff.diffusers.compiler.plan import Fallback
 from support.oracle import assert_same_bits
-=======
-from support.oracle import assert_same_bits
->>>>>>> h-call:tests/dropins/test_dropin_scaling.py
 
 NAMES = ("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete",
          "LMSDiscrete", "EDMEuler", "EDMDPMSolverMultistep", "CMStochasticIterative")  # fmt: skip

@@ -18,19 +18,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastdiff.diffusers
-<<<<<<< HEAD:tests/test_dropin_varying.py
-from support.dropin_helpers import forget_plans, quiet
 from fastdiff.diffusers import mixin
 from fastdiff.diffusers.compiler import compile as compiling
 from fastdiff.diffusers.compiler import tape
 from fastdiff.diffusers.compiler.plan import Fallback
 from fastdiff.diffusers.compiler.tape import Tape, TraceTree
 from fastdiff.diffusers.runtime import lookup, plan_cache
-=======
-from fastdiff.diffusers import planning, schedule, tape
-from fastdiff.diffusers import scheduler as scheduling
-from fastdiff.diffusers.tape import Tape, TraceTree
->>>>>>> h-call:tests/dropins/test_dropin_varying.py
 from fastdiff.ops import backends
 from support.dropin_helpers import forget_plans, quiet
 from support.oracle import assert_same_bits

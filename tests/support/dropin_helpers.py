@@ -17,13 +17,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastdiff.diffusers import CLASSES
-<<<<<<< HEAD:tests/dropins.py
 from fastdiff.diffusers.runtime.lookup import forget_plans as forget_plans_and_traces
 from fastdiff.diffusers.runtime.scheduler_cache import forget_first_steps
-=======
-from fastdiff.diffusers.planning import forget_all
 from support.dropin_cases import Case
->>>>>>> h-call:tests/support/dropin_helpers.py
 
 logging.getLogger("diffusers").setLevel(logging.CRITICAL)
 #: Classes with the last of whose timesteps no step is taken.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Guards: the conditions on a scheduler's attributes and on a call's arguments under which a plan is the right one.
 
-A guard list is emitted once, when the plan of a step has been looked up.  The cache in C++ (csrc/dropin/guards.h) and one
-in Python (`fastdiff.diffusers.runtime.step_cache`) evaluate it by the same definition: `Guard.check` here.
+A guard list is emitted once, when the plan of a step has been looked up.  The cache in C++ (csrc/dropin/guards.h) and
+that in Python (`fastdiff.diffusers.runtime.step_cache`) evaluate it by the same definition: `Guard.check` here.
 """
 
 from __future__ import annotations
