@@ -5,6 +5,7 @@
 #include <torch/csrc/Exceptions.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 
 #include "../bindings/tensors.h"
@@ -110,9 +111,10 @@ Guard::Guard(const py::handle& record) {
             break;
         case GuardKind::kTensor:
         case GuardKind::kTimestep: {
-            const auto pair = py::cast<py::tuple>(expected);
-            type_ = scalar_type_of(py::object(pair[0]).ptr());
-            sizes_ = sizes_of(pair[1]);
+            const auto tensor = py::cast<py::tuple>(expected);
+            type_ = scalar_type_of(py::object(tensor[0]).ptr());
+            sizes_ = sizes_of(tensor[1]);
+            if (kind == GuardKind::kTimestep) offset_ = tensor[2].cast<std::ptrdiff_t>();
             break;
         }
         case GuardKind::kArray: {
@@ -150,7 +152,8 @@ bool Guard::check(PyObject* value, const void* timestep) const {
                 return false;
             if (kind == GuardKind::kTensor) return true;
             const bool one = tensor->numel() == 1 || (tensor->dim() == 1 && tensor->stride(0) == 0);
-            return one && timestep != nullptr && in_memory(*tensor) && tensor->const_data_ptr() == timestep;
+            return one && timestep != nullptr && in_memory(*tensor) &&
+                   tensor->const_data_ptr() == static_cast<const char*>(timestep) + offset_;
         }
     }
     return false;

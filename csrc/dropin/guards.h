@@ -27,7 +27,7 @@ enum class GuardKind : int {
     kEquals,    // a plain value of the same type: None, bool, int, float, str, or a list, tuple or dict of such
     kTensor,    // a tensor of this dtype and shape
     kArray,     // a tensor on the CPU or a NumPy array that holds these bytes
-    kTimestep,  // a view of the schedule's timestep that is due, once or expanded
+    kTimestep,  // a view of a timestep of the schedule, once or expanded, so many bytes from the one that is due
 };
 
 // The version tag of a class: another one whenever an attribute of the class or of a base is replaced. 0: unknown.
@@ -55,6 +55,7 @@ class Guard {
     py::object expected_;  // of kId and kEquals; of kArray the bytes
     at::ScalarType type_ = at::kFloat;
     std::vector<int64_t> sizes_;
+    std::ptrdiff_t offset_ = 0;  // of kTimestep
     std::string format_;         // of a NumPy array
     py::object array_type_;      // the class of a NumPy array
 };

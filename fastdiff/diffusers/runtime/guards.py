@@ -36,7 +36,7 @@ class GuardKind(IntEnum):
     TENSOR = 3
     #: A tensor on the CPU or a NumPy array that holds these bytes.
     ARRAY = 4
-    #: A view of the schedule's timestep that is due, once or expanded.
+    #: A view of a timestep of the schedule, once or expanded, so many bytes from the one that is due.
     TIMESTEP = 5
 
 
@@ -46,8 +46,8 @@ class Guard(NamedTuple):
     Attributes:
         name: of the attribute or argument.
         kind: how it is compared.
-        expected: ID, EQUALS: the object or the value; ``...`` in a list matches any tensor. TENSOR, TIMESTEP:
-            (dtype, shape). ARRAY: (class, torch dtype or buffer format, shape, bytes). ANY: None.
+        expected: ID, EQUALS: the object or the value; ``...`` in a list matches any tensor. TENSOR: (dtype, shape).
+            ARRAY: (class, torch dtype or buffer format, shape, bytes). TIMESTEP: (dtype, shape, bytes). ANY: None.
     """
 
     name: str
@@ -71,12 +71,12 @@ class Guard(NamedTuple):
             return _array_record(value) == self.expected
         if not isinstance(value, Tensor) or not has_plain_sizes(value):
             return False
-        if (value.dtype, tuple(value.shape)) != self.expected:
+        if (value.dtype, tuple(value.shape)) != self.expected[:2]:
             return False
         if self.kind is GuardKind.TENSOR:
             return True
         one = value.numel() == 1 or (value.dim() == 1 and value.stride(0) == 0)
-        return one and value.data_ptr() == timestep
+        return one and timestep is not None and value.data_ptr() == timestep + self.expected[2]
 
 
 class FirstStep(NamedTuple):
@@ -185,6 +185,9 @@ def argument_guards(call: Mapping[str, Any], plan_cache: Any) -> list[Guard] | N
         timestep is no view of the schedule.
     """
     guards: list[Guard] = []
+    timestep = call.get("timestep")
+    if not isinstance(timestep, Tensor):
+        return None
     for name in (*USUAL_ARGUMENTS, *(name for name in call if name not in USUAL_ARGUMENTS)):
         value = call.get(name)
         guard: Guard | None
@@ -195,10 +198,11 @@ def argument_guards(call: Mapping[str, Any], plan_cache: Any) -> list[Guard] | N
         elif name in TENSOR_ARGUMENTS:
             guard = _tensor_guard(name, value)
         elif plan_cache.position(value) is not None:
-            guard = Guard(name, GuardKind.TIMESTEP, (value.dtype, tuple(value.shape)))
+            offset = value.data_ptr() - timestep.data_ptr()
+            guard = Guard(name, GuardKind.TIMESTEP, (value.dtype, tuple(value.shape), offset))
         else:
             guard = None
-        if guard is None or (name == "timestep" and guard.kind is not GuardKind.TIMESTEP):
+        if guard is None:
             return None
         guards.append(guard)
     return guards
