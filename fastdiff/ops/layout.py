@@ -108,7 +108,7 @@ def samples_stride(sample: Tensor) -> int:
 
 
 def kernels_can_count(sample: Tensor) -> bool:
-    """Return whether each sample's memory is in row-major order or channels-last, so that a kernel can count its places."""
+    """Return whether each sample's memory is in row-major order or channels-last, which kernels can count."""
     if sample.dim() == 0:
         return True
     strides = output_strides(sample)

@@ -192,7 +192,7 @@ class Launcher:
         run(programs, 1, 1, stream, function, metadata, None, None, None, *addresses, *integers, *constants)
 
     def _cache(self, key: tuple[Any, ...], kernel: Any) -> None:
-        # The JIT returns None where a hook has taken over; a kernel that is still being compiled is cached by a later call.
+        # The JIT returns None where a hook took over; a kernel that is still being compiled is cached by a later call.
         if not isinstance(kernel, triton.compiler.CompiledKernel):
             return
         if len(self._cached) >= _CACHE_SIZE:

@@ -178,7 +178,7 @@ def randn(out: Tensor, seeds: Tensor, steps: Tensor | None, step: int, purpose: 
 
 
 def how_many(counters: Tensor | int | None) -> int:
-    """Return where a kernel reads a sample's number: 0, an argument; 1, memory, one for all; 2, memory, one a sample."""
+    """Return where a kernel reads a sample's number: 0, an argument; 1, memory, for all; 2, memory, one a sample."""
     if not isinstance(counters, Tensor):
         return 0
     return 1 if counters.numel() == 1 else 2
