@@ -258,15 +258,15 @@ def operator_values(call: StepCall, backend: str) -> list[Any]:
         given["model_input_dtype"], given["model_input_copies"] = asked.dtype, call.model_input_copies
     # The sample's own dtype, which most calls have, is None.
     dtypes = [None if dtype == call.sample.dtype else dtype for dtype in call.output_dtypes]
-    for name, dtype in zip(RESULT_DTYPES, (*dtypes, None, None), strict=False):
-        given[name] = dtype
+    for o, name in enumerate(RESULT_DTYPES):
+        given[name] = dtypes[o] if o < len(dtypes) else None
     given["backend"] = backend
     if call.write_history:
         slots = [j for j, tensor in enumerate(call.history) if tensor is not None]
         given["history"], given["history_slots"] = [call.history[j] for j in slots], slots
         return [given[name] for name in STEP_ROWS_NAMES]
-    for name, slot in zip(HISTORY_SLOTS, (*call.history, None, None, None, None), strict=False):
-        given[name] = slot
+    for j, name in enumerate(HISTORY_SLOTS):
+        given[name] = call.history[j] if j < len(call.history) else None
     return [given[name] for name in STEP_NAMES]
 
 
