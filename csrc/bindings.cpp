@@ -53,12 +53,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           py::arg("step"), py::arg("purpose"), py::arg("stream"));
     m.def("_copy_kernel", torch::wrap_pybind_function(copy_kernel), py::arg("src"), py::arg("dst"),
           py::arg("streaming"), "Copies src to dst, for benchmarks; see csrc/bindings/copy.h.");
-    m.def("held_memory", [] { return free_blocks().held(); }, "Bytes that are kept for new outputs.");
-    m.def("release_memory", [] { return free_blocks().release(); }, "Frees what is kept; returns its bytes.");
-    m.def("kept_memory_limit", [] { return free_blocks().limit(); }, "Bytes that may be kept.");
+    m.def("held_memory", [] { return free_blocks().cached_bytes(); }, "Bytes that are cached for new outputs.");
+    m.def("release_memory", [] { return free_blocks().release(); }, "Free the cached blocks; returns their bytes.");
+    m.def("kept_memory_limit", [] { return free_blocks().limit(); }, "Bytes that may be cached.");
     m.def(
         "limit_kept_memory", [](size_t bytes) { free_blocks().set_limit(bytes); }, py::arg("bytes"),
-        "Sets how many bytes may be kept, and frees what is.");
+        "Set how many bytes may be cached, and free the cached blocks.");
     m.def(
         "_stream_above", [](int64_t bytes) { return std::exchange(fastdiff::stream_above, bytes); }, py::arg("bytes"),
         "Sets how many bytes a step moves before it writes past the caches, for tests; returns what was set before.");

@@ -11,7 +11,7 @@ namespace fastdiff::bindings {
 
 namespace py = pybind11;
 
-// Whether nothing forces a backend in the context of this thread. `choice` is `fastdiff.ops.backends.forced`, a context
+// Return whether nothing forces a backend in the context of this thread. `choice` is `fastdiff.ops.backends.forced`, a context
 // variable that holds the backend's name or None.
 inline bool nothing_forced(PyObject* choice) {
     PyObject* name = nullptr;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The binding of normal numbers on their own.
+// The binding of seeded normal numbers.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -13,7 +13,7 @@
 
 namespace fastdiff::bindings {
 
-// Fills a contiguous tensor [batch, ...]; fastdiff/ops/random.py has checked the arguments and made them plain.
+// Fill a contiguous tensor [batch, ...]; fastdiff/ops/random.py has checked the arguments.
 inline void randn(const at::Tensor& out, const at::Tensor& seeds, const std::optional<at::Tensor>& steps, int64_t step,
                   int64_t purpose, int64_t stream) {
     const int64_t batch = seeds.numel();

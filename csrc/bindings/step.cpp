@@ -185,7 +185,7 @@ class StepArgsBuilder {
         model_input_bytes_ = tensor->numel() * static_cast<int64_t>(tensor->element_size());
     }
 
-    // Whether what is written shares memory with other arguments in a way that the loops cannot take. Outputs may be
+    // Return whether what is written shares memory with other arguments in a way that the loops cannot take. Outputs may be
     // inputs of their own dtype, or lie apart from them and from each other; the model input lies apart from
     // everything.
     bool overlaps_partially() const {
@@ -299,7 +299,7 @@ class StepArgsBuilder {
         return a != nullptr && b != nullptr && p < q + bytes_b && q < p + bytes_a;
     }
 
-    // Whether a tensor has one value for all samples where that is allowed, or one for each.
+    // Return whether a tensor has one value for all samples where that is allowed, or one for each.
     bool one_per_sample(const at::Tensor& tensor, bool one_for_all) {
         return require(tensor.dim() <= 1, Decline::kShape) &&
                (one_for_all || (require(blocks_are_samples(), Decline::kLayout) &&
@@ -322,7 +322,7 @@ class StepArgsBuilder {
         return channels_last ? sample_.size(1) : 0;
     }
 
-    // Whether the dimensions from `first` on are in row-major order, `step` elements apart in the last.
+    // Return whether the dimensions from `first` on are in row-major order, `step` elements apart in the last.
     bool is_packed(int64_t first, int64_t step) const {
         for (int64_t i = sample_.dim() - 1; i >= first; --i) {
             if (sample_.size(i) != 1 && sample_.stride(i) != step) return false;
@@ -340,7 +340,7 @@ class StepArgsBuilder {
     int64_t model_input_bytes_ = 0;
 };
 
-// Whether what has to be there is, and only what may be together.
+// Return whether what has to be there is, and only what may be together.
 bool complete(const StepCall& call) {
     return call.sample != nullptr && call.model_output != nullptr && call.table != nullptr &&
            (call.uncond != nullptr) == call.guidance_scale.given &&

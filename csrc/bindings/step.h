@@ -8,7 +8,7 @@
 
 namespace fastdiff::bindings {
 
-// Why a call was not run; nothing has been written then. `step_decline_name` gives the string that Python sees.
+// Reasons for which a call was not run, with nothing written; `decline_name` gives the string that Python sees.
 enum class Decline : int {
     kNone,
     kArgument,  // a type, a missing or a superfluous argument, a count
@@ -27,7 +27,7 @@ enum class Decline : int {
 // The name of a reason, such as "layout".
 const char* decline_name(Decline reason);
 
-// What became of a call: the tensors written, 1 + keeps of them, unless it was declined.
+// Result of a call: the tensors written, 1 + keeps of them, unless it was declined.
 struct Outcome {
     Decline declined = Decline::kNone;
     std::array<at::Tensor, kMaxOutputs> outputs;

@@ -51,13 +51,13 @@ struct Targets {
     FIELD(int64_t, keeps, 0)                  \
     FIELD(MaybeTensor, seeds, nullptr)        \
     FIELD(Counter, noise_step, {})            \
-    FIELD(int64_t, purpose, 1)   /* STEP */   \
+    FIELD(int64_t, purpose, 1) /* STEP */     \
     FIELD(MaybeTensor, model_input, nullptr)  \
     FIELD(bool, write_history, false)         \
     FIELD(Targets, out, {})
 
-// How the call is launched: a CUDA stream as a number (0 on the CPU), and whether it is the inside of a registered
-// operator, which dispatch modes have seen already.
+// Launch options: a CUDA stream as a number (0 on the CPU), and whether dispatch modes need not see the call, as inside
+// a registered operator.
 #define FASTDIFF_LAUNCH_FIELDS(FIELD) \
     FIELD(int64_t, stream, 0)         \
     FIELD(bool, in_operator, false)

@@ -46,7 +46,7 @@ inline std::optional<DType> dtype_of(at::ScalarType type) {
 // Return the scalar type of a torch.dtype.
 inline at::ScalarType scalar_type_of(PyObject* dtype) { return reinterpret_cast<THPDtype*>(dtype)->scalar_type; }
 
-// Whether a tensor is strided memory that may be read as it is: no wrapper of a tracer or of torch.func.
+// Return whether a tensor is strided memory that may be read as it is: no wrapper of a tracer or of torch.func.
 inline bool in_memory(const at::Tensor& tensor) {
     constexpr c10::DispatchKeySet kSpecial(
         {c10::DispatchKey::Python, c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor,
@@ -55,17 +55,17 @@ inline bool in_memory(const at::Tensor& tensor) {
     return !impl->key_set().has_any(kSpecial) && impl->layout() == at::kStrided;
 }
 
-// Whether autograd records what reads a tensor, in reverse or in forward mode.
+// Return whether autograd records what reads a tensor, in reverse or in forward mode.
 inline bool recorded_by_autograd(const at::Tensor& tensor) {
     const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
     if (impl->autograd_meta() == nullptr) return false;  // the usual case
     return (impl->requires_grad() && at::GradMode::is_enabled()) || tensor._fw_grad(0).defined();
 }
 
-// Whether a kernel may read the tensor's memory without anything of torch missing it.
+// Return whether a kernel may read the tensor's memory without anything of torch missing it.
 inline bool is_plain_eager(const at::Tensor& tensor) { return in_memory(tensor) && !recorded_by_autograd(tensor); }
 
-// Whether the storage holds `count` elements from the tensor's first on. Storage may have been freed or resized behind
+// Return whether the storage holds `count` elements from the tensor's first on. Storage may have been freed or resized behind
 // the tensor's back, and under functionalization there is a storage of the right size without memory. A tensor without
 // storage of its own raises when its data is asked for.
 inline bool storage_covers(const at::Tensor& tensor, int64_t count) {
@@ -75,7 +75,7 @@ inline bool storage_covers(const at::Tensor& tensor, int64_t count) {
     return needed <= storage.nbytes() && storage.data() != nullptr;
 }
 
-// Whether the storage reaches the tensor's last element, whatever its strides.
+// Return whether the storage reaches the tensor's last element, whatever its strides.
 inline bool storage_covers(const at::Tensor& tensor) {
     if (tensor.numel() == 0) return true;
     int64_t last = 0;
@@ -89,7 +89,7 @@ inline void bump_version(const at::Tensor& tensor) {
     if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
 }
 
-// Whether this build has a kernel for the tensor's device.
+// Return whether this build has a kernel for the tensor's device.
 inline bool on_served_device(const at::Tensor& tensor) {
 #ifdef FASTDIFF_CUDA
     return tensor.is_cpu() || tensor.is_cuda();

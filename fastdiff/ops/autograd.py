@@ -170,7 +170,7 @@ class _Pullback:
         self.through_d = clips and any(
             wanted[name] for name in ("sample", "model_output", "uncond", "guidance_scale", "threshold")
         )
-        # What is not the last rounding must not be one: several launches, or torch operators after one, work wider.
+        # Only the last operation rounds: several launches, or torch operators after one, work in the compute dtype.
         learned = saved["variance_kind"] != Variance.FIXED
         wide = self.through_d or wanted["guidance_scale"] or learned or saved["model_input_dtype"] is not None
         # Nor where tensors have dtypes of their own: each gradient is rounded to its tensor's.

@@ -74,7 +74,7 @@ def _load_triton() -> tuple[ModuleType | None, str]:
 
 @functools.cache
 def triton_module(name: str) -> ModuleType:
-    """One of the modules of kernels/triton, where `why_missing("triton")` has found none missing."""
+    """Import a module of kernels/triton; `why_missing("triton")` is empty then."""
     return importlib.import_module(f"fastdiff.kernels.{name}")
 
 
@@ -83,7 +83,7 @@ def _triton_interprets() -> bool:
 
 
 def _has_gpu() -> bool:
-    """Whether torch finds an accelerator that Triton may compile for: NVIDIA's, AMD's, Intel's, not Apple's."""
+    """Return whether torch finds an accelerator that Triton may compile for: NVIDIA's, AMD's, Intel's, not Apple's."""
     if not torch.accelerator.is_available():
         return False
     found = torch.accelerator.current_accelerator()
@@ -91,7 +91,7 @@ def _has_gpu() -> bool:
 
 
 def triton_launcher() -> str:
-    """How Triton's kernels are launched at this moment, and why it is not the quickest way where it is not."""
+    """Return how Triton's kernels are launched at this moment, with the reason where they are not cached."""
     reason = why_missing("triton")
     if reason:
         return f"missing: {reason}"
@@ -102,7 +102,7 @@ def triton_launcher() -> str:
 
 
 def why_missing(name: str) -> str:
-    """Why a backend cannot run on this machine, as a clause; empty where it can."""
+    """Return why a backend cannot run on this machine, as a clause; empty where it can."""
     if name == "reference":
         return ""
     if name == "cpu":
@@ -270,7 +270,7 @@ def _run_triton(call: StepCall) -> None:
     torch.autograd.graph.increment_version([t for t in written if isinstance(t, Tensor) and not t.is_inference()])
 
 
-#: How a canonical call is run; the reference takes any call as it is.
+#: Functions that run a canonical call; the reference takes any call as it is.
 RUN: dict[str, Callable[[StepCall], None]] = {
     "cpu": _run_extension,
     "cuda": _run_extension,

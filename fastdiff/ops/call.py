@@ -20,7 +20,7 @@ from ..row_layout import NUM_REGISTERS, Variance
 #: Destination of one output: a tensor to write, the dtype of a new tensor, or None for a new one like the sample.
 Target = Tensor | torch.dtype | None
 
-#: What an argument is:
+#: Roles of arguments:
 #: ``sample``: a tensor of the samples' shape and device, differentiable; vmap folds it into the batch;
 #: ``history``: up to four of those, by history slot;
 #: ``table``: the coefficients, without a gradient;
@@ -124,14 +124,14 @@ class StepCall:
 
     @property
     def model_input_copies(self) -> int:
-        """How many times the model input holds the samples: 0 where none is wanted."""
+        """The number of times that the model input holds the samples: 0 where none is wanted."""
         if self.model_input is None:
             return 0
         return 1 if self.model_input.shape == self.sample.shape else 2
 
     @property
     def differs_per_sample(self) -> bool:
-        """Whether anything but the elements differs from sample to sample."""
+        """Return whether anything but the elements differs from sample to sample."""
         return (
             self.threshold is not None
             or self.seeds is not None
@@ -256,17 +256,17 @@ def operator_values(call: StepCall, backend: str) -> list[Any]:
     given["model_input_dtype"], given["model_input_copies"] = None, 1
     if asked is not None:
         given["model_input_dtype"], given["model_input_copies"] = asked.dtype, call.model_input_copies
-    # None for the sample's own dtype, which most calls have.
+    # The sample's own dtype, which most calls have, is None.
     dtypes = [None if dtype == call.sample.dtype else dtype for dtype in call.output_dtypes]
-    for name, dtype in zip(RESULT_DTYPES, (*dtypes, None, None), strict=False):
-        given[name] = dtype
+    for o, name in enumerate(RESULT_DTYPES):
+        given[name] = dtypes[o] if o < len(dtypes) else None
     given["backend"] = backend
     if call.write_history:
         slots = [j for j, tensor in enumerate(call.history) if tensor is not None]
         given["history"], given["history_slots"] = [call.history[j] for j in slots], slots
         return [given[name] for name in STEP_ROWS_NAMES]
-    for name, slot in zip(HISTORY_SLOTS, (*call.history, None, None, None, None), strict=False):
-        given[name] = slot
+    for j, name in enumerate(HISTORY_SLOTS):
+        given[name] = call.history[j] if j < len(call.history) else None
     return [given[name] for name in STEP_NAMES]
 
 

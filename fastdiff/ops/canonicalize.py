@@ -92,7 +92,7 @@ def copy_back(call: StepCall, canonical: StepCall) -> None:
 
 
 def _writable_in_place(target: Tensor, canonical: StepCall) -> bool:
-    """Whether a kernel that reads each element before it writes it may write this tensor."""
+    """Return whether a kernel that reads each element before it writes it may write this tensor."""
     if not in_memory(target) or target.is_neg():
         return False
     if any(share_memory(target, scalars) for _, scalars in (*canonical.scalars(), *canonical.counters())):

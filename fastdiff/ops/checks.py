@@ -61,7 +61,7 @@ def _refusal(argument: str, got: str, expected: str, remedy: str) -> str:
 
 
 def _is_integer(value: object) -> bool:
-    """Whether a value is an int or a tracer's symbolic one; a bool in an int's place is a mistake."""
+    """Return whether a value is an int or a tracer's symbolic one; a bool in an int's place is a mistake."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
@@ -196,7 +196,7 @@ def _check_table(call: StepCall) -> None:
 
 
 def readable_without_sync(tensor: Tensor) -> bool:
-    """Whether a tensor's values can be read, without waiting for a device."""
+    """Return whether a tensor's values can be read, without waiting for a device."""
     return tensor.device.type == "cpu" and in_memory(tensor)
 
 

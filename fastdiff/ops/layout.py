@@ -17,7 +17,7 @@ def extent(tensor: Tensor) -> int:
 
 
 def repeats_an_element(tensor: Tensor) -> bool:
-    """Whether two elements of a tensor have one address."""
+    """Return whether two elements of a tensor have one address."""
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride <= reach:  # it may: two dimensions interleave, or slide over each other
@@ -31,10 +31,10 @@ def repeats_an_element(tensor: Tensor) -> bool:
 
 
 def in_memory(tensor: Tensor) -> bool:
-    """Whether a tensor holds its own values: no proxy of a compiler or of torch.func, and no wrapper."""
+    """Return whether a tensor holds its own values: no proxy of a compiler or of torch.func, and no wrapper."""
     return (
         not torch.compiler.is_compiling()
-        # What Tensor has under this name disables the dispatch to Python.
+        # Tensor's own attribute of this name disables the dispatch to Python.
         and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
         and not torch._is_functional_tensor(tensor)
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
@@ -42,12 +42,12 @@ def in_memory(tensor: Tensor) -> bool:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor belongs to a tracer, with a shape and no values."""
+    """Return whether a tensor belongs to a tracer, with a shape and no values."""
     return isinstance(tensor, (FakeTensor, FunctionalTensor)) or torch._is_functional_tensor(tensor)
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have a byte in common; for tensors without memory, whether they are one object."""
+    """Return whether two tensors have a byte in common; for tensors without memory, whether they are one object."""
     if not (in_memory(a) and in_memory(b)):
         return a is b
     if a.numel() == 0 or b.numel() == 0 or a.device != b.device:
@@ -108,7 +108,7 @@ def samples_stride(sample: Tensor) -> int:
 
 
 def kernels_can_count(sample: Tensor) -> bool:
-    """Whether each sample's memory is in row-major order or channels-last, so that a kernel can count its places."""
+    """Return whether each sample's memory is in row-major order or channels-last, which kernels can count."""
     if sample.dim() == 0:
         return True
     strides = output_strides(sample)
@@ -133,7 +133,7 @@ def _permuted_strides(tensor: Tensor, order: tuple[int, ...]) -> tuple[int, ...]
 
 
 def is_batched_view(tensor: Tensor, strides: tuple[int, ...]) -> bool:
-    """Whether each sample of `tensor` has the layout `strides`, the samples at least as far apart."""
+    """Return whether each sample of `tensor` has the layout `strides`, the samples at least as far apart."""
     if tensor.stride() == strides:
         return True
     apart = tensor.dim() > 0 and tensor.stride(0) >= strides[0] and tensor.stride()[1:] == strides[1:]
@@ -141,7 +141,7 @@ def is_batched_view(tensor: Tensor, strides: tuple[int, ...]) -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one block of memory without gaps or repeats, in any order of dimensions."""
+    """Return whether the elements fill one block of memory without gaps or repeats, in any order of dimensions."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 1:

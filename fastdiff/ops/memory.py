@@ -3,7 +3,7 @@
 
 A step makes its outputs anew, and a loop drops those of the step before.  The extension keeps what is dropped and
 hands it out again: fresh memory costs more than a step does, since the system zeroes every page of it
-(csrc/bindings/blocks.h).  ``FASTDIFF_KEEP_MIB`` bounds what may be kept, in MiB; 0 keeps nothing.
+(csrc/bindings/output_allocator.h).  ``FASTDIFF_KEEP_MIB`` bounds what may be kept, in MiB; 0 keeps nothing.
 """
 
 from __future__ import annotations

@@ -220,7 +220,7 @@ def _run_sum(kind: int, x: Tensor, y: Tensor | None, correction: float, backend:
 
 def _answer(done: Tensor | None) -> Tensor:
     if done is None:
-        raise AssertionError("the extension declined a reduction that was made plain")
+        raise AssertionError("the extension declined a canonical reduction")
     return done
 
 
@@ -306,7 +306,7 @@ def _std_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wide = _wide(x)
     around = wide.reshape(x.shape[0], -1).mean(dim=1)
     scale = grad / (result * max(math.prod(x.shape[1:]) - ctx.numbers[0], 0.0))
-    # As torch: a sample without spread has no direction to grow in.
+    # A sample without spread has no gradient, as in torch.
     scale = scale.masked_fill(result == 0, 0.0)
     return ((_per_sample(scale, x) * (wide - _per_sample(around, x))).to(x.dtype), None, None)
 

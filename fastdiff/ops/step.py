@@ -293,7 +293,7 @@ def complete_step(call: StepCall, backend: str | None = None) -> tuple[Tensor, .
 
 
 def _needs_dispatcher(call: StepCall, name: str) -> bool:
-    """Whether torch has to see the step as one operator: it traces, or transforms, or wants gradients.
+    """Return whether torch has to see the step as one operator: it traces, or transforms, or wants gradients.
 
     The reference is torch operators already, and outside of a compiled function is left to be seen as those.
     """

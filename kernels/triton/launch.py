@@ -76,7 +76,7 @@ def _unknown_target() -> str:
 
 
 def _interfered_with() -> bool:
-    """Whether launch hooks are set, as by profilers, or what is compiled has been changed."""
+    """Return whether launch hooks are set, as by profilers, or what is compiled has been changed."""
     knobs = triton.knobs
     runtime = knobs.runtime
     for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
@@ -192,7 +192,7 @@ class Launcher:
         run(programs, 1, 1, stream, function, metadata, None, None, None, *addresses, *integers, *constants)
 
     def _cache(self, key: tuple[Any, ...], kernel: Any) -> None:
-        # None where a hook has taken over; a kernel that is still being compiled is cached by a later call.
+        # The JIT returns None where a hook took over; a kernel that is still being compiled is cached by a later call.
         if not isinstance(kernel, triton.compiler.CompiledKernel):
             return
         if len(self._cached) >= _CACHE_SIZE:

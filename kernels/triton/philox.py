@@ -126,7 +126,7 @@ def normals_at(place, seed, step, purpose):
     return tl.where((place & 1) != 0, odd, even)
 
 
-# Of scalars only the type may matter to the compiler: another step or another number of elements is the same kernel.
+# Only the type of scalars may matter to the compiler: another step or another number of elements is the same kernel.
 @triton.jit(do_not_specialize=["step", "purpose"])
 def _randn_kernel(
     out_ptr,  # [batch, inner], contiguous
@@ -178,7 +178,7 @@ def randn(out: Tensor, seeds: Tensor, steps: Tensor | None, step: int, purpose: 
 
 
 def how_many(counters: Tensor | int | None) -> int:
-    """How a kernel finds a sample's number: 0, it is an argument; 1, one in memory for all; 2, one a sample."""
+    """Return where a kernel reads a sample's number: 0, an argument; 1, memory, for all; 2, memory, one a sample."""
     if not isinstance(counters, Tensor):
         return 0
     return 1 if counters.numel() == 1 else 2

@@ -106,7 +106,7 @@ def _sum_kernel(
 
 @triton.jit
 def _block_numbers(partials_ptr, b, start, inner, blocks):
-    """Of 64 blocks: which there are, their elements, c and Σ(x−c) in float64."""
+    """Return for 64 blocks whether they exist, their elements, c and Σ(x−c) in float64."""
     j = start + tl.arange(0, _LANES)
     there = j < blocks
     parts = partials_ptr + (b * blocks + j) * 3

@@ -85,7 +85,7 @@ def _count_kernel(
         else:
             mask = mask & ((key >> KNOWN) == known)
             digit = (key >> SHIFT) & ((1 << (KNOWN - SHIFT)) - 1)
-        # What is not to be counted goes into the upper half of the bins.
+        # Elements that are not counted go into the upper half of the bins.
         counts += tl.histogram(tl.where(mask, digit, _DIGITS).to(tl.int32), 2 * _DIGITS)
     bins = tl.arange(0, 2 * _DIGITS)
     tl.atomic_add(counts_ptr + b * _DIGITS + bins, counts.to(tl.int64), mask=(bins < _DIGITS) & (counts > 0))
@@ -95,7 +95,7 @@ def _count_kernel(
 
 @triton.jit
 def _pick_kernel(counts_ptr, state_ptr, FIRST: tl.constexpr, BITS: tl.constexpr, LAST: tl.constexpr):
-    """Which digit the rank falls on; leaves the counts zero for the next pass."""
+    """Find the digit that the rank falls on; leave the counts zero for the next pass."""
     b = tl.program_id(0).to(tl.int64)
     state = state_ptr + b * _STATE
     bins = tl.arange(0, _DIGITS)

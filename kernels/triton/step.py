@@ -110,7 +110,7 @@ def _weighted_sum(map_ptr, x, m, d, h0, h1, h2, h3, z, HISTORY: tl.constexpr, HA
 
 @triton.jit
 def _reads(row_ptr, column, zero, MAPS: tl.constexpr):
-    """Whether one of the row's first maps has a coefficient in this column, in the shape of `zero`."""
+    """Return whether one of the row's first maps has a coefficient in this column, in the shape of `zero`."""
     reads = zero + tl.load(row_ptr + _PREV_SAMPLE + column) != 0
     if MAPS >= 2:
         reads = reads | (zero + tl.load(row_ptr + _KEEP_0 + column) != 0)
