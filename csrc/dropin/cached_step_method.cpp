@@ -38,8 +38,7 @@ PyObject* call(PyObject* self, PyObject* const* objects, size_t flagged, PyObjec
                 cache = step_cache_of(held.ptr());
             }
             py::object result;
-            if (cache != nullptr)
-                result = cache->try_next_step(objects[0], attributes.ptr(), method->name, call);
+            if (cache != nullptr) result = cache->try_next_step(objects[0], attributes.ptr(), method->name, call);
             if (cache != nullptr && result.ptr() == nullptr)
                 result = cache->try_first_step(objects[0], attributes.ptr(), method->name, /*scales=*/false, call);
             if (result.ptr() != nullptr) return result.release().ptr();

@@ -142,19 +142,18 @@ bool NativeExecutor::draw() {
     if (generator == nullptr) generator = Py_None;
     const at::Tensor &output = *as_tensor(call_.model_output()), &sample = *as_tensor(call_.sample());
     for (const Draw& each : plan_.draws) {
-        at::Tensor noise = PyList_CheckExact(generator) ? draw_by_list(output, each.type, generator)
-                                                        : draw_normal(output.sizes(), output.numel(), each.type,
-                                                                      output.device(), generator);
+        at::Tensor noise = PyList_CheckExact(generator)
+                               ? draw_by_list(output, each.type, generator)
+                               : draw_normal(output.sizes(), output.numel(), each.type, output.device(), generator);
         if (!noise.defined()) {
             TORCH_INTERNAL_ASSERT(draws_.empty(), "a later draw of a step was refused");
             return false;
         }
         draws_.push_back(std::move(noise));
     }
-    noise_is_scratch_ = plan_.noise_is_scratch && sample.is_cpu() && sample.scalar_type() == at::kFloat &&
-                        sample.is_contiguous();
-    for (const at::Tensor& noise : draws_)
-        slots_.add(noise_is_scratch_ ? py::none() : own(THPVariable_Wrap(noise)));
+    noise_is_scratch_ =
+        plan_.noise_is_scratch && sample.is_cpu() && sample.scalar_type() == at::kFloat && sample.is_contiguous();
+    for (const at::Tensor& noise : draws_) slots_.add(noise_is_scratch_ ? py::none() : own(THPVariable_Wrap(noise)));
     return true;
 }
 

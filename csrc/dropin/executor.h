@@ -43,10 +43,15 @@ struct ExecutorState {
 
 class NativeExecutor {
   public:
-    // `noise_step`: the number of steps taken with the seeds. `snapshot` is updated for every attribute that is written.
+    // `noise_step`: the number of steps taken with the seeds. `snapshot` is updated for every attribute that is
+    // written.
     NativeExecutor(NativePlan& plan, PyObject* attributes, const SchedulerCall& call, ExecutorState* state,
                    int64_t noise_step, AttributeSnapshot* snapshot)
-        : plan_(plan), attributes_(attributes), call_(call), state_(state), noise_step_(noise_step),
+        : plan_(plan),
+          attributes_(attributes),
+          call_(call),
+          state_(state),
+          noise_step_(noise_step),
           snapshot_(snapshot) {}
 
     // Take the step and return its result; null, with no state changed, where the Python executor has to take it.

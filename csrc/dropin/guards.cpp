@@ -55,10 +55,14 @@ bool equal_dicts(PyObject* expected, PyObject* value) {
     return true;
 }
 
-// Whether the sizes are numbers in the tensor, not answers of a subclass's code.
-bool has_plain_sizes(const at::Tensor& tensor) {
+// The tensor in an object, a `torch.Tensor` or a `Parameter`; null for any other. A subclass may answer for its sizes
+// by code of its own.
+const at::Tensor* as_plain_tensor(PyObject* object) {
+    if (!THPVariable_CheckExact(object)) return nullptr;
+    const at::Tensor& tensor = THPVariable_Unpack(object);
     const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-    return !impl->has_symbolic_sizes_strides() && !impl->is_python_dispatch() && !tensor.is_nested();
+    const bool plain = !impl->has_symbolic_sizes_strides() && !impl->is_python_dispatch() && !tensor.is_nested();
+    return plain ? &tensor : nullptr;
 }
 
 std::vector<int64_t> sizes_of(const py::handle& shape) {
@@ -146,10 +150,8 @@ bool Guard::check(PyObject* value, const void* timestep) const {
             return check_array(value);
         case GuardKind::kTensor:
         case GuardKind::kTimestep: {
-            const at::Tensor* tensor = as_tensor(value);
-            if (tensor == nullptr || tensor->scalar_type() != type_ || !has_plain_sizes(*tensor) ||
-                tensor->sizes() != sizes_)
-                return false;
+            const at::Tensor* tensor = as_plain_tensor(value);
+            if (tensor == nullptr || tensor->scalar_type() != type_ || tensor->sizes() != sizes_) return false;
             if (kind == GuardKind::kTensor) return true;
             const bool one = tensor->numel() == 1 || (tensor->dim() == 1 && tensor->stride(0) == 0);
             return one && timestep != nullptr && in_memory(*tensor) &&
@@ -163,9 +165,9 @@ bool Guard::check_array(PyObject* value) const {
     const void* memory = nullptr;
     size_t bytes = 0;
     if (array_type_.ptr() == nullptr) {
-        const at::Tensor* tensor = as_tensor(value);
-        if (tensor == nullptr || tensor->scalar_type() != type_ || !has_plain_sizes(*tensor) ||
-            tensor->sizes() != sizes_ || !tensor->is_cpu() || !is_plain_eager(*tensor) || !tensor->is_contiguous() ||
+        const at::Tensor* tensor = as_plain_tensor(value);
+        if (tensor == nullptr || tensor->scalar_type() != type_ || tensor->sizes() != sizes_ || !tensor->is_cpu() ||
+            tensor->is_conj() || !is_plain_eager(*tensor) || !tensor->is_contiguous() ||
             !storage_covers(*tensor, tensor->numel()))
             return false;
         memory = tensor->const_data_ptr();

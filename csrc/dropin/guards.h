@@ -73,8 +73,8 @@ using TensorVersions = std::vector<std::pair<at::Tensor, int64_t>>;
 // References to drop once all is in order: dropping one may run Python code.
 using DeferredDecrefs = c10::SmallVector<py::object, 16>;
 
-// The attributes of a scheduler after a step, by identity: while it is `unchanged`, every attribute guard that held then
-// still holds.
+// The attributes of a scheduler after a step, by identity: while it is `unchanged`, every attribute guard that held
+// then still holds.
 class AttributeSnapshot {
   public:
     // Record the attributes that steps of the class read (the keys of the dictionary `reads`) and the items of the

@@ -72,13 +72,13 @@ NativePlan::NativePlan(const py::handle& plan) : plan(plan.ptr()) {
     results = entries(plan.attr("results"));
     result_type = plan.attr("result_type");
     if (!plan.attr("result_names").is_none()) result_names = objects(plan.attr("result_names"));
-    const size_t slots =
-        attribute_inputs.size() + argument_inputs.size() + drawn + static_cast<size_t>(kept) + 1;
+    const size_t slots = attribute_inputs.size() + argument_inputs.size() + drawn + static_cast<size_t>(kept) + 1;
     native_eligible = native_eligible && slots <= kMaxSlots && history.size() <= kMaxHistory && kept < kMaxStepOutputs;
     if (!native_eligible) return;
     host_table_ = THPVariable_Unpack(plan.attr("host_table").ptr());
     const auto keeps_noise = [this](const SlotOrConstant& entry) { return entry.slot == noise; };
-    noise_is_scratch = noise >= 0 && draws.size() == 1 && draws[0].type == at::kFloat && output_types[0] == at::kFloat &&
+    noise_is_scratch = noise >= 0 && draws.size() == 1 && draws[0].type == at::kFloat &&
+                       output_types[0] == at::kFloat &&
                        std::none_of(tensor_writes.begin(), tensor_writes.end(),
                                     [this](const auto& write) { return write.second == noise; }) &&
                        std::none_of(list_writes.begin(), list_writes.end(),

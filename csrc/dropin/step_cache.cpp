@@ -160,8 +160,8 @@ void StepCache::forget() {
     s.snapshot.clear();
 }
 
-py::object StepCache::execute(const py::object& plan, NativePlan* native, PyObject* attributes, const SchedulerCall& call,
-                              bool* snapshot_is_complete) {
+py::object StepCache::execute(const py::object& plan, NativePlan* native, PyObject* attributes,
+                              const SchedulerCall& call, bool* snapshot_is_complete) {
     static const std::array<PyObject*, 3> names{PyUnicode_InternFromString("model_output"),
                                                 PyUnicode_InternFromString("timestep"),
                                                 PyUnicode_InternFromString("sample")};
@@ -179,8 +179,8 @@ py::object StepCache::execute(const py::object& plan, NativePlan* native, PyObje
         for (size_t i = 0; i < names.size(); ++i) set(names[i], call.required[i]);
         for (size_t i = 0; i < call.num_extra; ++i) set(call.extra[i].first, call.extra[i].second);
         const py::object drawn = executor.drawn();
-        return own(PyObject_CallFunctionObjArgs(state->execute.ptr(), plan.ptr(), attributes, arguments.ptr(), call.uncond,
-                                                call.guidance_scale, object(), drawn.ptr(), nullptr));
+        return own(PyObject_CallFunctionObjArgs(state->execute.ptr(), plan.ptr(), attributes, arguments.ptr(),
+                                                call.uncond, call.guidance_scale, object(), drawn.ptr(), nullptr));
     } catch (...) {
         forget();  // the snapshot may be half of a step ahead of the plan
         throw;
@@ -231,8 +231,7 @@ PyObject* try_first_scaling(PyObject* self, PyObject* const* objects, Py_ssize_t
     call.required = {objects[2], objects[3], objects[2]};
     const py::object attributes = own(PyObject_GenericGetDict(objects[0], nullptr));
     const py::object method = interned(objects[1]);
-    py::object result =
-        cast(self)->try_first_step(objects[0], attributes.ptr(), method.ptr(), /*scales=*/true, call);
+    py::object result = cast(self)->try_first_step(objects[0], attributes.ptr(), method.ptr(), /*scales=*/true, call);
     return result.ptr() == nullptr ? Py_NewRef(Py_None) : result.release().ptr();
     END_HANDLE_TH_ERRORS
 }
@@ -270,8 +269,7 @@ PyObject* get_plan_cache(PyObject* self, void* /*unused*/) { return Py_NewRef(ca
 
 int set_plan_cache(PyObject* self, PyObject* value, void* /*unused*/) {
     if (value == nullptr) value = Py_None;
-    const py::object before =
-        std::exchange(cast(self)->state->plan_cache, py::reinterpret_borrow<py::object>(value));
+    const py::object before = std::exchange(cast(self)->state->plan_cache, py::reinterpret_borrow<py::object>(value));
     return 0;
 }
 

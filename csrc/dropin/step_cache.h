@@ -110,7 +110,7 @@ struct StepCache {
                        bool* snapshot_is_complete);
 };
 
-StepCache* step_cache_of(PyObject* object);   // null where the object is none
+StepCache* step_cache_of(PyObject* object);  // null where the object is none
 void define_step_cache(py::module_& m);
 
 }  // namespace fastdiff::dropin

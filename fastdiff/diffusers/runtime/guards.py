@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..compiler.inputs import CACHE, CONFIG, HISTORY, TENSOR_ARGUMENTS, USUAL_ARGUMENTS
 from ..compiler.plan import Plan
@@ -68,7 +69,7 @@ class Guard(NamedTuple):
         if self.kind is GuardKind.EQUALS:
             return equal_plain(self.expected, value)
         if self.kind is GuardKind.ARRAY:
-            return _array_record(value) == self.expected
+            return bool(_array_record(value) == self.expected)
         if not isinstance(value, Tensor) or not has_plain_sizes(value):
             return False
         if (value.dtype, tuple(value.shape)) != self.expected[:2]:
@@ -76,7 +77,7 @@ class Guard(NamedTuple):
         if self.kind is GuardKind.TENSOR:
             return True
         one = value.numel() == 1 or (value.dim() == 1 and value.stride(0) == 0)
-        return one and timestep is not None and value.data_ptr() == timestep + self.expected[2]
+        return one and timestep is not None and bool(value.data_ptr() == timestep + self.expected[2])
 
 
 class FirstStep(NamedTuple):
@@ -126,7 +127,7 @@ def equal_plain(expected: Any, value: Any) -> bool:
 
 def has_plain_sizes(tensor: Tensor) -> bool:
     """Return whether a tensor's sizes are numbers, not answers of a subclass's code."""
-    return type(tensor) is Tensor and not tensor.is_nested
+    return type(tensor) in (Tensor, Parameter) and not tensor.is_nested
 
 
 def attribute_guards(
@@ -218,7 +219,7 @@ def _array_record(value: Any) -> tuple[Any, ...] | None:
     """Return an array as an ARRAY guard holds it; None where it is no contiguous array in memory."""
     if isinstance(value, Tensor):
         plain = has_plain_sizes(value) and value.is_cpu and value.is_contiguous() and not value.requires_grad
-        return array_record(value) if plain and not value.is_neg() else None
+        return array_record(value) if plain and not (value.is_neg() or value.is_conj()) else None
     plain = type(value) is np.ndarray and value.flags.c_contiguous and not value.dtype.hasobject
     return array_record(value) if plain else None
 

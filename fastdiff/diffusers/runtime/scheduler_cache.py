@@ -53,6 +53,9 @@ class SchedulerCache(_StepCache):  # type: ignore[misc]
         scaling: the plan of the last look-up for `scale_model_input`.
     """
 
+    plan_cache: Any
+    steps_taken: int
+
     def __init__(self, scheduler: Any) -> None:
         super().__init__(backends.forced, execute, first_steps(scheduler.original))
         self.seeds: int | Sequence[int] | Tensor | None = None
@@ -199,10 +202,11 @@ def with_fast_path(method: str, arguments: Sequence[str]) -> Callable[[_Method],
     """
 
     def decorate(fallback: _Method) -> _Method:
-        if backends.extension is not None:
-            fast = backends.extension.CachedStepMethod(method, fallback, tuple(arguments), _cache_or_none)
-        else:
+        if _StepCache is in_python.StepCache:
             fast = _in_python(method, fallback, tuple(arguments))
+        else:
+            assert backends.extension is not None
+            fast = backends.extension.CachedStepMethod(method, fallback, tuple(arguments), _cache_or_none)
         return cast(_Method, functools.update_wrapper(fast, fallback))
 
     return decorate

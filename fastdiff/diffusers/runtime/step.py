@@ -41,8 +41,8 @@ def take_step(
     arguments = {n: value for n, value in call.items() if n not in defaults or value is not defaults[n]}
     sample = arguments.get("sample")
     output = sample if method == SCALING else arguments.get("model_output")
-    wrong = len(call) != len(args) + len(kwargs) or not isinstance(output, Tensor) or not isinstance(sample, Tensor)
-    if wrong:
+    twice = len(call) != len(args) + len(kwargs)
+    if twice or not isinstance(output, Tensor) or not isinstance(sample, Tensor):
         return getattr(scheduler.original, method)(scheduler, *args, **kwargs)  # which says what is wrong
     if scheduler.never_planned(arguments):
         reason = Fallback("has a timestep for each token")
