@@ -281,14 +281,13 @@ def complete_step(call: StepCall, backend: str | None = None) -> tuple[Tensor, .
         if call.write_history:
             _refuse_gradients(call)
         return call_operator(call, name)
-    strides = output_strides(call.sample)
+    results = run(call, name)
+    if call.out is None:
+        strides = output_strides(call.sample)
+        return tuple(to_strides(result, strides) for result in results)
     return tuple(
-        to_strides(value, strides)
-        if call.out is None
-        else target.copy_(value)
-        if isinstance(target, Tensor) and target is not value
-        else value
-        for target, value in zip(call.targets, run(call, name), strict=True)
+        target.copy_(value) if isinstance(target, Tensor) and target is not value else value
+        for target, value in zip(call.out, results, strict=True)
     )
 
 
