@@ -4,7 +4,7 @@
 
 #include "program.h"
 #include "step.h"
-#include "torch_normal.h"
+#include "../torch_bits/torch_normal.h"
 #include "watch.h"
 
 namespace fastdiff::bindings {

@@ -15,6 +15,6 @@
 #define FASTDIFF_LANES 8
 #define FASTDIFF_F16C 1
 #define FASTDIFF_VECTOR_BYTES 32
-#include "build.inc"
+#include "loops.inc"
 #pragma GCC pop_options
 #endif

@@ -19,6 +19,6 @@
 #define FASTDIFF_LANES 16
 #define FASTDIFF_F16C 1
 #define FASTDIFF_VECTOR_BYTES 64
-#include "build.inc"
+#include "loops.inc"
 #pragma GCC pop_options
 #endif

@@ -9,4 +9,4 @@
 #endif
 #define FASTDIFF_ISA generic
 #define FASTDIFF_LANES 1
-#include "build.inc"
+#include "loops.inc"

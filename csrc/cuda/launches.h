@@ -93,6 +93,6 @@ class Launches {
     cudaError_t error_ = cudaSuccess;
 };
 
-inline int64_t blocks_of_threads(int64_t packs, int threads) { return (packs + threads - 1) / threads; }
+inline int64_t blocks_of_threads(int64_t vecs, int threads) { return (vecs + threads - 1) / threads; }
 
 }  // namespace fastdiff

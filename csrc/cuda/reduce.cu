@@ -31,19 +31,19 @@ __device__ __forceinline__ C fold_lanes(C (&lanes)[V]) {
 // One thread's part of a block: in round r the elements from r · 64 + first on.
 template <typename T>
 struct Part {
-    static constexpr int kSize = Pack<T>::kSize;
+    static constexpr int kSize = Vec<T>::kSize;
     const T* from;
     int first;
     int count;  // of the block; an element from there on is 0
     bool wide;
 
-    __device__ __forceinline__ Pack<T> load(int round) const {
+    __device__ __forceinline__ Vec<T> load(int round) const {
         const int at = round * kLanes + first;
-        if (wide && count == kBlock) return *reinterpret_cast<const Pack<T>*>(from + at);
-        Pack<T> pack;
+        if (wide && count == kBlock) return *reinterpret_cast<const Vec<T>*>(from + at);
+        Vec<T> vec;
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) pack.values[i] = at + i < count ? from[at + i] : T{};
-        return pack;
+        for (int i = 0; i < kSize; ++i) vec.values[i] = at + i < count ? from[at + i] : T{};
+        return vec;
     }
 
     // Calls `add(i, x, there)` for each of the thread's lanes, round after round.
@@ -51,7 +51,7 @@ struct Part {
     __device__ __forceinline__ void each(Add add) const {
 #pragma unroll 1
         for (int r = 0; r < kRounds; r += kAhead) {
-            Pack<T> ahead[kAhead];
+            Vec<T> ahead[kAhead];
 #pragma unroll
             for (int k = 0; k < kAhead; ++k) ahead[k] = load(r + k);
 #pragma unroll
@@ -68,7 +68,7 @@ struct Part {
     __device__ __forceinline__ void each_with(const Part& other, Add add) const {
 #pragma unroll 1
         for (int r = 0; r < kRounds; r += kAhead) {
-            Pack<T> ahead[kAhead], beside[kAhead];
+            Vec<T> ahead[kAhead], beside[kAhead];
 #pragma unroll
             for (int k = 0; k < kAhead; ++k) {
                 ahead[k] = load(r + k);
@@ -85,7 +85,7 @@ struct Part {
 
 template <typename T, typename C, int K>
 __global__ void __launch_bounds__(kMostThreads) sum_kernel(const SumArgs args, int64_t blocks, bool wide) {
-    constexpr int V = Pack<T>::kSize;
+    constexpr int V = Vec<T>::kSize;
     constexpr int kGroup = kLanes / V;
     constexpr Sum kKind = static_cast<Sum>(K);
     const int64_t block = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kGroup) + threadIdx.x / kGroup;
@@ -159,11 +159,11 @@ __global__ void __launch_bounds__(kLanes) finish_kernel(const SumArgs args, int6
 
 template <typename T, typename C, int K>
 void launch_kind(const SumArgs& args, Launches& launches) {
-    const int threads = launches.config.sum, blocks_a_cta = threads / (kLanes / Pack<T>::kSize);
+    const int threads = launches.config.sum, blocks_a_cta = threads / (kLanes / Vec<T>::kSize);
     const int64_t blocks = blocks_of(args.inner), all = args.batch * blocks;
     // Samples start on 16 bytes where their size is a multiple of that, or where there is one.
     const bool wide = aligned(args.x) && (args.y == nullptr || aligned(args.y)) &&
-                      (args.batch == 1 || args.inner % Pack<T>::kSize == 0);
+                      (args.batch == 1 || args.inner % Vec<T>::kSize == 0);
     launches.run(sum_kernel<T, C, K>, (all + blocks_a_cta - 1) / blocks_a_cta, threads, args, blocks, wide);
     launches.run(finish_kernel<C, C, K>, args.batch, kLanes, args, blocks);
 }

@@ -19,7 +19,7 @@ __device__ __forceinline__ double widen(double value) { return value; }
 
 // Consecutive elements that are 16 bytes together.
 template <typename T>
-struct alignas(16) Pack {
+struct alignas(16) Vec {
     static constexpr int kSize = 16 / sizeof(T);
     T values[kSize];
 };

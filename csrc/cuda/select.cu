@@ -185,14 +185,14 @@ __global__ void __launch_bounds__(kThreads)
         for (int64_t i = chunk * kThreads + thread; i < count; i += chunks * kThreads) look(kept[i]);
     } else {
         const Key* from = static_cast<const Key*>(args.x) + b * args.inner;
-        constexpr int V = Pack<Key>::kSize;
-        const int64_t packs = wide ? args.inner / V : 0;
-        for (int64_t i = chunk * kThreads + thread; i < packs; i += chunks * kThreads) {
-            const Pack<Key> pack = reinterpret_cast<const Pack<Key>*>(from)[i];
+        constexpr int V = Vec<Key>::kSize;
+        const int64_t vecs = wide ? args.inner / V : 0;
+        for (int64_t i = chunk * kThreads + thread; i < vecs; i += chunks * kThreads) {
+            const Vec<Key> vec = reinterpret_cast<const Vec<Key>*>(from)[i];
 #pragma unroll
-            for (int k = 0; k < V; ++k) look_at_bits(pack.values[k]);
+            for (int k = 0; k < V; ++k) look_at_bits(vec.values[k]);
         }
-        for (int64_t i = packs * V + chunk * kThreads + thread; i < args.inner; i += chunks * kThreads)
+        for (int64_t i = vecs * V + chunk * kThreads + thread; i < args.inner; i += chunks * kThreads)
             look_at_bits(from[i]);
     }
     if (nan) atomicOr(&state.nan, 1u);
@@ -267,7 +267,7 @@ void launch_as(const SelectArgs& args, void* memory, Launches& launches) {
     const int64_t most = kMostBlocks / args.batch > 0 ? kMostBlocks / args.batch : 1;
     const int64_t wanted = (args.inner + share - 1) / share;
     const int64_t chunks = wanted < most ? wanted : most;
-    const bool wide = aligned(args.x) && (args.batch == 1 || args.inner % Pack<Key>::kSize == 0);
+    const bool wide = aligned(args.x) && (args.batch == 1 || args.inner % Vec<Key>::kSize == 0);
     launches.run(clear_kernel<T, C, 0>, args.batch, kThreads, scratch, args.low);
     const int bits = key_bits(sizeof(Key), args.absolute);
     for (int known = bits, pass = 0; known > 0; ++pass) {

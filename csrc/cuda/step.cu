@@ -57,26 +57,26 @@ __device__ __forceinline__ void write_model_input(const StepArgs& args, C scale,
 }
 
 template <typename T, typename C, int V>
-__device__ __forceinline__ void write_model_input(const StepArgs& args, C scale, const Pack<T, V>& sample, int64_t here,
+__device__ __forceinline__ void write_model_input(const StepArgs& args, C scale, const Vec<T, V>& sample, int64_t here,
                                                   int count) {
     C values[V];
-    widen_pack(sample, values);
+    widen_vec(sample, values);
     write_model_input(args, scale, values, here, count);
 }
 
 // A sample that stays as it is: its bits, NaN's too.
-template <typename T, typename C, int V, bool kMore>
-__device__ __forceinline__ void leave(const StepArgs& args, int64_t here, int count) {
-    const bool writes_input = kMore && args.model_input != nullptr;
+template <typename T, typename C, int V, bool kNoiseOrModelInput>
+__device__ __forceinline__ void copy_skipped(const StepArgs& args, int64_t here, int count) {
+    const bool writes_input = kNoiseOrModelInput && args.model_input != nullptr;
     if (args.outputs[0] == args.sample && !writes_input) return;
-    const Pack<T, V> sample = load_pack<T, V>(args.sample, here, count);
-    if (args.outputs[0] != args.sample) store_pack(sample, args.outputs[0], here, count);
+    const Vec<T, V> sample = load_vec<T, V>(args.sample, here, count);
+    if (args.outputs[0] != args.sample) store_vec(sample, args.outputs[0], here, count);
     if (writes_input) write_model_input(args, C(1), sample, here, count);
 }
 
 // The same where it is stored in a dtype and returned in another.
 template <typename C, int V>
-__device__ __forceinline__ void leave_mixed(const StepArgs& args, int64_t here) {
+__device__ __forceinline__ void copy_skipped_mixed(const StepArgs& args, int64_t here) {
     const DType from = args.types.sample, to = args.types.outputs[0];
     C sample[V];
     numbers_of(from, fetch<C, V>(from, args.sample, here), sample);
@@ -130,22 +130,23 @@ __device__ __forceinline__ void weighted_sum(const C* __restrict__ row, int o, c
     }
 }
 
-// kMore: noise may come from seeds, and a model input may be written. A kernel of its own, so that these cost other
-// steps no registers. One block a multiprocessor is the least: ptxas would otherwise spill to fit two of the largest.
-template <typename T, typename C, int V, bool kMore>
-__global__ void __launch_bounds__(kMostThreads, 1) step_kernel(const StepArgs args, int64_t packs_a_sample) {
-    const int64_t pack = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    const int64_t b = pack / packs_a_sample;
+// kNoiseOrModelInput: noise may come from seeds, and a model input may be written. A kernel of its own, so that these
+// cost other steps no registers. One block a multiprocessor is the least: ptxas would otherwise spill to fit two of the
+// largest.
+template <typename T, typename C, int V, bool kNoiseOrModelInput>
+__global__ void __launch_bounds__(kMostThreads, 1) step_kernel(const StepArgs args, int64_t vecs_per_sample) {
+    const int64_t vec = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    const int64_t b = vec / vecs_per_sample;
     if (b >= args.batch) return;
-    const int64_t at = (pack - b * packs_a_sample) * V;
+    const int64_t at = (vec - b * vecs_per_sample) * V;
     const int64_t left = args.inner - at;
     const int count = left < V ? static_cast<int>(left) : V;
-    // b · inner + at, since packs of more than one element fill their samples; written so, stores stay 16 bytes wide.
-    const int64_t here = pack * V;
+    // b · inner + at, since vecs of more than one element fill their samples; written so, stores stay 16 bytes wide.
+    const int64_t here = vec * V;
     const int64_t there = b * args.model_stride + at;
     const C* __restrict__ row = row_of<C>(args, b);
     if (row == nullptr) {
-        leave<T, C, V, kMore>(args, here, count);
+        copy_skipped<T, C, V, kNoiseOrModelInput>(args, here, count);
         return;
     }
     const int maps = args.scatter ? int{kMaxOutputs} : args.num_outputs;
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) step_kernel(const StepArgs ar
             args.history[j] != nullptr && (!args.scatter || row_reads(row, maps, int{kHistory0} + j));
         if (present[kHistory0 + j]) load<T>(args.history[j], here, count, terms[kHistory0 + j]);
     }
-    const bool drawn = kMore && draws(args);
+    const bool drawn = kNoiseOrModelInput && draws(args);
     present[kNoise] = drawn ? row_reads(row, maps, int{kNoise}) : args.noise != nullptr;
     const bool learned = present[kNoise] && args.variance_kind != Variance::kFixed;
     if (!drawn && present[kNoise]) load<T>(args.noise, here, count, terms[kNoise]);
@@ -180,11 +181,11 @@ __global__ void __launch_bounds__(kMostThreads, 1) step_kernel(const StepArgs ar
         if (target == nullptr) continue;
         C sum[V];
         weighted_sum(row, o, present, terms, sum);
-        Pack<T, V> result;
+        Vec<T, V> result;
 #pragma unroll
         for (int i = 0; i < V; ++i) narrow(sum[i], &result.values[i]);
-        store_pack(result, target, here, count);
-        if (kMore && o == 0 && args.model_input != nullptr)
+        store_vec(result, target, here, count);
+        if (kNoiseOrModelInput && o == 0 && args.model_input != nullptr)
             write_model_input(args, row[kModelInputScale], result, here, count);
     }
 }
@@ -192,18 +193,18 @@ static_assert(int{kKeep0} == int{kPrevSample} + int{kColumns} && int{kKeep1} == 
               "the maps of a row follow one another");
 
 // The step of tensors that have dtypes of their own: all of them fetched as bits before the first is made a number.
-// Packs fill their samples, so that there are no tails, each of which would be written out for each dtype.
+// Vecs fill their samples, so that there are no tails, each of which would be written out for each dtype.
 template <typename C, int V>
-__global__ void __launch_bounds__(kMostThreads, 1) mixed_kernel(const StepArgs args, int64_t packs_a_sample) {
-    const int64_t pack = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    const int64_t b = pack / packs_a_sample;
+__global__ void __launch_bounds__(kMostThreads, 1) mixed_kernel(const StepArgs args, int64_t vecs_per_sample) {
+    const int64_t vec = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    const int64_t b = vec / vecs_per_sample;
     if (b >= args.batch) return;
-    const int64_t at = (pack - b * packs_a_sample) * V;
-    const int64_t here = pack * V;
+    const int64_t at = (vec - b * vecs_per_sample) * V;
+    const int64_t here = vec * V;
     const int64_t there = b * args.model_stride + at;
     const C* __restrict__ row = row_of<C>(args, b);
     if (row == nullptr) {
-        leave_mixed<C, V>(args, here);
+        copy_skipped_mixed<C, V>(args, here);
         return;
     }
     const int maps = args.scatter ? int{kMaxOutputs} : args.num_outputs;
@@ -272,32 +273,32 @@ bool vectorizable(const StepArgs& args, int elements) {
 }
 
 template <typename T, typename C, int V>
-void launch_packs(const StepArgs& args, Launches& launches) {
-    const int64_t packs_a_sample = (args.inner + V - 1) / V;
+void launch_vecs(const StepArgs& args, Launches& launches) {
+    const int64_t vecs_per_sample = (args.inner + V - 1) / V;
     const bool more = draws(args) || args.model_input != nullptr;
     const auto kernel = more ? step_kernel<T, C, V, true> : step_kernel<T, C, V, false>;
     const int threads = more ? launches.config.draw : launches.config.step;
-    launches.run(kernel, blocks_of_threads(args.batch * packs_a_sample, threads), threads, args, packs_a_sample);
+    launches.run(kernel, blocks_of_threads(args.batch * vecs_per_sample, threads), threads, args, vecs_per_sample);
 }
 
 template <typename C>
 void launch_mixed(const StepArgs& args, Launches& launches) {
     // Of the widest dtype 16 bytes, or where that is float of a half type.
-    constexpr int kPack = sizeof(C) == 8 ? 2 : 8;
-    const bool wide = args.inner % kPack == 0 && vectorizable(args, kPack);
-    const int64_t packs_a_sample = wide ? args.inner / kPack : args.inner;
-    const auto kernel = wide ? mixed_kernel<C, kPack> : mixed_kernel<C, 1>;
+    constexpr int kVec = sizeof(C) == 8 ? 2 : 8;
+    const bool wide = args.inner % kVec == 0 && vectorizable(args, kVec);
+    const int64_t vecs_per_sample = wide ? args.inner / kVec : args.inner;
+    const auto kernel = wide ? mixed_kernel<C, kVec> : mixed_kernel<C, 1>;
     const int threads = draws(args) || args.model_input != nullptr ? launches.config.draw : launches.config.step;
-    launches.run(kernel, blocks_of_threads(args.batch * packs_a_sample, threads), threads, args, packs_a_sample);
+    launches.run(kernel, blocks_of_threads(args.batch * vecs_per_sample, threads), threads, args, vecs_per_sample);
 }
 
 template <typename T, typename C>
 void launch_as(const StepArgs& args, Launches& launches) {
-    constexpr int kPack = 16 / sizeof(T);
-    if (vectorizable(args, kPack))
-        launch_packs<T, C, kPack>(args, launches);
+    constexpr int kVec = 16 / sizeof(T);
+    if (vectorizable(args, kVec))
+        launch_vecs<T, C, kVec>(args, launches);
     else
-        launch_packs<T, C, 1>(args, launches);
+        launch_vecs<T, C, 1>(args, launches);
 }
 
 }  // namespace

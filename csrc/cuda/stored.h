@@ -30,7 +30,7 @@ __device__ __forceinline__ void fetch_words(const void* from, Bits<C, V>* bits) 
     using W = WordAccess<N>;
 #pragma unroll
     for (int p = 0; p < W::kParts; ++p) {
-        const auto part = static_cast<const Pack<uint32_t, W::kPart>*>(from)[p];
+        const auto part = static_cast<const Vec<uint32_t, W::kPart>*>(from)[p];
 #pragma unroll
         for (int i = 0; i < W::kPart; ++i) bits->words[p * W::kPart + i] = part.values[i];
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The binding of torch's own normal numbers on the CPU: the bits that torch.randn gives, and the generator left as
-// torch leaves it, by loops of ours (csrc/cpu/torch_normal_loop.inc).
+// torch leaves it, by loops of ours (csrc/torch_bits/torch_normal_loop.inc).
 //
 // It serves where torch runs the code that the loops repeat: 16 float32 numbers or more, in contiguous memory, from a
 // CPU generator, with nothing around the call that would have to see an operator. Anything else it declines, before
@@ -22,8 +22,8 @@
 #include <optional>
 #include <thread>
 
-#include "blocks.h"
-#include "common.h"
+#include "../bindings/blocks.h"
+#include "../bindings/common.h"
 
 namespace fastdiff::bindings {
 
