@@ -3,7 +3,7 @@
 #include "cpu.h"
 
 #ifdef FASTDIFF_X86_BUILDS
-// gcc warns of its own header: an intrinsic without a mask names an undefined value on purpose (GCC bug 105593).
+// gcc warns about its own header, where unmasked intrinsics read an undefined value on purpose (GCC bug 105593).
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What the CUDA kernels share: conversions, and accesses of 16 bytes.
+// Conversions and 16-byte accesses shared by the CUDA kernels.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -22,17 +22,17 @@ __device__ __forceinline__ void narrow(float value, float* out) { *out = value; 
 __device__ __forceinline__ void narrow(float value, double* out) { *out = static_cast<double>(value); }
 __device__ __forceinline__ void narrow(double value, double* out) { *out = value; }
 __device__ __forceinline__ void narrow(double value, float* out) { *out = static_cast<float>(value); }
-// double goes to a half type by way of float, as torch takes it.
+// double is rounded to float and then to a half type, as in torch.
 __device__ __forceinline__ void narrow(double value, __half* out) { narrow(static_cast<float>(value), out); }
 __device__ __forceinline__ void narrow(double value, __nv_bfloat16* out) { narrow(static_cast<float>(value), out); }
 
-// V consecutive elements, moved in one access where V of them are 16 bytes.
+// V consecutive elements, one access where they take 16 bytes.
 template <typename T, int V>
 struct alignas(V * sizeof(T)) Vec {
     T values[V];
 };
 
-// Elements [0, count) at `from`, count <= V; the rest is 0.
+// Load elements [0, count) at `from`, count <= V; the rest is 0.
 template <typename T, int V>
 __device__ __forceinline__ Vec<T, V> load_vec(const void* from, int64_t offset, int count) {
     const T* source = static_cast<const T*>(from) + offset;
@@ -60,7 +60,7 @@ __device__ __forceinline__ void load(const void* from, int64_t offset, int count
     widen_vec(load_vec<T, V>(from, offset, count), to);
 }
 
-// Elements [0, count) of a vec.
+// Store elements [0, count) of a vector.
 template <typename T, int V>
 __device__ __forceinline__ void store_vec(const Vec<T, V>& vec, void* to, int64_t offset, int count) {
     T* target = static_cast<T*>(to) + offset;
@@ -73,7 +73,7 @@ __device__ __forceinline__ void store_vec(const Vec<T, V>& vec, void* to, int64_
         if (i < count) target[i] = vec.values[i];
 }
 
-// Elements [0, count) of `from` as T, in vecs of 16 bytes where V of them are more.
+// Store elements [0, count) of `from` as T, in vectors of at most 16 bytes.
 template <typename T, typename C, int V>
 __device__ __forceinline__ void store(const C (&from)[V], void* to, int64_t offset, int count) {
     constexpr int kPart = V * sizeof(T) > 16 ? 16 / static_cast<int>(sizeof(T)) : V;

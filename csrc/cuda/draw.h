@@ -6,7 +6,7 @@
 
 namespace fastdiff {
 
-// One sample's numbers: the seed is the key, step and purpose are the upper half of the counter.
+// Philox key and counter of one sample: the seed is the key, step and purpose are the upper half of the counter.
 struct NoiseKey {
     uint64_t seed;
     uint32_t step;
@@ -24,7 +24,7 @@ __device__ __forceinline__ NoiseKey noise_key(const NoiseArgs& draw, int64_t b) 
     return {static_cast<uint64_t>(draw.seeds[b]), step, draw.purpose};
 }
 
-// The two numbers at places `place` and `place` + 1, of which the first is even: one transform of a chunk's two.
+// Return the numbers at `place`, which is even, and `place` + 1: one transform of two words of a chunk.
 __device__ __forceinline__ NormalPair normal_pair(const NoiseKey& key, int64_t place) {
     const Words words = key.words(place / 4);
     const bool second = (place & 2) != 0;
@@ -36,7 +36,7 @@ __device__ __forceinline__ float normal_at(const NoiseKey& key, int64_t place) {
     return (place & 1) != 0 ? pair.second : pair.first;
 }
 
-// The numbers of elements [at, at + V) of a sample in row-major order; `at` is a multiple of V.
+// Draw elements [at, at + V) of a sample in row-major order; `at` is a multiple of V.
 template <typename C, int V>
 __device__ __forceinline__ void draw_in_order(const NoiseKey& key, int64_t at, C (&z)[V]) {
     if constexpr (V == 1) {
@@ -59,7 +59,7 @@ __device__ __forceinline__ void draw_in_order(const NoiseKey& key, int64_t at, C
     }
 }
 
-// The numbers of elements [at, at + V) in the order of memory.
+// Draw elements [at, at + V) in memory order.
 template <typename C, int V>
 __device__ __forceinline__ void draw_normals(const NoiseArgs& draw, int64_t inner, int64_t b, int64_t at, C (&z)[V]) {
     const NoiseKey key = noise_key(draw, b);
@@ -67,7 +67,8 @@ __device__ __forceinline__ void draw_normals(const NoiseArgs& draw, int64_t inne
         draw_in_order(key, at, z);
         return;
     }
-    // Channels-last: neighbours in memory are far apart in the sample. One division a thread, not one an element.
+    // Channels-last: neighbours in memory are far apart in the sample. One division per thread instead of one per
+    // element.
     const int64_t places = inner / draw.channels;
     int64_t s = at / draw.channels;
     int64_t c = at - s * draw.channels;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Normal numbers on their own: a thread makes whole chunks and stores 16 bytes an access.
+// Normal numbers alone: a thread makes whole chunks and stores 16 bytes per access.
 #include "access.h"
 #include "draw.h"
 #include "randn_cuda.h"
@@ -7,7 +7,7 @@
 namespace fastdiff {
 namespace {
 
-// V is a multiple of 4: no chunk is made twice, whatever the size of a sample.
+// V is a multiple of 4, so that each chunk is made once for any size of a sample.
 template <typename T, int V>
 __global__ void __launch_bounds__(kMostThreads) randn_kernel(const RandnArgs args, int64_t vecs_per_sample, bool wide) {
     const int64_t vec = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -18,7 +18,8 @@ __global__ void __launch_bounds__(kMostThreads) randn_kernel(const RandnArgs arg
     float z[V];
     draw_in_order(noise_key(args.draw, b), at, z);
     if (wide && left >= V) {
-        // b · inner + at, since samples are whole vecs or there is one; written so, stores stay 16 bytes wide.
+        // Equal to b · inner + at, since samples are whole vectors or there is only one. In this form stores stay 16
+        // bytes wide.
         store<T>(z, args.out, vec * V, V);
         return;
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What the kernels of the reductions share: conversions, and 16-byte accesses.
+// Conversions and 16-byte accesses shared by the kernels of the reductions.
 #pragma once
 
 #include <cuda_bf16.h>
