@@ -49,13 +49,19 @@ MODES = ("auto", "cpu", "cuda", "none")
 # PyPI package `kernels`, which diffusers imports.
 PACKAGES = [
     "fastdiff",
+    "fastdiff.analysis",
     "fastdiff.benchmarks",
     "fastdiff.benchmarks.gpu",
     "fastdiff.diffusers",
     "fastdiff.digits",
     "fastdiff.graphs",
+    "fastdiff.guidance",
     "fastdiff.kernels",
+    "fastdiff.noise",
     "fastdiff.ops",
+    "fastdiff.samplers",
+    "fastdiff.sampling",
+    "fastdiff.schedules",
     "fastdiff.solvers",
 ]
 PACKAGE_DIR = {
@@ -297,7 +303,7 @@ def gather(environ: Mapping[str, str]) -> Facts:
 
 
 def built_for(mode: str, facts: Facts) -> str:
-    """Name the torch that an extension is built for; fastdiff/ops/built_for.py reads it in the finished file."""
+    """Name the torch that an extension is built for; fastdiff/built_for.py reads it in the finished file."""
     cuda = f" cuda={facts.torch_cuda}" if mode == "cuda" else ""
     return f"torch={facts.torch} cxx11abi={int(facts.torch_cxx11_abi)}{cuda}"
 

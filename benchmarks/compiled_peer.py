@@ -3,7 +3,7 @@
 
 A graph is compiled for each form that rows of the table have: which terms an output sums is then constant, and only the
 weights come as a tensor, so that no row compiles again. It writes in place, as fastdiff does; without that, inductor
-would allocate outputs. The form of `fastdiff.reference.step` itself cannot be compiled whole: it looks at its weights.
+would allocate outputs. The form of the reference itself cannot be compiled whole: it looks at its weights.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.affine import COLUMNS
-from fastdiff.rng import draw
-from fastdiff.table import compute_dtype
+from fastdiff.noise.generators import draw
+from fastdiff.row_layout import COLUMNS, compute_dtype
 
 from .cases import GUIDANCE, Case, Tensors
 from .peers import Walk

@@ -31,7 +31,7 @@ from fastdiff.command import CommandParser, run_command
 from fastdiff.errors import sentence
 from fastdiff.files import check_writable, write_whole
 from fastdiff.ops import backends
-from fastdiff.table import PREV_SAMPLE, ROW_WIDTH, compute_dtype
+from fastdiff.row_layout import PREV_SAMPLE, ROW_WIDTH, compute_dtype
 
 KINDS = ("step", "draw", "randn", "sum", "select")
 BACKENDS = ("cuda", "triton")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a draw of torch's float32 normal numbers on the CPU costs, by torch.randn and by `fastdiff.torch_noise`.
+"""What a draw of torch's float32 normal numbers on the CPU costs, by torch.randn and by `fastdiff.noise.torch_normals`.
 
     python -m benchmarks.torch_noise                       # three shapes, one thread and all
     python -m benchmarks.torch_noise --shapes 2x16 --threads 1 --rounds 51 --json FILE
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastdiff.command import CommandParser, run_command
 from fastdiff.files import check_writable, write_whole
-from fastdiff.torch_noise import torch_randn, why_by_torch
+from fastdiff.noise.torch_normals import torch_randn, why_by_torch
 
 from .conditions import conditions
 from .measure import quantiles, ratios

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastdiff.affine import COLUMNS
-from fastdiff.table import KEEP_0, KEEP_1, PREDICTION_OUTPUT, PREDICTION_SAMPLE, PREV_SAMPLE
+from fastdiff.row_layout import COLUMNS, KEEP_0, KEEP_1, PREDICTION_OUTPUT, PREDICTION_SAMPLE, PREV_SAMPLE
 
 _SAMPLE, _OUTPUT, _PREDICTION = (COLUMNS.index(name) for name in ("sample", "model_output", "prediction"))
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from fastdiff import create_sampler
+from fastdiff.analysis.images import save_grid
 from fastdiff.digits import NULL_CLASS, load_digit_unet
-from fastdiff.images import save_grid
 
 
 @torch.no_grad()

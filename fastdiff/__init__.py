@@ -3,16 +3,18 @@
 
 The way of the data::
 
-    schedules.py   the training noise schedule: betas, ᾱ
-    timesteps.py   which of its timesteps or noise levels a loop visits
-    levels.py      α and σ there
-    solvers/       a paper's formula, run once on symbols (affine.py) ...
-    table.py       ... gives a row of scalars a model call
-    stepper.py     walks the rows; loop.py calls the model in between, graphs.py captures both
-    ops/           the one fused operation, its checks, and the choice among
-    csrc/ kernels/ reference.py    its implementations
+    schedules/  the training noise schedule, which of its timesteps a loop visits, α and σ there
+    solvers/    a paper's formula, run once on symbols, gives a table: a row of scalars a model call
+    samplers/   a schedule and a solver, compiled to a table, and the ways to walk it
+    guidance/   the model under classifier-free guidance
+    noise/      noise that is drawn outside the step
+    sampling/   walks the rows of a table and calls the model in between; single steps
+    graphs/     captures both as CUDA graphs
+    ops/        the one fused operation, its checks, and the choice among its implementations:
+                ops/reference.py, kernels/ and csrc/, which extension.py loads
 
-`samplers.py` and `manager.py` put them together; nothing below knows what is above it.
+From bottom to top: the modules beside the packages, ops, schedules, solvers, noise, guidance, sampling, graphs,
+samplers, analysis, digits, diffusers, and the command line; nothing below knows what is above it.
 
 `fastdiff.diffusers`, `fastdiff.patch` and `fastdiff.unpatch` need diffusers: they are imported when they are asked for.
 """
@@ -21,12 +23,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import ops
+from . import _moved, ops
 from .graphs import CapturedLoop
-from .loop import SamplingResult, StepInfo
-from .manager import AdvancedSamplingManager, create_advanced_sampling_manager
-from .memory import release_memory
 from .ops import FallbackWarning, randn
+from .ops.memory import release_memory
 from .philox import Purpose, as_seeds, spawn_seeds
 from .samplers import (
     BaseSampler,
@@ -38,7 +38,10 @@ from .samplers import (
     HeunSampler,
     create_sampler,
 )
-from .sampling_config import SamplingConfig, SamplingMethod
+from .samplers.manager import AdvancedSamplingManager, create_advanced_sampling_manager
+from .sampling.config import SamplingConfig, SamplingMethod
+from .sampling.loop import SamplingResult, StepInfo
+from .sampling.stepper import Stepper
 from .schedules import (
     BaseNoiseScheduler,
     CosineNoiseScheduler,
@@ -55,14 +58,15 @@ from .schedules import (
     SigmoidNoiseScheduler,
     create_noise_scheduler,
 )
-from .stepper import Stepper
-from .table import StepTable
+from .solvers.table import StepTable
 
 if TYPE_CHECKING:
     from . import diffusers
     from .diffusers import patch, unpatch
 
 __version__ = "0.1.0"
+
+_moved.install()
 
 __all__ = [
     "AdvancedSamplingManager",
@@ -115,4 +119,4 @@ def __getattr__(name: str) -> Any:
 
         module = import_module(".diffusers", __name__)
         return module if name == "diffusers" else getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _moved.attribute(__name__, name)

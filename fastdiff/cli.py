@@ -16,13 +16,13 @@ import typer
 
 from . import __version__, ops
 from .errors import require, sentence, unknown_name
-from .memory import held_memory, kept_memory_limit
+from .noise.torch_normals import why_by_torch
 from .ops import randn
 from .ops.fallback import why_reference
+from .ops.memory import held_memory, kept_memory_limit
 from .philox import spawn_seeds
-from .sampling_config import SamplingMethod
+from .sampling.config import SamplingMethod
 from .schedules import create_noise_scheduler
-from .torch_noise import why_by_torch
 
 #: Samplers by the names that people use, each as fields of SamplingConfig.
 SAMPLERS: dict[str, dict[str, Any]] = {
@@ -150,8 +150,8 @@ def draw_digits(
     progress: bool,
 ) -> None:
     """Sample digits and write them as a grid; see ``fastdiff sample --help``."""
+    from .analysis.images import check_grid_path, save_grid
     from .digits import IMAGE_SHAPE, NULL_CLASS, NUM_CLASSES, load_digit_unet
-    from .images import check_grid_path, save_grid
     from .samplers import create_sampler
 
     # All that can be refused is refused here, before anything is drawn.

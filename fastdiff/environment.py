@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The environment variables that name one of a few choices, and the reason why the extension does not load.
 
-``FASTDIFF_KEEP_MIB`` is a number and is read by `fastdiff.memory`; ``FASTDIFF_BUILD`` and ``FASTDIFF_SANITIZE`` are
+``FASTDIFF_KEEP_MIB`` is a number and is read by `fastdiff.ops.memory`; ``FASTDIFF_BUILD`` and ``FASTDIFF_SANITIZE`` are
 read by setup.py alone.
 """
 

@@ -18,8 +18,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from .device_copy import to_device
 from .errors import checked_integer, checked_type, sentence, shown
-from .transfer import to_device
 
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
@@ -44,7 +44,7 @@ class Purpose(IntEnum):
     Attributes:
         LATENTS: the first sample.
         STEP: what a step adds.
-        PATH: the numbers that a `fastdiff.brownian_path.BrownianPath` adds up; their `step` is no step's number but the
+        PATH: the numbers that a `fastdiff.noise.BrownianPath` adds up; their `step` is no step's number but the
             place of an interval of time.
     """
 

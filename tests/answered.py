@@ -24,7 +24,8 @@ from unittest import mock
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.ops import backends, reductions, run
+from fastdiff.ops import backends, reductions
+from fastdiff.ops import dispatch as run
 from fastdiff.ops import random as noise
 
 #: The public operations, and where in their arguments the tensor is by which a backend is chosen.

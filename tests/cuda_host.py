@@ -21,9 +21,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdiff.call import StepCall
 from fastdiff.ops import backends
-from fastdiff.table import KEEP_0, KEEP_1, PREV_SAMPLE
+from fastdiff.ops.call import StepCall
+from fastdiff.row_layout import KEEP_0, KEEP_1, PREV_SAMPLE
 from oracle import DTYPES, Case, bits
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -27,9 +27,9 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 import recording_driver
-from fastdiff.call import StepCall
 from fastdiff.kernels import config, launch, philox, reduce, select, step
 from fastdiff.kernels.launch import Launcher
+from fastdiff.ops.call import StepCall
 from recording_driver import LAUNCHES, RecordingDriver
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastdiff.levels import Level, Levels, variance_preserving
+from fastdiff.row_layout import Variance
+from fastdiff.sampling.stepper import Stepper
+from fastdiff.schedules.levels import Level, Levels, variance_preserving
 from fastdiff.solvers import (
     Churn,
     Prediction,
@@ -29,8 +31,7 @@ from fastdiff.solvers import (
     euler_ancestral,
     heun,
 )
-from fastdiff.stepper import Stepper
-from fastdiff.table import StepTable, Variance
+from fastdiff.solvers.table import StepTable
 
 Array = NDArray[np.float64]
 MakeTable = Callable[[Levels, Prediction], StepTable]
@@ -110,7 +111,7 @@ def evaluate(
     nudge: tuple[int, int, float] | None = None,
     trace: list[Trace] | None = None,
 ) -> Array:
-    """The loop in float64 numpy: the formulas at the head of fastdiff/table.py, and nothing of fastdiff's code.
+    """The loop in float64 numpy: the formulas at the head of fastdiff/solvers/table.py, and nothing of fastdiff's code.
 
     Args:
         nudge: (row, what, size): adds `size`·(1 + |value|) to output `what` of a row, or to m where it is −1.

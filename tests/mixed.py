@@ -11,17 +11,17 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff import ops
-from fastdiff.table import (
+from fastdiff.row_layout import (
     KEEP_0,
     MODEL_INPUT_SCALE,
     NUM_REGISTERS,
     ROW_WIDTH,
     STORE_0,
     STORE_1,
-    StepTable,
     Variance,
     compute_dtype,
 )
+from fastdiff.solvers.table import StepTable
 from oracle import DTYPES
 
 #: Deterministic and stochastic, of one call a step and of two, without history, with one register and with two.

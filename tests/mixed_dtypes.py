@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastdiff.table import compute_dtype
+from fastdiff.row_layout import compute_dtype
 from oracle import DTYPES, INTERPRETED, Case, Shape, make
 
 SCALARS = ("table", "guidance", "threshold")

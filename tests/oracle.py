@@ -4,9 +4,9 @@
 `evaluate` computes a step from the formula alone, in numpy's longdouble, from inputs and a row that are already
 rounded to the dtypes in which a backend gets them.  Beside each value it returns how far a backend may lie from it.
 
-The bound is a running error analysis.  Every operation of the contract (fastdiff/reference.py) rounds its result once,
-which costs at most u·|result|; an error that an operand carries is multiplied by what multiplies the operand.  An fma
-rounds once where the reference rounds twice, so the bound counts the reference's roundings and serves both.
+The bound is a running error analysis.  Every operation of the contract (fastdiff/ops/reference.py) rounds its result
+once, which costs at most u·|result|; an error that an operand carries is multiplied by what multiplies the operand.
+An fma rounds once where the reference rounds twice, so the bound counts the reference's roundings and serves both.
 
 Run as a program, this module takes the steps of `build_cases` and saves what they give, so that the builds of the
 CPU extension, one a process, can be compared.
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.ops import backends
-from fastdiff.table import ROW_WIDTH, Variance, compute_dtype
+from fastdiff.row_layout import ROW_WIDTH, Variance, compute_dtype
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

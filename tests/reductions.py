@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.table import compute_dtype
+from fastdiff.row_layout import compute_dtype
 from oracle import DTYPES, ORACLE_ROUNDOFF, UNIT_ROUNDOFF
 
 KINDS = ("mean", "std", "norm", "dot")

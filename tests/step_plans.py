@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff import ops, reference
-from fastdiff.ops import backends
-from fastdiff.table import MODEL_INPUT_SCALE, STORE_0, STORE_1
+from fastdiff import ops
+from fastdiff.ops import backends, reference
+from fastdiff.row_layout import MODEL_INPUT_SCALE, STORE_0, STORE_1
 from fuzz import Memory, copy_of, serve
 from oracle import Case, Shape, assert_same_bits, assert_within_rounding, evaluate, make
 from strange_tensors import OTHER_CHANGES, SYMBOLIC, TENSOR_CHANGES, UNREADABLE, in_a_room

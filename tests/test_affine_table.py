@@ -13,11 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdiff import table as layout
-from fastdiff.affine import COLUMNS, HISTORY, MODEL_OUTPUT, NOISE, PREDICTION, SAMPLE, ZERO, Affine
-from fastdiff.levels import levels_from_half_log_snr
+from fastdiff import row_layout as layout
+from fastdiff.row_layout import COLUMNS, Variance, compute_dtype
+from fastdiff.schedules.levels import levels_from_half_log_snr
 from fastdiff.solvers import Prediction
-from fastdiff.table import Row, StepTable, Variance, compute_dtype
+from fastdiff.solvers.affine import HISTORY, MODEL_OUTPUT, NOISE, PREDICTION, SAMPLE, ZERO, Affine
+from fastdiff.solvers.table import Row, StepTable
 from loops import SOLVERS
 
 ROOT = Path(__file__).resolve().parents[1]

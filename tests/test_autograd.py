@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
 from fastdiff import ops
-from fastdiff.affine import Affine
 from fastdiff.ops import backends
-from fastdiff.stepper import Stepper
-from fastdiff.table import Row, StepTable
+from fastdiff.sampling.stepper import Stepper
+from fastdiff.solvers.affine import Affine
+from fastdiff.solvers.table import Row, StepTable
 from oracle import INTERPRETED, UNIT_ROUNDOFF, plain_row
 
 pytestmark = pytest.mark.skipif(backends.extension is None, reason="the C++ extension was not built")

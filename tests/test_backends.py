@@ -18,7 +18,8 @@ import torch
 import fastdiff
 from children import child_environment
 from fastdiff import ops
-from fastdiff.ops import backends, run
+from fastdiff.ops import backends
+from fastdiff.ops import dispatch as run
 from oracle import backends_at_hand, device_of, plain_row
 
 BACKENDS = backends_at_hand()

@@ -20,9 +20,10 @@ from benchmarks.measure import Rotation, quantiles, ratios
 from benchmarks.options import parse
 from benchmarks.peers import PEERS, Walk, walks
 from benchmarks.traffic import bytes_a_step, tensors_moved
-from fastdiff.affine import HISTORY, MODEL_OUTPUT, NOISE, PREDICTION, SAMPLE
-from fastdiff.table import Row, StepTable, Variance
-from fastdiff.torch_noise import why_by_torch
+from fastdiff.noise.torch_normals import why_by_torch
+from fastdiff.row_layout import Variance
+from fastdiff.solvers.affine import HISTORY, MODEL_OUTPUT, NOISE, PREDICTION, SAMPLE
+from fastdiff.solvers.table import Row, StepTable
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (2, 1, 4, 4)

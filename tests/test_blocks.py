@@ -23,8 +23,8 @@ from torch import Tensor
 
 import fastdiff
 from children import child_environment
-from fastdiff import memory, ops
-from fastdiff.ops import backends
+from fastdiff import ops
+from fastdiff.ops import backends, memory
 from oracle import DTYPES, plain_row
 
 if backends.extension is None:

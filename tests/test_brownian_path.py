@@ -19,8 +19,9 @@ from scipy import stats
 from torch import Tensor
 
 import fastdiff
-from fastdiff import Purpose, brownian_path, ops
-from fastdiff.brownian_path import BrownianPath, Time, _octaves_between
+from fastdiff import Purpose, ops
+from fastdiff.noise import brownian_path
+from fastdiff.noise.brownian_path import BrownianPath, Time, _octaves_between
 
 SEEDS = st.integers(0, 2**64 - 1)
 #: Over all octaves that noise levels have, the range below them, and times whose bridge ends early.

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from fastdiff import StepInfo, create_sampler
-from fastdiff.affine import MODEL_OUTPUT, SAMPLE
 from fastdiff.graphs import recorder
 from fastdiff.guidance import GuidanceMode, GuidedModel
-from fastdiff.loop import run_loop
 from fastdiff.ops import backends
-from fastdiff.stepper import Stepper
-from fastdiff.table import Row, StepTable
+from fastdiff.sampling.loop import run_loop
+from fastdiff.sampling.stepper import Stepper
+from fastdiff.solvers.affine import MODEL_OUTPUT, SAMPLE
+from fastdiff.solvers.table import Row, StepTable
 from graph_emulator import EmulatedGraph
 from oracle import assert_same_bits
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from children import child_environment
+from fastdiff.analysis.images import GAP, save_grid
 from fastdiff.cli import SAMPLERS, parse_classes, print_environment
-from fastdiff.images import GAP, save_grid
 
 pytest.importorskip("typer")
 

@@ -18,12 +18,14 @@ from torch._dynamo.utils import counters
 
 import fastdiff
 from fastdiff import ops
-from fastdiff.affine import Affine
-from fastdiff.call import StepCall
-from fastdiff.ops import backends, checks, run
-from fastdiff.ops.run import RESULT_DTYPES
-from fastdiff.stepper import Stepper
-from fastdiff.table import Row, StepTable, Variance
+from fastdiff.ops import backends, checks
+from fastdiff.ops import dispatch as run
+from fastdiff.ops.call import StepCall
+from fastdiff.ops.dispatch import RESULT_DTYPES
+from fastdiff.row_layout import Variance
+from fastdiff.sampling.stepper import Stepper
+from fastdiff.solvers.affine import Affine
+from fastdiff.solvers.table import Row, StepTable
 from oracle import DTYPES, Case, Shape, assert_same_bits, make, plain_row
 
 ROW = plain_row(prev_x=1.0, prev_m=2.0)

@@ -26,7 +26,7 @@ from cuda_host import (
     randn_on_host,
     run_on_host,
 )
-from fastdiff.table import Variance
+from fastdiff.row_layout import Variance
 from oracle import (
     DTYPES,
     TIE_FACTORS,

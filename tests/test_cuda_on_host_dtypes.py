@@ -17,10 +17,10 @@ from torch import Tensor
 
 from cuda_host import Kernel, Layout, needs_compiler, needs_cpu_backend, run_call, run_on_host
 from fastdiff import ops
-from fastdiff.call import StepCall
+from fastdiff.ops.call import StepCall
 from fastdiff.ops.checks import check
 from fastdiff.ops.layout import hand_back, make_plain
-from fastdiff.table import MODEL_INPUT_SCALE, STORE_0, STORE_1, Variance
+from fastdiff.row_layout import MODEL_INPUT_SCALE, STORE_0, STORE_1, Variance
 from mixed import copied
 from mixed_dtypes import mixed_case
 from oracle import TIE_FACTORS, Case, Shape, all_bit_patterns, assert_same_bits, plain_row

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from cuda_host import Kernel, Layout, needs_compiler, needs_cpu_backend, randn_on_host, run_call
 from fastdiff import ops
-from fastdiff.call import StepCall
+from fastdiff.ops.call import StepCall
 from fastdiff.ops.checks import check
 from fastdiff.ops.layout import hand_back, make_plain
-from fastdiff.table import MODEL_INPUT_SCALE, STORE_0, STORE_1, Variance
+from fastdiff.row_layout import MODEL_INPUT_SCALE, STORE_0, STORE_1, Variance
 from mixed import Batch, copied, laid_out, random_batch, run, solvers, written
 from oracle import DTYPES, assert_same_bits, plain_row
 

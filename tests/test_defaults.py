@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 import fastdiff
-from fastdiff import NoiseScheduleType, SamplingMethod, ops
+from fastdiff import NoiseScheduleType, SamplingMethod, ops, sampling
 from fastdiff.philox import philox_words
-from fastdiff.timesteps import SIGMA_SPACINGS, TIMESTEP_SPACINGS
+from fastdiff.sampling import single_steps
+from fastdiff.schedules.timesteps import SIGMA_SPACINGS, TIMESTEP_SPACINGS
 from oracle import assert_same_bits
 
 SHAPE = (2, 3, 4, 4)
@@ -114,18 +115,18 @@ def test_own_steps_and_noise_are_the_same(default: Callable[[], Any]) -> None:
     x, m = LATENTS, LATENTS.flip(0)
 
     def make() -> list[Tensor]:
-        ops.functional._compiled.cache_clear()
+        single_steps._compiled.cache_clear()
         words = philox_words((1, 2, 3, 4), (5, 6))
         return [
             *words,
             fastdiff.randn(SHAPE, [1, 2]),
             fastdiff.randn(SHAPE, [1, 2], backend="reference"),
-            ops.cfg_combine(x, m, 2.5),
-            ops.cfg_combine(x, m, 2.5, backend="reference"),
-            ops.ddim_step(x, m, alpha_cumprod=0.25, alpha_cumprod_prev=0.5),
-            ops.ddpm_step(x, m, alpha_cumprod=0.25, alpha_cumprod_prev=0.5, noise=m, backend="reference"),
-            *ops.dpm_solver_step(x, m, alphas_cumprod=[0.25, 0.5]),
-            ops.euler_step(x[:, ::2], m[:, ::2], sigma=2.0, sigma_next=1.0),
+            sampling.cfg_combine(x, m, 2.5),
+            sampling.cfg_combine(x, m, 2.5, backend="reference"),
+            sampling.ddim_step(x, m, alpha_cumprod=0.25, alpha_cumprod_prev=0.5),
+            sampling.ddpm_step(x, m, alpha_cumprod=0.25, alpha_cumprod_prev=0.5, noise=m, backend="reference"),
+            *sampling.dpm_solver_step(x, m, alphas_cumprod=[0.25, 0.5]),
+            sampling.euler_step(x[:, ::2], m[:, ::2], sigma=2.0, sigma_next=1.0),
             ops.quantile(x, 0.3),
             ops.mean(x),
         ]

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dropins import quiet
-from fastdiff.diffusers import CLASSES, brownian
-from fastdiff.diffusers.brownian import Tree, sampled, way_to
+from fastdiff.diffusers import CLASSES
+from fastdiff.noise import brownian_tree as brownian
+from fastdiff.noise.brownian_tree import Tree, sampled, way_to
+from fastdiff.noise.torch_normals import why_by_torch
 from fastdiff.ops.backends import extension
-from fastdiff.torch_noise import why_by_torch
 
 pytestmark = pytest.mark.skipif(bool(why_by_torch()), reason=f"torch draws here: {why_by_torch()}")
 E: Any = extension

@@ -180,7 +180,7 @@ def test_one_pass_combines(name, monkeypatch):
     shape = shape_of(name)
     guider.set_state(STEPS - 1, STEPS, torch.tensor(1))
     guider.prepare_inputs({})
-    import fastdiff.ops.functional as functional
+    from fastdiff.sampling import single_steps as functional
 
     monkeypatch.setattr(ops, "step", counted(ops.step))
     monkeypatch.setattr(functional, "step", counted(functional.step))

@@ -19,13 +19,14 @@ from fastdiff import (
     create_sampler,
     ops,
     randn,
+    sampling,
     spawn_seeds,
 )
 from fastdiff.errors import require, sentence, unknown_name
 from fastdiff.guidance import GuidanceMode
-from fastdiff.rng import draw
+from fastdiff.noise.generators import draw
 from fastdiff.solvers import Algorithm, Churn, Prediction, PredictionType, SolverType, VarianceType
-from fastdiff.table import StepTable
+from fastdiff.solvers.table import StepTable
 
 
 def test_sentence_has_its_five_parts() -> None:
@@ -146,8 +147,8 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: ops.step_rows(*_x2(), _rows(), torch.zeros(1, dtype=torch.int64), uncond=_x2()[0], guidance=10**400),
         "guidance",
     ),
-    "huge guidance combined": (lambda: ops.cfg_combine(*_x2(), 10**400), "guidance"),
-    "guidance of True combined": (lambda: ops.cfg_combine(*_x2(), True), "guidance"),
+    "huge guidance combined": (lambda: sampling.cfg_combine(*_x2(), 10**400), "guidance"),
+    "guidance of True combined": (lambda: sampling.cfg_combine(*_x2(), True), "guidance"),
     "list of embeddings": (lambda: _sample(prompt_embeds=[1, 2]), "prompt_embeds"),
     "list of negative embeddings": (
         lambda: _sample(prompt_embeds=torch.ones(2), negative_prompt_embeds=[1, 2], guidance_scale=2.0),

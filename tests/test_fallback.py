@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import fastdiff
-from fastdiff import environment, ops
+from fastdiff import environment, extension, ops
 from fastdiff.ops import backends, fallback
 
 ROOT = Path(fastdiff.__file__).parents[1]
@@ -42,7 +42,7 @@ print(len(seen), *[str(message) for message, *_ in seen], sep="\\n")
 WAYS = {
     "step": "ops.step(x, x, rows, 0)",
     "step_rows": "ops.step_rows(x, x, rows, torch.tensor([0, 1]))",
-    "functional": "ops.ddim_step(x, x, alpha_cumprod=0.5, alpha_cumprod_prev=0.6)",
+    "functional": "fastdiff.sampling.ddim_step(x, x, alpha_cumprod=0.5, alpha_cumprod_prev=0.6)",
     "operator": """torch.ops.fastdiff.mean(x, "")""",
     "randn": "fastdiff.randn((2, 3), [1, 2])",
     "mean": "ops.mean(x)",
@@ -272,9 +272,9 @@ def test_an_instruction_set_that_the_processor_lacks_is_refused_at_import(monkey
         raise ImportError(text)
 
     with monkeypatch.context() as lacking:
-        lacking.setattr(backends.importlib, "import_module", refuse)
+        lacking.setattr(extension.importlib, "import_module", refuse)
         with pytest.raises(ValueError, match=text):
-            backends._load_extension()
+            extension._load_extension()
     source = (ROOT / "csrc" / "bindings.cpp").read_text()
     assert '"fastdiff: FASTDIFF_CPU is \'"' in source, "what the extension says begins so"
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from fastdiff import Stepper
-from fastdiff.affine import Affine
-from fastdiff.levels import Level, Levels, levels_from_half_log_snr, levels_from_timesteps
 from fastdiff.schedules import create_noise_scheduler
+from fastdiff.schedules.levels import Level, Levels, levels_from_half_log_snr, levels_from_timesteps
 from fastdiff.solvers import Churn, Prediction, ddim, ddpm, euler, euler_ancestral, heun
-from fastdiff.table import StepTable
+from fastdiff.solvers.affine import Affine
+from fastdiff.solvers.table import StepTable
 from loops import SOLVERS, Array, MakeTable, level_of
 
 MEAN, VARIANCE = 0.7, 0.25

@@ -12,7 +12,7 @@ from torch import Tensor
 from answered import answered
 from fastdiff import ops
 from fastdiff.ops import backends
-from fastdiff.table import MODEL_INPUT_SCALE, Variance
+from fastdiff.row_layout import MODEL_INPUT_SCALE, Variance
 from mixed import copied, laid_out, random_batch, run, solvers
 from on_gpu import BACKENDS, kernels_of, on_host, skip_where_missing
 from oracle import DTYPES, INTERPRETED, Case, Shape, assert_same_bits, assert_within_rounding, make, plain_row

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.call import StepCall
 from fastdiff.ops import backends
+from fastdiff.ops.call import StepCall
 from on_gpu import skip_where_missing
 from oracle import DTYPES, INTERPRETED, assert_same_bits, plain_row
 

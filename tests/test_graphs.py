@@ -19,8 +19,8 @@ from fastdiff.digits import IMAGE_SHAPE, NULL_CLASS, load_digit_unet
 from fastdiff.graphs import recorder
 from fastdiff.graphs.cache import CAPACITY
 from fastdiff.guidance import GuidanceMode, GuidedModel
-from fastdiff.loop import run_loop
 from fastdiff.ops import backends
+from fastdiff.sampling.loop import run_loop
 from graph_cases import GUIDANCE, METHODS, SHAPE, STOCHASTIC, Inputs, Model, model_of, sampler_of
 from graph_emulator import EmulatedGraph, RefuseSyncs, looked_at_as_a_gpu, poison, storages
 from oracle import INTERPRETED, assert_same_bits

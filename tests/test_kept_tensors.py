@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdiff import StepInfo, create_sampler, references
-from fastdiff.affine import HISTORY, MODEL_OUTPUT, PREDICTION, SAMPLE
-from fastdiff.references import reference_counts
-from fastdiff.stepper import Stepper
-from fastdiff.table import Row, StepTable
+from fastdiff import StepInfo, create_sampler
+from fastdiff.sampling import reference_counts as references
+from fastdiff.sampling.reference_counts import reference_counts
+from fastdiff.sampling.stepper import Stepper
+from fastdiff.solvers.affine import HISTORY, MODEL_OUTPUT, PREDICTION, SAMPLE
+from fastdiff.solvers.table import Row, StepTable
 from oracle import assert_same_bits
 
 SHAPE = (2, 3, 4, 4)

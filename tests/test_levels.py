@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdiff.levels import (
+from fastdiff.schedules import create_noise_scheduler
+from fastdiff.schedules.levels import (
     Level,
     Levels,
     VariancePreservingPath,
@@ -22,7 +23,6 @@ from fastdiff.levels import (
     variance_preserving,
     with_intermediate_levels,
 )
-from fastdiff.schedules import create_noise_scheduler
 
 LINEAR = create_noise_scheduler("linear").alphas_cumprod
 ZERO_SNR = create_noise_scheduler("scaled_linear", rescale_betas_zero_snr=True).alphas_cumprod

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from fastdiff import Stepper, ops
-from fastdiff.levels import Levels, levels_from_timesteps
+from fastdiff.row_layout import Variance
 from fastdiff.schedules import create_noise_scheduler
+from fastdiff.schedules.levels import Levels, levels_from_timesteps
 from fastdiff.solvers import Prediction, PredictionType, ddim, ddpm, dpm_multistep, euler, euler_ancestral, heun
-from fastdiff.table import StepTable, Variance
+from fastdiff.solvers.table import StepTable
 from loops import (
     ALGORITHMS,
     PREDICTION_TYPES,

@@ -23,7 +23,8 @@ import torch
 
 import fastdiff
 import sanitize
-from fastdiff.ops import backends, built_for
+from fastdiff import built_for
+from fastdiff.ops import backends
 from setup_script import load_setup
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -491,7 +492,7 @@ def test_an_extension_that_says_nothing_is_not_loaded(tmp_path: Path, monkeypatc
         with monkeypatch.context() as patched:
             patched.setattr(importlib.util, "find_spec", lambda name, spec=spec: spec)
             patched.setattr(importlib, "import_module", lambda name: pytest.fail(f"{name} was loaded"))
-            loaded, reason = backends._load_extension()
+            loaded, reason = fastdiff.extension._load_extension()
         assert loaded is None
         assert "does not say which torch it was built for" in reason
     assert "cannot be read" in built_for.why_unfit(tmp_path / "none")

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from children import child_environment
-from fastdiff import ops, reductions_reference
-from fastdiff.table import compute_dtype
+from fastdiff import ops
+from fastdiff.ops import reductions_reference
+from fastdiff.row_layout import compute_dtype
 from oracle import DTYPES, INTERPRETED, UNIT_ROUNDOFF, assert_same_bits, backends_at_hand, device_of
 from reductions import KINDS, LAYOUTS, QUANTILES, SEEDS, SHAPES, SPREADS, by_torch, call, laid_out, numbers, oracle
 

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.ops import backends
-from fastdiff.reductions_reference import rank
-from fastdiff.table import compute_dtype
+from fastdiff.ops.reductions_reference import rank
+from fastdiff.row_layout import compute_dtype
 from oracle import DTYPES, assert_same_bits, bits
 
 ROOT = Path(__file__).resolve().parents[1]

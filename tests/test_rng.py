@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdiff.rng import draw, generator_states
+from fastdiff.noise.generators import draw, generator_states
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.table import MODEL_INPUT_SCALE, ROW_WIDTH, compute_dtype
+from fastdiff.row_layout import MODEL_INPUT_SCALE, ROW_WIDTH, compute_dtype
 from mixed import alone, copied, of_sample, random_batch, run, solvers
 from oracle import DTYPES, INTERPRETED, assert_same_bits, backends_at_hand, device_of, plain_row
 

@@ -21,7 +21,7 @@ from fastdiff import (
     create_sampler,
     ops,
 )
-from fastdiff.timesteps import sigma_schedule, timestep_schedule
+from fastdiff.schedules.timesteps import sigma_schedule, timestep_schedule
 
 METHODS = [member.value for member in SamplingMethod]
 SHAPE = (3, 2, 4, 4)

@@ -16,10 +16,10 @@ from torch.nn import functional
 import fastdiff
 from dropins import Loop, classes, made, quiet
 from fastdiff import Purpose
-from fastdiff.brownian_path import BrownianPath
 from fastdiff.diffusers import CLASSES
+from fastdiff.noise.brownian_path import BrownianPath
+from fastdiff.noise.seeded_draws import SeededDraws
 from fastdiff.philox import purpose_of_draw
-from fastdiff.seeded_draws import SeededDraws
 from noise_cases import NOISE_CASES, NoiseCase
 
 SHAPE = (2, 3, 4, 5)

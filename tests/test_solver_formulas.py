@@ -9,7 +9,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from fastdiff.levels import Level, Levels, levels_from_half_log_snr, with_intermediate_levels
+from fastdiff.row_layout import Variance
+from fastdiff.schedules.levels import Level, Levels, levels_from_half_log_snr, with_intermediate_levels
 from fastdiff.solvers import (
     Churn,
     Prediction,
@@ -22,7 +23,7 @@ from fastdiff.solvers import (
     euler_ancestral,
     heun,
 )
-from fastdiff.table import StepTable, Variance
+from fastdiff.solvers.table import StepTable
 from loops import ALGORITHMS, PREDICTION_TYPES, Array, ElementModel, Outputs, evaluate, level_of, output_for
 
 #: Both sides do some tens of operations a step on numbers of size 10 at most: 20·2⁻⁵³·10·(6 steps) = 1e-13.

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdiff.affine import Affine
-from fastdiff.levels import (
+from fastdiff.row_layout import Variance
+from fastdiff.schedules import create_noise_scheduler
+from fastdiff.schedules.levels import (
     Levels,
     levels_from_flow_times,
     levels_from_half_log_snr,
@@ -20,7 +21,6 @@ from fastdiff.levels import (
     levels_from_timesteps,
     with_intermediate_levels,
 )
-from fastdiff.schedules import create_noise_scheduler
 from fastdiff.solvers import (
     Prediction,
     PredictionType,
@@ -31,7 +31,8 @@ from fastdiff.solvers import (
     euler,
     euler_ancestral,
 )
-from fastdiff.table import StepTable, Variance
+from fastdiff.solvers.affine import Affine
+from fastdiff.solvers.table import StepTable
 from loops import (
     ALGORITHMS,
     PREDICTION_TYPES,

@@ -14,9 +14,9 @@ from functools import partial
 import numpy as np
 import pytest
 
-from fastdiff.levels import Levels, levels_from_half_log_snr, with_intermediate_levels
+from fastdiff.schedules.levels import Levels, levels_from_half_log_snr, with_intermediate_levels
 from fastdiff.solvers import Prediction, ddim, ddpm, dpm_multistep, dpm_singlestep, euler, euler_ancestral, heun
-from fastdiff.table import StepTable
+from fastdiff.solvers.table import StepTable
 from loops import Array, Outputs, level_of, walk
 
 MEANS, STDS, WEIGHTS = np.array([-1.5, 0.3, 1.2]), np.array([0.3, 0.5, 0.2]), np.array([0.3, 0.45, 0.25])

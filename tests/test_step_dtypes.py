@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastdiff import Purpose, ops
 from fastdiff.ops import backends
-from fastdiff.ops.run import RESULT_DTYPES
-from fastdiff.table import MODEL_INPUT_SCALE, STORE_0, STORE_1, compute_dtype
+from fastdiff.ops.dispatch import RESULT_DTYPES
+from fastdiff.row_layout import MODEL_INPUT_SCALE, STORE_0, STORE_1, compute_dtype
 from layouts import LAYOUTS, shapes_for
 from mixed import Batch, copied, random_batch
 from mixed_dtypes import SCALARS, by_definition, dtypes_for, mixed_case, poisoned, widened

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastdiff.ops import backend_for, cfg_combine, ddim_step, ddpm_step, dpm_solver_step, euler_step
+from fastdiff.ops import backend_for
+from fastdiff.sampling import cfg_combine, ddim_step, ddpm_step, dpm_solver_step, euler_step
 from oracle import DTYPES, FORMULA_ROUNDING, SCHEDULER_ROUNDING, Case, assert_within_rounding, plain_row
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")

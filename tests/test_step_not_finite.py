@@ -13,7 +13,7 @@ from torch import Tensor
 import fastdiff
 from dropins import classes, quiet, values_of
 from fastdiff import ops
-from fastdiff.table import STORE_0, STORE_1
+from fastdiff.row_layout import STORE_0, STORE_1
 from oracle import DTYPES, FORMS, INTERPRETED, Case, assert_same_bits, backends_at_hand, device_of, form_case, plain_row
 
 BACKENDS = backends_at_hand()

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastdiff
-from fastdiff import ops
+from fastdiff import ops, sampling
+from fastdiff.row_layout import STORE_0, compute_dtype
 from fastdiff.samplers import create_sampler
-from fastdiff.table import STORE_0, compute_dtype
 from layouts import (
     ANY_LAYOUT,
     OVERLAPPING,
@@ -108,13 +108,13 @@ def test_single_steps_and_reductions_read_overlapping_inputs(backend: str | None
     guided: dict[str, Any] = {"guidance_scale": torch.tensor([2.5], device=x.device).expand(3), "backend": backend}
     levels = {"alpha_cumprod": 0.5, "alpha_cumprod_prev": 0.6}
     calls: dict[str, Callable[..., Any]] = {
-        "cfg_combine": lambda x, m, u, z: ops.cfg_combine(m, u, **guided),
-        "ddpm_step": lambda x, m, u, z: ops.ddpm_step(x, m, uncond=u, noise=z, **levels, **guided),
-        "ddim_step": lambda x, m, u, z: ops.ddim_step(x, m, uncond=u, noise=z, eta=1.0, **levels, **guided),
-        "dpm_solver_step": lambda x, m, u, z: ops.dpm_solver_step(
+        "cfg_combine": lambda x, m, u, z: sampling.cfg_combine(m, u, **guided),
+        "ddpm_step": lambda x, m, u, z: sampling.ddpm_step(x, m, uncond=u, noise=z, **levels, **guided),
+        "ddim_step": lambda x, m, u, z: sampling.ddim_step(x, m, uncond=u, noise=z, eta=1.0, **levels, **guided),
+        "dpm_solver_step": lambda x, m, u, z: sampling.dpm_solver_step(
             x, m, uncond=u, previous=[z], alphas_cumprod=[0.4, 0.5, 0.6], **guided
         ),
-        "euler_step": lambda x, m, u, z: ops.euler_step(
+        "euler_step": lambda x, m, u, z: sampling.euler_step(
             x, m, uncond=u, noise=z, sigma=3.0, sigma_next=1.0, eta=1.0, **guided
         ),
         "quantile": lambda x, m, u, z: ops.quantile(x, 0.7, absolute=True, backend=backend),

@@ -10,7 +10,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastdiff.table import ROW_WIDTH, compute_dtype
+from fastdiff.row_layout import ROW_WIDTH, compute_dtype
 from oracle import (
     DTYPES,
     INTERPRETED,

@@ -13,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastdiff import ops, reference
-from fastdiff.affine import HISTORY, MODEL_OUTPUT, NOISE, PREDICTION, SAMPLE
-from fastdiff.stepper import Stepper
-from fastdiff.table import Row, StepTable, Variance
-from fastdiff.thresholding import dynamic_threshold
+from fastdiff import ops
+from fastdiff.ops import reference
+from fastdiff.ops.thresholding import dynamic_threshold
+from fastdiff.row_layout import Variance
+from fastdiff.sampling.stepper import Stepper
+from fastdiff.solvers.affine import HISTORY, MODEL_OUTPUT, NOISE, PREDICTION, SAMPLE
+from fastdiff.solvers.table import Row, StepTable
 
 
 def x0_row(prev: object, **rest: object) -> Row:

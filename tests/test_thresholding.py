@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdiff.table import compute_dtype
-from fastdiff.thresholding import dynamic_threshold
+from fastdiff.ops.thresholding import dynamic_threshold
+from fastdiff.row_layout import compute_dtype
 from oracle import DTYPES, SECOND_ORDER, UNIT_ROUNDOFF
 
 RATIOS = st.one_of(st.sampled_from([1.0, 0.995, 0.5, 1e-6]), st.floats(1e-6, 1.0))

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdiff.timesteps import SIGMA_SPACINGS, TIMESTEP_SPACINGS, sigma_schedule, timestep_schedule
+from fastdiff.schedules.timesteps import SIGMA_SPACINGS, TIMESTEP_SPACINGS, sigma_schedule, timestep_schedule
 
 
 def descends_strictly(values: torch.Tensor) -> bool:

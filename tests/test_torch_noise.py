@@ -22,9 +22,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from children import child_environment
-from fastdiff import ops, torch_noise
-from fastdiff.rng import draw
-from fastdiff.torch_noise import randn_like_diffusers, torch_randn, why_by_torch
+from fastdiff import ops
+from fastdiff.noise import torch_normals as torch_noise
+from fastdiff.noise.generators import draw
+from fastdiff.noise.torch_normals import randn_like_diffusers, torch_randn, why_by_torch
 from generator_words import differing, numbers_of, one_of_radius_one, with_counters
 
 extension = ops.backends.extension
@@ -554,7 +555,7 @@ def test_samplers_draw_with_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 #: Prints the reason for which torch draws, and fails where bits or states are not torch's.
 IN_A_PROCESS = """
 import numpy, torch
-from fastdiff.torch_noise import torch_randn, why_by_torch
+from fastdiff.noise.torch_normals import torch_randn, why_by_torch
 from generator_words import differing, one_of_radius_one
 ours, theirs = torch.Generator().manual_seed(8), torch.Generator().manual_seed(8)
 for size in (1, 15, 16, 17, 1000, 8192, 70001, 624):

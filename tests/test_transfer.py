@@ -9,8 +9,9 @@ import pickle
 import pytest
 import torch
 
-from fastdiff import create_sampler, transfer
-from fastdiff.transfer import OnDevice, to_device
+from fastdiff import create_sampler
+from fastdiff import device_copy as transfer
+from fastdiff.device_copy import OnDevice, to_device
 
 
 def test_tensor_that_is_there_is_the_callers_own() -> None:

@@ -56,7 +56,7 @@ def check_import() -> None:
 def check_samplers() -> None:
     """Every sampler draws the same on every backend, within float32's rounding of a loop."""
     import fastdiff
-    from fastdiff.sampling_config import SamplingMethod
+    from fastdiff.sampling.config import SamplingMethod
 
     for method in SamplingMethod:
         sampler = fastdiff.create_sampler("scaled_linear", method.value, num_inference_steps=6, guidance_scale=3.0)
@@ -117,7 +117,7 @@ def check_compile() -> None:
     """The step in every form, noise and reductions compile in one graph to the eager call's bits."""
     import fastdiff
     from fastdiff import ops
-    from fastdiff.sampling_config import SamplingMethod
+    from fastdiff.sampling.config import SamplingMethod
 
     sampler = fastdiff.create_sampler("scaled_linear", "dpm_solver", num_inference_steps=4)
     ancestral = fastdiff.create_sampler("scaled_linear", SamplingMethod.EULER_ANCESTRAL.value, num_inference_steps=4)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from fastdiff.errors import unknown_name
-from fastdiff.levels import levels_from_flow_times
+from fastdiff.sampling.stepper import Stepper
+from fastdiff.schedules.levels import levels_from_flow_times
 from fastdiff.solvers import Prediction, ddim
-from fastdiff.stepper import Stepper
 
 from ..cases import Case, Op, Tensors
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastdiff import create_sampler, ops
-from fastdiff.table import NUM_REGISTERS, compute_dtype
+from fastdiff.row_layout import NUM_REGISTERS, compute_dtype
 
 from ..cases import DTYPES, GUIDANCE, OPS
 from ..traffic import tensors_moved

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.ops import backends
-from fastdiff.table import CLIP, PREV_SAMPLE, ROW_WIDTH, compute_dtype
+from fastdiff.row_layout import CLIP, PREV_SAMPLE, ROW_WIDTH, compute_dtype
 
 _INNER = ((1,), (3,), (4,), (5,), (31,), (64,), (513,), (1027,), (4, 16, 16), (3, 5, 7), (16, 3, 1), (4, 33, 17))
 _LARGE = ((4, 128, 128), (16, 5, 40, 30), (100_003,), (2**20,))

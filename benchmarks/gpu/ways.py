@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.table import NUM_REGISTERS
+from fastdiff.row_layout import NUM_REGISTERS
 
 from .. import compiled_peer, diffusers_peer, k_diffusion_peer
 from ..cases import GUIDANCE, Tensors

@@ -4,7 +4,8 @@
 //
 // It serves calls for which torch runs the code that the loops repeat: at least 16 float32 numbers, in contiguous
 // memory, from a CPU generator, with no dispatch mode or transform active. It declines any other call before drawing,
-// and the caller asks torch. fastdiff/torch_noise.py checks before the first call that this torch draws such numbers.
+// and the caller asks torch. fastdiff/noise/torch_normals.py checks before the first call that this torch draws such
+// numbers.
 #pragma once
 
 #include <ATen/CPUGeneratorImpl.h>
@@ -197,7 +198,7 @@ inline at::Tensor torch_normal(at::IntArrayRef sizes, int64_t numel, PyObject* g
     return draw_from(*held, static_cast<float*>(out.data_ptr()), numel) ? out : at::Tensor();
 }
 
-// Set by fastdiff/torch_noise.py once it has checked that `torch_normal` draws torch's numbers.
+// Set by fastdiff/noise/torch_normals.py once it has checked that `torch_normal` draws torch's numbers.
 inline bool draws_as_torch = false;
 
 // torch_randn(shape, generator): a new float32 CPU tensor equal to torch.randn(shape, generator=generator), or None.

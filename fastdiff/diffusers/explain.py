@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import sentence
-from .brownian import sampled, sampler_maker
+from ..noise.brownian_tree import sampled, sampler_maker
 from .environment import FUSED, HISTORY, SCALARS_OF_STATE
 from .loop import fused_of
 from .planning import find_plan

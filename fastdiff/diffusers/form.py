@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..affine import COLUMNS, ZERO, Affine
-from ..table import NUM_REGISTERS, Row, Variance
+from ..row_layout import COLUMNS, NUM_REGISTERS, Variance
+from ..solvers.affine import ZERO, Affine
+from ..solvers.table import Row
 from .scalars import Factor, finite
 from .symbols import ONE, Clamped, Leaf, LearnedStd, Masked, NotAffine, ScaledNoise, Terms
 

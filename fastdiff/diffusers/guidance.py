@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..sampling.single_steps import cfg_combine
 
 
 def rescaling(uncond: Tensor, cond: Tensor, scale: float | Tensor, share: float, sample: Tensor) -> Tensor:
@@ -23,7 +24,7 @@ def rescaling(uncond: Tensor, cond: Tensor, scale: float | Tensor, share: float,
     """
     if cond.shape != sample.shape:
         uncond, cond = uncond[:, : sample.shape[1]], cond[:, : sample.shape[1]]
-    return rescaling_of(ops.cfg_combine(cond, uncond, scale), cond, share)
+    return rescaling_of(cfg_combine(cond, uncond, scale), cond, share)
 
 
 def rescaling_of(guided: Tensor, cond: Tensor, share: float) -> Tensor:
@@ -33,7 +34,7 @@ def rescaling_of(guided: Tensor, cond: Tensor, share: float) -> Tensor:
 
 def combined(uncond: Tensor, cond: Tensor, scale: float | Tensor, factor: Tensor | None) -> Tensor:
     """The guided output as a tensor, for a step that is not fused."""
-    guided = ops.cfg_combine(cond, uncond, scale)
+    guided = cfg_combine(cond, uncond, scale)
     if factor is None:
         return guided
     return guided * factor.reshape(-1, *[1] * (guided.dim() - 1)).to(guided.dtype)

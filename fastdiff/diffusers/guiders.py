@@ -17,8 +17,18 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..affine import COLUMNS
-from ..table import CLIP, KEEP_0, MODEL_INPUT_SCALE, PREV_SAMPLE, ROW_WIDTH, STORE_0, STORE_1, compute_dtype
+from ..row_layout import (
+    CLIP,
+    COLUMNS,
+    KEEP_0,
+    MODEL_INPUT_SCALE,
+    PREV_SAMPLE,
+    ROW_WIDTH,
+    STORE_0,
+    STORE_1,
+    compute_dtype,
+)
+from ..sampling.single_steps import cfg_combine
 from .guidance import rescaling_of
 
 try:
@@ -202,7 +212,7 @@ def _extrapolation(guider: Any, scale: float) -> float:
 
 
 def _extrapolated(cond: Tensor, uncond: Tensor, scale: Weight, rescale: float) -> Tensor:
-    pred = ops.cfg_combine(cond, uncond, scale)
+    pred = cfg_combine(cond, uncond, scale)
     if rescale <= 0.0:
         return pred
     # From the model's outputs again, and not from `pred`: half types are rounded once.

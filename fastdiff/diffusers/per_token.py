@@ -19,7 +19,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from torch import Tensor
 
-from ..torch_noise import randn_like_diffusers
+from ..noise.torch_normals import randn_like_diffusers
 
 #: How far below a token's level the next one has to be, as in diffusers.
 _MARGIN = 1e-6

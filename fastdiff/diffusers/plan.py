@@ -15,7 +15,8 @@ from torch import Tensor
 from ..ops import backends
 from ..ops.checks import DTYPES
 from ..philox import purpose_of_draw
-from ..table import CLIP, PREV_SAMPLE, compute_dtype, prediction_rows
+from ..row_layout import CLIP, PREV_SAMPLE, compute_dtype
+from ..solvers.table import prediction_rows
 from .form import row_form, take_mask_apart
 from .scalars import Coefficient
 from .symbols import NotAffine, Terms

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..noise.brownian_tree import sampler_maker
 from ..ops import backends
-from .brownian import sampler_maker
 from .environment import ABSENT, HISTORY, ArgumentItem, ArgumentNumber, Environment, identity
 from .overrides import pristine
 from .plan import Plan, compile_trace

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..affine import COLUMNS
+from ..noise.brownian_tree import sampled
+from ..noise.torch_normals import randn_like_diffusers
 from ..ops.layout import laid_out, output_strides
+from ..ops.thresholding import dynamic_threshold
 from ..philox import purpose_of_draw
-from ..table import KEEP_0, KEEP_1, PREDICTION_OUTPUT, PREV_SAMPLE
-from ..thresholding import dynamic_threshold
-from ..torch_noise import randn_like_diffusers
-from .brownian import sampled
+from ..row_layout import COLUMNS, KEEP_0, KEEP_1, PREDICTION_OUTPUT, PREV_SAMPLE
 from .plan import Plan
 from .tracing import USUAL
 

@@ -16,9 +16,9 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from ..brownian_path import BrownianPath
 from ..errors import sentence
-from ..seeded_draws import SeededDraws
+from ..noise.brownian_path import BrownianPath
+from ..noise.seeded_draws import SeededDraws
 from .environment import FUSED, snapshot
 from .guidance import combined, combined_by_torch, rescaling
 from .loop import Fused, fused_of, goes_on

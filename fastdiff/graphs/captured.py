@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..device_copy import to_device
 from ..errors import sentence
 from ..guidance import GuidanceMode, GuidedModel, write_model_input
-from ..loop import Callback, StepInfo, checked_samples, progress_bar
 from ..ops.fallback import backend_to_run
+from ..ops.thresholding import dynamic_threshold
 from ..philox import as_seeds
-from ..sampling_config import check_guidance_scale
-from ..table import NUM_REGISTERS, StepTable, Variance, compute_dtype
-from ..thresholding import dynamic_threshold
-from ..transfer import to_device
+from ..row_layout import NUM_REGISTERS, Variance, compute_dtype
+from ..sampling.config import check_guidance_scale
+from ..sampling.loop import Callback, StepInfo, checked_samples, progress_bar
+from ..solvers.table import StepTable
 from .recorder import RECORDERS, check_can_capture, check_can_show, without_autocast_cache
 from .static_inputs import StaticInput, StaticTree
 
@@ -50,7 +51,7 @@ class CapturedLoop:
         table, timesteps: of the sampler.
         latents: what the loop is captured for; only shape, dtype, device and strides matter.
         mode: one of `fastdiff.graphs.GRAPH_MODES`.
-        ratio, max_value: of `fastdiff.thresholding.dynamic_threshold`.
+        ratio, max_value: of `fastdiff.ops.thresholding.dynamic_threshold`.
         backend: forces one, as in `fastdiff.ops.step`.
 
     Raises:

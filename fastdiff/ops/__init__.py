@@ -1,52 +1,51 @@
 # SPDX-License-Identifier: MIT
-"""The fused step and the single steps built on it, for people who bring their own loop.
+"""The fused step, the one operation that every backend implements, and reductions to one scalar a sample.
 
-`step` is the one operation that every backend implements; the others make a row of scalars and call it::
+The modules::
 
-    ops/fused.py       the public step
-    ops/library.py     the step as operators of torch's dispatcher, for compilers and autograd
-    ops/gradients.py   its backward, which is the step with other scalars
-    ops/vmap.py        its batching rules
-    ops/run.py         a checked call on the backend that was chosen
-    ops/checks.py      what a call must satisfy, and the sentences that say so
-    ops/layout.py      which tensors share memory, and one dense layout for all
-    ops/random.py      the noise that a step draws, on its own
-    ops/backends.py    which implementations there are, why one is missing, which one answers
-    ops/fallback.py    the choice for a call that runs, with a warning where the reference answers for a compiled one
-    ops/built_for.py   which torch an extension was built for
-    ops/functional.py  cfg_combine, ddpm_step, ddim_step, dpm_solver_step, euler_step
-    ops/reductions.py  quantile, mean, std, norm, dot: one scalar a sample
+    step.py                  the public step
+    custom_ops.py            the step as operators of torch's dispatcher, for compilers and autograd
+    autograd.py              its backward, which is the step with other scalars
+    vmap.py                  its batching rules
+    dispatch.py              a checked call on the backend that was chosen
+    call.py                  one call, as the checks hand it to a backend
+    checks.py                what a call must satisfy, and the sentences that say so
+    layout.py                which tensors share memory, and one dense layout for all
+    random.py                the noise that a step draws, on its own
+    backends.py              which implementations there are, why one is missing, which one answers
+    fallback.py              the choice for a call that runs, with a warning where the reference answers for another
+    reference.py             the step in plain torch: the specification
+    reductions.py            quantile, mean, std, norm, dot: one scalar a sample
+    reductions_reference.py  the same in plain torch
+    thresholding.py          the threshold of a sample, from a quantile
+    memory.py                the memory that the extension keeps for new outputs
 """
 
+from typing import TYPE_CHECKING, Any
+
+from ..extension import cpu_build
 from .backends import (
     BACKENDS,
     backend_for,
     backend_status,
-    cpu_build,
     direct_extension,
     triton_launcher,
     use_backend,
 )
 from .fallback import FallbackWarning
-from .functional import cfg_combine, ddim_step, ddpm_step, dpm_solver_step, euler_step
-from .fused import direct_step, step, step_rows
 from .random import randn
 from .reductions import dot, mean, norm, quantile, std
+from .step import direct_step, step, step_rows
 
 __all__ = [
     "BACKENDS",
     "FallbackWarning",
     "backend_for",
     "backend_status",
-    "cfg_combine",
     "cpu_build",
-    "ddim_step",
-    "ddpm_step",
     "direct_extension",
     "direct_step",
     "dot",
-    "dpm_solver_step",
-    "euler_step",
     "mean",
     "norm",
     "quantile",
@@ -57,3 +56,27 @@ __all__ = [
     "triton_launcher",
     "use_backend",
 ]
+
+if TYPE_CHECKING:
+    from ..sampling.single_steps import cfg_combine as cfg_combine
+    from ..sampling.single_steps import ddim_step as ddim_step
+    from ..sampling.single_steps import ddpm_step as ddpm_step
+    from ..sampling.single_steps import dpm_solver_step as dpm_solver_step
+    from ..sampling.single_steps import euler_step as euler_step
+else:
+
+    def __getattr__(name: str) -> Any:
+        from importlib import import_module
+
+        if name not in ("cfg_combine", "ddim_step", "ddpm_step", "dpm_solver_step", "euler_step"):
+            from .._moved import attribute
+
+            return attribute(__name__, name)
+        from warnings import warn
+
+        warn(
+            f"fastdiff.ops.{name} has moved to fastdiff.sampling.{name}; the old name goes with the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(import_module("fastdiff.sampling.single_steps"), name)

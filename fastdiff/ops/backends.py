@@ -15,23 +15,23 @@ all arguments again.
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..call import StepCall, Target
-from ..environment import CHOICES, chosen, why_absent
+from ..environment import CHOICES, chosen
 from ..errors import sentence, unknown_name
-from .built_for import why_unfit
+from ..extension import extension as extension
+from ..extension import extension_error as extension_error
+from .call import StepCall, Target
 
 BACKENDS = CHOICES["FASTDIFF_BACKEND"]
 
@@ -59,21 +59,6 @@ class _Block:
     """One `use_backend` block, told apart from others with the same name by identity."""
 
     name: str | None
-
-
-def _load_extension() -> tuple[ModuleType | None, str]:
-    try:
-        spec = importlib.util.find_spec("fastdiff._C")
-        if spec is not None and spec.origin is not None:
-            unfit = why_unfit(Path(spec.origin))
-            if unfit:
-                return None, unfit
-        return importlib.import_module("fastdiff._C"), ""
-    except ImportError as error:
-        return None, why_absent(error)
-
-
-extension, extension_error = _load_extension()
 
 
 @functools.cache
@@ -142,11 +127,6 @@ def why_missing(name: str) -> str:
 def backend_status() -> dict[str, str]:
     """For each backend ``"available"``, or why it is missing."""
     return {name: why_missing(name) or "available" for name in BACKENDS}
-
-
-def cpu_build() -> str | None:
-    """Which build of the C++ loops runs here: "generic", "avx2" or "avx512"; None without the extension."""
-    return None if extension is None else str(extension.cpu_build)
 
 
 def _serves(name: str, device: torch.device) -> bool:

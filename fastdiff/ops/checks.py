@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import StepCall, Target
 from ..errors import checked_type, sentence, shown
-from ..table import NUM_REGISTERS, ROW_WIDTH, STORE_0, STORE_1, Variance, compute_dtype
+from ..row_layout import NUM_REGISTERS, ROW_WIDTH, STORE_0, STORE_1, Variance, compute_dtype
+from .call import StepCall, Target
 from .layout import extent, in_memory, repeats_an_element, share_memory
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -296,7 +296,7 @@ def _check_variance(call: StepCall) -> None:
     if not _is_integer(kind) or kind not in _VARIANCE_KINDS:
         raise ValueError(
             _refusal(
-                "variance_kind", f"is {call.variance_kind}", "0, 1 or 2", "use a member of fastdiff.table.Variance"
+                "variance_kind", f"is {call.variance_kind}", "0, 1 or 2", "use a member of fastdiff.row_layout.Variance"
             )
         )
     if (call.variance is not None) != (kind != _FIXED):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from ..call import StepCall, Target, stored_as
+from .call import StepCall, Target, stored_as
 
 
 def extent(tensor: Tensor) -> int:

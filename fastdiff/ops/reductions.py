@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reductions_reference as reference
 from ..errors import checked_float, sentence
-from ..table import compute_dtype
+from ..row_layout import compute_dtype
 from . import backends
+from . import reductions_reference as reference
 from .checks import DTYPES, check_memory
 from .fallback import backend_to_run
 from .layout import block_strides, laid_out

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import sentence
-from .run import ARGUMENTS
+from .dispatch import ARGUMENTS
 
 LIKE_SAMPLE = (
     "sample", "model_output", "uncond", "history_0", "history_1", "history_2", "history_3", "noise", "variance",

@@ -2,7 +2,7 @@
 """Solvers: short pure functions from noise levels and options to a `StepTable`, in float64 on the host.
 
 None of this is on the hot path.  To add one, write ``def solver(levels, prediction, *, options) -> StepTable`` with
-the symbols of `fastdiff.affine` and export it here; see "How to add a solver" in CONTRIBUTING.md.
+the symbols of `fastdiff.solvers.affine` and export it here; see "How to add a solver" in CONTRIBUTING.md.
 """
 
 from .ddim import ddim

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import math
 
-from ..affine import NOISE
 from ..errors import as_float, sentence
-from ..levels import Level, Levels
-from ..table import StepTable
+from ..schedules.levels import Level, Levels
+from .affine import NOISE
 from .prediction import Prediction
+from .table import StepTable
 
 
 def ddim(

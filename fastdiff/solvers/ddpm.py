@@ -7,11 +7,12 @@ import math
 from dataclasses import replace
 from enum import Enum
 
-from ..affine import NOISE, SAMPLE
 from ..errors import unknown_name
-from ..levels import Levels
-from ..table import StepTable, Variance
+from ..row_layout import Variance
+from ..schedules.levels import Levels
+from .affine import NOISE, SAMPLE
 from .prediction import Prediction
+from .table import StepTable
 
 
 class VarianceType(str, Enum):

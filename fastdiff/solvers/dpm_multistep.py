@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import math
 
-from ..affine import HISTORY, NOISE, SAMPLE, Affine
 from ..errors import sentence, unknown_name
-from ..levels import Level, Levels
-from ..table import StepTable
+from ..schedules.levels import Level, Levels
+from .affine import HISTORY, NOISE, SAMPLE, Affine
 from .exponential import Algorithm, SolverType, Step, exponential_step, phi2
 from .prediction import Prediction
+from .table import StepTable
 
 #: Below this many steps, `lower_order_final` lowers the order at the end, as in the authors' code.
 FEW_STEPS = 15

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from ..affine import HISTORY, NOISE, SAMPLE, Affine
-from ..levels import Level, Levels
-from ..table import Row, StepTable
+from ..schedules.levels import Level, Levels
+from .affine import HISTORY, NOISE, SAMPLE, Affine
 from .dpm_multistep import check_order
 from .exponential import Algorithm, SolverType, exponential_step
 from .prediction import Prediction
+from .table import Row, StepTable
 
 #: Where a step keeps what it started from: the output and the sample at its start, the output at its second level.
 START_OUTPUT, START_SAMPLE, SECOND_OUTPUT = 0, 1, 2

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..affine import HISTORY, NOISE, SAMPLE, Affine
 from ..errors import as_float, sentence
-from ..levels import Level, Levels
-from ..table import Row, StepTable
+from ..schedules.levels import Level, Levels
+from .affine import HISTORY, NOISE, SAMPLE, Affine
 from .ddim import check_eta
 from .prediction import Prediction
+from .table import Row, StepTable
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-from ..affine import Affine
 from ..errors import unknown_name
-from ..levels import Level
+from ..schedules.levels import Level
+from .affine import Affine
 from .prediction import Denoised
 
 

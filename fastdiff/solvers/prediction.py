@@ -7,10 +7,10 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-from ..affine import MODEL_OUTPUT, PREDICTION, SAMPLE, Affine
 from ..errors import as_float, sentence, unknown_name
-from ..levels import Level
-from ..table import Row
+from ..schedules.levels import Level
+from .affine import MODEL_OUTPUT, PREDICTION, SAMPLE, Affine
+from .table import Row
 
 
 class PredictionType(str, Enum):

@@ -17,9 +17,9 @@ from .launch import Launcher, blocks_of
 from .philox import as_int32, how_many, normals, normals_at, step_of
 
 if TYPE_CHECKING:
-    from fastdiff.call import StepCall
+    from fastdiff.ops.call import StepCall
 
-# The layout of a row; fastdiff/table.py holds the same numbers.
+# The layout of a row; fastdiff/row_layout.py holds the same numbers.
 _PREDICTION_SAMPLE = tl.constexpr(0)
 _PREDICTION_OUTPUT = tl.constexpr(1)
 _CLIP = tl.constexpr(2)

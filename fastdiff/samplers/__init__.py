@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: MIT
+"""Samplers: a noise schedule, a solver and a loop put together.
+
+The modules::
+
+    base.py      what all samplers share
+    samplers.py  one class a solver
+    manager.py   several samplers under one configuration
+"""
+
+from .base import BaseSampler, check_fields
+from .manager import AdvancedSamplingManager, create_advanced_sampling_manager
+from .samplers import (
+    SAMPLERS,
+    DDIMSampler,
+    DDPMSampler,
+    DPMSolverSampler,
+    EulerAncestralSampler,
+    EulerSampler,
+    HeunSampler,
+    create_sampler,
+    split_fields,
+)
+
+__all__ = [
+    "SAMPLERS",
+    "AdvancedSamplingManager",
+    "BaseSampler",
+    "DDIMSampler",
+    "DDPMSampler",
+    "DPMSolverSampler",
+    "EulerAncestralSampler",
+    "EulerSampler",
+    "HeunSampler",
+    "check_fields",
+    "create_advanced_sampling_manager",
+    "create_sampler",
+    "split_fields",
+]

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: MIT
+"""What a sampler can be told: its method and the options of all methods, checked when they are set."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+from ..errors import checked_bool, checked_float, checked_integer, sentence, unknown_name
+from ..guidance import GuidanceMode
+from ..schedules.timesteps import SIGMA_SPACINGS
+from ..solvers import Algorithm, PredictionType, SolverType, VarianceType
+from ..solvers.dpm_multistep import THIRD_ORDERS, check_order
+
+SOLVER_MODES = ("multistep", "singlestep")
+
+
+class SamplingMethod(str, Enum):
+    """The samplers by name."""
+
+    DDPM = "ddpm"
+    DDIM = "ddim"
+    DPM_SOLVER = "dpm_solver"
+    EULER = "euler"
+    EULER_ANCESTRAL = "euler_ancestral"
+    HEUN = "heun"
+
+    @classmethod
+    def parse(cls, value: str | SamplingMethod) -> SamplingMethod:
+        try:
+            return cls(value)
+        except ValueError:
+            raise unknown_name("SamplingConfig", "method", value, [member.value for member in cls]) from None
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How to sample. Options that a method has no use for are left unread by it.
+
+    Args:
+        method: a `SamplingMethod` or its name.
+        num_inference_steps: steps of the loop, 1 to num_train_timesteps.  One model call each; Heun makes two in all
+            steps but the last.
+        eta: how much noise DDIM (0: none, 1: DDPM's) and Euler-ancestral put back; None takes the method's
+            own default, 0 for DDIM and 1 for Euler-ancestral.
+        guidance_scale: of classifier-free guidance; 1 makes no unconditional call.
+        use_clipped_model_output: DDIM derives ε again from the clipped x0.
+        prediction_type: ``epsilon``, ``v_prediction``, ``sample`` or ``flow_prediction``.
+        thresholding: dynamic thresholding of x0, instead of clip_sample.
+        dynamic_thresholding_ratio: the quantile of |x0| that it takes, in (0, 1]. The threshold is held to 1 or more
+            and to the schedule's ``sample_max_value``, 1 or more, or less.
+        algorithm_type: DPM-Solver's form: ``dpmsolver``, ``dpmsolver++``, ``sde-dpmsolver``, ``sde-dpmsolver++``.
+        solver_type: ``midpoint`` or ``heun`` second-order steps of DPM-Solver.
+        lower_order_final: DPM-Solver takes its last steps at lower order when there are fewer than 15.
+        use_karras_sigmas: short for ``sigma_spacing="karras"``.
+        solver_order: 1, 2 or 3, of DPM-Solver.
+        solver_mode: ``multistep`` or ``singlestep`` DPM-Solver.
+        euler_at_final: DPM-Solver's last step is of order 1.
+        third_order: ``compatible`` or ``exact``, see `fastdiff.solvers.dpm_multistep`.
+        variance_type: of DDPM, see `fastdiff.solvers.ddpm`.
+        sigma_spacing: ``karras``, ``exponential``, ``beta`` or ``lu`` noise levels instead of the scheduler's
+            timestep_spacing; None keeps that.
+        set_alpha_to_one: the last step goes to the clean sample; False: to the noise of timestep 0.
+        s_churn, s_tmin, s_tmax, s_noise: of Euler and Heun, see `fastdiff.solvers.Churn`; s_noise of
+            Euler-ancestral too.
+        guidance_mode: ``batched`` or ``sequential``, see `fastdiff.guidance.GuidanceMode`.
+
+    Raises:
+        ValueError, TypeError: a field is out of range or of the wrong type; the message names it.
+    """
+
+    method: SamplingMethod | str = SamplingMethod.DDIM
+    num_inference_steps: int = 50
+    eta: float | None = None
+    guidance_scale: float = 1.0
+    use_clipped_model_output: bool = False
+    prediction_type: PredictionType | str = PredictionType.EPSILON
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    algorithm_type: Algorithm | str = Algorithm.DPM_SOLVER_PP
+    solver_type: SolverType | str = SolverType.MIDPOINT
+    lower_order_final: bool = True
+    use_karras_sigmas: bool = False
+    solver_order: int = 2
+    solver_mode: str = "multistep"
+    euler_at_final: bool = False
+    third_order: str = "compatible"
+    variance_type: VarianceType | str = VarianceType.FIXED_SMALL
+    sigma_spacing: str | None = None
+    set_alpha_to_one: bool = True
+    s_churn: float = 0.0
+    s_tmin: float = 0.0
+    s_tmax: float = math.inf
+    s_noise: float = 1.0
+    guidance_mode: GuidanceMode | str = GuidanceMode.BATCHED
+
+    def __post_init__(self) -> None:
+        parsed = {
+            "method": SamplingMethod.parse(self.method),
+            "prediction_type": PredictionType.parse(self.prediction_type),
+            "algorithm_type": Algorithm.parse(self.algorithm_type),
+            "solver_type": SolverType.parse(self.solver_type),
+            "variance_type": VarianceType.parse(self.variance_type),
+            "guidance_mode": GuidanceMode.parse(self.guidance_mode),
+            "num_inference_steps": checked_integer(
+                "SamplingConfig", "num_inference_steps", self.num_inference_steps, 1
+            ),
+        }
+        for name, value in parsed.items():
+            object.__setattr__(self, name, value)
+        check_order(self.solver_order)
+        for name, known in (("solver_mode", SOLVER_MODES), ("third_order", THIRD_ORDERS)):
+            if getattr(self, name) not in known:
+                raise unknown_name("SamplingConfig", name, getattr(self, name), known)
+        if self.sigma_spacing is not None and self.sigma_spacing not in SIGMA_SPACINGS:
+            raise unknown_name("SamplingConfig", "sigma_spacing", self.sigma_spacing, SIGMA_SPACINGS)
+        for name in (
+            "use_clipped_model_output",
+            "thresholding",
+            "lower_order_final",
+            "use_karras_sigmas",
+            "euler_at_final",
+            "set_alpha_to_one",
+        ):
+            checked_bool("SamplingConfig", name, getattr(self, name))
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        operation = "SamplingConfig"
+        if self.eta is not None:
+            checked_float(operation, "eta", self.eta, 0.0)
+        for name in ("s_churn", "s_tmin", "s_noise"):
+            checked_float(operation, name, getattr(self, name), 0.0)
+        if self.s_tmax != math.inf:
+            checked_float(operation, "s_tmax", self.s_tmax, 0.0)
+        check_guidance_scale(operation, self.guidance_scale)
+        if (
+            checked_float(operation, "dynamic_thresholding_ratio", self.dynamic_thresholding_ratio, 0.0, strict=True)
+            > 1
+        ):
+            raise ValueError(
+                sentence(
+                    operation,
+                    "dynamic_thresholding_ratio",
+                    f"is {self.dynamic_thresholding_ratio}",
+                    "a quantile above 0 and up to 1",
+                    "0.995 is the usual one",
+                )
+            )
+        if self.use_karras_sigmas and self.sigma_spacing not in (None, "karras"):
+            raise ValueError(
+                sentence(
+                    "SamplingConfig",
+                    "use_karras_sigmas",
+                    f"is set beside sigma_spacing {self.sigma_spacing!r}",
+                    "one spacing",
+                    "leave one of the two out",
+                )
+            )
+
+    @property
+    def noise_spacing(self) -> str | None:
+        """The sigma spacing in force, None for the scheduler's timestep spacing."""
+        return "karras" if self.use_karras_sigmas else self.sigma_spacing
+
+
+def check_guidance_scale(operation: str, guidance_scale: object) -> None:
+    """Refuse a guidance scale that is no finite number; 1 stands for none, and it may be negative."""
+    checked_float(operation, "guidance_scale", guidance_scale, -math.inf)

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: MIT
+"""Walks a step table: which row is next, what the registers hold, which noise to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..errors import as_float, checked_float, checked_type, sentence
+from ..noise.generators import Generators, draw
+from ..ops.checks import check_dtype
+from ..ops.thresholding import dynamic_threshold
+from ..philox import Purpose, as_seeds
+from ..row_layout import NUM_REGISTERS, Variance
+from ..solvers.table import StepTable
+
+
+class _NoSamples:
+    """Takes the place of the last step's result before there is one: no argument of a step is this class."""
+
+
+class Stepper:
+    """One loop over a table: the state that a sampler would otherwise share between its callers.
+
+    The registers are written in place, so a loop allocates them once; they are the stepper's own, and no result lies on
+    them.  `index` moves only when a step has succeeded.  A copy (copy.copy, copy.deepcopy, pickle) has registers of its
+    own and goes on by itself from the same step.
+
+    Args:
+        table: the compiled sampler.
+        dynamic_thresholding_ratio, sample_max_value: of `fastdiff.ops.thresholding.dynamic_threshold`, where the
+            table asks for it.
+        seeds: one for each sample, as in `fastdiff.randn`: steps then draw their noise themselves, and no generator is
+            asked.  A sample's noise depends on its seed and on the step alone.
+        backend: forces one for all steps, as in `fastdiff.ops.step`.
+    """
+
+    def __init__(
+        self,
+        table: StepTable,
+        *,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        seeds: int | Sequence[int] | Tensor | None = None,
+        backend: str | None = None,
+    ) -> None:
+        checked_type("Stepper", "table", table, StepTable, "a StepTable", "pass sampler.table, or a solver's result")
+        if table.thresholding:
+            checked_float("Stepper", "dynamic_thresholding_ratio", dynamic_thresholding_ratio, 0.0, strict=True)
+            as_float("Stepper", "sample_max_value", sample_max_value)
+        self.table = table
+        self.index = 0
+        self.backend = backend
+        self._ratio = dynamic_thresholding_ratio
+        self._max_value = sample_max_value
+        self._given_seeds = seeds
+        self._seeds: Tensor | None = None
+        self._registers: list[Tensor | None] = [None] * NUM_REGISTERS
+        self._rows: Tensor | None = None
+        self._shape: torch.Size
+        self._dtype: torch.dtype
+        self._direct: bool
+        self._on_cuda: bool
+        #: The last step's result: samples that come back need not be looked at again.
+        self._seen: object = _NoSamples
+        self._end = len(table)
+        self._plan = tuple(zip(table.reads, table.store, table.draws_noise, strict=True))
+        self._measures = table.thresholding or table.variance != Variance.FIXED
+        self._prediction_rows: Tensor | None = None
+        #: Whether registers may be written in place: not once autograd may have saved them.
+        self._in_place = True
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copy the registers, which either stepper would write over, and forget whose samples were last."""
+        registers = [None if register is None else register.clone() for register in self._registers]
+        return {**self.__dict__, "_registers": registers, "_seen": _NoSamples}
+
+    @property
+    def done(self) -> bool:
+        return self.index == self._end
+
+    def step(
+        self,
+        sample: Tensor,
+        model_output: Tensor,
+        *,
+        uncond: Tensor | None = None,
+        guidance: float | Tensor | None = None,
+        variance: Tensor | None = None,
+        noise: Tensor | None = None,
+        generator: Generators = None,
+        out: Tensor | None = None,
+        model_input: Tensor | None = None,
+    ) -> Tensor:
+        """Take the next row's step.
+
+        Args:
+            sample: x, ``[B, ...]``; shape, dtype and device must stay the same throughout a loop.
+            model_output, uncond, guidance, variance: as in `fastdiff.ops.step`.
+            noise: z, like `sample`; where None and the row wants it, drawn from the seeds or with `generator`.
+            generator: one, or one a sample.
+            out: a tensor to write instead of a new one; may be `sample`.
+            model_input: a tensor to write the next model input to, as in `fastdiff.ops.step`.
+
+        Returns:
+            The previous sample.
+
+        Raises:
+            IndexError: the table has no row left.
+            TypeError, ValueError: as `fastdiff.ops.step`; the stepper is then as it was.
+        """
+        row = self.index
+        if row == self._end:
+            raise IndexError(
+                sentence(
+                    "step",
+                    "index",
+                    f"is {row}",
+                    f"less than the table's {self._end} rows",
+                    "the loop has ended: start a new stepper",
+                )
+            )
+        if sample is not self._seen:
+            self._look_at(sample)
+        registers, rows = self._registers, self._rows
+        reads, store, draws = self._plan[row]
+        seeds = None
+        if draws and noise is None:
+            seeds = self._seeds
+            if seeds is None:
+                noise = draw(sample.shape, generator, dtype=sample.dtype, device=sample.device)
+        threshold, kind = None, 0
+        if self._measures:
+            threshold, kind = self._measure(sample, model_output, uncond, guidance, variance)
+        keeps = len(store)
+        outs: tuple[Tensor | None, ...] | None = None
+        if keeps == 0:
+            if out is not None:
+                outs = (out,)
+        elif not self._in_place:
+            outs = (out, *[None] * keeps)
+        elif keeps == 1:
+            outs = (out, registers[store[0]])
+        else:
+            outs = (out, registers[store[0]], registers[store[1]])
+        results = None
+        # A small step's time is the way to its loop: the shortest is taken first, and registers that a row does not
+        # read cost nothing there.
+        extension = ops.direct_extension() if self._direct else None
+        if extension is not None:
+            results = extension.step(
+                sample, model_output, rows, row, uncond, guidance, registers, noise, variance, threshold, kind, keeps,
+                outs, 0, seeds, row, Purpose.STEP, model_input, False,
+            )  # fmt: skip
+        elif self._on_cuda:
+            # The same without the checks, but that a stream is looked up and guidance is on the device; a register that
+            # is given is read there.
+            results = ops.direct_step(
+                sample, model_output, rows, row, uncond, guidance,  # type: ignore[arg-type]
+                [registers[j] if j in reads else None for j in range(NUM_REGISTERS)], noise, variance, threshold, kind,
+                keeps, outs, seeds, row, Purpose.STEP, model_input,
+            )  # fmt: skip
+        assert rows is not None
+        if results is None:
+            if outs is not None and torch.compiler.is_compiling():
+                outs = (out, *[None] * keeps)  # a compiler plans the memory itself
+            results = ops.step(
+                sample,
+                model_output,
+                rows,
+                row,
+                uncond=uncond,
+                guidance=guidance,
+                history=[registers[j] if j in reads else None for j in range(NUM_REGISTERS)],
+                noise=noise,
+                seeds=seeds,
+                noise_step=row,
+                model_input=model_input,
+                variance=variance,
+                threshold=threshold,
+                variance_kind=kind,
+                keeps=keeps,
+                out=outs,
+                backend=self.backend,
+            )
+            if any(result.requires_grad for result in results):
+                self._in_place = False
+        if keeps:
+            registers[store[0]] = results[1]
+        if keeps == 2:
+            registers[store[1]] = results[2]
+        self.index = row + 1
+        result = results[0]
+        self._seen = result
+        return result
+
+    def _look_at(self, sample: Tensor) -> None:
+        """Compare samples with those of the steps before; until a first step succeeds, make what depends on them."""
+        checked_type("step", "sample", sample, Tensor, "a torch.Tensor", "pass a tensor")
+        if self.index > 0:
+            if sample.shape == self._shape and sample.dtype is self._dtype:
+                return
+            raise ValueError(
+                sentence(
+                    "step",
+                    "sample",
+                    f"has shape {list(sample.shape)} and {sample.dtype}",
+                    f"{list(self._shape)} and {self._dtype} as in the steps before",
+                    "start a new stepper for other samples",
+                )
+            )
+        check_dtype("sample", sample.dtype)
+        if self._given_seeds is not None:
+            self._seeds = as_seeds(self._given_seeds, sample.shape[0] if sample.dim() > 0 else 1, sample.device)
+        self._prediction_rows = None
+        self._shape, self._dtype = sample.shape, sample.dtype
+        self._direct = self.backend is None and sample.device.type == "cpu"
+        self._on_cuda = self.backend is None and sample.device.type == "cuda"
+        self._rows = self.table.shared_rows(sample.dtype, sample.device)
+
+    def _measure(
+        self,
+        sample: Tensor,
+        model_output: Tensor,
+        uncond: Tensor | None,
+        guidance: float | Tensor | None,
+        variance: Tensor | None,
+    ) -> tuple[Tensor | None, int]:
+        """What a step needs beside its tensors, where the table asks: the threshold and the kind of variance."""
+        threshold = self._threshold(sample, model_output, uncond, guidance) if self.table.thresholding else None
+        return threshold, self._variance_kind(variance)
+
+    def _threshold(
+        self, sample: Tensor, model_output: Tensor, uncond: Tensor | None, guidance: float | Tensor | None
+    ) -> Tensor:
+        if self._prediction_rows is None:
+            self._prediction_rows = self.table.shared_rows(sample.dtype, sample.device, prediction=True)
+        (x0,) = ops.step(
+            sample,
+            model_output,
+            self._prediction_rows,
+            self.index,
+            uncond=uncond,
+            guidance=guidance,
+            backend=self.backend,
+        )
+        return dynamic_threshold(x0, self._ratio, self._max_value)
+
+    def _variance_kind(self, variance: Tensor | None) -> int:
+        if variance is None and self.table.variance != Variance.FIXED and self.table.draws_noise[self.index]:
+            raise ValueError(
+                sentence(
+                    "step",
+                    "variance",
+                    "is missing",
+                    "the model's second output, since the table was made for a learned variance",
+                    "pass the second half of the channels as variance, or choose a fixed variance_type",
+                )
+            )
+        return int(self.table.variance if variance is not None else Variance.FIXED)
