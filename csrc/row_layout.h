@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Layout of a table row, for host and device: the only C++ copy of fastdiff/row_layout.py's constants.
-// tests/test_affine_table.py compares the two.
+// tests/solvers/test_affine_table.py compares the two.
 #pragma once
 
 namespace fastdiff {

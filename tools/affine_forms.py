@@ -4,7 +4,7 @@
     python tools/affine_forms.py            # write the file; then build the extension again
     python tools/affine_forms.py --check    # only say what would change; exit status 1 if anything
 
-It takes every row that fastdiff ships (tests/affine_cases.py) through the extension, which records the term masks of
+It takes every row that fastdiff ships (tests/support/affine_cases.py) through the extension, which records the term masks of
 each run of the affine loop. Any extension of these sources will do: forms that it has no loop for are recorded too.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from affine_cases import Form, Runs, groups, record  # noqa: E402
+from support.affine_cases import Form, Runs, groups, record  # noqa: E402
 
 TARGET = ROOT / "csrc" / "cpu" / "affine_forms.inc"
 #: What the lines of compiled forms and of the others begin with.
@@ -39,7 +39,7 @@ HEADER = """// SPDX-License-Identifier: MIT
 //
 // One entry per form of row: the term masks of prev_sample, keep_0 and keep_1. X is the sample, M the model output,
 // D the prediction, I0 to I4 are the other inputs of the row. The comment names the first group of calls in
-// tests/affine_cases.py that takes the form.
+// tests/support/affine_cases.py that takes the form.
 """
 RUNTIME_HEADER = """
 // Forms of rare options, which run with run-time terms (RARE in tools/affine_forms.py).
