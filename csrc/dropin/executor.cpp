@@ -11,7 +11,7 @@
 
 #include "../bindings/output_allocator.h"
 #include "../bindings/step.h"
-#include "../bindings/torch_normal.h"
+#include "../torch_bits/torch_normal.h"
 
 namespace fastdiff::dropin {
 

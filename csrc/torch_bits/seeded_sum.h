@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: MIT
-// Sums of torch's normal numbers from many seeds, which is what a Brownian tree is: each node of torchsde's has a seed,
-// which numpy.random.SeedSequence makes of the tree's own and of the node's place, and draws by torch.randn from it.
+// Sums of torch's normal numbers from many seeds: the nodes of a Brownian tree. Each node of torchsde's tree has a
+// seed, which numpy.random.SeedSequence derives from the tree's seed and the node's place, and draws by torch.randn.
 #pragma once
 
 #include "torch_normal.h"
 
 namespace fastdiff::bindings {
 
-// Which numbers are made at a time: whole groups of 16 and whole states of a generator.
+// Numbers per tile: whole groups of 16 and whole states of a generator.
 constexpr int64_t kSeededTile = 4 * kStateWords;
 
 // numpy.random.SeedSequence(entropy, spawn_key=key, pool_size=pool).generate_state(1)[0], by the published algorithm
 // (M. E. O'Neill's seed_seq_fe, as numpy documents it), with a multiplier per use of the hash.
 class SeedSequence {
   public:
-    // `words` are those of the entropy, then, where there is a key, zeros up to the pool's size and those of the key.
+    // `words`: those of the entropy; with a key, zeros up to the pool's size and the key's words follow.
     static uint32_t first_word(const std::vector<uint32_t>& words, size_t pool_size) {
         std::vector<uint32_t> pool(pool_size);
         uint32_t multiplier = 0x43b0d7e5U;
@@ -42,7 +42,7 @@ class SeedSequence {
     }
 };
 
-// The 32-bit words of a number, the low one first; at least one.
+// Append the 32-bit words of a number, the low one first; at least one.
 inline void append_words(uint64_t number, std::vector<uint32_t>* words) {
     do words->push_back(static_cast<uint32_t>(number));
     while ((number >>= 32) != 0);
@@ -64,14 +64,14 @@ inline std::vector<uint32_t> spawned_seeds(uint64_t entropy, const std::vector<s
     return seeds;
 }
 
-// A fresh mt19937 and what its numbers count for.
+// A fresh mt19937, and the weight of its numbers.
 struct Seeded {
     StateWords state;
     uint32_t next = kStateWords;
     float weight;
 };
 
-// What at::mt19937 makes of a seed. Each word hangs on the one before: several seeds at once hide the wait.
+// Seed generators like at::mt19937. Each word depends on the previous one: several seeds at once hide the latency.
 inline std::vector<Seeded> seeded(const std::vector<uint32_t>& seeds, const std::vector<double>& weights) {
     constexpr size_t kTogether = 8;
     std::vector<Seeded> made(seeds.size());
@@ -100,8 +100,8 @@ inline void draw_next(Seeded* from, float* numbers, int64_t count) {
     cpu_build.words_to_normals(numbers + count - kGroup, 1);
 }
 
-// out = Σ base_weights·bases + Σ weights·torch.randn from each seed, in this order; false, with nothing done, where the
-// tensors are not plain: float32 on the CPU, contiguous, of one size, 16 elements or more.
+// out = Σ base_weights·bases + Σ weights·torch.randn from each seed, in this order. Return false, with nothing done,
+// unless the tensors are float32 on the CPU, contiguous, of one size and at least 16 elements.
 inline bool seeded_sum(const at::Tensor& out, const std::vector<at::Tensor>& bases,
                        const std::vector<double>& base_weights, const std::vector<uint32_t>& seeds,
                        const std::vector<double>& weights) {
@@ -122,7 +122,7 @@ inline bool seeded_sum(const at::Tensor& out, const std::vector<at::Tensor>& bas
     std::vector<Seeded> generators = seeded(seeds, weights);
     alignas(64) std::array<float, kSeededTile + 2 * kGroup> numbers;
     for (int64_t at = 0; at < total;) {
-        // The last tile takes what would be too little for one of its own.
+        // The last tile includes a remainder too small for a tile of its own.
         const int64_t left = total - at, count = left < kSeededTile + 2 * kGroup ? left : kSeededTile;
         std::memset(sum + at, 0, count * sizeof(float));
         for (size_t j = 0; j < bases.size(); ++j)

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
-// The binding of torch's own normal numbers on the CPU: the bits that torch.randn gives, and the generator left as
-// torch leaves it, by loops of ours (csrc/cpu/torch_normal_loop.inc).
+// Binding of torch's normal numbers on the CPU: the bits of torch.randn, with the generator in the state that torch
+// would leave, by the loops of csrc/torch_bits/torch_normal_loop.inc.
 //
-// It serves where torch runs the code that the loops repeat: 16 float32 numbers or more, in contiguous memory, from a
-// CPU generator, with nothing around the call that would have to see an operator. Anything else it declines, before
-// anything is drawn: the caller then asks torch. Whether this torch draws such numbers at all,
-// fastdiff/noise/torch_normals.py finds out before the first call.
+// It serves calls for which torch runs the code that the loops repeat: at least 16 float32 numbers, in contiguous
+// memory, from a CPU generator, with no dispatch mode or transform active. It declines any other call before drawing,
+// and the caller asks torch. fastdiff/noise/torch_normals.py checks before the first call that this torch draws such
+// numbers.
 #pragma once
 
 #include <ATen/CPUGeneratorImpl.h>
@@ -23,8 +23,8 @@
 #include <optional>
 #include <thread>
 
-#include "output_allocator.h"
-#include "tensors.h"
+#include "../bindings/output_allocator.h"
+#include "../bindings/tensors.h"
 
 namespace fastdiff::bindings {
 
@@ -32,15 +32,15 @@ namespace py = pybind11;
 
 constexpr int64_t kStateWords = at::MERSENNE_STATE_N;
 constexpr int64_t kGroup = 16;
-// Numbers made at a time: their words are still in the cache when they become normal. Whole groups.
+// Numbers per chunk: its words are still in the cache when they are transformed. Whole groups.
 constexpr int64_t kChunk = 8192;
-// Numbers up to which one thread draws alone: as many as the step that they are for takes without help.
+// Numbers up to which one thread draws alone: the step's own bound.
 constexpr int64_t kAlone = 65536;
 
-// The state of a Mersenne Twister: its words, untempered, and which of them comes next.
+// State of a Mersenne Twister: its untempered words, and the index of the next one.
 using StateWords = std::array<uint32_t, kStateWords>;
 
-// Copies the next `count` words to where floats will be.
+// Copy the next `count` words to float memory.
 inline void take_words(StateWords* state, uint32_t* next, float* to, int64_t count) {
     const int64_t ready = std::min<int64_t>(count, kStateWords - *next);
     std::memcpy(to, state->data() + *next, ready * sizeof(uint32_t));
@@ -62,19 +62,19 @@ inline void take_words(StateWords* state, uint32_t* next, float* to, int64_t cou
     *next = static_cast<uint32_t>(count == 0 ? kStateWords : count);
 }
 
-// The words of a generator, in the order in which torch takes them. Change the generator's state by `finish`.
+// Words of a generator, in torch's order. `finish` writes the state back.
 class Words {
   public:
     explicit Words(at::CPUGeneratorImpl* generator)
         : generator_(generator), engine_(generator->engine()), data_(engine_.data()) {
-        // torch counts what is left and where it is apart; a state set by hand may let them disagree.
+        // torch keeps the number of words left and the next index separately; a state set by hand may be inconsistent.
         known = engine_.is_valid() && (data_.left_ == 1 || data_.left_ + data_.next_ == kStateWords + 1);
         if (data_.left_ == 1) data_.next_ = kStateWords;
     }
 
     void take(float* to, int64_t count) { take_words(&data_.state_, &data_.next_, to, count); }
 
-    // Leaves the generator where torch would after as many words.
+    // Leave the generator in the state that torch would after as many words.
     void finish() {
         data_.left_ = static_cast<int>(kStateWords + 1 - data_.next_);
         engine_.set_data(data_);
@@ -89,8 +89,7 @@ class Words {
     at::mt19937_data_pod data_;
 };
 
-// Whole groups of normal numbers, a chunk at a time: words, which come one after another, then normals from each by
-// itself.
+// Whole groups of normal numbers, by chunks: the words of chunks are sequential, their transforms independent.
 class Chunks {
   public:
     Chunks(Words* words, float* out, int64_t count)
@@ -100,8 +99,8 @@ class Chunks {
         for (int64_t chunk = 0; chunk < chunks_; ++chunk) take(chunk), transform(chunk);
     }
 
-    // The calling thread takes all words; whoever is free, itself too once it is done, makes normals of a chunk that
-    // has its words. One region for all of it: each costs a wait for the last thread to get a core.
+    // The calling thread takes all words; every free thread, in the end it too, transforms chunks whose words are
+    // there. One parallel region in all: each region waits for its last thread to be scheduled.
     void draw_shared(int64_t threads) {
         at::parallel_for(0, std::min(threads, chunks_), 1, [this](int64_t begin, int64_t) {
             for (int64_t chunk = 0; begin == 0 && chunk < chunks_; ++chunk) {
@@ -126,7 +125,7 @@ class Chunks {
     std::atomic<int64_t> ready_{0}, next_{0};
 };
 
-// Fills `count` ≥ 16 places as torch does: whole groups in order, then, where some are left over, the last 16 anew.
+// Fill `count` ≥ 16 places like torch: whole groups in order, then, with a remainder, the last 16 again.
 inline void draw_normals(Words* words, float* out, int64_t count) {
     const int64_t whole = count - count % kGroup;
     const int64_t threads = count > kAlone && !at::in_parallel_region() ? at::get_num_threads() : 1;
@@ -136,24 +135,24 @@ inline void draw_normals(Words* words, float* out, int64_t count) {
     else
         chunks.draw();
     if (whole == count) return;
-    words->take(out + whole, count - whole);  // torch draws them too, and writes over them
+    words->take(out + whole, count - whole);  // torch draws these too and overwrites them
     words->take(out + count - kGroup, kGroup);
     cpu_build.words_to_normals(out + count - kGroup, 1);
 }
 
-// The generator behind a Python object; none where it is not torch's for the CPU. None is torch's default.
+// Return the generator of a Python object (None: torch's default); nullopt if it is not a CPU generator of torch.
 inline std::optional<at::Generator> cpu_generator(PyObject* object) {
     if (object == Py_None) return at::detail::getDefaultCPUGenerator();
     const int generator = THPGenerator_Check(object);
-    if (generator < 0) PyErr_Clear();  // an object that will not say what it is
+    if (generator < 0) PyErr_Clear();  // an object whose type cannot be checked
     if (generator != 1) return std::nullopt;
     const at::Generator& held = reinterpret_cast<THPGenerator*>(object)->cdata;
     if (!held.defined() || !held.device().is_cpu()) return std::nullopt;
     return held;
 }
 
-// Whether an operator called here would go straight to its kernel: no mode in Python, no tracer, no transform of
-// torch.func, no functionalization. Autocast has nothing to do with drawing.
+// Return true if an operator called here would go straight to its kernel: no Python mode, no tracer, no transform of
+// torch.func, no functionalization. Autocast does not concern drawing.
 inline bool called_plainly() {
     const c10::DispatchKeySet included = c10::impl::tls_local_dispatch_key_set().included_;
     const c10::DispatchKeySet usual = c10::default_included_set | c10::autocast_dispatch_keyset;
@@ -161,8 +160,8 @@ inline bool called_plainly() {
            !at::impl::torch_function_mode_enabled();
 }
 
-// Whether the numbers were drawn. Without the GIL above a grain, as torch does at any size; a generator's lock is given
-// back before the GIL is asked for.
+// Draw the numbers; return false if the generator's state is inconsistent. Releases the GIL above a grain, where torch
+// does at any size; the generator's lock is released before the GIL is taken again.
 inline bool draw_from(at::Generator generator, float* out, int64_t count) {
     std::optional<py::gil_scoped_release> release;
     if (count > kDrawGrain) release.emplace();
@@ -174,7 +173,7 @@ inline bool draw_from(at::Generator generator, float* out, int64_t count) {
     return true;
 }
 
-// The sizes of a new tensor of at least `kGroup` elements; false for anything else, which is torch's to refuse or make.
+// Read the sizes of a new tensor of at least `kGroup` elements; return false for anything else.
 inline bool read_sizes(PyObject* shape, c10::SmallVector<int64_t, 6>* sizes, int64_t* count) {
     const bool list = PyList_Check(shape);
     if (!list && !PyTuple_Check(shape)) return false;
@@ -190,8 +189,8 @@ inline bool read_sizes(PyObject* shape, c10::SmallVector<int64_t, 6>* sizes, int
     return *count >= kGroup;
 }
 
-// A new contiguous float32 tensor on the CPU with what torch.randn would draw; undefined, with nothing drawn, where
-// torch has to.
+// Return a new contiguous float32 CPU tensor with the numbers of torch.randn; undefined, with nothing drawn, if torch
+// has to draw.
 inline at::Tensor torch_normal(at::IntArrayRef sizes, int64_t numel, PyObject* generator) {
     if (numel < kGroup || cpu_build.twist == nullptr || !called_plainly()) return at::Tensor();
     const std::optional<at::Generator> held = cpu_generator(generator);
@@ -202,12 +201,10 @@ inline at::Tensor torch_normal(at::IntArrayRef sizes, int64_t numel, PyObject* g
     return draw_from(*held, static_cast<float*>(out.data_ptr()), numel) ? out : at::Tensor();
 }
 
-// Whether `torch_normal` is known to draw what torch draws here; fastdiff/noise/torch_normals.py says so after its
-// trial.
+// Set by fastdiff/noise/torch_normals.py once it has checked that `torch_normal` draws torch's numbers.
 inline bool draws_as_torch = false;
 
-// torch_randn(shape, generator): a new float32 tensor on the CPU with what torch.randn(shape, generator=generator)
-// would hold, or None.
+// torch_randn(shape, generator): a new float32 CPU tensor equal to torch.randn(shape, generator=generator), or None.
 inline PyObject* torch_randn(PyObject* /*module*/, PyObject* const* objects, Py_ssize_t count) {
     HANDLE_TH_ERRORS
     TORCH_CHECK_TYPE(count == 2, "torch_randn: expected 2 arguments, got ", count);
@@ -220,12 +217,12 @@ inline PyObject* torch_randn(PyObject* /*module*/, PyObject* const* objects, Py_
     END_HANDLE_TH_ERRORS
 }
 
-// torch_randn_(out, generator): whether a contiguous float32 tensor was filled with what torch.randn would give.
+// torch_randn_(out, generator): fill a contiguous float32 tensor like torch.randn; return whether it was filled.
 inline PyObject* torch_randn_(PyObject* /*module*/, PyObject* const* objects, Py_ssize_t count) {
     HANDLE_TH_ERRORS
     TORCH_CHECK_TYPE(count == 2, "torch_randn_: expected 2 arguments, got ", count);
     if (cpu_build.twist == nullptr || !called_plainly() || !THPVariable_Check(objects[0])) Py_RETURN_FALSE;
-    const at::Tensor out = THPVariable_Unpack(objects[0]);  // held: without the GIL the caller's may go
+    const at::Tensor out = THPVariable_Unpack(objects[0]);  // a reference: without the GIL the caller may drop its own
     const bool plain = is_plain_eager(out) && out.is_cpu() && out.scalar_type() == at::kFloat &&
                        out.numel() >= kGroup && out.is_contiguous() && storage_covers(out, out.numel());
     if (!plain) Py_RETURN_FALSE;

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: MIT
+// Choice of the instruction set, and the size of the last-level cache.
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -9,7 +10,7 @@ namespace fastdiff {
 
 namespace {
 
-// Linux says what a core can reach of it; glibc's sysconf says what the whole socket has of all its caches on AMD.
+// Linux reports the cache that one core shares; glibc's sysconf reports the sum over the socket on AMD.
 int64_t shared_cache() {
     long long kibibytes = 0;
     if (FILE* file = fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
@@ -30,7 +31,7 @@ int64_t last_level_cache() {
 
 }  // namespace
 
-int64_t stream_above = last_level_cache() / 2;
+int64_t nontemporal_above = last_level_cache() / 2;
 
 CpuBuild select_cpu_build(const char* wanted) {
     const bool any = wanted == nullptr || *wanted == '\0';

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: MIT
-// The binding of the copy that benchmarks measure a machine's bandwidth with. Nothing of the library calls it.
+// Binding of the copy that benchmarks measure bandwidth with; the library does not call it.
 #pragma once
 
 #include <ATen/Parallel.h>
 
-#include "common.h"
+#include "../bindings/common.h"
 
 namespace fastdiff::bindings {
 
-// Bytes up to which one thread copies alone: the step's own bound in float32, for like is held against like.
+// Bytes up to which one thread copies alone: the step's bound in float32, so that the two compare.
 constexpr int64_t kCopyGrain = 262144;
 constexpr int64_t kCacheLine = 64;
 
-// Copies a row of 2-D tensors at a time, or a 1-D tensor as one row, each row shared out among torch's threads. Rows
-// may be the same memory again (an expanded tensor): one call then stands for many, and the way here counts little.
-inline void copy_kernel(const at::Tensor& src, const at::Tensor& dst, bool streaming) {
+// Copy 2-D tensors row by row, or a 1-D tensor as one row, each row shared among torch's threads. Rows may be the same
+// memory (an expanded tensor): one call then repeats the copy, and the cost of the call counts little.
+inline void copy_kernel(const at::Tensor& src, const at::Tensor& dst, bool nontemporal) {
     const auto rows_of_bytes = [](const at::Tensor& tensor) {
         return tensor.is_cpu() && is_plain_eager(tensor) && storage_covers(tensor) &&
                (tensor.dim() == 1 || tensor.dim() == 2) && (tensor.size(-1) <= 1 || tensor.stride(-1) == 1);
@@ -39,14 +39,14 @@ inline void copy_kernel(const at::Tensor& src, const at::Tensor& dst, bool strea
     py::gil_scoped_release release;
     for (int64_t row = 0; row < rows; ++row, from += from_stride, to += to_stride) {
         if (bytes <= kCopyGrain) {
-            copy_range(from, to, bytes, streaming);
+            copy_range(from, to, bytes, nontemporal);
             continue;
         }
         // In whole cache lines, so that threads share none.
         const int64_t lines = (bytes + kCacheLine - 1) / kCacheLine;
         at::parallel_for(0, lines, kCopyGrain / kCacheLine, [&](int64_t begin, int64_t end) {
             const int64_t first = begin * kCacheLine, last = std::min(end * kCacheLine, bytes);
-            copy_range(from + first, to + first, last - first, streaming);
+            copy_range(from + first, to + first, last - first, nontemporal);
         });
     }
 }
