@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Memory bandwidth of the machine: a vectorised copy of as many bytes as a step must move.
 
-The copy is a fastdiff kernel (csrc/cpu/copy_loop.inc) on the same threads with the same instruction set, once with
+The copy is a fastdiff kernel (csrc/bench/copy_loop.inc) on the same threads with the same instruction set, once with
 ordinary and once with nontemporal stores; the faster of the two counts.
 """
 

@@ -90,7 +90,9 @@ class Loop:
 
     def plans(self) -> list[Any]:
         """Return the plans of fastdiff's steps in the order of use, without those of the untimed first two steps."""
-        plans = [plan for plan in vars(self.scheduler)["_fused"].schedule.plans.values() if not isinstance(plan, str)]
+        from fastdiff.diffusers.compiler.plan import Plan
+
+        plans = [plan for plan in vars(self.scheduler)["_fused"].schedule.plans.values() if isinstance(plan, Plan)]
         return plans[2:] or plans
 
     def bytes_a_step(self) -> float | None:
@@ -124,9 +126,11 @@ class Loop:
 
     def time_planning(self) -> float:
         """Return milliseconds of the steps of a process' first loop: all plans are discarded before it."""
-        from fastdiff.diffusers.planning import forget_all
+        from fastdiff.diffusers.runtime.lookup import forget_plans
+        from fastdiff.diffusers.runtime.scheduler_cache import forget_first_steps
 
-        forget_all()
+        forget_plans()
+        forget_first_steps()
         self.scheduler = type(self.scheduler)(**OPTIONS.get(self.name, {}))
         timesteps, sample = self.start(STEPS), self.sample
         started = time.perf_counter()

@@ -2,7 +2,7 @@
 """Layout of a row of step coefficients, shared by every backend, and the dtype of its numbers.
 
 A row has `ROW_WIDTH` numbers: eight scalars, then three affine maps with one coefficient per column of `COLUMNS`.
-csrc/step_math.h and kernels/triton/step.py read the same layout.
+csrc/row_layout.h and kernels/triton/step.py read the same layout.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from fastdiff.ops import backends
 from .clock import Unit
 
 #: Names in the results; the first is the default of the library.
-NAMES = ("C++ op", "Triton, held", "Triton, JIT")
+NAMES = ("C++ op", "Triton, cached", "Triton, JIT")
 
 
 class Launcher(NamedTuple):
@@ -47,12 +47,12 @@ class Launcher(NamedTuple):
 def launchers(device: str) -> dict[str, Launcher]:
     """Return the launchers by the names of `NAMES`."""
     triton = backends.why_missing("triton")
-    module, not_cached = _launch_module()
+    cache, not_cached = _launch_module()
     return {
         "C++ op": Launcher(None, backends.why_missing("cuda" if device == "cuda" else "cpu")),
-        "Triton, held": Launcher("triton", triton or not_cached),
+        "Triton, cached": Launcher("triton", triton or not_cached),
         # If kernels are cached, the JIT's launcher has to be requested.
-        "Triton, JIT": Launcher("triton", triton, contextlib.nullcontext if module is None else module.through_jit),
+        "Triton, JIT": Launcher("triton", triton, contextlib.nullcontext if cache is None else cache.through_jit),
     }
 
 
@@ -61,7 +61,7 @@ def _launch_module() -> tuple[Any, str]:
     try:
         module = importlib.import_module("fastdiff.kernels.launch")
     except ImportError as error:
-        return None, f"nothing holds compiled kernels ({error})"
+        return None, f"nothing caches compiled kernels ({error})"
     if backends._triton_interprets():
         return module, "the interpreter compiles no kernels"
     return module, str(module.why_through_jit())

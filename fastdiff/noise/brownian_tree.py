@@ -13,8 +13,8 @@ times:
     W(t) − W(start) = f·W + Σ w·Z        over the intervals that are halved to reach t
 
 torchsde makes a tensor for each of these intervals; here the numbers are added up as they are drawn
-(csrc/bindings/seeded_sum.h).  Two times share the intervals that contain both; the sum Σ w·Z over the smaller intervals
-of one time is its partial sum.  The partial sums of the last few times are cached: a loop usually asks next for the
+(csrc/torch_bits/seeded_sum.h).  Two times share the intervals that contain both; the sum Σ w·Z over the smaller
+intervals of one time is its partial sum.  The partial sums of the last few times are cached: a loop usually asks next for the
 adjacent interval, so a step draws the numbers of one time.  Weights are float64; the sum is float32, like torchsde's.
 """
 

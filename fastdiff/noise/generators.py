@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..device_copy import to_device
-from ..errors import sentence
+from ..errors import error_message
 from .torch_normals import batched_randn
 
 #: One generator for the whole batch, one for each sample, or torch's default.
@@ -37,7 +37,7 @@ def draw(shape: Sequence[int], generator: Generators = None, *, dtype: torch.dty
     generator = _as_list(generator)
     if len(shape) == 0 or len(generator) != shape[0]:
         raise ValueError(
-            sentence(
+            error_message(
                 "step",
                 "generator",
                 f"is a list of {len(generator)}",
@@ -69,7 +69,7 @@ def _as_list(generators: object) -> list[torch.Generator]:
     expected = "a torch.Generator, or one a sample"
     if not isinstance(generators, Iterable):
         raise TypeError(
-            sentence(
+            error_message(
                 "sample", "generator", f"is a {type(generators).__name__}", expected, "make it with torch.Generator()"
             )
         )
@@ -77,6 +77,6 @@ def _as_list(generators: object) -> list[torch.Generator]:
     for one in listed:
         if not isinstance(one, torch.Generator):
             raise TypeError(
-                sentence("sample", "generator", f"holds a {type(one).__name__}", expected, "make one a sample")
+                error_message("sample", "generator", f"holds a {type(one).__name__}", expected, "make one a sample")
             )
     return listed

@@ -2,8 +2,8 @@
 """torch.randn on the CPU, several times faster: the same bits, and the same generator state afterwards.
 
 torch's CPU generator is a Mersenne Twister that produces one word at a time.  The extension has a loop that produces
-the same words many at a time and turns them into the same numbers (csrc/cpu/torch_normal_loop.inc).  It serves float32
-on the CPU, 16 numbers or more, where torch runs its AVX2 code; torch draws everything else.
+the same words many at a time and turns them into the same numbers (csrc/torch_bits/torch_normal_loop.inc).  It serves
+float32 on the CPU, 16 numbers or more, where torch runs its AVX2 code; torch draws everything else.
 
 The equality is verified, not assumed: the first draw of a process draws a few thousand numbers both ways from equal
 generators, and unless bits and states agree, torch draws from then on.  `why_by_torch` gives the reason.

@@ -246,9 +246,9 @@ def test_missing_launchers_have_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuple(launchers.launchers("cuda")) == launchers.NAMES
     if not torch.cuda.is_available():
         assert launchers.launchers("cuda")["C++ op"].missing
-        assert launchers.launchers("cpu")["Triton, held"].missing
+        assert launchers.launchers("cpu")["Triton, cached"].missing
     monkeypatch.setitem(sys.modules, "fastdiff.kernels.launch", None)
-    assert "nothing holds compiled kernels" in launchers._launch_module()[1]
+    assert "nothing caches compiled kernels" in launchers._launch_module()[1]
 
 
 def test_launcher_wraps_unit_in_its_context() -> None:

@@ -110,8 +110,9 @@ def test_host_time_of_cached_launch_on_gpu(capsys: pytest.CaptureFixture[str]) -
     step = backends.triton_module("step")
     x, m, u = torch.randn(3, 1, 4, 64, 64, device="cuda").unbind()
     table, guidance = plain_row(prev_x=0.5, prev_m=0.25).cuda(), torch.full((1,), 3.0, device="cuda")
-    call = StepCall(x, m, table, 0, u, guidance, outputs=(torch.empty_like(x),))
-    extension = StepCall(x, m, table, 0, u, guidance, outputs=(torch.empty_like(x),))
+    fields = {"sample": x, "model_output": m, "table": table, "row_index": 0, "uncond": u, "guidance_scale": guidance}
+    call = StepCall(**fields, out=(torch.empty_like(x),))
+    extension = StepCall(**fields, out=(torch.empty_like(x),))
 
     def microseconds(run: Callable[[], object]) -> float:
         rounds = []
@@ -130,7 +131,7 @@ def test_host_time_of_cached_launch_on_gpu(capsys: pytest.CaptureFixture[str]) -
         jit = microseconds(lambda: step.launch(call))
     text = f"host time of a launch: held {held:.1f} us, through the JIT {jit:.1f} us"
     if not backends.why_missing("cuda"):
-        text += f", C++ {microseconds(lambda: backends.extension_step(extension)):.1f} us"
+        text += f", C++ {microseconds(lambda: backends.offer(extension)):.1f} us"
     with capsys.disabled():
         print(f"\n{torch.cuda.get_device_name()}: {text}")
     assert held < jit

@@ -24,8 +24,7 @@ from unittest import mock
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.ops import backends, reductions
-from fastdiff.ops import dispatch as run
+from fastdiff.ops import backends, reductions, reference
 from fastdiff.ops import random as noise
 
 #: The public operations, and the position of the tensor argument that determines the backend.
@@ -81,9 +80,9 @@ def _extension(record: Record) -> list[Any]:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             done = function(*args, **kwargs)
-            # None means refused, except for randn, which fills a tensor. A sum's kind precedes its tensor.
-            if done is not None or function is original_randn:
-                tensor = next(value for value in args if isinstance(value, Tensor))
+            # None and a reason are refusals, except from randn, which fills a tensor. A sum's kind precedes its tensor.
+            if not (done is None or isinstance(done, str)) or function is original_randn:
+                tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
                 record.note("cuda" if tensor.is_cuda else "cpu")
             return done
 
@@ -107,7 +106,7 @@ def _reference(record: Record) -> list[Any]:
     recorded = functools.partial(_recorded, record, "reference")
     names = ("quantile", "mean", "std", "norm", "dot")
     found = [_wrapped(reductions.reference, name, recorded) for name in names]
-    return [*found, _wrapped(run, "reference_step", recorded), _wrapped(noise, "normals", recorded)]
+    return [*found, _wrapped(reference, "step", recorded), _wrapped(noise, "normals", recorded)]
 
 
 def _recorded(record: Record, backend: str, function: Any) -> Any:

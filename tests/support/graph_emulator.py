@@ -167,5 +167,5 @@ def _storage(tensor: Tensor) -> int:
 @contextmanager
 def values_unreadable() -> Iterator[None]:
     """Make the step's checks skip values, as on a GPU, where reading them would be a synchronization."""
-    with mock.patch.object(checks, "may_look", return_value=False):
+    with mock.patch.object(checks, "readable_without_sync", return_value=False):
         yield
