@@ -79,7 +79,7 @@ def test_best_candidate_wins_over_all_shapes_by_minimum_gain() -> None:
     assert best(results, "triton", "step", 2) == default  # nothing was measured
 
 
-def test_entries_are_lines_of_the_tables() -> None:
+def test_entries_are_valid_table_lines() -> None:
     config = pytest.importorskip("fastdiff.kernels.config")
     results = lines("triton", "step", 4, {default_config("triton", "step"): [10], (2048, 8): [8]})
     results += lines("triton", "select", 2, {default_config("triton", "select"): [10], (1024, 4, 16): [8]})

@@ -160,21 +160,21 @@ def test_cuda_sources_compile_for_every_architecture_without_a_warning(compiled:
 
 
 @needs_nvcc
-def test_cuda_kernels_keep_everything_in_registers(compiled: Compiled) -> None:
+def test_cuda_kernels_use_registers_without_spills(compiled: Compiled) -> None:
     assert all(function.registers > 0 for function in compiled.functions.values())
     spilled = {key: f for key, f in compiled.functions.items() if f.spilled or f.stack}
     assert spilled == {}
 
 
 @needs_nvcc
-def test_cuda_kernels_leave_room_for_two_blocks_a_multiprocessor(compiled: Compiled) -> None:
+def test_cuda_kernels_fit_two_blocks_per_multiprocessor(compiled: Compiled) -> None:
     # With one, nothing would hide the latency of its loads.
     most = REGISTER_FILE // THREADS // 2
     assert {key: f.registers for key, f in compiled.functions.items() if f.registers > most} == {}
 
 
 @needs_nvcc
-def test_packed_step_on_cuda_moves_16_bytes_an_access(compiled: Compiled) -> None:
+def test_packed_step_on_cuda_moves_16_bytes_per_access(compiled: Compiled) -> None:
     if compiled.source != "step.cu":
         pytest.skip(f"{compiled.source} holds another kernel")
     code = _machine_code(compiled)
@@ -194,7 +194,7 @@ def test_packed_step_on_cuda_moves_16_bytes_an_access(compiled: Compiled) -> Non
 
 
 @needs_nvcc
-def test_mixed_step_on_cuda_fetches_all_in_wide_accesses_before_the_first_is_converted(compiled: Compiled) -> None:
+def test_mixed_step_on_cuda_loads_wide_before_first_conversion(compiled: Compiled) -> None:
     if compiled.source != "step.cu":
         pytest.skip(f"{compiled.source} holds another kernel")
     code = _machine_code(compiled)["mixed_kernel<float, 8>"]
@@ -215,7 +215,7 @@ def test_mixed_step_on_cuda_fetches_all_in_wide_accesses_before_the_first_is_con
 
 
 @needs_nvcc
-def test_cuda_randn_makes_each_chunk_once_and_stores_16_bytes_an_access(compiled: Compiled) -> None:
+def test_cuda_randn_computes_each_chunk_once_and_stores_16_bytes_per_access(compiled: Compiled) -> None:
     if compiled.source != "randn.cu":
         pytest.skip(f"{compiled.source} holds another kernel")
     code = _machine_code(compiled)
@@ -239,7 +239,7 @@ READERS = {
 
 
 @needs_nvcc
-def test_reductions_on_cuda_read_16_bytes_an_access(compiled: Compiled) -> None:
+def test_reductions_on_cuda_read_16_bytes_per_access(compiled: Compiled) -> None:
     if compiled.source not in READERS:
         pytest.skip(f"{compiled.source} holds another kernel")
     code = _machine_code(compiled)
@@ -251,12 +251,12 @@ def test_reductions_on_cuda_read_16_bytes_an_access(compiled: Compiled) -> None:
 
 
 @needs_nvcc
-def test_cuda_kernels_touch_no_local_memory(compiled: Compiled) -> None:
+def test_cuda_kernels_use_no_local_memory(compiled: Compiled) -> None:
     assert {name: n for name, code in _machine_code(compiled).items() if (n := _count(code, r"(LDL|STL)\b"))} == {}
 
 
 @needs_nvcc
-def test_cuda_arithmetic_rounds_as_it_is_written(compiled: Compiled) -> None:
+def test_cuda_arithmetic_is_neither_contracted_nor_reordered(compiled: Compiled) -> None:
     _machine_code(compiled)
     assert compiled.ptx
     for name, code in compiled.ptx.items():
@@ -280,7 +280,7 @@ def test_cuda_arithmetic_rounds_as_it_is_written(compiled: Compiled) -> None:
         }, name
 
 
-def test_cuda_sources_include_cuda_and_the_standard_library_alone() -> None:
+def test_cuda_sources_include_only_cuda_and_standard_library() -> None:
     assert SOURCES
     seen, left = set(), list(SOURCES)
     while left:

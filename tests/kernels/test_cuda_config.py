@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The binding of the CUDA kernels' configurations, built here without CUDA and without torch."""
+"""Binding of the CUDA kernels' configurations, built without CUDA and torch."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> Any:
 DEFAULT = {"step": 256, "draw": 256, "randn": 256, "sum": 128, "select": 16}
 
 
-def test_cuda_config_is_replaced_and_put_back(module: Any) -> None:
+def test_cuda_config_is_replaced_and_restored(module: Any) -> None:
     assert module._cuda_config(0) == DEFAULT
     module._set_cuda_config([512, 64, 32, 256, 4])
     assert list(module._cuda_config(3).values()) == [512, 64, 32, 256, 4]

@@ -72,7 +72,7 @@ def some_layout(case: Case, seed: int) -> Layout:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_any_step_on_host_is_the_formula_to_rounding(kernel: Kernel, dtype: torch.dtype) -> None:
+def test_any_step_on_host_equals_formula_within_rounding(kernel: Kernel, dtype: torch.dtype) -> None:
     @settings(max_examples=150)
     @given(plan=cases([dtype]))
     def check(plan: Shape) -> None:
@@ -85,7 +85,7 @@ def test_any_step_on_host_is_the_formula_to_rounding(kernel: Kernel, dtype: torc
 
 @needs_cpu_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_kernel_on_host_gives_the_bits_of_the_cpu_backend(kernel: Kernel, dtype: torch.dtype) -> None:
+def test_kernel_on_host_matches_cpu_bitwise(kernel: Kernel, dtype: torch.dtype) -> None:
     rng = random.Random(repr(dtype))
     kernel.runtime()
     for _ in range(120):
@@ -109,7 +109,7 @@ def test_kernel_on_host_gives_the_bits_of_the_cpu_backend(kernel: Kernel, dtype:
 
 
 @needs_cpu_backend
-def test_halves_of_doubled_channels_are_read_where_they_lie(kernel: Kernel) -> None:
+def test_halves_of_doubled_channels_are_read_without_copy(kernel: Kernel) -> None:
     kernel.runtime()
     for dtype in DTYPES:
         case = make(Shape(5, dtype, (3, 4, 5, 8), "a sample", noise=True, variance_kind=Variance.LEARNED))
@@ -119,7 +119,7 @@ def test_halves_of_doubled_channels_are_read_where_they_lie(kernel: Kernel) -> N
         assert_same_bits(run_on_host(kernel, case, Layout(gap=4 * 5 * 8)), case.run("cpu"))
 
 
-def test_a_term_without_a_coefficient_is_not_added(kernel: Kernel) -> None:
+def test_term_with_zero_coefficient_is_not_added(kernel: Kernel) -> None:
     kernel.runtime()
     for seed, dtype in enumerate(DTYPES):
         case = make(Shape(seed, dtype, (2, 24), "scalar", 15, noise=True, keeps=2))
@@ -131,7 +131,7 @@ def test_a_term_without_a_coefficient_is_not_added(kernel: Kernel) -> None:
         assert_same_bits(run_on_host(kernel, case.with_tensors(poisoned)), expected)
 
 
-def test_nan_stays_nan_through_clip_and_threshold(kernel: Kernel) -> None:
+def test_nan_passes_clip_and_threshold(kernel: Kernel) -> None:
     kernel.runtime()
     row = plain_row(p=1.0, clip=0.5, prev_d=1.0)
     sample = torch.tensor([[math.nan, 9.0, -9.0, 0.25, math.inf]])
@@ -143,7 +143,7 @@ def test_nan_stays_nan_through_clip_and_threshold(kernel: Kernel) -> None:
 
 @needs_cpu_backend
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_every_number_of_a_half_type_comes_and_goes_as_on_the_cpu(kernel: Kernel, dtype: torch.dtype) -> None:
+def test_every_half_number_converts_like_cpu(kernel: Kernel, dtype: torch.dtype) -> None:
     # Of the conversions only their use is the kernel's; that the stand-ins are right is what the other tests rest on.
     kernel.runtime()
     numbers = all_bit_patterns(dtype)[None]
@@ -157,7 +157,7 @@ def test_every_number_of_a_half_type_comes_and_goes_as_on_the_cpu(kernel: Kernel
 
 @pytest.mark.parametrize("backwards", [False, True], ids=["forwards", "backwards"])
 @pytest.mark.parametrize("target", ["sample", "model_output", "uncond", "noise", "history_0", "history_3"])
-def test_output_on_an_input_is_what_it_is_elsewhere(kernel: Kernel, target: str, backwards: bool) -> None:
+def test_output_over_input_equals_separate_output(kernel: Kernel, target: str, backwards: bool) -> None:
     # In either order of threads: none reads what another has written.
     kernel.runtime(backwards=backwards)
     for dtype in DTYPES:
@@ -167,7 +167,7 @@ def test_output_on_an_input_is_what_it_is_elsewhere(kernel: Kernel, target: str,
         assert_same_bits(run_on_host(kernel, case, Layout(in_place=[target, others[0]])), expected)
 
 
-def test_each_misplaced_tensor_alone_forbids_wide_accesses(kernel: Kernel) -> None:
+def test_one_misaligned_tensor_disables_wide_accesses(kernel: Kernel) -> None:
     # run_on_host fails on an access that its pointer is not aligned for.
     kernel.runtime()
     names = ["sample", "model_output", "uncond", "variance", "noise", *(f"history_{j}" for j in range(4))]
@@ -180,7 +180,7 @@ def test_each_misplaced_tensor_alone_forbids_wide_accesses(kernel: Kernel) -> No
 
 
 @pytest.mark.parametrize("gap", [1, 3, 8])
-def test_samples_that_start_off_a_pack_forbid_wide_accesses(kernel: Kernel, gap: int) -> None:
+def test_misaligned_samples_disable_wide_accesses(kernel: Kernel, gap: int) -> None:
     kernel.runtime()
     for dtype in DTYPES:
         for inner in (31, 32):
@@ -191,7 +191,7 @@ def test_samples_that_start_off_a_pack_forbid_wide_accesses(kernel: Kernel, gap:
 # --- The launch ------------------------------------------------------------------------------------------------------
 
 
-def test_launch_is_one_on_the_stream_and_device_asked_for(kernel: Kernel) -> None:
+def test_step_is_one_launch_on_requested_stream_and_device(kernel: Kernel) -> None:
     case = make(Shape(0, torch.float32, (2, 40)))
     kernel.runtime(device=1)
     run_on_host(kernel, case)
@@ -199,7 +199,7 @@ def test_launch_is_one_on_the_stream_and_device_asked_for(kernel: Kernel) -> Non
     assert kernel.state == {"device": 1, "launches": 1, "launched_on": 0, "stream": 0x5EED}
 
 
-def test_launch_that_fails_says_why_and_restores_the_device(kernel: Kernel) -> None:
+def test_failing_launch_has_reason_and_restores_device(kernel: Kernel) -> None:
     case = make(Shape(0, torch.float32, (2, 40)))
     kernel.runtime(device=1, next_launch=INVALID_CONFIGURATION)
     with pytest.raises(AssertionError, match="invalid configuration argument"):
@@ -251,7 +251,7 @@ def test_results_on_host_do_not_depend_on_the_configuration(kernel: Kernel, dtyp
         assert taken(kernel, None)
 
 
-def test_capability_is_read_once_a_device_and_without_an_entry_the_default_is_taken(kernel: Kernel) -> None:
+def test_capability_is_read_once_per_device_and_default_applies_without_entry(kernel: Kernel) -> None:
     values = (ctypes.c_int * 5)()
     for device in (0, 1):
         kernel.library.get_config(device, values)
@@ -268,7 +268,7 @@ def test_capability_is_read_once_a_device_and_without_an_entry_the_default_is_ta
 @pytest.mark.parametrize(
     "config", [(16, 256, 256, 128, 16), (256, 1024, 256, 128, 16), (256, 256, 96, 128, 16), (256, 256, 256, 128, 0)]
 )
-def test_configurations_that_no_kernel_takes_are_refused(kernel: Kernel, config: tuple[int, ...]) -> None:
+def test_invalid_configurations_are_refused(kernel: Kernel, config: tuple[int, ...]) -> None:
     assert taken(kernel, (64, 64, 64, 64, 4))
     try:
         assert not taken(kernel, config)
@@ -279,7 +279,7 @@ def test_configurations_that_no_kernel_takes_are_refused(kernel: Kernel, config:
         assert taken(kernel, None)
 
 
-def test_more_blocks_than_a_grid_has_are_refused_not_cut_off(kernel: Kernel) -> None:
+def test_too_many_blocks_for_grid_are_refused(kernel: Kernel) -> None:
     # 2³² + 1 blocks: in 32 bits that would be one. Nothing is read, so the memory need not be there.
     kernel.runtime()
     sizes = [1, 256 * 2**32 + 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, *[0] * 14]

@@ -48,7 +48,7 @@ def some_layout(case: Case, outs: list[torch.dtype], seed: int) -> tuple[Layout,
 
 
 @pytest.mark.parametrize("double", [False, True], ids=["float", "double"])
-def test_mixed_kernel_on_host_gives_the_bits_of_the_cpu_backend(kernel: Kernel, double: bool) -> None:
+def test_mixed_kernel_on_host_matches_cpu_bitwise(kernel: Kernel, double: bool) -> None:
     rng = random.Random(double)
     for i in range(250):
         # Sizes around a pack, a block of 256 threads, and a block of 256 packs.
@@ -77,7 +77,7 @@ def test_mixed_kernel_on_host_gives_the_bits_of_the_cpu_backend(kernel: Kernel, 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("other", [torch.float32, torch.float64], ids=str)
-def test_every_number_of_a_half_type_comes_and_goes_beside_another(
+def test_every_half_number_round_trips_with_other_dtypes(
     kernel: Kernel, dtype: torch.dtype, other: torch.dtype
 ) -> None:
     kernel.runtime()
@@ -89,7 +89,7 @@ def test_every_number_of_a_half_type_comes_and_goes_beside_another(
         assert_same_bits(run_on_host(kernel, case, dtypes=outs), case.run("cpu", out=outs))
 
 
-def test_each_misplaced_tensor_alone_forbids_wide_accesses_of_mixed_ones(kernel: Kernel) -> None:
+def test_one_misaligned_tensor_disables_wide_accesses_of_mixed_dtypes(kernel: Kernel) -> None:
     # run_on_host fails on an access that its pointer is not aligned for.
     kernel.runtime()
     names = ["", "sample", "model_output", "uncond", "variance", "noise", *(f"history_{j}" for j in range(4))]
@@ -102,7 +102,7 @@ def test_each_misplaced_tensor_alone_forbids_wide_accesses_of_mixed_ones(kernel:
             assert_same_bits(run_on_host(kernel, case, Layout(shifted=name), outs), expected)
 
 
-def test_mixed_rows_on_host_give_the_bits_of_the_cpu(kernel: Kernel) -> None:
+def test_mixed_rows_on_host_match_cpu_bitwise(kernel: Kernel) -> None:
     @settings(max_examples=120)
     @given(seed=st.integers(0, 2**32 - 1))
     def check_one(seed: int) -> None:
@@ -131,7 +131,7 @@ def test_mixed_rows_on_host_give_the_bits_of_the_cpu(kernel: Kernel) -> None:
     check_one()
 
 
-def test_mixed_row_that_is_not_in_the_table_leaves_its_sample_alone(kernel: Kernel) -> None:
+def test_mixed_row_outside_table_leaves_sample_unchanged(kernel: Kernel) -> None:
     sample = torch.randn(3, 40).half()
     register = torch.full((3, 40), math.nan)
     table = plain_row(prev_x=2.0, k0_x=4.0)
@@ -156,7 +156,7 @@ def test_mixed_row_that_is_not_in_the_table_leaves_its_sample_alone(kernel: Kern
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_noise_drawn_on_host_beside_other_dtypes_is_the_references(kernel: Kernel, channels_last: bool) -> None:
+def test_noise_drawn_on_host_with_other_dtypes_matches_reference(kernel: Kernel, channels_last: bool) -> None:
     kernel.runtime()
     seeds = torch.tensor([3, -1])
     for first, second in ((torch.float16, torch.float32), (torch.bfloat16, torch.float64)):

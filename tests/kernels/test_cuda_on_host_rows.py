@@ -63,9 +63,7 @@ def some_layout(seed: int, dtype: torch.dtype) -> Layout:
 @needs_cpu_backend
 @pytest.mark.parametrize("channels_last", [False, True], ids=["row-major", "channels-last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_mixed_solvers_on_host_give_the_bits_of_the_cpu(
-    kernel: Kernel, dtype: torch.dtype, channels_last: bool
-) -> None:
+def test_mixed_solvers_on_host_match_cpu_bitwise(kernel: Kernel, dtype: torch.dtype, channels_last: bool) -> None:
     # Samples of whole packs, of none, and of more than a block of threads.
     for seed, inner in enumerate([(4, 4, 4), (3, 5, 7), (1, 1, 1), (4, 24, 24)]):
         kernel.runtime(backwards=seed % 2 == 1)
@@ -75,7 +73,7 @@ def test_mixed_solvers_on_host_give_the_bits_of_the_cpu(
 
 @needs_cpu_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_any_rows_on_host_give_the_bits_of_the_cpu(kernel: Kernel, dtype: torch.dtype) -> None:
+def test_any_rows_on_host_match_cpu_bitwise(kernel: Kernel, dtype: torch.dtype) -> None:
     @settings(max_examples=80)
     @given(seed=st.integers(0, 2**32 - 1))
     def check_one(seed: int) -> None:
@@ -88,7 +86,7 @@ def test_any_rows_on_host_give_the_bits_of_the_cpu(kernel: Kernel, dtype: torch.
     check_one()
 
 
-def test_row_that_is_not_in_the_table_leaves_its_sample_alone(kernel: Kernel) -> None:
+def test_row_outside_table_leaves_sample_unchanged(kernel: Kernel) -> None:
     # The checks cannot look at rows on a GPU: one beyond the table must not be read, nor anything written for it.
     for dtype in DTYPES:
         sample = torch.randn(3, 40).to(dtype)
@@ -119,7 +117,7 @@ def test_row_that_is_not_in_the_table_leaves_its_sample_alone(kernel: Kernel) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_noise_drawn_on_host_is_the_references_to_the_bit(kernel: Kernel, dtype: torch.dtype) -> None:
+def test_noise_drawn_on_host_matches_reference_bitwise(kernel: Kernel, dtype: torch.dtype) -> None:
     table = plain_row(dtype, prev_z=1.0)
     for shape in ((4, 64), (4, 3), (4, 37), (4, 2100), (4, 3, 5, 7), (4, 8, 4, 4), (4, 16, 1, 3)):
         for channels_last in (False, True) if len(shape) == 4 else (False,):
@@ -141,7 +139,7 @@ def test_noise_drawn_on_host_is_the_references_to_the_bit(kernel: Kernel, dtype:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_randn_on_host_is_the_references_to_the_bit(kernel: Kernel, dtype: torch.dtype) -> None:
+def test_randn_on_host_matches_reference_bitwise(kernel: Kernel, dtype: torch.dtype) -> None:
     # Whole packs, tails of every length, more than a block of threads; memory on 16 bytes and off.
     for size in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 37, 2048, 2049):
         for batch in (1, 4):
@@ -161,7 +159,7 @@ def test_every_word_of_seed_step_and_purpose_changes_all_numbers(kernel: Kernel)
         assert not bool((base == other).any())
 
 
-def test_randn_runs_on_the_stream_and_device_asked_for(kernel: Kernel) -> None:
+def test_randn_runs_on_requested_stream_and_device(kernel: Kernel) -> None:
     kernel.runtime(device=1)
     randn_on_host(kernel, (2, 40), SEEDS[:2].clone(), 0, 0, torch.float32)
     assert kernel.state == {"device": 1, "launches": 1, "launched_on": 0, "stream": 0x5EED}
@@ -178,7 +176,7 @@ def test_randn_runs_on_the_stream_and_device_asked_for(kernel: Kernel) -> None:
 @needs_cpu_backend
 @pytest.mark.parametrize("other", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_model_input_on_host_gives_the_bits_of_the_cpu(kernel: Kernel, dtype: torch.dtype, other: torch.dtype) -> None:
+def test_model_input_on_host_matches_cpu_bitwise(kernel: Kernel, dtype: torch.dtype, other: torch.dtype) -> None:
     kernel.runtime()
     table = plain_row(dtype, prev_x=0.5, prev_m=0.3)
     table[0, MODEL_INPUT_SCALE] = 0.7316

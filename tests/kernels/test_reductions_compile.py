@@ -121,12 +121,12 @@ def test_triton_reductions_compile_for_every_architecture(compiled: dict[str, An
     assert [e for entries in compiled["measured"].values() for e in entries if e[0] in ("sum", "select")] == []
 
 
-def test_triton_reductions_keep_everything_in_registers(compiled: dict[str, Any]) -> None:
+def test_triton_reductions_use_registers_without_spills(compiled: dict[str, Any]) -> None:
     spilled = [key for key, ptx in compiled["ptx"].items() if re.search(r"\b(?:ld|st)\.local|\.local\b", ptx)]
     assert spilled == []
 
 
-def test_triton_reductions_round_as_they_are_written(compiled: dict[str, Any]) -> None:
+def test_triton_reductions_are_neither_contracted_nor_reordered(compiled: dict[str, Any]) -> None:
     # Without a rounding in its name a sum or product may be fused by the assembler; approximate ones would be `approx`.
     for key, ptx in compiled["ptx"].items():
         floats = [op for op in _opcodes(ptx) if re.match(r"(add|sub|mul|fma|mad|div|sqrt|rcp)\..*f(16|32|64)", op)]

@@ -153,7 +153,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_sums_on_host_have_the_bits_of_the_cpu(library: ctypes.CDLL, kind: str, dtype: torch.dtype) -> None:
+def test_sums_on_host_match_cpu_bitwise(library: ctypes.CDLL, kind: str, dtype: torch.dtype) -> None:
     @settings(max_examples=20)
     @given(seed=SEEDS, batch=st.integers(1, 3), inner=SIZES, shift=SHIFTS, spread=SPREADS)
     def check(seed: int, batch: int, inner: int, shift: int, spread: str) -> None:
@@ -167,7 +167,7 @@ def test_sums_on_host_have_the_bits_of_the_cpu(library: ctypes.CDLL, kind: str, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_quantiles_on_host_have_the_bits_of_the_cpu(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+def test_quantiles_on_host_match_cpu_bitwise(library: ctypes.CDLL, dtype: torch.dtype) -> None:
     @settings(max_examples=60)
     @given(
         seed=SEEDS,
@@ -193,7 +193,7 @@ def test_quantiles_on_host_have_the_bits_of_the_cpu(library: ctypes.CDLL, dtype:
 
 
 @pytest.mark.parametrize("backwards", [0, 1], ids=["forwards", "backwards"])
-def test_threads_in_either_order_wait_for_each_other(library: ctypes.CDLL, backwards: int) -> None:
+def test_threads_synchronize_in_either_order(library: ctypes.CDLL, backwards: int) -> None:
     # More blocks than lanes, and other numbers in every call: what a thread finds too early is of the call before.
     for seed in range(3):
         library.set_runtime(0, backwards, 0)
@@ -205,7 +205,7 @@ def test_threads_in_either_order_wait_for_each_other(library: ctypes.CDLL, backw
             assert_same_bits([run_quantile(library, x, q, False, 0)], [ops.quantile(x, q, backend="cpu")])
 
 
-def test_a_second_call_finds_nothing_of_the_first(library: ctypes.CDLL) -> None:
+def test_second_call_is_independent_of_first(library: ctypes.CDLL) -> None:
     # Scratch memory may hold anything: here it is full of ones, then of what another call has left.
     for seed in range(3):
         library.set_runtime(0, 0, 0)
@@ -213,7 +213,7 @@ def test_a_second_call_finds_nothing_of_the_first(library: ctypes.CDLL) -> None:
         assert_same_bits([run_quantile(library, x, 0.3, False, 0)], [ops.quantile(x, 0.3, backend="cpu")])
 
 
-def test_launches_are_on_the_stream_and_device_asked_for(library: ctypes.CDLL) -> None:
+def test_launches_are_on_requested_stream_and_device(library: ctypes.CDLL) -> None:
     x = numbers(0, 2, 3000, torch.float32, "normal")
     for run, launches in (
         (lambda: run_sum(library, "mean", x, None, 0.0, 0), 2),
@@ -227,7 +227,7 @@ def test_launches_are_on_the_stream_and_device_asked_for(library: ctypes.CDLL) -
         assert (state["device"], state["launched_on"], state["stream"], state["launches"]) == (1, 0, STREAM, launches)
 
 
-def test_a_launch_that_fails_says_why_and_is_the_last(library: ctypes.CDLL) -> None:
+def test_failing_launch_has_reason_and_is_last(library: ctypes.CDLL) -> None:
     x = numbers(0, 2, 3000, torch.float32, "normal")
     for run in (
         lambda: run_sum(library, "mean", x, None, 0.0, 0),
@@ -256,7 +256,7 @@ def test_reductions_on_host_do_not_depend_on_the_configuration(library: ctypes.C
         assert library.set_config(None)
 
 
-def test_the_guards_would_show_a_foreign_write() -> None:
+def test_guards_detect_foreign_write() -> None:
     buffer = Buffer(5, torch.float32, 1)
     assert buffer.guards_are_intact()
     buffer.values.fill_(1.0)

@@ -201,7 +201,7 @@ FMA_A_TRANSFORM, PRODUCTS_A_TRANSFORM = 18, 8
 
 
 @pytest.mark.parametrize(("config", "dtype", "arch"), CASES)
-def test_triton_step_moves_16_bytes_an_access(compiled: dict[str, Any], config: str, dtype: str, arch: int) -> None:
+def test_triton_step_moves_16_bytes_per_access(compiled: dict[str, Any], config: str, dtype: str, arch: int) -> None:
     result = compiled["results"][_key(config, dtype, arch)]
     opcodes = _opcodes(result["ptx"])
     accesses = result["block"] // result["threads"] * DTYPES[dtype] // 16
@@ -215,7 +215,9 @@ def test_triton_step_moves_16_bytes_an_access(compiled: dict[str, Any], config: 
 
 
 @pytest.mark.parametrize(("config", "dtype", "arch"), CASES)
-def test_triton_step_rounds_as_it_is_written(compiled: dict[str, Any], config: str, dtype: str, arch: int) -> None:
+def test_triton_step_is_neither_contracted_nor_reordered(
+    compiled: dict[str, Any], config: str, dtype: str, arch: int
+) -> None:
     result = compiled["results"][_key(config, dtype, arch)]
     opcodes = _opcodes(result["ptx"])
     # ptxas fuses a product and a sum only where neither names its rounding, and flushes subnormal numbers only if told.
@@ -233,9 +235,7 @@ def test_triton_step_rounds_as_it_is_written(compiled: dict[str, Any], config: s
 
 
 @pytest.mark.parametrize(("config", "dtype", "arch"), COUNTED)
-def test_triton_step_fuses_the_products_that_are_written_and_no_others(
-    compiled: dict[str, Any], config: str, dtype: str, arch: int
-) -> None:
+def test_triton_step_fuses_only_explicit_products(compiled: dict[str, Any], config: str, dtype: str, arch: int) -> None:
     result = compiled["results"][_key(config, dtype, arch)]
     opcodes = _opcodes(result["ptx"])
     constants = CONFIGURATIONS[config]
@@ -258,7 +258,7 @@ def test_triton_step_fuses_the_products_that_are_written_and_no_others(
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
-def test_triton_step_is_not_fused_further_by_the_assembler(compiled: dict[str, Any], dtype: str) -> None:
+def test_triton_step_is_not_fused_by_assembler(compiled: dict[str, Any], dtype: str) -> None:
     # In machine code at last: a division, a root and an exp have fma inside, so only the plain step can be counted.
     key = _key("plain", dtype, 90)
     listing = _cuobjdump(compiled, "-sass", key)
@@ -276,7 +276,7 @@ def _cuobjdump(compiled: dict[str, Any], option: str, key: str) -> str:
 
 
 @pytest.mark.parametrize(("config", "dtype", "arch"), CASES)
-def test_triton_step_keeps_everything_in_registers(
+def test_triton_step_uses_registers_without_spills(
     compiled: dict[str, Any], config: str, dtype: str, arch: int
 ) -> None:
     result = compiled["results"][_key(config, dtype, arch)]
@@ -303,7 +303,7 @@ def test_triton_step_without_known_alignment_still_compiles(compiled: dict[str, 
 
 
 @pytest.mark.parametrize(("dtype", "arch"), RANDN)
-def test_triton_randn_makes_each_chunk_once_and_stores_16_bytes(
+def test_triton_randn_computes_each_chunk_once_and_stores_16_bytes(
     compiled: dict[str, Any], dtype: str, arch: int
 ) -> None:
     result = compiled["results"][_key("randn", dtype, arch)]
@@ -372,7 +372,7 @@ def test_triton_step_takes_no_float_argument(compiled: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
-def test_triton_kernels_are_for_every_gpu(path: Path) -> None:
+def test_triton_kernels_compile_for_every_gpu(path: Path) -> None:
     # Nothing that only NVIDIA's compiler knows: no libdevice, no inline assembly, no intrinsics of one vendor.
     tree = ast.parse(path.read_text(encoding="utf-8"))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}

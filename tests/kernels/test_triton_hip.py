@@ -89,7 +89,7 @@ def _opcodes(code: str) -> Counter[str]:
     return Counter(re.findall(r"^\t([a-z]\w+)\s", code, re.MULTILINE))
 
 
-def test_every_kernel_compiles_for_amd_without_a_spill(compiled: dict[str, Any]) -> None:
+def test_every_kernel_compiles_for_amd_without_spills(compiled: dict[str, Any]) -> None:
     assert compiled.keys() == {case[0] for case in _all_cases()}
     for key, result in compiled.items():
         for what in (r"\.private_segment_fixed_size", r"\.vgpr_spill_count", r"\.sgpr_spill_count"):
@@ -99,9 +99,7 @@ def test_every_kernel_compiles_for_amd_without_a_spill(compiled: dict[str, Any])
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
-def test_the_step_for_amd_fuses_the_products_that_are_written_and_no_others(
-    compiled: dict[str, Any], dtype: str
-) -> None:
+def test_step_for_amd_fuses_only_explicit_products(compiled: dict[str, Any], dtype: str) -> None:
     result = compiled[f"plain-{dtype}"]
     opcodes = _opcodes(result["code"])
     # The packed forms treat two elements; mixed ones read or write halves, and are fused in float32.
@@ -116,7 +114,7 @@ def test_the_step_for_amd_fuses_the_products_that_are_written_and_no_others(
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32", "fp64"])
-def test_the_step_for_amd_moves_at_least_8_bytes_an_access(compiled: dict[str, Any], dtype: str) -> None:
+def test_step_for_amd_moves_at_least_8_bytes_per_access(compiled: dict[str, Any], dtype: str) -> None:
     result = compiled[f"plain-{dtype}"]
     opcodes = _opcodes(result["code"])
     wide = sum(

@@ -27,7 +27,7 @@ needs_interpreter = pytest.mark.skipif(
 )
 
 
-def test_cached_launches_hand_the_driver_what_the_jit_does(tmp_path: Path) -> None:
+def test_cached_launches_pass_driver_same_arguments_as_jit(tmp_path: Path) -> None:
     if launch._unknown:
         pytest.skip(launch._unknown)
     environ = {n: value for n, value in child_environment().items() if not n.startswith(("TRITON_", "FASTDIFF_"))}
@@ -41,7 +41,7 @@ def test_cached_launches_hand_the_driver_what_the_jit_does(tmp_path: Path) -> No
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-def test_how_kernels_are_launched_is_said_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_method_is_reported_with_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert ops.triton_launcher() == "interpreted on the CPU: TRITON_INTERPRET is 1"
     monkeypatch.setenv("TRITON_INTERPRET", "0")
@@ -57,12 +57,12 @@ def test_how_kernels_are_launched_is_said_with_the_reason(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("value", "expected"), [("jit", "True"), ("held", "False"), ("", "False")])
-def test_the_environment_chooses_the_launcher_for_a_process(value: str, expected: str) -> None:
+def test_environment_selects_launcher(value: str, expected: str) -> None:
     done = import_launch(value)
     assert done.stdout.strip() == expected, done.stderr
 
 
-def test_a_launcher_that_is_none_is_refused() -> None:
+def test_unknown_launcher_is_refused() -> None:
     done = import_launch("fast")
     assert done.returncode != 0
     assert "FASTDIFF_TRITON_LAUNCHER is 'fast', expected one of held, jit; " in done.stderr
@@ -76,7 +76,7 @@ def import_launch(value: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_an_accelerator_of_any_kind_but_apple_s_is_one_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_accelerator_except_apples_uses_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     for kind in ("cuda", "xpu", "mps"):
@@ -85,7 +85,7 @@ def test_an_accelerator_of_any_kind_but_apple_s_is_one_for_triton(monkeypatch: p
         assert backends._serves("triton", torch.device(kind)) == (kind != "mps")
 
 
-def test_current_stream_is_the_devices_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_current_stream_belongs_to_device(monkeypatch: pytest.MonkeyPatch) -> None:
     class OnDevice3(torch.Tensor):
         is_cuda = True  # type: ignore[assignment]
 
@@ -100,7 +100,7 @@ def test_current_stream_is_the_devices_own(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
-def test_kernels_and_their_launches_name_no_vendor(path: Path) -> None:
+def test_kernel_sources_name_no_vendor(path: Path) -> None:
     source = path.read_text(encoding="utf-8")
     for word in ("inline_asm", "libdevice", "torch.cuda", "torch.xpu", "torch.hip", 'device="cuda"', "is_cuda"):
         assert word not in source, word
@@ -142,7 +142,7 @@ def test_results_do_not_depend_on_the_configuration(dtype: torch.dtype) -> None:
     assert config.config_for("step", x) == config.DEFAULT["step"]
 
 
-def test_table_is_asked_by_chip_kind_and_element_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_key_is_chip_kind_and_element_size(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = config.Config(2048, 8)
     monkeypatch.setitem(config.MEASURED, "sm_90", {("step", 4): measured})
     assert config.lookup("sm_90", "step", 4) == measured
@@ -150,7 +150,7 @@ def test_table_is_asked_by_chip_kind_and_element_size(monkeypatch: pytest.Monkey
         assert config.lookup(chip, kind, size) == config.DEFAULT[kind]
 
 
-def test_every_entry_of_the_table_is_one_that_the_kernels_take() -> None:
+def test_every_table_entry_is_valid_for_kernels() -> None:
     assert set(config.DEFAULT) == set(config.KINDS)
     for entries in config.MEASURED.values():
         for (kind, size), entry in entries.items():
@@ -170,7 +170,7 @@ def test_every_entry_of_the_table_is_one_that_the_kernels_take() -> None:
         (lambda: config.override(randn=config.Config(2, 1)).__enter__(), "block is 2 for 'randn', expected 4 or more"),
     ],
 )
-def test_configurations_that_no_kernel_takes_are_refused(wrong: object, message: str) -> None:
+def test_invalid_configurations_are_refused(wrong: object, message: str) -> None:
     before = config.config_for("step", torch.zeros(1))
     with pytest.raises(ValueError, match=message):
         wrong()  # type: ignore[operator]

@@ -76,7 +76,7 @@ def words_kernel(counter_ptr, key_ptr, out_ptr):
     tl.store(out_ptr + 3 + one, w3.to(tl.int64))
 
 
-def test_triton_philox_gives_the_known_answers() -> None:
+def test_triton_philox_gives_known_answers() -> None:
     for counter, key, expected in KNOWN:
         out = torch.zeros(4, dtype=torch.int64)
         words_kernel[(1,)](torch.tensor(counter), torch.tensor(key), out)
@@ -84,7 +84,7 @@ def test_triton_philox_gives_the_known_answers() -> None:
 
 
 @pytest.mark.parametrize("step", [0, 2**31 - 1, 2**31, 2**32 - 1, torch.tensor([7]), torch.tensor([3, 2**32 - 1])])
-def test_triton_randn_is_the_references_but_for_the_interpreters_fma(step: int | torch.Tensor) -> None:
+def test_triton_randn_matches_reference_except_interpreters_fma(step: int | torch.Tensor) -> None:
     seeds = torch.tensor([-(2**63), 0x0123456789ABCDEF])
     for shape in ((2, 1), (2, 5, 7), (2, 1030)):
         drawn = ops.randn(shape, seeds, step, 2**32 - 1, backend="triton")
@@ -93,7 +93,7 @@ def test_triton_randn_is_the_references_but_for_the_interpreters_fma(step: int |
 
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.bfloat16], ids=str)
-def test_triton_randn_with_a_fused_fma_is_the_references_to_the_bit(fused: None, dtype: torch.dtype) -> None:
+def test_triton_randn_with_fused_fma_matches_reference_bitwise(fused: None, dtype: torch.dtype) -> None:
     seeds = torch.tensor([-1, 0x0123456789ABCDEF])
     for shape in ((2, 1), (2, 3), (2, 2049)):
         drawn = ops.randn(shape, seeds, 5, 6, dtype=dtype, backend="triton")
@@ -103,9 +103,7 @@ def test_triton_randn_with_a_fused_fma_is_the_references_to_the_bit(fused: None,
 @needs_cpu_backend
 @pytest.mark.parametrize("channels_last", [False, True], ids=["row-major", "channels-last"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_triton_rows_with_a_fused_fma_give_the_bits_of_the_cpu(
-    fused: None, dtype: torch.dtype, channels_last: bool
-) -> None:
+def test_triton_rows_with_fused_fma_match_cpu_bitwise(fused: None, dtype: torch.dtype, channels_last: bool) -> None:
     batch = solver_batch(5, dtype, (3, 19, 21), channels_last=channels_last)
     assert_same_bits(run_batch(batch, "triton"), run_batch(batch, "cpu"))
     for seed in range(12):

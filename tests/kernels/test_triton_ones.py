@@ -89,7 +89,7 @@ def _cases() -> list[list[Any]]:
     return [*chosen, ["copy", "copy_kernel", "_copy_kernel", copy, {}]]
 
 
-def test_triton_kernels_compile_for_integers_that_are_one(tmp_path: Path) -> None:
+def test_triton_kernels_compile_for_integer_arguments_of_one(tmp_path: Path) -> None:
     triton = pytest.importorskip("triton", reason="needs the triton package")
     if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin").is_dir():
         pytest.skip("needs a build of triton that can compile for NVIDIA GPUs")

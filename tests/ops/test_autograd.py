@@ -109,7 +109,7 @@ def gradients(problem: Problem, backend: str) -> list[Tensor | None]:
 
 @settings(max_examples=100)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_gradients_of_any_step_are_those_of_the_reference(seed: int) -> None:
+def test_gradients_of_any_step_equal_reference(seed: int) -> None:
     problem = Problem(seed)
     assume(not problem.lies_on_a_bound())
     for ours, its in zip(gradients(problem, "cpu"), gradients(problem, "reference"), strict=True):
@@ -120,7 +120,7 @@ def test_gradients_of_any_step_are_those_of_the_reference(seed: int) -> None:
 
 @settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_gradients_are_those_of_finite_differences_once_and_twice(seed: int) -> None:
+def test_first_and_second_gradients_match_finite_differences(seed: int) -> None:
     problem = Problem(seed)
     assume(not problem.lies_on_a_bound())
     tensors = tuple(problem.inputs.values())
@@ -130,7 +130,7 @@ def test_gradients_are_those_of_finite_differences_once_and_twice(seed: int) -> 
 
 @settings(max_examples=40)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_second_derivatives_are_those_of_the_reference(seed: int) -> None:
+def test_second_derivatives_equal_reference(seed: int) -> None:
     # gradgradcheck leaves out a gradient that is cut off from the graph; this does not.
     problem = Problem(seed)
     assume(not problem.lies_on_a_bound())
@@ -153,9 +153,7 @@ def test_second_derivatives_are_those_of_the_reference(seed: int) -> None:
 
 @pytest.mark.parametrize("clip", [INF, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_gradients_are_rounded_a_few_times_in_the_compute_dtype_and_once_in_the_samples(
-    dtype: torch.dtype, clip: float
-) -> None:
+def test_gradients_round_in_compute_dtype_and_once_in_sample_dtype(dtype: torch.dtype, clip: float) -> None:
     gen = torch.Generator().manual_seed(torch.seed() % 2**32)
     table = torch.randn(1, 32, generator=gen)
     table[0, 2], scale = clip, torch.tensor([2.5, -1.5])
@@ -211,9 +209,7 @@ class Launches(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("wanted", "launches"), [(["x"], 1), (["x", "m", "h0"], 1), (["x", "m", "h0", "z"], 2), (["z"], 1)]
 )
-def test_the_backward_of_a_linear_row_is_one_launch_for_three_gradients_and_keeps_no_tensor(
-    wanted: list[str], launches: int
-) -> None:
+def test_backward_of_linear_row_is_one_launch_and_saves_no_tensor(wanted: list[str], launches: int) -> None:
     t = {name: torch.randn(4, 64, requires_grad=name in wanted) for name in ("x", "m", "h0", "z")}
     table, kept = torch.randn(1, 32).index_fill_(1, torch.tensor([2]), INF), []
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: (kept.append(saved.numel()), saved)[1], lambda s: s):
@@ -224,7 +220,7 @@ def test_the_backward_of_a_linear_row_is_one_launch_for_three_gradients_and_keep
     assert mode.seen["fastdiff.step.default"] == launches
 
 
-def test_layouts_that_are_not_contiguous_have_the_same_gradients() -> None:
+def test_non_contiguous_layouts_have_same_gradients() -> None:
     table = torch.randn(1, 32, dtype=torch.float64)
     table[0, 2] = 0.7
     x, m, grad = (torch.randn(2, 3, 4, 5, dtype=torch.float64) for _ in range(3))
@@ -244,7 +240,7 @@ def test_layouts_that_are_not_contiguous_have_the_same_gradients() -> None:
         assert all(torch.equal(a, b) for a, b in zip(grads, found[0], strict=True))
 
 
-def test_drawn_noise_is_a_constant_with_the_gradients_of_the_same_noise_given() -> None:
+def test_drawn_noise_has_gradients_of_given_noise() -> None:
     x, m = torch.randn(2, 3, 4, 5, dtype=torch.float64), torch.randn(2, 3, 4, 5, dtype=torch.float64)
     v = torch.rand(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     table, seeds = torch.randn(1, 32, dtype=torch.float64), torch.tensor([5, 6])
@@ -257,7 +253,7 @@ def test_drawn_noise_is_a_constant_with_the_gradients_of_the_same_noise_given() 
     assert torch.equal(*found)
 
 
-def test_a_loop_of_a_stepper_has_the_reference_s_gradient() -> None:
+def test_stepper_loop_has_reference_gradient() -> None:
     row = Row(
         1.0, Affine([0.9, 0.2, 0.1, 0.1, 0, 0, 0, 0.3]), (0.5, 0.1), clip=1.0, keep=(Affine([0, 0, 1, 0, 0, 0, 0, 0]),),
         store=(0,),
@@ -273,7 +269,7 @@ def test_a_loop_of_a_stepper_has_the_reference_s_gradient() -> None:
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)  # as CLOSE, for three steps of this size
 
 
-def test_a_scale_first_used_in_inference_mode_serves_autograd_later() -> None:
+def test_scale_first_used_in_inference_mode_works_with_autograd() -> None:
     # Numbers become tensors that are kept from call to call; one made in inference mode could not be saved.
     x, table = torch.randn(3, 2).t(), plain_row(prev_m=1.0)
     with torch.inference_mode():
@@ -286,7 +282,7 @@ def test_a_scale_first_used_in_inference_mode_serves_autograd_later() -> None:
 # --- What has no gradient --------------------------------------------------------------------------------------------
 
 
-def test_a_table_that_requires_grad_is_refused_and_the_reference_has_its_gradient() -> None:
+def test_table_requiring_grad_is_refused_except_by_reference() -> None:
     x, table = torch.ones(2, 3), plain_row(prev_x=1.0).requires_grad_()
     with pytest.raises(RuntimeError, match=r"^step: table requires grad .* pass backend='reference'$"):
         ops.step(x, x, table, 0)
@@ -294,7 +290,7 @@ def test_a_table_that_requires_grad_is_refused_and_the_reference_has_its_gradien
     assert torch.autograd.grad(prev.sum(), table)[0][0, 8] == 6
 
 
-def test_rows_whose_registers_are_written_refuse_gradients_and_name_what_has_them() -> None:
+def test_step_rows_with_registers_refuses_gradients_with_alternative() -> None:
     table = plain_row(prev_x=1.0)
     table[:, 6:8] = -1
     x, rows = torch.ones(2, 3, requires_grad=True), torch.tensor([0, 0])
@@ -305,20 +301,20 @@ def test_rows_whose_registers_are_written_refuse_gradients_and_name_what_has_the
     assert torch.equal(torch.autograd.grad(ops.step(x, x.detach(), table, rows)[0].sum(), x)[0], torch.ones(2, 3))
 
 
-def test_an_output_that_requires_grad_is_refused() -> None:
+def test_output_requiring_grad_is_refused() -> None:
     x, out = torch.ones(2, 3, requires_grad=True), torch.ones(2, 3, requires_grad=True)
     with pytest.raises(ValueError, match=r"^step: out\[0\] requires grad, expected a tensor outside the graph; leave"):
         ops.step(x, x, plain_row(prev_x=1.0), 0, out=[out])
 
 
-def test_an_output_that_is_given_is_written_and_joins_the_graph() -> None:
+def test_given_output_is_written_and_has_gradient() -> None:
     x, out = torch.ones(2, 3, requires_grad=True), torch.empty(2, 3)
     (prev,) = ops.step(x, x.detach(), plain_row(prev_x=3.0), 0, out=[out])
     assert prev is out
     assert torch.equal(torch.autograd.grad(out.sum(), x)[0], torch.full((2, 3), 3.0))
 
 
-def test_forward_mode_is_refused_and_the_reference_has_it() -> None:
+def test_forward_mode_is_refused_except_by_reference() -> None:
     x, table = torch.ones(2, 3), plain_row(prev_x=3.0)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, 2 * x)
@@ -330,7 +326,7 @@ def test_forward_mode_is_refused_and_the_reference_has_it() -> None:
 
 @pytest.mark.skipif(not INTERPRETED or bool(backends.why_missing("triton")), reason="Triton is not interpreted here")
 @pytest.mark.parametrize("clip", [INF, 0.7])
-def test_triton_s_gradients_are_the_extension_s(clip: float) -> None:
+def test_triton_gradients_equal_extension(clip: float) -> None:
     table = torch.randn(1, 32, dtype=torch.float64)
     table[0, 2] = clip
     leaves = [torch.randn(2, 9, dtype=torch.float64, requires_grad=True) for _ in range(4)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The recorder that proves which backend computed: it sees every backend at hand, and a fallback does not pass it."""
+"""The recorder of backends: it records every available backend and detects a fallback."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ needs_extension = pytest.mark.skipif(backends.extension is None, reason="the C++
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_operation_is_recorded_as_the_backend_that_computes_it(backend: str) -> None:
+def test_every_operation_is_recorded_with_its_backend(backend: str) -> None:
     x = torch.randn(2, 70, device=device_of(backend))
     table, seeds = plain_row(prev_x=2.0, prev_z=1.0).to(x.device), torch.tensor([1, 2], device=x.device)
     table[:, 6:8] = -1.0  # the row keeps nothing
@@ -44,7 +44,7 @@ def test_every_operation_is_recorded_as_the_backend_that_computes_it(backend: st
 
 
 @needs_extension
-def test_calls_that_name_no_backend_and_a_loop_are_recorded() -> None:
+def test_calls_without_backend_and_loops_are_recorded() -> None:
     x = torch.randn(2, 3, 4, 4)
     with record_backends() as record:
         ops.step(x, x, plain_row(prev_x=2.0), 0)
@@ -58,7 +58,7 @@ def test_calls_that_name_no_backend_and_a_loop_are_recorded() -> None:
     assert record.computed == {"cpu": 3}
 
 
-def test_nothing_is_left_behind() -> None:
+def test_patches_are_removed() -> None:
     places = [(ops, "step"), (reference, "step"), (backends.extension, "sum")]
     before = [getattr(owner, name, None) for owner, name in places]
     with record_backends(), pytest.raises(TypeError):
@@ -67,7 +67,7 @@ def test_nothing_is_left_behind() -> None:
 
 
 @needs_extension
-def test_a_backend_that_falls_back_in_silence_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_fallback_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     # What a lazy implementation might do: hand the call of one backend to another.
     x = torch.randn(2, 70)
     monkeypatch.setattr(ops.reductions, "_run_sum", lambda kind, x, y, correction, backend: x.mean(1))
@@ -85,7 +85,7 @@ def test_a_backend_that_falls_back_in_silence_is_found(monkeypatch: pytest.Monke
         record.check("triton")
 
 
-def test_empty_tensors_ask_nobody() -> None:
+def test_empty_tensors_use_no_backend() -> None:
     with record_backends() as record:
         ops.step(torch.empty(0, 3), torch.empty(0, 3), plain_row(prev_x=2.0), 0, backend="reference")
         ops.mean(torch.empty(2, 0))
@@ -99,7 +99,7 @@ ASKING = {"is_available"}
 
 
 def uses_of_cuda(source: str) -> list[int]:
-    """Lines on which torch.cuda is used outside of functions, classes and modules that are marked gpu."""
+    """Return the lines that use torch.cuda outside of functions, classes and modules marked gpu."""
     found: list[int] = []
 
     def visit(node: ast.AST) -> None:
@@ -116,7 +116,7 @@ def uses_of_cuda(source: str) -> list[int]:
 
 
 def is_marked(node: ast.AST) -> bool:
-    """Whether a module, a class or a function is marked gpu."""
+    """Return True if a module, class or function is marked gpu."""
     marks = list(getattr(node, "decorator_list", []))
     if isinstance(node, ast.Module):
         marks = [n.value for n in node.body if isinstance(n, ast.Assign) and _named(n.targets[0]) == "pytestmark"]
@@ -127,7 +127,7 @@ def _named(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def test_no_test_uses_cuda_without_being_marked() -> None:
+def test_every_test_that_uses_cuda_is_marked() -> None:
     files = sorted(TESTS.rglob("test_*.py"))
     assert len(files) > 30
     assert {file.name: lines for file in files if (lines := uses_of_cuda(file.read_text(encoding="utf-8")))} == {}
@@ -143,10 +143,10 @@ def test_no_test_uses_cuda_without_being_marked() -> None:
         ("if torch.cuda.is_available():\n    torch.cuda.Stream()", [2]),
     ],
 )
-def test_what_counts_as_a_use(source: str, lines: list[int]) -> None:
+def test_cuda_uses_are_recognized(source: str, lines: list[int]) -> None:
     assert uses_of_cuda(source) == lines
 
 
 @pytest.mark.parametrize("name", ["test_gpu.py", "test_gpu_loops.py", "test_gpu_reductions.py"])
-def test_files_of_gpu_tests_are_marked_whole(name: str) -> None:
+def test_gpu_test_files_are_marked_whole(name: str) -> None:
     assert is_marked(ast.parse((TESTS / "gpu" / name).read_text(encoding="utf-8")))

@@ -46,11 +46,11 @@ def which_ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @needs_extension
-def test_compiled_code_answers_on_the_cpu() -> None:
+def test_compiled_backend_is_default_on_cpu() -> None:
     assert ops.backend_for(X) == "cpu"
 
 
-def test_without_the_extension_the_reference_answers_and_a_forced_cpu_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_extension_uses_reference_and_forced_cpu_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "extension", None)
     monkeypatch.setattr(backends, "extension_error", "the C++ extension does not load: no such symbol")
     assert ops.backend_for(X) == "reference"
@@ -63,7 +63,7 @@ def test_without_the_extension_the_reference_answers_and_a_forced_cpu_raises(mon
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_forced_backend_is_the_one_that_runs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forced_backend_runs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = which_ran(monkeypatch)
     x, row = X.to(device_of(backend)), ROW.to(device_of(backend))
     assert torch.equal(ops.step(x, x, row, 0, backend=backend)[0], 3 * x)
@@ -73,7 +73,7 @@ def test_a_forced_backend_is_the_one_that_runs(backend: str, monkeypatch: pytest
     assert ran == [backend, backend]
 
 
-def test_an_argument_outranks_a_block_and_blocks_nest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_argument_overrides_context_and_contexts_nest(monkeypatch: pytest.MonkeyPatch) -> None:
     default = ops.backend_for(X)
     with ops.use_backend("reference"):
         assert ops.backend_for(X) == "reference"
@@ -85,7 +85,7 @@ def test_an_argument_outranks_a_block_and_blocks_nest(monkeypatch: pytest.Monkey
     assert ops.backend_for(X) == default
 
 
-def test_a_block_that_raises_puts_the_choice_back() -> None:
+def test_context_restores_choice_after_exception() -> None:
     default = ops.backend_for(X)
     with pytest.raises(KeyError), ops.use_backend("reference"):
         raise KeyError
@@ -101,7 +101,7 @@ def in_thread(function: Callable[[], Any]) -> Any:
         return pool.submit(function).result(timeout=60)
 
 
-def test_blocks_of_two_threads_that_overlap_do_not_touch_each_other() -> None:
+def test_overlapping_contexts_of_threads_are_independent() -> None:
     default, turn = ops.backend_for(X), threading.Barrier(2, timeout=60)
 
     def first() -> list[str]:
@@ -131,7 +131,7 @@ def test_blocks_of_two_threads_that_overlap_do_not_touch_each_other() -> None:
     assert ops.backend_for(X) == default
 
 
-def test_a_block_does_not_reach_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_context_does_not_apply_to_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = which_ran(monkeypatch)
     default = in_thread(lambda: ops.backend_for(X))
     with ops.use_backend("reference"):
@@ -142,7 +142,7 @@ def test_a_block_does_not_reach_another_thread(monkeypatch: pytest.MonkeyPatch) 
     assert ran[-1] == "reference"
 
 
-def test_tasks_that_overlap_have_a_choice_each_and_inherit_that_of_their_making() -> None:
+def test_overlapping_tasks_inherit_choice_at_creation() -> None:
     default = ops.backend_for(X)
 
     async def task(name: str | None, enter: asyncio.Event, leave: asyncio.Event, mine: asyncio.Event) -> list[Any]:
@@ -182,7 +182,7 @@ def _steps_on(name: str) -> Iterator[str | None]:
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_generators_may_close_their_blocks_in_any_order(first: int) -> None:
+def test_generators_may_exit_contexts_in_any_order(first: int) -> None:
     default = backends.forced_backend()
     generators = [_steps_on("reference"), _steps_on("triton")]
     assert [next(generator) for generator in generators] == ["reference", "triton"]
@@ -192,7 +192,7 @@ def test_generators_may_close_their_blocks_in_any_order(first: int) -> None:
     assert backends.forced_backend() == default
 
 
-def test_a_generator_that_ends_in_another_context_changes_nothing_there() -> None:
+def test_generator_ending_in_other_context_has_no_effect_there() -> None:
     default = backends.forced_backend()
     generator = _steps_on("reference")
     assert contextvars.copy_context().run(next, generator) == "reference"
@@ -203,7 +203,7 @@ def test_a_generator_that_ends_in_another_context_changes_nothing_there() -> Non
     assert backends.forced_backend() == default
 
 
-def test_an_unknown_name_is_refused_with_the_list_of_names() -> None:
+def test_unknown_name_is_refused_with_list() -> None:
     message = r"backend is 'cpp', expected one of cpu, cuda, reference, triton; "
     with pytest.raises(ValueError, match=message):
         ops.backend_for(X, "cpp")
@@ -216,12 +216,12 @@ def test_an_unknown_name_is_refused_with_the_list_of_names() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, so cuda may well be there")
-def test_cuda_is_missing_with_a_reason_where_there_is_no_device() -> None:
+def test_cuda_without_device_is_missing_with_reason() -> None:
     with pytest.raises(RuntimeError, match=r"^step: backend 'cuda' was asked for and is missing: .{20,}"):
         ops.step(X, X, ROW, 0, backend="cuda")
 
 
-def test_triton_without_a_gpu_or_the_interpreter_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_without_gpu_or_interpreter_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(backends, "_load_triton", lambda: (fastdiff, ""))
@@ -229,7 +229,7 @@ def test_triton_without_a_gpu_or_the_interpreter_is_missing(monkeypatch: pytest.
         ops.backend_for(X, "triton")
 
 
-def test_triton_that_cannot_be_imported_is_missing_with_the_extra_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_triton_names_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     backends._load_triton.cache_clear()
     try:
@@ -239,13 +239,13 @@ def test_triton_that_cannot_be_imported_is_missing_with_the_extra_named(monkeypa
         backends._load_triton.cache_clear()
 
 
-def test_a_backend_for_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_for_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "why_missing", lambda name: "")
     with pytest.raises(ValueError, match=r"^step: backend is 'cuda' for tensors on cpu, expected one "):
         ops.backend_for(X, "cuda")
 
 
-def test_status_says_available_or_why_not() -> None:
+def test_status_is_available_or_reason() -> None:
     status = ops.backend_status()
     assert tuple(status) == ops.BACKENDS
     assert status["reference"] == "available"
@@ -260,7 +260,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-def test_the_environment_forces_a_backend_for_a_process() -> None:
+def test_environment_forces_backend() -> None:
     code = """
 import threading, torch, fastdiff
 def show(): print(fastdiff.ops.backend_for(torch.ones(1)))
@@ -277,7 +277,7 @@ with fastdiff.ops.use_backend(None): print(fastdiff.ops.backends.forced_backend(
     assert done.stdout.split() == ["reference"] * 4 + ["None"], done.stderr
 
 
-def test_a_wrong_name_in_the_environment_is_refused_at_import() -> None:
+def test_unknown_name_in_environment_is_refused_at_import() -> None:
     done = run_python("import fastdiff", FASTDIFF_BACKEND="gpu")
     assert done.returncode != 0
     assert "FASTDIFF_BACKEND is 'gpu', expected one of cpu, cuda, reference, triton; " in done.stderr

@@ -82,7 +82,7 @@ pytestmark = pytest.mark.skipif(backends.extension is None, reason="the C++ exte
 
 @settings(max_examples=6 * settings().max_examples)
 @given(plan=PLANS)
-def test_any_call_is_answered_right_or_refused_and_no_input_is_written(plan: Plan) -> None:
+def test_any_call_is_correct_or_refused_and_writes_no_input(plan: Plan) -> None:
     answer = SERVER.ask(plan)
     assert not answer.startswith("failed"), answer
 
@@ -98,7 +98,7 @@ ROW_KINDS = ("number", "no dimension", "one", "a sample")
 @pytest.mark.parametrize("row_as", ROW_KINDS)
 @pytest.mark.parametrize("noise", ["none", "given", "drawn"])
 @pytest.mark.parametrize("way", WAYS)
-def test_the_good_call_gives_a_result(way: str, noise: str, row_as: str) -> None:
+def test_valid_call_returns_result(way: str, noise: str, row_as: str) -> None:
     # Without this a fuzzer whose every call is refused would pass.
     private = way in ("binding", "offer")
     for scatter in (False, True) if private else (False,):
@@ -110,7 +110,7 @@ def test_the_good_call_gives_a_result(way: str, noise: str, row_as: str) -> None
 
 @pytest.mark.parametrize("way", WAYS_THAT_DIFFER)
 @pytest.mark.parametrize("change", sorted(TENSOR_CHANGES))
-def test_every_change_of_every_tensor_by_every_way(way: str, change: str) -> None:
+def test_every_mutation_of_every_tensor(way: str, change: str) -> None:
     slots = ("sample", "model_output", "table", "guidance_scale", "threshold", "variance", "history 1", "out 0")
     for slot in (*slots, "row_index", "seeds", "noise_step", "model_input"):
         answer = SERVER.ask(replace(GOOD, way=way, changes=((slot, change),)))
@@ -119,7 +119,7 @@ def test_every_change_of_every_tensor_by_every_way(way: str, change: str) -> Non
 
 @pytest.mark.parametrize("way", WAYS_THAT_DIFFER)
 @pytest.mark.parametrize("change", sorted(OTHER_CHANGES))
-def test_every_change_of_every_other_argument_by_every_way(way: str, change: str) -> None:
+def test_every_mutation_of_every_other_argument(way: str, change: str) -> None:
     least = Plan(1, "float32", (2, 3), "none", 0, "none", 0, False, 0, False, way, row_as="a sample")
     for slot in (*COUNTERS, *INTEGERS, *LISTS, *TENSORS, "write_history"):
         for base in (replace(GOOD, way=way), least):
@@ -129,7 +129,7 @@ def test_every_change_of_every_other_argument_by_every_way(way: str, change: str
 
 @pytest.mark.parametrize("way", WAYS_THAT_DIFFER)
 @pytest.mark.parametrize("owner", SLOTS)
-def test_every_tensor_over_every_other_by_every_way(way: str, owner: str) -> None:
+def test_every_tensor_overlapping_every_other(way: str, owner: str) -> None:
     for mover in SLOTS:
         for shift in (0, 1):
             answer = SERVER.ask(replace(GOOD, way=way, shared=((mover, owner, shift),)))

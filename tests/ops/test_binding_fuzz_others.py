@@ -159,14 +159,14 @@ PLANS = st.builds(
 @needs_extension
 @settings(max_examples=4 * settings().max_examples)
 @given(plan=PLANS, same=st.booleans())
-def test_any_call_of_any_binding_is_answered_or_refused(plan: Plan, same: bool) -> None:
+def test_any_call_of_any_binding_returns_or_is_refused(plan: Plan, same: bool) -> None:
     answer = SERVER.ask(replace(plan, other=plan.shape) if same else plan)
     assert not answer.startswith("failed"), answer
 
 
 @needs_extension
 @pytest.mark.parametrize("binding", sorted(ARGUMENTS))
-def test_the_good_call_gives_a_result_and_every_change_an_answer(binding: str) -> None:
+def test_valid_call_returns_and_every_mutation_returns_or_is_refused(binding: str) -> None:
     good = Plan(binding, "float32", (2, 16), (2, 16), (3,), second=True)
     assert SERVER.ask(good) == "result"
     for change in sorted(TENSOR_CHANGES):
@@ -179,7 +179,7 @@ def test_the_good_call_gives_a_result_and_every_change_an_answer(binding: str) -
 
 @needs_extension
 @pytest.mark.parametrize("numbers", [(0,), (3,), (4,), (-1,), (2**32,), (2**63 - 1,), (-(2**63),)])
-def test_a_sum_of_no_kind_and_a_rank_beyond_the_elements_are_declined(numbers: tuple[int]) -> None:
+def test_unknown_sum_and_rank_out_of_range_are_declined(numbers: tuple[int]) -> None:
     (number,) = numbers
     x = torch.arange(6.0).reshape(2, 3)
     kinds = {0: None, 3: x}
@@ -193,7 +193,7 @@ def test_a_sum_of_no_kind_and_a_rank_beyond_the_elements_are_declined(numbers: t
 
 @needs_extension
 @pytest.mark.parametrize("held", [0, 3])
-def test_reductions_name_a_tensor_whose_storage_was_freed(held: int) -> None:
+def test_reductions_report_freed_storage(held: int) -> None:
     x, y = torch.ones(2, 4), torch.ones(2, 4)
     y.untyped_storage().resize_(held * 4)
     for call in (lambda: ops.mean(y), lambda: ops.quantile(y, 0.5), lambda: ops.dot(x, y)):

@@ -65,7 +65,7 @@ def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("elements", [1, 1000, 16384, MIB])
-def test_what_is_dropped_is_the_next_output_of_its_size(elements: int) -> None:
+def test_freed_memory_is_reused_for_equal_size(elements: int) -> None:
     x = torch.randn(elements)
     (made,) = doubled(x)
     address = made.data_ptr()
@@ -83,7 +83,7 @@ def test_what_is_dropped_is_the_next_output_of_its_size(elements: int) -> None:
     assert torch.equal(again, 2 * x)
 
 
-def test_bytes_count_and_not_dtype_or_shape() -> None:
+def test_reuse_depends_on_bytes_not_dtype_or_shape() -> None:
     (made,) = doubled(torch.randn(4, 6))
     address = made.data_ptr()
     del made
@@ -91,7 +91,7 @@ def test_bytes_count_and_not_dtype_or_shape() -> None:
     assert again.data_ptr() == address
 
 
-def test_a_loop_lives_on_the_memory_of_its_first_steps() -> None:
+def test_loop_reuses_memory_of_first_steps() -> None:
     x, seen = torch.randn(1, 4, 64, 64), set()
     kept: list[Tensor] = []
     for _ in range(12):
@@ -100,7 +100,7 @@ def test_a_loop_lives_on_the_memory_of_its_first_steps() -> None:
     assert len(seen) == 6  # three of this step and three of the one before
 
 
-def test_a_view_keeps_its_block() -> None:
+def test_view_keeps_memory_alive() -> None:
     x = torch.randn(300)
     view = doubled(x)[0][10:20]
     assert memory.held_memory() == 0
@@ -121,7 +121,7 @@ def test_a_view_keeps_its_block() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("inference", [False, True])
-def test_an_output_is_what_empty_strided_makes(dtype: torch.dtype, inference: bool) -> None:
+def test_output_equals_empty_strided(dtype: torch.dtype, inference: bool) -> None:
     layouts: tuple[Callable[[Tensor], Tensor], ...] = (
         lambda x: x,
         lambda x: x.contiguous(memory_format=torch.channels_last),
@@ -147,7 +147,7 @@ def test_an_output_is_what_empty_strided_makes(dtype: torch.dtype, inference: bo
                     assert made._version == 1
 
 
-def test_autograd_goes_through_an_output() -> None:
+def test_autograd_works_through_output() -> None:
     (made,) = doubled(torch.randn(7))
     made.requires_grad_()
     (made**2).sum().backward()
@@ -203,7 +203,7 @@ def _copied_on_write(made: Tensor) -> Tensor:
         lambda made: made.share_memory_(), lambda made: torch.from_dlpack(made), lambda made: made.swapaxes(0, 0).data,
     ],
 )  # fmt: skip
-def test_whatever_is_done_to_an_output_it_comes_to_no_harm(use: Callable[[Tensor], Tensor]) -> None:
+def test_any_operation_on_output_is_safe(use: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(50)
     (made,) = doubled(x)
     result = use(made)
@@ -259,7 +259,7 @@ def test_no_two_living_tensors_share_memory(actions: list[tuple[str, int]]) -> N
 # --- Limits ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_limit_holds_and_what_was_used_longest_ago_goes_first() -> None:
+def test_limit_evicts_least_recently_used() -> None:
     extension.limit_kept_memory(4000)
     made = [doubled(torch.randn(size))[0] for size in (100, 200, 300, 400)]  # 400 to 1600 bytes, 4000 in all
     addresses = [t.data_ptr() for t in made]
@@ -273,7 +273,7 @@ def test_the_limit_holds_and_what_was_used_longest_ago_goes_first() -> None:
     assert doubled(torch.randn(400))[0].data_ptr() == addresses[3]
 
 
-def test_more_than_the_limit_is_not_kept() -> None:
+def test_memory_beyond_limit_is_not_cached() -> None:
     extension.limit_kept_memory(4000)
     made = doubled(torch.randn(1001))
     del made
@@ -286,14 +286,14 @@ def test_more_than_the_limit_is_not_kept() -> None:
     assert memory.held_memory() == 0
 
 
-def test_the_number_of_blocks_is_bounded() -> None:
+def test_number_of_blocks_is_bounded() -> None:
     made = [doubled(torch.randn(size))[0] for size in range(1, 101)]
     for _ in range(100):
         del made[0]
     assert memory.held_memory() == 4 * sum(range(37, 101))  # the 64 last ones
 
 
-def test_release_gives_back_what_is_held_and_touches_no_tensor() -> None:
+def test_release_frees_cached_memory_only() -> None:
     x = torch.randn(1000)
     made = [doubled(x)[0] for _ in range(3)]
     made.pop()
@@ -305,7 +305,7 @@ def test_release_gives_back_what_is_held_and_touches_no_tensor() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say what a process holds")
 @pytest.mark.skipif(SANITIZED, reason="AddressSanitizer keeps what is freed in quarantine")
-def test_released_memory_is_the_systems_again() -> None:
+def test_released_memory_returns_to_system() -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -333,18 +333,18 @@ _KEPT = (
 
 
 @pytest.mark.parametrize(("mib", "held"), [("0", 0), ("64", 20000)])
-def test_the_environment_sets_the_limit(mib: str, held: int) -> None:
+def test_environment_sets_limit(mib: str, held: int) -> None:
     done = run(_KEPT, FASTDIFF_KEEP_MIB=mib)
     assert done.stdout.split() == [str(held), str(int(mib) << 20)], done.stderr
 
 
 @pytest.mark.parametrize("value", ["-1", "1.5", "many", "²", "99999999999"])
-def test_a_bad_value_is_an_error_with_a_remedy(value: str) -> None:
+def test_bad_limit_is_an_error_with_remedy(value: str) -> None:
     with pytest.raises(ValueError, match=r"FASTDIFF_KEEP_MIB is .*expected a whole number of MiB.*unset it"):
         memory.keep_limit(value)
 
 
-def test_a_bad_value_in_the_environment_stops_the_import() -> None:
+def test_bad_limit_in_environment_fails_import() -> None:
     done = run("import fastdiff", FASTDIFF_KEEP_MIB="lots")
     assert done.returncode == 1
     assert "ValueError: fastdiff: FASTDIFF_KEEP_MIB is 'lots', expected a whole number" in done.stderr
@@ -353,7 +353,7 @@ def test_a_bad_value_in_the_environment_stops_the_import() -> None:
 # --- Threads, forks and the end --------------------------------------------------------------------------------------
 
 
-def test_threads_take_and_give_back_at_once() -> None:
+def test_threads_allocate_and_free_concurrently() -> None:
     failures: list[str] = []
     handed: list[Tensor] = []
 
@@ -380,7 +380,7 @@ def test_threads_take_and_give_back_at_once() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
 @pytest.mark.skipif(SANITIZED, reason="AddressSanitizer's allocator holds a lock of its own across a fork")
-def test_a_forked_child_goes_on_whatever_other_threads_did() -> None:
+def test_forked_child_works_after_other_threads() -> None:
     done = run(
         "import os, threading, torch, fastdiff\n"
         "from support.oracle import plain_row\n"
@@ -408,7 +408,7 @@ def test_a_forked_child_goes_on_whatever_other_threads_did() -> None:
     assert done.stdout == "done\n", done.stderr
 
 
-def test_a_tensor_may_outlive_everything() -> None:
+def test_tensor_may_outlive_interpreter_state() -> None:
     # Held by a module that is torn down last, and by a thread that never ends.
     done = run(
         "import builtins, threading, time, torch, fastdiff\n"

@@ -86,20 +86,20 @@ PLANS: dict[str, tuple[Shape, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_operator_of_the_dispatcher_gives_the_step(dtype: torch.dtype) -> None:
+def test_dispatcher_operator_equals_step(dtype: torch.dtype) -> None:
     plan = Shape(1, dtype, (2, 3, 5), "a sample", 5, True, 1, True, 2, True)
     assert_same_bits(torch.ops.fastdiff.step(*step_arguments(plan)), make(plan).run())
 
 
 @here
 @pytest.mark.parametrize("name", PLANS)
-def test_the_step_passes_opcheck(name: str, backend: str) -> None:
+def test_step_passes_opcheck(name: str, backend: str) -> None:
     plan, more = PLANS[name]
     torch.library.opcheck(torch.ops.fastdiff.step.default, step_arguments(plan, backend, **more))
 
 
 @pytest.mark.parametrize("name", ["everything", "a row a sample", "two model inputs", "drawn at steps"])
-def test_the_step_passes_opcheck_where_gradients_are_wanted(name: str) -> None:
+def test_step_passes_opcheck_with_gradients(name: str) -> None:
     plan, more = PLANS[name]
     arguments = [
         a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() and a.shape[-1:] != (32,) else a
@@ -111,7 +111,7 @@ def test_the_step_passes_opcheck_where_gradients_are_wanted(name: str) -> None:
 @here
 @pytest.mark.parametrize("slots", [[], [0], [1, 3], [0, 1, 2, 3]])
 @pytest.mark.parametrize("asked", [(None, 1), (torch.float16, 2)])
-def test_the_step_by_rows_passes_opcheck(slots: list[int], asked: tuple[Any, int], backend: str) -> None:
+def test_step_by_rows_passes_opcheck(slots: list[int], asked: tuple[Any, int], backend: str) -> None:
     table = torch.randn(3, 32)
     table[:, 2], table[:, 6], table[:, 7] = 0.8, (slots or [-1])[0], (slots or [-1])[-1] if len(slots) > 1 else -1
     tensors = [torch.randn(2, 3, 4) for _ in range(4)]
@@ -125,7 +125,7 @@ def test_the_step_by_rows_passes_opcheck(slots: list[int], asked: tuple[Any, int
 @here
 @pytest.mark.parametrize("steps", [None, torch.tensor([4, 5])])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_the_noise_passes_opcheck(steps: Tensor | None, dtype: torch.dtype, backend: str) -> None:
+def test_noise_passes_opcheck(steps: Tensor | None, dtype: torch.dtype, backend: str) -> None:
     arguments = (torch.tensor([1, 2]), [2, 3, 5], steps, 3, 0, dtype, backend)
     torch.library.opcheck(torch.ops.fastdiff.randn.default, arguments)
 
@@ -141,7 +141,7 @@ def every_other(tensor: Tensor) -> Tensor:
 @here
 @pytest.mark.parametrize("layout", [reversed_in_memory, every_other])
 @pytest.mark.parametrize("threshold", [False, True])
-def test_the_fake_of_the_operator_tells_the_strides_of_the_results(
+def test_fake_operator_has_strides_of_results(
     layout: Callable[[Tensor], Tensor], threshold: bool, backend: str
 ) -> None:
     # Inductor lays out what follows by them.
@@ -154,7 +154,7 @@ def test_the_fake_of_the_operator_tells_the_strides_of_the_results(
     assert [f.stride() for f in fakes] == [r.stride() for r in torch.ops.fastdiff.step(*arguments)]
 
 
-def test_a_tracer_of_eager_calls_sees_the_operator_and_not_a_constant() -> None:
+def test_eager_tracer_sees_operator_not_constant() -> None:
     table = torch.randn(1, 32)
     traced = torch.fx.experimental.proxy_tensor.make_fx(lambda x, m: ops.step(x, m, table, 0)[0] + 1)
     graph = traced(torch.ones(2, 3), torch.ones(2, 3))
@@ -167,7 +167,7 @@ def test_a_tracer_of_eager_calls_sees_the_operator_and_not_a_constant() -> None:
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 @pytest.mark.parametrize("backend", [None, *(name for name in ("cpu", "reference") if not backends.why_missing(name))])
-def test_a_function_around_a_step_compiles_in_one_graph_to_the_same_bits(compiler: str, backend: str | None) -> None:
+def test_function_with_step_compiles_to_one_graph_bitwise(compiler: str, backend: str | None) -> None:
     case = make(Shape(11, torch.float32, (2, 3, 5), "a sample", 3, True, 0, True, 1, True))
 
     def function(x: Tensor, m: Tensor) -> tuple[Tensor, ...]:
@@ -184,7 +184,7 @@ def test_a_function_around_a_step_compiles_in_one_graph_to_the_same_bits(compile
 
 
 @pytest.mark.skipif(backends.extension is None, reason="there is one backend on the CPU without the extension")
-def test_a_compiled_function_asks_for_the_backend_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_function_selects_backend_at_run_time(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     step = reference.step
     monkeypatch.setattr(reference, "step", lambda call: (ran.append("reference"), step(call))[1])
@@ -221,14 +221,14 @@ def test_a_compiled_function_asks_for_the_backend_when_it_runs(monkeypatch: pyte
             assert ran == ["reference"]
 
 
-def test_a_compiled_function_refuses_what_the_step_refuses() -> None:
+def test_compiled_function_refuses_like_step() -> None:
     compiled = torch.compile(lambda x, m: ops.step(x, m, ROW, 0)[0], fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match="model_output has shape"):
         compiled(torch.ones(2, 3), torch.ones(2, 4))
 
 
 @compilers
-def test_a_step_whose_row_is_a_tensor_compiles_once_for_a_whole_loop_and_writes_what_it_is_given(compiler: str) -> None:
+def test_step_with_row_tensor_compiles_once_and_writes_given_outputs(compiler: str) -> None:
     rows = TABLE.rows_as(torch.float32)
 
     def step(x: Tensor, m: Tensor, row: Tensor, h: Tensor, out: Tensor, kept: Tensor, model_input: Tensor) -> Tensor:
@@ -247,7 +247,7 @@ def test_a_step_whose_row_is_a_tensor_compiles_once_for_a_whole_loop_and_writes_
     assert graphs() == 1
 
 
-def test_a_skipped_sample_s_kept_tensor_stays_in_a_compiled_function_too() -> None:
+def test_compiled_function_keeps_history_of_skipped_sample() -> None:
     rows, x = TABLE.rows_as(torch.float32), torch.randn(2, 3)
 
     def step(row: Tensor, kept: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ def test_a_skipped_sample_s_kept_tensor_stays_in_a_compiled_function_too() -> No
     assert not torch.equal(kept[1], torch.full((3,), 7.0))
 
 
-def test_integer_rows_compile_to_a_few_graphs_and_not_to_one_a_step() -> None:
+def test_integer_rows_compile_to_few_graphs() -> None:
     # The first value is compiled for itself; what follows makes the row a symbol, but torch compiles 0 and 1 apart.
     rows, x = torch.randn(9, 32), torch.randn(2, 3)
     compiled = torch.compile(lambda row: ops.step(x, x, rows, row)[0], fullgraph=True, backend="aot_eager")
@@ -273,7 +273,7 @@ def test_integer_rows_compile_to_a_few_graphs_and_not_to_one_a_step() -> None:
 
 
 @compilers
-def test_rows_a_sample_write_their_registers_in_a_compiled_function(compiler: str) -> None:
+def test_compiled_step_rows_writes_registers(compiler: str) -> None:
     table = torch.randn(3, 32)
     table[:, 2], table[:, 6], table[:, 7] = 0.8, 0, 2
 
@@ -290,7 +290,7 @@ def test_rows_a_sample_write_their_registers_in_a_compiled_function(compiler: st
 
 
 @compilers
-def test_a_whole_loop_over_a_stepper_compiles_in_one_graph(compiler: str) -> None:
+def test_stepper_loop_compiles_to_one_graph(compiler: str) -> None:
     w = torch.randn(3, 3)
 
     def loop(x: Tensor) -> Tensor:
@@ -307,7 +307,7 @@ def test_a_whole_loop_over_a_stepper_compiles_in_one_graph(compiler: str) -> Non
 
 
 @compilers
-def test_the_gradient_of_a_compiled_loop_is_the_eager_one(compiler: str) -> None:
+def test_gradient_of_compiled_loop_equals_eager(compiler: str) -> None:
     w = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
 
     def loss(x: Tensor, w: Tensor) -> Tensor:
@@ -323,7 +323,7 @@ def test_the_gradient_of_a_compiled_loop_is_the_eager_one(compiler: str) -> None
     torch.testing.assert_close(found, expected, rtol=0.0, atol=3 * 300 * 100 * 2.0**-53)
 
 
-def test_noise_of_seeds_compiles_to_the_same_bits() -> None:
+def test_seeded_noise_compiles_bitwise() -> None:
     def draw(seeds: Tensor, step: Tensor) -> Tensor:
         return fastdiff.randn((2, 3, 5), seeds, step, dtype=torch.float16) * 2
 
@@ -356,7 +356,7 @@ class Sampler(torch.nn.Module):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_an_exported_module_is_saved_loaded_and_gives_the_same_bits(strict: bool) -> None:
+def test_exported_module_is_saved_and_loaded_bitwise(strict: bool) -> None:
     module, inputs = Sampler(), (torch.randn(2, 3), torch.tensor([1, 2]))
     program = torch.export.export(module, inputs, strict=strict)
     file = io.BytesIO()
@@ -376,7 +376,7 @@ def test_an_exported_module_is_saved_loaded_and_gives_the_same_bits(strict: bool
 SOURCES = sorted(Path(fastdiff.__file__).parent.rglob("*.py"))
 
 
-def test_nothing_stands_in_the_sources_that_an_older_torch_cannot_read() -> None:
+def test_sources_avoid_syntax_unknown_to_older_torch() -> None:
     """What `make compat` proves with those versions, kept without them.
 
     Before 2.13 Dynamo reads no `isinstance` of a union in a bar's form; 2.6 reads no `list[...]` in an operator's
@@ -396,7 +396,7 @@ def test_nothing_stands_in_the_sources_that_an_older_torch_cannot_read() -> None
     assert found == []
 
 
-def test_the_checks_of_a_call_use_no_enum_while_they_are_traced() -> None:
+def test_traced_checks_use_no_enum() -> None:
     # Before 2.13 Dynamo neither iterates an enum's class nor compares its members.
     tree = ast.parse(Path(str(checks.__file__)).read_text(encoding="utf-8"))
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
@@ -405,7 +405,7 @@ def test_the_checks_of_a_call_use_no_enum_while_they_are_traced() -> None:
     assert names & {"Variance", "Purpose"} == set()
 
 
-def test_a_learned_variance_compiles_whether_its_kind_is_a_member_or_an_int() -> None:
+def test_learned_variance_compiles_for_enum_and_int() -> None:
     rows, x = TABLE.rows_as(torch.float32), torch.randn(2, 3)
     for kind in (Variance.LEARNED, int(Variance.LEARNED)):
 
@@ -431,7 +431,7 @@ class Incomparable(IntEnum):
     __hash__ = int.__hash__
 
 
-def test_members_of_enums_are_not_compared() -> None:
+def test_sources_do_not_compare_enum_members() -> None:
     x = torch.ones(2, 3)
     purpose, kind = Incomparable.ONE, Incomparable.TWO
     drawn = {"seeds": torch.tensor([1, 2])}

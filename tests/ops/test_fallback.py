@@ -129,7 +129,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_missing_extension_warns_once_whatever_the_way(messages_by_way: dict[str, list[str]], way: str) -> None:
+def test_missing_extension_warns_once_for_every_entry_point(messages_by_way: dict[str, list[str]], way: str) -> None:
     (message,) = messages_by_way[way]
     assert "backend is 'reference' for tensors on cpu" in message
     assert "the C++ extension was not built: " in message
@@ -137,13 +137,13 @@ def test_a_missing_extension_warns_once_whatever_the_way(messages_by_way: dict[s
         assert remedy in message
 
 
-def test_one_process_warns_once_of_all_ways_and_names_the_callers_line() -> None:
+def test_process_warns_once_at_callers_line() -> None:
     ways = "\n".join(WAYS[way].strip() for way in ("sampler", "mean", "step", "randn", "stepper", "dropin"))
     done = run_python(PRELUDE.format(blocked=True) + ways + "\nprint(len(seen), seen[0][1].__name__, seen[0][2])")
     assert done.stdout.split() == ["1", "FallbackWarning", "<string>"], done.stderr
 
 
-def test_what_was_asked_for_does_not_warn() -> None:
+def test_requested_reference_does_not_warn() -> None:
     code = """
 ops.step(x, x, rows, 0, backend="reference"), ops.mean(x, backend="reference")
 with ops.use_backend("reference"): ops.step(x, x, rows, 0), fastdiff.randn((1, 2), 3)
@@ -158,7 +158,7 @@ def test_compiled_code_does_not_warn() -> None:
     assert warned(every, blocked=False) == []
 
 
-def test_the_warning_can_be_filtered_and_made_an_error_that_changes_nothing() -> None:
+def test_warning_can_be_filtered_or_raised_without_side_effects() -> None:
     code = (
         PRELUDE.format(blocked=True)
         + """
@@ -187,7 +187,7 @@ def package(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_damaged_extension_warns_that_it_does_not_load(package: Path) -> None:
+def test_damaged_extension_warns(package: Path) -> None:
     (package / "fastdiff" / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library at all")
     (message,) = warned(WAYS["step"], blocked=False, package=package)
     assert "the C++ extension " in message
@@ -195,14 +195,14 @@ def test_a_damaged_extension_warns_that_it_does_not_load(package: Path) -> None:
     assert "--force-reinstall" in message
 
 
-def test_an_extension_for_another_python_is_named(package: Path) -> None:
+def test_extension_for_other_python_is_named(package: Path) -> None:
     (package / "fastdiff" / "_C.cpython-27-x86_64-linux-gnu.so").write_bytes(b"")
     (message,) = warned(WAYS["dropin"], blocked=False, package=package)
     assert "built for another Python: found _C.cpython-27-x86_64-linux-gnu.so, expected _C." in message
     assert "--force-reinstall" in message
 
 
-def test_env_says_what_the_warning_says(package: Path) -> None:
+def test_env_command_shows_warning_text(package: Path) -> None:
     pytest.importorskip("typer")
     code = "import sys; sys.argv = ['fastdiff', 'env']; from fastdiff.__main__ import main; main()"
     done = run_python(code, package, COLUMNS="2000")
@@ -218,7 +218,7 @@ def test_env_says_what_the_warning_says(package: Path) -> None:
 # --- Devices ------------------------------------------------------------------------------------------------------
 
 
-def test_a_gpu_without_a_compiled_backend_is_warned_of_with_both_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_without_compiled_backend_warns_with_both_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     class OnGpu:
         device = torch.device("cuda", 0)
 
@@ -251,7 +251,7 @@ def test_devices_without_a_compiled_backend_do_not_warn(device: str) -> None:
         ("FASTDIFF_KEEP_MIB", "9" * 5000),
     ],
 )
-def test_an_unknown_value_is_refused_at_import(variable: str, value: str) -> None:
+def test_unknown_environment_value_is_refused_at_import(variable: str, value: str) -> None:
     # Without the extension and without Triton as well, which read some of these themselves.
     code = "import sys; sys.modules['fastdiff._C'] = sys.modules['triton'] = None; import fastdiff"
     done = run_python(code, **{variable: value})
@@ -259,12 +259,12 @@ def test_an_unknown_value_is_refused_at_import(variable: str, value: str) -> Non
     assert f"ValueError: fastdiff: {variable} is '{value}', expected " in done.stderr
 
 
-def test_empty_values_are_unset_variables() -> None:
+def test_empty_environment_values_are_unset() -> None:
     empty = dict.fromkeys([*environment.CHOICES, "FASTDIFF_KEEP_MIB"], "")
     assert warned("ops.backend_for(x)", blocked=False, **empty) == []
 
 
-def test_an_instruction_set_that_the_processor_lacks_is_refused_at_import(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_instruction_set_is_refused_at_import(monkeypatch: pytest.MonkeyPatch) -> None:
     """The extension's own refusal, as of a processor with AVX2 alone."""
     text = "fastdiff: FASTDIFF_CPU is 'avx512', expected generic, avx2 or avx512, and one that this processor has"
 
@@ -279,7 +279,7 @@ def test_an_instruction_set_that_the_processor_lacks_is_refused_at_import(monkey
     assert '"fastdiff: FASTDIFF_CPU is \'"' in source, "what the extension says begins so"
 
 
-def test_variables_that_are_read_are_listed() -> None:
+def test_all_environment_variables_are_listed() -> None:
     """Every variable of the package's own that its Python or C++ reads is checked somewhere."""
     checked = {*environment.CHOICES, "FASTDIFF_KEEP_MIB"}
     read = set()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A step over more elements than 32 bits count: every index and every byte offset is of 64."""
+"""Step over more than 2³² elements: indices and byte offsets have 64 bits."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def two_threads() -> Iterator[None]:
 
 
 def need(elements: int) -> None:
-    """Skip where the memory that is free does not hold so many float16, and half a GiB beside them."""
+    """Skip unless free memory holds so many float16 and half a GiB more."""
     free, needed = psutil.virtual_memory().available, 2 * elements + GIB // 2
     if free < needed:
         pytest.skip(f"needs {needed / GIB:.1f} GiB of memory, {free / GIB:.1f} are free")
 
 
 def periodic(elements: int, seed: int) -> Tensor:
-    """float16 values that repeat after `PERIOD`, written in place."""
+    """Fill a tensor with float16 values of period `PERIOD`."""
     pattern = torch.randn(PERIOD, generator=torch.Generator().manual_seed(seed)).half()
     tensor = torch.empty(elements, dtype=torch.float16)
     whole = elements // PERIOD * PERIOD
@@ -54,13 +54,13 @@ def periodic(elements: int, seed: int) -> Tensor:
 
 
 def windows(elements: int) -> list[int]:
-    """Where to look: both ends, and around each element and each byte at which 31 and 32 bits end."""
+    """Return the ranges to check: both ends, and around the limits of 31 and 32 bits in elements and bytes."""
     middles = [2**30, 2**31, elements // 2]
     starts = [0, elements - WINDOW, *(middle - WINDOW // 2 for middle in middles)]
     return sorted({min(max(start, 0), elements - WINDOW) for start in starts})
 
 
-def test_a_step_in_place_over_more_than_2_to_the_31_elements() -> None:
+def test_step_in_place_over_more_than_2_to_31_elements() -> None:
     need(ELEMENTS)
     x = periodic(ELEMENTS, 1)
     before = {start: x[start : start + WINDOW].clone() for start in windows(ELEMENTS)}
@@ -78,7 +78,7 @@ def test_a_step_in_place_over_more_than_2_to_the_31_elements() -> None:
     assert torch.equal(x[whole:].view(torch.int16), first[: ELEMENTS - whole])
 
 
-def test_a_batch_whose_model_tensors_lie_apart_over_more_than_2_to_the_31_elements() -> None:
+def test_batch_with_gaps_over_more_than_2_to_31_elements() -> None:
     # Two samples and twice their channels: what the second sample reads begins past 2³¹ elements, 2³² bytes.
     inner = 2**30 + 6_173
     need(2 * 2 * inner + 2 * inner)

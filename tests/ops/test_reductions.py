@@ -56,7 +56,7 @@ def few_where_interpreted(backend: str, examples: int) -> settings:
 
 
 @pytest.mark.parametrize(("rounds", "weight"), [(True, 0.203125), (False, 0.2018396407365799)])
-def test_the_position_among_float32_numbers_is_that_of_the_torch_beside(
+def test_quantile_position_matches_installed_torch_in_float32(
     rounds: bool, weight: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # 0.1 in float32 times 1234562 is 123456.20183964074, in float32 123456.203125.
@@ -67,7 +67,7 @@ def test_the_position_among_float32_numbers_is_that_of_the_torch_beside(
 @torch_fuses
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_quantile_is_torch_s_to_the_bit(backend: str, dtype: torch.dtype) -> None:
+def test_quantile_matches_torch_bitwise(backend: str, dtype: torch.dtype) -> None:
     @few_where_interpreted(backend, 100)
     @given(
         seed=SEEDS, shape=SHAPES, spread=SPREADS, layout=LAYOUTS, q=QUANTILES, absolute=st.booleans(),
@@ -99,7 +99,7 @@ def test_the_quantile_is_torch_s_to_the_bit(backend: str, dtype: torch.dtype) ->
 @torch_fuses
 @settings(max_examples=15)
 @given(seed=SEEDS, dtype=st.sampled_from(DTYPES), q=QUANTILES, absolute=st.booleans(), spread=SPREADS)
-def test_long_samples_have_torch_s_quantile_on_any_number_of_threads(
+def test_quantile_of_long_samples_matches_torch_for_any_threads(
     seed: int, dtype: torch.dtype, q: float, absolute: bool, spread: str
 ) -> None:
     batch = 1 + seed % 3
@@ -120,7 +120,7 @@ def with_threads(threads: int, run: Any) -> Any:
 
 
 @needs_extension
-def test_samples_that_torch_quantile_refuses_have_their_order_statistics() -> None:
+def test_quantile_of_samples_too_long_for_torch_is_order_statistic() -> None:
     times, values = 16778, 1000
     x = torch.arange(values, dtype=torch.float32).repeat(times)[None]
     assert x.numel() > 2**24
@@ -130,7 +130,7 @@ def test_samples_that_torch_quantile_refuses_have_their_order_statistics() -> No
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_number_equal_to_all_others_is_every_quantile(backend: str) -> None:
+def test_every_quantile_of_constant_sample_is_the_constant(backend: str) -> None:
     for dtype in DTYPES:
         x = torch.full((2, 300), 1.5, dtype=dtype, device=device_of(backend))
         for q in (0.0, 0.3, 1.0):
@@ -144,7 +144,7 @@ def test_a_number_equal_to_all_others_is_every_quantile(backend: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_sums_lie_within_their_rounding(backend: str, kind: str, dtype: torch.dtype) -> None:
+def test_sums_are_within_rounding_bound(backend: str, kind: str, dtype: torch.dtype) -> None:
     @few_where_interpreted(backend, 60)
     @given(seed=SEEDS, shape=SHAPES, spread=SPREADS, layout=LAYOUTS, correction=st.sampled_from([0.0, 0.5, 1.0]))
     def check(seed: int, shape: tuple[int, ...], spread: str, layout: str, correction: float) -> None:
@@ -162,7 +162,7 @@ def test_sums_lie_within_their_rounding(backend: str, kind: str, dtype: torch.dt
     check()
 
 
-def test_the_oracle_s_bound_is_some_roundings_and_no_more() -> None:
+def test_oracle_bound_is_tight() -> None:
     # A tolerance that grew by mistake would let anything pass.
     x, y = (numbers(i, (4, 5000), torch.float32) for i in range(2))
     for kind, size in (("mean", 1.0), ("std", 1.0), ("norm", 71.0), ("dot", 5000.0)):
@@ -172,7 +172,7 @@ def test_the_oracle_s_bound_is_some_roundings_and_no_more() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_backends_add_in_one_order(backend: str, kind: str) -> None:
+def test_backends_sum_in_same_order(backend: str, kind: str) -> None:
     # Of numbers with 11 bits the products are exact, and so fused or not makes no difference: any other order of the
     # additions would show. The deviation subtracts a mean first: there each whole number is followed by its negative.
     @few_where_interpreted(backend, 40)
@@ -190,7 +190,7 @@ def test_backends_add_in_one_order(backend: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_mean_of_any_numbers_has_the_same_bits_everywhere(backend: str) -> None:
+def test_mean_has_same_bits_on_every_backend(backend: str) -> None:
     @few_where_interpreted(backend, 40)
     @given(seed=SEEDS, shape=SHAPES, dtype=st.sampled_from(DTYPES), spread=SPREADS)
     def check(seed: int, shape: tuple[int, ...], dtype: torch.dtype, spread: str) -> None:
@@ -205,14 +205,14 @@ def test_the_mean_of_any_numbers_has_the_same_bits_everywhere(backend: str) -> N
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=10)
 @given(seed=SEEDS, dtype=st.sampled_from(DTYPES), batch=st.integers(1, 3))
-def test_one_and_two_threads_sum_to_the_same_bits(kind: str, seed: int, dtype: torch.dtype, batch: int) -> None:
+def test_sums_are_independent_of_threads(kind: str, seed: int, dtype: torch.dtype, batch: int) -> None:
     x, y = (numbers(seed + i, (batch, 140_000 // batch + seed % 3000), dtype, "wide") for i in range(2))
     one, two = (with_threads(n, lambda: call(kind, x, y, backend="cpu")) for n in (1, 2))
     assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sample_is_added_in_the_order_of_memory(kind: str) -> None:
+def test_sample_is_summed_in_memory_order(kind: str) -> None:
     x, y = (numbers(i, (3, 8, 20, 9), torch.float32, "wide") for i in range(2))
     last = [t.contiguous(memory_format=torch.channels_last) for t in (x, y)]
     as_it_lies = [t.permute(0, 2, 3, 1).contiguous() for t in (x, y)]
@@ -224,7 +224,7 @@ def test_a_sample_is_added_in_the_order_of_memory(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_and_infinity_stay_in_their_sample(backend: str, kind: str) -> None:
+def test_nan_and_infinity_affect_only_their_sample(backend: str, kind: str) -> None:
     for bad in (math.nan, math.inf):
         x = torch.ones(3, 2000)
         x[1, 1500] = bad
@@ -237,7 +237,7 @@ def test_nan_and_infinity_stay_in_their_sample(backend: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_degenerate_samples_are_as_torch_has_them(backend: str) -> None:
+def test_degenerate_samples_match_torch(backend: str) -> None:
     device = device_of(backend)
     empty, one, none = torch.empty(2, 0, device=device), torch.ones(2, device=device), torch.empty(0, 3, device=device)
     for kind in KINDS:
@@ -273,7 +273,7 @@ def results_of_builds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, lis
 
 @needs_extension
 @pytest.mark.parametrize("build", ["avx2", "avx512"])
-def test_cpu_builds_reduce_to_the_same_bits(results_of_builds: dict[str, list[Tensor] | str], build: str) -> None:
+def test_cpu_builds_reduce_bitwise_equal(results_of_builds: dict[str, list[Tensor] | str], build: str) -> None:
     generic, other = results_of_builds["generic"], results_of_builds[build]
     assert not isinstance(generic, str), generic
     if isinstance(other, str):

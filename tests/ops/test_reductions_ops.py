@@ -21,7 +21,7 @@ from support.reduction_cases import KINDS, QUANTILES, SEEDS, SPREADS, by_torch, 
 
 @pytest.mark.parametrize("kind", [*KINDS, "quantile"])
 @pytest.mark.parametrize("backend", ["", "reference"])
-def test_the_operators_pass_torch_s_own_checks(kind: str, backend: str) -> None:
+def test_operators_pass_opcheck(kind: str, backend: str) -> None:
     for dtype, grad in ((torch.float32, True), (torch.float16, False), (torch.float64, True)):
         x, y = (numbers(i, (2, 3, 5), dtype).requires_grad_(grad) for i in range(2))
         extra: dict[str, tuple[Any, ...]] = {"dot": (y,), "std": (0.5,), "quantile": (0.3, True)}
@@ -30,7 +30,7 @@ def test_the_operators_pass_torch_s_own_checks(kind: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
-def test_gradients_are_those_of_finite_differences(backend: str | None) -> None:
+def test_gradients_match_finite_differences(backend: str | None) -> None:
     x, y = (numbers(i, (2, 3, 5), torch.float64).requires_grad_() for i in range(2))
     for kind in KINDS:
         assert torch.autograd.gradcheck(lambda a, b, k=kind: call(k, a, b, 0.5, backend=backend), (x, y))
@@ -40,9 +40,7 @@ def test_gradients_are_those_of_finite_differences(backend: str | None) -> None:
 
 @settings(max_examples=40)
 @given(seed=SEEDS, q=QUANTILES, absolute=st.booleans(), spread=SPREADS, nan=st.booleans())
-def test_the_quantile_s_gradient_goes_where_torch_s_goes(
-    seed: int, q: float, absolute: bool, spread: str, nan: bool
-) -> None:
+def test_quantile_gradient_matches_torch(seed: int, q: float, absolute: bool, spread: str, nan: bool) -> None:
     x = numbers(seed, (3, 50), torch.float32, spread)
     if nan:
         x[1, 7] = math.nan
@@ -53,14 +51,14 @@ def test_the_quantile_s_gradient_goes_where_torch_s_goes(
     assert torch.allclose(mine.grad, theirs.grad, rtol=4 * 2.0**-24, atol=0.0, equal_nan=True)  # type: ignore[arg-type]
 
 
-def test_samples_without_spread_have_a_gradient_of_zero() -> None:
+def test_constant_samples_have_zero_gradient() -> None:
     for kind, value in (("std", 2.0), ("norm", 0.0)):
         x = torch.full((2, 4), value, requires_grad=True)
         call(kind, x, x).sum().backward()
         assert torch.equal(x.grad, torch.zeros(2, 4))  # type: ignore[arg-type]
 
 
-def test_reductions_compile_into_one_graph() -> None:
+def test_reductions_compile_to_one_graph() -> None:
     def all_of_them(x: Tensor, y: Tensor) -> list[Tensor]:
         return [*(call(kind, x, y) for kind in KINDS), ops.quantile(x, 0.9, True)]
 
@@ -103,12 +101,12 @@ X = torch.ones(2, 3)
         (lambda: ops.norm(X, backend="cuda"), RuntimeError, "norm: backend 'cuda' was asked for and is missing"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_a_sentence(run: Any, error: type[Exception], message: str) -> None:
+def test_invalid_arguments_are_refused_with_one_sentence(run: Any, error: type[Exception], message: str) -> None:
     if "'cuda'" in message and torch.cuda.is_available():
         pytest.skip("the backend is not missing here")
     with pytest.raises(error, match=message):
         run()
 
 
-def test_an_integer_share_is_a_quantile() -> None:
+def test_integer_quantile_is_accepted() -> None:
     assert ops.quantile(X, 1).tolist() == [1.0, 1.0]

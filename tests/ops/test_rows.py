@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Rows of a sample's own, noise drawn in the step, and the next model input: the same on every backend."""
+"""Rows per sample, noise drawn in the step, and the next model input: the same on every backend."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def interpreted(backend: str) -> bool:
 
 
 def examples(backend: str, count: int) -> settings:
-    """A call of Triton's interpreter takes 20 ms and more: few examples, and no search for the smallest failure."""
+    """Return settings with few examples and no shrinking for Triton's interpreter, which takes 20 ms per call."""
     if interpreted(backend):
         return settings(max_examples=4, phases=[Phase.explicit, Phase.reuse, Phase.generate])
     # Compiled, most examples are several more kernels to compile, a second each.
@@ -42,7 +42,7 @@ def model_input_dtypes(backend: str) -> tuple[torch.dtype, ...]:
 @pytest.mark.parametrize("channels_last", [False, True], ids=["row-major", "channels-last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_mixed_solvers_in_one_launch_equal_each_sample_alone(
+def test_mixed_solvers_in_one_launch_equal_separate_samples(
     backend: str, dtype: torch.dtype, channels_last: bool
 ) -> None:
     batch = copy_batch(solver_batch(3, dtype, (3, 5, 7), channels_last=channels_last), device_of(backend))
@@ -57,7 +57,7 @@ def test_mixed_solvers_in_one_launch_equal_each_sample_alone(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_any_rows_in_one_launch_equal_each_sample_alone(backend: str, dtype: torch.dtype) -> None:
+def test_any_rows_in_one_launch_equal_separate_samples(backend: str, dtype: torch.dtype) -> None:
     @examples(backend, 40)
     @given(seed=st.integers(0, 2**32 - 1))
     def check(seed: int) -> None:
@@ -70,7 +70,7 @@ def test_any_rows_in_one_launch_equal_each_sample_alone(backend: str, dtype: tor
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_step_in_place_equals_step_elsewhere(backend: str) -> None:
+def test_step_in_place_equals_separate_output(backend: str) -> None:
     batch = copy_batch(solver_batch(4, torch.float32, (6, 11)), device_of(backend))
     expected = run_batch(batch, backend)
     own = copy_batch(batch, device_of(backend))
@@ -81,7 +81,7 @@ def test_step_in_place_equals_step_elsewhere(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_sample_that_stays_keeps_its_bits(backend: str) -> None:
+def test_skipped_sample_keeps_its_bits(backend: str) -> None:
     device = device_of(backend)
     sample = torch.tensor([[float("nan"), -0.0, 1.5], [3.0, float("inf"), 2.0]], device=device)
     register = torch.full_like(sample, 7.0)
@@ -97,7 +97,7 @@ def test_a_sample_that_stays_keeps_its_bits(backend: str) -> None:
 
 @pytest.mark.parametrize("one_for_all", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_row_in_a_tensor_is_the_row_as_a_number(backend: str, one_for_all: bool) -> None:
+def test_row_in_a_tensor_equals_row_as_int(backend: str, one_for_all: bool) -> None:
     device = device_of(backend)
     gen = torch.Generator().manual_seed(0)
     x, m, z = (torch.randn(3, 70, generator=gen).to(device) for _ in range(3))
@@ -111,7 +111,7 @@ def test_row_in_a_tensor_is_the_row_as_a_number(backend: str, one_for_all: bool)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_kept_tensors_of_a_sample_that_stays_are_as_they_were_or_zero(backend: str) -> None:
+def test_history_of_skipped_sample_is_unchanged_or_zero(backend: str) -> None:
     device = device_of(backend)
     x = torch.arange(6.0, device=device).reshape(2, 3) + 1
     table = plain_row(prev_x=2.0, k0_x=3.0).to(device)
@@ -129,7 +129,7 @@ def test_kept_tensors_of_a_sample_that_stays_are_as_they_were_or_zero(backend: s
 @pytest.mark.parametrize("channels_last", [False, True], ids=["row-major", "channels-last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_drawn_noise_is_that_of_randn(backend: str, dtype: torch.dtype, channels_last: bool) -> None:
+def test_drawn_noise_equals_randn(backend: str, dtype: torch.dtype, channels_last: bool) -> None:
     device = device_of(backend)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     table = plain_row(dtype, prev_x=0.5, prev_m=0.25, prev_z=0.75).to(device)
@@ -147,7 +147,7 @@ def test_drawn_noise_is_that_of_randn(backend: str, dtype: torch.dtype, channels
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_row_without_noise_adds_none(backend: str) -> None:
+def test_row_without_noise_adds_none(backend: str) -> None:
     x = torch.randn(2, 9, device=device_of(backend))
     table = plain_row(prev_x=2.0).to(x.device)
     seeds = torch.tensor([1, 2], device=x.device)
@@ -174,7 +174,7 @@ def test_model_input_is_the_scaled_sample_rounded(backend: str, dtype: torch.dty
             assert_same_bits([target], [torch.cat([once] * copies)])
 
 
-def test_model_input_of_every_backend_is_the_references() -> None:
+def test_model_input_of_every_backend_equals_reference() -> None:
     x = torch.randn(2, 70, dtype=torch.float64)
     table = plain_row(torch.float64, prev_x=1.0)
     table[0, MODEL_INPUT_SCALE] = 1 / 3

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a step allocates: its outputs, and nothing where those are given."""
+"""Allocations of a step: its outputs, and nothing if they are given."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ SAMPLERS: list[tuple[str, dict[str, Any]]] = [
 
 
 def allocated(action: Callable[[], object]) -> int:
-    """Bytes that torch's allocator hands out meanwhile, what is given back again included."""
+    """Return the bytes that torch's allocator allocates during a call, including freed ones."""
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         action()
     return sum(max(event.self_cpu_memory_usage, 0) for event in profile.function_events)
 
 
-def test_allocations_are_seen() -> None:
+def test_allocations_are_detected() -> None:
     # Otherwise the tests below could not fail.
     assert allocated(lambda: torch.empty(SHAPE)) == BYTES
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("method", "config"), SAMPLERS)
-def test_a_step_in_place_allocates_nothing(method: str, config: dict[str, Any], layout: torch.memory_format) -> None:
+def test_step_in_place_allocates_nothing(method: str, config: dict[str, Any], layout: torch.memory_format) -> None:
     sampler = fastdiff.create_sampler("linear", method, num_inference_steps=7, **config)
 
     def like() -> Tensor:
@@ -64,7 +64,7 @@ def test_a_step_in_place_allocates_nothing(method: str, config: dict[str, Any], 
     assert allocated(loop) == 0
 
 
-def test_a_step_elsewhere_allocates_its_output() -> None:
+def test_step_with_new_output_allocates_output_only() -> None:
     stepper = fastdiff.create_sampler("linear", "ddpm", num_inference_steps=7).stepper(seeds=[1, 2])
     x = torch.randn(SHAPE)
     x = stepper.step(x, x)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a step refuses: a sentence that names the argument, nothing written, and gradients never lost in silence."""
+"""Refusals of a step: one sentence that names the argument, nothing written, no gradient silently lost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SENTENCE = re.compile(
 
 
 def good_call(device: str = "cpu") -> dict[str, Any]:
-    """Every argument, each as it should be, for samples [2, 3, 4]."""
+    """Return valid values for every argument, for samples [2, 3, 4]."""
     names = ("sample", "model_output", "uncond", "noise", "variance")
     call: dict[str, Any] = {name: torch.rand(2, 3, 4, device=device) for name in names}
     call |= {
@@ -44,7 +44,7 @@ def good_call(device: str = "cpu") -> dict[str, Any]:
 
 
 def like_sample_faults(name: str, put: Callable[[Any], Any]) -> list[tuple[str, str, Any, type[Exception], str]]:
-    """What can be wrong with any tensor like the sample; `put` places it among the arguments."""
+    """Return the invalid values of a tensor like the sample; `put` places them among the arguments."""
     key, where = name.partition("[")[0], name
     return [
         (key, where, lambda c: put([1.0, 2.0]), TypeError, "is a list"),
@@ -129,7 +129,7 @@ def call_step(call: dict[str, Any], backend: str | None) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
-def test_the_good_call_is_taken(backend: str | None) -> None:
+def test_valid_call_is_accepted(backend: str | None) -> None:
     # Without this the refusals below might all have one cause.
     call = good_call(device_of(backend or ""))
     for output in call_step(call, backend):
@@ -140,7 +140,7 @@ def test_the_good_call_is_taken(backend: str | None) -> None:
 @pytest.mark.parametrize(
     ("replaced", "named", "value", "error", "got"), FAULTS, ids=[f"{f[1]} {f[4]}".replace(" ", "-") for f in FAULTS]
 )
-def test_a_wrong_argument_is_refused_in_a_sentence_and_nothing_is_written(
+def test_wrong_argument_is_refused_and_nothing_is_written(
     replaced: str, named: str, value: Callable[[dict[str, Any]], Any], error: type[Exception], got: str,
     backend: str | None,
 ) -> None:  # fmt: skip
@@ -169,14 +169,12 @@ def test_a_wrong_argument_is_refused_in_a_sentence_and_nothing_is_written(
         ((2, 3, 5), "reshape it to match"),
     ],
 )
-def test_a_model_output_of_the_wrong_shape_gets_the_remedy_that_fits(
-    backend: str | None, shape: tuple[int, ...], remedy: str
-) -> None:
+def test_wrong_model_output_shape_has_matching_remedy(backend: str | None, shape: tuple[int, ...], remedy: str) -> None:
     with pytest.raises(ValueError, match=f"; {remedy}$"):
         ops.step(torch.ones(2, 3, 4), torch.ones(shape), plain_row(), 0, backend=backend)
 
 
-def test_a_double_table_is_wanted_for_double_samples_and_no_other() -> None:
+def test_double_table_is_required_exactly_for_double_samples() -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         x = torch.ones(2, dtype=dtype)
         wanted = torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tensors of different dtypes in one step: bit for bit what the widened tensors give, each result rounded once."""
+"""Tensors of different dtypes in one step: the bits of the widened tensors' step, each result rounded once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ needs_extension = pytest.mark.skipif(backends.extension is None, reason="the C++
 
 
 def examples_for(backend: str | None, examples: int) -> settings:
-    """A call of Triton's interpreter takes 10 ms and more; compiled, most examples are a kernel to compile."""
+    """Return settings with few examples for Triton, whose interpreter and compiler are slow."""
     if backend == "triton" and INTERPRETED:
         return settings(max_examples=20, phases=[Phase.explicit, Phase.reuse, Phase.generate])
     return settings(max_examples=min(examples, 25) if backend == "triton" else examples)
@@ -51,7 +51,7 @@ def examples_for(backend: str | None, examples: int) -> settings:
 
 @pytest.mark.checks_backend
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_mixed_step_is_the_widened_step_rounded_once(backend: str) -> None:
+def test_mixed_step_equals_widened_step_rounded_once(backend: str) -> None:
     @examples_for(backend, 150)
     @given(plan=cases(shapes=shapes_for(backend)), kinds=st.lists(st.sampled_from(["tensor", "dtype"]), min_size=3))
     def check(plan: Shape, kinds: list[str]) -> None:
@@ -77,7 +77,7 @@ def test_mixed_step_of_any_layout_on_the_chosen_backend(plan: Shape, layouts: li
 
 
 @needs_extension
-def test_mixed_sizes_around_registers_tiles_and_shares_of_threads() -> None:
+def test_mixed_step_of_sizes_around_vectors_tiles_and_thread_shares() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -96,7 +96,7 @@ def test_mixed_sizes_around_registers_tiles_and_shares_of_threads() -> None:
 
 @needs_extension
 @given(plan=cases(), seed=st.integers(0, 2**32 - 1))
-def test_every_mixed_form_of_the_loop_gives_the_bits_of_the_definition(plan: Shape, seed: int) -> None:
+def test_every_mixed_loop_variant_matches_definition_bitwise(plan: Shape, seed: int) -> None:
     # Rows as solvers have them, which take loops of their own: few columns, one output or two.
     rng = random.Random(seed)
     case, outs = mixed_case(plan)
@@ -107,7 +107,7 @@ def test_every_mixed_form_of_the_loop_gives_the_bits_of_the_definition(plan: Sha
 
 
 @needs_extension
-def test_extension_takes_mixed_calls_as_they_are() -> None:
+def test_extension_takes_mixed_calls_without_conversion() -> None:
     for first in DTYPES:
         for second in DTYPES:
             x, m = torch.randn(2, 9).to(first), torch.randn(2, 9).to(second)
@@ -130,7 +130,7 @@ def test_extension_takes_mixed_calls_as_they_are() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_noise_drawn_inside_a_mixed_step_is_float32s(backend: str, dtype: torch.dtype) -> None:
+def test_noise_drawn_in_mixed_step_equals_float32_noise(backend: str, dtype: torch.dtype) -> None:
     device = device_of(backend)
     x = torch.randn(3, 4, 5, 6, device=device).to(dtype)
     seeds = torch.tensor([5, -1, 2**40], device=device)
@@ -142,7 +142,7 @@ def test_noise_drawn_inside_a_mixed_step_is_float32s(backend: str, dtype: torch.
 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
-def test_new_outputs_have_the_samples_dtype_unless_one_is_named(backend: str | None) -> None:
+def test_new_outputs_have_sample_dtype_by_default(backend: str | None) -> None:
     x, m = torch.randn(2, 5, device=device_of(backend or "")).half(), torch.randn(2, 5, device=device_of(backend or ""))
     row = plain_row(prev_x=1.0, prev_m=1.0, k0_m=1.0, k1_m=1.0).to(x.device)
     results = ops.step(x, m, row, 0, keeps=2, out=[None, torch.float32, None], backend=backend)
@@ -185,7 +185,7 @@ def test_mixed_outputs_may_be_inputs_of_their_dtype(backend: str | None) -> None
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
 @pytest.mark.parametrize("name", ["sample", "model_output", "noise", "history"])
-def test_output_over_an_input_of_another_dtype_gets_the_fresh_result(backend: str | None, name: str) -> None:
+def test_output_over_input_of_other_dtype_is_correct(backend: str | None, name: str) -> None:
     row = plain_row(p=1.0, q=0.5, clip=0.8, prev_x=0.5, prev_m=0.25, prev_d=2.0, prev_h0=1.0, prev_z=0.1)
     device = device_of(backend or "")
     for size in (3, 64, 1100):
@@ -203,7 +203,7 @@ def test_output_over_an_input_of_another_dtype_gets_the_fresh_result(backend: st
 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
-def test_outputs_of_two_dtypes_in_the_same_memory_are_refused_and_interleaved_ones_written(backend: str | None) -> None:
+def test_outputs_of_two_dtypes_in_same_memory_are_refused(backend: str | None) -> None:
     device = device_of(backend or "")
     x = torch.arange(10.0, device=device)
     case = Case(x, x, plain_row(prev_x=1.0, k0_x=2.0).to(device), keeps=1)
@@ -226,7 +226,7 @@ def test_outputs_of_two_dtypes_in_the_same_memory_are_refused_and_interleaved_on
 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
-def test_mixed_registers_are_written_as_the_widened_ones_rounded(backend: str | None) -> None:
+def test_mixed_registers_equal_widened_ones_rounded(backend: str | None) -> None:
     @examples_for(backend, 100)
     @given(seed=st.integers(0, 2**32 - 1))
     def check(seed: int) -> None:
@@ -257,7 +257,7 @@ def test_mixed_registers_are_written_as_the_widened_ones_rounded(backend: str | 
 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
-def test_skipped_samples_of_a_mixed_step_are_converted_and_their_kept_tensors_stay(backend: str | None) -> None:
+def test_skipped_samples_of_mixed_step_are_converted_and_keep_history(backend: str | None) -> None:
     device = device_of(backend or "")
     x = torch.tensor([[1.5, -0.0, float("inf")], [2.0, 3.0, 65504.0]], device=device).half()
     table = plain_row(prev_x=2.0, k0_x=4.0).to(device)
@@ -282,7 +282,7 @@ def test_operator_on_mixed_tensors_passes_opcheck(plan: Shape) -> None:
     torch.library.opcheck(torch.ops.fastdiff.step.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_compiled_mixed_step_gives_the_bits_of_the_eager_one() -> None:
+def test_compiled_mixed_step_matches_eager_bitwise() -> None:
     case, outs = mixed_case(Shape(4, torch.float64, (2, 3, 4), "scalar", 3, True, keeps=2), double=False)
     target = torch.empty(2, 3, 4, dtype=torch.bfloat16)
     eager = case.run(out=[outs[0], target.clone(), None])
@@ -298,7 +298,7 @@ def test_compiled_mixed_step_gives_the_bits_of_the_eager_one() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients_of_a_mixed_step_are_those_of_the_widened_one_in_each_tensors_dtype(backend: str) -> None:
+def test_gradients_of_mixed_step_equal_widened_step(backend: str) -> None:
     @settings(max_examples=6 if backend == "triton" else 40)
     @given(plan=cases(shapes=st.sampled_from([(3,), (2, 5), (2, 3, 4)])))
     def check(plan: Shape) -> None:
@@ -342,7 +342,7 @@ def test_gradients_of_a_mixed_step_are_those_of_the_widened_one_in_each_tensors_
     check()
 
 
-def test_mixed_step_under_vmap_is_that_of_each() -> None:
+def test_mixed_step_under_vmap_equals_separate_steps() -> None:
     case, outs = mixed_case(Shape(9, torch.float64, (4, 2, 5), "none", 1, True, keeps=1), double=False)
 
     def one(sample: Tensor, output: Tensor) -> tuple[Tensor, ...]:
@@ -359,7 +359,7 @@ def test_mixed_step_under_vmap_is_that_of_each() -> None:
 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
-def test_mixed_bad_input_is_refused_in_a_sentence_and_nothing_is_written(backend: str | None) -> None:
+def test_mixed_bad_input_is_refused_and_nothing_is_written(backend: str | None) -> None:
     device = device_of(backend or "")
     x = torch.randn(2, 3, device=device)
     row = plain_row(prev_x=1.0, k0_x=1.0).to(device)
@@ -391,7 +391,7 @@ def test_mixed_bad_input_is_refused_in_a_sentence_and_nothing_is_written(backend
     assert bool(written.isnan().all())
 
 
-def test_register_table_has_where_its_rows_store() -> None:
+def test_register_table_lists_store_slots() -> None:
     # What `mixed_batch` rests on: rows that store nowhere would show nothing.
     stores = [random_batch(seed, torch.float32)["table"][:, [STORE_0, STORE_1]] for seed in range(40)]
     assert sum(bool((s >= 0).any()) for s in stores) > 20

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Shapes, strides and shared memory: whatever the layout, a step gives the bits of the contiguous one."""
+"""Shapes, strides and shared memory: for any layout a step gives the bits of the contiguous one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PER_SAMPLE = ("guidance", "threshold", "table")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_any_layout_gives_the_bits_of_the_contiguous_step(backend: str) -> None:
+def test_any_layout_matches_contiguous_step_bitwise(backend: str) -> None:
     @examples_for(backend, 200)
     @given(plan=cases(shapes=shapes_for(backend)), choice=st.lists(st.sampled_from(LAYOUTS), min_size=9, max_size=9))
     def check(plan: Shape, choice: list[Callable[[Tensor], Tensor]]) -> None:
@@ -56,9 +56,7 @@ def test_any_layout_gives_the_bits_of_the_contiguous_step(backend: str) -> None:
 
 
 @given(plan=cases(shapes=SHAPES), choice=st.lists(st.sampled_from(LAYOUTS), min_size=9, max_size=9))
-def test_any_layout_gives_the_same_bits_on_the_chosen_backend(
-    plan: Shape, choice: list[Callable[[Tensor], Tensor]]
-) -> None:
+def test_any_layout_gives_same_bits_on_default_backend(plan: Shape, choice: list[Callable[[Tensor], Tensor]]) -> None:
     # As the test above, by the short way into the extension that no forced backend takes.
     case = make(plan)
     layouts = iter(choice * 2)
@@ -70,7 +68,7 @@ def test_any_layout_gives_the_same_bits_on_the_chosen_backend(
 
 
 @given(plan=cases(shapes=SHAPES), layout=st.sampled_from(LAYOUTS))
-def test_inputs_stay_as_they_were(plan: Shape, layout: Callable[[Tensor], Tensor]) -> None:
+def test_inputs_are_unchanged(plan: Shape, layout: Callable[[Tensor], Tensor]) -> None:
     case = make(plan).with_tensors(lambda name, tensor: tensor if name in PER_SAMPLE else layout(tensor))
     before = case.with_tensors(lambda _, tensor: tensor.clone())
     case.run()
@@ -85,14 +83,14 @@ def test_inputs_stay_as_they_were(plan: Shape, layout: Callable[[Tensor], Tensor
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (0, 3), (3, 0), (1, 4)], ids=str)
-def test_degenerate_shapes_take_every_argument(backend: str, shape: tuple[int, ...]) -> None:
+def test_degenerate_shapes_accept_every_argument(backend: str, shape: tuple[int, ...]) -> None:
     plan = Shape(5, torch.float32, shape, "a sample", 15, True, 1, True, 2, True)
     case = make(plan).to(device_of(backend))
     assert_within_rounding(case, case.run(backend, out=case.poisoned_out()), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_batch_of_one_with_a_meaningless_stride_takes_a_threshold(backend: str) -> None:
+def test_batch_of_one_with_arbitrary_stride_accepts_threshold(backend: str) -> None:
     # What `column.t()` gives: strides (1, 1), dense, and contiguous by torch's own account.
     sample = torch.randn(4, 1, device=device_of(backend)).t()
     noise = torch.randn(1, 4, device=sample.device)
@@ -102,7 +100,7 @@ def test_a_batch_of_one_with_a_meaningless_stride_takes_a_threshold(backend: str
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_lazily_negated_views_are_read_as_their_values(backend: str) -> None:
+def test_lazily_negated_views_are_read_correctly(backend: str) -> None:
     x = torch.randn(6, device=device_of(backend))
     negated = torch._neg_view(x)
     case = Case(negated, negated, plain_row(prev_x=1.0, prev_m=2.0).to(x.device))
@@ -113,7 +111,7 @@ def test_lazily_negated_views_are_read_as_their_values(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_outputs_may_be_any_of_the_inputs(backend: str) -> None:
+def test_outputs_may_be_any_inputs(backend: str) -> None:
     @examples_for(backend, 100)
     @given(
         plan=cases(shapes=shapes_for(backend)),
@@ -150,7 +148,7 @@ def test_outputs_may_be_any_of_the_inputs(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
-def test_an_output_that_is_none_is_made_and_the_others_written(backend: str | None) -> None:
+def test_output_none_is_allocated_and_others_written(backend: str | None) -> None:
     case = make(Shape(1, torch.float32, (2, 3), keeps=2)).to(device_of(backend or ""))
     expected = case.run(backend)
     for given_ones in range(8):
@@ -161,7 +159,7 @@ def test_an_output_that_is_none_is_made_and_the_others_written(backend: str | No
 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
-def test_outputs_that_overlap_an_input_in_part_get_the_fresh_result(backend: str | None) -> None:
+def test_outputs_partly_overlapping_input_are_correct(backend: str | None) -> None:
     @examples_for(backend or "", 100)
     @given(
         seed=st.integers(0, 2**32 - 1),
@@ -195,7 +193,7 @@ def test_outputs_that_overlap_an_input_in_part_get_the_fresh_result(backend: str
 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
-def test_an_output_over_a_model_tensor_with_gaps_gets_the_fresh_result(backend: str | None) -> None:
+def test_output_over_model_tensor_with_gaps_is_correct(backend: str | None) -> None:
     # The output covers the gap between two samples of the model's tensor, and part of the tensor itself.
     device = device_of(backend or "")
     wide = torch.randn(2, 6, 50, device=device)
@@ -210,7 +208,7 @@ def test_an_output_over_a_model_tensor_with_gaps_gets_the_fresh_result(backend: 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
 @pytest.mark.parametrize("shift", [0, 1, 5, 9])
-def test_two_outputs_in_the_same_memory_are_refused_and_nothing_is_written(backend: str | None, shift: int) -> None:
+def test_outputs_in_same_memory_are_refused_and_nothing_is_written(backend: str | None, shift: int) -> None:
     device = device_of(backend or "")
     room = torch.full((20,), float("nan"), device=device)
     x = torch.ones(10, device=device)
@@ -223,7 +221,7 @@ def test_two_outputs_in_the_same_memory_are_refused_and_nothing_is_written(backe
 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
-def test_two_outputs_that_interleave_without_sharing_an_element_are_written(backend: str | None) -> None:
+def test_interleaved_outputs_without_shared_elements_are_written(backend: str | None) -> None:
     device = device_of(backend or "")
     room = torch.full((2, 6, 4), float("nan"), device=device)
     x = torch.randn(2, 3, 4, device=device)
@@ -234,7 +232,7 @@ def test_two_outputs_that_interleave_without_sharing_an_element_are_written(back
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
 @pytest.mark.parametrize("dense_first", [False, True])
-def test_an_output_in_the_gaps_of_another_is_written(backend: str | None, dense_first: bool) -> None:
+def test_output_in_gaps_of_another_is_written(backend: str | None, dense_first: bool) -> None:
     # One output is the middle row of three, dense, and the other lies around it.
     device = device_of(backend or "")
     room = torch.full((3, 8), float("nan"), device=device)
@@ -247,7 +245,7 @@ def test_an_output_in_the_gaps_of_another_is_written(backend: str | None, dense_
     assert int(room.isnan().sum()) == room.numel() - 8
 
 
-def test_halves_of_doubled_channels_are_read_where_they_lie() -> None:
+def test_halves_of_doubled_channels_are_read_without_copy() -> None:
     # The promise is speed: no copy. It shows in the views' bits being read although the gaps hold NaN.
     if fastdiff.ops.backends.extension is None:
         pytest.skip(fastdiff.ops.backends.extension_error)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tensors whose memory is not what it seems, and what in-place writing owes to autograd."""
+"""Tensors with unusual memory, and in-place writes under autograd."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def cut_short(tensor: Tensor, elements: int) -> Tensor:
 @pytest.mark.parametrize(
     "name", ["sample", "model_output", "table", "uncond", "guidance", "history", "threshold", "out"]
 )
-def test_a_tensor_whose_storage_was_freed_or_cut_short_is_refused(backend: str | None, held: int, name: str) -> None:
+def test_tensor_with_freed_or_truncated_storage_is_refused(backend: str | None, held: int, name: str) -> None:
     # torch itself reads on past the end of such a storage. FSDP frees storages like this.
     x = torch.ones(8, 4, device=device_of(backend or ""))
     row = plain_row(prev_x=1.0, prev_m=1.0, prev_d=1.0, prev_h0=1.0).to(x.device)
@@ -48,7 +48,7 @@ def test_a_tensor_whose_storage_was_freed_or_cut_short_is_refused(backend: str |
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_output_over_a_scalar_of_the_call_gets_the_fresh_result(backend: str | None) -> None:
+def test_output_over_scalar_argument_is_correct(backend: str | None) -> None:
     # Rows and scalars are read for every tile and every sum, after elements have been written.
     device = device_of(backend or "")
     x = torch.randn(2, 600, device=device)
@@ -68,7 +68,7 @@ def test_an_output_over_a_scalar_of_the_call_gets_the_fresh_result(backend: str 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_lazily_negated_output_takes_the_value(backend: str | None) -> None:
+def test_lazily_negated_output_is_written_correctly(backend: str | None) -> None:
     x = torch.randn(6, device=device_of(backend or ""))
     out = torch._neg_view(torch.zeros_like(x))
     Case(x, x, plain_row(prev_x=1.0).to(x.device)).run(backend, out=[out])
@@ -77,7 +77,7 @@ def test_a_lazily_negated_output_takes_the_value(backend: str | None) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("shape", "strides"), [((3, 4), (1, 1)), ((2, 3, 2), (3, 2, 1)), ((2, 2), (2, 2))])
-def test_an_output_whose_elements_slide_over_each_other_is_refused(
+def test_output_with_overlapping_elements_is_refused(
     backend: str | None, shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> None:
     x = torch.ones(shape, device=device_of(backend or ""))
@@ -89,7 +89,7 @@ def test_an_output_whose_elements_slide_over_each_other_is_refused(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["model_output", "table", "threshold"])
-def test_a_sparse_tensor_is_refused_in_a_sentence(backend: str | None, name: str) -> None:
+def test_sparse_tensor_is_refused_with_one_sentence(backend: str | None, name: str) -> None:
     x = torch.ones(2, 3, device=device_of(backend or ""))
     tensors = {"model_output": x, "table": plain_row(prev_x=1.0).to(x.device), "threshold": x[:, 0].clone()}
     tensors[name] = tensors[name].to_sparse()
@@ -98,7 +98,7 @@ def test_a_sparse_tensor_is_refused_in_a_sentence(backend: str | None, name: str
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_autograd_finds_a_saved_tensor_overwritten(backend: str | None) -> None:
+def test_autograd_detects_overwritten_saved_tensor(backend: str | None) -> None:
     weight = torch.ones(5, device=device_of(backend or ""), requires_grad=True)
     x = torch.full_like(weight, 2.0, requires_grad=False)
     loss = (weight * x).sum()  # saves x, whose values are the gradient
@@ -125,7 +125,7 @@ def in_fake_mode(f: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("run", [torch.func.functionalize, None], ids=["functional", "fake"])
-def test_tensors_without_memory_go_through_the_dispatcher(
+def test_tensors_without_memory_use_dispatcher(
     backend: str | None, run: Callable[..., Callable[..., Tensor]] | None
 ) -> None:
     # The binding used to read through the null pointer of a functional tensor.
@@ -142,7 +142,7 @@ def test_tensors_without_memory_go_through_the_dispatcher(
 
 
 @pytest.mark.skipif(backends.extension is None, reason="the C++ extension was not built")
-def test_the_binding_declines_what_has_no_memory() -> None:
+def test_binding_declines_tensors_without_memory() -> None:
     x = torch.ones(3)
     table = plain_row(prev_x=1.0)
     for bad in (cut_short(x, 0), cut_short(x, 2), torch._to_functional_tensor(x)):

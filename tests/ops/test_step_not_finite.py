@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where infinities and NaN go: a term of weight 0 is no part of a sum, of the prediction's least of all."""
+"""Infinities and NaN: a term with weight 0 is not part of a sum, nor of the prediction."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def poisoned(case: Case, name: str, poison: float) -> Case:
 
 
 def without(case: Case, weight: str) -> Case:
-    """The case with 0 for this weight of the prediction."""
+    """Return the case with 0 for this weight of the prediction."""
     table = case.table.clone()
     table[0, "pq".index(weight)] = 0.0
     return replace(case, table=table)
 
 
 def forms_for(backend: str, weight: str) -> list[Any]:
-    """The forms whose outputs depend on the prediction and on nothing of the tensor that it leaves out."""
+    """Return the forms whose outputs depend on the prediction but not directly on the ignored tensor."""
     column = LEFT_OUT[weight][1]
     found = [form for form in FORMS if any("d" in c for c in form) and not any(column in c for c in form)]
     return found if backend == "cpu" else found[:: len(found) // 4]
@@ -53,7 +53,7 @@ def forms_for(backend: str, weight: str) -> list[Any]:
 @pytest.mark.checks_backend
 @pytest.mark.parametrize("weight", LEFT_OUT)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_prediction_leaves_out_what_its_weight_is_zero_for(backend: str, weight: str) -> None:
+def test_prediction_ignores_terms_with_zero_weight(backend: str, weight: str) -> None:
     # Every form of row that is compiled on the CPU, of every dtype, guided or not, in packs and in single numbers.
     name = LEFT_OUT[weight][0]
     for i, form in enumerate(forms_for(backend, weight)):
@@ -73,7 +73,7 @@ def test_prediction_leaves_out_what_its_weight_is_zero_for(backend: str, weight:
 @pytest.mark.checks_backend
 @pytest.mark.parametrize("weight", LEFT_OUT)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_thresholded_prediction_leaves_out_what_its_weight_is_zero_for(backend: str, weight: str) -> None:
+def test_thresholded_prediction_ignores_terms_with_zero_weight(backend: str, weight: str) -> None:
     name = LEFT_OUT[weight][0]
     device = device_of(backend)
     for dtype in DTYPES[2:]:
@@ -87,7 +87,7 @@ def test_thresholded_prediction_leaves_out_what_its_weight_is_zero_for(backend: 
 
 @pytest.mark.checks_backend
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_prediction_leaves_out_a_sample_in_rows_of_their_own(backend: str) -> None:
+def test_prediction_in_step_rows_ignores_terms_with_zero_weight(backend: str) -> None:
     device = device_of(backend)
     first = plain_row(p=0.0, q=1.0, clip=0.5, prev_d=1.0)
     table = torch.cat([first, plain_row(p=1.0, q=0.0, clip=0.5, prev_d=1.0)]).to(device)
@@ -102,7 +102,7 @@ def test_prediction_leaves_out_a_sample_in_rows_of_their_own(backend: str) -> No
 @pytest.mark.checks_backend
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bound", [0.5, -0.5])
-def test_clamp_is_torch_s(backend: str, bound: float) -> None:
+def test_clamp_matches_torch(backend: str, bound: float) -> None:
     # NaN stays, an infinity becomes the bound, and a bound below 0 is the result, for a clip and for a threshold.
     device = device_of(backend)
     m = torch.tensor([[float("nan"), float("inf"), -float("inf"), 3.0, -3.0, 0.25] * 8], device=device)
@@ -120,7 +120,7 @@ def test_clamp_is_torch_s(backend: str, bound: float) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradient_leaves_out_what_the_prediction_leaves_out(backend: str) -> None:
+def test_gradient_ignores_terms_with_zero_weight(backend: str) -> None:
     device = device_of(backend)
     row = plain_row(p=0.0, q=2.0, clip=0.7, prev_d=1.0).to(device)
     x = torch.full((2, 40), float("nan"), device=device, requires_grad=True)
@@ -140,9 +140,7 @@ def test_gradient_leaves_out_what_the_prediction_leaves_out(backend: str) -> Non
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("fields", [{"clip_sample": True}, {"thresholding": True}], ids=str)
-def test_sampler_that_predicts_the_sample_ignores_a_last_sample_that_is_not_finite(
-    backend: str, fields: dict[str, Any]
-) -> None:
+def test_sample_predicting_sampler_ignores_non_finite_sample(backend: str, fields: dict[str, Any]) -> None:
     # The last step is x0 alone, and x0 is the model's output: x has weight 0 everywhere.
     sampler = fastdiff.create_sampler("linear", "ddim", prediction_type="sample", num_inference_steps=1, **fields)
     output = torch.linspace(-0.9, 0.9, 96, device=device_of(backend)).reshape(2, 48)
@@ -153,7 +151,7 @@ def test_sampler_that_predicts_the_sample_ignores_a_last_sample_that_is_not_fini
 
 @pytest.mark.parametrize("name", ["DDIM", "DDPM", "LCM", "DDIMParallel"])
 @pytest.mark.parametrize("bounds", [{"clip_sample": True}, {"clip_sample": False, "thresholding": True}], ids=str)
-def test_dropin_lets_go_of_what_diffusers_lets_go_of(name: str, bounds: dict[str, Any]) -> None:
+def test_dropin_ignores_non_finite_terms_like_diffusers(name: str, bounds: dict[str, Any]) -> None:
     # x0 of a model that predicts it does not depend on the sample, whatever that holds; and clamp keeps NaN.
     def predicted(cls: type, x: Tensor, output: Tensor) -> Tensor:
         scheduler = cls(prediction_type="sample", **bounds)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Inputs whose elements share addresses: expanded, sliding windows; what is written may not be one."""
+"""Inputs whose elements share addresses (expanded, sliding windows); outputs may not."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PER_SAMPLE = ("guidance", "threshold", "table")
 
 
 def leave_nan_in_free_memory(tensor: Tensor, count: int) -> None:
-    """Fill what the next outputs of this size are made of."""
+    """Fill the memory that the next outputs of this size will use."""
     row = plain_row(compute_dtype(tensor.dtype), prev_x=1.0)
     poison = torch.full_like(separate(tensor), float("nan"))
     held = [ops.step(poison, poison, row, 0) for _ in range(count)]
@@ -44,7 +44,7 @@ def leave_nan_in_free_memory(tensor: Tensor, count: int) -> None:
 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
-def test_overlapping_inputs_give_the_bits_of_separate_ones(backend: str | None) -> None:
+def test_overlapping_inputs_match_separate_ones_bitwise(backend: str | None) -> None:
     @examples_for(backend or "", 150)
     @given(
         plan=cases(shapes=shapes_for(backend or "")),
@@ -76,7 +76,7 @@ def test_overlapping_inputs_give_the_bits_of_separate_ones(backend: str | None) 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
 @pytest.mark.parametrize("layout", OVERLAPPING)
-def test_rows_read_overlapping_inputs_and_write_registers_of_any_strides(backend: str | None, layout: Layout) -> None:
+def test_step_rows_reads_overlapping_inputs_and_writes_any_strides(backend: str | None, layout: Layout) -> None:
     device = device_of(backend or "")
 
     def inputs() -> list[Tensor]:
@@ -132,7 +132,7 @@ def test_single_steps_and_reductions_read_overlapping_inputs(backend: str | None
 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
-def test_noise_takes_seeds_and_steps_of_any_memory(backend: str | None) -> None:
+def test_noise_accepts_seeds_and_steps_of_any_layout(backend: str | None) -> None:
     device = device_of(backend or "")
     seeds, steps = torch.tensor([5, 6, 7], device=device), torch.tensor([1, 0, 2], device=device)
     expected = fastdiff.randn((3, 2, 5), seeds, steps, backend=backend)
@@ -146,7 +146,7 @@ def test_noise_takes_seeds_and_steps_of_any_memory(backend: str | None) -> None:
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
 @pytest.mark.parametrize("layout", OVERLAPPING)
 @pytest.mark.parametrize("argument", ["out[0]", "out[1]", "model_input", "history[0]"])
-def test_what_is_written_needs_an_address_for_each_element(backend: str | None, layout: Layout, argument: str) -> None:
+def test_written_tensors_with_shared_elements_are_refused(backend: str | None, layout: Layout, argument: str) -> None:
     device = device_of(backend or "")
     x, target = torch.ones(3, 2, 5, device=device), layout(torch.full((3, 2, 5), 7.0, device=device))
     row, before = plain_row(prev_x=2.0, k0_x=3.0).to(device), target.clone()
@@ -164,7 +164,7 @@ def test_what_is_written_needs_an_address_for_each_element(backend: str | None, 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
 @pytest.mark.parametrize("method", ["ddim", "dpm_solver", "heun"])
-def test_a_sampler_takes_latents_and_outputs_that_overlap(backend: str | None, method: str) -> None:
+def test_sampler_accepts_overlapping_latents_and_outputs(backend: str | None, method: str) -> None:
     device = device_of(backend or "")
     sampler = create_sampler("linear", method, num_inference_steps=3, guidance_scale=2.0)
     weights = torch.randn(3, 5, generator=torch.Generator().manual_seed(1)).to(device)

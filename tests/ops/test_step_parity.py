@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Every backend computes the formula: to rounding against the oracle, and to the bit where bits are promised."""
+"""Every backend computes the formula: within rounding of the oracle, and bitwise where that is promised."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def few_where_interpreted(backend: str, examples: int) -> settings:
-    """A call of Triton's interpreter takes 10 ms and more: few examples, and no search for the smallest failure."""
+    """Return settings with few examples and no shrinking for Triton's interpreter, which takes 10 ms per call."""
     if backend == "triton" and INTERPRETED:
         return settings(max_examples=25, phases=[Phase.explicit, Phase.reuse, Phase.generate])
     # Compiled, most examples are another kernel to compile, a second each.
@@ -55,7 +55,7 @@ def few_where_interpreted(backend: str, examples: int) -> settings:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_any_step_is_the_formula_to_rounding(backend: str, dtype: torch.dtype) -> None:
+def test_any_step_equals_formula_within_rounding(backend: str, dtype: torch.dtype) -> None:
     @few_where_interpreted(backend, 60)
     @given(plan=cases([dtype]))
     def check(plan: Shape) -> None:
@@ -71,9 +71,7 @@ def test_any_step_is_the_formula_to_rounding(backend: str, dtype: torch.dtype) -
 @pytest.mark.skipif(fastdiff.ops.backends.extension is None, reason="the C++ extension was not built")
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_forms_that_solvers_have_are_the_formula_and_each_output_is_what_it_is_alone(
-    dtype: torch.dtype, guided: bool
-) -> None:
+def test_solver_rows_equal_formula_and_outputs_are_independent(dtype: torch.dtype, guided: bool) -> None:
     for form in FORMS:
         case = form_case(form, dtype, random.randrange(2**32), guided=guided, size=random.randint(1, 150))
         out = case.poisoned_out()
@@ -91,7 +89,7 @@ def test_the_forms_that_solvers_have_are_the_formula_and_each_output_is_what_it_
 
 
 @given(plan=cases())
-def test_the_backend_chosen_by_device_gives_the_bits_of_the_forced_one(plan: Shape) -> None:
+def test_default_backend_matches_forced_one_bitwise(plan: Shape) -> None:
     # The two ways into the extension: at once, and through the checks.
     case = make(plan)
     chosen = fastdiff.ops.backend_for(case.sample)
@@ -99,7 +97,7 @@ def test_the_backend_chosen_by_device_gives_the_bits_of_the_forced_one(plan: Sha
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_tensor_whose_coefficients_are_zero_may_hold_anything(backend: str) -> None:
+def test_tensor_with_zero_coefficients_is_ignored(backend: str) -> None:
     @few_where_interpreted(backend, 60)
     @given(plan=cases(), poison=st.sampled_from([float("nan"), float("inf"), -float("inf")]))
     def check(plan: Shape, poison: float) -> None:
@@ -114,7 +112,7 @@ def test_a_tensor_whose_coefficients_are_zero_may_hold_anything(backend: str) ->
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_row_of_zeros_gives_zero_whatever_the_tensors_hold(backend: str) -> None:
+def test_row_of_zeros_gives_zero(backend: str) -> None:
     x = torch.full((2, 3), float("nan"), device=device_of(backend))
     case = Case(x, x, plain_row(p=1.0, q=1.0).to(x.device), history=[x] * 4, noise=x, keeps=2)
     for output in case.run(backend, out=case.poisoned_out()):
@@ -123,7 +121,7 @@ def test_a_row_of_zeros_gives_zero_whatever_the_tensors_hold(backend: str) -> No
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["x", "m", "d", "h0", "h3", "z"])
-def test_nan_in_a_used_tensor_reaches_the_output_and_no_other_element(backend: str, name: str) -> None:
+def test_nan_in_a_used_tensor_affects_only_its_element(backend: str, name: str) -> None:
     device = device_of(backend)
     tensors = {column: torch.ones(2, 5, device=device) for column in ("x", "m", "h0", "h3", "z")}
     # d is made of x and m: with clip, the comparison must not turn NaN into a bound.
@@ -138,7 +136,7 @@ def test_nan_in_a_used_tensor_reaches_the_output_and_no_other_element(backend: s
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_each_scalar_of_a_row_reaches_the_term_it_is_named_after(backend: str) -> None:
+def test_each_coefficient_affects_its_term(backend: str) -> None:
     # One coefficient at a time, each tensor a different power of 2: the value says which term it multiplied.
     device = device_of(backend)
     value = {"x": 2.0, "m": 4.0, "h0": 8.0, "h1": 16.0, "h2": 32.0, "h3": 64.0, "z": 128.0}
@@ -153,7 +151,7 @@ def test_each_scalar_of_a_row_reaches_the_term_it_is_named_after(backend: str) -
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_only_the_named_row_of_a_table_is_read(backend: str) -> None:
+def test_only_the_named_row_of_table_is_read(backend: str) -> None:
     device = device_of(backend)
     x, m = torch.randn(7, device=device), torch.randn(7, device=device)
     table = torch.full((5, 32), float("nan"), device=device)
@@ -162,7 +160,7 @@ def test_only_the_named_row_of_a_table_is_read(backend: str) -> None:
     assert torch.equal(output, 2 * x)
 
 
-def test_the_oracle_agrees_with_an_example_worked_by_hand() -> None:
+def test_oracle_matches_example_computed_by_hand() -> None:
     # m = 1 + 3·(2 − 1) = 4; d = ½·6 − 4 = −1, clamped to −0.75, then to −0.5 and divided by 0.5: −1.
     # std = √4 = 2; prev = 2·6 + 4 + 10·(−1) + 7 + 0.5·(3·2) = 16; keep = d = −1.
     row = plain_row(p=0.5, q=-1.0, clip=0.75, prev_x=2.0, prev_m=1.0, prev_d=10.0, prev_h1=1.0, prev_z=0.5, k0_d=1.0)
@@ -174,7 +172,7 @@ def test_the_oracle_agrees_with_an_example_worked_by_hand() -> None:
     assert [float(value[0]) for value, _ in evaluate(case, "reference")] == [16.0, -1.0]
 
 
-def test_the_oracle_bound_is_a_few_roundings_and_no_more() -> None:
+def test_oracle_bound_is_tight() -> None:
     # A tolerance that grew by mistake would let anything pass: here the outputs are of the size of 1 to 100.
     for seed in range(20):
         case = make(Shape(seed, torch.float32, (64,), "scalar", 15, True, 0, False, 2))
@@ -187,7 +185,7 @@ def test_the_oracle_bound_is_a_few_roundings_and_no_more() -> None:
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_bit_pattern_of_a_half_type_passes_unchanged(backend: str, dtype: torch.dtype) -> None:
+def test_every_half_bit_pattern_is_preserved(backend: str, dtype: torch.dtype) -> None:
     x = all_bit_patterns(dtype).to(device_of(backend))
     if backend == "triton" and INTERPRETED and dtype == torch.bfloat16:
         x = x[(x.abs() == 0) | ~(x.abs() < torch.finfo(dtype).tiny)]  # the interpreter reads subnormals as 0
@@ -199,7 +197,7 @@ def test_every_bit_pattern_of_a_half_type_passes_unchanged(backend: str, dtype: 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_float_to_half_rounds_as_torch_does_ties_included(backend: str, dtype: torch.dtype) -> None:
+def test_float_to_half_rounds_like_torch(backend: str, dtype: torch.dtype) -> None:
     if backend == "triton" and INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter cuts float32 off to bfloat16 instead of rounding it")
     if backend == "triton" and INTERPRETED:
@@ -225,7 +223,7 @@ def test_float_to_half_rounds_as_torch_does_ties_included(backend: str, dtype: t
 
 @pytest.fixture(scope="module")
 def results_of_builds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[Tensor, ...]] | str]:
-    """What each build gives on the same cases, or why the processor cannot run it; the seed is new in every run."""
+    """Return each build's results on the same cases, or why the processor cannot run it; the seed is random."""
     if fastdiff.ops.backends.extension is None:
         pytest.skip(fastdiff.ops.backends.extension_error)
     folder = tmp_path_factory.mktemp("builds")
@@ -247,7 +245,7 @@ def results_of_builds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, lis
 
 
 @pytest.mark.parametrize("build", ["avx2", "avx512"])
-def test_cpu_builds_agree_to_the_bit(results_of_builds: dict[str, list[tuple[Tensor, ...]] | str], build: str) -> None:
+def test_cpu_builds_agree_bitwise(results_of_builds: dict[str, list[tuple[Tensor, ...]] | str], build: str) -> None:
     generic, other = results_of_builds["generic"], results_of_builds[build]
     assert not isinstance(generic, str), generic
     if isinstance(other, str):
@@ -259,7 +257,7 @@ def test_cpu_builds_agree_to_the_bit(results_of_builds: dict[str, list[tuple[Ten
         assert_same_bits(a, b)
 
 
-def test_an_unknown_cpu_build_is_refused_by_name() -> None:
+def test_unknown_cpu_build_is_refused() -> None:
     if fastdiff.ops.backends.extension is None:
         pytest.skip(fastdiff.ops.backends.extension_error)
     environment = child_environment(FASTDIFF_CPU="sse9", FASTDIFF_BACKEND="cpu")
@@ -272,7 +270,7 @@ def test_an_unknown_cpu_build_is_refused_by_name() -> None:
 @pytest.mark.skipif(fastdiff.ops.backends.extension is None, reason="the C++ extension was not built")
 @settings(max_examples=12)
 @given(seed=st.integers(0, 2**32 - 1), dtype=st.sampled_from(DTYPES), batch=st.integers(1, 3))
-def test_one_and_two_threads_give_the_same_bits(seed: int, dtype: torch.dtype, batch: int) -> None:
+def test_results_are_independent_of_threads(seed: int, dtype: torch.dtype, batch: int) -> None:
     # Above two grains of 65536 elements the loop is shared out; samples of odd sizes straddle the shares.
     size = 2 * 65536 // batch + seed % 1000 + 1
     case = make(Shape(seed, dtype, (batch, size), "a sample", 3, True, 0, True, 1, True))

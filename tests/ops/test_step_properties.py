@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Coefficients and values at the ends of their range, zeros of both signs, and one tensor in several roles."""
+"""Coefficients and values at the limits of their range, signed zeros, and one tensor as several arguments."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 def examples_for(backend: str, examples: int) -> settings:
-    """A call of Triton's interpreter takes 10 ms and more: few examples, and no search for the smallest failure."""
+    """Return settings with few examples and no shrinking for Triton's interpreter, which takes 10 ms per call."""
     if backend == "triton" and INTERPRETED:
         return settings(max_examples=15, phases=[Phase.explicit, Phase.reuse, Phase.generate])
     return settings(max_examples=examples)
 
 
 def extreme(dtype: torch.dtype) -> list[float]:
-    """0 and 1 of both signs, the ends of the normal and of the subnormal numbers, and what overflows when squared."""
+    """Return ±0, ±1, the limits of normal and subnormal numbers, and numbers that overflow when squared."""
     info = torch.finfo(dtype)
     smallest = float(torch.nextafter(torch.zeros((), dtype=dtype), torch.ones((), dtype=dtype)))
     positive = [0.0, 1.0, 0.1, smallest, 7 * smallest, info.tiny, info.max, info.max**0.5 * 1.5, info.tiny**0.5]
@@ -45,7 +45,7 @@ def extreme(dtype: torch.dtype) -> list[float]:
 
 
 def extreme_case(seed: int, dtype: torch.dtype, keeps: int, guided: bool, clip: bool) -> Case:
-    """All tensors and all coefficients drawn from `extreme`; no learned variance, whose exp has a test of its own."""
+    """Return a case with all tensors and coefficients from `extreme`; learned variances are tested separately."""
     rng = np.random.default_rng(seed)
     plan = Shape(
         seed, dtype, (2, 17), "a sample" if guided else "none", int(rng.integers(16)), True, keeps=keeps, clip=clip
@@ -69,10 +69,10 @@ def extreme_case(seed: int, dtype: torch.dtype, keeps: int, guided: bool, clip: 
 
 
 def reach(case: Case) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """For each output how large m and d may become on the way, how large the sum, and what underflow in m and d adds.
+    """Return for each output the bounds of m and d, of the sum, and of the underflow error of m and d.
 
-    `evaluate` counts underflow at the outputs alone, where coefficients of order 1 leave it; here it is multiplied by
-    coefficients of up to the largest number.
+    `evaluate` counts underflow at the outputs only, for coefficients of order 1; here it is multiplied by coefficients
+    of up to the largest number.
     """
     # Half the smallest subnormal number an operation; four operations make m or d from numbers already rounded.
     unit = 2 * np.longdouble(2.0 ** (-1074 if case.sample.dtype == torch.float64 else -149))
@@ -101,7 +101,7 @@ def reach(case: Case) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_extreme_coefficients_and_values_are_the_formula_or_overflow(backend: str, dtype: torch.dtype) -> None:
+def test_extreme_values_equal_formula_or_overflow(backend: str, dtype: torch.dtype) -> None:
     if backend == "triton" and INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter reads bfloat16's subnormal numbers as 0")
 
@@ -131,7 +131,7 @@ def test_extreme_coefficients_and_values_are_the_formula_or_overflow(backend: st
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_negative_zero_is_a_zero_coefficient(backend: str) -> None:
+def test_negative_zero_is_a_zero_coefficient(backend: str) -> None:
     @examples_for(backend, 60)
     @given(plan=cases(), poison=st.sampled_from([float("nan"), float("inf")]))
     def check(plan: Shape, poison: float) -> None:
@@ -164,7 +164,7 @@ def test_one_and_minus_one_copy_negate_and_cancel_exactly(backend: str, dtype: t
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [0.0, -0.0])
-def test_a_guidance_scale_of_zero_is_the_unconditional_output(backend: str, scale: float) -> None:
+def test_guidance_scale_of_zero_gives_unconditional_output(backend: str, scale: float) -> None:
     device = device_of(backend)
     x, cond, uncond = torch.randn(3, 2, 9, device=device)
     row = plain_row(p=0.5, q=-0.5, clip=0.9, prev_x=0.5, prev_m=0.25, prev_d=2.0, k0_m=1.0).to(device)

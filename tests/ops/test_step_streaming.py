@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Steps that write past the caches give the bits of those that do not, and write nothing else."""
+"""Steps with nontemporal stores give the bits of ordinary ones, and write nothing else."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHAPES = st.tuples(st.integers(1, 3), SIZES)
 
 @contextmanager
 def streaming(above: int = 0) -> Iterator[None]:
-    """Steps of more than so many bytes write past the caches."""
+    """Use nontemporal stores for steps of more than so many bytes."""
     before = extension._nontemporal_above(above)
     try:
         yield
@@ -41,7 +41,7 @@ def streaming(above: int = 0) -> Iterator[None]:
         extension._nontemporal_above(before)
 
 
-def test_half_of_the_last_level_is_the_default() -> None:
+def test_default_threshold_is_half_of_last_level_cache() -> None:
     default = extension._nontemporal_above(0)
     extension._nontemporal_above(default)
     assert (1 << 18) <= default <= (1 << 31)
@@ -58,7 +58,7 @@ def test_new_outputs_have_the_same_bits(plan: Shape) -> None:
 
 @settings(max_examples=200)
 @given(plan=cases(DTYPES, shapes=SHAPES), offsets=st.tuples(*[st.sampled_from([0, 16, 17, 31])] * 3))
-def test_given_outputs_are_written_and_nothing_beside_them(plan: Shape, offsets: tuple[int, ...]) -> None:
+def test_only_given_outputs_are_written(plan: Shape, offsets: tuple[int, ...]) -> None:
     case = make(plan)
     expected = case.run("cpu")
     count = case.sample.numel()
@@ -96,7 +96,7 @@ def test_outputs_may_be_inputs(plan: Shape, places: list[str]) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_threads_share_a_large_step(threads: int, dtype: torch.dtype) -> None:
+def test_large_step_is_parallel(threads: int, dtype: torch.dtype) -> None:
     plan = Shape(random.randrange(2**32), dtype, (3, 70001), "a sample", 7, True, keeps=2)
     case = make(plan)
     case.table[0, 8:] = torch.randn(24)
@@ -112,7 +112,7 @@ def test_threads_share_a_large_step(threads: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("size", [8, 13, 40])
-def test_rows_registers_and_drawn_noise(size: int, channels_last: bool) -> None:
+def test_step_rows_registers_and_drawn_noise(size: int, channels_last: bool) -> None:
     def taken() -> list[Tensor]:
         generator = torch.Generator().manual_seed(5)
         x, m, *history = (torch.randn(4, 3, size, size, generator=generator) for _ in range(6))
@@ -130,7 +130,7 @@ def test_rows_registers_and_drawn_noise(size: int, channels_last: bool) -> None:
         assert_same_bits(taken(), expected)
 
 
-def test_the_models_next_input_is_made_of_what_was_written() -> None:
+def test_model_input_is_made_from_written_values() -> None:
     plan = Shape(3, torch.float32, (2, 1031), "scalar", 3, keeps=1)
     case = make(plan)
     made = [torch.full((4, 1031), float("nan"), dtype=torch.bfloat16) for _ in range(2)]
@@ -156,7 +156,7 @@ print("same")
 
 
 @pytest.mark.parametrize("build", ["generic", "avx2", "avx512"])
-def test_every_cpu_build_gives_the_same_bits(build: str) -> None:
+def test_every_cpu_build_gives_same_bits(build: str) -> None:
     seed = str(random.randrange(2**32))
     environment = child_environment(FASTDIFF_CPU=build, FASTDIFF_BACKEND="")
     command = [sys.executable, "-c", _BUILD, build, seed]

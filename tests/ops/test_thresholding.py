@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The threshold a sample of dynamic thresholding is the quantile that torch takes."""
+"""Threshold per sample of dynamic thresholding: torch's quantile."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LERP_ROUNDINGS = 3
     ratio=RATIOS,
     scale=st.sampled_from([0.3, 1.0, 5.0]),
 )
-def test_the_threshold_is_the_linear_quantile_to_rounding(
+def test_threshold_is_linear_quantile_within_rounding(
     seed: int, dtype: torch.dtype, shape: tuple[int, ...], ratio: float, scale: float
 ) -> None:
     x0 = (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
@@ -51,14 +51,14 @@ def test_the_threshold_is_the_linear_quantile_to_rounding(
     assert bool(((got.double() - by_torch).abs() <= slack).all())
 
 
-def test_more_elements_than_torch_quantile_takes_are_no_trouble() -> None:
+def test_samples_too_long_for_torch_quantile_work() -> None:
     x0 = torch.arange(2**24 + 2, dtype=torch.float64)[None]  # torch.quantile stops at 16 million
     expected = 0.995 * (2**24 + 1)
     assert dynamic_threshold(x0, 0.995, 1e9).item() == pytest.approx(expected, rel=1e-12)
 
 
 @given(seed=st.integers(0, 2**32 - 1), ratio=RATIOS, most=st.sampled_from([0.3, 0.5, 1.0, 1.5, 100.0]))
-def test_the_threshold_is_the_quantile_clamped_as_torch_clamps(seed: int, ratio: float, most: float) -> None:
+def test_threshold_is_quantile_clamped_like_torch(seed: int, ratio: float, most: float) -> None:
     # torch.clamp(s, min=1, max=most) takes the upper bound last: below 1 it is the result.
     x0 = 3 * torch.randn(4, 33, generator=torch.Generator().manual_seed(seed))
     got = dynamic_threshold(x0, ratio, most)
@@ -84,14 +84,14 @@ def test_finite_values_of_any_size_give_a_finite_threshold(ratio: float) -> None
         assert bool(torch.isfinite(dynamic_threshold(x0, ratio, 2.0)).all())
 
 
-def test_an_infinite_value_above_the_quantile_does_not_make_it_nan() -> None:
+def test_infinite_value_above_quantile_gives_no_nan() -> None:
     # A half-precision overflow in one element: the quantile below it is a number, and weight 0 of infinity is nothing.
     x0 = torch.tensor([[1.0, 2.0, math.inf]])
     assert dynamic_threshold(x0, 0.5, 10.0).tolist() == [2.0]
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-def test_where_there_is_no_quantile_the_largest_bound_serves(bad: float) -> None:
+def test_largest_bound_applies_without_quantile(bad: float) -> None:
     # All of the largest numbers infinite, or one not a number: the others are still to be scaled by something finite.
     x0 = torch.tensor([[1.0, 2.0, bad, bad], [1.0, 2.0, 3.0, 4.0]])
     assert dynamic_threshold(x0, 1.0, 10.0).tolist() == [10.0, 4.0]
@@ -99,7 +99,7 @@ def test_where_there_is_no_quantile_the_largest_bound_serves(bad: float) -> None
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (3,), (1,)])
-def test_degenerate_shapes_have_a_threshold_a_sample(shape: tuple[int, ...]) -> None:
+def test_degenerate_shapes_have_threshold_per_sample(shape: tuple[int, ...]) -> None:
     got = dynamic_threshold(torch.full(shape, 4.0), 0.9, 10.0)
     assert got.shape == shape[:1]
     # Of no element at all there is no quantile: the smallest bound does no harm.

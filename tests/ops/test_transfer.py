@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What goes to a device: nothing is copied where it is there, and copies of a table bring their own."""
+"""Copies to a device: none if the tensor is there, and copies of a table have their own."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fastdiff import device_copy as transfer
 from fastdiff.device_copy import OnDevice, to_device
 
 
-def test_tensor_that_is_there_is_the_callers_own() -> None:
+def test_tensor_on_device_is_returned_itself() -> None:
     x = torch.randn(3)
     assert to_device(x, "cpu") is x
     assert OnDevice(x, x.device).get() is x
 
 
-def test_host_memory_goes_to_cuda_pinned_and_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU no more can be seen than which copy is asked for."""
+def test_host_tensor_is_copied_to_cuda_pinned_without_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU only the requested copy can be checked."""
     asked: list[str] = []
 
     class Host:
@@ -44,7 +44,7 @@ def test_host_memory_goes_to_cuda_pinned_and_without_waiting(monkeypatch: pytest
     assert asked[2:] == ["cuda:1 False"]
 
 
-def test_copies_of_a_table_leave_its_rows_on_devices_behind() -> None:
+def test_copies_of_table_drop_device_rows() -> None:
     table = create_sampler("linear", "ddim", num_inference_steps=3, thresholding=True).table
     for prediction in (False, True):
         rows = table.shared_rows(torch.float16, torch.device("cpu"), prediction=prediction)
@@ -59,7 +59,7 @@ def test_copies_of_a_table_leave_its_rows_on_devices_behind() -> None:
 
 
 @pytest.mark.gpu
-def test_tensor_brought_on_one_stream_is_there_on_another() -> None:
+def test_tensor_copied_on_one_stream_is_available_on_another() -> None:
     values = torch.arange(5, dtype=torch.float64)
     first, second = torch.cuda.Stream(), torch.cuda.Stream()
     with torch.cuda.stream(first):

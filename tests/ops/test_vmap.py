@@ -48,7 +48,7 @@ ARGUMENTS: dict[str, dict[str, tuple[Any, int | None]]] = {
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_a_mapped_step_is_a_loop_of_steps(name: str) -> None:
+def test_mapped_step_equals_loop_of_steps(name: str) -> None:
     given = ARGUMENTS[name]
     names = ["sample", "model_output", *given]
     values = [torch.randn(SIZE, *SHAPE), torch.randn(*SHAPE), *(value for value, _ in given.values())]
@@ -70,7 +70,7 @@ def test_a_mapped_step_is_a_loop_of_steps(name: str) -> None:
     assert_same_bits(mapped, [torch.stack(results) for results in zip(*one_by_one, strict=True)])
 
 
-def test_a_sample_without_dimensions_and_two_mapped_dimensions_fold_too() -> None:
+def test_zero_dimensional_samples_and_two_mapped_dimensions_work() -> None:
     x, m, table = torch.randn(4, 5), torch.randn(4, 5), tables()
     threshold = torch.tensor([0.5])
     step = lambda x, m: ops.step(x, m, table, 1, threshold=threshold)[0]  # noqa: E731
@@ -79,7 +79,7 @@ def test_a_sample_without_dimensions_and_two_mapped_dimensions_fold_too() -> Non
 
 
 @pytest.mark.parametrize("copies", [1, 2])
-def test_the_operator_s_model_input_is_mapped(copies: int) -> None:
+def test_model_input_of_operator_is_mapped(copies: int) -> None:
     x, table = torch.randn(SIZE, *SHAPE), tables()
 
     def step(x: Tensor) -> list[Tensor]:
@@ -92,14 +92,14 @@ def test_the_operator_s_model_input_is_mapped(copies: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_mapped_noise_is_a_loop_s(dtype: torch.dtype) -> None:
+def test_mapped_noise_equals_loop(dtype: torch.dtype) -> None:
     seeds, step = torch.arange(6).reshape(3, 2), torch.arange(3)
     draw = lambda seeds, step: fastdiff.randn((2, 3, 5), seeds, step, dtype=dtype)  # noqa: E731
     expected = torch.stack([draw(a, b) for a, b in zip(seeds, step, strict=True)])
     assert_same_bits([vmap(draw)(seeds, step)], [expected])
 
 
-def test_rows_that_write_registers_are_refused_with_what_to_call_instead() -> None:
+def test_step_rows_with_registers_is_refused_with_alternative() -> None:
     table, rows, register = plain_row(prev_x=1.0), torch.tensor([0, 0]), torch.zeros(2, 3)
     with pytest.raises(
         RuntimeError, match=r"^step_rows: history is written in place and vmap .* ops\.step\(row_index="
@@ -116,7 +116,7 @@ def loss(x: Tensor, m: Tensor, table: Tensor, backend: str | None = None) -> Ten
 
 
 @pytest.mark.parametrize("clip", [float("inf"), 0.8])
-def test_grad_vjp_and_jacrev_are_autograd_s(clip: float) -> None:
+def test_grad_vjp_and_jacrev_match_autograd(clip: float) -> None:
     x, m = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True), torch.randn(SHAPE, dtype=torch.float64)
     table = tables(clip=clip).double()
     (expected,) = torch.autograd.grad(loss(x, m, table), x)
@@ -130,21 +130,21 @@ def test_grad_vjp_and_jacrev_are_autograd_s(clip: float) -> None:
 
 
 @pytest.mark.parametrize("clip", [float("inf"), 0.8])
-def test_second_derivatives_are_those_of_the_reference(clip: float) -> None:
+def test_second_derivatives_equal_reference(clip: float) -> None:
     x, m, table = torch.randn(SHAPE).double(), torch.randn(SHAPE).double(), tables(clip=clip).double()
     second = grad(lambda x, backend: grad(loss)(x, m, table, backend).square().sum())
     # As above, once more multiplied by numbers below 10⁴.
     torch.testing.assert_close(second(x, None), second(x, "reference"), rtol=0.0, atol=100 * 1e8 * 2.0**-53)
 
 
-def test_gradients_a_sample_are_those_of_samples_alone() -> None:
+def test_per_sample_gradients_equal_separate_samples() -> None:
     x, m, table = torch.randn(SIZE, *SHAPE).double(), torch.randn(SIZE, *SHAPE).double(), tables().double()
     together = vmap(grad(loss), (0, 0, None))(x, m, table)
     alone = torch.stack([grad(loss)(a, b, table) for a, b in zip(x, m, strict=True)])
     torch.testing.assert_close(together, alone, rtol=0.0, atol=100 * 1e4 * 2.0**-53)
 
 
-def test_forward_mode_is_refused_with_a_way_out() -> None:
+def test_forward_mode_is_refused_with_alternative() -> None:
     x, table = torch.ones(2, 3), plain_row(prev_x=3.0)
     with pytest.raises(RuntimeError, match=r"^step: sample carries a forward-mode tangent .* torch\.func\.vjp$"):
         torch.func.jvp(lambda x: ops.step(x, x, table, 0)[0], (x,), (x,))

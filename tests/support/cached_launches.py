@@ -201,7 +201,7 @@ CONFIGS: list[dict[str, config.Config]] = [
 ]  # fmt: skip
 
 
-def test_what_is_cached_is_launched_as_the_jit_would_have(
+def test_cached_kernels_are_launched_like_jit(
     monkeypatch: pytest.MonkeyPatch, driver: RecordingDriver, asked: list[str]
 ) -> None:
     seen = compared(monkeypatch)
@@ -230,7 +230,7 @@ def test_what_is_cached_is_launched_as_the_jit_would_have(
 
 
 @pytest.mark.parametrize("device", range(3))
-def test_the_second_launch_does_not_ask_the_jit(driver: RecordingDriver, asked: list[str], device: int) -> None:
+def test_second_launch_does_not_call_jit(driver: RecordingDriver, asked: list[str], device: int) -> None:
     driver.device = device
     x = torch.empty(2, 64)
     all_kernels(x)
@@ -242,7 +242,7 @@ def test_the_second_launch_does_not_ask_the_jit(driver: RecordingDriver, asked: 
     assert [(f, grid, s, m) for f, grid, s, m, _ in LAUNCHES[len(first) :]] == [(f, g, s, m) for f, g, s, m, _ in first]
 
 
-def test_what_varies_from_step_to_step_is_one_cached_kernel(asked: list[str]) -> None:
+def test_varying_step_arguments_share_one_cached_kernel(asked: list[str]) -> None:
     x, seeds = torch.empty(2, 64), torch.tensor([1, 2])
     tables = [torch.empty(count, 32) for count in (1, 16, 33)]
     for table, row, number in itertools.product(tables, (0, 1, 16), (0, 1, 16, 2**31, 2**32 - 1)):
@@ -262,9 +262,7 @@ def test_what_varies_from_step_to_step_is_one_cached_kernel(asked: list[str]) ->
     assert asked == ["_step_kernel", "_randn_kernel"]
 
 
-def test_device_of_the_tensors_is_the_current_one_during_the_launch(
-    monkeypatch: pytest.MonkeyPatch, driver: RecordingDriver
-) -> None:
+def test_launch_runs_on_device_of_tensors(monkeypatch: pytest.MonkeyPatch, driver: RecordingDriver) -> None:
     guarded: list[torch.device] = []
 
     class Guard:
@@ -299,7 +297,7 @@ def plain_step() -> None:
     step.launch(call_of(x, rows=3, row_index=1))
 
 
-def test_launch_hooks_are_called_through_the_jit(asked: list[str]) -> None:
+def test_launch_hooks_are_called_via_jit(asked: list[str]) -> None:
     plain_step()
     plain_step()
     assert len(asked) == 1
@@ -323,7 +321,7 @@ def test_launch_hooks_are_called_through_the_jit(asked: list[str]) -> None:
     assert len(asked) == 3
 
 
-def test_a_function_in_the_place_of_the_hooks_is_called(monkeypatch: pytest.MonkeyPatch, asked: list[str]) -> None:
+def test_function_in_place_of_hooks_is_called(monkeypatch: pytest.MonkeyPatch, asked: list[str]) -> None:
     plain_step()
     told: list[Any] = []
     monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", told.append)
@@ -335,7 +333,7 @@ def test_a_function_in_the_place_of_the_hooks_is_called(monkeypatch: pytest.Monk
     ("knobs", "name", "value"),
     [("runtime", "debug", True), ("compilation", "instrumentation_mode", "consan")],
 )
-def test_what_changes_the_compiler_goes_through_the_jit(
+def test_compiler_options_use_jit(
     monkeypatch: pytest.MonkeyPatch, asked: list[str], knobs: str, name: str, value: Any
 ) -> None:
     plain_step()
@@ -347,7 +345,7 @@ def test_what_changes_the_compiler_goes_through_the_jit(
     assert LAUNCHES[0][0] != LAUNCHES[1][0] == LAUNCHES[2][0]
 
 
-def test_an_unknown_triton_goes_through_the_jit_and_says_so(monkeypatch: pytest.MonkeyPatch, asked: list[str]) -> None:
+def test_unknown_triton_uses_jit_with_reason(monkeypatch: pytest.MonkeyPatch, asked: list[str]) -> None:
     monkeypatch.setattr(triton, "__version__", "9.1.0")
     assert "triton is 9.1.0" in launch._unknown_runtime()
     monkeypatch.setattr(launch, "_unknown", launch._unknown_runtime())
@@ -357,7 +355,7 @@ def test_an_unknown_triton_goes_through_the_jit_and_says_so(monkeypatch: pytest.
     assert len(asked) == len(LAUNCHES) == 3
 
 
-def test_a_kind_of_gpu_that_was_not_read_goes_through_the_jit_and_is_named(
+def test_unsupported_gpu_uses_jit_with_reason(
     monkeypatch: pytest.MonkeyPatch, driver: RecordingDriver, asked: list[str]
 ) -> None:
     monkeypatch.setattr(launch, "TARGETS", ("cuda",))
@@ -371,7 +369,7 @@ def test_a_kind_of_gpu_that_was_not_read_goes_through_the_jit_and_is_named(
 
 
 @pytest.mark.parametrize("vendor", ["nvidia", "amd"])
-def test_vendors_launchers_take_what_is_handed_over(vendor: str) -> None:
+def test_vendor_launchers_accept_arguments(vendor: str) -> None:
     driver = importlib.import_module(f"triton.backends.{vendor}.driver")
     launcher = driver.CudaLauncher if vendor == "nvidia" else driver.HIPLauncher
     given = inspect.signature(launcher.__call__).bind("self", 5, 1, 1, 1234, "function", "packed", None, None, None, 7)
@@ -384,7 +382,7 @@ def test_vendors_launchers_take_what_is_handed_over(vendor: str) -> None:
     assert rest == [7]
 
 
-def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_MOST_HELD", 3)
     for size in range(1, 9):
         x = torch.empty(1, size)
@@ -392,7 +390,7 @@ def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(step._step._cached) <= 3
 
 
-def test_more_programs_than_a_launch_takes_are_refused() -> None:
+def test_too_many_programs_are_refused() -> None:
     x = torch.empty(16)
     with pytest.raises(ValueError, match=r"^_step_kernel: .* 2147483648 programs, expected 2147483647 or fewer"):
         step._step(2**31, (x,), (), (), 4)
@@ -427,7 +425,7 @@ def test_compiled_kernels_are_cached_for_every_vendor(
     assert [kernel.metadata.target for kernel in cached] == [target]
 
 
-def test_host_time_of_a_cached_launch_is_below_the_jit_s(capsys: pytest.CaptureFixture[str]) -> None:
+def test_host_time_of_cached_launch_is_below_jit(capsys: pytest.CaptureFixture[str]) -> None:
     # With a driver that does nothing: Python's part alone, of which a cached launch does a fraction.
     x, seeds = torch.empty(2, 64), torch.tensor([1, 2])
     call = replace(call_of(x, rows=3, row_index=1), uncond=x, guidance_scale=torch.empty(1), seeds=seeds)
