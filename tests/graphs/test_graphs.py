@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Captured loops, by an emulation of CUDA graphs on the CPU: the bits of the eager loop, for other inputs."""
+"""Captured loops, with an emulation of CUDA graphs on the CPU: the bits of the eager loop for any inputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MODES = ("loop", "step")
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> list[EmulatedGraph]:
-    """Let the CPU capture; gives the graphs that are made."""
+    """Enable emulated capture on the CPU; return the list of graphs."""
     monkeypatch.setitem(recorder.RECORDERS, "cpu", EmulatedGraph)
     monkeypatch.setattr(EmulatedGraph, "made", [])
     return EmulatedGraph.made
@@ -46,7 +46,7 @@ def _eager(sampler: BaseSampler, model: Any, inputs: Inputs, **options: Any) -> 
 
 
 def _poison(loop: CapturedLoop, graph: EmulatedGraph) -> None:
-    """Everything that a replay has to write before it reads."""
+    """Poison all memory that a replay has to write before it reads."""
     graph.poison()
     for buffer in (loop._x, loop._prepared, loop._guidance, *loop._registers, *loop._conditions.tensors()):
         if buffer is not None:
@@ -80,7 +80,7 @@ def _check(name: str, guidance: str, mode: str, dtype: torch.dtype = torch.float
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_captured_loop_gives_the_bits_of_the_eager_loop(name: str, emulated: list[EmulatedGraph]) -> None:
+def test_captured_loop_matches_eager_loop_bitwise(name: str, emulated: list[EmulatedGraph]) -> None:
     # All pairs of the two ways with the ways of guidance would be eight times as many; each way meets every kind.
     i = list(METHODS).index(name)
     _check(name, GUIDANCE[i % 4], MODES[i // 4 % 2])
@@ -90,7 +90,7 @@ def test_captured_loop_gives_the_bits_of_the_eager_loop(name: str, emulated: lis
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("guidance", GUIDANCE)
 @pytest.mark.parametrize("name", ["ddpm-learned_range", "ddpm-learned", "heun-churn", "multistep-dpmsolver++-3"])
-def test_captured_loop_thresholds_and_scales_as_the_eager_loop(
+def test_captured_loop_thresholds_and_scales_like_eager_loop(
     name: str, guidance: str, mode: str, emulated: list[EmulatedGraph]
 ) -> None:
     _check(name, guidance, mode, fields={"thresholding": True, "sample_max_value": 1.5})
@@ -109,7 +109,7 @@ def test_captured_loop_thresholds_and_scales_as_the_eager_loop(
     ],
     ids=str,
 )
-def test_captured_loop_converts_as_the_eager_loop(
+def test_captured_loop_converts_like_eager_loop(
     dtype: torch.dtype, model_dtype: torch.dtype | None, guidance: str, mode: str, emulated: list[EmulatedGraph]
 ) -> None:
     _check("multistep-sde-dpmsolver++-2", guidance, mode, dtype, model_dtype=model_dtype)
@@ -131,13 +131,13 @@ def test_captured_loop_keeps_layouts(emulated: list[EmulatedGraph]) -> None:
 
 
 @pytest.mark.skipif(not INTERPRETED or bool(backends.why_missing("triton")), reason="needs Triton's interpreter")
-def test_captured_loop_by_triton_gives_the_bits_of_its_eager_loop(emulated: list[EmulatedGraph]) -> None:
+def test_captured_loop_by_triton_matches_eager_loop_bitwise(emulated: list[EmulatedGraph]) -> None:
     # The interpreter takes 20 ms and more a launch.
     _check("multistep-sde-dpmsolver++-2", "batched", "loop", seeds=(1,), fields={"steps": 2}, backend="triton")
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_captured_loop_starts_from_the_tables_own_deviation(mode: str, emulated: list[EmulatedGraph]) -> None:
+def test_captured_loop_starts_from_init_noise_sigma(mode: str, emulated: list[EmulatedGraph]) -> None:
     sampler, model, inputs = sampler_of("euler-churn"), Model(), Inputs(3)
     object.__setattr__(sampler.table, "initial_scale", 1.37)
     expected = _eager(sampler, model, inputs)
@@ -145,7 +145,7 @@ def test_captured_loop_starts_from_the_tables_own_deviation(mode: str, emulated:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_captured_digits_are_those_of_the_eager_loop(
+def test_captured_digits_equal_eager_loop(
     mode: str, emulated: list[EmulatedGraph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("safetensors")
@@ -164,7 +164,7 @@ def test_captured_digits_are_those_of_the_eager_loop(
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("guidance", GUIDANCE)
-def test_captured_loop_reads_its_buffers_the_table_and_the_weights(
+def test_captured_loop_reads_only_buffers_table_and_weights(
     guidance: str, mode: str, emulated: list[EmulatedGraph]
 ) -> None:
     sampler = sampler_of("ddpm-learned_range", guidance, thresholding=True)
@@ -181,7 +181,7 @@ def test_captured_loop_reads_its_buffers_the_table_and_the_weights(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_captured_loop_reads_weights_that_change_in_place(mode: str, emulated: list[EmulatedGraph]) -> None:
+def test_captured_loop_sees_in_place_weight_changes(mode: str, emulated: list[EmulatedGraph]) -> None:
     sampler, model, inputs = sampler_of("ddim-0.0"), Model(), Inputs(1)
     _eager(sampler, model, inputs, cuda_graph=mode)
     with torch.no_grad():
@@ -194,7 +194,7 @@ def test_captured_loop_reads_weights_that_change_in_place(mode: str, emulated: l
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_captured_loop_takes_tensors_in_nested_keyword_arguments(mode: str, emulated: list[EmulatedGraph]) -> None:
+def test_captured_loop_accepts_nested_keyword_tensors(mode: str, emulated: list[EmulatedGraph]) -> None:
     def model(x: Tensor, t: Tensor, *, added: dict[str, Any], gain: float) -> Tensor:
         return gain * torch.tanh(x + added["shift"] + added["list"][0])
 
@@ -222,7 +222,7 @@ def test_captured_loop_takes_tensors_in_nested_keyword_arguments(mode: str, emul
         loop.replay(inputs.latents, model_kwargs={"added": {"shift": 0.1, "list": [torch.zeros(1)]}, "gain": 0.5})
 
 
-def test_captured_loop_takes_a_guidance_scale_a_sample(emulated: list[EmulatedGraph]) -> None:
+def test_captured_loop_accepts_guidance_scale_per_sample(emulated: list[EmulatedGraph]) -> None:
     sampler, model, first, inputs = sampler_of("ddim-0.0"), Model(), Inputs(0, "batched"), Inputs(1, "batched")
     loop = sampler.capture(model, first.latents, *first.conditions, guidance_scale=torch.ones(SHAPE[0]))
     scales = torch.tensor([1.5, 1.0, -2.0])
@@ -239,7 +239,7 @@ def test_captured_loop_takes_a_guidance_scale_a_sample(emulated: list[EmulatedGr
         loop.replay(inputs.latents, *inputs.conditions, guidance_scale=torch.ones(2))
 
 
-def test_guidance_of_one_is_another_graph_and_other_scales_are_not(emulated: list[EmulatedGraph]) -> None:
+def test_guidance_scale_of_one_is_a_separate_graph(emulated: list[EmulatedGraph]) -> None:
     sampler, model = sampler_of("ddim-0.0", "batched"), Model()
     for i, (scale, graphs) in enumerate(((2.0, 1), (7.5, 1), (1.0, 2), (-1.0, 2), (1.0, 2))):
         inputs = Inputs(i, "batched")
@@ -254,7 +254,7 @@ def test_guidance_of_one_is_another_graph_and_other_scales_are_not(emulated: lis
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
-def test_seeds_that_are_not_given_come_from_torchs_generator(name: str, emulated: list[EmulatedGraph]) -> None:
+def test_missing_seeds_come_from_torch_generator(name: str, emulated: list[EmulatedGraph]) -> None:
     sampler, model, latents = sampler_of(name), Model(), Inputs(1).latents
 
     def drawn() -> Tensor:
@@ -267,7 +267,7 @@ def test_seeds_that_are_not_given_come_from_torchs_generator(name: str, emulated
     assert_same_bits([drawn(), drawn()], [first, second])
 
 
-def test_a_result_is_not_written_by_the_next_replay(emulated: list[EmulatedGraph]) -> None:
+def test_next_replay_keeps_result(emulated: list[EmulatedGraph]) -> None:
     sampler, model = sampler_of("ddim-0.0"), Model()
     first = _eager(sampler, model, Inputs(1), cuda_graph=True)
     before = first.clone()
@@ -279,7 +279,7 @@ def test_a_result_is_not_written_by_the_next_replay(emulated: list[EmulatedGraph
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_emulation_catches_a_step_index_that_is_baked_in(
+def test_emulation_detects_constant_step_index(
     mode: str, emulated: list[EmulatedGraph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def take_row(self: CapturedLoop) -> None:
@@ -299,7 +299,7 @@ def test_emulation_catches_a_step_index_that_is_baked_in(
     assert torch.equal(got, expected) == (mode == "loop")
 
 
-def test_emulation_catches_a_guidance_scale_that_is_baked_in(
+def test_emulation_detects_constant_guidance_scale(
     emulated: list[EmulatedGraph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest = CapturedLoop._take_row
@@ -339,7 +339,7 @@ def _conditional(x: Tensor) -> Tensor:
     ],
     ids=["item", "if", "float", "mask", "nonzero", "randn", "dropout", "cpu", "tensor", "tolist", "numpy"],
 )
-def test_capture_refuses_what_a_graph_cannot_hold(
+def test_capture_refuses_unsupported_operations(
     fault: Callable[[Tensor], Tensor], emulated: list[EmulatedGraph]
 ) -> None:
     sampler = sampler_of("ddim-0.0")
@@ -357,7 +357,7 @@ def test_capture_refuses_what_a_graph_cannot_hold(
 
 @pytest.mark.parametrize("name", ["ddpm-learned_range", "heun", "multistep-dpmsolver++-2"])
 @pytest.mark.parametrize("guidance", GUIDANCE)
-def test_callback_of_captured_steps_is_told_what_the_eager_loop_tells(
+def test_callback_of_captured_steps_gets_arguments_of_eager_loop(
     name: str, guidance: str, emulated: list[EmulatedGraph]
 ) -> None:
     sampler, model, inputs = sampler_of(name, guidance), model_of(name), Inputs(1, guidance)
@@ -370,7 +370,7 @@ def test_callback_of_captured_steps_is_told_what_the_eager_loop_tells(
         assert_same_bits([a.sample, a.model_output], [b.sample, b.model_output])
 
 
-def test_callback_is_shown_the_output_of_a_model_that_returns_its_input(emulated: list[EmulatedGraph]) -> None:
+def test_callback_sees_output_of_model_that_returns_input(emulated: list[EmulatedGraph]) -> None:
     sampler, inputs = sampler_of("ddim-0.0"), Inputs(1)
     told: dict[str, list[StepInfo]] = {"eager": [], "step": []}
     _eager(sampler, lambda x, t: x, inputs, callback=told["eager"].append)
@@ -389,7 +389,7 @@ def test_callback_can_stop_captured_steps_and_may_not_replay_them(emulated: list
     assert_same_bits([loop.replay(inputs.latents)], [_eager(sampler, model, inputs)])
 
 
-def test_result_of_a_captured_loop_has_its_time(emulated: list[EmulatedGraph]) -> None:
+def test_result_of_captured_loop_has_time(emulated: list[EmulatedGraph]) -> None:
     result = sampler_of("heun").sample(Model(), Inputs(1).latents, cuda_graph=True)
     assert result.steps == 9
     assert result.processing_time > 0
@@ -399,7 +399,7 @@ def test_result_of_a_captured_loop_has_its_time(emulated: list[EmulatedGraph]) -
     assert again.processing_time == result.processing_time
 
 
-def test_samples_of_a_captured_loop_are_looked_at(emulated: list[EmulatedGraph]) -> None:
+def test_samples_of_captured_loop_are_checked(emulated: list[EmulatedGraph]) -> None:
     sampler, latents = sampler_of("ddim-0.0"), Inputs(1).latents
     with pytest.raises(ValueError, match="samples became NaN or infinite"):
         sampler.sample(lambda x, t: x * float("nan"), latents, cuda_graph=True)
@@ -420,7 +420,7 @@ def test_samples_of_a_captured_loop_are_looked_at(emulated: list[EmulatedGraph])
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_sample_refuses_what_a_graph_has_no_place_for(
+def test_sample_refuses_options_unsupported_by_graphs(
     options: dict[str, Any], message: str, emulated: list[EmulatedGraph]
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -428,7 +428,7 @@ def test_sample_refuses_what_a_graph_has_no_place_for(
     assert not emulated
 
 
-def test_sample_refuses_graphs_where_there_are_none() -> None:
+def test_sample_refuses_graphs_without_cuda() -> None:
     for call in (sampler_of("ddim-0.0").sample, sampler_of("ddim-0.0").capture):
         options = {"cuda_graph": True} if call.__name__ == "sample" else {}
         with pytest.raises(
@@ -437,7 +437,7 @@ def test_sample_refuses_graphs_where_there_are_none() -> None:
             call(Model(), Inputs(0).latents, **options)
 
 
-def test_replay_refuses_inputs_of_another_form(emulated: list[EmulatedGraph]) -> None:
+def test_replay_refuses_inputs_of_other_shape_or_dtype(emulated: list[EmulatedGraph]) -> None:
     sampler, model, inputs = sampler_of("ddim-1.0", "batched"), Model(), Inputs(0, "batched")
     loop = sampler.capture(model, inputs.latents, *inputs.conditions, guidance_scale=2.0)
     expected = loop.replay(inputs.latents, *inputs.conditions, seeds=inputs.seeds)
@@ -462,7 +462,7 @@ def test_replay_refuses_inputs_of_another_form(emulated: list[EmulatedGraph]) ->
 # --- The loops that a sampler keeps ----------------------------------------------------------------------------------
 
 
-def test_sampler_keeps_a_loop_for_each_form_of_inputs(emulated: list[EmulatedGraph]) -> None:
+def test_sampler_caches_loop_per_input_signature(emulated: list[EmulatedGraph]) -> None:
     sampler, model = sampler_of("ddim-1.0", "batched"), Model()
     plain, guided = Inputs(0), Inputs(0, "batched")
 
@@ -485,7 +485,7 @@ def test_sampler_keeps_a_loop_for_each_form_of_inputs(emulated: list[EmulatedGra
     assert graphs(plain) == 6
 
 
-def test_sampler_keeps_few_loops_and_drops_the_one_unused_longest(emulated: list[EmulatedGraph]) -> None:
+def test_sampler_cache_evicts_least_recently_used_loop(emulated: list[EmulatedGraph]) -> None:
     sampler, models = sampler_of("ddim-0.0"), [Model() for _ in range(CAPACITY + 1)]
     for model in (*models[:CAPACITY], models[0], models[CAPACITY]):
         _eager(sampler, model, Inputs(0), cuda_graph=True)
@@ -496,7 +496,7 @@ def test_sampler_keeps_few_loops_and_drops_the_one_unused_longest(emulated: list
     assert len(emulated) == CAPACITY + 2
 
 
-def test_sampler_does_not_hold_models_and_a_captured_loop_does(emulated: list[EmulatedGraph]) -> None:
+def test_sampler_cache_does_not_keep_models_alive(emulated: list[EmulatedGraph]) -> None:
     sampler, latents = sampler_of("ddim-0.0"), Inputs(0).latents
     model = Model()
     sampler.sample(model, latents, cuda_graph=True)
@@ -515,7 +515,7 @@ def test_sampler_does_not_hold_models_and_a_captured_loop_does(emulated: list[Em
     assert_same_bits([loop.replay(latents)], [expected])
 
 
-def test_copies_of_a_sampler_leave_its_loops_behind(emulated: list[EmulatedGraph]) -> None:
+def test_copies_of_sampler_drop_captured_loops(emulated: list[EmulatedGraph]) -> None:
     sampler, model, inputs = sampler_of("ancestral"), Model(), Inputs(0)
     expected = _eager(sampler, model, inputs, cuda_graph=True)
     for other in (copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
@@ -524,7 +524,7 @@ def test_copies_of_a_sampler_leave_its_loops_behind(emulated: list[EmulatedGraph
     assert len(sampler._graphs) == 1
 
 
-def test_threads_take_turns(emulated: list[EmulatedGraph]) -> None:
+def test_threads_replay_one_at_a_time(emulated: list[EmulatedGraph]) -> None:
     sampler, model = sampler_of("ancestral"), Model()
     expected = [_eager(sampler, model, Inputs(i)) for i in range(4)]
     results: list[list[Tensor]] = [[] for _ in expected]
@@ -543,7 +543,7 @@ def test_threads_take_turns(emulated: list[EmulatedGraph]) -> None:
     assert len(emulated) == 1
 
 
-def test_loops_captured_in_inference_mode_serve_outside_of_it(emulated: list[EmulatedGraph]) -> None:
+def test_loops_captured_in_inference_mode_work_outside(emulated: list[EmulatedGraph]) -> None:
     sampler, model, inputs = sampler_of("ancestral"), Model(), Inputs(0)
     with torch.inference_mode():
         _eager(sampler, model, inputs, cuda_graph=True)
@@ -559,7 +559,7 @@ def test_loops_captured_in_inference_mode_serve_outside_of_it(emulated: list[Emu
 @pytest.mark.parametrize("seeded", [True, False], ids=["seeds", "generator"])
 @pytest.mark.parametrize("guidance", GUIDANCE)
 @pytest.mark.parametrize("thresholding", [True, False], ids=["thresholding", "plain"])
-def test_eager_loop_looks_at_no_value(thresholding: bool, guidance: str, seeded: bool) -> None:
+def test_eager_loop_reads_no_value(thresholding: bool, guidance: str, seeded: bool) -> None:
     for name in METHODS:
         sampler, inputs = sampler_of(name, guidance, thresholding=thresholding), Inputs(1, guidance)
         model = GuidedModel(
@@ -582,7 +582,7 @@ def test_eager_loop_looks_at_no_value(thresholding: bool, guidance: str, seeded:
         assert not result.samples.isnan().any()
 
 
-def test_eager_loop_that_looks_is_seen() -> None:
+def test_eager_loop_that_reads_value_is_detected() -> None:
     sampler, inputs = sampler_of("ddim-0.0"), Inputs(1)
     with (
         torch.no_grad(),

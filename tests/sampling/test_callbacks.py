@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Samples that a callback edits or returns: the model is shown them, whatever its input is made of."""
+"""Samples that a callback edits or returns are passed to the model."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ EDITS = (_in_place, _through_numpy, _through_data, _returned, _returned_transpos
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("model_dtype", [None, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("edit", EDITS)
-def test_model_is_shown_the_samples_as_the_callback_left_them(
+def test_model_gets_samples_edited_by_callback(
     edit: Callable[[StepInfo, Tensor], object], model_dtype: torch.dtype | None, mode: str
 ) -> None:
     shown: list[Tensor] = []
@@ -119,7 +119,7 @@ def test_model_is_shown_the_samples_as_the_callback_left_them(
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("edit", [_in_place, _returned])
-def test_captured_loop_goes_on_from_the_edited_samples(
+def test_captured_loop_continues_from_edited_samples(
     edit: Callable[[StepInfo, Tensor], object], mode: str, method: str, cuda_graph: Any
 ) -> None:
     edited = functools.partial(_edit_by, edit)
@@ -135,9 +135,7 @@ def _edit_by(edit: Callable[[StepInfo, Tensor], object], info: StepInfo) -> obje
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("model_dtype", [None, *DTYPES], ids=str)
-def test_callback_that_edits_nothing_changes_no_bit_of_any_input(
-    model_dtype: torch.dtype | None, dtype: torch.dtype, mode: str
-) -> None:
+def test_callback_without_edits_changes_no_bit(model_dtype: torch.dtype | None, dtype: torch.dtype, mode: str) -> None:
     with_one: list[Tensor] = []
     without: list[Tensor] = []
     options: dict[str, Any] = {"dtype": dtype, "model_dtype": model_dtype}
@@ -148,7 +146,7 @@ def test_callback_that_edits_nothing_changes_no_bit_of_any_input(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("model_dtype", DTYPES, ids=str)
-def test_input_is_scaled_as_the_step_scales_it(model_dtype: torch.dtype, dtype: torch.dtype) -> None:
+def test_model_input_is_scaled_like_by_step(model_dtype: torch.dtype, dtype: torch.dtype) -> None:
     prev = 0.7 * SAMPLE + 0.1 * MODEL_OUTPUT
     table = StepTable(tuple(Row(9.0 - i, prev, (1.0, -0.5), model_input_scale=0.3 + 0.1 * i) for i in range(4)))
     shown: dict[bool, list[Tensor]] = {True: [], False: []}
@@ -163,11 +161,11 @@ def test_input_is_scaled_as_the_step_scales_it(model_dtype: torch.dtype, dtype: 
 
 
 @pytest.mark.parametrize("answer", [None, 0, True, "stop", [], (1,)], ids=repr)
-def test_other_answers_go_on(answer: object, cuda_graph: Any) -> None:
+def test_other_return_values_continue_loop(answer: object, cuda_graph: Any) -> None:
     assert_same_bits([_sample(lambda info: answer, "batched", cuda_graph=cuda_graph)], [_sample(None, "batched")])
 
 
-def test_false_stops_at_the_edited_samples(cuda_graph: Any) -> None:
+def test_return_value_false_stops_at_edited_samples(cuda_graph: Any) -> None:
     def callback(info: StepInfo) -> object:
         info.sample.fill_(7.0)
         return info.index < 1
@@ -185,7 +183,7 @@ def test_false_stops_at_the_edited_samples(cuda_graph: Any) -> None:
     ],
     ids=["shape", "dtype", "device", "layout"],
 )
-def test_returned_tensor_that_cannot_be_the_samples_is_refused(
+def test_unsuitable_returned_tensor_is_refused(
     returned: Tensor, error: type[Exception], text: str, cuda_graph: Any
 ) -> None:
     with pytest.raises(
@@ -194,7 +192,7 @@ def test_returned_tensor_that_cannot_be_the_samples_is_refused(
         _sample(lambda info: returned, cuda_graph=cuda_graph)
 
 
-def test_returned_tensor_is_not_written_to(cuda_graph: Any) -> None:
+def test_returned_tensor_is_not_written(cuda_graph: Any) -> None:
     given: list[Tensor] = []
     copies: list[Tensor] = []
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Schedules, tables and loops under another default device or dtype: the same numbers, on the CPU."""
+"""Schedules, tables and loops with another default device or dtype: the same numbers, on the CPU."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _same(make: Callable[[], list[Tensor]], default: Callable[[], Any]) -> None:
 
 @pytest.mark.parametrize("kind", [member.value for member in NoiseScheduleType])
 @pytest.mark.parametrize("zero_snr", [False, True])
-def test_schedule_is_the_same(kind: str, zero_snr: bool, default: Callable[[], Any]) -> None:
+def test_schedule_is_independent_of_defaults(kind: str, zero_snr: bool, default: Callable[[], Any]) -> None:
     fields = {kind: CUSTOM[kind]} if kind in CUSTOM else {}
     if kind == "custom_alphas_cumprod" and zero_snr:
         zero_snr = False
@@ -80,7 +80,7 @@ def test_schedule_is_the_same(kind: str, zero_snr: bool, default: Callable[[], A
 
 @pytest.mark.parametrize("method", [member.value for member in SamplingMethod])
 @pytest.mark.parametrize("spacing", [*TIMESTEP_SPACINGS, *SIGMA_SPACINGS])
-def test_table_is_the_same(method: str, spacing: str, default: Callable[[], Any]) -> None:
+def test_table_is_independent_of_defaults(method: str, spacing: str, default: Callable[[], Any]) -> None:
     name = "timestep_spacing" if spacing in TIMESTEP_SPACINGS else "sigma_spacing"
     if spacing == "beta":
         pytest.importorskip("scipy")
@@ -94,7 +94,7 @@ def test_table_is_the_same(method: str, spacing: str, default: Callable[[], Any]
 
 @pytest.mark.parametrize("method", [member.value for member in SamplingMethod])
 @pytest.mark.parametrize("options", [{}, {"thresholding": True}], ids=str)
-def test_loop_is_the_same(method: str, options: dict[str, Any], default: Callable[[], Any]) -> None:
+def test_loop_is_independent_of_defaults(method: str, options: dict[str, Any], default: Callable[[], Any]) -> None:
     condition, negative = torch.ones(2, 1, 1, 1), torch.zeros(2, 1, 1, 1)
 
     def make() -> list[Tensor]:
@@ -111,7 +111,7 @@ def test_loop_is_the_same(method: str, options: dict[str, Any], default: Callabl
     _same(make, default)
 
 
-def test_own_steps_and_noise_are_the_same(default: Callable[[], Any]) -> None:
+def test_single_steps_and_noise_are_independent_of_defaults(default: Callable[[], Any]) -> None:
     x, m = LATENTS, LATENTS.flip(0)
 
     def make() -> list[Tensor]:

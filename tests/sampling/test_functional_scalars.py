@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Scalars of the steps for one's own loop: read as numbers at each call, tensors of one element too."""
+"""Scalar arguments of the single steps: numbers and one-element tensors, read at each call."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_scalar_tensor_is_read_at_each_call(step: str, name: str) -> None:
     assert not torch.equal(after[0], before[0])
 
 
-def test_one_dimensional_tensor_holds_the_numbers_of_dpm_solver_step() -> None:
+def test_dpm_solver_step_accepts_one_dimensional_tensor() -> None:
     schedule = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     previous = [torch.randn(2, 3, 4)]
     given = dpm_solver_step(X, M, alphas_cumprod=schedule, previous=previous)
@@ -88,14 +88,14 @@ def test_one_dimensional_tensor_holds_the_numbers_of_dpm_solver_step() -> None:
     assert_same_bits(given, dpm_solver_step(X, M, alphas_cumprod=[0.125, 0.25, 0.5], previous=previous))
 
 
-def test_equal_values_in_other_tensors_are_compiled_once() -> None:
+def test_equal_values_in_different_tensors_compile_once() -> None:
     functional._compiled.cache_clear()
     for _ in range(20):
         _results("ddim", alpha_cumprod=torch.tensor(0.375), eta=torch.tensor(0.25))
     assert functional._compiled.cache_info().misses == 1
 
 
-def test_memory_stays_flat_over_many_values() -> None:
+def test_memory_is_bounded_over_many_values() -> None:
     sizes: list[int] = []
     tracemalloc.start()
     try:
@@ -128,7 +128,7 @@ def test_memory_stays_flat_over_many_values() -> None:
     ],
     ids=["None", "bool", "str", "bool tensor", "complex", "array", "two", "none", "grad", "huge"],
 )
-def test_what_is_no_scalar_is_refused(value: Any, error: type[Exception], got: str, step: str, name: str) -> None:
+def test_non_scalars_are_refused(value: Any, error: type[Exception], got: str, step: str, name: str) -> None:
     if name == "clip_range" and value is None:
         return  # stands for no clipping
     argument = {"first": r"alphas_cumprod\[0\]", "second": r"alphas_cumprod\[1\]"}.get(name, name)
@@ -149,12 +149,12 @@ def test_what_is_no_scalar_is_refused(value: Any, error: type[Exception], got: s
         ({"out": X}, TypeError, "out is a Tensor, expected a list or tuple of tensors"),
     ],
 )
-def test_dpm_solver_step_refuses_what_is_no_list(given: dict[str, Any], error: type[Exception], text: str) -> None:
+def test_dpm_solver_step_refuses_non_lists(given: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=rf"^dpm_solver_step: {text}.*; .+"):
         dpm_solver_step(X, M, **{"alphas_cumprod": [0.25, 0.5], **given})
 
 
-def test_one_generator_a_sample_draws_the_noise() -> None:
+def test_one_generator_per_sample_draws_noise() -> None:
     def generators() -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in (1, 2)]
 

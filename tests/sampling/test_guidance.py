@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Calling the model: with guidance or without, whatever form its output has, and what it may not return."""
+"""Model calls with and without guidance: output types, conditions, refusals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROMPT, NEGATIVE = torch.randn(3, 5), torch.randn(3, 5)
 
 
 class Recorder:
-    """A model that mixes all it is given, sample by sample, and remembers its calls."""
+    """Model that combines all its arguments, sample by sample, and records its calls."""
 
     def __init__(self, channels: int = 1) -> None:
         self.calls: list[tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]] = []
@@ -45,7 +45,7 @@ def guided(model: Any, **options: Any) -> GuidedModel:
 
 
 @given(batch=st.integers(1, 4), channels=st.integers(1, 2), seed=st.integers(0, 2**32 - 1))
-def test_one_doubled_call_and_two_calls_give_the_same(batch: int, channels: int, seed: int) -> None:
+def test_doubled_call_equals_two_calls(batch: int, channels: int, seed: int) -> None:
     gen = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, 2, 4, generator=gen)
     embeds = {
@@ -62,7 +62,7 @@ def test_one_doubled_call_and_two_calls_give_the_same(batch: int, channels: int,
         assert one is None or torch.equal(one, other)
 
 
-def test_conditional_and_unconditional_outputs_are_not_mixed_up() -> None:
+def test_conditional_and_unconditional_outputs_are_not_swapped() -> None:
     for mode in GuidanceMode:
         output, uncond, variance = guided(Recorder(), mode=mode)(X, T)
         assert torch.equal(output, X * 7 + PROMPT.sum(1)[:, None, None])
@@ -72,7 +72,7 @@ def test_conditional_and_unconditional_outputs_are_not_mixed_up() -> None:
 
 @pytest.mark.parametrize("mode", GuidanceMode)
 @pytest.mark.parametrize("options", [{"guidance_scale": 1.0}, {"prompt_embeds": None, "negative_prompt_embeds": None}])
-def test_no_guidance_is_one_call_on_the_plain_batch(mode: GuidanceMode, options: dict[str, Any]) -> None:
+def test_without_guidance_model_is_called_once_on_batch(mode: GuidanceMode, options: dict[str, Any]) -> None:
     model = Recorder()
     output, uncond, variance = guided(model, mode=mode, **options)(X, T)
     assert uncond is None
@@ -83,11 +83,11 @@ def test_no_guidance_is_one_call_on_the_plain_batch(mode: GuidanceMode, options:
     assert output.shape == X.shape
 
 
-def test_a_scale_of_zero_is_guidance() -> None:
+def test_scale_of_zero_is_guidance() -> None:
     assert guided(Recorder(), guidance_scale=0.0)(X, T)[1] is not None
 
 
-def test_two_calls_go_without_a_negative_condition() -> None:
+def test_sequential_mode_works_without_negative_condition() -> None:
     model = Recorder()
     output, uncond, _ = guided(model, negative_prompt_embeds=None, mode=GuidanceMode.SEQUENTIAL)(X, T)
     assert [call[2] for call in model.calls] == [None, PROMPT]
@@ -95,14 +95,14 @@ def test_two_calls_go_without_a_negative_condition() -> None:
     assert not torch.equal(output, uncond)
 
 
-def test_keyword_arguments_are_passed_on_with_every_call() -> None:
+def test_keyword_arguments_are_passed_to_every_call() -> None:
     model = Recorder()
     guided(model, mode=GuidanceMode.SEQUENTIAL, model_kwargs={"return_dict": False})(X, T)
     assert [call[3] for call in model.calls] == [{"return_dict": False}] * 2
 
 
 @pytest.mark.parametrize("mode", GuidanceMode)
-def test_a_learned_variance_is_the_second_half_of_the_conditional_channels(mode: GuidanceMode) -> None:
+def test_learned_variance_is_second_half_of_conditional_channels(mode: GuidanceMode) -> None:
     output, uncond, variance = guided(Recorder(channels=2), channels=2, mode=mode)(X, T)
     assert torch.equal(output, X * 7 + PROMPT.sum(1)[:, None, None])
     assert torch.equal(uncond, X * 7 + NEGATIVE.sum(1)[:, None, None])
@@ -125,7 +125,7 @@ def test_a_learned_variance_is_the_second_half_of_the_conditional_channels(mode:
     ],
     ids=["tensor", "tuple", "longer tuple", "list", "dict", "ordered dict", "object"],
 )
-def test_the_output_is_found_in_every_form(wrap: Any) -> None:
+def test_every_supported_output_type_is_accepted(wrap: Any) -> None:
     y = torch.randn(3, 2, 4)
     assert unwrap(wrap(y)) is y
     output, _, _ = GuidedModel(lambda x, t: wrap(y))(X, T)
@@ -137,7 +137,7 @@ def test_the_output_is_found_in_every_form(wrap: Any) -> None:
     [None, 1.0, "sample", (), {}, {"out": X}, (None, X), SimpleNamespace(sample=3)],
     ids=lambda wrong: type(wrong).__name__,
 )
-def test_any_other_form_is_refused(wrong: Any) -> None:
+def test_other_output_types_are_refused(wrong: Any) -> None:
     with pytest.raises(TypeError, match=r"^sample: model returned a \w+, expected a tensor, .+; return "):
         GuidedModel(lambda x, t: wrong)(X, T)
 
@@ -151,7 +151,7 @@ def test_any_other_form_is_refused(wrong: Any) -> None:
         ((3, 2, 4), 2, "return the variance as the second half of the channels"),
     ],
 )
-def test_a_wrong_shape_is_refused_with_the_remedy_that_fits(shape: tuple[int, ...], channels: int, remedy: str) -> None:
+def test_wrong_shape_has_matching_remedy(shape: tuple[int, ...], channels: int, remedy: str) -> None:
     expected = [3, 2 * channels, 4]
     with pytest.raises(ValueError, match=r"^sample: model returned shape .+, expected .+; ") as raised:
         GuidedModel(lambda x, t: torch.zeros(shape), channels=channels)(X, T)
@@ -163,7 +163,7 @@ def test_a_wrong_shape_is_refused_with_the_remedy_that_fits(shape: tuple[int, ..
 )
 @pytest.mark.parametrize("half", [0, 1])
 @pytest.mark.parametrize("mode", GuidanceMode)
-def test_one_number_that_is_not_finite_is_refused_unless_the_check_is_off(
+def test_non_finite_output_is_refused_unless_check_is_off(
     value: float, name: str, half: int, mode: GuidanceMode
 ) -> None:
     condition = (NEGATIVE, PROMPT)[half]
@@ -178,7 +178,7 @@ def test_one_number_that_is_not_finite_is_refused_unless_the_check_is_off(
     assert not all(bool(torch.isfinite(output).all()) for output in outputs[:2])
 
 
-def test_an_output_in_another_precision_is_brought_to_the_samples() -> None:
+def test_output_of_other_precision_is_converted() -> None:
     output, _, _ = GuidedModel(lambda x, t: x.to(torch.bfloat16))(X, T)
     assert output.dtype == X.dtype
     assert torch.equal(output, X.to(torch.bfloat16).float())
@@ -187,7 +187,7 @@ def test_an_output_in_another_precision_is_brought_to_the_samples() -> None:
 # --- What guidance needs ----------------------------------------------------------------------------------------------
 
 
-def test_a_doubled_batch_needs_a_negative_condition() -> None:
+def test_batched_mode_needs_negative_condition() -> None:
     with pytest.raises(ValueError, match=r"^sample: negative_prompt_embeds is missing, expected .+; pass it, or "):
         guided(Recorder(), negative_prompt_embeds=None)
 
@@ -198,7 +198,7 @@ def test_conditions_of_two_shapes_are_refused(mode: GuidanceMode) -> None:
         guided(Recorder(), negative_prompt_embeds=torch.zeros(3, 6), mode=mode)
 
 
-def test_a_mode_is_read_from_its_name_and_an_unknown_one_refused() -> None:
+def test_mode_is_parsed_from_name_and_unknown_refused() -> None:
     assert GuidanceMode.parse("sequential") is GuidanceMode.SEQUENTIAL
     assert GuidanceMode.parse(GuidanceMode.BATCHED) is GuidanceMode.BATCHED
     with pytest.raises(ValueError, match="guidance_mode is 'both', expected one of batched, sequential; "):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tensors that a model or a callback keeps stay as they were handed out; what nobody keeps is written over."""
+"""Tensors kept by a model or a callback are unchanged; unreferenced memory is reused."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _output(x: Tensor, t: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("how", KEEP)
-def test_input_that_a_model_keeps_stays_as_it_was(how: str, loop: str) -> None:
+def test_input_kept_by_model_is_unchanged(how: str, loop: str) -> None:
     if how == "NumPy's view" and loop == "guidance in a model_dtype":
         pytest.skip("NumPy has no bfloat16")
     kept: list[object] = []
@@ -88,11 +88,11 @@ def test_input_that_a_model_keeps_stays_as_it_was(how: str, loop: str) -> None:
 
 
 def _memory(address: int, like: Tensor) -> torch.UntypedStorage:
-    """Return the memory at an address: what is kept there must be alive still."""
+    """Return the memory at an address, which must still be allocated."""
     return torch._C._construct_storage_from_data_pointer(address, like.device, like.nbytes)
 
 
-def test_memory_that_nobody_keeps_is_written_over() -> None:
+def test_unreferenced_memory_is_reused() -> None:
     for loop in LOOPS:
         shown: list[int] = []
 
@@ -104,7 +104,7 @@ def test_memory_that_nobody_keeps_is_written_over() -> None:
         assert len(set(shown)) == 1, loop
 
 
-def test_input_that_a_model_returns_is_the_output_that_a_callback_sees() -> None:
+def test_input_returned_by_model_is_output_seen_by_callback() -> None:
     for loop in LOOPS:
         infos: list[StepInfo] = []
         inputs: list[Tensor] = []
@@ -122,7 +122,7 @@ def test_input_that_a_model_returns_is_the_output_that_a_callback_sees() -> None
 
 @pytest.mark.parametrize("method", ["ddim", "dpm_solver", "heun"])
 @pytest.mark.parametrize("loop", LOOPS)
-def test_everything_that_is_handed_out_stays_as_it_was(loop: str, method: str) -> None:
+def test_tensors_handed_out_are_unchanged(loop: str, method: str) -> None:
     kept: list[Tensor] = []
     copies: list[Tensor] = []
 
@@ -139,7 +139,7 @@ def test_everything_that_is_handed_out_stays_as_it_was(loop: str, method: str) -
     assert_same_bits(kept, copies)
 
 
-def test_results_of_a_stepper_stay_as_they_were() -> None:
+def test_stepper_results_are_unchanged() -> None:
     sampler = create_sampler("linear", "dpm_solver", num_inference_steps=6, solver_order=3)
     stepper, sample = sampler.stepper(), torch.randn(SHAPE)
     kept: list[Tensor] = []
@@ -153,7 +153,7 @@ def test_results_of_a_stepper_stay_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
-def test_history_that_autograd_has_saved_stays_as_it_was(backend: str | None) -> None:
+def test_history_saved_by_autograd_is_unchanged(backend: str | None) -> None:
     keep = Row(0.0, 0.5 * SAMPLE + MODEL_OUTPUT, (1.0, -0.5), clip=0.9, keep=(PREDICTION,), store=(0,))
     use = Row(0.0, SAMPLE + HISTORY[0], (1.0, -0.5), clip=0.9, keep=(PREDICTION + HISTORY[0],), store=(0,))
     stepper = Stepper(StepTable((keep, use, use, use)), backend=backend)
@@ -172,7 +172,7 @@ def test_history_that_autograd_has_saved_stays_as_it_was(backend: str | None) ->
 
 
 @pytest.mark.parametrize("how", KEEP)
-def test_references_count_every_way_to_hold_a_tensor(how: str) -> None:
+def test_reference_count_includes_every_kind_of_reference(how: str) -> None:
     x = torch.randn(2, 3)
     before = reference_counts(x)
     held = KEEP[how](x)
@@ -182,7 +182,7 @@ def test_references_count_every_way_to_hold_a_tensor(how: str) -> None:
     assert reference_counts(x) == before
 
 
-def test_references_of_a_tensor_without_memory_are_unknown() -> None:
+def test_reference_count_without_memory_is_unknown() -> None:
     unknown: list[object] = []
 
     def look(x: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ def test_references_of_a_tensor_without_memory_are_unknown() -> None:
     assert unknown == [None]
 
 
-def test_loop_overwrites_nothing_where_torch_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loop_overwrites_nothing_without_reference_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     for loop in LOOPS:
         monkeypatch.setattr(references, "_storage_use_count", None)
         kept: list[Tensor] = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Whole loops: every solver, prediction type, dtype and backend ends where the float64 formulas say it does."""
+"""Whole loops: every solver, prediction type, dtype and backend against the float64 formulas."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _levels(timesteps: tuple[int, ...], *, clean: bool) -> Levels:
 
 
 def _model(variance: Variance) -> ElementModel:
-    """Smooth, nonlinear and not saturated; it ignores the time, which no backend sees."""
+    """Smooth, nonlinear model without saturation; it ignores the time, which no backend uses."""
 
     def model(x: Array, _: float) -> Outputs:
         cond, uncond = 0.6 * np.tanh(0.9 * x + 0.3 * SHIFT) + 0.02 * x, 0.5 * np.tanh(0.8 * x - 0.2 * SHIFT)
@@ -134,8 +134,8 @@ def test_loop_cuda_agrees_with_formulas(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "roundings"), list(zip(DTYPES, (20, 20, 300, 300), strict=True)), ids=str)
-def test_loop_bound_is_small_beside_the_samples(dtype: torch.dtype, roundings: int) -> None:
-    """A bound as large as the samples would pass anything; where storing rounds most, it is few roundings of them."""
+def test_loop_bound_is_tight(dtype: torch.dtype, roundings: int) -> None:
+    """Check that the bound is far below the samples, a few roundings in the narrowest dtype."""
     relative = []
     for solver in SOLVERS:
         table, model, found = _compiled(solver, PredictionType.EPSILON, TIMESTEPS, False)
@@ -162,7 +162,7 @@ def test_loop_with_clipping_agrees_with_formulas(solver: str, backend: str) -> N
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_loop_with_thresholding_agrees_with_formulas(backend: str) -> None:
-    """Dynamic thresholding by numpy's own quantile, on one DDIM loop; it ties the elements of a sample together."""
+    """Compare dynamic thresholding with numpy's quantile on one DDIM loop."""
     if ops.backend_status()[backend] != "available":
         pytest.skip(ops.backend_status()[backend])
     levels = _levels(TIMESTEPS, clean=True)
@@ -185,8 +185,8 @@ def test_loop_with_thresholding_agrees_with_formulas(backend: str) -> None:
     assert min(seen) < max(seen) == 2.0, "some thresholds at the bound, some below it"
 
 
-def test_loop_keeps_history_apart_from_samples() -> None:
-    """Registers are written in place: two loops over one table, taken in turns, do not meet."""
+def test_loops_on_one_table_have_separate_history() -> None:
+    """Registers are written in place: alternating loops over one table are independent."""
     table = dpm_multistep(_levels(TIMESTEPS, clean=True), Prediction(), solver_order=3)
     model = _model(Variance.FIXED)
     steppers = [Stepper(table), Stepper(table)]
@@ -281,8 +281,8 @@ PEERS: dict[str, tuple[str, dict[str, object], Callable[..., StepTable]]] = {
         if (peer, kind) != ("ancestral", "sample")
     ],
 )
-def test_loop_ends_where_diffusers_does(peer: str, prediction_type: str) -> None:
-    """Seven steps of diffusers' own scheduler, on float64 tensors, with the same timesteps, noise and model."""
+def test_loop_equals_diffusers(peer: str, prediction_type: str) -> None:
+    """Compare with seven steps of diffusers' scheduler on float64 tensors, with the same timesteps, noise and model."""
     name, options, make = PEERS[peer]
     scheduler: object = _diffusers(name, prediction_type=prediction_type, **options)
     scheduler.set_timesteps(7)  # type: ignore[attr-defined]

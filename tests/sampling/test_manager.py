@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The manager, one object for schedule, sampler and loop; and what a loop leaves alone, so that both can be shared."""
+"""Manager of schedule, sampler and loop; loops leave their arguments unchanged, so that both can be shared."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _latents() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", [member.value for member in SamplingMethod])
-def test_manager_samples_as_its_sampler_does(method: str) -> None:
+def test_manager_samples_like_its_sampler(method: str) -> None:
     manager = create_advanced_sampling_manager("cosine", method, num_inference_steps=6, timestep_spacing="trailing")
     sampler = create_sampler("cosine", method, num_inference_steps=6, timestep_spacing="trailing")
     ends = [
@@ -76,7 +76,7 @@ def test_manager_configures_method_and_steps() -> None:
     ],
     ids=str,
 )
-def test_manager_that_cannot_be_configured_stays_as_it_was(fields: dict[str, object]) -> None:
+def test_failed_configuration_leaves_manager_unchanged(fields: dict[str, object]) -> None:
     manager = create_advanced_sampling_manager("linear", "ddim", num_inference_steps=5)
     sampler, config = manager.sampler, manager.sampling_config
     table = sampler.table
@@ -88,14 +88,14 @@ def test_manager_that_cannot_be_configured_stays_as_it_was(fields: dict[str, obj
 
 
 @pytest.mark.parametrize(("name", "value"), [("steps", 3), ("beta_endd", 0.1), ("clip", True)])
-def test_manager_refuses_fields_of_neither_configuration(name: str, value: object) -> None:
+def test_manager_refuses_unknown_fields(name: str, value: object) -> None:
     with pytest.raises(
         ValueError, match=rf"create_advanced_sampling_manager: field is '{name}', expected one of .*beta_end"
     ):
         create_advanced_sampling_manager("linear", "ddim", **{name: value})
 
 
-def test_manager_tells_what_it_is() -> None:
+def test_manager_describes_itself() -> None:
     manager = create_advanced_sampling_manager(
         "linear", "dpm_solver", num_train_timesteps=400, num_inference_steps=10, timestep_spacing="trailing"
     )
@@ -116,7 +116,7 @@ def test_manager_splits_fields_by_configuration() -> None:
     assert manager.sampling_config.variance_type.value == "fixed_large"  # type: ignore[union-attr]
 
 
-def test_manager_passes_errors_of_the_loop_on() -> None:
+def test_manager_propagates_loop_errors() -> None:
     manager = create_advanced_sampling_manager("linear", "ddim", num_inference_steps=3)
     with pytest.raises(ValueError, match="model returned shape"):
         manager.sample(lambda x, t: x[:1], _latents(), progress=False)
@@ -142,7 +142,7 @@ def _seeded(seed: int = 1) -> torch.Generator:
 
 
 @pytest.mark.parametrize(("method", "fields"), STOCHASTIC, ids=str)
-def test_same_seed_same_samples(method: str, fields: dict[str, Any]) -> None:
+def test_same_seed_gives_same_samples(method: str, fields: dict[str, Any]) -> None:
     manager = create_advanced_sampling_manager("linear", method, num_inference_steps=5, **fields)
     first, again, other = (
         manager.sample(_model, _latents(), generator=_seeded(seed), progress=False).samples for seed in (1, 1, 2)
@@ -152,8 +152,8 @@ def test_same_seed_same_samples(method: str, fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("method", "draws"), [("ddpm", 4), ("euler_ancestral", 4), ("ddim", 0), ("heun", 0)])
-def test_loop_draws_only_the_noise_that_it_uses(method: str, draws: int) -> None:
-    """Five steps, of which the last ends clean: as diffusers draws, so that what follows from a seed stays the same."""
+def test_loop_draws_only_used_noise(method: str, draws: int) -> None:
+    """Five steps, the last without noise: the draws equal diffusers', so that a seed gives the same samples."""
     manager = create_advanced_sampling_manager("linear", method, num_inference_steps=5)
     given, counted = _seeded(), _seeded()
     manager.sample(_model, _latents(), generator=given, progress=False)
@@ -163,8 +163,8 @@ def test_loop_draws_only_the_noise_that_it_uses(method: str, draws: int) -> None
 
 
 @pytest.mark.parametrize(("method", "fields"), STOCHASTIC, ids=str)
-def test_sample_alone_equals_the_sample_in_a_batch(method: str, fields: dict[str, Any]) -> None:
-    """With a generator a sample, its noise does not depend on its company; nor does anything else of the step."""
+def test_separate_sample_equals_sample_in_batch(method: str, fields: dict[str, Any]) -> None:
+    """With a generator per sample, a sample does not depend on the rest of the batch."""
     manager = create_advanced_sampling_manager("linear", method, num_inference_steps=5, **fields)
     together = manager.sample(_model, _latents(), generator=[_seeded(3), _seeded(4)], progress=False).samples
     for i in range(2):
@@ -175,7 +175,7 @@ def test_sample_alone_equals_the_sample_in_a_batch(method: str, fields: dict[str
 
 
 @pytest.mark.parametrize("method", [member.value for member in SamplingMethod])
-def test_loop_writes_to_nothing_it_was_given(method: str) -> None:
+def test_loop_writes_no_argument(method: str) -> None:
     manager = create_advanced_sampling_manager("linear", method, num_inference_steps=5)
     latents, condition, negative = _latents(), torch.ones(2, 6), torch.zeros(2, 6)
     kept = [t.clone() for t in (latents, condition, negative, manager.sampler.table.rows)]
@@ -190,7 +190,7 @@ def test_loop_writes_to_nothing_it_was_given(method: str) -> None:
 
 
 class _FailsAt:
-    """A model that goes wrong at one call, in one of the ways in which models do."""
+    """Model that fails at one call in a given way."""
 
     def __init__(self, call: int, how: str) -> None:
         self.left, self.how = call, how
@@ -218,7 +218,7 @@ class _FailsAt:
     ],
 )
 @pytest.mark.parametrize("generators", [1, 2])
-def test_failing_model_leaves_everything_as_it_was(
+def test_failing_model_leaves_everything_unchanged(
     how: str, error: type[BaseException], message: str | None, call: int, generators: int
 ) -> None:
     manager = create_advanced_sampling_manager("linear", "euler_ancestral", num_inference_steps=5)
@@ -233,7 +233,7 @@ def test_failing_model_leaves_everything_as_it_was(
     assert torch.equal(manager.sample(_model, latents, generator=given, progress=False).samples, expected)
 
 
-def test_failing_callback_leaves_the_generator_as_it_was() -> None:
+def test_failing_callback_leaves_generator_unchanged() -> None:
     manager = create_advanced_sampling_manager("linear", "ddpm", num_inference_steps=5)
 
     def callback(info: StepInfo) -> None:
@@ -247,7 +247,7 @@ def test_failing_callback_leaves_the_generator_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("steps", [0, -3, 1001, 2.5])
-def test_set_timesteps_that_fails_leaves_the_sampler_as_it_was(steps: object) -> None:
+def test_failing_set_timesteps_leaves_sampler_unchanged(steps: object) -> None:
     sampler = create_sampler("linear", "dpm_solver", num_inference_steps=5)
     table, config = sampler.table, sampler.config
     with pytest.raises((TypeError, ValueError), match=r"\w+: num_inference_steps .*, expected .+; .+"):
@@ -259,7 +259,7 @@ def test_set_timesteps_that_fails_leaves_the_sampler_as_it_was(steps: object) ->
 
 
 @pytest.mark.parametrize("method", [member.value for member in SamplingMethod])
-def test_table_of_every_timestep_is_compiled(method: str) -> None:
+def test_table_of_all_timesteps_compiles(method: str) -> None:
     sampler = create_sampler("linear", method, num_inference_steps=1000)
     assert len(sampler.table) == (1999 if method == "heun" else 1000)
     assert sampler.table.timesteps[0] == 999.0
@@ -277,13 +277,13 @@ def test_table_of_every_timestep_is_compiled(method: str) -> None:
     ],
     ids=["list", "int64", "complex", "number", "NaN"],
 )
-def test_latents_that_are_no_noise_are_refused(latents: object, error: type[Exception]) -> None:
+def test_non_noise_latents_are_refused(latents: object, error: type[Exception]) -> None:
     sampler = create_sampler("linear", "ddim", num_inference_steps=2)
     with pytest.raises(error, match=r"sample: latents .*, expected .*; draw it with torch.randn"):
         sampler.sample(_model, latents, progress=False)  # type: ignore[arg-type]
 
 
-def test_samples_are_looked_at_in_the_end_unless_nothing_is() -> None:
+def test_final_samples_are_checked_unless_checks_are_off() -> None:
     sampler = create_sampler("linear", "ddim", num_inference_steps=3)
     # Half precision can overflow in the step itself, from outputs that are finite.
     latents = _latents().half() * 100
@@ -295,7 +295,7 @@ def test_samples_are_looked_at_in_the_end_unless_nothing_is() -> None:
 
 
 @pytest.mark.parametrize("method", [member.value for member in SamplingMethod])
-def test_sampler_class_keeps_to_its_method(method: str) -> None:
+def test_sampler_class_refuses_other_methods(method: str) -> None:
     scheduler = create_noise_scheduler("linear")
     kind = SAMPLERS[SamplingMethod(method)]
     assert kind(scheduler, num_inference_steps=3).config.method is SamplingMethod(method)

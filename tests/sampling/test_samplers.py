@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Samplers end to end, with toy models: what they accept, what they show, what they refuse, what they leave alone."""
+"""Samplers end to end, with toy models: accepted inputs, callbacks, refusals, unchanged arguments."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _latents(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = SHAPE,
 
 
 def _model(x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
-    """Smooth and different for each timestep and condition; what it does to a sample depends on that sample alone."""
+    """Smooth model that depends on timestep and condition and treats each sample separately."""
     shape = [-1] + [1] * (x.dim() - 1)
     shift = 0.0 if condition is None else condition.to(x.dtype).reshape(shape)
     return 0.5 * torch.tanh(x + shift) + (t.to(x.dtype) / 2000).reshape(shape)
@@ -64,7 +64,7 @@ def _sample(sampler: BaseSampler, model: Callable[..., Any] = _model, *condition
     ],
     ids=["tensor", "tuple", "list", "dict", "object", "wider"],
 )
-def test_sampler_takes_what_models_return(method: str, wrap: Callable[[Tensor], Any]) -> None:
+def test_sampler_accepts_model_output_types(method: str, wrap: Callable[[Tensor], Any]) -> None:
     plain = _sample(_sampler(method))
     assert torch.equal(_sample(_sampler(method), lambda x, t: wrap(_model(x, t))), plain)
     assert plain.shape == SHAPE
@@ -73,12 +73,12 @@ def test_sampler_takes_what_models_return(method: str, wrap: Callable[[Tensor], 
 
 
 @pytest.mark.parametrize("answer", [None, "x", {"other": torch.zeros(SHAPE)}, (), SimpleNamespace(sample=3)], ids=repr)
-def test_sampler_refuses_what_is_no_output(answer: object) -> None:
+def test_sampler_refuses_invalid_outputs(answer: object) -> None:
     with pytest.raises(TypeError, match=r"sample: model returned a \w+, expected a tensor, a tuple .*; return the"):
         _sample(_sampler(), lambda x, t: answer)
 
 
-def test_sampler_tells_the_model_its_timesteps() -> None:
+def test_sampler_passes_timesteps_to_model() -> None:
     told = []
 
     def model(x: Tensor, t: Tensor, *, extra: str) -> Tensor:
@@ -115,13 +115,13 @@ def test_sampler_sigma_spacings_place_the_levels(method: str, spacing: str) -> N
     assert torch.isfinite(_sample(sampler)).all()
 
 
-def test_sampler_karras_has_a_short_name() -> None:
+def test_sampler_karras_has_alias() -> None:
     short, long = _sampler(use_karras_sigmas=True), _sampler(sigma_spacing="karras")
     assert torch.equal(short.table.rows, long.table.rows)
     assert not torch.equal(short.table.rows, _sampler().table.rows)
 
 
-def test_sampler_may_end_at_the_noise_of_timestep_0() -> None:
+def test_sampler_may_end_at_noise_of_timestep_0() -> None:
     sampler = _sampler(set_alpha_to_one=False)
     assert sampler.levels(5)[5].sigma == pytest.approx(float((1 - sampler.scheduler.alphas_cumprod[0]).sqrt()))
 
@@ -147,7 +147,7 @@ def test_sampler_keeps_dtype_and_layout(method: str, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_sampler_on_the_cpu_agrees_with_the_reference(method: str) -> None:
+def test_sampler_on_cpu_agrees_with_reference(method: str) -> None:
     latents = _latents(torch.float64)
     default = _sample(_sampler(method), latents=latents)
     reference = _sample(_sampler(method), latents=latents, backend="reference")
@@ -156,7 +156,7 @@ def test_sampler_on_the_cpu_agrees_with_the_reference(method: str) -> None:
     np.testing.assert_allclose(default, reference, rtol=0, atol=5 * 4 * 160 * 2**-53 * float(default.abs().max()))
 
 
-def test_sampler_takes_expanded_and_empty_latents() -> None:
+def test_sampler_accepts_expanded_and_empty_latents() -> None:
     expanded = _latents(shape=(1, 2, 4, 4)).expand(3, 2, 4, 4)
     assert torch.equal(_sample(_sampler(), latents=expanded), _sample(_sampler(), latents=expanded.contiguous()))
     assert _sample(_sampler(), latents=torch.empty(0, 2, 4, 4)).shape == (0, 2, 4, 4)
@@ -207,8 +207,8 @@ def test_sampler_refuses_epsilon_at_pure_noise(method: str) -> None:
 
 @pytest.mark.parametrize("mode", ["batched", "sequential"])
 @pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
-def test_sampler_learned_variance_comes_with_guidance(variance_type: str, mode: str) -> None:
-    """The noise is scaled by the conditional half's second output: checked on one step against its formula."""
+def test_sampler_uses_learned_variance_with_guidance(variance_type: str, mode: str) -> None:
+    """Check on one step that the conditional half's second output scales the noise."""
 
     def model(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         v = torch.sigmoid(x + condition.reshape(-1, 1, 1, 1))
@@ -235,7 +235,7 @@ def test_sampler_learned_variance_comes_with_guidance(variance_type: str, mode: 
     torch.testing.assert_close(seen[0].sample, expected, rtol=1e-6, atol=1e-5)
 
 
-def test_sampler_says_how_to_use_a_second_output() -> None:
+def test_sampler_error_explains_second_output() -> None:
     def two(x: Tensor, t: Tensor) -> Tensor:
         return torch.cat([x, x], dim=1)
 
@@ -249,7 +249,7 @@ def test_sampler_says_how_to_use_a_second_output() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_sampler_clips_x0(method: str) -> None:
-    """The last step returns x0, so the end shows its bound; a model of ε = 0 has x0 = x/α, far beyond it."""
+    """The last step returns x0, so the result has its bound; a model with ε = 0 has x0 = x/α, far beyond it."""
 
     def zero(x: Tensor, t: Tensor) -> Tensor:
         return torch.zeros_like(x)
@@ -262,7 +262,7 @@ def test_sampler_clips_x0(method: str) -> None:
     assert float(bounded.abs().max()) == pytest.approx(1.0, rel=1e-6)
 
 
-def test_sampler_thresholds_by_the_quantile() -> None:
+def test_sampler_thresholds_by_quantile() -> None:
     latents = _latents(torch.float64)
     sampler = _sampler(steps=1, thresholding=True, dynamic_thresholding_ratio=0.8, sample_max_value=500.0)
     end = _sample(sampler, lambda x, t: torch.zeros_like(x), latents=latents)
@@ -300,7 +300,7 @@ def test_sampler_guidance_modes_agree(method: str) -> None:
 @pytest.mark.parametrize(
     ("mode", "scale", "batches"), [("batched", 3.0, [6]), ("sequential", 3.0, [3, 3]), ("batched", 1.0, [3])]
 )
-def test_sampler_calls_the_model_as_often_as_guidance_needs(mode: str, scale: float, batches: list[int]) -> None:
+def test_sampler_makes_model_calls_that_guidance_needs(mode: str, scale: float, batches: list[int]) -> None:
     calls: list[int] = []
 
     def model(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
@@ -325,7 +325,7 @@ def test_sampler_guidance_of_one_condition_needs_sequential_calls() -> None:
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf])
-def test_sampler_refuses_a_guidance_scale_that_is_not_finite(scale: float) -> None:
+def test_sampler_refuses_non_finite_guidance_scale(scale: float) -> None:
     with pytest.raises(ValueError, match=r"guidance_scale is \w+, expected a finite number"):
         _sample(_sampler(steps=1), _model, torch.ones(3), torch.zeros(3), guidance_scale=scale)
 
@@ -364,7 +364,7 @@ def test_sampler_callback_can_stop_the_loop() -> None:
     assert sampler.sample(_model, _latents(), progress=False).steps == 5
 
 
-def test_sampler_result_says_where_the_time_went() -> None:
+def test_sampler_result_reports_times() -> None:
     result = _sampler().sample(_model, _latents(), progress=False)
     assert result.steps == 5
     assert result.model_time > 0
@@ -384,7 +384,7 @@ def test_sampler_progress_is_shown_or_not(capfd: pytest.CaptureFixture[str]) -> 
     assert "5/5" in shown
 
 
-def test_sampler_needs_no_progress_bar_to_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch is the only dependency: the plainest call has to run on it."""
+def test_sampler_works_without_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch is the only dependency of a default call."""
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert _sampler().sample(_model, _latents()).steps == 5

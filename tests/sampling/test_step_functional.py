@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The single steps for other people's loops, against the papers' formulas and against diffusers' own steps."""
+"""Single steps for custom loops, against the papers' formulas and diffusers' steps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tensors(seed: int, count: int, dtype: torch.dtype = torch.float64) -> list[T
 
 
 def reading(kind: str, x: Tensor, m: Tensor, alpha: float, sigma: float, clip: float | None) -> tuple[Tensor, ...]:
-    """x0 (clipped), the model's own ε, and the ε that belongs to the clipped x0; from x = α·x0 + σ·ε."""
+    """Return x0 (clipped), the model's ε, and the ε of the clipped x0, from x = α·x0 + σ·ε."""
     x0, eps = {
         "epsilon": lambda: ((x - sigma * m) / alpha, m),
         "v_prediction": lambda: (alpha * x - sigma * m, alpha * m + sigma * x),
@@ -52,7 +52,7 @@ def assert_close(got: Tensor, expected: Tensor, tolerance: float = FORMULA_ROUND
 
 
 @given(seed=SEEDS, dtype=st.sampled_from(DTYPES), a_sample=st.booleans())
-def test_cfg_combine_is_guidance_to_rounding(seed: int, dtype: torch.dtype, a_sample: bool) -> None:
+def test_cfg_combine_equals_guidance_within_rounding(seed: int, dtype: torch.dtype, a_sample: bool) -> None:
     c, u = tensors(seed, 2, dtype)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     scale = torch.tensor([0.0, 1.0, 7.5], dtype=compute) if a_sample else torch.tensor([7.5], dtype=compute)
@@ -126,7 +126,7 @@ def test_ddim_step_is_equation_12(
 def dpm_formula(
     algorithm: str, solver_type: str, third: str, x: Tensor, ms: list[Tensor], z: Tensor, lambdas: list[float]
 ) -> Tensor:
-    """The updates as diffusers writes them; `ms` newest first, `lambdas` of oldest, ..., current, target."""
+    """Return diffusers' update; `ms` newest first, `lambdas` of oldest, ..., current, target."""
     e = math.expm1
     lam = list(reversed(lambdas))  # target, current, one before, two before
     a_t, a_s = (1 / math.sqrt(1 + math.exp(-2 * value)) for value in lam[:2])
@@ -201,7 +201,7 @@ def test_dpm_solver_step_is_the_multistep_formula(
     s_noise=st.sampled_from([1.0, 1.003]),
     kind=st.sampled_from(PREDICTIONS),
 )
-def test_euler_step_follows_the_slope_and_puts_noise_back(
+def test_euler_step_equals_formula_with_noise(
     seed: int, sigma: float, fraction: float, eta: float, s_noise: float, kind: str
 ) -> None:
     x, m, z = tensors(seed, 3)
@@ -228,7 +228,7 @@ STEPS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", STEPS)
 @given(seed=SEEDS, a_sample=st.booleans())
-def test_guidance_in_a_step_is_guidance_before_it(name: str, seed: int, a_sample: bool) -> None:
+def test_guidance_in_step_equals_guidance_before_it(name: str, seed: int, a_sample: bool) -> None:
     step, scalars = STEPS[name]
     x, m, u, z = tensors(seed, 4)
     scale = torch.tensor([0.0, 1.0, 7.5], dtype=torch.float64)[:, None, None] if a_sample else 3.0
@@ -238,7 +238,7 @@ def test_guidance_in_a_step_is_guidance_before_it(name: str, seed: int, a_sample
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_noise_drawn_with_a_generator_is_torchs_and_reproducible(name: str) -> None:
+def test_noise_from_generator_is_torchs_and_reproducible(name: str) -> None:
     step, scalars = STEPS[name]
     x, m = tensors(torch.seed() % 2**32, 2, torch.float32)
     drawn = [step(x, m, generator=torch.Generator().manual_seed(s), **scalars) for s in (5, 5, 6)]
@@ -248,7 +248,7 @@ def test_noise_drawn_with_a_generator_is_torchs_and_reproducible(name: str) -> N
     assert torch.equal(drawn[0], step(x, m, noise=z, **scalars))
 
 
-def test_a_step_may_be_taken_in_place_and_a_backend_forced() -> None:
+def test_step_accepts_out_and_backend() -> None:
     for name, (step, scalars) in STEPS.items():
         x, m, z = tensors(1, 3)
         expected = step(x, m, noise=z, **scalars)
@@ -299,7 +299,7 @@ NAN = math.nan
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_a_scalar_that_means_nothing_is_refused(step: Callable[..., Any], scalars: dict[str, Any]) -> None:
+def test_meaningless_scalar_is_refused(step: Callable[..., Any], scalars: dict[str, Any]) -> None:
     x, m = tensors(0, 2, torch.float32)
     with pytest.raises(ValueError, match=r"^[\w.]+: .+, expected .+; .+|^\w+: \w+ is '.+', expected one of .+; "):
         step(x, m, **scalars)
@@ -318,7 +318,7 @@ def scheduler_of(name: str, **config: Any) -> Any:
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize("clip", [None, 1.0])
-def test_ddpm_step_is_diffusers_own(kind: str, variance: str, clip: float | None) -> None:
+def test_ddpm_step_equals_diffusers(kind: str, variance: str, clip: float | None) -> None:
     scheduler = scheduler_of(
         "DDPMScheduler",
         prediction_type=kind,
@@ -340,7 +340,7 @@ def test_ddpm_step_is_diffusers_own(kind: str, variance: str, clip: float | None
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("clip", [None, 1.0])
-def test_ddim_step_is_diffusers_own(kind: str, eta: float, clip: float | None) -> None:
+def test_ddim_step_equals_diffusers(kind: str, eta: float, clip: float | None) -> None:
     scheduler = scheduler_of("DDIMScheduler", prediction_type=kind, clip_sample=clip is not None)
     scheduler.set_timesteps(10)
     x, m, z = tensors(torch.seed() % 2**32, 3)
@@ -358,7 +358,7 @@ def test_ddim_step_is_diffusers_own(kind: str, eta: float, clip: float | None) -
 @pytest.mark.parametrize("algorithm", ["dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"])
 @pytest.mark.parametrize("solver_type", ["midpoint", "heun"])
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_dpm_solver_step_is_diffusers_own(algorithm: str, solver_type: str, order: int) -> None:
+def test_dpm_solver_step_equals_diffusers(algorithm: str, solver_type: str, order: int) -> None:
     if algorithm == "sde-dpmsolver" and order == 3:
         pytest.skip("diffusers has no third order of sde-dpmsolver")
     scheduler = scheduler_of(
@@ -383,7 +383,7 @@ def test_dpm_solver_step_is_diffusers_own(algorithm: str, solver_type: str, orde
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("ancestral", [False, True])
-def test_euler_step_is_diffusers_own(kind: str, ancestral: bool) -> None:
+def test_euler_step_equals_diffusers(kind: str, ancestral: bool) -> None:
     name = "EulerAncestralDiscreteScheduler" if ancestral else "EulerDiscreteScheduler"
     scheduler = scheduler_of(name, prediction_type=kind)
     scheduler.set_timesteps(8)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A loop over a table: rows in order, registers written in place, and nothing moved by a step that fails."""
+"""Loop over a table: rows in order, registers written in place, no change by a failing step."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ THRESHOLDED = StepTable((x0_row(SAMPLE + PREDICTION), x0_row(PREDICTION)), thres
 
 
 def walk_by_hand(table: StepTable, sample: Tensor, outputs: list[Tensor]) -> list[Tensor]:
-    """The same loop with plain Python registers and the reference."""
+    """Run the same loop with a Python list of registers and the reference."""
     registers: list[Tensor | None] = [None] * 4
     rows, samples = table.rows_as(sample.dtype), []
     for i, output in enumerate(outputs):
@@ -62,7 +62,7 @@ def walk_by_hand(table: StepTable, sample: Tensor, outputs: list[Tensor]) -> lis
 
 
 @given(seed=st.integers(0, 2**32 - 1), in_place=st.booleans())
-def test_a_loop_is_the_rows_in_order_with_registers(seed: int, in_place: bool) -> None:
+def test_loop_applies_rows_in_order_with_registers(seed: int, in_place: bool) -> None:
     gen = torch.Generator().manual_seed(seed)
     x, *outputs = torch.randn(5, 2, 3, generator=gen, dtype=torch.float64)
     expected = walk_by_hand(RING, x, outputs)
@@ -77,7 +77,7 @@ def test_a_loop_is_the_rows_in_order_with_registers(seed: int, in_place: bool) -
     assert stepper.done
 
 
-def test_a_step_past_the_end_raises_and_leaves_the_stepper_at_the_end() -> None:
+def test_step_past_end_raises() -> None:
     stepper, x = Stepper(StepTable((x0_row(SAMPLE),))), torch.ones(2, 3)
     stepper.step(x, x)
     for _ in range(2):
@@ -87,7 +87,7 @@ def test_a_step_past_the_end_raises_and_leaves_the_stepper_at_the_end() -> None:
 
 
 @given(fails_at=st.integers(0, 3))
-def test_a_failed_step_leaves_index_and_registers_so_that_it_can_be_taken_again(fails_at: int) -> None:
+def test_failed_step_can_be_repeated(fails_at: int) -> None:
     x, *outputs = torch.randn(5, 2, 3, dtype=torch.float64)
     undisturbed, disturbed = Stepper(RING), Stepper(RING)
     a = b = x
@@ -103,7 +103,7 @@ def test_a_failed_step_leaves_index_and_registers_so_that_it_can_be_taken_again(
         assert torch.equal(a, b)
 
 
-def test_registers_are_allocated_once_and_never_lie_on_a_sample() -> None:
+def test_registers_are_allocated_once_and_never_alias_sample() -> None:
     table = StepTable((RING.source[0], *[x0_row(SAMPLE + HISTORY[0], keep=(PREDICTION,), store=(0,))] * 5))
     stepper, samples, kept = Stepper(table), [torch.randn(2, 3)], set()
     for _ in range(6):
@@ -116,7 +116,7 @@ def test_registers_are_allocated_once_and_never_lie_on_a_sample() -> None:
     assert kept.isdisjoint(sample.data_ptr() for sample in samples)
 
 
-def test_noise_is_drawn_where_a_row_wants_it_and_only_there() -> None:
+def test_noise_is_drawn_only_for_rows_that_need_it() -> None:
     x = torch.zeros(2, 3, dtype=torch.float64)
     stepper, gen, same = Stepper(NOISY), torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
     first, second, third = (stepper.step(x, x, generator=gen) for _ in range(3))
@@ -125,21 +125,21 @@ def test_noise_is_drawn_where_a_row_wants_it_and_only_there() -> None:
     assert torch.equal(third, 0.5 * torch.randn(2, 3, generator=same, dtype=torch.float64))
 
 
-def test_given_noise_is_used_and_the_generator_left_alone() -> None:
+def test_given_noise_leaves_generator_unchanged() -> None:
     x, z, gen = torch.zeros(2, 3), torch.randn(2, 3), torch.Generator().manual_seed(3)
     before = gen.get_state()
     assert torch.equal(Stepper(NOISY).step(x, x, noise=z, generator=gen), 0.5 * z)
     assert torch.equal(gen.get_state(), before)
 
 
-def test_one_generator_a_sample_makes_the_batch_irrelevant() -> None:
+def test_one_generator_per_sample_is_independent_of_batch() -> None:
     x = torch.zeros(3, 4)
     together = Stepper(NOISY).step(x, x, generator=[torch.Generator().manual_seed(s) for s in (1, 2, 3)])
     alone = Stepper(NOISY).step(x[:1], x[:1], generator=[torch.Generator().manual_seed(2)])
     assert torch.equal(together[1:2], alone)
 
 
-def test_a_learned_variance_that_is_missing_raises_where_noise_is_drawn_and_only_there() -> None:
+def test_missing_variance_raises_only_for_rows_with_noise() -> None:
     x, v, z = torch.zeros(2, 3), torch.full((2, 3), 4.0), torch.randn(2, 3)
     stepper = Stepper(LEARNED)
     with pytest.raises(ValueError, match=r"^step: variance is missing, expected the model's second output.+; pass "):
@@ -150,7 +150,7 @@ def test_a_learned_variance_that_is_missing_raises_where_noise_is_drawn_and_only
 
 
 @given(seed=st.integers(0, 2**32 - 1), scale=st.sampled_from([None, 1.0, 7.5]))
-def test_thresholding_clamps_each_sample_to_its_quantile_and_divides(seed: int, scale: float | None) -> None:
+def test_thresholding_clamps_to_quantile_and_divides(seed: int, scale: float | None) -> None:
     gen = torch.Generator().manual_seed(seed)
     x, m, u = 3 * torch.randn(3, 2, 11, generator=gen, dtype=torch.float64)
     guided = m if scale is None else u + scale * (m - u)
@@ -168,7 +168,7 @@ def test_thresholding_clamps_each_sample_to_its_quantile_and_divides(seed: int, 
 @pytest.mark.parametrize(
     "other", [torch.zeros(3, 3), torch.zeros(2, 3).double(), torch.zeros(2, 3).half()], ids=["shape", "double", "half"]
 )
-def test_another_shape_or_dtype_in_mid_loop_is_refused(table: StepTable, other: Tensor, backend: str | None) -> None:
+def test_changed_shape_or_dtype_during_loop_is_refused(table: StepTable, other: Tensor, backend: str | None) -> None:
     stepper, x = Stepper(table, backend=backend), torch.zeros(2, 3)
     stepper.step(x, x)
     with pytest.raises((TypeError, ValueError), match=r"^step: sample has (shape|dtype) .+, expected .+; start a new "):
@@ -177,7 +177,7 @@ def test_another_shape_or_dtype_in_mid_loop_is_refused(table: StepTable, other: 
     stepper.step(x, x)
 
 
-def test_the_backend_is_forced_for_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_applies_to_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     step = ops.step
 
@@ -192,7 +192,7 @@ def test_the_backend_is_forced_for_every_step(monkeypatch: pytest.MonkeyPatch) -
     assert asked == ["reference"] * 4  # two a step: the prediction that is measured, then the step
 
 
-def test_a_non_contiguous_sample_keeps_its_loop() -> None:
+def test_non_contiguous_sample_works_in_loop() -> None:
     wide, m = torch.randn(2, 8), torch.randn(2, 4)
     stepper, plain = Stepper(RING), Stepper(RING)
     a, b = wide[:, ::2], wide[:, ::2].clone()
@@ -202,7 +202,7 @@ def test_a_non_contiguous_sample_keeps_its_loop() -> None:
 
 
 @given(seed=st.integers(0, 2**32 - 1))
-def test_the_way_of_a_gpu_s_steps_is_the_same_loop(seed: int) -> None:
+def test_gpu_code_path_gives_same_loop(seed: int) -> None:
     # Through `ops.step`, which the CPU's extension answers as well.
     gen = torch.Generator().manual_seed(seed)
     x, *outputs = torch.randn(5, 2, 3, generator=gen)
@@ -229,9 +229,7 @@ def _pickled(stepper: Stepper) -> Stepper:
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, _pickled])
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("at", range(4))
-def test_a_copy_goes_on_with_registers_of_its_own(
-    at: int, backend: str | None, duplicate: Callable[[Stepper], Stepper]
-) -> None:
+def test_copy_has_separate_registers(at: int, backend: str | None, duplicate: Callable[[Stepper], Stepper]) -> None:
     x, *outputs = torch.randn(5, 2, 3, dtype=torch.float64)
     others = torch.randn(4, 2, 3, dtype=torch.float64)
     alone, first = Stepper(RING, backend=backend), Stepper(RING, backend=backend)
@@ -247,7 +245,7 @@ def test_a_copy_goes_on_with_registers_of_its_own(
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, _pickled])
-def test_a_copy_draws_the_same_noise_from_seeds(duplicate: Callable[[Stepper], Stepper]) -> None:
+def test_copy_draws_the_same_noise_from_seeds(duplicate: Callable[[Stepper], Stepper]) -> None:
     first, x = Stepper(NOISY, seeds=[1, 2]), torch.zeros(2, 3)
     first.step(x, x)
     second = duplicate(first)
@@ -261,9 +259,7 @@ def test_a_copy_draws_the_same_noise_from_seeds(duplicate: Callable[[Stepper], S
 @pytest.mark.parametrize("steps_before", [0, 1])
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("wrong", [None, 5, [1.0], "x"], ids=repr)
-def test_samples_and_outputs_that_are_no_tensors_are_refused(
-    wrong: object, backend: str | None, steps_before: int
-) -> None:
+def test_non_tensors_are_refused(wrong: object, backend: str | None, steps_before: int) -> None:
     stepper, x = Stepper(RING, backend=backend), torch.ones(2, 3)
     for _ in range(steps_before):
         stepper.step(x, x)
@@ -285,9 +281,7 @@ def test_samples_and_outputs_that_are_no_tensors_are_refused(
     ],
     ids=["sparse", "complex", "float8", "int64"],
 )
-def test_samples_that_no_step_takes_are_refused_and_leave_the_stepper_new(
-    wrong: Tensor, seeds: list[int] | None
-) -> None:
+def test_invalid_samples_leave_stepper_unchanged(wrong: Tensor, seeds: list[int] | None) -> None:
     stepper, x = Stepper(NOISY, seeds=seeds), torch.ones(2, 3, dtype=torch.float64)
     with pytest.raises(TypeError, match=r"^step: sample has (layout|dtype) torch\.\w+, expected .+; convert it first"):
         stepper.step(wrong, wrong)
@@ -303,7 +297,7 @@ def test_samples_that_no_step_takes_are_refused_and_leave_the_stepper_new(
     ],
 )
 @pytest.mark.parametrize("backend", [None, "reference"])
-def test_a_guidance_scale_that_is_no_number_is_refused(
+def test_non_numeric_guidance_scale_is_refused(
     value: object, error: type[Exception], got: str, backend: str | None
 ) -> None:
     x = torch.ones(2, 3)
@@ -311,7 +305,7 @@ def test_a_guidance_scale_that_is_no_number_is_refused(
         Stepper(RING, backend=backend).step(x, x, uncond=x, guidance_scale=value)  # type: ignore[arg-type]
 
 
-def test_a_table_or_a_ratio_of_another_kind_is_refused() -> None:
+def test_wrong_table_or_ratio_type_is_refused() -> None:
     with pytest.raises(TypeError, match=r"^Stepper: table is a int, expected a StepTable; .+"):
         Stepper(5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^Stepper: dynamic_thresholding_ratio has type NoneType, expected .+; .+"):

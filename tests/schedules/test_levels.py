@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Noise levels: the path of a schedule, there and back, and the lists of levels that are refused."""
+"""Noise levels: the path of a schedule and its inverse, and invalid lists of levels."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_level_knows_its_ratio_and_half_log_snr(ratio: float) -> None:
     assert level.half_log_snr == pytest.approx(-math.log(ratio), rel=1e-14, abs=1e-15)
 
 
-def test_level_at_the_ends() -> None:
+def test_level_at_extremes() -> None:
     clean, noise = Level(0.0, 1.0, 0.0), Level(9.0, 0.0, 1.0)
     assert (clean.noise_ratio, clean.half_log_snr) == (0.0, math.inf)
     assert (noise.noise_ratio, noise.half_log_snr) == (math.inf, -math.inf)
@@ -51,7 +51,7 @@ def test_level_at_the_ends() -> None:
 
 
 @pytest.mark.parametrize("timestep", [0, 1, 500, 999])
-def test_path_at_whole_timesteps_is_the_schedule(timestep: int) -> None:
+def test_path_at_integer_timesteps_equals_schedule(timestep: int) -> None:
     level = VariancePreservingPath(LINEAR).at_timestep(float(timestep))
     alpha_cumprod = float(LINEAR[timestep])
     assert (level.alpha, level.sigma) == (math.sqrt(alpha_cumprod), math.sqrt(1.0 - alpha_cumprod))
@@ -59,7 +59,7 @@ def test_path_at_whole_timesteps_is_the_schedule(timestep: int) -> None:
 
 
 @given(timestep=st.floats(0.0, 999.0))
-def test_path_goes_there_and_back(timestep: float) -> None:
+def test_path_is_invertible(timestep: float) -> None:
     path = VariancePreservingPath(LINEAR)
     level = path.at_timestep(timestep)
     again = path.at_ratio(level.noise_ratio)
@@ -89,7 +89,7 @@ def test_path_at_timesteps_agrees_with_numpy() -> None:
     np.testing.assert_allclose(back, np.interp(np.log(expected), np.log(sigmas), np.arange(1000)), atol=1e-9)
 
 
-def test_path_holds_timesteps_inside_the_schedule() -> None:
+def test_path_clamps_timesteps_to_schedule() -> None:
     path = VariancePreservingPath(LINEAR)
     low, high = path.ratio_range
     assert path.at_ratio(low / 10).timestep == 0.0
@@ -118,7 +118,7 @@ def test_path_of_zero_terminal_snr_ends_in_pure_noise() -> None:
 # ----------------------------------------------------------------------------------------------------- lists of levels
 
 
-def test_levels_from_timesteps_end_where_asked() -> None:
+def test_levels_from_timesteps_end_at_requested_level() -> None:
     levels = levels_from_timesteps(LINEAR, [900, 400, 10])
     assert len(levels) == 3
     assert levels.timesteps == [900.0, 400.0, 10.0]
@@ -128,14 +128,14 @@ def test_levels_from_timesteps_end_where_asked() -> None:
 
 
 @pytest.mark.parametrize("timesteps", [[10, 400, 900], [900, 900, 10], [900, 10, 400]])
-def test_levels_refuse_noise_that_does_not_fall(timesteps: list[int]) -> None:
+def test_levels_refuse_non_decreasing_noise(timesteps: list[int]) -> None:
     with pytest.raises(
         ValueError, match=r"Levels: points\[\d\] has the noise level .* after .*, expected a smaller one"
     ):
         levels_from_timesteps(LINEAR, timesteps)
 
 
-def test_levels_refuse_too_few_and_what_is_not_finite() -> None:
+def test_levels_refuse_too_few_and_non_finite() -> None:
     good, clean = Level(9.0, 0.6, 0.8), Level(0.0, 1.0, 0.0)
     for points in ((), (good,)):
         with pytest.raises(ValueError, match=r"Levels: points has \d levels, expected 2 or more; ask for at least one"):
@@ -158,7 +158,7 @@ def test_levels_from_sigmas_are_those_sigmas(sigmas: list[float]) -> None:
 
 
 @given(value=st.floats(-8.0, 8.0), step=st.floats(0.01, 5.0))
-def test_levels_from_half_log_snr_are_told_lambda(value: float, step: float) -> None:
+def test_levels_from_half_log_snr_use_lambda(value: float, step: float) -> None:
     levels = levels_from_half_log_snr([value, value + step, math.inf])
     assert levels[0].half_log_snr == pytest.approx(value, abs=1e-14)
     assert levels.timesteps == pytest.approx([value, value + step], abs=1e-14)
@@ -166,7 +166,7 @@ def test_levels_from_half_log_snr_are_told_lambda(value: float, step: float) -> 
 
 
 @given(time=st.floats(0.001, 0.999))
-def test_levels_from_flow_times_lie_on_the_straight_path(time: float) -> None:
+def test_levels_from_flow_times_are_on_straight_path(time: float) -> None:
     levels = levels_from_flow_times([1.0, time, 0.0], num_train_timesteps=500)
     assert levels[1] == Level(time * 500, 1.0 - time, time)
     assert levels.timesteps == [500.0, time * 500]
@@ -192,7 +192,7 @@ def test_intermediate_levels_divide_lambda(fraction: float) -> None:
     assert 300.0 < fine[1].timestep < 900.0
 
 
-def test_intermediate_levels_leave_a_step_from_pure_noise_whole() -> None:
+def test_intermediate_levels_do_not_divide_step_from_pure_noise() -> None:
     fine = with_intermediate_levels(levels_from_timesteps(ZERO_SNR, [999, 600, 200]), [1 / 3, 2 / 3])
     assert len(fine) == 5
     assert [p.timestep for p in fine.points[:2]] == [999.0, 600.0]

@@ -83,7 +83,7 @@ beta_ranges = st.tuples(st.floats(1e-5, 0.01), st.floats(0.01, 0.03))
 
 
 @given(name=st.sampled_from(NAMES), total=totals, ends=beta_ranges, zero_snr=st.booleans())
-def test_what_holds_for_every_schedule(name: str, total: int, ends: tuple[float, float], zero_snr: bool) -> None:
+def test_every_schedule_has_common_properties(name: str, total: int, ends: tuple[float, float], zero_snr: bool) -> None:
     scheduler = create_noise_scheduler(
         name, num_train_timesteps=total, beta_start=ends[0], beta_end=ends[1], rescale_betas_zero_snr=zero_snr
     )
@@ -115,20 +115,20 @@ def test_betas_follow_the_formula(name: str, total: int, ends: tuple[float, floa
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"linear_rescaled"}))
-def test_a_single_timestep_is_a_schedule(name: str) -> None:
+def test_single_timestep_is_a_schedule(name: str) -> None:
     scheduler = create_noise_scheduler(name, num_train_timesteps=1)
     close(scheduler.betas, FORMULAS[name](1, 1e-4, 0.02), rtol=1e-9)
     assert 0 < float(scheduler.alphas_cumprod) < 1
 
 
 @pytest.mark.parametrize("name", ["linear", "scaled_linear", "quadratic", "exponential"])
-def test_interpolated_schedules_run_from_start_to_end(name: str) -> None:
+def test_interpolated_schedules_have_given_ends(name: str) -> None:
     betas = create_noise_scheduler(name, beta_start=1e-4, beta_end=0.02).betas
     # √x² and exp(log x) may miss x by an ulp of a number up to log(1e-4) ≈ 9.
     close(betas[[0, -1]], [1e-4, 0.02], rtol=16 * 2.0**-53)
 
 
-def test_linear_rescaled_is_linear_at_a_thousand_and_ends_alike_elsewhere() -> None:
+def test_linear_rescaled_equals_linear_at_1000_with_same_final_level() -> None:
     assert torch.equal(create_noise_scheduler("linear_rescaled").betas, create_noise_scheduler("linear").betas)
     ends = [float(create_noise_scheduler("linear_rescaled", num_train_timesteps=t).alphas_cumprod[-1].log()) for t in
             (500, 1000, 4000)]  # fmt: skip
@@ -136,7 +136,7 @@ def test_linear_rescaled_is_linear_at_a_thousand_and_ends_alike_elsewhere() -> N
     assert max(ends) - min(ends) < 0.2
 
 
-def test_karras_runs_over_the_noise_levels_of_the_paper() -> None:
+def test_karras_has_noise_levels_of_paper() -> None:
     roots = KarrasNoiseScheduler().sigmas ** (1 / 7)
     # σ is recovered from 1 − ᾱ, which starts at 4e-6: a relative 2^-53/4e-6.
     close(roots, line(0.002 ** (1 / 7), 80 ** (1 / 7), 1000), rtol=1e-10)
@@ -156,7 +156,7 @@ def test_karras_runs_over_the_noise_levels_of_the_paper() -> None:
     ],
 )
 @pytest.mark.parametrize("total", [10, 1000])
-def test_betas_are_those_of_diffusers(name: str, theirs: str, rtol: float, total: int) -> None:
+def test_betas_equal_diffusers(name: str, theirs: str, rtol: float, total: int) -> None:
     diffusers = pytest.importorskip("diffusers")
     reference = diffusers.DDPMScheduler(num_train_timesteps=total, beta_schedule=theirs)
     scheduler = create_noise_scheduler(name, num_train_timesteps=total)
@@ -183,7 +183,7 @@ def test_zero_snr_rescaling(signal: torch.Tensor) -> None:
     close(rescale_zero_terminal_snr(rescaled), rescaled, rtol=8 * 2.0**-53)
 
 
-def test_zero_snr_rescaling_leaves_its_input_and_takes_float32() -> None:
+def test_zero_snr_rescaling_keeps_input_and_accepts_float32() -> None:
     signal = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float32)
     kept = signal.clone()
     rescaled = rescale_zero_terminal_snr(signal)
@@ -193,7 +193,7 @@ def test_zero_snr_rescaling_leaves_its_input_and_takes_float32() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_zero_snr_rescaling_is_that_of_diffusers(name: str) -> None:
+def test_zero_snr_rescaling_equals_diffusers(name: str) -> None:
     module = pytest.importorskip("diffusers.schedulers.scheduling_ddim")
     theirs = module.rescale_zero_terminal_snr(create_noise_scheduler(name).betas)  # float64 in, float64 through
     ours = create_noise_scheduler(name, rescale_betas_zero_snr=True)
@@ -202,7 +202,7 @@ def test_zero_snr_rescaling_is_that_of_diffusers(name: str) -> None:
     assert float(ours.alphas_cumprod[-1]) == 0.0
 
 
-def test_custom_schedules_keep_their_numbers() -> None:
+def test_custom_schedules_keep_given_values() -> None:
     betas = [0.0, 0.1, 0.25, 0.5]
     from_betas = create_noise_scheduler("custom", custom_betas=betas)
     assert from_betas.betas.tolist() == betas
@@ -224,7 +224,7 @@ def test_custom_betas_and_their_alphas_cumprod_agree(betas: list[float]) -> None
     close(other.betas, one.betas, rtol=0, atol=4 * 2.0**-53)  # the running product and the ratio, one rounding each
 
 
-def test_a_schedule_whose_signal_vanishes_early_has_no_nan() -> None:
+def test_schedule_with_vanishing_signal_has_no_nan() -> None:
     for zero_snr in (False, True):
         scheduler = CustomNoiseScheduler(custom_betas=[0.5] * 1200, rescale_betas_zero_snr=zero_snr)
         assert scheduler.alphas_cumprod[-50:].tolist() == [0.0] * 50  # 2^-1075 and below round to 0
@@ -236,7 +236,7 @@ def test_a_schedule_whose_signal_vanishes_early_has_no_nan() -> None:
 
 
 def scales(scheduler: BaseNoiseScheduler, t: torch.Tensor | int, samples: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """√ᾱ_t and √(1 − ᾱ_t) in float64 from the betas, by a product of Python floats."""
+    """Return √ᾱ_t and √(1 − ᾱ_t) in float64 from the betas, by a product of Python floats."""
     steps = [t] if isinstance(t, int) else t.reshape(-1).tolist()
     signal = [math.prod(1 - b for b in scheduler.betas.tolist()[: step + 1]) for step in steps]
     shape = [-1] + [1] * (samples.dim() - 1) if samples.dim() else []
@@ -245,7 +245,7 @@ def scales(scheduler: BaseNoiseScheduler, t: torch.Tensor | int, samples: torch.
 
 
 def tolerance(dtype: torch.dtype, terms: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """Half an ulp of the result in its dtype, and in the computing dtype two roundings a term and one for the sum."""
+    """Return half an ulp of the result, plus in the compute dtype two roundings per term and one for the sum."""
     unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
     # 8 units: those, and in float64 the rounding of the coefficients in this test and in the code.
     return 0.5001 * torch.finfo(dtype).eps * total.abs() + 8 * unit * terms + torch.finfo(dtype).tiny
@@ -258,7 +258,7 @@ def tolerance(dtype: torch.dtype, terms: torch.Tensor, total: torch.Tensor) -> t
     single=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_forward_process_against_float64(
+def test_forward_process_matches_float64(
     dtype: torch.dtype, shape: tuple[int, ...], step: int, single: bool, seed: int
 ) -> None:
     scheduler = LinearNoiseScheduler(num_train_timesteps=50)
@@ -289,7 +289,7 @@ def test_coefficients_are_rounded_once() -> None:
     assert torch.equal(half, (a * x0.half().float() + s * noise.half().float()).half())
 
 
-def test_every_way_to_name_a_timestep_is_the_same() -> None:
+def test_all_timestep_types_are_equivalent() -> None:
     scheduler = LinearNoiseScheduler()
     x0, noise = torch.randn(3, 4), torch.randn(3, 4)
     expected = scheduler.add_noise(x0, noise, 200)
@@ -298,7 +298,7 @@ def test_every_way_to_name_a_timestep_is_the_same() -> None:
             assert torch.equal(scheduler.add_noise(x0, noise, t), expected)
 
 
-def test_velocity_turns_with_the_sample() -> None:
+def test_velocity_is_rotation_of_sample() -> None:
     scheduler = LinearNoiseScheduler()
     x0, noise = torch.randn(2, 6, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
     t = torch.tensor([3, 700])
@@ -307,14 +307,14 @@ def test_velocity_turns_with_the_sample() -> None:
     close(noisy**2 + velocity**2, x0**2 + noise**2, rtol=0, atol=1e-13)
 
 
-def test_the_last_timestep_of_a_zero_snr_schedule_is_the_noise() -> None:
+def test_last_timestep_of_zero_snr_schedule_is_noise() -> None:
     scheduler = CosineNoiseScheduler(rescale_betas_zero_snr=True)
     x0, noise = torch.randn(2, 4), torch.randn(2, 4)
     assert torch.equal(scheduler.add_noise(x0, noise, 999), noise)
     assert torch.equal(scheduler.get_velocity(x0, noise, 999), -x0)
 
 
-def test_gradients_are_the_coefficients() -> None:
+def test_gradients_equal_coefficients() -> None:
     scheduler = LinearNoiseScheduler()
     x0 = torch.randn(2, 3, requires_grad=True)
     noise = torch.randn(2, 3, requires_grad=True)
@@ -327,7 +327,7 @@ def test_gradients_are_the_coefficients() -> None:
     assert torch.equal(noise.grad, (1 - signal).sqrt().float()[:, None].expand(2, 3))
 
 
-def test_a_scheduler_made_and_used_in_inference_mode_can_train_later() -> None:
+def test_scheduler_used_in_inference_mode_can_train_later() -> None:
     x0, noise = torch.randn(2, 3), torch.randn(2, 3)
     with torch.inference_mode():
         scheduler = LinearNoiseScheduler()
@@ -338,7 +338,7 @@ def test_a_scheduler_made_and_used_in_inference_mode_can_train_later() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_default_device_does_not_matter(name: str) -> None:
+def test_default_device_has_no_effect(name: str) -> None:
     with torch.device("meta"):
         scheduler = create_noise_scheduler(name, rescale_betas_zero_snr=True)
     assert torch.equal(scheduler.betas, create_noise_scheduler(name, rescale_betas_zero_snr=True).betas)
@@ -352,7 +352,7 @@ def test_add_noise_compiles_as_one_graph() -> None:
     assert torch.equal(compiled(x0, noise, t), scheduler.add_noise(x0, noise, t))
 
 
-def test_a_pickled_scheduler_is_the_same() -> None:
+def test_pickled_scheduler_is_equal() -> None:
     scheduler = create_noise_scheduler("karras")
     scheduler.add_noise(torch.zeros(1), torch.zeros(1), 0)
     again = pickle.loads(pickle.dumps(scheduler))
@@ -417,7 +417,7 @@ X = torch.zeros(2, 3)
         (X[0, 0], X[0, 0], torch.tensor([0]), ValueError, ["{t} has shape [1]", "0-d", "single int"]),
     ],
 )
-def test_forward_process_says_what_is_wrong(
+def test_forward_process_errors(
     method: str, samples: Any, noise: Any, t: Any, error: type[Exception], texts: list[str]
 ) -> None:
     scheduler = LinearNoiseScheduler()
@@ -430,7 +430,7 @@ def test_forward_process_says_what_is_wrong(
         assert text.format(x=x_name, t=t_name) in str(caught.value)
 
 
-def test_q_sample_refuses_a_generator_that_it_would_ignore() -> None:
+def test_q_sample_refuses_unused_generator() -> None:
     with pytest.raises(ValueError, match=r"^q_sample: generator is given beside noise, .* leave one of them out"):
         LinearNoiseScheduler().q_sample(X, 0, noise=X, generator=torch.Generator())
 
@@ -438,7 +438,7 @@ def test_q_sample_refuses_a_generator_that_it_would_ignore() -> None:
 # Configuration, classes and the factory
 
 
-def test_config_fields_stand_in_their_order_with_their_defaults() -> None:
+def test_config_fields_have_order_and_defaults() -> None:
     fields = {field.name: field.default for field in dataclasses.fields(NoiseSchedulerConfig)}
     assert list(fields.items()) == [
         ("num_train_timesteps", 1000),
@@ -466,7 +466,7 @@ def test_config_is_frozen_hashable_and_comparable() -> None:
         config.beta_end = 0.5  # type: ignore[misc]
 
 
-def test_custom_values_of_every_form_are_the_same_config() -> None:
+def test_custom_values_of_all_types_give_equal_config() -> None:
     numpy = pytest.importorskip("numpy")
     values = [0.1, 0.2, 0.3]
     tensor = torch.tensor(values, dtype=torch.float64, requires_grad=True)
@@ -507,7 +507,7 @@ def test_factory_and_class_agree(name: str) -> None:
         assert torch.equal(other.betas, made.betas)
 
 
-def test_custom_class_takes_either_field() -> None:
+def test_custom_class_accepts_either_field() -> None:
     assert CustomNoiseScheduler(custom_betas=[0.1]).schedule_type is NoiseScheduleType.CUSTOM_BETAS
     by_product = CustomNoiseScheduler(NoiseSchedulerConfig(), custom_alphas_cumprod=[0.9])
     assert by_product.schedule_type is NoiseScheduleType.CUSTOM_ALPHAS_CUMPROD
@@ -607,7 +607,7 @@ def custom(**fields: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_config_says_what_is_wrong(fields: dict[str, Any], error: type[Exception], texts: list[str]) -> None:
+def test_config_errors(fields: dict[str, Any], error: type[Exception], texts: list[str]) -> None:
     with pytest.raises(error, match=r"^NoiseSchedulerConfig: ") as caught:
         NoiseSchedulerConfig(**fields)
     for text in texts:
@@ -682,9 +682,7 @@ def test_config_says_what_is_wrong(fields: dict[str, Any], error: type[Exception
         ),
     ],
 )
-def test_classes_and_functions_say_what_is_wrong(
-    call: Callable[[], object], error: type[Exception], texts: list[str]
-) -> None:
+def test_classes_and_functions_errors(call: Callable[[], object], error: type[Exception], texts: list[str]) -> None:
     with pytest.raises(error) as caught:
         call()
     for text in texts:

@@ -26,7 +26,7 @@ def assert_is_timesteps(timesteps: torch.Tensor, n: int, total: int) -> None:
 
 
 def cosine_oracle(n: int, total: int) -> list[int]:
-    """The formula in Python floats, duplicates pushed aside one timestep after the other."""
+    """Return the formula in Python floats, with duplicates moved one timestep after the other."""
     if n == 1:
         return [total - 1]
     out = [total - 1]
@@ -59,7 +59,7 @@ def test_cosine_descends_for_every_count_of_a_thousand() -> None:
         assert n == 1 or timesteps[-1] == 0
 
 
-def test_cosine_is_the_formula_with_duplicates_pushed_aside() -> None:
+def test_cosine_equals_formula_with_duplicates_moved() -> None:
     cases = [(n, total) for total in range(1, 33) for n in range(1, total + 1)]
     cases += [(n, 1000) for n in (2, 3, 4, 10, 20, 25, 50, 100, 250, 499, 998, 999, 1000)]
     for n, total in cases:
@@ -67,7 +67,7 @@ def test_cosine_is_the_formula_with_duplicates_pushed_aside() -> None:
 
 
 @pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
-def test_taking_all_timesteps_takes_each_once(spacing: str) -> None:
+def test_all_timesteps_appear_once(spacing: str) -> None:
     assert timestep_schedule(spacing, 1000, 1000).tolist() == list(range(999, -1, -1))
 
 
@@ -89,7 +89,7 @@ def test_one_step(spacing: str, only: int) -> None:
     assert timestep_schedule(spacing, 1, 1000).tolist() == [only]
 
 
-def test_steps_offset_moves_leading_alone() -> None:
+def test_steps_offset_applies_to_leading_only() -> None:
     for spacing in TIMESTEP_SPACINGS:
         moved = timestep_schedule(spacing, 50, 1000, steps_offset=1) - timestep_schedule(spacing, 50, 1000)
         assert moved.unique().tolist() == [1 if spacing == "leading" else 0]
@@ -97,7 +97,7 @@ def test_steps_offset_moves_leading_alone() -> None:
 
 @pytest.mark.parametrize("total", [1000, 37])
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
-def test_timesteps_are_those_of_diffusers(spacing: str, total: int) -> None:
+def test_timesteps_equal_diffusers(spacing: str, total: int) -> None:
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.DDIMScheduler(num_train_timesteps=total, timestep_spacing=spacing)
     for n in range(1, total + 1):
@@ -107,7 +107,7 @@ def test_timesteps_are_those_of_diffusers(spacing: str, total: int) -> None:
         assert torch.equal(timestep_schedule(spacing, n, total), theirs.timesteps[:n]), n
 
 
-def test_leading_offset_is_that_of_diffusers() -> None:
+def test_leading_offset_equals_diffusers() -> None:
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.DDIMScheduler(timestep_spacing="leading", steps_offset=1)
     theirs.set_timesteps(50)
@@ -134,16 +134,14 @@ def test_leading_offset_is_that_of_diffusers() -> None:
         ),
     ],
 )
-def test_timestep_schedule_says_what_is_wrong(
-    arguments: tuple[object, ...], error: type[Exception], texts: list[str]
-) -> None:
+def test_timestep_schedule_errors(arguments: tuple[object, ...], error: type[Exception], texts: list[str]) -> None:
     with pytest.raises(error, match=r"^timestep_schedule: ") as caught:
         timestep_schedule(*arguments)  # type: ignore[arg-type]
     for text in texts:
         assert text in str(caught.value)
 
 
-def test_the_largest_offset_that_an_error_names_is_accepted() -> None:
+def test_largest_offset_named_in_error_is_accepted() -> None:
     assert timestep_schedule("leading", 10, 1000, 99)[0] == 999
 
 
@@ -190,13 +188,13 @@ def test_beta_is_the_quantile_function() -> None:
 
 @settings(max_examples=30)
 @given(n=st.integers(2, 60))
-def test_equal_shape_parameters_mirror_the_quantiles(n: int) -> None:
+def test_beta_with_equal_parameters_is_symmetric(n: int) -> None:
     sigmas = sigma_schedule("beta", n, 1.0, 3.0)
     torch.testing.assert_close(sigmas + sigmas.flip(0), torch.full_like(sigmas, 4.0), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("spacing", SIGMA_SPACINGS)
-def test_one_level_is_the_highest(spacing: str) -> None:
+def test_single_level_is_highest(spacing: str) -> None:
     assert sigma_schedule(spacing, 1, 0.5, 2.5).tolist() == [2.5]
     assert sigma_schedule(spacing, 1, 2.5, 2.5).tolist() == [2.5]
 
@@ -215,7 +213,7 @@ def test_one_level_is_the_highest(spacing: str) -> None:
         ("lu", "use_lu_lambdas", "DPMSolverMultistepScheduler"),
     ],
 )
-def test_sigmas_are_those_of_diffusers(spacing: str, option: str, name: str, n: int) -> None:
+def test_sigmas_equal_diffusers(spacing: str, option: str, name: str, n: int) -> None:
     diffusers = pytest.importorskip("diffusers")
     options = {"beta_schedule": "scaled_linear", "timestep_spacing": "linspace", option: True}
     theirs = getattr(diffusers, name)(**options)
@@ -245,7 +243,7 @@ def test_sigmas_are_those_of_diffusers(spacing: str, option: str, name: str, n: 
         (("lu", 9, 1.0, 1.0 + 2.0**-51), {}, ValueError, ["num_inference_steps is 9", "differ in float64", "fewer"]),
     ],
 )
-def test_sigma_schedule_says_what_is_wrong(
+def test_sigma_schedule_errors(
     arguments: tuple[object, ...], options: dict[str, float], error: type[Exception], texts: list[str]
 ) -> None:
     with pytest.raises(error, match=r"^sigma_schedule: ") as caught:
@@ -254,7 +252,7 @@ def test_sigma_schedule_says_what_is_wrong(
         assert text in str(caught.value)
 
 
-def test_a_missing_scipy_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_scipy_names_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
     with pytest.raises(ImportError, match=re.escape("fastdiff-kernels[spacings]")):
         sigma_schedule("beta", 5, 0.1, 1.0)
@@ -262,7 +260,7 @@ def test_a_missing_scipy_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("spacing", [*TIMESTEP_SPACINGS, *SIGMA_SPACINGS])
-def test_the_default_device_and_dtype_do_not_matter(spacing: str) -> None:
+def test_default_device_and_dtype_have_no_effect(spacing: str) -> None:
     def make() -> torch.Tensor:
         if spacing in TIMESTEP_SPACINGS:
             return timestep_schedule(spacing, 7, 1000)

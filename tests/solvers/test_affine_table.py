@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The algebra of symbols, what a step table refuses, and that all backends read one layout."""
+"""Algebra of affine expressions, validation of step tables, and the row layout of all backends."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FORMS = st.lists(WHOLE, min_size=8, max_size=8).map(Affine)
 
 
 @given(a=FORMS, b=FORMS, c=FORMS, s=WHOLE, t=WHOLE)
-def test_affine_obeys_the_laws_of_a_vector_space(a: Affine, b: Affine, c: Affine, s: float, t: float) -> None:
+def test_affine_satisfies_vector_space_axioms(a: Affine, b: Affine, c: Affine, s: float, t: float) -> None:
     assert a + b == b + a
     assert (a + b) + c == a + (b + c)
     assert a + ZERO == a
@@ -46,7 +46,7 @@ def test_affine_obeys_the_laws_of_a_vector_space(a: Affine, b: Affine, c: Affine
 
 
 @given(form=FORMS, values=st.lists(WHOLE, min_size=8, max_size=8))
-def test_affine_is_the_sum_of_its_symbols(form: Affine, values: list[float]) -> None:
+def test_affine_equals_sum_of_terms(form: Affine, values: list[float]) -> None:
     symbols = (SAMPLE, MODEL_OUTPUT, PREDICTION, *HISTORY, NOISE)
     assert len(symbols) == len(COLUMNS)
     rebuilt = sum((c * symbol for c, symbol in zip(form.coefficients, symbols, strict=True)), ZERO)
@@ -54,7 +54,7 @@ def test_affine_is_the_sum_of_its_symbols(form: Affine, values: list[float]) -> 
     assert Affine(values) + form - form == Affine(values)
 
 
-def test_affine_is_told_apart_and_printed() -> None:
+def test_affine_has_equality_and_repr() -> None:
     assert SAMPLE != MODEL_OUTPUT
     assert SAMPLE != "sample"
     assert repr(2.0 * SAMPLE - 0.5 * HISTORY[1]) == "+2·sample -0.5·history_1"
@@ -93,7 +93,7 @@ def test_table_lays_out_its_rows() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", ["prev", "keep", "prediction", "variance_offset"])
-def test_table_refuses_what_is_not_finite(place: str, value: float) -> None:
+def test_table_refuses_non_finite_values(place: str, value: float) -> None:
     bad = Affine([value, *[0.0] * 7])
     rows = {
         "prev": lambda: _row(bad),
@@ -108,7 +108,7 @@ def test_table_refuses_what_is_not_finite(place: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("clip", [0.0, -1.0, math.nan])
-def test_table_refuses_a_clip_that_is_not_positive(clip: float) -> None:
+def test_table_refuses_non_positive_clip(clip: float) -> None:
     with pytest.raises(ValueError, match=r"StepTable: rows\[0, 2\] is"):
         StepTable((_row(clip=clip),))
     assert StepTable((_row(clip=math.inf),)).rows[0, layout.CLIP] == math.inf
@@ -133,7 +133,7 @@ def test_table_refuses_bad_registers(keep: tuple[Affine, ...], store: tuple[int,
 
 
 @pytest.mark.parametrize("register", range(4))
-def test_table_refuses_to_read_what_no_row_has_stored(register: int) -> None:
+def test_table_refuses_reading_unstored_register(register: int) -> None:
     reading = _row(SAMPLE + HISTORY[register])
     other = _row(keep=(SAMPLE,), store=((register + 1) % 4,))
     with pytest.raises(
@@ -172,7 +172,7 @@ def test_table_rows_are_rounded_once(dtype: torch.dtype, stored: torch.dtype) ->
     assert table.rows[0, 8] != 0.0 or dtype == torch.float64
 
 
-def test_table_prediction_rows_give_d_unclipped() -> None:
+def test_table_prediction_rows_give_unclipped_d() -> None:
     table = StepTable((_row(2.0 * NOISE, clip=0.5, keep=(SAMPLE,), store=(0,)), _row(HISTORY[0])))
     rows = table.prediction_rows()
     for row in rows.tolist():
@@ -185,7 +185,7 @@ def test_table_prediction_rows_give_d_unclipped() -> None:
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_table_of_every_solver_uses_what_it_declares(solver: str) -> None:
-    """Registers and noise are what the loop fetches: a row must read exactly what its coefficients say."""
+    """Check that each row reads exactly the registers and noise that its coefficients use."""
     table = SOLVERS[solver](levels_from_half_log_snr([-1.0, -0.5, 0.2, 0.7, 1.5, math.inf]), Prediction())
     first = COLUMNS.index("history_0")
     for i, row in enumerate(table):
@@ -226,7 +226,7 @@ LAYOUT = {
 }
 
 
-def test_layout_of_the_header_is_the_tables() -> None:
+def test_layout_of_cpp_header_matches_table() -> None:
     header = (ROOT / "csrc" / "row_layout.h").read_text(encoding="utf-8")
     body = re.search(r"enum RowLayout[^{]*{(.*?)}", header, flags=re.DOTALL)
     assert body is not None
@@ -265,7 +265,7 @@ def test_constants_of_the_extension_are_pythons() -> None:
     ]
 
 
-def test_layout_of_the_triton_kernel_is_the_tables() -> None:
+def test_layout_of_triton_kernel_matches_table() -> None:
     source = (ROOT / "kernels" / "triton" / "step.py").read_text(encoding="utf-8")
     found = _numbers(r"^_([A-Z0-9_]+)(?:: tl\.constexpr)? = tl\.constexpr\((\d+)\)", source)
     assert {name: found[name] for name in LAYOUT} == LAYOUT

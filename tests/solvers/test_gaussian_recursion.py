@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Gaussian data, where every model is affine: mean and variance of a loop's end follow exactly from the rows."""
+"""Gaussian data, where every model is affine: the moments of a loop's result follow exactly from the rows."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def _levels(steps: int) -> Levels:
 
 
 def _epsilon(level: Level) -> tuple[float, float]:
-    """(k, b) of ε = k·x + b, the posterior mean of the noise: x is N(α·mean, α²·variance + σ²)."""
+    """Return (k, b) of ε = k·x + b, the posterior mean of the noise: x is N(α·mean, α²·variance + σ²)."""
     k = level.sigma / (level.alpha**2 * VARIANCE + level.sigma**2)
     return k, -k * level.alpha * MEAN
 
 
 def _moments(table: StepTable, levels: list[Level], mean: float = 0.0, variance: float = 1.0) -> tuple[float, float]:
-    """Mean and variance of the last sample.
+    """Return mean and variance of the last sample.
 
     The state is (1, the first x, each row's draw): every tensor of a loop is a vector of weights on it, and a row maps
     such vectors to such vectors.  So correlations between the sample and the registers are kept.
@@ -78,7 +78,7 @@ def test_gaussian_variance_of_ddim_follows_the_recursion(eta: float, steps: int)
 
 
 def test_gaussian_moments_approach_the_data() -> None:
-    """What remains at 1000 steps is the discretisation, and it falls with the number of steps."""
+    """The error at 1000 steps is the discretisation error, which decreases with the number of steps."""
     for eta in (0.0, 1.0):
         errors = []
         for steps in (10, 50, 250, 1000):
@@ -90,7 +90,7 @@ def test_gaussian_moments_approach_the_data() -> None:
 
 
 @pytest.mark.parametrize("steps", [10, 50])
-def test_gaussian_recursion_is_that_of_the_other_names_of_ddpm(steps: int) -> None:
+def test_gaussian_recursion_equals_equivalents_of_ddpm(steps: int) -> None:
     levels = _levels(steps)
     points = list(levels.points[:-1])
     expected = DDIM_VARIANCES[1.0, steps]
@@ -100,8 +100,8 @@ def test_gaussian_recursion_is_that_of_the_other_names_of_ddpm(steps: int) -> No
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("steps", [10, 50])
-def test_gaussian_loop_has_the_recursions_moments(steps: int, eta: float) -> None:
-    """A hundred thousand samples through the stepper, by the default backend and the library's own draws."""
+def test_gaussian_loop_matches_recursion_moments(steps: int, eta: float) -> None:
+    """Run 100000 samples with the stepper, the default backend and the library's draws."""
     count = 100_000
     levels = _levels(steps)
     table = ddim(levels, Prediction(), eta=eta)
@@ -118,7 +118,7 @@ def test_gaussian_loop_has_the_recursions_moments(steps: int, eta: float) -> Non
 
 
 def _weak_order(name: str) -> float:
-    """How the end's variance should approach the data's: the order of the solver, in the SDE forms its weak order."""
+    """Return the expected order of convergence of the variance: the solver's order, for SDE solvers the weak order."""
     if name.startswith(("singlestep", "multistep")):
         mode, _, order, form = name.replace("sde-", "sde_").split("-")
         if order == "3" and "sde" in name and mode == "singlestep":
@@ -154,7 +154,7 @@ CONVERGING: dict[str, MakeTable] = {
 
 @pytest.mark.parametrize("name", CONVERGING)
 def test_gaussian_variance_of_every_solver_converges_at_its_order(name: str) -> None:
-    """Every solver must lead the distribution at the first level to the data's, noise counted in, at its own pace."""
+    """Every solver transports the distribution at the first level to the data's, including noise, at its order."""
     coarse, fine = (_variance_error(CONVERGING[name], steps) for steps in (120, 240))  # whole groups of 2 and of 3
     # No upper bound: on Gaussian data the leading error of some cancels.
     assert math.log2(coarse / fine) >= _weak_order(name) - 0.2

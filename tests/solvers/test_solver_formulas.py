@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Each solver's rows against its paper's formula, written out a second time, on numbers instead of symbols."""
+"""Each solver's rows against its paper's formula, implemented again on numbers instead of symbols."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_ddim_is_equations_12_and_16(eta: float, clip: float, use_clipped: bool,
     _assert_close(_run(table, kind=kind), x)
 
 
-def test_ddim_refuses_an_eta_that_leaves_no_direction() -> None:
+def test_ddim_refuses_too_large_eta() -> None:
     levels = levels_from_half_log_snr(CLEAN)
     with pytest.raises(
         ValueError, match=r"ddim: eta is 3.0, which asks for more noise .*expected at most 1 .*; lower eta"
@@ -139,7 +139,7 @@ def test_ddim_refuses_an_eta_that_leaves_no_direction() -> None:
 
 
 def _first_order(algorithm: str, x: Array, d: Array, s: Level, t: Level, z: Array) -> Array:
-    """From s to t given x0 or ε at s: DPM-Solver eq. 3.7, ++ eq. 13, SDE eq. 18 of 2211.01095 and of its appendix."""
+    """Step from s to t given x0 or ε at s: DPM-Solver eq. 3.7, ++ eq. 13, SDE eq. 18 of 2211.01095 and its appendix."""
     h = t.half_log_snr - s.half_log_snr
     if algorithm == "dpmsolver":
         return t.alpha / s.alpha * x - t.sigma * (math.exp(h) - 1) * d
@@ -154,7 +154,7 @@ def _first_order(algorithm: str, x: Array, d: Array, s: Level, t: Level, z: Arra
 
 
 def _weights(algorithm: str, h: float, t: Level) -> tuple[float, float, float]:
-    """What D1 is multiplied by (midpoint, heun) and D2, on top of the first-order step: diffusers' coefficients."""
+    """Return diffusers' coefficients of D1 (midpoint, heun) and of D2, added to the first-order step."""
     e = math.exp(h)
     if algorithm == "dpmsolver":
         heun_weight = -t.sigma * ((e - 1) / h - 1)
@@ -289,7 +289,7 @@ def test_dpm_singlestep_third_order_is_algorithm_2(r1: float, r2: float) -> None
 
 
 def _edm(levels: Levels, churn: Churn, *, second_order: bool) -> Array:
-    """Algorithm 2 of arXiv 2206.00364 in its own terms, x̂ = x/α and D = x0, with α·x̂ where it ends."""
+    """Algorithm 2 of arXiv 2206.00364 in its variables x̂ = x/α and D = x0; the result is α·x̂."""
     sigmas = [level.noise_ratio for level in levels.points]
     n = len(levels)
 
@@ -333,7 +333,7 @@ def test_edm_solvers_are_algorithm_2(
 
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
 @pytest.mark.parametrize(("eta", "s_noise"), [(0.0, 1.0), (0.5, 1.0), (1.0, 1.03), (1.6, 1.0)])
-def test_euler_ancestral_is_k_diffusions(eta: float, s_noise: float, kind: PredictionType) -> None:
+def test_euler_ancestral_equals_k_diffusion(eta: float, s_noise: float, kind: PredictionType) -> None:
     """get_ancestral_step and sample_euler_ancestral of k-diffusion, on x̂ = x/α."""
     levels = levels_from_half_log_snr(CLEAN)
     x_hat = START / levels[0].alpha

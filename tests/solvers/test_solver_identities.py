@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Different papers' names for one sampler: the tables must agree to the rounding of float64."""
+"""Samplers of different papers that are identical: their tables agree up to float64 rounding."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ SHAPE = (2, 3)
 
 @st.composite
 def vp_levels(draw: st.DrawFn, *, clean: bool | None = None) -> Levels:
-    """Two to six variance-preserving levels between λ = −5 and 5, and maybe the clean sample after them."""
+    """Strategy for two to six variance-preserving levels between λ = −5 and 5, optionally with the clean sample."""
     steps = draw(st.lists(st.floats(0.02, 2.0), min_size=1, max_size=5))
     values = np.cumsum([draw(st.floats(-5.0, -1.0)), *steps]).tolist()
     if draw(st.booleans()) if clean is None else clean:
@@ -117,10 +117,10 @@ def test_identity_of_posterior_samplers(kind: PredictionType, levels: Levels) ->
 
 @pytest.mark.parametrize("family", [_deterministic_first_order, _posterior_samplers])
 @pytest.mark.parametrize("clip", [math.inf, 0.8])
-def test_identity_holds_over_whole_loops(
+def test_identities_hold_over_whole_loops(
     family: Callable[[Levels, Prediction], dict[str, StepTable]], clip: float
 ) -> None:
-    """Twelve steps on a training schedule, through the stepper, with the same noise; clipped ones too."""
+    """Take twelve steps on a training schedule with the stepper and the same noise, also clipped."""
     alphas_cumprod = create_noise_scheduler("scaled_linear").alphas_cumprod
     levels = levels_from_timesteps(alphas_cumprod, range(935, 0, -80))
     random = np.random.default_rng(1)
@@ -161,13 +161,13 @@ def test_identity_flow_solvers_of_first_order_agree() -> None:
 
 
 def _converted(kind: PredictionType, belief: Callable[[Array, float], Array], variance: Array | None) -> ElementModel:
-    """A model of one kind that believes in the same x0 as the models of the others."""
+    """Return a model of one prediction type with the same x0 as those of the others."""
     return lambda x, t: Outputs(output_for(kind, level_of(t), x, belief(x, t)), None, variance)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_identity_of_prediction_types_for_every_solver(solver: str) -> None:
-    """ε, v, x0 and flow are one model told in four ways: every solver must end at the same sample."""
+    """ε, v, x0 and flow are parametrizations of one model: every solver ends at the same sample."""
     levels = with_intermediate_levels(levels_from_half_log_snr([-2.0, -0.8, 0.4, 2.0, math.inf]), [0.4])
     random = np.random.default_rng(2)
     start, noise = random.standard_normal(SHAPE), [random.standard_normal(SHAPE) for _ in range(20)]
@@ -193,7 +193,7 @@ SdeCase = tuple[str, int, str]
 
 
 def _noise_after(table: StepTable, rows: int) -> list[float]:
-    """What the sample holds of each row's draw, for a model whose output is 0 wherever it is asked."""
+    """Return the weight of each row's draw in the sample, for a model with output 0."""
     registers: list[np.ndarray] = [np.zeros(rows)] * 4
     carried = np.zeros(rows)
     for i, row in enumerate(table.source[:rows]):
@@ -219,7 +219,7 @@ def _noise_after(table: StepTable, rows: int) -> list[float]:
 def test_singlestep_sde_noise_is_one_brownian_path(
     algorithm: str, order: int, solver_type: str, start: float, steps: list[float]
 ) -> None:
-    """The noise of a step's rows adds up to the variance of the exact step over them, whatever lies in between."""
+    """The noise of a step's rows adds up to the variance of the exact step, for any intermediate levels."""
     levels = levels_from_half_log_snr(np.cumsum([start, *steps[:order]]).tolist())
     # A zero output means a constant x0 for the data form and a constant ε for the noise form: both are exact then.
     prediction = Prediction(PredictionType.SAMPLE if algorithm.endswith("++") else PredictionType.EPSILON)
@@ -268,7 +268,7 @@ def test_singlestep_sde_mean_is_exact_for_a_constant_model(algorithm: str, order
 
 
 @pytest.mark.parametrize("make", [SOLVERS["ddpm-fixed_small"], SOLVERS["ddim-1.0"], SOLVERS["ancestral-1.0"]])
-def test_last_step_to_the_clean_sample_adds_no_noise(make: MakeTable) -> None:
+def test_last_step_to_clean_sample_adds_no_noise(make: MakeTable) -> None:
     table = make(levels_from_half_log_snr([-1.0, 0.0, 1.0, math.inf]), EPSILON)
     assert table.draws_noise == (True, True, False)
 
@@ -276,7 +276,7 @@ def test_last_step_to_the_clean_sample_adds_no_noise(make: MakeTable) -> None:
 @given(levels=vp_levels(clean=False), scale=st.floats(0.2, 5.0))
 @settings(max_examples=30)
 def test_levels_from_sigmas_agree_with_levels_of_half_log_snr(levels: Levels, scale: float) -> None:
-    """σ̂ and λ name the same levels: a table does not depend on which of them a loop was planned in."""
+    """σ̂ and λ describe the same levels: a table does not depend on which of them is given."""
     alphas_cumprod = create_noise_scheduler("linear", num_train_timesteps=50, beta_end=0.02 * scale).alphas_cumprod
     sigmas = [level.noise_ratio for level in levels.points]
     other = levels_from_sigmas(alphas_cumprod, sigmas[:-1], final_sigma=sigmas[-1])

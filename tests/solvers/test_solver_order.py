@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The order of every solver, measured on a mixture of Gaussians whose exact score is known.
+"""Order of convergence of every solver, measured on a mixture of Gaussians with known score.
 
-The loop runs through `Stepper` in float64, so what is measured is the table, the walk over it and the compiled step.
+The loop runs with `Stepper` in float64, so the table, the loop and the compiled step are measured.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ START = np.random.default_rng(0).standard_normal(64)
 
 
 def _epsilon(x: Array, half_log_snr: float) -> Array:
-    """ε = −σ·∇log p of the mixture at λ."""
+    """Return ε = −σ·∇log p of the mixture at λ."""
     level = level_of(half_log_snr)
     variance = (level.alpha * STDS) ** 2 + level.sigma**2
     apart = x[:, None] - level.alpha * MEANS
@@ -37,7 +37,7 @@ def _epsilon(x: Array, half_log_snr: float) -> Array:
 
 @functools.cache
 def _truth() -> Array:
-    """The probability-flow ODE dx/dλ = σ²·x − σ·ε, solved far beyond what any solver here reaches."""
+    """Solve the probability-flow ODE dx/dλ = σ²·x − σ·ε with much higher accuracy than the solvers."""
     integrate = pytest.importorskip("scipy.integrate")
 
     def slope(half_log_snr: float, x: Array) -> Array:
@@ -99,13 +99,13 @@ def _error(table: StepTable) -> float:
 
 @functools.cache
 def _measured(name: str) -> tuple[float, float]:
-    """The RMSE at 20 steps, and the slope from 320 to 640."""
+    """Return the RMSE at 20 steps, and the slope from 320 to 640 steps."""
     make = CASES[name][0]
     return _error(make(20)), math.log2(_error(make(320)) / _error(make(640)))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_order_is_the_papers(name: str) -> None:
+def test_order_matches_paper(name: str) -> None:
     slope = _measured(name)[1]
     if name.endswith("3M exact"):
         # Multistep methods come down to their slope slowly, from above or below: the next power of h still shows.
@@ -115,8 +115,8 @@ def test_order_is_the_papers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[2] is not None])
-def test_order_constant_matches_independent_figures(name: str) -> None:
-    """At a step where the order hides nothing: a wrong constant keeps its slope and shows here."""
+def test_order_constant_matches_independent_values(name: str) -> None:
+    """Compare errors at one step size: a wrong constant does not change the slope."""
     assert _measured(name)[0] == pytest.approx(CASES[name][2], rel=0.05)
 
 
