@@ -14,8 +14,9 @@ times:
 
 torchsde makes a tensor for each of these intervals; here the numbers are added up as they are drawn
 (csrc/torch_bits/seeded_sum.h).  Two times share the intervals that contain both; the sum Σ w·Z over the smaller
-intervals of one time is its partial sum.  The partial sums of the last few times are cached: a loop usually asks next for the
-adjacent interval, so a step draws the numbers of one time.  Weights are float64; the sum is float32, like torchsde's.
+intervals of one time is its partial sum.  The partial sums of the last few times are cached: a loop usually asks next
+for the adjacent interval, so a step draws the numbers of one time.  Weights are float64; the sum is float32, like
+torchsde's.
 """
 
 from __future__ import annotations
