@@ -125,9 +125,11 @@ class Loop:
 
     def time_first(self) -> float:
         """Milliseconds of the steps of a process' first loop: all plans are forgotten, and made in it."""
-        from fastdiff.diffusers.planning import forget_all
+        from fastdiff.diffusers.runtime.lookup import forget_plans
+        from fastdiff.diffusers.runtime.scheduler_cache import forget_first_steps
 
-        forget_all()
+        forget_plans()
+        forget_first_steps()
         self.scheduler = type(self.scheduler)(**OPTIONS.get(self.name, {}))
         timesteps, sample = self.begin(STEPS), self.sample
         started = time.perf_counter()

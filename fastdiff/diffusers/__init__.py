@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import require, sentence
+from ..errors import error_message, require
 
 require("diffusers", "diffusers", "fastdiff.diffusers")
 
 from .explain import ExplainedStep, Explanation, explain  # noqa: E402
+from .mixin import FusedScheduler  # noqa: E402
 from .patch import Part, PatchReport, patch, unpatch  # noqa: E402
 from .registry import ABSENT, CLASSES  # noqa: E402
-from .scheduler import FusedScheduler  # noqa: E402
 
 __all__ = [
     "ExplainedStep",
@@ -43,7 +43,7 @@ def __getattr__(name: str) -> Any:
     if name in ABSENT:
         remedy = "install what diffusers asks for, or a newer diffusers"
         raise ImportError(
-            sentence("fastdiff.diffusers", name, f"is absent ({ABSENT[name]})", "it in diffusers", remedy)
+            error_message("fastdiff.diffusers", name, f"is absent ({ABSENT[name]})", "it in diffusers", remedy)
         )
     if name.endswith(("Guidance", "Guider")):  # they take a third of a second to import
         from . import guiders

@@ -16,14 +16,14 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import sentence
+from ..errors import error_message
 from ..noise.brownian_tree import sampled, sampler_maker
 from .compiler.inputs import CACHE, HISTORY, SCALARS_OF_STATE
 from .compiler.plan import Fallback
-from .loop import fused_of
-from .planning import find_plan
+from .mixin import FusedScheduler
 from .registry import CLASSES
-from .scheduler import FusedScheduler
+from .runtime.lookup import find_plan
+from .runtime.scheduler_cache import current_cache_of
 
 #: Attributes that a loop sets and a fresh scheduler does not have.
 _LEFT_BEHIND = HISTORY | SCALARS_OF_STATE | {
@@ -134,7 +134,7 @@ def explain(
     kind = _fused_class(scheduler)
     if num_inference_steps is None and getattr(scheduler, "num_inference_steps", 0) is None:
         raise ValueError(
-            sentence(
+            error_message(
                 "explain",
                 "num_inference_steps",
                 "is None for a scheduler without timesteps",
@@ -157,7 +157,7 @@ def _fused_class(scheduler: Any) -> Any:
         if type(scheduler) is kind.original:
             return kind
     raise TypeError(
-        sentence(
+        error_message(
             "explain",
             "scheduler",
             f"is a {type(scheduler).__name__}",
@@ -247,8 +247,8 @@ def _walk(
             others["prev_timestep"] = timesteps[index + 1] if index + 1 < len(timesteps) else None
         if scheduler.original.__name__ == "DDPMWuerstchenScheduler":
             timestep = timestep.expand(shape[0])
-        fused = fused_of(scheduler)
-        fused.latest = None
+        cache = current_cache_of(scheduler)
+        cache.latest = None
         with _Counter(scheduler) as counter:
             if guided:
                 result = scheduler.guided_step(*outputs, 5.0, timestep, sample, **others)
@@ -257,8 +257,8 @@ def _walk(
             else:
                 result = scheduler.step(model_output=outputs[0], timestep=timestep, sample=sample, **others)
         # If no plan was looked up, the step followed from the one before.
-        latest: Any = vars(fused)["latest"]  # set by the step
-        plan = (fused.plan if latest is None else latest) or Fallback("it is no call that a plan is made for")
+        latest: Any = vars(cache)["latest"]  # set by the step
+        plan = (cache.plan if latest is None else latest) or Fallback("it is no call that a plan is made for")
         values = result if isinstance(result, tuple) else tuple(result.values())
         sample, earlier = values[0], (values[1] if len(values) > 1 else None)
         yield ExplainedStep(

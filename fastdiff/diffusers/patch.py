@@ -16,10 +16,10 @@ from typing import Any
 
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from ..errors import sentence
+from ..errors import error_message
 from .compiler.inputs import CACHE
+from .mixin import FusedScheduler
 from .registry import CLASSES
-from .scheduler import FusedScheduler
 
 #: Attribute of an object whose class `patch` changed; `unpatch` changes no other.
 _PATCHED = "_patched"
@@ -172,7 +172,7 @@ def _parts(operation: str, pipe: Any) -> Iterator[tuple[str, Any]]:
     found = list(walk("", pipe))
     if not found and not isinstance(pipe, (*pipelines, Mapping, list, tuple)):
         raise TypeError(
-            sentence(
+            error_message(
                 operation,
                 "pipe",
                 f"is a {type(pipe).__name__} without a scheduler or a guider",

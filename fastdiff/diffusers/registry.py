@@ -12,8 +12,8 @@ from typing import Any
 
 import diffusers
 
+from .mixin import FusedScheduler
 from .per_token import PerTokenSteps
-from .scheduler import FusedScheduler
 
 #: For each class, the methods that take a step and the module that exports it.
 _SCHEDULERS: dict[str, tuple[tuple[str, ...], str]] = {

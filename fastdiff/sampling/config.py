@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-from ..errors import checked_bool, checked_float, checked_integer, sentence, unknown_name
+from ..errors import checked_bool, checked_float, checked_integer, error_message, parse_choice, unknown_name
 from ..guidance import GuidanceMode
 from ..schedules.timesteps import SIGMA_SPACINGS
 from ..solvers import Algorithm, PredictionType, SolverType, VarianceType
@@ -28,10 +28,7 @@ class SamplingMethod(str, Enum):
 
     @classmethod
     def parse(cls, value: str | SamplingMethod) -> SamplingMethod:
-        try:
-            return cls(value)
-        except ValueError:
-            raise unknown_name("SamplingConfig", "method", value, [member.value for member in cls]) from None
+        return parse_choice(cls, "SamplingConfig", "method", value)
 
 
 @dataclass(frozen=True)
@@ -140,7 +137,7 @@ class SamplingConfig:
             > 1
         ):
             raise ValueError(
-                sentence(
+                error_message(
                     operation,
                     "dynamic_thresholding_ratio",
                     f"is {self.dynamic_thresholding_ratio}",
@@ -150,7 +147,7 @@ class SamplingConfig:
             )
         if self.use_karras_sigmas and self.sigma_spacing not in (None, "karras"):
             raise ValueError(
-                sentence(
+                error_message(
                     "SamplingConfig",
                     "use_karras_sigmas",
                     f"is set beside sigma_spacing {self.sigma_spacing!r}",

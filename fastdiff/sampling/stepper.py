@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""Walks a step table: which row is next, what the registers hold, which noise to draw."""
+"""Walks a step table: the next row, the history slots, the noise to draw."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..errors import as_float, checked_float, checked_type, sentence
+from ..errors import as_float, checked_float, checked_type, error_message, renamed
 from ..noise.generators import Generators, draw
+from ..ops.call import StepCall
 from ..ops.checks import check_dtype
+from ..ops.step import complete_step, scale_on_device
 from ..ops.thresholding import dynamic_threshold
-from ..philox import Purpose, as_seeds
+from ..philox import as_seeds
 from ..row_layout import NUM_REGISTERS, Variance
 from ..solvers.table import StepTable
 
@@ -25,9 +28,9 @@ class _NoSamples:
 class Stepper:
     """One loop over a table: the state that a sampler would otherwise share between its callers.
 
-    The registers are written in place, so a loop allocates them once; they are the stepper's own, and no result lies on
-    them.  `index` moves only when a step has succeeded.  A copy (copy.copy, copy.deepcopy, pickle) has registers of its
-    own and goes on by itself from the same step.
+    The history slots are written in place, so a loop allocates them once; they are the stepper's own, and no result
+    shares their memory.  `index` moves only when a step has succeeded.  A copy (copy.copy, copy.deepcopy, pickle) has
+    history slots of its own and goes on by itself from the same step.
 
     Args:
         table: the compiled sampler.
@@ -58,25 +61,24 @@ class Stepper:
         self._max_value = sample_max_value
         self._given_seeds = seeds
         self._seeds: Tensor | None = None
-        self._registers: list[Tensor | None] = [None] * NUM_REGISTERS
-        self._rows: Tensor | None = None
+        self._history: list[Tensor | None] = [None] * NUM_REGISTERS
+        self._coefficients: Tensor | None = None
         self._shape: torch.Size
         self._dtype: torch.dtype
         self._direct: bool
-        self._on_cuda: bool
         #: The last step's result: samples that come back need not be looked at again.
         self._seen: object = _NoSamples
         self._end = len(table)
         self._plan = tuple(zip(table.reads, table.store, table.draws_noise, strict=True))
         self._measures = table.thresholding or table.variance != Variance.FIXED
-        self._prediction_rows: Tensor | None = None
-        #: Whether registers may be written in place: not once autograd may have saved them.
+        self._prediction_table: Tensor | None = None
+        #: Whether history may be written in place: not once autograd may have saved it.
         self._in_place = True
 
     def __getstate__(self) -> dict[str, object]:
-        """Copy the registers, which either stepper would write over, and forget whose samples were last."""
-        registers = [None if register is None else register.clone() for register in self._registers]
-        return {**self.__dict__, "_registers": registers, "_seen": _NoSamples}
+        """Copy the history, which either stepper would write over, and forget the last samples."""
+        history = [None if slot is None else slot.clone() for slot in self._history]
+        return {**self.__dict__, "_history": history, "_seen": _NoSamples}
 
     @property
     def done(self) -> bool:
@@ -88,22 +90,24 @@ class Stepper:
         model_output: Tensor,
         *,
         uncond: Tensor | None = None,
-        guidance: float | Tensor | None = None,
+        guidance_scale: float | Tensor | None = None,
         variance: Tensor | None = None,
         noise: Tensor | None = None,
         generator: Generators = None,
         out: Tensor | None = None,
         model_input: Tensor | None = None,
+        guidance: float | Tensor | None = None,
     ) -> Tensor:
         """Take the next row's step.
 
         Args:
             sample: x, ``[B, ...]``; shape, dtype and device must stay the same throughout a loop.
-            model_output, uncond, guidance, variance: as in `fastdiff.ops.step`.
+            model_output, uncond, guidance_scale, variance: as in `fastdiff.ops.step`.
             noise: z, like `sample`; where None and the row wants it, drawn from the seeds or with `generator`.
             generator: one, or one a sample.
             out: a tensor to write instead of a new one; may be `sample`.
             model_input: a tensor to write the next model input to, as in `fastdiff.ops.step`.
+            guidance: former name of `guidance_scale`; deprecated.
 
         Returns:
             The previous sample.
@@ -112,10 +116,12 @@ class Stepper:
             IndexError: the table has no row left.
             TypeError, ValueError: as `fastdiff.ops.step`; the stepper is then as it was.
         """
+        if guidance is not None:
+            guidance_scale = renamed("step", "guidance", guidance, "guidance_scale", guidance_scale)
         row = self.index
         if row == self._end:
             raise IndexError(
-                sentence(
+                error_message(
                     "step",
                     "index",
                     f"is {row}",
@@ -125,7 +131,7 @@ class Stepper:
             )
         if sample is not self._seen:
             self._look_at(sample)
-        registers, rows = self._registers, self._rows
+        history, coefficients = self._history, self._coefficients
         reads, store, draws = self._plan[row]
         seeds = None
         if draws and noise is None:
@@ -134,7 +140,7 @@ class Stepper:
                 noise = draw(sample.shape, generator, dtype=sample.dtype, device=sample.device)
         threshold, kind = None, 0
         if self._measures:
-            threshold, kind = self._measure(sample, model_output, uncond, guidance, variance)
+            threshold, kind = self._measure(sample, model_output, uncond, guidance_scale, variance)
         keeps = len(store)
         outs: tuple[Tensor | None, ...] | None = None
         if keeps == 0:
@@ -143,55 +149,63 @@ class Stepper:
         elif not self._in_place:
             outs = (out, *[None] * keeps)
         elif keeps == 1:
-            outs = (out, registers[store[0]])
+            outs = (out, history[store[0]])
         else:
-            outs = (out, registers[store[0]], registers[store[1]])
-        results = None
-        # A small step's time is the way to its loop: the shortest is taken first, and registers that a row does not
-        # read cost nothing there.
+            outs = (out, history[store[0]], history[store[1]])
+        # A small step's time is the way to its loop: it is offered to the extension first, with all history slots, for
+        # one that a row does not read costs nothing there.
         extension = ops.direct_extension() if self._direct else None
+        results = None
         if extension is not None:
             results = extension.step(
-                sample, model_output, rows, row, uncond, guidance, registers, noise, variance, threshold, kind, keeps,
-                outs, 0, seeds, row, Purpose.STEP, model_input, False,
-            )  # fmt: skip
-        elif self._on_cuda:
-            # The same without the checks, but that a stream is looked up and guidance is on the device; a register that
-            # is given is read there.
-            results = ops.direct_step(
-                sample, model_output, rows, row, uncond, guidance,  # type: ignore[arg-type]
-                [registers[j] if j in reads else None for j in range(NUM_REGISTERS)], noise, variance, threshold, kind,
-                keeps, outs, seeds, row, Purpose.STEP, model_input,
-            )  # fmt: skip
-        assert rows is not None
-        if results is None:
-            if outs is not None and torch.compiler.is_compiling():
-                outs = (out, *[None] * keeps)  # a compiler plans the memory itself
-            results = ops.step(
-                sample,
-                model_output,
-                rows,
-                row,
+                sample=sample,
+                model_output=model_output,
+                table=coefficients,
+                row_index=row,
                 uncond=uncond,
-                guidance=guidance,
-                history=[registers[j] if j in reads else None for j in range(NUM_REGISTERS)],
+                guidance_scale=guidance_scale,
+                history=history,
                 noise=noise,
-                seeds=seeds,
-                noise_step=row,
-                model_input=model_input,
                 variance=variance,
                 threshold=threshold,
                 variance_kind=kind,
                 keeps=keeps,
+                seeds=seeds,
+                noise_step=row,
+                model_input=model_input,
                 out=outs,
-                backend=self.backend,
             )
+        if type(results) is not tuple:
+            if outs is not None and torch.compiler.is_compiling():
+                outs = (out, *[None] * keeps)  # a compiler plans the memory itself
+            fields: dict[str, Any] = {
+                "sample": sample,
+                "model_output": model_output,
+                "table": coefficients,
+                "row_index": row,
+                "uncond": uncond,
+                "guidance_scale": scale_on_device(guidance_scale, sample, coefficients),
+                "history": tuple([history[j] if j in reads else None for j in range(NUM_REGISTERS)]),
+                "noise": noise,
+                "variance": variance,
+                "threshold": threshold,
+                "variance_kind": kind,
+                "keeps": keeps,
+                "seeds": seeds,
+                "noise_step": row,
+                "model_input": model_input,
+                "out": outs,
+            }
+            if extension is None:
+                results = ops.step(**fields, backend=self.backend)
+            else:
+                results = complete_step(StepCall(**fields), self.backend)
             if any(result.requires_grad for result in results):
                 self._in_place = False
         if keeps:
-            registers[store[0]] = results[1]
+            history[store[0]] = results[1]
         if keeps == 2:
-            registers[store[1]] = results[2]
+            history[store[1]] = results[2]
         self.index = row + 1
         result = results[0]
         self._seen = result
@@ -204,7 +218,7 @@ class Stepper:
             if sample.shape == self._shape and sample.dtype is self._dtype:
                 return
             raise ValueError(
-                sentence(
+                error_message(
                     "step",
                     "sample",
                     f"has shape {list(sample.shape)} and {sample.dtype}",
@@ -215,36 +229,35 @@ class Stepper:
         check_dtype("sample", sample.dtype)
         if self._given_seeds is not None:
             self._seeds = as_seeds(self._given_seeds, sample.shape[0] if sample.dim() > 0 else 1, sample.device)
-        self._prediction_rows = None
+        self._prediction_table = None
         self._shape, self._dtype = sample.shape, sample.dtype
         self._direct = self.backend is None and sample.device.type == "cpu"
-        self._on_cuda = self.backend is None and sample.device.type == "cuda"
-        self._rows = self.table.shared_rows(sample.dtype, sample.device)
+        self._coefficients = self.table.shared_rows(sample.dtype, sample.device)
 
     def _measure(
         self,
         sample: Tensor,
         model_output: Tensor,
         uncond: Tensor | None,
-        guidance: float | Tensor | None,
+        guidance_scale: float | Tensor | None,
         variance: Tensor | None,
     ) -> tuple[Tensor | None, int]:
         """What a step needs beside its tensors, where the table asks: the threshold and the kind of variance."""
-        threshold = self._threshold(sample, model_output, uncond, guidance) if self.table.thresholding else None
+        threshold = self._threshold(sample, model_output, uncond, guidance_scale) if self.table.thresholding else None
         return threshold, self._variance_kind(variance)
 
     def _threshold(
-        self, sample: Tensor, model_output: Tensor, uncond: Tensor | None, guidance: float | Tensor | None
+        self, sample: Tensor, model_output: Tensor, uncond: Tensor | None, guidance_scale: float | Tensor | None
     ) -> Tensor:
-        if self._prediction_rows is None:
-            self._prediction_rows = self.table.shared_rows(sample.dtype, sample.device, prediction=True)
+        if self._prediction_table is None:
+            self._prediction_table = self.table.shared_rows(sample.dtype, sample.device, prediction=True)
         (x0,) = ops.step(
             sample,
             model_output,
-            self._prediction_rows,
+            self._prediction_table,
             self.index,
             uncond=uncond,
-            guidance=guidance,
+            guidance_scale=guidance_scale,
             backend=self.backend,
         )
         return dynamic_threshold(x0, self._ratio, self._max_value)
@@ -252,7 +265,7 @@ class Stepper:
     def _variance_kind(self, variance: Tensor | None) -> int:
         if variance is None and self.table.variance != Variance.FIXED and self.table.draws_noise[self.index]:
             raise ValueError(
-                sentence(
+                error_message(
                     "step",
                     "variance",
                     "is missing",

@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 from enum import Enum
 
-from ..errors import unknown_name
+from ..errors import parse_choice
 from ..row_layout import Variance
 from ..schedules.levels import Levels
 from .affine import NOISE, SAMPLE
@@ -27,10 +27,7 @@ class VarianceType(str, Enum):
 
     @classmethod
     def parse(cls, value: str | VarianceType) -> VarianceType:
-        try:
-            return cls(value)
-        except ValueError:
-            raise unknown_name("ddpm", "variance_type", value, [member.value for member in cls]) from None
+        return parse_choice(cls, "ddpm", "variance_type", value)
 
 
 #: diffusers keeps the posterior variance of the last step, which is 0, from having no logarithm.

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-from ..errors import unknown_name
+from ..errors import parse_choice
 from ..schedules.levels import Level
 from .affine import Affine
 from .prediction import Denoised
@@ -28,10 +28,7 @@ class Algorithm(str, Enum):
 
     @classmethod
     def parse(cls, value: str | Algorithm) -> Algorithm:
-        try:
-            return cls(value)
-        except ValueError:
-            raise unknown_name("dpm_solver", "algorithm_type", value, [member.value for member in cls]) from None
+        return parse_choice(cls, "dpm_solver", "algorithm_type", value)
 
     @property
     def predicts_data(self) -> bool:
@@ -60,10 +57,7 @@ class SolverType(str, Enum):
 
     @classmethod
     def parse(cls, value: str | SolverType) -> SolverType:
-        try:
-            return cls(value)
-        except ValueError:
-            raise unknown_name("dpm_solver", "solver_type", value, [member.value for member in cls]) from None
+        return parse_choice(cls, "dpm_solver", "solver_type", value)
 
 
 @dataclass(frozen=True)

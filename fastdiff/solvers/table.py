@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..device_copy import OnDevice, to_device
-from ..errors import checked_type, sentence
+from ..errors import checked_type, error_message
 from ..row_layout import (
     CLIP,
     COLUMNS,
@@ -107,7 +107,7 @@ class StepTable:
             checked_type("StepTable", f"source[{i}]", row, Row, "a Row", "make it with a solver, or with Row(...)")
         if not self.source:
             raise ValueError(
-                sentence("StepTable", "source", "has no rows", "at least one", "ask for at least one step")
+                error_message("StepTable", "source", "has no rows", "at least one", "ask for at least one step")
             )
         rows = torch.tensor([row.scalars() for row in self.source], dtype=torch.float64, device="cpu")
         derived: dict[str, object] = {
@@ -128,7 +128,7 @@ class StepTable:
         if not bool(finite.all()):
             row, column = (int(i) for i in (~finite).nonzero()[0])
             raise ValueError(
-                sentence(
+                error_message(
                     "StepTable",
                     f"rows[{row}, {column}]",
                     f"is {float(rows[row, column])}",
@@ -143,7 +143,7 @@ class StepTable:
             stores_match = len(row.store) == len(row.keep) <= 2 and len(set(row.store)) == len(row.store)
             if not stores_match or not set(row.store) <= set(range(NUM_REGISTERS)):
                 raise ValueError(
-                    sentence(
+                    error_message(
                         "StepTable",
                         f"source[{i}].store",
                         f"is {row.store} for {len(row.keep)} kept tensors",
@@ -154,7 +154,7 @@ class StepTable:
             unwritten = set(self.reads[i]) - written
             if unwritten:
                 raise ValueError(
-                    sentence(
+                    error_message(
                         "StepTable",
                         f"source[{i}]",
                         f"reads register {min(unwritten)}",

@@ -171,7 +171,7 @@ def test_compiled_formula_takes_the_same_steps(op: str) -> None:
     sample, registers = tensors.sample.clone(), {j: torch.zeros_like(expected) for j in range(4)}
     for plan in plans:
         noise = torch.randn(SMALL, generator=generator, dtype=torch.float64) if plan.draws_noise else None
-        expected = stepper.step(expected, tensors.cond, uncond=tensors.uncond, guidance=GUIDANCE, noise=noise)
+        expected = stepper.step(expected, tensors.cond, uncond=tensors.uncond, guidance_scale=GUIDANCE, noise=noise)
         plain = plan.step._torchdynamo_orig_callable  # type: ignore[attr-defined]
         history, store = (tuple(registers[j] for j in places) for places in (plan.reads, plan.store))
         plain(sample, tensors.cond, tensors.uncond, plan.scalars, history, noise, store)

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastdiff.diffusers
-from fastdiff.diffusers import planning, schedule
-from fastdiff.diffusers import scheduler as scheduling
+from fastdiff.diffusers import mixin
 from fastdiff.diffusers.compiler import compile as compiling
 from fastdiff.diffusers.compiler import tape
 from fastdiff.diffusers.compiler.plan import Fallback
 from fastdiff.diffusers.compiler.tape import Tape, TraceTree
+from fastdiff.diffusers.runtime import lookup, plan_cache
 from fastdiff.ops import backends
 from support.dropin_helpers import forget_plans, quiet
 from support.oracle import assert_same_bits
@@ -55,7 +55,7 @@ def step(scheduler: Any, place: int, **more: Any) -> Tensor:
 
 
 def traces() -> int:
-    return sum(tree.count for tree in planning._TREES.values())
+    return sum(tree.count for tree in lookup._TRACES.values())
 
 
 @pytest.mark.parametrize(
@@ -129,8 +129,8 @@ def test_an_attribute_that_no_step_reads_is_not_looked_at(
 ) -> None:
     ours, _ = pair("FlowMatchEulerDiscrete")
     calls: list[str] = []
-    take = scheduling._take
-    monkeypatch.setattr(scheduling, "_take", lambda s, n, *rest: (calls.append(n), take(s, n, *rest))[1])
+    take_step = mixin.take_step
+    monkeypatch.setattr(mixin, "take_step", lambda s, n, *rest: (calls.append(n), take_step(s, n, *rest))[1])
     for _ in range(4):
         ours.set_timesteps(6)
         calls.clear()
@@ -165,9 +165,9 @@ def test_an_attribute_counts_from_the_first_step_that_reads_it() -> None:
 
 def test_every_store_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_plans()
-    monkeypatch.setattr(schedule, "MOST_PLANS", 64)
-    monkeypatch.setattr(schedule, "MOST_SCHEDULES", 4)
-    monkeypatch.setattr(planning, "MOST_TRACES", 8)
+    monkeypatch.setattr(plan_cache, "MOST_PLANS", 64)
+    monkeypatch.setattr(plan_cache, "MOST_SCHEDULES", 4)
+    monkeypatch.setattr(lookup, "MOST_TRACES", 8)
     results = []
     for again in range(2):
         for config in range(6):
@@ -178,8 +178,8 @@ def test_every_store_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
             results.append((again, found))
     assert traces() <= 8
-    assert len(schedule.PLANS.schedules) <= 4
-    assert sum(map(len, schedule.PLANS.schedules.values())) <= 2 * 64
+    assert len(plan_cache.PLANS.schedules) <= 4
+    assert sum(map(len, plan_cache.PLANS.schedules.values())) <= 2 * 64
 
 
 # --- schedules written without torch's knowledge ---------------------------------------------------------------------
@@ -268,7 +268,7 @@ def test_schedules_of_any_dtype_run_where_diffusers_runs_them(name: str, dtype: 
 
 _TRACED_FILES = tuple(
     f"{module}.py"
-    for module in ("trace", "scalars", "symbolic", "tape", "planning", "plan", "lower", "inputs", "compile")
+    for module in ("trace", "scalars", "symbolic", "tape", "lookup", "plan", "lower", "inputs", "compile")
 )
 
 

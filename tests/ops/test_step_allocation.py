@@ -54,12 +54,12 @@ def test_a_step_in_place_allocates_nothing(method: str, config: dict[str, Any], 
     stepper = sampler.stepper(seeds=[1, 2])
     rows = len(sampler.table)
     for _ in range(rows):
-        stepper.step(x, cond, uncond=uncond, guidance=3.0, out=x, model_input=both)
+        stepper.step(x, cond, uncond=uncond, guidance_scale=3.0, out=x, model_input=both)
     stepper.index = 0
 
     def loop() -> None:
         for _ in range(rows):
-            stepper.step(x, cond, uncond=uncond, guidance=3.0, out=x, model_input=both)
+            stepper.step(x, cond, uncond=uncond, guidance_scale=3.0, out=x, model_input=both)
 
     assert allocated(loop) == 0
 

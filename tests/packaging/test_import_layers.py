@@ -134,7 +134,7 @@ def test_an_import_from_above_is_found() -> None:
         "from .. import __version__": "fastdiff",
         "from fastdiff.diffusers import patch": "fastdiff.diffusers",
         "from .call import StepCall": None,
-        "from ..errors import sentence": None,
+        "from ..errors import error_message": None,
         "from . import backends": None,
         "if TYPE_CHECKING:\n    from ..samplers import create_sampler": None,
     }

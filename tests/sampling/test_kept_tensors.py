@@ -160,7 +160,7 @@ def test_history_that_autograd_has_saved_stays_as_it_was(backend: str | None) ->
     x, m = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     scale = torch.ones((), dtype=torch.float64, requires_grad=True)
     loss = stepper.step(x, m * scale).sum()
-    register = stepper._registers[0]  # nothing public hands it out
+    register = stepper._history[0]  # nothing public hands it out
     assert register is not None
     product = register * scale  # autograd saves the register
     before = register.detach().clone()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.ops import reference
+from fastdiff.ops.call import StepCall
 from fastdiff.ops.thresholding import dynamic_threshold
 from fastdiff.row_layout import Variance
 from fastdiff.sampling.stepper import Stepper
@@ -45,7 +46,15 @@ def walk_by_hand(table: StepTable, sample: Tensor, outputs: list[Tensor]) -> lis
     registers: list[Tensor | None] = [None] * 4
     rows, samples = table.rows_as(sample.dtype), []
     for i, output in enumerate(outputs):
-        sample, *kept = reference.step(sample, output, rows[i], history=registers, keeps=len(table.store[i]))
+        call = StepCall(
+            sample=sample,
+            model_output=output,
+            table=rows,
+            row_index=i,
+            history=tuple(registers),
+            keeps=len(table.store[i]),
+        )
+        sample, *kept = reference.step(call)
         for j, tensor in zip(table.store[i], kept, strict=True):
             registers[j] = tensor
         samples.append(sample)
@@ -87,7 +96,7 @@ def test_a_failed_step_leaves_index_and_registers_so_that_it_can_be_taken_again(
         if i == fails_at:
             with pytest.raises(ValueError, match=r"^step: model_output has shape"):
                 disturbed.step(b, output[:, :2])
-            with pytest.raises(ValueError, match=r"^step: guidance is missing"):
+            with pytest.raises(ValueError, match=r"^step: guidance_scale is missing"):
                 disturbed.step(b, output, uncond=output)
             assert disturbed.index == i
         b = disturbed.step(b, output)
@@ -99,7 +108,7 @@ def test_registers_are_allocated_once_and_never_lie_on_a_sample() -> None:
     stepper, samples, kept = Stepper(table), [torch.randn(2, 3)], set()
     for _ in range(6):
         samples.append(stepper.step(samples[-1], torch.randn(2, 3)))
-        register = stepper._registers[0]  # nothing public tells where a register lies
+        register = stepper._history[0]  # nothing public tells where a register lies
         assert register is not None
         kept.add(register.data_ptr())
     assert len(kept) == 1
@@ -149,7 +158,7 @@ def test_thresholding_clamps_each_sample_to_its_quantile_and_divides(seed: int, 
     bound = dynamic_threshold(d, 0.8, 2.5)[:, None]
     expected = x + d.clamp(-bound, bound) / bound
     stepper = Stepper(THRESHOLDED, dynamic_thresholding_ratio=0.8, sample_max_value=2.5)
-    guidance = {} if scale is None else {"uncond": u, "guidance": scale}
+    guidance = {} if scale is None else {"uncond": u, "guidance_scale": scale}
     # A few roundings of numbers below 200.
     assert torch.allclose(stepper.step(x, m, **guidance), expected, rtol=0, atol=200 * 16 * 2.0**-53)
 
@@ -194,16 +203,16 @@ def test_a_non_contiguous_sample_keeps_its_loop() -> None:
 
 @given(seed=st.integers(0, 2**32 - 1))
 def test_the_way_of_a_gpu_s_steps_is_the_same_loop(seed: int) -> None:
-    # Through `direct_step`, which the CPU's extension answers as well.
+    # Through `ops.step`, which the CPU's extension answers as well.
     gen = torch.Generator().manual_seed(seed)
     x, *outputs = torch.randn(5, 2, 3, generator=gen)
     usual, other = Stepper(RING), Stepper(RING)
     a, b = x.clone(), x.clone()
     for output in outputs:
-        a = usual.step(a, output, uncond=x, guidance=2.0)
+        a = usual.step(a, output, uncond=x, guidance_scale=2.0)
         other._look_at(b)
-        other._direct, other._on_cuda = False, True
-        b = other.step(b, output, uncond=x, guidance=2.0)
+        other._direct = False
+        b = other.step(b, output, uncond=x, guidance_scale=2.0)
         assert torch.equal(a, b)
     assert other.done
 
@@ -298,8 +307,8 @@ def test_a_guidance_scale_that_is_no_number_is_refused(
     value: object, error: type[Exception], got: str, backend: str | None
 ) -> None:
     x = torch.ones(2, 3)
-    with pytest.raises(error, match=rf"^step: guidance {got}, expected .+; .+"):
-        Stepper(RING, backend=backend).step(x, x, uncond=x, guidance=value)  # type: ignore[arg-type]
+    with pytest.raises(error, match=rf"^step: guidance_scale {got}, expected .+; .+"):
+        Stepper(RING, backend=backend).step(x, x, uncond=x, guidance_scale=value)  # type: ignore[arg-type]
 
 
 def test_a_table_or_a_ratio_of_another_kind_is_refused() -> None:

@@ -232,7 +232,7 @@ def walk(
             sample,
             tensor(answer.cond),
             uncond=tensor(answer.uncond) if guided else None,  # type: ignore[arg-type]
-            guidance=guidance if guided else None,
+            guidance_scale=guidance if guided else None,
             variance=None if answer.variance is None else tensor(answer.variance),
             noise=tensor(noise[i]) if noise is not None and table.draws_noise[i] else None,
         )

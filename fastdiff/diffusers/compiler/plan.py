@@ -129,7 +129,8 @@ class Plan:
         uniform: whether all tensors, before and after, have `dtype`.
         accepted_dtypes: whether the fused step accepts the dtype of each.
         noise_sampler_factory: makes the scheduler's noise sampler before the step, or None.
-        next_scale: cache of the runtime: after this step, `scale_model_input` multiplies samples of this dtype by this.
+        next_plan: set by the runtime: the plan that follows where nothing is changed.
+        next_scale: set by the runtime: after this step, `scale_model_input` multiplies samples of this dtype by this.
     """
 
     row: list[Any]
@@ -153,6 +154,7 @@ class Plan:
     accepted_dtypes: bool
     noise_sampler_factory: SamplerFactory | None = None
     next_scale: tuple[torch.dtype, float] | None = field(default=None, init=False, repr=False)
+    next_plan: Plan | None = field(default=None, init=False, repr=False)
     _tables: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def with_values(self, values: Sequence[Any]) -> Plan:
@@ -165,7 +167,7 @@ class Plan:
         if not all(map(math.isfinite, row[:CLIP] + row[CLIP + 1 :])):
             raise UnsupportedStep(UNBOUNDED_COEFFICIENT)
         plan = object.__new__(Plan)
-        own: dict[str, Any] = {"row": row, "next_scale": None, "_tables": {}}
+        own: dict[str, Any] = {"row": row, "next_scale": None, "next_plan": None, "_tables": {}}
         if self._writes_recorded:
             own["results"] = tuple(_with_value(value, values) for value in self.results)
             own["attribute_writes"] = tuple((name, _with_value(v, values)) for name, v in self.attribute_writes)
@@ -226,8 +228,14 @@ class Plan:
 
     @functools.cached_property
     def native(self) -> Any:
-        """The plan as the extension reads it (csrc/bindings/program.h); None without an extension."""
-        return None if backends.extension is None else backends.extension.Program(self)
+        """The plan as the native executor reads it (csrc/dropin/native_plan.h); None without an extension."""
+        return None if backends.extension is None else backends.extension.NativePlan(self)
+
+    def set_next(self, plan: Plan) -> None:
+        """Set the plan of the same call one timestep later, with nothing changed between."""
+        self.next_plan = plan
+        if self.native is not None:
+            self.native.set_next(plan.native)
 
     @functools.cached_property
     def constant_writes(self) -> dict[str, Any]:
