@@ -92,7 +92,7 @@ class Loop:
         """Return the plans of fastdiff's steps in the order of use, without those of the untimed first two steps."""
         from fastdiff.diffusers.compiler.plan import Plan
 
-        plans = [plan for plan in vars(self.scheduler)["_fused"].schedule.plans.values() if isinstance(plan, Plan)]
+        plans = [plan for plan in vars(self.scheduler)["_fused"].plan_cache.plans.values() if isinstance(plan, Plan)]
         return plans[2:] or plans
 
     def bytes_a_step(self) -> float | None:
