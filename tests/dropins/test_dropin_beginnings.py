@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The first step of a loop: at once where an earlier loop began in the same state, looked at anew where not."""
+"""First step of a loop: cached if an earlier loop began in the same state, looked up otherwise."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def loop(
     draws: bool = True,
     **extra: Any,
 ) -> list[Tensor]:
-    """The samples of a loop from `set_timesteps` on; a change comes before the first step."""
+    """Return the samples of a loop from `set_timesteps` on; a change is applied before the first step."""
     with quiet():
         scheduler.set_timesteps(steps)
         if change is not None:
@@ -112,7 +112,7 @@ def attributes_of(scheduler: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("scales", [False, True], ids=["steps alone", "model inputs too"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_later_loop_begins_at_once(name: str, scales: bool, looked: list[str]) -> None:
+def test_later_loop_uses_cached_first_step(name: str, scales: bool, looked: list[str]) -> None:
     scheduler, outputs = made(name), tensors()
     wanted = loop(scheduler, outputs, scales=scales)
     for _ in range(2):  # the first of them may find what no loop before had left, and learn factors
@@ -130,7 +130,7 @@ def test_a_later_loop_begins_at_once(name: str, scales: bool, looked: list[str])
     near(found, loop(made(name, theirs=True), outputs, scales=scales))
 
 
-def test_guidance_seeds_and_dtypes_each_begin_at_once(looked: list[str]) -> None:
+def test_first_step_is_cached_per_guidance_seeds_and_dtypes(looked: list[str]) -> None:
     scheduler = made("EulerAncestralDiscrete")
 
     def all_of_them() -> list[Tensor]:
@@ -151,8 +151,8 @@ def test_guidance_seeds_and_dtypes_each_begin_at_once(looked: list[str]) -> None
 
 
 @pytest.mark.parametrize("name", ["PNDM", "UniPCMultistep", "DPMSolverMultistep"])
-def test_guided_loops_and_others_in_turn(name: str) -> None:
-    """The guided output exists nowhere, and a history that holds outputs has it made."""
+def test_guided_and_plain_loops_alternate(name: str) -> None:
+    """The guided output is not stored; it is computed if a history needs it."""
     ours, theirs, outputs = made(name), made(name, theirs=True), tensors()
 
     def combined(i: int) -> Tensor:
@@ -222,7 +222,7 @@ CHANGES: list[tuple[str, str, Callable[[Any], Any]]] = [
 @pytest.mark.parametrize(
     ("name", "change"), [pytest.param(name, change, id=f"{name}, {what}") for what, name, change in CHANGES]
 )
-def test_what_is_changed_before_a_first_step_counts(name: str, change: Callable[[Any], Any], looked: list[str]) -> None:
+def test_change_before_first_step_applies(name: str, change: Callable[[Any], Any], looked: list[str]) -> None:
     outputs, ours = tensors(), made(name)
     for _ in range(3):
         loop(ours, outputs)
@@ -241,7 +241,7 @@ def _outcome(scheduler: Any, outputs: list[Tensor], change: Callable[[Any], Any]
         return error
 
 
-def test_a_written_array_of_numpy_counts(looked: list[str]) -> None:
+def test_written_numpy_array_applies(looked: list[str]) -> None:
     scheduler, outputs = made("PNDM"), tensors()
     for _ in range(3):
         loop(scheduler, outputs)
@@ -257,7 +257,7 @@ def test_a_written_array_of_numpy_counts(looked: list[str]) -> None:
     assert not looked
 
 
-def test_levels_whose_writes_nobody_counts_are_compared(looked: list[str]) -> None:
+def test_levels_without_version_counter_are_compared(looked: list[str]) -> None:
     with torch.inference_mode():
         scheduler = made("DDIM")
     theirs, outputs = made("DDIM", theirs=True), tensors()
@@ -311,7 +311,7 @@ CALLS: dict[str, Callable[[Any, list[Tensor], Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("call", sorted(CALLS))
-def test_another_call_is_no_beginning_of_that_loop(call: str, looked: list[str]) -> None:
+def test_other_call_does_not_use_cached_first_step(call: str, looked: list[str]) -> None:
     outputs, ours, theirs = tensors(), made("DDIM"), made("DDIM", theirs=True)
     for _ in range(3):
         loop(ours, outputs, return_dict=False, draws=False)
@@ -334,7 +334,7 @@ def test_another_call_is_no_beginning_of_that_loop(call: str, looked: list[str])
         assert looked
 
 
-def test_what_scales_the_model_input_takes_no_output() -> None:
+def test_scale_model_input_takes_no_output() -> None:
     outputs, scheduler = tensors(), made("EulerDiscrete")
     for _ in range(3):
         loop(scheduler, outputs, scales=True)
@@ -343,7 +343,7 @@ def test_what_scales_the_model_input_takes_no_output() -> None:
         scheduler.scale_model_input(outputs[-1], scheduler.timesteps[0], model_output=outputs[0])
 
 
-def test_seeds_are_no_part_of_a_beginning_but_that_there_are_some() -> None:
+def test_first_step_depends_on_presence_of_seeds_only() -> None:
     outputs = tensors()
     results = []
     for seeds in ([1, 2], [3, 4]):
@@ -358,7 +358,7 @@ def test_seeds_are_no_part_of_a_beginning_but_that_there_are_some() -> None:
             assert_same_bits(loop(scheduler, outputs), wanted)
 
 
-def test_a_forced_backend_is_asked_in_a_first_step(looked: list[str]) -> None:
+def test_forced_backend_applies_in_first_step(looked: list[str]) -> None:
     outputs, scheduler = tensors(), made("DDIM")
     wanted = loop(scheduler, outputs)
     loop(scheduler, outputs, guided=True)
@@ -372,8 +372,8 @@ def test_a_forced_backend_is_asked_in_a_first_step(looked: list[str]) -> None:
 
 
 @pytest.mark.parametrize("attribute", ["sigmas", "alphas_cumprod"])
-def test_what_is_written_behind_a_first_step_counts(attribute: str, looked: list[str]) -> None:
-    """Of what the first step has read, and of what only later ones may."""
+def test_change_after_first_step_applies(attribute: str, looked: list[str]) -> None:
+    """Change values that the first step has read, and values that only later steps may read."""
     outputs = tensors()
     ours, theirs = made("EulerDiscrete"), made("EulerDiscrete", theirs=True)
     for _ in range(3):
@@ -406,7 +406,7 @@ def test_what_is_written_behind_a_first_step_counts(attribute: str, looked: list
 
 
 @pytest.mark.parametrize("name", ["DDIM", "EulerDiscrete", "DPMSolverMultistep"])
-def test_a_loop_that_begins_at_once_learns_what_follows(name: str, looked: list[str]) -> None:
+def test_loop_with_cached_first_step_records_next_plans(name: str, looked: list[str]) -> None:
     outputs, scheduler = tensors(), made(name)
     for _ in range(3):
         loop(scheduler, outputs, last=1)  # nothing has followed a first step so far
@@ -418,7 +418,7 @@ def test_a_loop_that_begins_at_once_learns_what_follows(name: str, looked: list[
     assert not looked
 
 
-def test_loops_of_several_lengths_and_sizes_in_turn(looked: list[str]) -> None:
+def test_loops_of_different_lengths_and_sizes_alternate(looked: list[str]) -> None:
     scheduler = made("FlowMatchEulerDiscrete")
     kinds = [(steps, size) for steps in (1, 2, 4) for size in (4, 6)]
     wanted = {}
@@ -434,7 +434,7 @@ def test_loops_of_several_lengths_and_sizes_in_turn(looked: list[str]) -> None:
             assert len(plans) == steps  # of the schedule that it has, at whatever size
 
 
-def test_more_kinds_of_loops_than_are_kept() -> None:
+def test_more_kinds_of_loops_than_cache_size() -> None:
     scheduler = made("DPMSolverMultistep")
     for _ in range(2):
         for steps in range(1, 20):
@@ -442,7 +442,7 @@ def test_more_kinds_of_loops_than_are_kept() -> None:
             assert_same_bits(found, loop(made("DPMSolverMultistep"), tensors(), steps=steps))
 
 
-def test_a_loop_that_starts_in_the_middle_begins_at_once(looked: list[str]) -> None:
+def test_loop_started_in_the_middle_uses_cached_first_step(looked: list[str]) -> None:
     outputs, scheduler = tensors(), made("EulerDiscrete")
 
     def middle() -> list[Tensor]:
@@ -456,7 +456,7 @@ def test_a_loop_that_starts_in_the_middle_begins_at_once(looked: list[str]) -> N
     assert not looked
 
 
-def test_a_stepper_begins_as_its_scheduler_does(looked: list[str]) -> None:
+def test_stepper_uses_cached_first_step(looked: list[str]) -> None:
     outputs, scheduler = tensors(), made("DPMSolverMultistep")
     for _ in range(2):
         wanted = loop(scheduler, outputs)
@@ -479,7 +479,7 @@ def test_a_stepper_begins_as_its_scheduler_does(looked: list[str]) -> None:
 
 
 @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy], ids=["copy", "deepcopy"])
-def test_a_copy_begins_at_once(way: Callable[[Any], Any], looked: list[str]) -> None:
+def test_copy_begins_at_once(way: Callable[[Any], Any], looked: list[str]) -> None:
     outputs, scheduler = tensors(), made("EulerDiscrete")
     for _ in range(3):
         wanted = loop(scheduler, outputs)
@@ -488,7 +488,7 @@ def test_a_copy_begins_at_once(way: Callable[[Any], Any], looked: list[str]) -> 
     assert not looked
 
 
-def test_a_class_of_ones_own_begins_for_itself(looked: list[str]) -> None:
+def test_user_subclass_has_own_first_step(looked: list[str]) -> None:
     outputs, scheduler = tensors(), made("DDIM")
     for _ in range(3):
         wanted = loop(scheduler, outputs)
@@ -502,9 +502,7 @@ def test_a_class_of_ones_own_begins_for_itself(looked: list[str]) -> None:
     assert looked
 
 
-def test_nothing_is_kept_of_a_state_that_another_thread_has_met(
-    looked: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_state_touched_by_another_thread_is_not_cached(looked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     outputs, scheduler = tensors(), made("DDIM")
     execute = step.execute
 
@@ -520,7 +518,7 @@ def test_nothing_is_kept_of_a_state_that_another_thread_has_met(
     assert looked
 
 
-def test_nothing_is_kept_of_a_state_that_changes_meanwhile(looked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_that_changes_during_step_is_not_cached(looked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     outputs, scheduler = tensors(), made("DDIM")
     guards = SchedulerCache.first_step_guards
 
@@ -537,7 +535,7 @@ def test_nothing_is_kept_of_a_state_that_changes_meanwhile(looked: list[str], mo
          loop(made("DDIM", theirs=True), outputs, _set("num_inference_steps", 5)))  # fmt: skip
 
 
-def test_no_tensor_of_a_loop_is_kept_for_the_next() -> None:
+def test_no_tensor_is_kept_between_loops() -> None:
     for name in ("PNDM", "HeunDiscrete", "DPMSolverMultistep"):
         forget_plans()  # so that the first loop is traced, whatever ran before
         scheduler, outputs, watched = made(name), tensors(), []
@@ -549,7 +547,7 @@ def test_no_tensor_of_a_loop_is_kept_for_the_next() -> None:
         assert not any(each() is not None for each in watched), name
 
 
-def test_threads_with_steppers_begin_at_once() -> None:
+def test_threads_with_steppers_use_cached_first_step() -> None:
     outputs = [t.repeat(1, 40, 40) for t in tensors(4, 16, 16)]  # large enough to let other threads in
     scheduler = made("DPMSolverMultistep")
     wanted = loop(scheduler, outputs)
@@ -571,7 +569,7 @@ def test_threads_with_steppers_begin_at_once() -> None:
 
 
 @given(data=st.data())
-def test_any_loops_one_after_another_give_what_fresh_schedulers_give(data: st.DataObject) -> None:
+def test_any_sequence_of_loops_equals_fresh_schedulers(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(["DDIM", "EulerDiscrete", "DPMSolverMultistep", "LCM", "PNDM"]))
     scheduler = made(name)
     changes: list[Callable[[Any], Any]] = [change for _, of, change in CHANGES if of == name]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The noise of torchsde's Brownian trees, drawn by one sum: against torchsde, numpy, torch, and exact arithmetic."""
+"""Noise of torchsde's Brownian trees drawn as one sum: against torchsde, numpy, torch, and exact arithmetic."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def drawn(size: int, seed: int) -> Tensor:
 
 
 @given(SEEDS, st.lists(st.tuples(st.integers(0, 2**40), st.integers(0, 60)), max_size=4), st.integers(4, 40))
-def test_seeds_are_numpys(entropy: int, keys: list[tuple[int, int]], pool_size: int) -> None:
+def test_seeds_match_numpy(entropy: int, keys: list[tuple[int, int]], pool_size: int) -> None:
     expected = [
         int(np.random.SeedSequence(entropy, spawn_key=key, pool_size=pool_size).generate_state(4)[0]) for key in keys
     ]
@@ -48,7 +48,7 @@ SIZES = st.integers(16, 100) | st.integers(600, 660) | st.integers(2480, 2540) |
 
 
 @given(SIZES, st.lists(WORDS, min_size=1, max_size=11), st.data())
-def test_one_draw_of_many_is_torchs(size: int, seeds: list[int], data: st.DataObject) -> None:
+def test_each_draw_matches_torch(size: int, seeds: list[int], data: st.DataObject) -> None:
     which = data.draw(st.integers(0, len(seeds) - 1))
     out = torch.full((size,), math.nan)
     assert E.seeded_sum(out, [], [], seeds, [float(k == which) for k in range(len(seeds))])
@@ -56,7 +56,7 @@ def test_one_draw_of_many_is_torchs(size: int, seeds: list[int], data: st.DataOb
 
 
 @given(SIZES, st.lists(st.tuples(WORDS, st.floats(-9, 9)), max_size=9), st.lists(st.floats(-9, 9), max_size=3))
-def test_a_sum_is_exact_to_its_roundings(size: int, terms: list[tuple[int, float]], bases: list[float]) -> None:
+def test_sum_is_exact_within_rounding(size: int, terms: list[tuple[int, float]], bases: list[float]) -> None:
     tensors = [torch.randn(size) for _ in bases]
     out = torch.full((size,), math.nan)
     assert E.seeded_sum(out, tensors, bases, [seed for seed, _ in terms], [weight for _, weight in terms])
@@ -68,7 +68,7 @@ def test_a_sum_is_exact_to_its_roundings(size: int, terms: list[tuple[int, float
     assert bool(((out - exact).abs() <= (len(parts) + 1) * 2.0**-24 * largest + 1e-40).all())
 
 
-def test_what_is_not_plain_is_declined_and_left_alone() -> None:
+def test_unsupported_tensors_are_declined_and_unchanged() -> None:
     plain = torch.full((32,), 7.0)
     for out in (torch.full((32,), 7.0).double(), torch.full((15,), 7.0), torch.full((64,), 7.0)[::2]):
         assert not E.seeded_sum(out, [], [], [1], [1.0])
@@ -88,7 +88,7 @@ def test_what_is_not_plain_is_declined_and_left_alone() -> None:
 
 
 @given(TIMES, TIMES)
-def test_a_way_has_the_variance_of_a_brownian_motion(t: float, s: float) -> None:
+def test_bridge_expansion_has_variance_of_brownian_motion(t: float, s: float) -> None:
     a, b = (bridge_expansion(time, START, END, 6) for time in (t, s))
     length = END - START
     assert a.fraction**2 * length + sum(w * w for w in a.weights) == pytest.approx(t - START, abs=1e-11)
@@ -97,7 +97,7 @@ def test_a_way_has_the_variance_of_a_brownian_motion(t: float, s: float) -> None
     assert a.fraction * b.fraction * length + common == pytest.approx(min(t, s) - START, abs=1e-11)
 
 
-def test_the_ends_of_a_way() -> None:
+def test_bridge_expansion_at_range_ends() -> None:
     assert bridge_expansion(START, START, END, 6) == brownian.BridgeExpansion(0.0, (), ())
     assert bridge_expansion(END, START, END, 6) == brownian.BridgeExpansion(1.0, (), ())
     middle = round(0.5 * (START + END), 6)
@@ -109,7 +109,7 @@ def sampler_for(shape: tuple[int, ...], seed: Any, dtype: torch.dtype = torch.fl
 
 
 def exact_noise(interval: Any, before: float, after: float) -> Tensor:
-    """(W(after) − W(before)) / √(after − before) from the tree's own numbers, added up in float64."""
+    """Return (W(after) − W(before)) / √(after − before) from the tree's numbers, added up in float64."""
     total = interval._w_h[0].double()
     result = torch.zeros_like(total)
     for time, sign in ((before, -1.0), (after, 1.0)):
@@ -123,7 +123,7 @@ def exact_noise(interval: Any, before: float, after: float) -> Tensor:
 
 
 @given(st.integers(0, 2**63 - 1), st.lists(st.tuples(TIMES, TIMES), min_size=1, max_size=5))
-def test_increments_are_as_near_to_exact_as_torchsdes(seed: int, spans: list[tuple[float, float]]) -> None:
+def test_increments_are_as_accurate_as_torchsde(seed: int, spans: list[tuple[float, float]]) -> None:
     ours, theirs = sampler_for((4, 8), seed), sampler_for((4, 8), seed)
     for span in spans:
         if abs(span[0] - span[1]) < 1e-5:
@@ -136,7 +136,7 @@ def test_increments_are_as_near_to_exact_as_torchsdes(seed: int, spans: list[tup
         assert wrong <= 2 * their_wrong + 16 * 2.0**-24 * float(exact.abs().max())
 
 
-def test_torchsde_itself_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchsde_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler, twin = sampler_for((2, 3, 8, 8), 5), sampler_for((2, 3, 8, 8), 5)
     expected = [twin(a, b) for a, b in ((14.0, 9.0), (9.0, 4.0), (4.0, 0.1))]
     assert not brownian.why_by_torchsde()
@@ -145,7 +145,7 @@ def test_torchsde_itself_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (sampled(sampler, *span) - noise).abs().max() <= 1e-5
 
 
-def test_what_was_asked_before_changes_nothing_but_roundings() -> None:
+def test_earlier_calls_change_only_roundings() -> None:
     fresh = sampled(sampler_for((64,), 9), 4.0, 2.0)
     used = sampler_for((64,), 9)
     for span in ((14.0, 13.9), (0.03, 14.0), (4.0, 3.9999), (4.0, 14.0), (2.0, 1.0), (3.0, 3.1)):
@@ -155,19 +155,19 @@ def test_what_was_asked_before_changes_nothing_but_roundings() -> None:
     assert 0 < len(tree._partial_sums) <= 3
 
 
-def test_a_seed_a_sample() -> None:
+def test_seed_per_sample() -> None:
     batched = sampled(sampler_for((3, 4, 4), [1, 2, 3]), 4.0, 2.0)
     for sample, seed in zip(batched, (1, 2, 3), strict=True):
         assert torch.equal(sample, sampled(sampler_for((4, 4), seed), 4.0, 2.0))
 
 
-def test_back_and_forth() -> None:
+def test_forward_and_backward_intervals() -> None:
     sampler = sampler_for((32,), 1)
     assert torch.equal(sampled(sampler, 4.0, 2.0), -sampled(sampler, 2.0, 4.0))
 
 
 @pytest.mark.filterwarnings("ignore:Should have t")
-def test_at_and_outside_the_ends() -> None:
+def test_times_at_and_outside_range() -> None:
     sampler, twin = sampler_for((32,), 1), sampler_for((32,), 1)
     for span in ((END * (1 + 2.0**-22), 3.0), (3.0, START * (1 - 2.0**-22)), (20.0, 3.0), (3.0, 0.0), (5.0, 5.0)):
         assert torch.allclose(sampled(sampler, *span), twin(*span), rtol=0, atol=1e-5, equal_nan=True)
@@ -186,12 +186,12 @@ def test_other_samplers_are_called() -> None:
         assert torch.equal(sampled(sampler, 4.0, 2.0), twin(4.0, 2.0))
 
 
-def test_a_transform_of_the_times() -> None:
+def test_transformed_times() -> None:
     made = [BrownianTreeNoiseSampler(torch.zeros(32), 0.1, 9.0, 3, transform=lambda t: -t.log()) for _ in range(2)]
     assert (sampled(made[0], 4.0, 2.0) - made[1](4.0, 2.0)).abs().max() <= 1e-5
 
 
-def test_where_torchsde_differs_it_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchsde_draws_unsupported_dtypes_and_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(brownian, "_difference", lambda: "another tree")
     sampler = sampler_for((32,), 3)
     monkeypatch.setattr(Tree, "increment", lambda *_: pytest.fail("drawn here"))
@@ -199,14 +199,14 @@ def test_where_torchsde_differs_it_draws(monkeypatch: pytest.MonkeyPatch) -> Non
     assert brownian.why_by_torchsde() == "another tree"
 
 
-def test_a_tree_that_is_not_torchsdes_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_differing_tree_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     brownian._difference.cache_clear()
     monkeypatch.setattr(brownian, "bridge_expansion", lambda time, *rest: bridge_expansion(time - 1e-3, *rest))
     assert "builds its tree otherwise" in brownian._difference()
     brownian._difference.cache_clear()
 
 
-def test_threads_share_a_tree() -> None:
+def test_threads_may_share_tree() -> None:
     sampler = sampler_for((1, 4, 16, 16), 7)
     spans = [(14.0 - i * 0.5, 13.5 - i * 0.5) for i in range(26)]
     expected = [sampled(sampler_for((1, 4, 16, 16), 7), *span) for span in spans]
@@ -229,7 +229,7 @@ def test_threads_share_a_tree() -> None:
 @pytest.mark.filterwarnings("ignore:Should have t")
 @pytest.mark.parametrize("name", ["DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler"])
 @pytest.mark.parametrize("seeds", ["default", "one", "a list"])
-def test_the_first_step_makes_the_sampler_as_diffusers_does(name: str, seeds: str) -> None:
+def test_first_step_makes_sampler_like_diffusers(name: str, seeds: str) -> None:
     results, states, samplers = [], [], []
     for cls in (CLASSES[name].original, CLASSES[name]):
         torch.manual_seed(11)
@@ -252,7 +252,7 @@ def test_the_first_step_makes_the_sampler_as_diffusers_does(name: str, seeds: st
 
 @pytest.mark.filterwarnings("ignore:Should have t")
 @pytest.mark.parametrize("name", ["DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler"])
-def test_a_deep_copy_goes_on_along_the_same_path(name: str) -> None:
+def test_deep_copy_continues_same_path(name: str) -> None:
     scheduler = CLASSES[name]()
     scheduler.set_timesteps(6)
     x = torch.randn(1, 4, 8, 8)
@@ -268,7 +268,7 @@ def test_a_deep_copy_goes_on_along_the_same_path(name: str) -> None:
     assert (ends[0] - ends[1]).abs().max() <= 1e-5 * ends[0].abs().max().clamp(min=1)
 
 
-def test_a_step_that_fails_makes_no_sampler() -> None:
+def test_failing_step_makes_no_sampler() -> None:
     scheduler = CLASSES["CosineDPMSolverMultistepScheduler"]()
     scheduler.set_timesteps(3)
     sample = torch.randn(1, 4, 8, 8)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Drop-in schedulers inside compiled functions: one graph wherever diffusers' class gives one."""
+"""Drop-in schedulers in compiled functions: one graph if diffusers' class gives one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def two_steps(scheduler_class: Any, *, step: str = "step", **more: Any) -> Calla
 
 
 def compiled(loop: Callable[[Tensor], Tensor], *, fullgraph: bool = True) -> Tensor | str:
-    """What a compiled loop gives, or the kind of error that compiling it raises."""
+    """Return the result of a compiled loop, or the type of the error that compiling it raises."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     try:
@@ -55,7 +55,7 @@ def compiled(loop: Callable[[Tensor], Tensor], *, fullgraph: bool = True) -> Ten
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_loop_is_one_graph_where_diffusers_gives_one(name: str) -> None:
+def test_loop_compiles_to_one_graph_like_diffusers(name: str) -> None:
     ours, theirs = CLASSES[name], CLASSES[name].original
     wanted = compiled(two_steps(theirs))
     found = compiled(two_steps(ours))
@@ -70,7 +70,7 @@ def test_a_loop_is_one_graph_where_diffusers_gives_one(name: str) -> None:
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"])
-def test_a_guided_loop_is_one_graph(name: str, rescale: float) -> None:
+def test_guided_loop_compiles_to_one_graph(name: str, rescale: float) -> None:
     found = compiled(two_steps(CLASSES[name], step="guided_step", guidance_rescale=rescale))
     assert isinstance(found, Tensor), found
     eager = two_steps(CLASSES[name], step="guided_step", guidance_rescale=rescale)(X)
@@ -87,7 +87,7 @@ def test_seeds_are_refused_in_a_compiled_function() -> None:
     torch._dynamo.reset()
 
 
-def test_eager_steps_go_on_after_compiled_ones() -> None:
+def test_eager_steps_work_after_compiled_ones() -> None:
     results = []
     for cls in (CLASSES["EulerDiscreteScheduler"], CLASSES["EulerDiscreteScheduler"].original):
         scheduler = cls()

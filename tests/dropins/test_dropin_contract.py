@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What diffusers' own tests ask of a scheduler, asked of every class beside diffusers' in the same process.
+"""Behaviours of diffusers' scheduler tests, compared between every class and diffusers' in the same process.
 
-A behaviour is a function of a class.  It runs for diffusers' class and for ours from the same seed: what it returns or
-raises has to be alike, and so has where it leaves torch's generator.  Samples, the model and the figures (the sum and
-the mean of |x|) are those of diffusers' tests.
+A behaviour is a function of a class.  It runs for diffusers' class and for fastdiff's from the same seed: both return
+or raise the same, and leave torch's generator in the same state.  Samples, the model and the figures (the sum and the
+mean of |x|) are those of diffusers' tests.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from fastdiff.diffusers import CLASSES
 from support.dropin_cases import MOST_STEPS, OPTIONS, Case
 from support.dropin_helpers import (
     MAKES_SAMPLER,
-    Drawing,
-    Exactly,
+    Float64Mode,
     Loop,
+    RecordDraws,
     classes,
     exact_defaults,
     quiet,
@@ -47,7 +47,7 @@ Behaviour = Callable[[type], Any]
 
 
 def ramp(backwards: bool = False) -> Tensor:
-    """Numbers from 0 to 1 in the order of memory C, H, W, B."""
+    """Return numbers from 0 to 1 in memory order C, H, W, B."""
     count = 4 * 3 * 8 * 8
     values = torch.arange(count)
     values = values.flip(0) if backwards else values
@@ -89,14 +89,14 @@ def case_of(name: str, **changes: Any) -> Case:
 
 
 def prepared(case: Case, cls: type) -> Any:
-    """A scheduler with its timesteps."""
+    """Return a scheduler with its timesteps set."""
     scheduler = cls(**copy.deepcopy(case.config))
     set_timesteps(case, scheduler)
     return scheduler
 
 
 def looped(case: Case, scheduler: Any, first: int = 0) -> Any:
-    """The last sample of a loop, the sum and the mean of |x|, and where the generators are."""
+    """Return the last sample of a loop, the sum and the mean of |x|, and the generators' states."""
     loop = RampLoop(case, scheduler)
     loop.first = first
     loop.run()
@@ -111,7 +111,7 @@ def whole_loop(case: Case, cls: type, first: int = 0) -> Any:
 
 
 def stepped(name: str, scheduler: Any, ts: Any = None, sample: Tensor | None = None, **kwargs: Any) -> list[Any]:
-    """Steps at some timesteps, the first two if nothing else is asked for, with 0.1·x for the model's output."""
+    """Take steps at some timesteps, by default the first two, with 0.1·x as the model's output."""
     sample = ramp() if sample is None else sample
     takes = CLASSES[f"{name}Scheduler"].arguments["step"]
     results = []
@@ -135,7 +135,7 @@ def stepped(name: str, scheduler: Any, ts: Any = None, sample: Tensor | None = N
 
 
 def outcome(behave: Behaviour, cls: type) -> Any:
-    """What a behaviour returns, or what it raises, and where it leaves torch's generator."""
+    """Return the result or exception of a behaviour, and the state of torch's generator."""
     torch.manual_seed(0)
     with quiet():
         try:
@@ -179,7 +179,7 @@ def alike(ours: Any, theirs: Any, tolerance: float = TOLERANCE, at: str = "resul
 
 
 def check(name: str, behave: Behaviour, tolerance: float = TOLERANCE, label: str = "") -> list[str]:
-    """What differs between diffusers' class and ours; nothing if all is well."""
+    """Return the differences between diffusers' class and fastdiff's."""
     theirs_class, ours_class = classes(name)
     theirs, ours = outcome(behave, theirs_class), outcome(behave, ours_class)
     try:
@@ -190,8 +190,8 @@ def check(name: str, behave: Behaviour, tolerance: float = TOLERANCE, label: str
 
 
 def is_nearer(case: Case) -> bool:
-    """Whether our loop is nearer to one in float64, with the same draws, than diffusers' own."""
-    drawing = Drawing()
+    """Return True if fastdiff's loop is closer than diffusers' to one in float64 with the same draws."""
+    drawing = RecordDraws()
     ends = []
     for cls, mode in zip(classes(case.name), (drawing, None), strict=True):
         with quiet():
@@ -199,7 +199,7 @@ def is_nearer(case: Case) -> bool:
     exact = RampLoop(case.of(dtype=torch.float64), prepared(case, classes(case.name)[0]))
     widen(exact.scheduler)
     with exact_defaults():
-        exact.run(mode=Exactly(drawing.draws))
+        exact.run(mode=Float64Mode(drawing.draws))
     assert exact.error is None
     theirs_wrong, ours_wrong = (float((end - exact.sample).abs().max()) for end in ends)
     return ours_wrong < theirs_wrong
@@ -213,7 +213,7 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_save_and_load_either_way(name: str) -> None:
+def test_saved_configuration_loads_in_both_directions(name: str) -> None:
     theirs_class, ours_class = classes(name)
     case = case_of(name)
     for saver, loader in ((theirs_class, ours_class), (ours_class, theirs_class), (ours_class, ours_class)):
@@ -258,7 +258,7 @@ def test_configurations_go_to_and_from_diffusers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_attributes_are_those_of_diffusers(name: str) -> None:
+def test_attributes_equal_diffusers(name: str) -> None:
     theirs_class, ours_class = classes(name)
     theirs, ours = (prepared(case_of(name), cls) for cls in (theirs_class, ours_class))
     assert set(dir(theirs)) <= set(dir(ours))
@@ -364,7 +364,7 @@ def test_timesteps_of_every_type(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_model_inputs_are_scaled_alike(name: str) -> None:
+def test_model_inputs_are_scaled_like_diffusers(name: str) -> None:
     differences = []
     for t in (0, 0.0, 1.0, torch.tensor(0), torch.tensor(1.0), "first", "third"):
         for sets, dtype in ((True, torch.float32), (True, torch.float16), (False, torch.float32)):
@@ -380,7 +380,7 @@ def test_model_inputs_are_scaled_alike(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_noise_is_added_alike(name: str) -> None:
+def test_noise_is_added_like_diffusers(name: str) -> None:
     differences = []
     for method in ("add_noise", "scale_noise", "get_velocity"):
         if not hasattr(classes(name)[0], method):
@@ -421,7 +421,7 @@ def test_step_returns_a_tuple_or_an_output(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_step_in_the_middle_with_given_outputs(name: str) -> None:
-    """A history that was assigned: 0.1·x and a constant, as many as the solver keeps."""
+    """Assign a history: 0.1·x and a constant, as many as the solver keeps."""
 
     def behave(cls: Any) -> Any:
         found = []
@@ -442,8 +442,8 @@ def test_step_in_the_middle_with_given_outputs(name: str) -> None:
 
 
 @pytest.mark.skipif("DPMSolverSDE" not in NAMES, reason="needs torchsde")
-def test_noise_over_no_interval_is_not_read() -> None:
-    """Between equal sigmas torchsde's increment is 0/0, and its weight 0: diffusers multiplies them."""
+def test_noise_of_empty_interval_is_not_read() -> None:
+    """Between equal sigmas torchsde's increment is 0/0 with weight 0; diffusers multiplies them."""
 
     def behave(cls: Any) -> Any:
         scheduler = prepared(case_of("DPMSolverSDE"), cls)
@@ -478,7 +478,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize("name", NAMES)
-def test_copies_go_on_within_a_loop(name: str, way: str) -> None:
+def test_copies_continue_within_loop(name: str, way: str) -> None:
     def behave(cls: Any) -> Any:
         scheduler = prepared(case_of(name), cls)
         before = stepped(name, scheduler)
@@ -514,14 +514,14 @@ def test_loops_with_each_option(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_loops_from_noise_added_within(name: str) -> None:
+def test_loops_start_from_added_noise(name: str) -> None:
     case = case_of(name)
     for first in (case.steps // 2, max(case.steps - 2, 1)):
         assert not check(name, functools.partial(whole_loop, case, first=first))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_loops_in_half(name: str) -> None:
+def test_loops_in_half_types(name: str) -> None:
     differences = []
     thresholds = [{"thresholding": True, "dynamic_thresholding_ratio": 0.0}]
     for config in ({}, *(thresholds if any("thresholding" in c for g in OPTIONS[name] for c in g) else [])):

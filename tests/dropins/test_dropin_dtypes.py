@@ -23,7 +23,7 @@ HALF_MODEL = ("DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteSche
 
 
 class Operators(TorchDispatchMode):
-    """The operators that are dispatched, by name."""
+    """Dispatch mode that records the names of operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Operators(TorchDispatchMode):
 
 
 def loop(scheduler, sample: Tensor, output_dtype: torch.dtype, counted: bool = False) -> list[tuple[Tensor, ...]]:
-    """All that the steps of a loop return."""
+    """Return the results of all steps of a loop."""
     generator = torch.Generator().manual_seed(3)
     scheduler.set_timesteps(6)
     results = []
@@ -69,7 +69,7 @@ def assert_close(ours: list[tuple[Tensor, ...]], theirs: list[tuple[Tensor, ...]
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", HALF_SAMPLES)
-def test_half_samples_beside_float32_results_and_history(name, dtype):
+def test_half_samples_with_float32_results_and_history(name, dtype):
     sample = torch.randn(2, 4, 8, 8).to(dtype)
     ours = loop(CLASSES[name](), sample, dtype)
     assert_close(ours, loop(getattr(diffusers, name)(), sample, dtype), dtype)
@@ -79,7 +79,7 @@ def test_half_samples_beside_float32_results_and_history(name, dtype):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", HALF_MODEL)
-def test_half_model_beside_float32_samples(name, dtype):
+def test_half_model_with_float32_samples(name, dtype):
     sample = torch.randn(2, 4, 8, 8)
     ours = loop(CLASSES[name](), sample, dtype)
     assert_close(ours, loop(getattr(diffusers, name)(), sample, dtype), dtype)
@@ -88,7 +88,7 @@ def test_half_model_beside_float32_samples(name, dtype):
 
 
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"])
-def test_mixed_plans_are_taken_by_the_loop_in_cpp(name):
+def test_mixed_dtype_plans_run_in_cpp(name):
     scheduler = CLASSES[name]()
     sample = torch.randn(2, 4, 8, 8).half()
     for _ in range(3):
@@ -98,7 +98,7 @@ def test_mixed_plans_are_taken_by_the_loop_in_cpp(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_guided_step_takes_an_unconditional_output_of_another_dtype(dtype):
+def test_guided_step_accepts_unconditional_output_of_other_dtype(dtype):
     sample, cond = torch.randn(2, 1, 4, 8, 8).unbind(0)
     uncond = torch.randn(1, 4, 8, 8).to(dtype)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What `explain` says of a scheduler, and that it leaves no trace."""
+"""Report of `explain` on a scheduler, which it leaves unchanged."""
 
 import copy
 
@@ -17,7 +17,7 @@ STEPS = {"ConsistencyDecoderScheduler": 2, "SCMScheduler": 2}
 
 @pytest.mark.filterwarnings("ignore:Should have t")  # torchsde, of its own rounding
 @pytest.mark.parametrize("name", CLASSES)
-def test_every_class_is_walked(name):
+def test_every_class_is_explained(name):
     explained = explain(CLASSES[name](), STEPS.get(name, 5))
     assert explained.name == name
     assert explained.steps
@@ -54,7 +54,7 @@ def test_samples_of_half_types_cost_no_conversions(name, dtype):
 @pytest.mark.parametrize("name", ["DDPMScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler", "PNDMScheduler",
                                   "SASolverScheduler", "DPMSolverSinglestepScheduler", "IPNDMScheduler",
                                   "KDPM2AncestralDiscreteScheduler", "DEISMultistepScheduler"])  # fmt: skip
-def test_it_starts_anew_and_leaves_the_scheduler_where_it_was(name):
+def test_explain_leaves_scheduler_unchanged(name):
     scheduler = CLASSES[name]()
     scheduler.set_timesteps(6)
     fresh = explain(scheduler)
@@ -78,14 +78,14 @@ def test_it_starts_anew_and_leaves_the_scheduler_where_it_was(name):
             assert after[key] == value
 
 
-def test_own_timesteps_are_those_walked():
+def test_explain_uses_scheduler_timesteps():
     scheduler = CLASSES["FlowMatchEulerDiscreteScheduler"]()
     scheduler.set_timesteps(sigmas=[1.0, 0.7, 0.3])
     explained = explain(scheduler)
     assert [step.timestep for step in explained.steps] == scheduler.timesteps.tolist()
 
 
-def test_arguments_of_the_step_and_guidance_count():
+def test_explain_considers_step_arguments_and_guidance():
     scheduler = diffusers.DDIMScheduler()
     scheduler.set_timesteps(4)
     assert {step.draws for step in explain(scheduler).steps} == {0}
@@ -97,7 +97,7 @@ def test_arguments_of_the_step_and_guidance_count():
     assert type(scheduler) is diffusers.DDIMScheduler
 
 
-def test_noise_drawn_inside_is_told():
+def test_noise_drawn_in_kernel_is_reported():
     scheduler = CLASSES["DDPMScheduler"]()
     scheduler.set_timesteps(4)
     scheduler.use_philox([7])
@@ -107,7 +107,7 @@ def test_noise_drawn_inside_is_told():
     assert "draws its noise inside" in str(explained)
 
 
-def test_what_is_not_fused_says_why():
+def test_unfused_steps_have_reason():
     scheduler = CLASSES["DDIMScheduler"](rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False)
     explained = explain(scheduler, 3)
     assert not explained.fused
@@ -117,13 +117,13 @@ def test_what_is_not_fused_says_why():
     assert f"step 0: not fused ({reason})" in str(explained)
 
 
-def test_what_makes_the_noise_sampler_is_one_operation():
+def test_noise_sampler_construction_is_one_operation():
     explained = explain(CLASSES["CosineDPMSolverMultistepScheduler"](), 3)
     assert explained.steps[0].operations[:2] == ("make_noise_sampler", "noise_sampler")
     assert [step.draws for step in explained.steps] == [1, 1, 1]
 
 
-def test_a_scheduler_that_has_walked_is_walked_from_the_start():
+def test_used_scheduler_is_explained_from_start():
     scheduler = CLASSES["CosineDPMSolverMultistepScheduler"]()
     scheduler.set_timesteps(3)
     sample = torch.randn(1, 4, 8, 8)
@@ -134,7 +134,7 @@ def test_a_scheduler_that_has_walked_is_walked_from_the_start():
     assert scheduler.noise_sampler is sampler
 
 
-def test_a_reason_from_the_trace_is_handed_on(monkeypatch):
+def test_trace_reason_is_reported(monkeypatch):
     class NotASum(diffusers.DDIMScheduler):
         def step(self, model_output, timestep, sample, return_dict=True):
             return (sample * model_output,)
@@ -146,7 +146,7 @@ def test_a_reason_from_the_trace_is_handed_on(monkeypatch):
     assert explained.steps[0].operations == ("mul",)
 
 
-def test_refusals():
+def test_explain_refuses_invalid_arguments():
     with pytest.raises(ValueError, match="explain: num_inference_steps is None for a scheduler without timesteps"):
         explain(CLASSES["DDIMScheduler"]())
     with pytest.raises(TypeError, match="explain: scheduler is a VQDiffusionScheduler, expected"):

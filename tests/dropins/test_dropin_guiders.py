@@ -23,7 +23,7 @@ def settings(guider):
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_a_loop_equals_that_of_diffusers(name, options):
+def test_loop_equals_diffusers(name, options):
     fused, original = pair(name, options)
     shape = shape_of(name)
     for ours, theirs in zip(walk(fused, shape, torch.float32), walk(original, shape, torch.float32), strict=True):
@@ -67,7 +67,7 @@ def oracle(name, options, shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"use_original_formulation": True}])
 @pytest.mark.parametrize("name", GUIDERS)
-def test_all_types_are_as_near_to_float64_as_diffusers(name, options, dtype):
+def test_all_dtypes_are_as_accurate_as_diffusers(name, options, dtype):
     fused, original = pair(name, options)
     shape = shape_of(name)
     exact = oracle(name, options, shape, dtype)
@@ -102,7 +102,7 @@ def test_orthogonal_outputs_of_one_length_have_no_tangent():
 
 
 @pytest.mark.parametrize("name", GUIDERS)
-def test_one_pass_combines(name, monkeypatch):
+def test_outputs_are_combined_in_one_pass(name, monkeypatch):
     calls = []
 
     def counted(function):
@@ -127,7 +127,7 @@ def test_one_pass_combines(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", GUIDERS)
-def test_configurations_go_both_ways(name, tmp_path):
+def test_configurations_convert_both_ways(name, tmp_path):
     fused, original = pair(name, {"guidance_scale": 3.25})
     assert inspect.signature(type(fused).__init__) == inspect.signature(type(original).__init__)
     fused.save_pretrained(tmp_path)
@@ -151,7 +151,7 @@ def test_copies_and_pickles_keep_class_and_state(name):
 
 
 @pytest.mark.parametrize("name", GUIDERS)
-def test_gradients_are_those_of_diffusers(name):
+def test_gradients_equal_diffusers(name):
     fused, original = pair(name, {"guidance_rescale": 0.5})
     gradients = []
     for guider in (fused, original):
@@ -164,7 +164,7 @@ def test_gradients_are_those_of_diffusers(name):
     torch.testing.assert_close(*gradients, rtol=0.0, atol=0.0)
 
 
-def test_outputs_of_different_shapes_are_left_to_diffusers():
+def test_outputs_of_different_shapes_use_diffusers():
     fused, original = pair("ClassifierFreeGuidance", {})
     cond, uncond = torch.randn(2, 4, 5, 5), torch.randn(1, 4, 5, 5)
     assert torch.equal(fused.forward(cond, uncond).pred, original.forward(cond, uncond).pred)
@@ -172,7 +172,7 @@ def test_outputs_of_different_shapes_are_left_to_diffusers():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", GUIDERS)
-def test_a_gpu_gives_what_diffusers_gives_there(name):
+def test_results_on_gpu_equal_diffusers(name):
     fused, original = pair(name, {"guidance_rescale": 0.5})
     for step in range(STEPS):
         cond, uncond = (tensor.cuda() for tensor in outputs(shape_of(name), torch.float32, 100 + step))

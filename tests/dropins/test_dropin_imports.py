@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The classes of fastdiff.diffusers: where a package is missing, and where somebody builds on one."""
+"""Imports from fastdiff.diffusers with missing packages, and subclasses of its classes."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ importlib.util.find_spec = lambda name, *rest: None if name == {package!r} else 
 
 
 def run(package: str, code: str) -> str:
-    """What a process without a package prints, its errors too."""
+    """Return the output of a process without a package, including errors."""
     script = BLOCK.format(package=package) + code
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
     return done.stdout + done.stderr
 
 
-def test_without_diffusers_the_extra_is_named() -> None:
+def test_missing_diffusers_names_extra() -> None:
     said = run("diffusers", "import fastdiff\nimport fastdiff.diffusers")
     assert "fastdiff-kernels[diffusers]" in said, said
 
 
-def test_without_torchsde_the_other_schedulers_are_there() -> None:
+def test_missing_torchsde_keeps_other_schedulers() -> None:
     said = run("torchsde", "import fastdiff.diffusers as f\nprint(f.DDIMScheduler())\nf.DPMSolverSDEScheduler")
     assert "DDIMScheduler {" in said, said
     assert "DPMSolverSDEScheduler is absent" in said, said
@@ -48,19 +48,19 @@ def test_without_torchsde_the_other_schedulers_are_there() -> None:
 
 
 @pytest.mark.parametrize("name", ["NoSuchScheduler", "UniPC"])
-def test_a_name_that_nobody_has_is_an_attribute_error(name: str) -> None:
+def test_unknown_name_is_attribute_error(name: str) -> None:
     with pytest.raises(AttributeError, match=name):
         getattr(fastdiff.diffusers, name)
 
 
 class Doubled(fastdiff.diffusers.CLASSES["DDIMScheduler"]):  # type: ignore[misc]
-    """A class over a fused one, with a step of its own."""
+    """Subclass of a fused class with its own step."""
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         return tuple(2 * value for value in super().step(*args, **kwargs, return_dict=False))
 
 
-def test_a_class_over_a_fused_one_keeps_what_it_overrides() -> None:
+def test_subclass_of_fused_class_keeps_overrides() -> None:
     x, output = torch.randn(2, 1, 4, 8, 8).unbind()
     plain, doubled = fastdiff.diffusers.DDIMScheduler(), Doubled()
     for scheduler in (plain, doubled):

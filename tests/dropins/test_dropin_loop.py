@@ -82,7 +82,7 @@ def looked_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_second_loop_looks_up_its_first_steps_alone(name: str, looked_up: list[str]) -> None:
+def test_second_loop_looks_up_only_first_steps(name: str, looked_up: list[str]) -> None:
     scheduler, outputs = made(name), tensors()
     first = loop(scheduler, outputs)
     assert len(looked_up) == len(scheduler.timesteps)
@@ -99,7 +99,7 @@ def test_a_second_loop_looks_up_its_first_steps_alone(name: str, looked_up: list
     assert not looked_up
 
 
-def test_a_list_that_only_grows_keeps_its_step_in_cpp(looked_up: list[str]) -> None:
+def test_growing_list_keeps_step_in_cpp(looked_up: list[str]) -> None:
     """IPNDM's `ets` hold all outputs of a loop, of which a step reads four."""
     steps = 40
     scheduler = fastdiff.diffusers.CLASSES["IPNDMScheduler"]()
@@ -124,9 +124,7 @@ def test_a_list_that_only_grows_keeps_its_step_in_cpp(looked_up: list[str]) -> N
 
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("name", ["FlowMatchEulerDiscrete", "DDPM", "UniPCMultistep"])
-def test_outputs_in_another_layout_are_laid_out_in_cpp(
-    name: str, guided: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_outputs_of_other_layout_are_handled_in_cpp(name: str, guided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A transformer's output is a view in another order of dimensions; the bits are those of a contiguous one."""
     scheduler, outputs = made(name), tensors(2, 4, 6, 5)
     permuted = [output.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) for output in outputs]
@@ -147,13 +145,13 @@ def test_outputs_in_another_layout_are_laid_out_in_cpp(
     assert_same_bits(ends[1:], [ends[0], ends[0]])
 
 
-def test_the_purpose_of_noise_is_the_one_that_cpp_knows() -> None:
+def test_noise_purpose_matches_cpp() -> None:
     assert Purpose.STEP == 1  # kStepPurpose in csrc/bindings/simple_step.h
 
 
 @pytest.mark.parametrize("place", [0, 2])
 @pytest.mark.parametrize("name", ["model_output_cond", "guidance_rescale"])
-def test_the_names_of_guidance_are_none_of_a_plain_step(name: str, place: int) -> None:
+def test_guidance_arguments_are_refused_by_plain_step(name: str, place: int) -> None:
     scheduler, outputs = made("DDIM"), tensors()
     for _ in range(3):
         scheduler.set_timesteps(STEPS)
@@ -168,7 +166,7 @@ def test_the_names_of_guidance_are_none_of_a_plain_step(name: str, place: int) -
         scheduler.step(**given, **wrong)
 
 
-def test_guidance_goes_on_with_and_without_a_rescale_of_nothing(looked_up: list[str]) -> None:
+def test_guidance_continues_with_and_without_zero_rescale(looked_up: list[str]) -> None:
     scheduler, outputs = made("DDIM"), tensors()
 
     def guided(**extra: Any) -> Tensor:
@@ -226,7 +224,7 @@ def _attribute_less(i: int, scheduler: Any) -> None:
     ids=lambda change: change.__name__[1:],
 )
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_changed_between_two_steps_counts_as_in_diffusers(name: str, between: Callable[..., None]) -> None:
+def test_change_between_steps_applies_like_diffusers(name: str, between: Callable[..., None]) -> None:
     outputs = tensors()
     ours, theirs = made(name), original(name)
     for _ in range(2):  # so that every step has one that follows it
@@ -249,7 +247,7 @@ def _outcome(run: Callable[[], Tensor]) -> dict[Any, Any]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_samples_of_another_shape_in_the_middle_of_a_loop(name: str) -> None:
+def test_sample_shape_may_change_during_loop(name: str) -> None:
     outputs = tensors(1, 3, 4)
     ours = made(name)
     loop(ours, outputs)
@@ -273,7 +271,7 @@ def test_samples_of_another_shape_in_the_middle_of_a_loop(name: str) -> None:
         assert torch.allclose(found["result"], wanted["result"], atol=3e-4, rtol=3e-4)
 
 
-def test_a_forced_backend_answers_in_the_middle_of_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_may_be_forced_during_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     outputs, scheduler = tensors(), made("DDIM")
     first = loop(scheduler, outputs)
     scheduler.set_timesteps(STEPS)
@@ -289,7 +287,7 @@ def test_a_forced_backend_answers_in_the_middle_of_a_loop(monkeypatch: pytest.Mo
     assert torch.allclose(found, first, rtol=1e-5, atol=1e-6)
 
 
-def test_a_forced_backend_answers_in_its_own_thread_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forced_backend_applies_to_its_thread_only(monkeypatch: pytest.MonkeyPatch) -> None:
     outputs, schedulers = tensors(), [made("DDIM"), made("DDIM")]
     for scheduler in schedulers:
         loop(scheduler, outputs)  # its steps have plans, its first step is kept
@@ -307,7 +305,7 @@ def test_a_forced_backend_answers_in_its_own_thread_only(monkeypatch: pytest.Mon
     assert torch.allclose(here[1], there[1], rtol=1e-5, atol=1e-6)
 
 
-def test_gradients_flow_through_steps_that_follow_each_other() -> None:
+def test_gradients_flow_through_consecutive_steps() -> None:
     outputs = tensors()
     scheduler = made("DDIM", clip_sample=False)
     loop(scheduler, outputs)
@@ -322,7 +320,7 @@ def test_gradients_flow_through_steps_that_follow_each_other() -> None:
             assert torch.allclose(ours.grad, wanted.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_a_draw_that_fails_changes_nothing() -> None:
+def test_failing_draw_has_no_side_effects() -> None:
     outputs = tensors()
     scheduler = made("EulerAncestralDiscrete")
     scheduler.is_scale_input_called = True
@@ -346,7 +344,7 @@ def test_a_draw_that_fails_changes_nothing() -> None:
     assert_same_bits([first, again], [a, b])
 
 
-def test_a_draw_that_fails_in_python_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draw_that_fails_in_python_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     outputs, scheduler = tensors(), made("EulerAncestralDiscrete")
     for _ in range(2):
         scheduler.set_timesteps(STEPS)
@@ -370,7 +368,7 @@ def test_a_draw_that_fails_in_python_changes_nothing(monkeypatch: pytest.MonkeyP
     assert scheduler.step_index == 2
 
 
-def test_a_step_that_fails_after_its_state_is_written_leaves_no_plan_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_failing_after_state_update_leaves_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """The state is then one step on, as diffusers' own would be, and so is what the next step does."""
     outputs, scheduler = tensors(), made("DPMSolverMultistep")
     twin = type(scheduler).original.from_config(scheduler.config)
@@ -401,7 +399,7 @@ def test_a_step_that_fails_after_its_state_is_written_leaves_no_plan_behind(monk
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_scheduler_dies_with_its_last_reference(name: str) -> None:
+def test_scheduler_is_freed_with_last_reference(name: str) -> None:
     scheduler, outputs = made(name), tensors()
     for _ in range(2):
         scheduler.set_timesteps(STEPS)
@@ -415,7 +413,7 @@ def test_a_scheduler_dies_with_its_last_reference(name: str) -> None:
         gc.enable()
 
 
-def test_a_scheduler_that_refers_to_itself_is_collected() -> None:
+def test_self_referencing_scheduler_is_collected() -> None:
     scheduler, outputs = made("DDIM"), tensors()
     scheduler.myself = scheduler
     scheduler.hooks = [scheduler.step]
@@ -428,7 +426,7 @@ def test_a_scheduler_that_refers_to_itself_is_collected() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_reference_is_lost_or_kept(name: str) -> None:
+def test_reference_counts_are_unchanged(name: str) -> None:
     outputs, scheduler = tensors(), made(name)
     for _ in range(3):
         scheduler.set_timesteps(STEPS)
@@ -454,7 +452,7 @@ def test_no_reference_is_lost_or_kept(name: str) -> None:
     assert abs(sys.getrefcount(None) - nothing) < 50  # one a loop would be 50
 
 
-def test_the_method_looks_like_the_one_that_it_replaces() -> None:
+def test_method_has_metadata_of_original() -> None:
     cls = fastdiff.diffusers.DDIMScheduler
     for owner in (cls, cls()):
         assert inspect.signature(owner.step) == inspect.signature(
@@ -471,7 +469,7 @@ def test_the_method_looks_like_the_one_that_it_replaces() -> None:
     assert inspect.unwrap(cls.step) is cls.original.step
 
 
-def test_it_is_called_in_all_the_ways_of_a_method() -> None:
+def test_method_supports_all_call_forms() -> None:
     outputs = tensors()
     cls = fastdiff.diffusers.DDIMScheduler
 
@@ -515,7 +513,7 @@ def test_it_is_called_in_all_the_ways_of_a_method() -> None:
         lambda s, o, t, x: s.guided_step(o, o, "3", t, x),
     ],
 )
-def test_a_wrong_call_is_refused_and_the_loop_goes_on(call: Callable[..., Any]) -> None:
+def test_wrong_call_is_refused_and_loop_continues(call: Callable[..., Any]) -> None:
     outputs, scheduler = tensors(), made("DDIM")
     for _ in range(2):
         scheduler.set_timesteps(STEPS)
@@ -530,7 +528,7 @@ def test_a_wrong_call_is_refused_and_the_loop_goes_on(call: Callable[..., Any]) 
     assert_same_bits([x], [wanted])
 
 
-def test_threads_that_share_a_scheduler_break_nothing_but_its_loop() -> None:
+def test_threads_sharing_scheduler_are_memory_safe() -> None:
     """diffusers' schedulers hold one loop's state, so the numbers are anybody's; memory and later loops are not."""
     outputs = [t.repeat(1, 40, 40) for t in tensors(4, 16, 16)]  # large enough to let other threads in
     scheduler = made("UniPCMultistep")
@@ -553,7 +551,7 @@ def test_threads_that_share_a_scheduler_break_nothing_but_its_loop() -> None:
     assert_same_bits([loop(scheduler, outputs)], [wanted])
 
 
-def test_a_compiled_function_around_a_step_gives_what_diffusers_gives() -> None:
+def test_compiled_function_with_step_equals_diffusers() -> None:
     """There the scheduler's own step is traced, whose scalars are float32."""
     outputs, scheduler, theirs = tensors(), made("DDIM"), original("DDIM")
 
@@ -568,7 +566,7 @@ def test_a_compiled_function_around_a_step_gives_what_diffusers_gives() -> None:
 
 
 @given(data=st.data())
-def test_any_order_of_any_timesteps_gives_what_fresh_schedulers_give(data: st.DataObject) -> None:
+def test_any_order_of_timesteps_equals_fresh_schedulers(data: st.DataObject) -> None:
     """Whatever came before, a step of a scheduler without state is that of a fresh one."""
     scheduler, outputs = made("DDIM"), tensors()
     loop(scheduler, outputs)
@@ -586,7 +584,7 @@ def test_any_order_of_any_timesteps_gives_what_fresh_schedulers_give(data: st.Da
 
 
 @pytest.mark.parametrize("form", [lambda t: t[None], lambda t: t.expand(2)], ids=["one element", "expanded"])
-def test_a_view_of_a_timestep_is_known_by_its_address(form: Callable[[Tensor], Tensor], looked_up: list[str]) -> None:
+def test_timestep_view_is_recognized_by_address(form: Callable[[Tensor], Tensor], looked_up: list[str]) -> None:
     scheduler, outputs = made("DDPMWuerstchen"), tensors()
 
     def run() -> Tensor:
@@ -608,7 +606,7 @@ def test_a_view_of_a_timestep_is_known_by_its_address(form: Callable[[Tensor], T
     assert torch.allclose(first, x, atol=3e-4, rtol=3e-4)
 
 
-def test_what_only_looks_like_a_view_of_a_timestep_is_read() -> None:
+def test_tensor_resembling_timestep_view_is_read() -> None:
     scheduler = made("DDPMWuerstchen")
     position = scheduler_cache.current_cache_of(scheduler).plan_cache.position
     timesteps = scheduler.timesteps
@@ -622,7 +620,7 @@ def test_what_only_looks_like_a_view_of_a_timestep_is_read() -> None:
 
 
 @pytest.mark.parametrize("kind", ["learned_range", "learned"])
-def test_a_learned_variance_that_the_last_step_does_not_ask_for(kind: str) -> None:
+def test_learned_variance_unused_by_last_step(kind: str) -> None:
     """Its output has twice the channels of the sample, though nothing but the fused step is to be done."""
     outputs = [torch.cat([t, t.abs() * 0.1], 1) for t in tensors()]
 
@@ -641,7 +639,7 @@ def test_a_learned_variance_that_the_last_step_does_not_ask_for(kind: str) -> No
 
 
 @pytest.mark.parametrize("name", ["generator", "variance_noise"])
-def test_an_argument_whose_name_a_program_put_together(name: str) -> None:
+def test_argument_name_is_compared_by_value(name: str) -> None:
     """It is equal to the name that a parameter has, and another object."""
     outputs = tensors()
     together = "".join([name[:4], name[4:]])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What somebody overrides or replaces below a scheduler's `step` is called, as often as in diffusers."""
+"""Overridden or replaced helpers of a scheduler's `step` are called as often as in diffusers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from fastdiff.diffusers.compiler.plan import Fallback
 from support.dropin_cases import Case
-from support.dropin_helpers import CLASSES, Loop, classes, forget_plans, made, quiet
+from support.dropin_helpers import CLASSES, Loop, classes, forget_plans, make_loop, quiet
 
 STEPS = 4
 #: Methods that fastdiff replaces itself, or that only say what the state is.
@@ -27,7 +27,7 @@ def case(name: str) -> Case:
 
 @functools.cache
 def helpers(name: str) -> list[str]:
-    """The methods that diffusers' own step calls on the scheduler."""
+    """Return the methods that diffusers' step calls on the scheduler."""
     original = classes(name)[0]
     functions = {
         value.__code__: attribute
@@ -42,7 +42,7 @@ def helpers(name: str) -> list[str]:
         if event == "call" and frame.f_code in functions and "set_timesteps" not in caller:
             called.add(functions[frame.f_code])
 
-    loop = made(case(name), original)
+    loop = make_loop(case(name), original)
 
     def step(*args: Any, **kwargs: Any) -> Any:
         sys.setprofile(watch)
@@ -69,7 +69,7 @@ def replace_on(helper: str, replacement: Callable[..., Any], scheduler: Any) -> 
 
 
 def run(name: str, scheduler_class: type, prepare: Callable[[Any], None] = lambda _: None) -> Loop:
-    loop = made(case(name), scheduler_class)
+    loop = make_loop(case(name), scheduler_class)
     assert loop.error is None
     prepare(loop.scheduler)
     with quiet():
@@ -87,7 +87,7 @@ NAMES = [name.removesuffix("Scheduler") for name in CLASSES]
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("way", ["a subclass", "the object", "diffusers' class", "our class"])
-def test_what_is_replaced_below_the_step_is_called(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replaced_helper_of_step_is_called(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     original, ours = classes(name)
     if not helpers(name):
         pytest.skip("its step calls none of its methods once the model's input has been scaled")
@@ -116,7 +116,7 @@ def test_what_is_replaced_below_the_step_is_called(name: str, way: str, monkeypa
             assert len(calls["ours"]) == len(calls["theirs"])
 
 
-def test_a_class_replaced_in_the_middle_of_a_loop_counts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_class_replaced_during_loop_applies_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = CLASSES["DDIMScheduler"]()
     x = torch.ones(1, 1, 4, 4)
 
@@ -138,7 +138,7 @@ def test_a_class_replaced_in_the_middle_of_a_loop_counts_at_once(monkeypatch: py
     assert loop(99) == plain
 
 
-def test_explain_names_what_is_overridden() -> None:
+def test_explain_names_overrides() -> None:
     import fastdiff.diffusers as dropins
 
     class Own(dropins.DDPMScheduler):
@@ -152,7 +152,7 @@ def test_explain_names_what_is_overridden() -> None:
     assert scheduler._fused.latest == Fallback("uses _get_variance, which Own overrides")
 
 
-def test_a_subclass_that_overrides_nothing_of_the_step_stays_fused() -> None:
+def test_subclass_without_step_overrides_stays_fused() -> None:
     import fastdiff.diffusers as dropins
 
     class Own(dropins.DDIMScheduler):
@@ -167,7 +167,7 @@ def test_a_subclass_that_overrides_nothing_of_the_step_stays_fused() -> None:
 
 
 @pytest.mark.parametrize("on_the_object", [False, True])
-def test_guidance_goes_through_a_step_of_one_s_own(on_the_object: bool) -> None:
+def test_guidance_uses_overridden_step(on_the_object: bool) -> None:
     import fastdiff.diffusers as dropins
 
     class Own(dropins.DDIMScheduler):

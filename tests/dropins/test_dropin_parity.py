@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Whole loops of every drop-in beside diffusers' own class, over random configurations.
+"""Whole loops of every drop-in compared with diffusers' class, over random configurations.
 
-HYPOTHESIS_PROFILE=thorough takes 200 cases a class; the usual run a few.
+HYPOTHESIS_PROFILE=thorough takes 200 cases per class; the default run a few.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from fastdiff.diffusers import CLASSES
 from support.dropin_cases import HALVES, OPTIONS, VARIANCE_NOISE, Case, cases
 from support.dropin_helpers import (
     MAKES_SAMPLER,
-    Drawing,
     Loop,
+    RecordDraws,
     classes,
+    exact_loop,
     exact_step,
-    exact_walk,
     forget_plans,
-    made,
+    make_loop,
     plans_of,
+    run_loop,
     values_of,
-    walk,
 )
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
@@ -42,12 +42,12 @@ def examples(thorough: int, usual: int) -> Any:
     return settings(max_examples=thorough if THOROUGH else usual)
 
 
-def test_every_class_is_here() -> None:
+def test_every_diffusers_class_is_available() -> None:
     assert {f"{name}Scheduler" for name in OPTIONS} >= CLASSES.keys()
 
 
 def same_kind(ours: Any, theirs: Any) -> None:
-    """The same types, lengths, names, shapes and dtypes."""
+    """Return True for equal types, lengths, names, shapes and dtypes."""
     assert type(ours) is type(theirs)
     if isinstance(theirs, dict):
         assert tuple(ours) == tuple(theirs)
@@ -60,7 +60,7 @@ def same_kind(ours: Any, theirs: Any) -> None:
 
 
 def apart(ours: Tensor, theirs: Tensor) -> float:
-    """How far two tensors are apart, relative to max(1, |x|); what is not finite has to be the same."""
+    """Return the difference of two tensors relative to max(1, |x|); non-finite values have to be equal."""
     ours, theirs = ours.double(), theirs.double()
     finite = theirs.isfinite()
     if not torch.equal(ours.isfinite(), finite) or not torch.equal(ours.isnan(), theirs.isnan()):
@@ -82,7 +82,7 @@ PER_TOKEN = "scales each sample or element by a number of its own"
 
 
 def not_fused(case: Case, theirs: Loop) -> set[str]:
-    """Why steps of a case may be diffusers' own and not one fused step; docs/diffusers.md lists the same."""
+    """Return why steps of a case may be diffusers' own instead of one fused step, as listed in docs/diffusers.md."""
     reasons = set()
     if theirs.error is not None:
         reasons.add(f"raises {type(theirs.error).__name__}")
@@ -104,15 +104,15 @@ def not_fused(case: Case, theirs: Loop) -> set[str]:
 
 
 def check_loop(case: Case) -> Loop:
-    """One loop of ours beside diffusers' own."""
+    """Compare one loop with diffusers'."""
     theirs_class, ours_class = classes(case.name)
-    drawing = Drawing()
-    theirs = made(case, theirs_class)
+    drawing = RecordDraws()
+    theirs = make_loop(case, theirs_class)
     if theirs.error is None:
         theirs.run(mode=drawing)
     their_random = theirs.random_states() if theirs.outputs else []
     forget_plans()
-    ours = walk(case, ours_class)
+    ours = run_loop(case, ours_class)
     assert (type(ours.error), ours.stage) == (type(theirs.error), theirs.stage), (ours.error, theirs.error)
     event(f"diffusers raises: {theirs.stage.split()[0]}" if theirs.error is not None else "a whole loop")
     assert len(ours.outputs) == len(theirs.outputs)
@@ -125,7 +125,7 @@ def check_loop(case: Case) -> Loop:
     difference = farthest(ours, theirs)
     if not difference <= LOOP_TOLERANCE:
         # Where diffusers' own loop is not that near to exact arithmetic, ours has to be nearer.
-        exact = exact_walk(case, drawing.draws)
+        exact = exact_loop(case, drawing.draws)
         assert type(exact.error) is type(theirs.error)
         event("diffusers is not within tolerance of float64")
         # With a terminal SNR of zero the first step divides by 2^-12: 2^-24 of its terms is 2^-12 of what they leave.
@@ -139,7 +139,7 @@ def check_loop(case: Case) -> Loop:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_loop_in_float32(name: str) -> None:
+def test_loop_in_float32_equals_diffusers(name: str) -> None:
     @examples(200, 5)
     @given(cases(name))
     def check(case: Case) -> None:
@@ -150,9 +150,7 @@ def test_a_loop_in_float32(name: str) -> None:
 
 @pytest.mark.parametrize("layouts", [("expanded", "contiguous"), ("windows", "expanded"), ("contiguous", "windows")])
 @pytest.mark.parametrize("name", NAMES)
-def test_elements_of_one_address_are_read_and_results_have_memory_of_their_own(
-    name: str, layouts: tuple[str, str]
-) -> None:
+def test_overlapping_elements_are_read_and_results_have_own_memory(name: str, layouts: tuple[str, str]) -> None:
     noise = "variance_noise" if name in VARIANCE_NOISE else "generator"
 
     @examples(10, 1)
@@ -170,7 +168,7 @@ def test_elements_of_one_address_are_read_and_results_have_memory_of_their_own(
 
 @pytest.mark.parametrize("name", ["DDIM", "DDPM", "DPMSolverMultistep", "EulerDiscrete", "UniPCMultistep"])
 @pytest.mark.parametrize("philox", [False, True])
-def test_guided_steps_read_elements_of_one_address(name: str, philox: bool) -> None:
+def test_guided_steps_read_overlapping_elements(name: str, philox: bool) -> None:
     results = []
     for separate in (lambda tensor: tensor, lambda tensor: tensor.clone(memory_format=torch.contiguous_format)):
         generator, scheduler = torch.Generator().manual_seed(3), CLASSES[f"{name}Scheduler"]()
@@ -189,21 +187,21 @@ def test_guided_steps_read_elements_of_one_address(name: str, philox: bool) -> N
 
 
 def unit(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """One unit in the last place of `dtype` at numbers of this size, as float64."""
+    """Return one unit in the last place of `dtype` at numbers of this size, as float64."""
     info = torch.finfo(dtype)
     _, exponent = torch.frexp(exact.abs().clamp(min=info.tiny))
     return torch.ldexp(torch.full_like(exact, info.eps), exponent - 1)
 
 
 def state_of(scheduler: Any) -> dict[str, Any]:
-    """What stands in a scheduler, lists apart from its own."""
+    """Return a copy of a scheduler's attributes, with copied lists."""
     return {n: list(v) if isinstance(v, list) else v for n, v in vars(scheduler).items() if n != "_fused"}
 
 
 def check_steps(case: Case) -> None:
-    """Each step of a loop in a half type, ours and diffusers' own from the same state, beside float64."""
+    """Compare each step of a loop in a half type, fastdiff's and diffusers' from the same state, with float64."""
     theirs_class, ours_class = classes(case.name)
-    theirs, twin = made(case, theirs_class), made(case, ours_class)
+    theirs, twin = make_loop(case, theirs_class), make_loop(case, ours_class)
     if theirs.error is not None:
         event("diffusers raises")
         return
@@ -214,7 +212,7 @@ def check_steps(case: Case) -> None:
         before, generator = state_of(theirs.scheduler), kwargs.get("generator")
         generators = generator if isinstance(generator, list) else [generator] if generator is not None else []
         states = [torch.get_rng_state(), *(g.get_state() for g in generators)]
-        drawing = Drawing()
+        drawing = RecordDraws()
         with drawing:
             result = theirs.scheduler.step(*args, **kwargs)
         if case.name in MAKES_SAMPLER and before["noise_sampler"] is None:
@@ -251,7 +249,7 @@ CONDITION = {"UnCLIP": 1e5 * 2.0**-24, "LCM": 1.2e4 * 2.0**-24}
 
 
 def near_enough(ours: Tensor, theirs: Tensor, exact: Tensor, size: float, floor: float) -> None:
-    """Elementwise: our error to `exact` is at most diffusers' own and one unit in the last place."""
+    """Assert elementwise that the error against `exact` is at most diffusers' plus one unit in the last place."""
     finite = theirs.isfinite() & exact.isfinite() & (exact.abs() <= torch.finfo(ours.dtype).max)
     ours_wrong, theirs_wrong = ((x.double() - exact).abs()[finite] for x in (ours, theirs))
     # A float32 result is rounded as often as a sum has terms, and its unit is that of the terms, which may cancel.
@@ -264,7 +262,7 @@ def near_enough(ours: Tensor, theirs: Tensor, exact: Tensor, size: float, floor:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_steps_in_half_types(name: str) -> None:
+def test_steps_in_half_types_are_as_accurate_as_diffusers(name: str) -> None:
     @examples(200, 3)
     @given(cases(name, HALVES, most_steps=12))
     def check(case: Case) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Patching: the same objects with other classes, with the state that they had, and back."""
+"""Patching: the same objects with other classes and unchanged state, and back."""
 
 import copy
 import pickle
@@ -28,7 +28,7 @@ def pipeline(scheduler=None):
 
 
 def walk(scheduler, sample, steps=None, start=0):
-    """Take steps with outputs that depend on the sample and the place."""
+    """Take steps with outputs that depend on the sample and the step."""
     for t in scheduler.timesteps[start:steps]:
         output = torch.tanh(sample) * (1.0 + 1e-3 * float(t))
         sample = scheduler.step(output, t, sample).prev_sample
@@ -51,7 +51,7 @@ def test_patch_and_unpatch_are_inverse():
     assert vars(scheduler).keys() == before.keys()
 
 
-def test_twice_is_once():
+def test_patching_twice_equals_once():
     pipe = pipeline()
     fastdiff.patch(pipe)
     again = fastdiff.patch(pipe)
@@ -63,7 +63,7 @@ def test_twice_is_once():
     assert [part.reason for part in nothing.left] == ["not fused"]
 
 
-def test_what_was_made_fused_stays_fused():
+def test_unpatch_keeps_schedulers_made_fused():
     pipe = pipeline(CLASSES["DDIMScheduler"]())
     fastdiff.patch(pipe)
     report = fastdiff.unpatch(pipe)
@@ -83,8 +83,8 @@ def test_what_was_made_fused_stays_fused():
         "UniPCMultistepScheduler",
     ],
 )
-def test_a_loop_goes_on_where_it_was(name):
-    """Plain, patched and unpatched again in the middle of a loop: the same samples as plain throughout."""
+def test_loop_continues_after_patch_and_unpatch(name):
+    """Patch and unpatch during a loop: the samples equal those of an unpatched scheduler."""
     start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     plain, changing = getattr(diffusers, name)(), getattr(diffusers, name)()
     for scheduler in (plain, changing):
@@ -103,7 +103,7 @@ def test_a_loop_goes_on_where_it_was(name):
     assert float(((sample - expected).abs() / expected.abs().clamp(min=1.0)).max()) < 3e-4
 
 
-def test_every_class_is_patched_and_undone():
+def test_every_class_is_patched_and_unpatched():
     for name, kind in CLASSES.items():
         scheduler = kind.original()
         assert fastdiff.patch(scheduler).replaced[0].name == name
@@ -112,7 +112,7 @@ def test_every_class_is_patched_and_undone():
         assert type(scheduler) is kind.original
 
 
-def test_a_subclass_of_ones_own_is_left():
+def test_user_subclass_is_not_patched():
     class Mine(diffusers.DDIMScheduler):
         pass
 
@@ -149,7 +149,7 @@ def test_nested_pipelines_and_shared_schedulers():
     assert type(inner.scheduler) is diffusers.DDPMScheduler
 
 
-def test_a_pipeline_of_ones_own_is_looked_through():
+def test_user_pipeline_is_searched():
     class Policy:
         def __init__(self):
             self.noise_scheduler = diffusers.DDIMScheduler()
@@ -162,12 +162,12 @@ def test_a_pipeline_of_ones_own_is_looked_through():
 
 @pytest.mark.parametrize("operation", [fastdiff.patch, fastdiff.unpatch])
 @pytest.mark.parametrize("thing", [3, "pipe", None, torch.nn.Linear(1, 1)])
-def test_what_is_no_pipeline_is_refused(operation, thing):
+def test_non_pipeline_is_refused(operation, thing):
     with pytest.raises(TypeError, match=r"patch: pipe is a \w+ without a scheduler or a guider, expected"):
         operation(thing)
 
 
-def test_a_pipeline_is_saved_as_diffusers_own(tmp_path):
+def test_patched_pipeline_is_saved_with_diffusers_classes(tmp_path):
     plain, patched = pipeline(), pipeline()
     fastdiff.patch(patched)
     for pipe, folder in ((plain, "plain"), (patched, "patched")):
@@ -177,7 +177,7 @@ def test_a_pipeline_is_saved_as_diffusers_own(tmp_path):
     assert type(diffusers.DDPMPipeline.from_pretrained(tmp_path / "patched").scheduler) is diffusers.DDPMScheduler
 
 
-def test_copies_of_a_patched_scheduler_can_be_undone():
+def test_copies_of_patched_scheduler_can_be_unpatched():
     scheduler = diffusers.DDIMScheduler()
     fastdiff.patch(scheduler)
     for again in (copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))):
@@ -188,7 +188,7 @@ def test_copies_of_a_patched_scheduler_can_be_undone():
 
 
 @pytest.mark.skipif(not GUIDERS, reason="this diffusers has no guiders that return a GuiderOutput")
-def test_guiders_of_modular_pipelines():
+def test_guiders_of_modular_pipelines_are_patched():
     from diffusers.modular_pipelines import ModularPipeline
 
     pipe = ModularPipeline.__new__(ModularPipeline)
@@ -216,7 +216,7 @@ def test_guiders_are_found_by_name():
         fastdiff.diffusers.UnknownGuidance  # noqa: B018
 
 
-def test_ddim_pipeline_makes_a_scheduler_of_its_own():
+def test_ddim_pipeline_makes_own_scheduler():
     # Which is why patching comes after it; should this change, the docs have to.
     made = diffusers.DDIMPipeline(unet(), CLASSES["DDIMScheduler"]())
     assert type(made.scheduler) is diffusers.DDIMScheduler

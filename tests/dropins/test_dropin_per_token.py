@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Flow-matching Euler steps with a timestep for each token, beside diffusers' own and float64."""
+"""Flow-matching Euler steps with per-token timesteps, compared with diffusers' and float64."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONFIGS: list[dict[str, Any]] = [{}, {"shift": 3.0}, {"invert_sigmas": True}, {"
 
 
 def pair(steps: int = 8, **config: Any) -> tuple[Any, Any]:
-    """A scheduler of diffusers' and one of ours, with the same schedule."""
+    """Return a scheduler of diffusers and one of fastdiff with the same schedule."""
     schedulers = FlowMatchEulerDiscreteScheduler(**config), FusedFlowMatch(**config)
     for scheduler in schedulers:
         scheduler.set_timesteps(steps)
@@ -33,14 +33,14 @@ def pair(steps: int = 8, **config: Any) -> tuple[Any, Any]:
 
 
 def tensors(dtype: torch.dtype, shape: tuple[int, ...] = (2, 12, 5), seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A sample and a model output."""
+    """Return a sample and a model output."""
     random = torch.Generator().manual_seed(seed)
     x, v = (torch.randn(shape, generator=random, dtype=torch.float64).to(dtype) for _ in range(2))
     return x, v
 
 
 def exact(theirs: Any, x: Tensor, v: Tensor, per_token: Tensor, noise: Tensor | None) -> Tensor:
-    """The step in float64, with the next levels that diffusers' own arithmetic chooses."""
+    """Return the step in float64, with the next levels chosen by diffusers' arithmetic."""
     count = theirs.config.num_train_timesteps
     sigmas = theirs.sigmas
     lower = torch.zeros(per_token.shape, dtype=torch.float64)
@@ -55,7 +55,7 @@ def exact(theirs: Any, x: Tensor, v: Tensor, per_token: Tensor, noise: Tensor | 
 
 
 def beside(theirs: Any, ours: Any, x: Tensor, v: Tensor, per_token: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """One step of each with the same seed, of which all but the numbers has to be equal."""
+    """Take one step of each with the same seed and compare everything but the numbers."""
     given = {
         "model_output": v,
         "timestep": theirs.timesteps[0],
@@ -79,7 +79,7 @@ def beside(theirs: Any, ours: Any, x: Tensor, v: Tensor, per_token: Tensor, **kw
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("levels", [torch.float32, torch.float64, torch.int64, torch.bfloat16])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_per_token_step_error_beside_float64(dtype: torch.dtype, levels: torch.dtype, stochastic: bool) -> None:
+def test_per_token_step_error_against_float64(dtype: torch.dtype, levels: torch.dtype, stochastic: bool) -> None:
     for k, config in enumerate(CONFIGS):
         theirs, ours = pair(**config, stochastic_sampling=stochastic)
         x, v = tensors(dtype, seed=k)
@@ -115,7 +115,7 @@ def test_per_token_step_for_any_sigmas(sigmas: list[float], data: st.DataObject)
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
-def test_per_token_step_with_sigmas_that_are_not_finite(odd: float) -> None:
+def test_per_token_step_with_non_finite_sigmas(odd: float) -> None:
     theirs, ours = pair()
     for scheduler in (theirs, ours):
         scheduler.sigmas[3] = odd
@@ -125,7 +125,7 @@ def test_per_token_step_with_sigmas_that_are_not_finite(odd: float) -> None:
 
 
 @pytest.mark.parametrize("layout", ["expanded", "transposed", "every second"])
-def test_per_token_step_reads_levels_in_any_layout(layout: str, recwarn: pytest.WarningsRecorder) -> None:
+def test_per_token_step_accepts_levels_in_any_layout(layout: str, recwarn: pytest.WarningsRecorder) -> None:
     theirs, ours = pair()
     x, v = tensors(torch.float32)
     levels = torch.rand(x.shape[:2]) * 1000
@@ -269,7 +269,7 @@ def test_per_token_step_in_fake_mode_and_compiled() -> None:
 
 
 class Dispatches(TorchDispatchMode):
-    """Counts the operators that are dispatched."""
+    """Dispatch mode that counts operators."""
 
     count = 0
 
@@ -294,7 +294,7 @@ def test_per_token_step_dispatches_less_than_diffusers(stochastic: bool) -> None
     assert counts[1] < counts[0]
 
 
-def test_per_token_steps_keep_nothing() -> None:
+def test_per_token_steps_keep_no_memory() -> None:
     _, ours = pair()
     x, v = tensors(torch.float32)
 
@@ -308,7 +308,7 @@ def test_per_token_steps_keep_nothing() -> None:
     assert live_after(50) == live_after(50)
 
 
-def test_per_token_step_keeps_no_scheduler() -> None:
+def test_per_token_step_keeps_no_scheduler_alive() -> None:
     _, ours = pair()
     x, v = tensors(torch.float32)
     given = {"model_output": v, "timestep": ours.timesteps[0], "sample": x, "per_token_timesteps": torch.ones(2, 12)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`use_philox` over every class and every option of noise: whose numbers they are, and how large."""
+"""`use_philox` with every class and every option of noise: the numbers and their deviation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 import fastdiff
 from fastdiff.philox import purpose_of_draw
 from support.dropin_cases import Case
-from support.dropin_helpers import Loop, classes, made, quiet, set_timesteps, values_of
+from support.dropin_helpers import Loop, classes, make_loop, quiet, set_timesteps, values_of
 from support.noise_cases import NOISE_CASES, NoiseCase
 
 SEEDS = [11, 2**63 + 5, 2**32 + 11]
@@ -28,14 +28,14 @@ KINDS = [
 
 
 class SampleLoop(Loop):
-    """A loop of some of a batch's samples: each sample's start and its model's outputs are the same in every batch."""
+    """Loop over some samples of a batch; each sample's start and model outputs are the same in every batch."""
 
     def __init__(self, each: NoiseCase, which: Sequence[int], scheduler: Any = None, noise: str = "none") -> None:
         whole = each.case(noise="none")
         self.whole, self.which = whole, list(which)
         self.seeds: list[int] | None = [SEEDS[b] for b in which]
         case = whole.of(shape=(len(self.which), *whole.shape[1:]), noise=noise)
-        super().__init__(case, made(case, classes(each.name)[1]).scheduler if scheduler is None else scheduler)
+        super().__init__(case, make_loop(case, classes(each.name)[1]).scheduler if scheduler is None else scheduler)
 
     def start(self) -> None:
         if self.seeds is not None:
@@ -64,13 +64,13 @@ class SampleLoop(Loop):
         return self
 
     def tensors(self) -> Iterator[Tensor]:
-        """The samples and predictions of all steps."""
+        """Return the samples and predictions of all steps."""
         for output in self.outputs:
             yield from (value for value in values_of(output) if isinstance(value, Tensor))
 
 
 def assert_same(loop: SampleLoop, other: SampleLoop, places: Sequence[int]) -> None:
-    """All results of `loop` are those of `other` at these places of the batch, bit by bit."""
+    """Assert that all results of `loop` equal those of `other` at these batch positions bitwise."""
     found, expected = list(loop.tensors()), list(other.tensors())
     assert len(found) == len(expected) > 0
     for mine, theirs in zip(found, expected, strict=True):
@@ -79,21 +79,21 @@ def assert_same(loop: SampleLoop, other: SampleLoop, places: Sequence[int]) -> N
 
 @pytest.mark.parametrize("noise", ["none", "generators"])
 @pytest.mark.parametrize("each", NOISE_CASES, ids=str)
-def test_generators_are_not_asked(each: NoiseCase, noise: str) -> None:
+def test_generators_are_not_used(each: NoiseCase, noise: str) -> None:
     loop = SampleLoop(each, [0, 1, 2], noise=noise).run()
     assert len(loop.states) == {"none": 1, "generators": 4}[noise]
     assert all(map(torch.equal, loop.random_states(), loop.states))
 
 
 @pytest.mark.parametrize("each", NOISE_CASES, ids=str)
-def test_a_sample_is_the_same_alone_and_at_any_place(each: NoiseCase) -> None:
+def test_sample_is_independent_of_batch_position(each: NoiseCase) -> None:
     together = SampleLoop(each, [0, 1, 2]).run()
     for which in ([0], [1], [2], [2, 0], [1, 1, 2]):
         assert_same(SampleLoop(each, which).run(), together, which)
 
 
 @pytest.mark.parametrize("each", NOISE_CASES, ids=str)
-def test_a_second_loop_is_the_first(each: NoiseCase) -> None:
+def test_second_loop_equals_first(each: NoiseCase) -> None:
     first = SampleLoop(each, [0, 1, 2]).run()
     set_timesteps(first.case, first.scheduler)
     second = SampleLoop(each, [0, 1, 2], first.scheduler)
@@ -102,7 +102,7 @@ def test_a_second_loop_is_the_first(each: NoiseCase) -> None:
 
 
 @pytest.mark.parametrize("each", NOISY, ids=str)
-def test_other_seeds_are_other_noise(each: NoiseCase) -> None:
+def test_different_seeds_give_different_noise(each: NoiseCase) -> None:
     loop, other = SampleLoop(each, [0, 1]), SampleLoop(each, [0, 1])
     other.seeds = [SEEDS[0], SEEDS[2]]
     loop.run()
@@ -116,7 +116,7 @@ def test_other_seeds_are_other_noise(each: NoiseCase) -> None:
 
 
 class NoiseLoop(Loop):
-    """A loop in which samples and model outputs are zero at each step, so that a step returns its noise alone.
+    """Loop in which samples and model outputs are zero at each step, so that a step returns its noise.
 
     Attributes:
         made: the noise of each step.
@@ -124,7 +124,7 @@ class NoiseLoop(Loop):
 
     def __init__(self, each: NoiseCase, cls: type, shape: tuple[int, ...], seeds: Sequence[int] | None) -> None:
         case = each.case(shape=shape, noise="generator")
-        super().__init__(case, made(case, cls).scheduler)
+        super().__init__(case, make_loop(case, cls).scheduler)
         self.made: list[Tensor] = []
         if seeds is not None:
             self.scheduler.use_philox(seeds)
@@ -166,7 +166,7 @@ def statistics_shape(each: NoiseCase) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("each", NOISY, ids=str)
-def test_noise_is_as_large_as_diffusers(each: NoiseCase) -> None:
+def test_noise_has_deviation_of_diffusers(each: NoiseCase) -> None:
     shape = statistics_shape(each)
     theirs, ours = (
         NoiseLoop(each, cls, shape, seeds).run()
@@ -190,7 +190,7 @@ def test_noise_is_as_large_as_diffusers(each: NoiseCase) -> None:
 
 
 @pytest.mark.parametrize("each", [each for each in NOISY if not each.interval and "u" not in each.draws], ids=str)
-def test_noise_is_that_of_randn(each: NoiseCase) -> None:
+def test_noise_equals_randn(each: NoiseCase) -> None:
     shape = statistics_shape(each)
     loop = NoiseLoop(each, classes(each.name)[1], shape, SEEDS[:2]).run()
     rows = math.prod(shape[:2]) if each.per_token else 1  # each token has a scale of its own
@@ -213,7 +213,7 @@ def test_noise_of_intervals_starts_at_a_large_sample(each: NoiseCase) -> None:
     shape = (1, 3, 32, 32)
     results = []
     for cls in classes(each.name):
-        scheduler = made(each.case(shape=shape), cls).scheduler
+        scheduler = make_loop(each.case(shape=shape), cls).scheduler
         if cls is classes(each.name)[1]:
             scheduler.use_philox([1])
         x, t = torch.full(shape, 1000.0), scheduler.timesteps[0]
@@ -227,7 +227,7 @@ def test_noise_of_intervals_starts_at_a_large_sample(each: NoiseCase) -> None:
 
 
 def cosine_noise(steps: int) -> tuple[list[float], list[Tensor]]:
-    """Of CosineDPMSolverMultistep, the levels and the normalized noise between them."""
+    """Return the levels of CosineDPMSolverMultistep and the normalized noise between them."""
     each = NoiseCase("CosineDPMSolverMultistep", "", {"sigma_schedule": "exponential", "solver_order": 1})
     loop = NoiseLoop(each, classes(each.name)[1], (2, 3, 8, 8), SEEDS[:2])
     set_timesteps(each.case(steps=steps), loop.scheduler)
@@ -238,7 +238,7 @@ def cosine_noise(steps: int) -> tuple[list[float], list[Tensor]]:
 
 
 def sde_noise(steps: int) -> tuple[list[float], list[Tensor]]:
-    """Of DPMSolverSDE, the levels and the normalized noise between them, that of the second-order steps."""
+    """Return the levels of DPMSolverSDE's second-order steps and the normalized noise between them."""
     each = NoiseCase("DPMSolverSDE", "", {"timestep_spacing": "linspace"})
     loop = NoiseLoop(each, classes(each.name)[1], (2, 3, 8, 8), SEEDS[:2])
     set_timesteps(each.case(steps=steps), loop.scheduler)
@@ -250,7 +250,7 @@ def sde_noise(steps: int) -> tuple[list[float], list[Tensor]]:
 
 
 @pytest.mark.parametrize(("noises", "few", "many"), [(cosine_noise, 5, 9), (sde_noise, 4, 7)], ids=["Cosine", "SDE"])
-def test_a_path_is_the_same_for_another_number_of_steps(noises: Any, few: int, many: int) -> None:
+def test_brownian_path_is_independent_of_step_count(noises: Any, few: int, many: int) -> None:
     (levels, coarse), (finer, fine) = noises(few), noises(many)
     compared = 0
     for i, (a, b) in enumerate(itertools.pairwise(levels)):
@@ -268,7 +268,7 @@ def test_a_path_is_the_same_for_another_number_of_steps(noises: Any, few: int, m
 
 
 @pytest.mark.parametrize("each", KINDS, ids=str)
-def test_without_seeds_generators_draw_again(each: NoiseCase) -> None:
+def test_generators_draw_after_seeds_are_removed(each: NoiseCase) -> None:
     def run(scheduler: Any) -> SampleLoop:
         loop = SampleLoop(each, [0, 1, 2], scheduler, noise="generator")
         loop.seeds = None
@@ -277,11 +277,11 @@ def test_without_seeds_generators_draw_again(each: NoiseCase) -> None:
     first = SampleLoop(each, [0, 1, 2]).run()
     first.scheduler.use_philox(None)
     set_timesteps(first.case, first.scheduler)
-    assert_same(run(first.scheduler), run(made(first.case, classes(each.name)[1]).scheduler), [0, 1, 2])
+    assert_same(run(first.scheduler), run(make_loop(first.case, classes(each.name)[1]).scheduler), [0, 1, 2])
 
 
 @pytest.mark.parametrize("each", KINDS, ids=str)
-def test_new_seeds_count_from_the_next_loop_on(each: NoiseCase) -> None:
+def test_new_seeds_apply_to_next_loop(each: NoiseCase) -> None:
     used = SampleLoop(each, [0, 1]).run()
     set_timesteps(used.case, used.scheduler)
     other = SampleLoop(each, [1, 2])
@@ -289,7 +289,7 @@ def test_new_seeds_count_from_the_next_loop_on(each: NoiseCase) -> None:
 
 
 @pytest.mark.parametrize("each", KINDS, ids=str)
-def test_a_stepper_has_the_noise_of_its_seeds(each: NoiseCase) -> None:
+def test_stepper_uses_noise_of_its_seeds(each: NoiseCase) -> None:
     alone = SampleLoop(each, [0, 1, 2]).run()
     set_timesteps(alone.case, alone.scheduler)
     stepper = SampleLoop(each, [0, 1, 2], alone.scheduler.stepper())
@@ -332,7 +332,7 @@ def test_other_dtypes_have_the_same_noise(each: NoiseCase, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("each", KINDS, ids=str)
-def test_as_many_seeds_as_samples(each: NoiseCase) -> None:
+def test_number_of_seeds_must_match_samples(each: NoiseCase) -> None:
     loop = SampleLoop(each, [0, 1])
     loop.seeds = SEEDS
     states: list[Tensor] = []

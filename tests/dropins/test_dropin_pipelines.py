@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Real pipelines with small random weights: the same pictures from the original and from the patched scheduler.
+"""Real pipelines with small random weights: equal pictures with the original and the patched scheduler.
 
-With `-s` the time of each whole call is printed, and the share of it that the scheduler's steps take.  The models are
-tiny, so that share is far larger than that of a model anyone uses.
+With `-s` the time of each call is printed, and the share of the scheduler's steps.  The models are tiny, so that share
+is far larger than for a real model.
 """
 
 import functools
@@ -43,7 +43,7 @@ def embeddings(*shapes, seed=1):
 
 
 def picture():
-    """A picture of the size, in [0, 1]."""
+    """Return a picture of the given size, in [0, 1]."""
     return torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
 
 
@@ -81,7 +81,7 @@ def stable_diffusion(pipeline, in_channels=4):
 
 
 def text(**more):
-    """What a pipeline of Stable Diffusion's kind is called with, without a tokenizer."""
+    """Return the arguments for a pipeline like Stable Diffusion's, without a tokenizer."""
     prompt, negative = embeddings((1, 7, 32), (1, 7, 32))
     return {"prompt_embeds": prompt, "negative_prompt_embeds": negative, "guidance_scale": 6.0} | more
 
@@ -155,7 +155,7 @@ def video_text():
 
 
 def mask():
-    """The right half is to be painted anew."""
+    """Return a mask that selects the right half for inpainting."""
     half = torch.zeros(1, 1, SIZE, SIZE)
     half[..., SIZE // 2 :] = 1.0
     return half
@@ -209,7 +209,7 @@ CASES = {
 
 
 class Stopwatch:
-    """How many steps a scheduler takes in a call of a pipeline, the time in them and that of the whole call."""
+    """Count of a scheduler's steps in a call of a pipeline, their time and that of the whole call."""
 
     def __init__(self, pipe, monkeypatch):
         self.steps, self.seconds, self.whole = 0, 0.0, 0.0
@@ -233,7 +233,7 @@ class Stopwatch:
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Models as small as these gain nothing by a second thread, and lose much where it has to wait for a core."""
+    """Use one thread: small models gain nothing by more, and lose time waiting for a core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -241,7 +241,7 @@ def _one_thread():
 
 
 def call(pipe, arguments):
-    """A pipeline's pictures, or frames, as an array, and the seconds it took."""
+    """Return a pipeline's pictures or frames as an array, and the seconds it took."""
     arguments = {"num_inference_steps": STEPS, "generator": torch.Generator().manual_seed(0), **arguments}
     start = time.perf_counter()
     output = pipe(output_type="np", **arguments)
@@ -250,7 +250,7 @@ def call(pipe, arguments):
 
 
 def timed_calls(pipe, arguments, monkeypatch):
-    """A pipeline's pictures, and the fastest of three calls after a first."""
+    """Return a pipeline's pictures, and the fastest of three calls after a warm-up."""
     pictures, _ = call(pipe, arguments)
     watches = []
     for _ in range(3):
@@ -262,7 +262,7 @@ def timed_calls(pipe, arguments, monkeypatch):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_pictures_are_the_same(case, monkeypatch):
+def test_patched_pipeline_gives_same_pictures(case, monkeypatch):
     make, scheduler, arguments = CASES[case]
     torch.manual_seed(0)
     pipe = make(scheduler())
@@ -293,7 +293,7 @@ def test_the_pictures_are_the_same(case, monkeypatch):
         ("TangentialClassifierFreeGuidance", {}),
     ],
 )
-def test_a_modular_pipeline_keeps_its_pictures(name, options):
+def test_patched_modular_pipeline_gives_same_pictures(name, options):
     if name not in GUIDERS:
         pytest.skip(f"this diffusers has no {name} that returns a GuiderOutput")
     from diffusers.modular_pipelines.stable_diffusion_xl import StableDiffusionXLAutoBlocks

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`scale_model_input` between the steps: one multiplication once its factor is known, and that factor alone."""
+"""`scale_model_input` between the steps: one multiplication by a cached factor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def loop(scheduler: Any, dtype: torch.dtype, touch: int | None = None) -> list[Tensor]:
-    """What a loop's model inputs and samples are; before step `touch` the schedule is written."""
+    """Return a loop's model inputs and samples; the schedule is written before step `touch`."""
     scheduler.set_timesteps(6)
     x = torch.randn(2, 4, 5, generator=seeded(1)).to(dtype) * 3
     outputs = torch.randn(len(scheduler.timesteps), 2, 4, 5, generator=seeded(2)).to(dtype)
@@ -47,7 +47,7 @@ def made(cls: Any) -> Any:
 @pytest.mark.parametrize("touch", [None, 3], ids=["as it is", "sigmas written"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_model_inputs_are_those_of_diffusers(name: str, dtype: torch.dtype, touch: int | None) -> None:
+def test_model_inputs_equal_diffusers(name: str, dtype: torch.dtype, touch: int | None) -> None:
     cls = fastdiff.diffusers.CLASSES[f"{name}Scheduler"]
     ours = made(cls)
     loop(ours, dtype)  # the second loop knows its factors
@@ -60,7 +60,7 @@ def test_model_inputs_are_those_of_diffusers(name: str, dtype: torch.dtype, touc
 
 
 @pytest.mark.parametrize("name", ["EulerDiscrete", "HeunDiscrete"])
-def test_the_factor_is_known_in_the_second_loop(name: str) -> None:
+def test_factor_is_cached_for_second_loop(name: str) -> None:
     scheduler = made(fastdiff.diffusers.CLASSES[f"{name}Scheduler"])
     first = loop(scheduler, torch.float32)
     plans = [plan for plan in scheduler._fused.plan_cache.plans.values() if not isinstance(plan, Fallback)]
@@ -70,7 +70,7 @@ def test_the_factor_is_known_in_the_second_loop(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=3e-7, atol=0)  # one rounding of the factor more or less
 
 
-def test_noise_of_seeds_counts_steps_alone() -> None:
+def test_seeded_noise_counts_only_steps() -> None:
     results = []
     for scales in (False, True):
         scheduler = fastdiff.diffusers.EulerAncestralDiscreteScheduler()

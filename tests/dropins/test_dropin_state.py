@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What people touch beside a drop-in's steps: state between steps, copies, generators, threads, gradients."""
+"""State of drop-ins between steps, copies, generators, threads, gradients."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from support.dropin_helpers import (
     Loop,
     classes,
     forget_plans,
-    made,
+    make_loop,
     quiet,
+    run_loop,
     set_timesteps,
     values_of,
-    walk,
 )
 
 NAMES = [name for name in OPTIONS if f"{name}Scheduler" in CLASSES]
@@ -41,7 +41,7 @@ def default(name: str, steps: int = 6, **changes: Any) -> Case:
 
 
 def alike(ours: Any, theirs: Any, where: str = "") -> None:
-    """Two attributes, or results, in value and in kind."""
+    """Return True if two attributes or results are equal in value and type."""
     assert type(ours) is type(theirs) or callable(theirs), (where, type(ours), type(theirs))
     if isinstance(theirs, Tensor):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), where
@@ -66,7 +66,7 @@ def alike(ours: Any, theirs: Any, where: str = "") -> None:
 
 
 def same_state(ours: Any, theirs: Any) -> None:
-    """All attributes, in name and value, and which of them are one object."""
+    """Compare all attributes by name and value, and which of them are the same object."""
     mine = {n: v for n, v in vars(ours).items() if n != "_fused"}
     others = vars(theirs)
     assert mine.keys() == others.keys()
@@ -78,7 +78,7 @@ def same_state(ours: Any, theirs: Any) -> None:
 
 
 def _shared(attributes: dict[str, Any]) -> set[frozenset[str]]:
-    """Which places of the state hold one and the same tensor."""
+    """Return the entries of the state that hold the same tensor."""
     by_identity: dict[int, set[str]] = {}
     for name, value in attributes.items():
         for i, item in enumerate(value if isinstance(value, list) else [value]):
@@ -88,13 +88,13 @@ def _shared(attributes: dict[str, Any]) -> set[frozenset[str]]:
 
 
 class Pair:
-    """One loop of ours and one of diffusers' own in step with each other."""
+    """A loop of fastdiff and one of diffusers, stepped together."""
 
     def __init__(self, case: Case) -> None:
         forget_plans()
         self.case = case
         theirs, ours = classes(case.name)
-        self.loops = [made(case, ours), made(case, theirs)]
+        self.loops = [make_loop(case, ours), make_loop(case, theirs)]
         for loop in self.loops:
             assert loop.error is None, loop.error
 
@@ -108,7 +108,7 @@ class Pair:
         return self
 
     def both(self, do: Callable[[Any], Any]) -> None:
-        """The same to both schedulers: alike results, or the same exception."""
+        """Apply a function to both schedulers; assert equal results or the same exception."""
         results, errors = [], []
         for scheduler in self.schedulers:
             try:
@@ -124,7 +124,7 @@ class Pair:
         same_state(*self.schedulers)
 
     def step(self, i: int, timestep: Callable[[Tensor, int], Any] | None = None) -> bool:
-        """Step i of both; False where both raise."""
+        """Take step i of both; return False if both raise."""
         results: list[Any] = []
         errors: list[Any] = []
         states: list[Any] = []
@@ -165,7 +165,7 @@ class Pair:
 
 
 def _same_identity(loops: list[Loop]) -> None:
-    """The history holds the very result, or the very sample, where diffusers' own does."""
+    """Assert that the history holds the result or sample object itself if diffusers' does."""
     found = []
     for loop in loops:
         places = {}
@@ -180,7 +180,7 @@ def _same_identity(loops: list[Loop]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_state_after_every_step(name: str) -> None:
+def test_state_equals_diffusers_after_every_step(name: str) -> None:
     pair = Pair(default(name)).start()
     lists = [{n: v for n, v in vars(s).items() if isinstance(v, list)} for s in pair.schedulers]
     for i in range(len(pair.loops[0].timesteps)):
@@ -209,7 +209,7 @@ HISTORIES = {
 
 @pytest.mark.parametrize("what", ["none", "other", "shape", "restart", "empty", "in place"])
 @pytest.mark.parametrize("name", sorted(HISTORIES))
-def test_history_assigned_in_the_middle_of_a_loop(name: str, what: str) -> None:
+def test_history_may_be_assigned_during_loop(name: str, what: str) -> None:
     case = default(name, 8)
     pair = Pair(case).start()
     for i in range(4):
@@ -237,8 +237,8 @@ def test_history_assigned_in_the_middle_of_a_loop(name: str, what: str) -> None:
     pair.finish(4)
 
 
-def test_batch_shrinks_in_the_middle_of_a_loop() -> None:
-    """Pipelines that drop samples cut the history themselves."""
+def test_batch_may_shrink_during_loop() -> None:
+    """Pipelines that drop samples truncate the history themselves."""
     pair = Pair(default("UniPCMultistep", 8)).start()
     for i in range(4):
         pair.step(i)
@@ -265,12 +265,12 @@ TIMESTEPS: dict[str, Callable[[Tensor, int], Any]] = {
 
 @pytest.mark.parametrize("form", sorted(TIMESTEPS))
 @pytest.mark.parametrize("name", NAMES)
-def test_timesteps_in_other_forms(name: str, form: str) -> None:
+def test_timesteps_of_other_types(name: str, form: str) -> None:
     Pair(default(name, 4)).start().finish(timestep=TIMESTEPS[form])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_loop_that_starts_in_the_middle(name: str) -> None:
+def test_loop_started_in_the_middle(name: str) -> None:
     for explicit in (False, True):
         pair = Pair(default(name, 8)).start()
         begin = 1 if len(pair.loops[0].timesteps) < 4 else 2 * getattr(pair.schedulers[0], "order", 1)
@@ -283,7 +283,7 @@ def test_a_loop_that_starts_in_the_middle(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_set_timesteps_again(name: str) -> None:
-    """Loop, again with fewer steps, and an unfinished one before another."""
+    """Run a loop, another with fewer steps, and an unfinished one before another."""
     pair = Pair(default(name, 6)).start()
     pair.finish()
     for steps, stop in ((4, None), (6, 2), (6, None)):
@@ -328,7 +328,7 @@ CUSTOM: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "config", "kwargs"), CUSTOM)
-def test_schedules_of_ones_own(name: str, config: dict[str, Any], kwargs: dict[str, Any]) -> None:
+def test_custom_schedules(name: str, config: dict[str, Any], kwargs: dict[str, Any]) -> None:
     pair = Pair(default(name, 4, config={}))
     for loop, cls in zip(pair.loops, reversed(classes(name)), strict=True):
         loop.scheduler = cls(**config)
@@ -347,7 +347,7 @@ def test_schedules_of_ones_own(name: str, config: dict[str, Any], kwargs: dict[s
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_schedule_written_or_replaced_in_the_middle_of_a_loop(name: str) -> None:
+def test_schedule_may_change_during_loop(name: str) -> None:
     attributes = [
         n for n, v in vars(Pair(default(name)).schedulers[1]).items() if isinstance(v, Tensor) and v.dim() == 1
     ]
@@ -385,7 +385,7 @@ CONFIG_CHANGES = [
 
 
 @pytest.mark.parametrize(("name", "change"), CONFIG_CHANGES)
-def test_configuration_changed_in_the_middle_of_a_loop(name: str, change: dict[str, Any]) -> None:
+def test_configuration_may_change_during_loop(name: str, change: dict[str, Any]) -> None:
     pair = Pair(default(name, 8)).start()
     for i in range(3):
         pair.step(i)
@@ -394,10 +394,10 @@ def test_configuration_changed_in_the_middle_of_a_loop(name: str, change: dict[s
     pair.finish(3)
 
 
-def test_a_number_of_another_type_is_another_state() -> None:
-    """diffusers' own DDIM counts 4.0 steps to a timestep that is no index, and raises."""
+def test_number_of_other_type_is_another_state() -> None:
+    """diffusers' DDIM computes a non-integer index for 4.0 steps, and raises."""
     pair = Pair(default("DDIM", 4)).start()
-    walk(pair.case, classes("DDIM")[1])  # makes the plans of 4 steps
+    run_loop(pair.case, classes("DDIM")[1])  # makes the plans of 4 steps
     pair.step(0)
     for scheduler in pair.schedulers:
         scheduler.num_inference_steps = 4.0
@@ -408,7 +408,7 @@ def test_a_number_of_another_type_is_another_state() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_not_a_step_is_diffusers_own(name: str) -> None:
+def test_other_methods_are_diffusers(name: str) -> None:
     theirs, ours = classes(name)
     assert issubclass(ours, theirs)
     assert ours.__name__ == theirs.__name__
@@ -429,7 +429,7 @@ def test_what_is_not_a_step_is_diffusers_own(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_misuse_raises_as_in_diffusers(name: str) -> None:
+def test_misuse_raises_like_diffusers(name: str) -> None:
     theirs, ours = classes(name)
     x = torch.randn(2, 4, 4, 4)
     calls: list[Callable[[Any], Any]] = [
@@ -453,7 +453,7 @@ def test_misuse_raises_as_in_diffusers(name: str) -> None:
             for cls in (ours, theirs):
                 try:
                     with quiet():
-                        scheduler = made(default(name), cls).scheduler if ready else cls()
+                        scheduler = make_loop(default(name), cls).scheduler if ready else cls()
                         call(scheduler)
                     outcomes.append("")
                 except Exception as error:
@@ -462,7 +462,7 @@ def test_misuse_raises_as_in_diffusers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_past_the_end(name: str) -> None:
+def test_step_past_end_raises_like_diffusers(name: str) -> None:
     pair = Pair(default(name, 4)).start()
     pair.finish()
     last = len(pair.loops[0].timesteps) - 1
@@ -487,8 +487,8 @@ COPIES: dict[str, Callable[[Any], Any]] = {
         if not (name in MAKES_SAMPLER and way == "deepcopy")
     ],
 )
-def test_copies_in_the_middle_of_a_loop(name: str, way: str) -> None:
-    """A copy goes on where the original stood, and the original is not disturbed."""
+def test_copies_during_loop_are_independent(name: str, way: str) -> None:
+    """A copy continues from the original's state, and the original is unaffected."""
     pair = Pair(default(name)).start()
     half = max(len(pair.loops[0].timesteps) // 2, 1)
     for i in range(half):
@@ -511,7 +511,7 @@ def test_copies_in_the_middle_of_a_loop(name: str, way: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_configurations_go_both_ways(name: str, tmp_path: Any) -> None:
+def test_configurations_convert_both_ways(name: str, tmp_path: Any) -> None:
     theirs, ours = classes(name)
     for first, second in ((ours, theirs), (theirs, ours)):
         scheduler = first()
@@ -528,7 +528,7 @@ def test_configurations_go_both_ways(name: str, tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_flow_as_through_diffusers(name: str) -> None:
+def test_gradients_equal_diffusers(name: str) -> None:
     case = default(name, 4)
     pair = Pair(case).start()
     gradients = []
@@ -554,8 +554,8 @@ def test_gradients_flow_as_through_diffusers(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_steppers_in_two_threads(name: str) -> None:
-    """Each with a stepper of one scheduler: as one after the other."""
-    scheduler = made(default(name, 8), classes(name)[1]).scheduler
+    """Two threads with steppers of one scheduler give the results of sequential loops."""
+    scheduler = make_loop(default(name, 8), classes(name)[1]).scheduler
     loops = [Loop(default(name, 8, seed=seed), scheduler.stepper()) for seed in range(4)]
     alone = [Loop(default(name, 8, seed=seed), scheduler.stepper()).run() for seed in range(2)]
     for loop in loops[:2]:
@@ -591,13 +591,13 @@ DRAWS = ["DDPM", "DDPMParallel", "EulerAncestralDiscrete", "KDPM2AncestralDiscre
 
 
 @pytest.mark.parametrize("name", DRAWS)
-def test_philox_is_the_same_alone_and_in_a_batch(name: str) -> None:
+def test_philox_noise_is_independent_of_batch(name: str) -> None:
     torch.manual_seed(0)
     start = torch.randn(3, 4, 4, 4)
     outputs = torch.randn(20, 3, 4, 4, 4)
 
     def run(which: list[int]) -> Tensor:
-        scheduler = made(default(name, 5), classes(name)[1]).scheduler
+        scheduler = make_loop(default(name, 5), classes(name)[1]).scheduler
         scheduler.use_philox([100 + b for b in which])
         x = start[which]
         with quiet():
@@ -611,12 +611,12 @@ def test_philox_is_the_same_alone_and_in_a_batch(name: str) -> None:
     for b in range(3):
         assert torch.equal(together[b : b + 1], run([b]))
     assert torch.equal(before, torch.get_rng_state()), "torch's own generator was asked"
-    other = made(default(name, 5), classes(name)[1]).scheduler
+    other = make_loop(default(name, 5), classes(name)[1]).scheduler
     assert "seeds" not in str(dict(other.config))
 
 
 class Counting(TorchDispatchMode):
-    """The names of the operators that are dispatched."""
+    """Dispatch mode that records the names of operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -637,12 +637,12 @@ SYNCS = {"_local_scalar_dense", "nonzero", "is_nonzero", "_to_copy", "item"}
 
 @pytest.mark.parametrize("again", [False, True], ids=["first loop", "second loop"])
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in TREES])
-def test_a_step_dispatches_two_operators_at_most(name: str, again: bool) -> None:
-    """In the middle of a loop, with the plans of a loop before it or with those that its own first steps made."""
+def test_step_dispatches_at_most_two_operators(name: str, again: bool) -> None:
+    """Count during a loop, with plans of an earlier loop or of its own first steps."""
     case = default(name, 10)
     forget_plans()
     for _ in range(2):
-        loop = made(case, classes(name)[1])
+        loop = make_loop(case, classes(name)[1])
         loop.start()
         counts: list[list[str]] = []
         with quiet():

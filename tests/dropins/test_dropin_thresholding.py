@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Dynamic thresholding and clipping of every drop-in that has them: any bounds that diffusers takes."""
+"""Dynamic thresholding and clipping of every drop-in that has them, for any bounds that diffusers accepts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.dropin_helpers import classes, quiet, values_of
 
 
 def _with_option(option: str) -> list[str]:
-    """The names of the classes whose configuration has an option."""
+    """Return the names of the classes whose configuration has an option."""
     return [
         name.removesuffix("Scheduler")
         for name, cls in CLASSES.items()
@@ -33,19 +33,19 @@ RATIOS = st.one_of(st.sampled_from([0.87, 0.995, 1.0]), st.floats(0.05, 1.0))
 
 
 def _usual(case: Case, **config: Any) -> Case:
-    """The case with these options and a prediction type that every class knows."""
+    """Return the case with these options and a prediction type that every class supports."""
     kept = {**case.config, "prediction_type": "epsilon"} if "prediction_type" in case.config else case.config
     return case.of(config={**kept, **config})
 
 
-def test_every_class_that_thresholds_is_here() -> None:
+def test_every_thresholding_class_is_tested() -> None:
     assert len(THRESHOLDS) >= 13
     assert {"DDIM", "DDPM", "DPMSolverMultistep", "DPMSolverMultistepInverse", "DPMSolverSinglestep"} < set(THRESHOLDS)
     assert {"UniPCMultistep", "DEISMultistep", "EDMDPMSolverMultistep", "SASolver", "LCM"} < set(THRESHOLDS)
 
 
 @pytest.mark.parametrize("name", THRESHOLDS)
-def test_dropin_thresholds_by_any_ratio_and_largest_bound(name: str) -> None:
+def test_dropin_thresholds_with_any_ratio_and_max_value(name: str) -> None:
     @settings(max_examples=6)
     @given(cases(name, most_steps=6), RATIOS, LARGEST)
     def check(case: Case, ratio: float, largest: float) -> None:
@@ -56,7 +56,7 @@ def test_dropin_thresholds_by_any_ratio_and_largest_bound(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistep", "DPMSolverMultistepInverse", "EDMDPMSolverMultistep", "DDIM"])
-def test_dropin_largest_bound_below_one_is_the_bound(name: str) -> None:
+def test_dropin_max_value_below_one_is_the_bound(name: str) -> None:
     # Of the first step alone, in which nothing but the threshold could differ.
     results = []
     for cls in classes(name):

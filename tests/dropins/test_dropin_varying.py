@@ -34,7 +34,7 @@ OUTPUT = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
 
 
 def pair(name: str, steps: int = 10, **config: Any) -> tuple[Any, Any]:
-    """Ours, and diffusers' own."""
+    """Return fastdiff's scheduler and diffusers'."""
     both = []
     for module in (fastdiff.diffusers, diffusers):
         scheduler = getattr(module, f"{name}Scheduler")(**config)
@@ -66,9 +66,7 @@ def traces() -> int:
         ("EDMEuler", "s_churn", 0.0, 3.0), ("FlowMatchHeunDiscrete", "s_churn", 0.0, 3.0),
     ],
 )  # fmt: skip
-def test_a_scalar_that_is_another_each_time_is_no_trace_of_its_own(
-    name: str, argument: str, low: float, high: float
-) -> None:
+def test_varying_scalar_shares_one_trace(name: str, argument: str, low: float, high: float) -> None:
     ours, theirs = pair(name)
     forget_plans()
     draw = random.Random(name)
@@ -110,7 +108,7 @@ def test_timesteps_in_any_order(name: str, kind: str) -> None:
     assert traces() <= 3
 
 
-def test_another_number_of_steps_or_other_betas_need_few_traces() -> None:
+def test_other_step_counts_and_betas_need_few_traces() -> None:
     forget_plans()
     counts = []
     for steps in (10, 20, 30, 40):
@@ -124,9 +122,7 @@ def test_another_number_of_steps_or_other_betas_need_few_traces() -> None:
 
 @needs_extension
 @pytest.mark.parametrize("value", [lambda i: i, lambda i: [i], lambda i: {"at": i}, lambda i: torch.ones(i + 1)])
-def test_an_attribute_that_no_step_reads_is_not_looked_at(
-    value: Callable[[int], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unread_attribute_is_not_guarded(value: Callable[[int], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     ours, _ = pair("FlowMatchEulerDiscrete")
     calls: list[str] = []
     take_step = mixin.take_step
@@ -141,7 +137,7 @@ def test_an_attribute_that_no_step_reads_is_not_looked_at(
 
 
 @needs_extension
-def test_an_attribute_counts_from_the_first_step_that_reads_it() -> None:
+def test_attribute_is_guarded_from_first_read() -> None:
     """One configuration's steps read what another's do not: those that went on unaware of it look again."""
     results = []
     for module in (fastdiff.diffusers, diffusers):
@@ -163,7 +159,7 @@ def test_an_attribute_counts_from_the_first_step_that_reads_it() -> None:
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
-def test_every_store_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_plans()
     monkeypatch.setattr(plan_cache, "MOST_PLANS", 64)
     monkeypatch.setattr(plan_cache, "MOST_SCHEDULES", 4)
@@ -194,7 +190,7 @@ _WRITES: dict[str, Callable[[Any], None]] = {
 
 @pytest.mark.parametrize("way", _WRITES)
 @pytest.mark.parametrize("seen", ["set_timesteps", "invalidate"])
-def test_numbers_written_without_torch_s_knowledge_are_seen(way: str, seen: str) -> None:
+def test_writes_without_version_counter_are_detected(way: str, seen: str) -> None:
     def loop(scheduler: Any, at: int) -> Tensor:
         x = X
         for i, t in enumerate(scheduler.timesteps):
@@ -232,8 +228,8 @@ def _outcome(make: Callable[[], Any]) -> tuple[str, Any]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", sorted(fastdiff.diffusers.CLASSES))
-def test_schedules_of_any_dtype_run_where_diffusers_runs_them(name: str, dtype: torch.dtype) -> None:
-    """All arrays of numbers but the timesteps are cast by hand."""
+def test_schedules_of_any_dtype_run_like_diffusers(name: str, dtype: torch.dtype) -> None:
+    """Cast all arrays of numbers except the timesteps."""
     if name in ("RePaintScheduler", "CogVideoXDPMScheduler", "SCMScheduler", "ConsistencyDecoderScheduler"):
         pytest.skip("its step takes more than an output, a timestep and a sample")
 
@@ -273,7 +269,7 @@ _TRACED_FILES = tuple(
 
 
 class _Interrupt:
-    """Raises KeyboardInterrupt at the n-th line that is run in the files of the compiler."""
+    """Trace function that raises KeyboardInterrupt at the n-th executed line of the compiler's files."""
 
     def __init__(self, at: int) -> None:
         self.left = at
@@ -290,7 +286,7 @@ class _Interrupt:
 
 
 @pytest.mark.parametrize("part", range(8))
-def test_an_interrupt_at_any_line_leaves_torch_as_it_was(part: int) -> None:
+def test_interrupt_at_any_line_restores_torch_state(part: int) -> None:
     ours, theirs = pair("DPMSolverMultistep", 5)
     wanted = step(theirs, 0)
     forget_plans()
@@ -323,7 +319,7 @@ def test_an_interrupt_at_any_line_leaves_torch_as_it_was(part: int) -> None:
         assert not isinstance(fresh._fused.latest, Fallback), at
 
 
-def test_a_trace_that_fails_for_lack_of_memory_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trace_failed_for_lack_of_memory_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = pair("DDIM", 5)
     forget_plans()
 
@@ -355,7 +351,7 @@ _PAIRS: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
 
 @pytest.mark.parametrize("name", _PAIRS)
 @given(a=NUMBERS, b=NUMBERS)
-def test_arithmetic_on_a_tape_is_torch_s_in_float64(name: str, a: float, b: float) -> None:
+def test_tape_arithmetic_equals_torch_in_float64(name: str, a: float, b: float) -> None:
     ours, theirs = _PAIRS[name]
     operands = (a, b) if name in ("divide", "power", "minimum", "maximum") else (a,)
     found = float(ours(*operands))
@@ -391,7 +387,7 @@ def _record(inputs: _Inputs) -> tuple[Tape, int]:
 
 
 @given(numbers=st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=1, max_size=200))
-def test_a_kept_trace_computes_what_a_new_one_would(numbers: list[tuple[float, float]]) -> None:
+def test_cached_trace_equals_new_trace(numbers: list[tuple[float, float]]) -> None:
     tree: TraceTree[int] = TraceTree()
     for pair_of in numbers:
         inputs = _Inputs(*pair_of)
@@ -405,7 +401,7 @@ def test_a_kept_trace_computes_what_a_new_one_would(numbers: list[tuple[float, f
     assert tree.count <= 2
 
 
-def test_compiled_operations_compute_the_same() -> None:
+def test_compiled_operations_equal_interpreted_ones() -> None:
     tree: TraceTree[int] = TraceTree()
     draw = random.Random(0)
     tree.add(*_record(_Inputs(0.0, 1.0)))
@@ -417,8 +413,8 @@ def test_compiled_operations_compute_the_same() -> None:
         assert found[1] == _record(inputs)[0].values
 
 
-def test_first_and_later_steps_have_the_same_bits() -> None:
-    """A row is evaluated alike whether its trace is new, kept or compiled."""
+def test_first_and_later_steps_agree_bitwise() -> None:
+    """A row is evaluated to the same bits with a new, cached or compiled trace."""
     results = []
     for again in range(2):
         forget_plans()

@@ -19,7 +19,7 @@ from fastdiff.diffusers import CLASSES
 from fastdiff.noise.brownian_path import BrownianPath
 from fastdiff.noise.seeded_draws import SeededDraws
 from fastdiff.philox import purpose_of_draw
-from support.dropin_helpers import Loop, classes, made, quiet
+from support.dropin_helpers import Loop, classes, make_loop, quiet
 from support.noise_cases import NOISE_CASES, NoiseCase
 
 SHAPE = (2, 3, 4, 5)
@@ -202,7 +202,7 @@ class Seeded(Loop):
 @pytest.mark.parametrize("each", NOISE_CASES, ids=str)
 def test_diffusers_steps_draw_from_seeds(each: NoiseCase, noise: str) -> None:
     case = each.case(noise=noise)
-    loop = Seeded(case, made(case, classes(each.name)[0]).scheduler).begin()
+    loop = Seeded(case, make_loop(case, classes(each.name)[0]).scheduler).begin()
     states: list[list[Tensor]] = []
     loop.run(watch=lambda loop: states.append(loop.random_states()), step=loop.step)
     assert loop.error is None, loop.error

@@ -171,10 +171,10 @@ def dropin_calls(name: str) -> Iterator[Call]:
 def _walk_dropin(name: str, config: dict[str, Any], arguments: dict[str, Any], *, guided: bool = False) -> None:
     """A loop of a drop-in scheduler; options that diffusers refuses end it."""
     from support.dropin_cases import MOST_STEPS, Case
-    from support.dropin_helpers import classes, made
+    from support.dropin_helpers import classes, make_loop
 
     _, ours = classes(name)
-    loop = made(Case(name, config, min(7, MOST_STEPS.get(name, 7)), arguments, shape=DROPIN_SHAPE), ours)
+    loop = make_loop(Case(name, config, min(7, MOST_STEPS.get(name, 7)), arguments, shape=DROPIN_SHAPE), ours)
     if loop.error is None and guided and hasattr(ours, "guided_step"):
         step = loop.scheduler.guided_step
         loop.run(step=lambda output, *args, **kwargs: step(-output, output, GUIDANCE, *args, **kwargs))

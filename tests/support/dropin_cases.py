@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a diffusers scheduler may be asked to do: configurations, schedules, tensors and arguments, class by class."""
+"""Cases of diffusers' schedulers by class: configurations, schedules, tensors and arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Choices = list[dict[str, Any]]
 
 
 def one_of(name: str, *values: Any) -> Choices:
-    """The default, or one of these values of an option."""
+    """Return the choices for an option: the default or one of these values."""
     return [{}, *({name: value} for value in values)]
 
 
@@ -167,7 +167,7 @@ CHURN: Choices = [
     {"s_churn": 8.0, "s_tmin": 0.05, "s_tmax": 20.0, "s_noise": 1.003},
 ]
 CLIPPED_OUTPUT: Choices = one_of("use_clipped_model_output", True)
-#: What a step takes beside its tensors.
+#: Arguments of a step besides its tensors.
 ARGUMENTS: dict[str, list[Choices]] = {
     "CogVideoXDDIM": [ETA, CLIPPED_OUTPUT],
     "DDIM": [ETA, CLIPPED_OUTPUT],
@@ -179,13 +179,13 @@ ARGUMENTS: dict[str, list[Choices]] = {
     "LMSDiscrete": [one_of("order", 1, 2, 3)],
     "TCD": [one_of("eta", 0.0, 1.0)],
 }
-#: Classes whose samples are of one form: sequences of tokens, or B×C×H×W.
+#: Classes with per-token timesteps.
 PER_TOKEN = ("FlowMatchEulerDiscrete",)
-#: The most steps where a class has its own limit (ConsistencyDecoder has two, whatever it is asked).
+#: Maximum number of steps of classes with a limit (ConsistencyDecoder always has two).
 MOST_STEPS = {"LCM": 20, "TCD": 20, "CMStochasticIterative": 39, "RePaint": 12}
-#: Of classes whose step takes it.
+#: Classes whose step takes `variance_noise`.
 VARIANCE_NOISE = ("CogVideoXDDIM", "DDIM", "DDIMParallel", "DPMSolverMultistep", "DPMSolverMultistepInverse")
-#: Classes whose model may give twice the channels, by the variance type in their configuration.
+#: Classes whose model may return twice the channels, depending on the variance type.
 LEARNED = ("DDPM", "DDPMParallel", "DPMSolverMultistep", "DPMSolverMultistepInverse", "DPMSolverSinglestep",
            "SASolver", "UnCLIP")  # fmt: skip
 
@@ -196,7 +196,7 @@ HALVES = [torch.float16, torch.bfloat16]
 
 @dataclass(frozen=True)
 class Case:
-    """One loop: which class, how it is made, how many steps, on what, with which arguments."""
+    """One loop: class, configuration, number of steps, tensors and arguments."""
 
     name: str
     config: dict[str, Any]
@@ -213,7 +213,7 @@ class Case:
 
     @property
     def doubled(self) -> bool:
-        """Whether the model's output has twice the channels of the samples."""
+        """True if the model's output has twice the channels of the samples."""
         return self.name in LEARNED and str(self.config.get("variance_type")).startswith("learned")
 
     def of(self, **changes: Any) -> Case:
@@ -225,14 +225,14 @@ def _merged(choices: tuple[dict[str, Any], ...]) -> dict[str, Any]:
 
 
 def _drawn(groups: list[Choices]) -> st.SearchStrategy[dict[str, Any]]:
-    # Half of the draws leave a group alone: else hardly a configuration would be one that diffusers accepts.
+    # Half of the draws use a group's default; otherwise diffusers would refuse most configurations.
     return st.tuples(*(st.one_of(st.just(g[0]), st.sampled_from(g)) for g in groups)).map(_merged)
 
 
 def cases(name: str, dtypes: list[torch.dtype] | None = None, most_steps: int = 50) -> st.SearchStrategy[Case]:
-    """Loops of the class `name` (without "Scheduler"), in float32 if nothing else is asked for."""
+    """Return a strategy for loops of the class `name` (without "Scheduler"), by default in float32."""
     most = min(most_steps, MOST_STEPS.get(name, 50))
-    # Short loops are as good as long ones for most of what can be wrong, and a tenth of the work.
+    # Short loops detect most errors at a tenth of the time.
     steps = st.one_of(st.integers(1, min(12, most)), st.integers(1, min(12, most)), st.integers(1, most))
     noises = ["generator", "generators", "none"] + (["variance_noise"] if name in VARIANCE_NOISE else [])
     return st.builds(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Whole loops of any diffusers scheduler, diffusers' own or ours, and a float64 oracle of its steps."""
+"""Whole loops of any scheduler class of diffusers or fastdiff, and a float64 oracle of its steps."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from fastdiff.diffusers.runtime.scheduler_cache import forget_first_steps
 from support.dropin_cases import Case
 
 logging.getLogger("diffusers").setLevel(logging.CRITICAL)
-#: Classes with the last of whose timesteps no step is taken.
+#: Classes that take no step at the last timestep.
 LAST_IS_NO_STEP = ("DDPMWuerstchen", "SCM")
 #: Classes that make a noise sampler in their first step.
 MAKES_SAMPLER = ("DPMSolverSDE", "CosineDPMSolverMultistep")
 
 
 def classes(name: str) -> tuple[type, type]:
-    """diffusers' own class, and ours."""
+    """Return diffusers' class and fastdiff's."""
     ours = CLASSES[f"{name}Scheduler"]
     return ours.original, ours
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without diffusers' warnings about what is deprecated."""
+    """Suppress diffusers' deprecation warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def with_layout(tensor: Tensor, layout: str) -> Tensor:
-    """The same numbers in another order in memory; or, where elements share memory, some of them in place of others."""
+    """Return the values in another memory layout; layouts with shared elements repeat some of the values."""
     if layout == "channels_last":
         return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
     if layout == "transposed":
@@ -59,12 +59,12 @@ def with_layout(tensor: Tensor, layout: str) -> Tensor:
 
 
 def _normal(shape: tuple[int, ...] | list[int], generator: torch.Generator) -> Tensor:
-    """The same numbers whatever torch's default dtype is."""
+    """Return numbers that do not depend on torch's default dtype."""
     return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
 class Model:
-    """A cheap stand-in for a model: noise of its own at every step, and a bounded, smooth function of the sample."""
+    """Cheap model: its own noise at every step plus a bounded, smooth function of the sample."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -89,17 +89,17 @@ class Model:
 
 
 def values_of(result: Any) -> list[Any]:
-    """What a step returned, one after another."""
+    """Return the values of a step's result as a list."""
     return list(result.values()) if isinstance(result, dict) else list(result)
 
 
 @dataclass
 class Loop:
-    """A scheduler on its way through a loop: what its next call takes.
+    """State of a loop: a scheduler and the arguments of its next call.
 
     Attributes:
-        outputs: what each step returned.
-        error: the exception that ended the loop, or None, and where it came from.
+        outputs: the result of each step.
+        error: the exception that ended the loop, or None; `stage` is where it was raised.
     """
 
     case: Case
@@ -132,7 +132,7 @@ class Loop:
         self.last: Any = None
 
     def call(self, i: int, t: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a step, of which the model's output is made now."""
+        """Compute the model's output and return the arguments of a step."""
         case, scheduler = self.case, self.scheduler
         given: Any = self.sample
         if hasattr(scheduler, "scale_model_input"):
@@ -165,7 +165,7 @@ class Loop:
         self.pred_original_sample = values[1] if len(values) > 1 else None
 
     def undo(self, t: Any) -> bool:
-        """RePaint goes back where its timesteps do."""
+        """Undo a RePaint step if its timesteps go back; return whether one was undone."""
         if self.case.name != "RePaint":
             return False
         last, self.last = self.last, t
@@ -175,7 +175,7 @@ class Loop:
         return True
 
     def run(self, watch: Any = None, mode: Any = None, step: Any = None) -> Loop:
-        """Go through it; `mode` holds in steps, `watch` is told of each, `step` takes it in the scheduler's place."""
+        """Run the loop, optionally with a context `mode` around steps, a callback `watch` and a replacement `step`."""
         mode = contextlib.nullcontext() if mode is None else mode
         try:
             with quiet():
@@ -197,7 +197,7 @@ class Loop:
         return self
 
     def random_states(self) -> list[Tensor]:
-        """Where the generators are, torch's own first."""
+        """Return the generators' states, torch's default first."""
         own = self.generator if isinstance(self.generator, list) else [self.generator] if self.generator else []
         return [torch.get_rng_state(), *(generator.get_state() for generator in own)]
 
@@ -217,8 +217,8 @@ def set_timesteps(case: Case, scheduler: Any) -> None:
         scheduler.set_timesteps(case.steps, **kwargs)
 
 
-def made(case: Case, cls: type) -> Loop:
-    """A loop about to start; its `error` says where it did not get so far."""
+def make_loop(case: Case, cls: type) -> Loop:
+    """Return a loop before its start; its `error` is set if the setup failed."""
     loop = Loop(case, None, stage="constructor")
     try:
         with quiet():
@@ -231,9 +231,9 @@ def made(case: Case, cls: type) -> Loop:
     return loop
 
 
-def walk(case: Case, cls: type, watch: Any = None) -> Loop:
-    """A whole loop; `watch` is told of every step."""
-    loop = made(case, cls)
+def run_loop(case: Case, cls: type, watch: Any = None) -> Loop:
+    """Run a whole loop; `watch` is called after every step."""
+    loop = make_loop(case, cls)
     return loop if loop.error is not None else loop.run(watch)
 
 
@@ -244,17 +244,17 @@ def forget_plans() -> None:
 
 
 def plans_of(scheduler: Any) -> dict[str, Any]:
-    """Of each kind of step that a scheduler of ours has compiled: the plans, or why there is none."""
+    """Return the plans of a fastdiff scheduler by kind of step, or the reason why there is none."""
     cache = vars(scheduler).get("_fused")
     plan_cache = None if cache is None else cache.plan_cache
     return {} if plan_cache is None else {str(key): plan for key, plan in plan_cache.plans.items()}
 
 
-class Exactly(TorchFunctionMode):
-    """In here floating-point tensors are float64 and stay so; noise is what was drawn before.
+class Float64Mode(TorchFunctionMode):
+    """Function mode in which floating-point tensors are float64, and noise comes from a list.
 
     Args:
-        draws: noise tensors, in the order in which they are asked for.
+        draws: noise tensors in the order of the draws.
     """
 
     def __init__(self, draws: list[Tensor]) -> None:
@@ -264,7 +264,7 @@ class Exactly(TorchFunctionMode):
     def next_draw(self, *_: Any) -> Tensor:
         return self.draws.pop(0).double()
 
-    def __enter__(self) -> Exactly:
+    def __enter__(self) -> Float64Mode:
         _patch_sampler(lambda *_, **__: None, lambda *_: self.next_draw())
         return super().__enter__()  # type: ignore[no-any-return]
 
@@ -287,8 +287,8 @@ class Exactly(TorchFunctionMode):
         return result
 
 
-class Drawing(TorchFunctionMode):
-    """Keeps the noise that is drawn, that of a scheduler's own sampler too."""
+class RecordDraws(TorchFunctionMode):
+    """Function mode that records drawn noise, including that of a scheduler's noise sampler."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -301,7 +301,7 @@ class Drawing(TorchFunctionMode):
             self.draws.append(result)
         return result
 
-    def __enter__(self) -> Drawing:
+    def __enter__(self) -> RecordDraws:
         def making(sampler: Any, *args: Any, **kwargs: Any) -> None:
             self.inside = True
             _make_sampler(sampler, *args, **kwargs)
@@ -330,7 +330,7 @@ _make_sampler, _sample_noise = BrownianTreeNoiseSampler.__init__, BrownianTreeNo
 
 
 def widened(value: Any) -> Any:
-    """float64 for floating-point tensors, in lists too."""
+    """Convert floating-point tensors to float64, also in lists."""
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, (list, tuple)):
@@ -349,7 +349,7 @@ def exact_defaults() -> Iterator[None]:
 
 
 def widen(scheduler: Any) -> None:
-    """Bring a scheduler's tensors to float64, except timesteps, which are compared with those that are asked for."""
+    """Convert a scheduler's tensors to float64, except timesteps, which are compared with the arguments."""
     attributes = vars(scheduler)
     for name, value in attributes.items():
         if name not in ("timesteps", "_internal_dict", "noise_sampler"):
@@ -357,7 +357,7 @@ def widen(scheduler: Any) -> None:
 
 
 def exact_step(scheduler: Any, draws: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a step of diffusers' own class would be in float64; the scheduler stays as it is."""
+    """Return the result of a step of diffusers' class in float64, without changing the scheduler."""
     twin = object.__new__(type(scheduler))
     vars(twin).update({n: list(v) if isinstance(v, list) else v for n, v in vars(scheduler).items()})
     widen(twin)
@@ -366,14 +366,14 @@ def exact_step(scheduler: Any, draws: list[Tensor], args: tuple[Any, ...], kwarg
         is_time = isinstance(value, Tensor) and value.dtype == scheduler.timesteps.dtype and value.dim() < 2
         return value if is_time else widened(value)
 
-    with quiet(), exact_defaults(), Exactly(draws):
+    with quiet(), exact_defaults(), Float64Mode(draws):
         return type(scheduler).step(twin, *map(wide, args), **{k: wide(v) for k, v in kwargs.items()})
 
 
-def exact_walk(case: Case, draws: list[Tensor]) -> Loop:
-    """A whole loop of diffusers' own class in float64, with the noise that another one drew."""
-    loop = made(case, classes(case.name)[0])
+def exact_loop(case: Case, draws: list[Tensor]) -> Loop:
+    """Run a whole loop of diffusers' class in float64, with the noise of another loop."""
+    loop = make_loop(case, classes(case.name)[0])
     loop.case = case.of(dtype=torch.float64)
     widen(loop.scheduler)
     with exact_defaults():
-        return loop.run(mode=Exactly(draws))
+        return loop.run(mode=Float64Mode(draws))
