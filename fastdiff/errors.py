@@ -11,10 +11,13 @@ from __future__ import annotations
 import importlib
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from enum import Enum
 from numbers import Real
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
+
+EnumT = TypeVar("EnumT", bound=Enum)
 
 
 def sentence(operation: str, argument: str, got: str, expected: str, remedy: str) -> str:
@@ -34,6 +37,22 @@ def unknown_name(operation: str, argument: str, got: object, known: Iterable[str
     """Refuse a name that is not in a list, showing the list."""
     names = ", ".join(sorted(known))
     return ValueError(sentence(operation, argument, f"is {got!r}", f"one of {names}", "pick a name from that list"))
+
+
+def parse_enum(
+    kind: type[EnumT], value: object, operation: str, argument: str, aliases: Mapping[str, str] | None = None
+) -> EnumT:
+    """Return the member of an enumeration that is `value` or has that value; `aliases` gives values by other names.
+
+    Raises:
+        ValueError: there is no such member; the message lists the values and the aliases.
+    """
+    others = aliases or {}
+    try:
+        return kind(others.get(value, value) if isinstance(value, str) else value)
+    except ValueError:
+        known = [str(member.value) for member in kind]
+        raise unknown_name(operation, argument, value, [*known, *others]) from None
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

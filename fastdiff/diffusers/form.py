@@ -85,8 +85,8 @@ def row_form(formulas: Sequence[Terms]) -> Form:
         prev_sample=affine(formulas[0]),
         prediction=prediction,
         clip=clip,
-        keep=kept,
-        store=tuple(range(len(kept))),
+        kept=kept,
+        slots=tuple(range(len(kept))),
         variance_offset=offset,
         variance_slope=slope,
     )

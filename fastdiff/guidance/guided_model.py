@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import checked_callable, checked_type, sentence, unknown_name
+from ..errors import checked_callable, checked_type, parse_enum, sentence
 from ..ops.checks import DTYPES
 from ..row_layout import compute_dtype
 
@@ -33,10 +33,7 @@ class GuidanceMode(str, Enum):
 
     @classmethod
     def parse(cls, value: str | GuidanceMode) -> GuidanceMode:
-        try:
-            return cls(value)
-        except ValueError:
-            raise unknown_name("SamplingConfig", "guidance_mode", value, [m.value for m in cls]) from None
+        return parse_enum(cls, value, "SamplingConfig", "guidance_mode")
 
 
 @dataclass(frozen=True)

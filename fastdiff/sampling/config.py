@@ -1,42 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""What a sampler can be told: its method and the options of all methods, checked when they are set."""
+"""The configuration of a sampler: its method and the options of all methods, checked when they are set."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from enum import Enum
 
 from ..errors import checked_bool, checked_float, checked_integer, sentence, unknown_name
 from ..guidance import GuidanceMode
 from ..schedules.timesteps import SIGMA_SPACINGS
-from ..solvers import Algorithm, PredictionType, SolverType, VarianceType
+from ..solvers import SOLVER_MODES, Algorithm, PredictionType, SamplingMethod, SolverType, VarianceType
 from ..solvers.dpm_multistep import THIRD_ORDERS, check_order
 
-SOLVER_MODES = ("multistep", "singlestep")
-
-
-class SamplingMethod(str, Enum):
-    """The samplers by name."""
-
-    DDPM = "ddpm"
-    DDIM = "ddim"
-    DPM_SOLVER = "dpm_solver"
-    EULER = "euler"
-    EULER_ANCESTRAL = "euler_ancestral"
-    HEUN = "heun"
-
-    @classmethod
-    def parse(cls, value: str | SamplingMethod) -> SamplingMethod:
-        try:
-            return cls(value)
-        except ValueError:
-            raise unknown_name("SamplingConfig", "method", value, [member.value for member in cls]) from None
+__all__ = ["SamplingConfig", "SamplingMethod", "check_guidance_scale"]
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How to sample. Options that a method has no use for are left unread by it.
+    """How to sample.  A method ignores the options that it has no use for; its `SolverEntry` lists the others.
 
     Args:
         method: a `SamplingMethod` or its name.

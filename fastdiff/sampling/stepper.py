@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Walks a step table: which row is next, what the registers hold, which noise to draw."""
+"""Walks a step table: the index of the next row, the history, the noise of each step."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..deprecated import renamed_argument
 from ..errors import as_float, checked_float, checked_type, sentence
 from ..noise.generators import Generators, draw
 from ..ops.checks import check_dtype
@@ -23,11 +24,11 @@ class _NoSamples:
 
 
 class Stepper:
-    """One loop over a table: the state that a sampler would otherwise share between its callers.
+    """The state of one loop over a table.
 
-    The registers are written in place, so a loop allocates them once; they are the stepper's own, and no result lies on
-    them.  `index` moves only when a step has succeeded.  A copy (copy.copy, copy.deepcopy, pickle) has registers of its
-    own and goes on by itself from the same step.
+    History is written in place, so a loop allocates it once; no result shares its memory.  `index` moves only when a
+    step has succeeded.  A copy (copy.copy, copy.deepcopy, pickle) has history of its own and continues on its own from
+    the same step.
 
     Args:
         table: the compiled sampler.
@@ -58,8 +59,8 @@ class Stepper:
         self._max_value = sample_max_value
         self._given_seeds = seeds
         self._seeds: Tensor | None = None
-        self._registers: list[Tensor | None] = [None] * NUM_REGISTERS
-        self._rows: Tensor | None = None
+        self._history: list[Tensor | None] = [None] * NUM_REGISTERS
+        self._coefficients: Tensor | None = None
         self._shape: torch.Size
         self._dtype: torch.dtype
         self._direct: bool
@@ -67,16 +68,16 @@ class Stepper:
         #: The last step's result: samples that come back need not be looked at again.
         self._seen: object = _NoSamples
         self._end = len(table)
-        self._plan = tuple(zip(table.reads, table.store, table.draws_noise, strict=True))
+        self._plan = tuple(zip(table.read_slots, table.kept_slots, table.draws_noise, strict=True))
         self._measures = table.thresholding or table.variance != Variance.FIXED
-        self._prediction_rows: Tensor | None = None
-        #: Whether registers may be written in place: not once autograd may have saved them.
+        self._prediction_coefficients: Tensor | None = None
+        #: True while history may be written in place: autograd has saved none of it.
         self._in_place = True
 
     def __getstate__(self) -> dict[str, object]:
-        """Copy the registers, which either stepper would write over, and forget whose samples were last."""
-        registers = [None if register is None else register.clone() for register in self._registers]
-        return {**self.__dict__, "_registers": registers, "_seen": _NoSamples}
+        """Copy the history, which either stepper would write over, and forget the last samples."""
+        history = [None if tensor is None else tensor.clone() for tensor in self._history]
+        return {**self.__dict__, "_history": history, "_seen": _NoSamples}
 
     @property
     def done(self) -> bool:
@@ -88,22 +89,25 @@ class Stepper:
         model_output: Tensor,
         *,
         uncond: Tensor | None = None,
-        guidance: float | Tensor | None = None,
+        guidance_scale: float | Tensor | None = None,
         variance: Tensor | None = None,
         noise: Tensor | None = None,
         generator: Generators = None,
         out: Tensor | None = None,
         model_input: Tensor | None = None,
+        guidance: float | Tensor | None = None,
     ) -> Tensor:
         """Take the next row's step.
 
         Args:
             sample: x, ``[B, ...]``; shape, dtype and device must stay the same throughout a loop.
-            model_output, uncond, guidance, variance: as in `fastdiff.ops.step`.
+            model_output, uncond, variance: as in `fastdiff.ops.step`.
+            guidance_scale: g, with `uncond`: a number, or a tensor ``[]``, ``[1]`` or ``[B]`` in the table's dtype.
             noise: z, like `sample`; where None and the row wants it, drawn from the seeds or with `generator`.
             generator: one, or one a sample.
             out: a tensor to write instead of a new one; may be `sample`.
             model_input: a tensor to write the next model input to, as in `fastdiff.ops.step`.
+            guidance: the former name of `guidance_scale`.
 
         Returns:
             The previous sample.
@@ -113,6 +117,8 @@ class Stepper:
             TypeError, ValueError: as `fastdiff.ops.step`; the stepper is then as it was.
         """
         row = self.index
+        if guidance is not None:
+            guidance_scale = renamed_argument("step(guidance=)", "guidance_scale=", guidance)
         if row == self._end:
             raise IndexError(
                 sentence(
@@ -125,8 +131,8 @@ class Stepper:
             )
         if sample is not self._seen:
             self._look_at(sample)
-        registers, rows = self._registers, self._rows
-        reads, store, draws = self._plan[row]
+        history, coefficients = self._history, self._coefficients
+        reads, slots, draws = self._plan[row]
         seeds = None
         if draws and noise is None:
             seeds = self._seeds
@@ -134,8 +140,8 @@ class Stepper:
                 noise = draw(sample.shape, generator, dtype=sample.dtype, device=sample.device)
         threshold, kind = None, 0
         if self._measures:
-            threshold, kind = self._measure(sample, model_output, uncond, guidance, variance)
-        keeps = len(store)
+            threshold, kind = self._measure(sample, model_output, uncond, guidance_scale, variance)
+        keeps = len(slots)
         outs: tuple[Tensor | None, ...] | None = None
         if keeps == 0:
             if out is not None:
@@ -143,38 +149,38 @@ class Stepper:
         elif not self._in_place:
             outs = (out, *[None] * keeps)
         elif keeps == 1:
-            outs = (out, registers[store[0]])
+            outs = (out, history[slots[0]])
         else:
-            outs = (out, registers[store[0]], registers[store[1]])
+            outs = (out, history[slots[0]], history[slots[1]])
         results = None
-        # A small step's time is the way to its loop: the shortest is taken first, and registers that a row does not
-        # read cost nothing there.
+        # Call overhead dominates a small step: the shortest way is tried first.  It ignores history that a row does not
+        # read.
         extension = ops.direct_extension() if self._direct else None
         if extension is not None:
             results = extension.step(
-                sample, model_output, rows, row, uncond, guidance, registers, noise, variance, threshold, kind, keeps,
-                outs, 0, seeds, row, Purpose.STEP, model_input, False,
+                sample, model_output, coefficients, row, uncond, guidance_scale, history, noise, variance, threshold,
+                kind, keeps, outs, 0, seeds, row, Purpose.STEP, model_input, False,
             )  # fmt: skip
         elif self._on_cuda:
-            # The same without the checks, but that a stream is looked up and guidance is on the device; a register that
-            # is given is read there.
+            # Without the checks, but with a look-up of the stream and guidance on the device; history that is given is
+            # read there.
             results = ops.direct_step(
-                sample, model_output, rows, row, uncond, guidance,  # type: ignore[arg-type]
-                [registers[j] if j in reads else None for j in range(NUM_REGISTERS)], noise, variance, threshold, kind,
+                sample, model_output, coefficients, row, uncond, guidance_scale,  # type: ignore[arg-type]
+                [history[j] if j in reads else None for j in range(NUM_REGISTERS)], noise, variance, threshold, kind,
                 keeps, outs, seeds, row, Purpose.STEP, model_input,
             )  # fmt: skip
-        assert rows is not None
+        assert coefficients is not None
         if results is None:
             if outs is not None and torch.compiler.is_compiling():
                 outs = (out, *[None] * keeps)  # a compiler plans the memory itself
             results = ops.step(
                 sample,
                 model_output,
-                rows,
+                coefficients,
                 row,
                 uncond=uncond,
-                guidance=guidance,
-                history=[registers[j] if j in reads else None for j in range(NUM_REGISTERS)],
+                guidance=guidance_scale,
+                history=[history[j] if j in reads else None for j in range(NUM_REGISTERS)],
                 noise=noise,
                 seeds=seeds,
                 noise_step=row,
@@ -189,16 +195,16 @@ class Stepper:
             if any(result.requires_grad for result in results):
                 self._in_place = False
         if keeps:
-            registers[store[0]] = results[1]
+            history[slots[0]] = results[1]
         if keeps == 2:
-            registers[store[1]] = results[2]
+            history[slots[1]] = results[2]
         self.index = row + 1
         result = results[0]
         self._seen = result
         return result
 
     def _look_at(self, sample: Tensor) -> None:
-        """Compare samples with those of the steps before; until a first step succeeds, make what depends on them."""
+        """Compare samples with those of the steps before; until a first step succeeds, prepare what depends on them."""
         checked_type("step", "sample", sample, Tensor, "a torch.Tensor", "pass a tensor")
         if self.index > 0:
             if sample.shape == self._shape and sample.dtype is self._dtype:
@@ -215,36 +221,36 @@ class Stepper:
         check_dtype("sample", sample.dtype)
         if self._given_seeds is not None:
             self._seeds = as_seeds(self._given_seeds, sample.shape[0] if sample.dim() > 0 else 1, sample.device)
-        self._prediction_rows = None
+        self._prediction_coefficients = None
         self._shape, self._dtype = sample.shape, sample.dtype
         self._direct = self.backend is None and sample.device.type == "cpu"
         self._on_cuda = self.backend is None and sample.device.type == "cuda"
-        self._rows = self.table.shared_rows(sample.dtype, sample.device)
+        self._coefficients = self.table.shared_coefficients(sample.dtype, sample.device)
 
     def _measure(
         self,
         sample: Tensor,
         model_output: Tensor,
         uncond: Tensor | None,
-        guidance: float | Tensor | None,
+        guidance_scale: float | Tensor | None,
         variance: Tensor | None,
     ) -> tuple[Tensor | None, int]:
-        """What a step needs beside its tensors, where the table asks: the threshold and the kind of variance."""
-        threshold = self._threshold(sample, model_output, uncond, guidance) if self.table.thresholding else None
+        """Return the threshold and the kind of variance of a step, where the table needs them."""
+        threshold = self._threshold(sample, model_output, uncond, guidance_scale) if self.table.thresholding else None
         return threshold, self._variance_kind(variance)
 
     def _threshold(
-        self, sample: Tensor, model_output: Tensor, uncond: Tensor | None, guidance: float | Tensor | None
+        self, sample: Tensor, model_output: Tensor, uncond: Tensor | None, guidance_scale: float | Tensor | None
     ) -> Tensor:
-        if self._prediction_rows is None:
-            self._prediction_rows = self.table.shared_rows(sample.dtype, sample.device, prediction=True)
+        if self._prediction_coefficients is None:
+            self._prediction_coefficients = self.table.shared_coefficients(sample.dtype, sample.device, prediction=True)
         (x0,) = ops.step(
             sample,
             model_output,
-            self._prediction_rows,
+            self._prediction_coefficients,
             self.index,
             uncond=uncond,
-            guidance=guidance,
+            guidance=guidance_scale,
             backend=self.backend,
         )
         return dynamic_threshold(x0, self._ratio, self._max_value)

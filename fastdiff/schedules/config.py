@@ -10,7 +10,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from ..errors import checked_bool, checked_float, checked_integer, sentence, unknown_name
+from ..errors import checked_bool, checked_float, checked_integer, parse_enum, sentence, unknown_name
 from .betas import check_alphas_cumprod
 from .timesteps import TIMESTEP_SPACINGS
 
@@ -44,13 +44,7 @@ class NoiseScheduleType(str, Enum):
         Raises:
             ValueError: no such name; the message lists the known ones.
         """
-        if isinstance(value, cls):
-            return value
-        known = {member.value: member for member in cls}
-        name = _ALIASES.get(value, value) if isinstance(value, str) else None
-        if name not in known:
-            raise unknown_name(operation, "schedule_type", value, [*known, *_ALIASES])
-        return known[name]
+        return parse_enum(cls, value, operation, "schedule_type", _ALIASES)
 
 
 def _custom_values(argument: str, values: object) -> tuple[float, ...]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the model's output says about x0 and ε, as affine maps of the sample and the output."""
+"""x0 and ε as affine maps of the sample and the model's output, for every prediction type."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-from ..errors import as_float, sentence, unknown_name
+from ..errors import as_float, parse_enum, sentence
 from ..schedules.levels import Level
 from .affine import MODEL_OUTPUT, PREDICTION, SAMPLE, Affine
 from .table import Row
 
 
 class PredictionType(str, Enum):
-    """What the model was trained to predict, with x = α·x0 + σ·ε."""
+    """The quantity that the model was trained to predict, with x = α·x0 + σ·ε."""
 
     EPSILON = "epsilon"
     V_PREDICTION = "v_prediction"
@@ -23,19 +23,16 @@ class PredictionType(str, Enum):
 
     @classmethod
     def parse(cls, value: str | PredictionType) -> PredictionType:
-        try:
-            return cls(value)
-        except ValueError:
-            raise unknown_name("Prediction", "prediction_type", value, [member.value for member in cls]) from None
+        return parse_enum(cls, value, "Prediction", "prediction_type")
 
 
 @dataclass(frozen=True)
 class Denoised:
-    """One level's reading of the model output.
+    """The model output at one level, read as x0 and as ε.
 
     Attributes:
-        x0: the prediction of the clean sample: the symbol d where d is clipped, else p·x + q·m.
-        noise: the model's own prediction of ε, whatever was done to x0.
+        x0: the predicted clean sample: the symbol d where d is clipped, else p·x + q·m.
+        noise: the model's own prediction of ε, from the unclipped x0.
         consistent_noise: (x − α·x0)/σ, which differs from `noise` only where x0 is clipped.
         scalars: (p, q) of d = p·x + q·m.
         clip: the bound of d, inf without one.
@@ -48,9 +45,9 @@ class Denoised:
     scalars: tuple[float, float]
     clip: float
 
-    def row(self, prev_sample: Affine, keep: tuple[Affine, ...] = (), store: tuple[int, ...] = ()) -> Row:
-        """The row that calls the model at this level and then takes `prev_sample`."""
-        return Row(self.timestep, prev_sample, self.scalars, self.clip, keep, store)
+    def row(self, prev_sample: Affine, kept: tuple[Affine, ...] = (), slots: tuple[int, ...] = ()) -> Row:
+        """Return the row that calls the model at this level, steps to `prev_sample` and keeps `kept` in `slots`."""
+        return Row(self.timestep, prev_sample, self.scalars, self.clip, kept, slots)
 
 
 @dataclass(frozen=True)
