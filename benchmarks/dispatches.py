@@ -126,7 +126,7 @@ def of_ours(op: str) -> float:
         stepper = case.stepper(**seeds)
         current = sample
         while not stepper.done:
-            current = stepper.step(current, cond, uncond=uncond, guidance=GUIDANCE, out=out)
+            current = stepper.step(current, cond, uncond=uncond, guidance_scale=GUIDANCE, out=out)
 
     loop()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:

@@ -68,7 +68,13 @@ def fastdiff_walk(
             sample.copy_(start)
         # In place, as the samplers' own loop does.
         stepper.step(
-            sample, cond, uncond=uncond, guidance=GUIDANCE, out=sample, generator=generator, model_input=model_input
+            sample,
+            cond,
+            uncond=uncond,
+            guidance_scale=GUIDANCE,
+            out=sample,
+            generator=generator,
+            model_input=model_input,
         )
 
     return advance

@@ -18,15 +18,15 @@ def tensors_moved(table: Any, index: int, *, guided: bool, noise_in_memory: bool
         noise_in_memory: noise comes as a tensor; False where the kernel draws it.
     """
     row = table.source[index]
-    maps = [form.coefficients for form in (row.prev_sample, *row.keep)]
+    maps = [form.coefficients for form in (row.prev_sample, *row.kept)]
     # d = p·x + q·m reads what p and q do not leave out; a threshold of d is a pass of its own, not counted here.
     prediction = any(weights[_PREDICTION] for weights in maps)
     sample = any(weights[_SAMPLE] for weights in maps) or (prediction and row.prediction[0] != 0)
     output = any(weights[_OUTPUT] for weights in maps) or (prediction and row.prediction[1] != 0)
     draws = table.draws_noise[index]
-    read = int(sample) + (1 + guided) * int(output) + len(table.reads[index])
+    read = int(sample) + (1 + guided) * int(output) + len(table.read_slots[index])
     read += int(draws and noise_in_memory) + int(draws and table.variance != 0)
-    return read + 1 + len(table.store[index])
+    return read + 1 + len(table.kept_slots[index])
 
 
 def bytes_a_step(table: Any, tensor_bytes: int, *, guided: bool, noise_in_memory: bool = True) -> float:

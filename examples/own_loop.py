@@ -23,7 +23,7 @@ def main() -> None:
     stepper = sampler.stepper()
     for t in sampler.timesteps:
         cond, uncond = model(x, t, labels), model(x, t, unlabelled)
-        x = stepper.step(x, cond, uncond=uncond, guidance=3.0, out=x)
+        x = stepper.step(x, cond, uncond=uncond, guidance_scale=3.0, out=x)
     save_grid(x, "own_loop.png", columns=10, scale=4)
 
 

@@ -61,7 +61,7 @@ def test_every_sampler_name_samples(name: str, tmp_path: Path) -> None:
     out = tmp_path / "grid.png"
     draw_digits(
         {**SAMPLERS[name], "num_inference_steps": 3},
-        guidance=1.5,
+        guidance_scale=1.5,
         classes="4",
         n=1,
         seed=0,

@@ -33,9 +33,10 @@ ROW = plain_row(prev_x=1.0, prev_m=2.0)
 TABLE = StepTable(
     tuple(
         Row(1.0, Affine([0.9, 0.1 * i, 0.2, 0.1 * i, 0, 0, 0, 0.3]), (0.5, 0.1), clip=1.0,
-            keep=(Affine([0, 0, 1, 0, 0, 0, 0, 0]),), store=(0,), model_input_scale=0.5)
+            kept=(Affine([0, 0, 1, 0, 0, 0, 0, 0]),), slots=(0,), model_input_scale=0.5)
         for i in range(3)
-    )
+    ),
+    drop_unread=False,
 )  # fmt: skip
 here = pytest.mark.parametrize("backend", [name for name in ("cpu", "reference") if not backends.why_missing(name)])
 compilers = pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -231,7 +232,7 @@ def test_a_compiled_function_refuses_what_the_step_refuses() -> None:
 
 @compilers
 def test_a_step_whose_row_is_a_tensor_compiles_once_for_a_whole_loop_and_writes_what_it_is_given(compiler: str) -> None:
-    rows = TABLE.rows_as(torch.float32)
+    rows = TABLE.coefficients_as(torch.float32)
 
     def step(x: Tensor, m: Tensor, row: Tensor, h: Tensor, out: Tensor, kept: Tensor, model_input: Tensor) -> Tensor:
         return ops.step(
@@ -250,7 +251,7 @@ def test_a_step_whose_row_is_a_tensor_compiles_once_for_a_whole_loop_and_writes_
 
 
 def test_a_skipped_sample_s_kept_tensor_stays_in_a_compiled_function_too() -> None:
-    rows, x = TABLE.rows_as(torch.float32), torch.randn(2, 3)
+    rows, x = TABLE.coefficients_as(torch.float32), torch.randn(2, 3)
 
     def step(row: Tensor, kept: Tensor) -> Tensor:
         return ops.step(x, x, rows, row, keeps=1, out=[None, kept])[0]
@@ -298,7 +299,7 @@ def test_a_whole_loop_over_a_stepper_compiles_in_one_graph(compiler: str) -> Non
     def loop(x: Tensor) -> Tensor:
         stepper = Stepper(TABLE, seeds=[1, 2])
         while not stepper.done:
-            x = stepper.step(x, x @ w, uncond=x, guidance=3.0)
+            x = stepper.step(x, x @ w, uncond=x, guidance_scale=3.0)
         return x
 
     compiled = torch.compile(loop, fullgraph=True, backend=compiler)
@@ -315,7 +316,7 @@ def test_the_gradient_of_a_compiled_loop_is_the_eager_one(compiler: str) -> None
     def loss(x: Tensor, w: Tensor) -> Tensor:
         stepper = Stepper(TABLE, seeds=[1, 2])
         while not stepper.done:
-            x = stepper.step(x, x @ w, uncond=x, guidance=3.0)
+            x = stepper.step(x, x @ w, uncond=x, guidance_scale=3.0)
         return x.square().sum()
 
     x = torch.randn(2, 3, dtype=torch.float64)
@@ -345,7 +346,7 @@ class Sampler(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.model = torch.nn.Linear(3, 3).requires_grad_(False)
-        self.register_buffer("table", TABLE.rows_as(torch.float32))
+        self.register_buffer("table", TABLE.coefficients_as(torch.float32))
 
     def forward(self, x: Tensor, seeds: Tensor) -> Tensor:
         kept: tuple[Tensor, ...] = ()
@@ -408,7 +409,7 @@ def test_the_checks_of_a_call_use_no_enum_while_they_are_traced() -> None:
 
 
 def test_a_learned_variance_compiles_whether_its_kind_is_a_member_or_an_int() -> None:
-    rows, x = TABLE.rows_as(torch.float32), torch.randn(2, 3)
+    rows, x = TABLE.coefficients_as(torch.float32), torch.randn(2, 3)
     for kind in (Variance.LEARNED, int(Variance.LEARNED)):
 
         def step(x: Tensor, kind: int = kind) -> Tensor:

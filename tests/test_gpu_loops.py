@@ -46,7 +46,7 @@ def test_step_on_gpu_is_one_kernel(backend: str, method: str) -> None:
     stepper = _sampler(method, steps).stepper(None if ops.backend_for(sample) == backend else backend)
 
     def step() -> None:
-        stepper.step(sample, output, uncond=uncond, guidance=3.0, out=sample)
+        stepper.step(sample, output, uncond=uncond, guidance_scale=3.0, out=sample)
 
     # The first steps bring the table to the device, and compile.
     for _ in range(3):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fastdiff
+import solver_cases
 from fastdiff.ops import backends
 
 pytestmark = pytest.mark.skipif(backends.extension is None, reason="the C++ extension was not built")
@@ -18,10 +19,7 @@ pytestmark = pytest.mark.skipif(backends.extension is None, reason="the C++ exte
 SHAPE = (2, 4, 40, 40)
 BYTES = 4 * 2 * 4 * 40 * 40
 SAMPLERS: list[tuple[str, dict[str, Any]]] = [
-    ("ddim", {}),
-    ("ddpm", {}),
-    ("euler_ancestral", {}),
-    ("heun", {}),
+    *((method, {}) for method in solver_cases.METHODS),
     ("dpm_solver", {"solver_order": 3}),
     ("dpm_solver", {"solver_order": 3, "solver_mode": "singlestep"}),
     ("dpm_solver", {"algorithm_type": "sde-dpmsolver++"}),
@@ -54,12 +52,12 @@ def test_a_step_in_place_allocates_nothing(method: str, config: dict[str, Any], 
     stepper = sampler.stepper(seeds=[1, 2])
     rows = len(sampler.table)
     for _ in range(rows):
-        stepper.step(x, cond, uncond=uncond, guidance=3.0, out=x, model_input=both)
+        stepper.step(x, cond, uncond=uncond, guidance_scale=3.0, out=x, model_input=both)
     stepper.index = 0
 
     def loop() -> None:
         for _ in range(rows):
-            stepper.step(x, cond, uncond=uncond, guidance=3.0, out=x, model_input=both)
+            stepper.step(x, cond, uncond=uncond, guidance_scale=3.0, out=x, model_input=both)
 
     assert allocated(loop) == 0
 

@@ -29,9 +29,9 @@ def x0_row(prev: object, **rest: object) -> Row:
 #: Two registers, one written again, both read: what a third-order multistep solver does.
 RING = StepTable(
     (
-        x0_row(0.5 * SAMPLE + MODEL_OUTPUT, keep=(PREDICTION,), store=(0,)),
-        x0_row(SAMPLE - 0.5 * HISTORY[0], keep=(PREDICTION, 2.0 * SAMPLE), store=(1, 3)),
-        x0_row(PREDICTION + HISTORY[1] - HISTORY[0], keep=(PREDICTION + HISTORY[0],), store=(0,)),
+        x0_row(0.5 * SAMPLE + MODEL_OUTPUT, kept=(PREDICTION,), slots=(0,)),
+        x0_row(SAMPLE - 0.5 * HISTORY[0], kept=(PREDICTION, 2.0 * SAMPLE), slots=(1, 3)),
+        x0_row(PREDICTION + HISTORY[1] - HISTORY[0], kept=(PREDICTION + HISTORY[0],), slots=(0,)),
         x0_row(PREDICTION + HISTORY[0] + HISTORY[1] + HISTORY[3]),
     )
 )
@@ -43,10 +43,10 @@ THRESHOLDED = StepTable((x0_row(SAMPLE + PREDICTION), x0_row(PREDICTION)), thres
 def walk_by_hand(table: StepTable, sample: Tensor, outputs: list[Tensor]) -> list[Tensor]:
     """The same loop with plain Python registers and the reference."""
     registers: list[Tensor | None] = [None] * 4
-    rows, samples = table.rows_as(sample.dtype), []
+    rows, samples = table.coefficients_as(sample.dtype), []
     for i, output in enumerate(outputs):
-        sample, *kept = reference.step(sample, output, rows[i], history=registers, keeps=len(table.store[i]))
-        for j, tensor in zip(table.store[i], kept, strict=True):
+        sample, *kept = reference.step(sample, output, rows[i], history=registers, keeps=len(table.kept_slots[i]))
+        for j, tensor in zip(table.kept_slots[i], kept, strict=True):
             registers[j] = tensor
         samples.append(sample)
     return samples
@@ -95,11 +95,11 @@ def test_a_failed_step_leaves_index_and_registers_so_that_it_can_be_taken_again(
 
 
 def test_registers_are_allocated_once_and_never_lie_on_a_sample() -> None:
-    table = StepTable((RING.source[0], *[x0_row(SAMPLE + HISTORY[0], keep=(PREDICTION,), store=(0,))] * 5))
+    table = StepTable((RING.source[0], *[x0_row(SAMPLE + HISTORY[0], kept=(PREDICTION,), slots=(0,))] * 5))
     stepper, samples, kept = Stepper(table), [torch.randn(2, 3)], set()
     for _ in range(6):
         samples.append(stepper.step(samples[-1], torch.randn(2, 3)))
-        register = stepper._registers[0]  # nothing public tells where a register lies
+        register = stepper._history[0]  # nothing public tells where a register lies
         assert register is not None
         kept.add(register.data_ptr())
     assert len(kept) == 1
@@ -149,7 +149,7 @@ def test_thresholding_clamps_each_sample_to_its_quantile_and_divides(seed: int, 
     bound = dynamic_threshold(d, 0.8, 2.5)[:, None]
     expected = x + d.clamp(-bound, bound) / bound
     stepper = Stepper(THRESHOLDED, dynamic_thresholding_ratio=0.8, sample_max_value=2.5)
-    guidance = {} if scale is None else {"uncond": u, "guidance": scale}
+    guidance = {} if scale is None else {"uncond": u, "guidance_scale": scale}
     # A few roundings of numbers below 200.
     assert torch.allclose(stepper.step(x, m, **guidance), expected, rtol=0, atol=200 * 16 * 2.0**-53)
 
@@ -200,10 +200,10 @@ def test_the_way_of_a_gpu_s_steps_is_the_same_loop(seed: int) -> None:
     usual, other = Stepper(RING), Stepper(RING)
     a, b = x.clone(), x.clone()
     for output in outputs:
-        a = usual.step(a, output, uncond=x, guidance=2.0)
+        a = usual.step(a, output, uncond=x, guidance_scale=2.0)
         other._look_at(b)
         other._direct, other._on_cuda = False, True
-        b = other.step(b, output, uncond=x, guidance=2.0)
+        b = other.step(b, output, uncond=x, guidance_scale=2.0)
         assert torch.equal(a, b)
     assert other.done
 
@@ -299,7 +299,7 @@ def test_a_guidance_scale_that_is_no_number_is_refused(
 ) -> None:
     x = torch.ones(2, 3)
     with pytest.raises(error, match=rf"^step: guidance {got}, expected .+; .+"):
-        Stepper(RING, backend=backend).step(x, x, uncond=x, guidance=value)  # type: ignore[arg-type]
+        Stepper(RING, backend=backend).step(x, x, uncond=x, guidance_scale=value)  # type: ignore[arg-type]
 
 
 def test_a_table_or_a_ratio_of_another_kind_is_refused() -> None:
@@ -307,3 +307,12 @@ def test_a_table_or_a_ratio_of_another_kind_is_refused() -> None:
         Stepper(5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^Stepper: dynamic_thresholding_ratio has type NoneType, expected .+; .+"):
         Stepper(THRESHOLDED, dynamic_thresholding_ratio=None)  # type: ignore[arg-type]
+
+
+def test_a_stepper_takes_the_former_name_of_guidance_scale() -> None:
+    x, output, uncond = torch.randn(3, 2, 3)
+    expected = Stepper(NOISY, seeds=[1, 2]).step(x, output, uncond=uncond, guidance_scale=2.5)
+    with pytest.warns(DeprecationWarning, match=r"^step\(guidance=\) is now guidance_scale=") as warned:
+        found = Stepper(NOISY, seeds=[1, 2]).step(x, output, uncond=uncond, guidance=2.5)
+    assert torch.equal(found, expected)
+    assert warned[0].filename == __file__
