@@ -56,9 +56,9 @@ def seeded(op: Op) -> Op:
     return dataclasses.replace(op, seeded=True)
 
 
-#: By the name of the table's first column; a registered method needs no line here to be measured without peers. DDIM is
-#: Euler, and DDPM Euler-ancestral, in the coordinates of k-diffusion;
-#: its third-order multistep solver is the one for SDEs, which with eta 0 draws no noise.
+#: By the name of the table's first column. DDIM is Euler, and DDPM Euler-ancestral, in the coordinates of k-diffusion;
+#: its third-order multistep solver is the one for SDEs, which with eta 0 draws no noise. A registered method without a
+#: line here is measured without peers.
 OPS: dict[str, Op] = {
     "ddim": Op({"method": "ddim"}, ("DDIMScheduler", {"clip_sample": False}), ("sample_euler", {})),
     "dpmsolver++2m": Op(

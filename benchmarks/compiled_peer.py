@@ -34,7 +34,7 @@ class Plan(NamedTuple):
     draws_noise: bool
 
 
-#: Which terms each output sums: columns, with history counted by its place among the slots that are read.
+#: The terms that each output sums: columns, with history counted by its place among the slots that are read.
 Form = tuple[tuple[int, ...], ...]
 
 
@@ -117,7 +117,7 @@ def _walk(rows: list[Plan], tensors: Tensors) -> Callable[[], object]:
     sample = torch.empty_like(start)
     slots = {j: torch.zeros_like(start) for row in rows for j in row.slots}
     generator = torch.Generator(start.device).manual_seed(0)
-    # Which tensors a row reads and writes is known: looked up here once, not at each step.
+    # The tensors that each row reads and writes, looked up once and not at each step.
     places = [(tuple(slots[j] for j in row.reads), tuple(slots[j] for j in row.slots)) for row in rows]
     position = len(rows)
 

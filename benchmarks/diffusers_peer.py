@@ -12,7 +12,7 @@ import torch
 from .cases import GUIDANCE, Case, Tensors
 from .peers import Walk
 
-#: What a step changes in a scheduler, and set_timesteps would reset.
+#: The attributes that a step changes in a scheduler, and that set_timesteps would reset.
 _STATE = ("_step_index", "lower_order_nums", "model_outputs", "dt", "prev_derivative", "sample")
 
 

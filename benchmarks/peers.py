@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Who takes the steps. A peer turns sets of tensors into walks: callables that take the next step, round and round."""
+"""The peers that take the steps: each turns sets of tensors into walks, endless loops by the step."""
 
 from __future__ import annotations
 

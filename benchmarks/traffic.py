@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The bytes that a step must move: every tensor that its row uses read once, every output written once."""
+"""The bytes that a step must move: one read of every tensor that its row uses, one write of every output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SAMPLE, _OUTPUT, _PREDICTION = (COLUMNS.index(name) for name in ("sample", "mod
 
 
 def tensors_moved(table: Any, index: int, *, guided: bool, noise_in_memory: bool = True) -> int:
-    """How many tensors like the sample row `index` of a StepTable must read and write.
+    """Return the number of tensors like the sample that row `index` of a StepTable must read and write.
 
     Args:
         guided: the model's output is combined with an unconditional one, which is then read wherever it is.
@@ -36,7 +36,7 @@ def bytes_a_step(table: Any, tensor_bytes: int, *, guided: bool, noise_in_memory
 
 
 def tensors_of_plan(plan: Any, *, guided: bool) -> int | None:
-    """How many tensors like the sample a drop-in's planned step must read and write; None where it is not one pass."""
+    """Return the number of tensors that a drop-in's planned step must read and write; None where it is not one pass."""
     if not plan.simple:
         return None
     row = plan.row

@@ -75,7 +75,7 @@ def check_device(device: str) -> None:
 
 
 def sampler_fields(name: str) -> dict[str, Any]:
-    """Return the fields of `SamplingConfig` that a sampler's name stands for."""
+    """Return the fields of `SamplingConfig` for a sampler's name."""
     known = {**SAMPLERS, **ALIASES}
     if name not in known:
         raise unknown_name("sample", "--sampler", name, known)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How fastdiff refuses: one sentence with operation, argument, what it got, what it expected, and a remedy.
+"""Error messages and argument checks: one sentence with operation, argument, what it got, what it expected, a remedy.
 
 Every check of the library ends here, so that all messages read alike, for example::
 
@@ -77,7 +77,7 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
 
 
 def shown(value: object) -> str:
-    """Return a value's text for a message; an integer of hundreds of digits is told by its size."""
+    """Return a value's text for a message; for an integer of hundreds of digits, its size."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
     return repr(value)

@@ -24,7 +24,8 @@ from fastdiff.solvers import (
     heun,
 )
 from fastdiff.solvers.table import StepTable
-from loops import ALGORITHMS, PREDICTION_TYPES, Array, ElementModel, Outputs, evaluate, level_of, output_for
+from loops import PREDICTION_TYPES, Array, ElementModel, Outputs, evaluate, level_of, output_for
+from solver_cases import ALGORITHMS
 
 #: Both sides do some tens of operations a step on numbers of size 10 at most: 20·2⁻⁵³·10·(6 steps) = 1e-13.
 TOLERANCE = 1e-11

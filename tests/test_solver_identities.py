@@ -34,7 +34,6 @@ from fastdiff.solvers import (
 from fastdiff.solvers.affine import Affine
 from fastdiff.solvers.table import StepTable
 from loops import (
-    ALGORITHMS,
     PREDICTION_TYPES,
     SOLVERS,
     Array,
@@ -45,6 +44,7 @@ from loops import (
     output_for,
     walk,
 )
+from solver_cases import ALGORITHMS
 
 #: Relative to the largest coefficient of a row.  A coefficient takes some ten operations; where 1 − e^h or 1 − f²
 #: cancels in one form and not in the other, steps of h ≥ 0.02 lose at most a factor of 50: 10·50·2⁻⁵³ = 6e-14.

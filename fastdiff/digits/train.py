@@ -100,7 +100,7 @@ def jitter(images: Tensor, share: float) -> Tensor:
     """Turn, scale and shift a ``share`` of ``images [B, 1, 8, 8]`` by a little, as another hand might write them.
 
     At most 7 degrees, 6 % and 0.4 of a pixel, so that the images stay within what the real ones look like. Cubic
-    interpolation keeps strokes from blurring; paper (-1) lies beyond the border.
+    interpolation keeps strokes from blurring; paper (-1) is beyond the border.
     """
     batch = len(images)
     turn = (torch.rand(batch) * 2 - 1) * math.radians(7.0)
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         "T": str(TIMESTEPS),
         "command": command,
     }
-    # As bytes: the library that writes safetensors makes files that only their owner can read; this one is packaged.
+    # Written as bytes: safetensors' own writer makes files that only their owner can read; this one is packaged.
     write_whole(weights, safetensors.save(model.state_dict(), metadata=metadata), operation="train", argument="--out")
 
     _, held_out = data.train_classifier()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Whole sampling loops as CUDA graphs: the model and the step are captured once and replayed for other inputs.
 
-One row is ``timesteps[row] → model → step_rows(row) → row += 1``, and everything that a replay depends on lies in
-tensors that the graph reads: the index of the row too, so that one body serves all rows.
+One row is ``timesteps[row_index] → model → step_rows(row_index) → row_index += 1``, and everything that a replay
+depends on is in tensors that the graph reads, the index of the row too, so that one body serves all rows.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class CapturedLoop:
 
     Latents, conditions, tensors among the model's keyword arguments, guidance scales and seeds are copied into memory
     of the loop's own at each replay.  Fixed are the table, their shapes and dtypes, whether there is guidance, all
-    other keyword arguments, and whatever Python the model runs: it does not run again.  Weights are read where they
-    lie, so they may change in place but not be replaced.
+    other keyword arguments, and whatever Python the model runs: it does not run again.  Weights are read at their
+    addresses, so they may change in place but not be replaced.
 
     It serves one caller at a time: others wait for their turn, the host for the host, and streams for each other.
 
@@ -108,7 +108,7 @@ class CapturedLoop:
             seeds: a seed for each sample, where the table adds noise; None draws them from torch's default generator
                 of the CPU, so that ``torch.manual_seed`` repeats them.
             callback, progress: as in `BaseSampler.sample`; in mode "step" only.  A callback is shown copies; the
-                loop goes on from what it leaves in them, or returns.
+                loop continues from the values that it leaves in them, or returns.
 
         Returns:
             The samples, ``[B, ...]``, a new tensor.
@@ -190,7 +190,7 @@ class CapturedLoop:
                 assert self._output is not None
                 row, shown = self.table.source[index], self._x.clone()
                 answer = callback(StepInfo(index, total, row.timestep, shown, self._output.clone()))
-                # The graph goes on from its own memory, which has to hold what the callback has left.
+                # The graph continues from its own memory, which has to hold the values that the callback has left.
                 self._x.copy_(checked_samples(answer, shown) if isinstance(answer, Tensor) else shown)
                 if self._prepared is not None:
                     write_model_input(self._prepared, self._x, row.model_input_scale)
@@ -251,7 +251,7 @@ class CapturedLoop:
         self._fill_guidance(scale)
 
     def _begin(self, latents: Tensor) -> None:
-        """What stands before the first row of a loop."""
+        """Write the state before the first row of a loop."""
         self._x.copy_(latents)
         if self.table.initial_scale != 1.0:
             self._x.mul_(self.table.initial_scale)

@@ -120,7 +120,7 @@ class BaseSampler:
         return levels_from_timesteps(alphas_cumprod, timesteps, final_alpha_cumprod=final)
 
     def _check_end(self, last_timestep: float) -> None:
-        """With `set_alpha_to_one=False` a loop ends at timestep 0, so its last model call must lie above it."""
+        """With `set_alpha_to_one=False` a loop ends at timestep 0, so its last model call must be above it."""
         if not self.config.set_alpha_to_one and last_timestep == 0:
             raise ValueError(
                 sentence(
@@ -198,7 +198,7 @@ class BaseSampler:
                 itself, several times faster, and a sample comes out the same alone or in any batch.  Latents of the
                 same kind are ``fastdiff.randn(shape, seeds)``.
             callback: called with a `StepInfo` after each step.  It may edit ``info.sample`` in place or return a tensor
-                like it, which becomes the samples: the loop goes on from there.  Returning False stops the loop.
+                like it, which becomes the samples: the loop continues from them.  Returning False stops the loop.
             progress: show a progress bar; None shows it where tqdm is installed.
             check_finite: look at every model output for NaN and infinity.  None: on the CPU; on a GPU looking is a
                 host sync.  The finished samples are looked at too, unless it is False: the loop then has no host sync

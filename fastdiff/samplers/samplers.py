@@ -86,7 +86,7 @@ def create_sampler(
     Args:
         schedule_type: a name of `NoiseScheduleType`, a configuration, or a scheduler.
         method: a `SamplingMethod` or its name.
-        fields: fields of `NoiseSchedulerConfig` and `SamplingConfig`, told apart by name.
+        fields: fields of `NoiseSchedulerConfig` and `SamplingConfig`, distinguished by name.
 
     Raises:
         ValueError: an unknown name or field, or a value out of range.
@@ -102,7 +102,7 @@ def create_sampler(
 
 
 def split_fields(operation: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tell fields of the noise scheduler from fields of the sampler."""
+    """Split fields into those of the noise scheduler and those of the sampler."""
     of_schedule = {field.name for field in fields(NoiseSchedulerConfig)}
     of_sampling = {field.name for field in fields(SamplingConfig)}
     for name in given:

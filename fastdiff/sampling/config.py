@@ -17,7 +17,7 @@ __all__ = ["SamplingConfig", "SamplingMethod", "check_guidance_scale"]
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How to sample.  A method ignores the options that it has no use for; its `SolverEntry` lists the others.
+    """The options of sampling.  A method ignores all options but those of its `SolverEntry`.
 
     Args:
         method: a `SamplingMethod` or its name.
@@ -147,5 +147,5 @@ class SamplingConfig:
 
 
 def check_guidance_scale(operation: str, guidance_scale: object) -> None:
-    """Refuse a guidance scale that is no finite number; 1 stands for none, and it may be negative."""
+    """Refuse a guidance scale that is no finite number; 1 is none, and it may be negative."""
     checked_float(operation, "guidance_scale", guidance_scale, -math.inf)

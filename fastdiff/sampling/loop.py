@@ -71,7 +71,7 @@ class SamplingResult:
 
     @property
     def model_time(self) -> float:
-        """Seconds spent in the model; NaN for a loop that ran as a CUDA graph, where the two are not told apart."""
+        """Seconds spent in the model; NaN for a loop that ran as a CUDA graph, which times them together."""
         return self.stopwatch.seconds().get("model", math.nan)
 
     @property

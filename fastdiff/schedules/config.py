@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What defines a noise schedule: the names of the kinds, and the configuration with its checks."""
+"""The configuration of a noise schedule: the names of the kinds, the fields and their checks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class NoiseScheduleType(str, Enum):
 
     @classmethod
     def parse(cls, value: object, operation: str = "NoiseScheduleType.parse") -> NoiseScheduleType:
-        """Look a kind up by name; ``"squaredcos_cap_v2"`` and ``"squaredcos"`` are other names of cosine.
+        """Return the kind of this name; ``"squaredcos_cap_v2"`` and ``"squaredcos"`` are other names of cosine.
 
         Raises:
             ValueError: no such name; the message lists the known ones.
@@ -80,11 +80,11 @@ def _custom_values(argument: str, values: object) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class NoiseSchedulerConfig:
-    """What defines a noise schedule. Checked when made, immutable, hashable and comparable.
+    """The configuration of a noise schedule. Checked when made, immutable, hashable and comparable.
 
     Args:
         num_train_timesteps: T, at least 1. With a custom schedule it must be the length of that schedule, or be left
-            at its default of 1000, which then stands for that length.
+            at its default of 1000, which then means that length.
         beta_start: the first β, for the schedules that interpolate; 0 < beta_start ≤ beta_end < 1.
         beta_end: the last β.
         schedule_type: a :class:`NoiseScheduleType` or its name, kept as the name. ``"custom"`` becomes

@@ -25,9 +25,9 @@ def dpm_singlestep(
     """Compile the table of singlestep DPM-Solver(++), ODE or SDE (arXiv 2206.00927, algorithms 1 and 2).
 
     Consecutive levels are taken in groups of `solver_order`: a group starts at its first level, calls the model at
-    each, and ends at the first level of the next.  Where the levels inside a group lie decides the solver's r:
+    each, and ends at the first level of the next.  The levels inside a group set the solver's r:
     on a grid made by `with_intermediate_levels` they are the paper's 1/2, or 1/3 and 2/3; on any other, its own.
-    What does not fill a group at the end is a group of lower order, and the step to σ = 0 is one of order 1.
+    A remainder at the end is a group of lower order, and the step to σ = 0 is one of order 1.
 
     In the SDE forms a group's later rows start from its first sample again.  The noise of the levels in
     between is part of the same Brownian path: it is recovered from the sample that carries it, so that no noise tensor
@@ -52,7 +52,7 @@ def dpm_singlestep(
 def group_sizes(calls: int, solver_order: int, *, starts_blank: bool, ends_clean: bool) -> list[int]:
     """Return the number of model calls of each step of the loop, `calls` in all.
 
-    Steps from α = 0 and to σ = 0 are infinitely long in λ, so nothing lies inside them: they make one call.
+    Steps from α = 0 and to σ = 0 are infinitely long in λ and have no levels inside: they make one call.
     """
     if calls == 1:
         return [1]
@@ -62,7 +62,7 @@ def group_sizes(calls: int, solver_order: int, *, starts_blank: bool, ends_clean
 
 
 def _group(points: tuple[Level, ...], prediction: Prediction, algorithm: Algorithm, kind: SolverType) -> list[Row]:
-    """The rows of one step from the first of `points` to the last."""
+    """Return the rows of one step from the first of `points` to the last."""
     size = len(points) - 1
     kept_outputs = [HISTORY[START_OUTPUT], HISTORY[SECOND_OUTPUT]]
     rows: list[Row] = []
@@ -89,7 +89,7 @@ def _group(points: tuple[Level, ...], prediction: Prediction, algorithm: Algorit
 def _from_start(
     points: tuple[Level, ...], start: Affine, outputs: list[Affine], algorithm: Algorithm, kind: SolverType
 ) -> Affine:
-    """The noise-free update from the first of `points` to the last, given the outputs at all but the last."""
+    """Return the noise-free update from the first of `points` to the last, given the outputs at all but the last."""
     step = exponential_step(algorithm, points[0], points[-1])
     base = step.x * start + step.d0 * outputs[0]
     if len(outputs) == 1:

@@ -50,7 +50,7 @@ class Algorithm(str, Enum):
 
 
 class SolverType(str, Enum):
-    """How the first difference enters a second-order step: `midpoint` (½·c_0) or `heun` (its exact integral)."""
+    """The weight of the first difference in a second-order step: `midpoint` (½·c_0) or `heun` (its exact integral)."""
 
     MIDPOINT = "midpoint"
     HEUN = "heun"

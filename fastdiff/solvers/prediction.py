@@ -52,7 +52,7 @@ class Denoised:
 
 @dataclass(frozen=True)
 class Prediction:
-    """How to read the model: its prediction type, and what bounds the x0 that it implies.
+    """The interpretation of the model's output: its prediction type, and the bounds of the x0 that it implies.
 
     Args:
         prediction_type: ``epsilon``; ``v_prediction``, v = α·ε − σ·x0 (arXiv 2202.00512, section 4); ``sample``, x0;
