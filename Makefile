@@ -29,15 +29,15 @@ INSTALL := $(VENV)/.stamp-install
 BUILD := $(VENV)/.stamp-build-$(FASTDIFF_BUILD)
 
 # An extension with sanitizers has a folder of its own, beside a copy of the package. SANITIZE_TESTS: the tests that run
-# our C++ on every kind of call; what is not there yet, or not any more, the wildcard leaves out.
+# our C++ on every kind of call; what is not there yet, or not any more, is left out.
 SANITIZED := build/sanitize
-SANITIZE_TESTS ?= $(sort $(wildcard $(addprefix tests/test_,$(addsuffix .py,step_parity step_layout step_overlap \
+SANITIZE_TESTS ?= $(sort $(shell find tests -false $(patsubst %,-o -name 'test_%.py',step_parity step_layout step_overlap \
   step_functional step_checks step_dtypes step_properties step_memory step_allocation step_streaming blocks binding_fuzz* \
   reductions reductions_ops philox* rows seeds copy_kernel torch_noise dropin_loop \
-  dropin_beginnings dropin_brownian))))
+  dropin_beginnings dropin_brownian)))
 
 # The tests that draw their examples.
-FUZZ_TESTS ?= $(shell grep -l '^from hypothesis' tests/test_*.py)
+FUZZ_TESTS ?= $(sort $(shell find tests -name 'test_*.py' -exec grep -l '^from hypothesis' {} +))
 
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null | sort)
 
@@ -60,7 +60,7 @@ fuzz: $(BUILD)  ## run the properties on thousands of fresh examples: half an ho
 sanitize: $(INSTALL)  ## run the tests of the step over a build with address and undefined-behaviour sanitizers
 	@rm -rf $(SANITIZED)/lib
 	FASTDIFF_SANITIZE=1 FASTDIFF_BUILD=cpu $(PY) setup.py --quiet build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
-	$(PY) tests/sanitize.py $(SANITIZED)/lib $(SANITIZE_TESTS)
+	$(PY) tests/support/sanitize.py $(SANITIZED)/lib $(SANITIZE_TESTS)
 
 lint: $(PACKAGES)  ## check format, lint and types
 	$(BIN)/ruff check .
@@ -84,7 +84,7 @@ gpu:  ## on a machine with an NVIDIA GPU: build, prove, measure; DRY=1 rehearses
 	@benchmarks/gpu.sh
 
 # No .venv either: each version of torch has an environment of its own under build/compat, of half a gigabyte and more.
-compat:  ## prove the package beside other versions of torch: VERSIONS="2.6.0 2.14.1", COMPAT_ARGS="--tests tests/test_compile.py"
+compat:  ## prove the package beside other versions of torch: VERSIONS="2.6.0 2.14.1", COMPAT_ARGS="--tests tests/ops/test_compile.py"
 	$(PYTHON) tools/compat.py $(COMPAT_ARGS) $(VERSIONS)
 
 wheels: $(PACKAGES)  ## build the sdist, the pure wheel, and wheels with the extension for each of PYTHONS, into dist

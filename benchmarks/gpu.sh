@@ -87,11 +87,11 @@ elif [[ $dry == 0 ]]; then
     echo "gpu: pytest-xdist is not installed: the tests run in one process and may need LIMIT=1800"
 fi
 # Every test file whose tests take a backend by name.
-parity=(tests/test_step_parity.py tests/test_rows.py tests/test_philox.py tests/test_reductions.py)
+parity=(tests/ops/test_step_parity.py tests/ops/test_rows.py tests/noise/test_philox.py tests/ops/test_reductions.py)
 
 stage_build() {
     if [[ $dry == 1 ]] && command -v nvcc >/dev/null; then
-        echo "gpu: nvcc is here: the kernels are compiled to objects by tests/test_cuda_compile.py, not linked"
+        echo "gpu: nvcc is here: the kernels are compiled to objects by tests/kernels/test_cuda_compile.py, not linked"
     fi
     # One build of a mode serves the next: ninja compiles again what has changed.
     FASTDIFF_BUILD=$mode "$PYTHON" setup.py --quiet build --build-base "build/gpu/objects-$mode" --build-lib "$lib" &&
@@ -124,7 +124,7 @@ PY
 
 stage_test() {
     if [[ $dry == 1 ]]; then
-        HYPOTHESIS_PROFILE=sanitize timeout -k 10 "$limit" "${pytest[@]}" tests/test_gpu*.py "${parity[@]}" \
+        HYPOTHESIS_PROFILE=sanitize timeout -k 10 "$limit" "${pytest[@]}" tests/gpu/test_gpu*.py "${parity[@]}" \
             -k "gpu or named_row or nan_in_a_used or in_place or row_in_a_tensor or known_answers or degenerate or every_quantile"
         return
     fi

@@ -23,7 +23,7 @@ refuse() {  # what it got, what was expected, what to do
 # Each test of the kernels with a fixed number of calls. Not those of properties: a hundred examples under a tool that slows a
 # kernel down a hundred times, each compiled anew by Triton, take hours. Not what captures a graph: without torch's pool of
 # memory there is nothing to capture an allocation with. Not what profiles: a process has one tool at a time.
-tests=(tests/test_gpu*.py)
+tests=(tests/gpu/test_gpu*.py)
 chosen="(step_on_gpu or randn_on_gpu or noise_drawn or mixed_solvers or any_rows or row_beyond or model_input or reductions or quantile) and not captured and not graph and not one_kernel and not waits and not loop and not launch"
 
 # -P where there is one: the current folder's fastdiff is not what `make gpu` has built.

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from cuda_host import Kernel
+    from support.cuda_host import Kernel
 
 HAS_CUDA = torch.cuda.is_available()
 
@@ -37,18 +37,18 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fresh"))
 
 @pytest.fixture(scope="session")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
-    """The CUDA kernels, compiled for the host; see cuda_host.py."""
-    from cuda_host import build  # it imports fastdiff, whose kernels need the environment above
+    """The CUDA kernels, compiled for the host; see support/cuda_host.py."""
+    from support.cuda_host import build  # it imports fastdiff, whose kernels need the environment above
 
     return build(tmp_path_factory.mktemp("cuda_on_host"))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Hold a test that is marked ``answers`` to the backend that it names; see answered.py."""
+    """Hold a test that is marked ``answers`` to the backend that it names; see support/backend_used.py."""
     if item.get_closest_marker("answers") is None:
         return (yield)
-    from answered import answered  # it imports fastdiff, whose kernels need the environment above
+    from support.backend_used import answered  # it imports fastdiff, whose kernels need the environment above
 
     with answered() as record:
         result = yield  # a test that fails or is skipped raises here

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: MIT
+"""What nvcc makes of the CUDA sources: for every architecture, without a GPU, and without torch's headers."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from support.setup_script import load_setup
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+SOURCES = sorted(CSRC.glob("cuda/*.cu"))
+
+#: The registers of a multiprocessor, on every architecture that is compiled for, and the threads of a block.
+REGISTER_FILE = 65536
+THREADS = 256
+
+
+setup_py = load_setup()
+RELEASE, HOME, PROBLEM = setup_py.find_toolkit(os.environ)
+
+needs_nvcc = pytest.mark.skipif(HOME is None, reason=f"needs the CUDA toolkit: {PROBLEM}")
+
+
+@dataclass
+class Function:
+    """A kernel of one architecture: what ptxas says of it, and how often each instruction stands in it."""
+
+    registers: int = 0
+    spilled: int = 0  # bytes
+    stack: int = 0  # bytes
+    instructions: Counter[str] | None = None
+    order: tuple[str, ...] = ()
+
+
+@dataclass
+class Compiled:
+    source: str
+    messages: list[str]  # what is not ptxas' report
+    functions: dict[tuple[str, str], Function]  # by architecture ("sm_90") and short name, see _short
+    ptx: dict[str, str]  # by short name
+
+
+def _short(mangled: str) -> str:
+    """``step_kernel<float, 4>`` of a mangled name: how tensors are stored, and elements a thread.
+
+    ``, more`` follows where the step's kernel may draw noise and write the next model input.
+    """
+    found = re.search(r"([a-z_]+_kernel)I(\w+?)[fd]?Li(\d+)E(Lb1E)?", mangled)
+    assert found is not None, mangled
+    name, stored, width, more = found.groups()
+    if name == "randn_kernel":  # it has no type of computation after the stored one
+        stored = re.search(r"_kernelI(\w+?)Li", mangled)[1]  # type: ignore[index]
+    stored = {"f": "float", "d": "double"}.get(stored, stored.lstrip("0123456789_"))
+    return f"{name}<{stored}, {width}{', more' if more else ''}>"
+
+
+def _cuobjdump() -> str | None:
+    """The toolkit's own, or that of the triton package."""
+    for folder in (HOME and f"{HOME}/bin", os.environ.get("PATH")):
+        found = shutil.which("cuobjdump", path=folder)
+        if found:
+            return found
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return None
+    return shutil.which("cuobjdump", path=str(Path(spec.origin).parent / "backends" / "nvidia" / "bin"))
+
+
+def _run(*command: object) -> tuple[str, str]:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module", params=SOURCES, ids=lambda path: path.name)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """One source, compiled as setup.py does, in one call of nvcc."""
+    if HOME is None:
+        pytest.skip(f"needs the CUDA toolkit: {PROBLEM}")
+    out = tmp_path_factory.mktemp("cuda") / "object.o"
+    architectures = []
+    for version in setup_py.cuda_architectures(RELEASE).split(";"):
+        number = version.removesuffix("+PTX").replace(".", "")
+        kinds = f"[sm_{number},compute_{number}]" if version.endswith("+PTX") else f"sm_{number}"
+        architectures += ["-gencode", f"arch=compute_{number},code={kinds}"]
+    flags = [*setup_py.NVCC_FLAGS, "-std=c++17", "-I", CSRC, "-Xptxas", "-v", "--threads", "2"]
+    printed, reported = _run(f"{HOME}/bin/nvcc", *flags, *architectures, "-c", request.param, "-o", out)
+
+    functions: dict[tuple[str, str], Function] = {}
+    messages, function = [], Function()
+    for line in [*printed.splitlines(), *reported.splitlines()]:
+        if entry := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
+            function = functions.setdefault((entry[2], _short(entry[1])), Function())
+        elif sizes := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            function.stack, function.spilled = int(sizes[1]), int(sizes[2]) + int(sizes[3])
+        elif used := re.search(r"Used (\d+) registers", line):
+            function.registers = int(used[1])
+        elif line.strip() and not line.startswith("ptxas info"):
+            messages.append(line)
+
+    ptx = {}
+    tool = _cuobjdump()
+    if tool is not None:
+        listing, _ = _run(tool, "-sass", "-arch", "sm_90", out)
+        for part in listing.split("Function : ")[1:]:
+            name, _, code = part.partition("\n")
+            opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", code, re.MULTILINE)
+            functions["sm_90", _short(name)].instructions = Counter(opcodes)
+            functions["sm_90", _short(name)].order = tuple(opcodes)
+        listing, _ = _run(tool, "-ptx", out)
+        for name, code in re.findall(r"\.entry (\w+)\((.*?)^}", listing, re.DOTALL | re.MULTILINE):
+            ptx[_short(name)] = code
+    return Compiled(request.param.name, messages, functions, ptx)
+
+
+def _machine_code(compiled: Compiled) -> dict[str, Counter[str]]:
+    """How often each instruction stands in each kernel of sm_90."""
+    found = {name: f.instructions for (arch, name), f in compiled.functions.items() if arch == "sm_90"}
+    if None in found.values():
+        pytest.skip("needs cuobjdump, of the CUDA toolkit or of the triton package")
+    return found  # type: ignore[return-value]
+
+
+def _count(instructions: Counter[str], pattern: str) -> int:
+    return sum(n for opcode, n in instructions.items() if re.match(pattern, opcode))
+
+
+#: Of step.cu, 16 bytes a thread and one element a thread; each without and with noise and a model input.
+WIDTHS = {"half": 8, "nv_bfloat16": 8, "float": 4, "double": 2}
+PACKED = [f"step_kernel<{stored}, {width}>" for stored, width in WIDTHS.items()]
+MORE = [f"step_kernel<{stored}, {width}, more>" for stored, width in WIDTHS.items()]
+SINGLE = [f"step_kernel<{stored}, 1{more}>" for stored in WIDTHS for more in ("", ", more")]
+#: Of randn.cu: whole chunks of four a thread.
+RANDN = [f"randn_kernel<{stored}, {max(width, 4)}>" for stored, width in WIDTHS.items()]
+#: For tensors of dtypes of their own, by the compute dtype.
+MIXED = [
+    f"mixed_kernel<{compute}, {width}>" for compute, width in (("float", 8), ("float", 1), ("double", 2), ("double", 1))
+]
+KERNELS = {"step.cu": [*PACKED, *MORE, *SINGLE, *MIXED], "randn.cu": RANDN}
+
+
+@needs_nvcc
+def test_cuda_sources_compile_for_every_architecture_without_a_warning(compiled: Compiled) -> None:
+    assert compiled.messages == []
+    wanted = {"sm_" + v.removesuffix("+PTX").replace(".", "") for v in setup_py.cuda_architectures(RELEASE).split(";")}
+    assert {"sm_80", "sm_90"} <= wanted
+    assert {arch for arch, _ in compiled.functions} == wanted
+    if compiled.source in KERNELS:
+        assert compiled.functions.keys() == {(arch, name) for arch in wanted for name in KERNELS[compiled.source]}
+
+
+@needs_nvcc
+def test_cuda_kernels_keep_everything_in_registers(compiled: Compiled) -> None:
+    assert all(function.registers > 0 for function in compiled.functions.values())
+    spilled = {key: f for key, f in compiled.functions.items() if f.spilled or f.stack}
+    assert spilled == {}
+
+
+@needs_nvcc
+def test_cuda_kernels_leave_room_for_two_blocks_a_multiprocessor(compiled: Compiled) -> None:
+    # With one, nothing would hide the latency of its loads.
+    most = REGISTER_FILE // THREADS // 2
+    assert {key: f.registers for key, f in compiled.functions.items() if f.registers > most} == {}
+
+
+@needs_nvcc
+def test_packed_step_on_cuda_moves_16_bytes_an_access(compiled: Compiled) -> None:
+    if compiled.source != "step.cu":
+        pytest.skip(f"{compiled.source} holds another kernel")
+    code = _machine_code(compiled)
+    # The sample, the model's three tensors, the noise and four registers, and once more the sample where it stays as it
+    # is; what is narrower are tails and scalars.
+    for names in (PACKED, MORE):
+        assert {name: _count(code[name], r"LDG\b.*\.128") for name in names} == dict.fromkeys(names, 10)
+    # Three outputs, and the sample that stays. In pieces, each store of a warp would touch all the lines that the whole
+    # one does.
+    assert {name: _count(code[name], r"STG\b.*\.128") for name in PACKED} == dict.fromkeys(PACKED, 4)
+    # And the model input, after a step and of a sample that stays: a whole pack of the samples' own dtype, several of a
+    # wider one, one of the other half type.
+    for name, width in zip(MORE, WIDTHS.values(), strict=True):
+        inputs = sum(width * size // 16 for size in (2, 2, 4, 8) if width * size >= 16)
+        # The compiler may write code out twice, for the two copies; that none is in pieces PACKED shows.
+        assert _count(code[name], r"STG\b.*\.128") >= 4 + 2 * inputs, name
+
+
+@needs_nvcc
+def test_mixed_step_on_cuda_fetches_all_in_wide_accesses_before_the_first_is_converted(compiled: Compiled) -> None:
+    if compiled.source != "step.cu":
+        pytest.skip(f"{compiled.source} holds another kernel")
+    code = _machine_code(compiled)["mixed_kernel<float, 8>"]
+    # As of the other kernels, ten tensors: of a float one the second half is an access of its own.
+    assert _count(code, r"LDG\b.*\.128") == 2 * 10
+    assert _count(code, r"LDG\b.*\.U?(8|16)\b") == 0
+    assert _count(code, r"STG\b") == _count(code, r"STG\b.*\.128") > 0
+    order = compiled.functions["sm_90", "mixed_kernel<float, 8>"].order
+    wide = [i for i, opcode in enumerate(order) if re.match(r"LDG\b.*\.128", opcode)]
+    widened = [i for i, opcode in enumerate(order) if opcode.startswith("HADD2")]
+    assert len(widened) >= 9 * 8  # nine tensors of half numbers
+    # The sample that stays as it is has code of its own, after everything.
+    assert sum(i < min(widened) for i in wide) >= 2 * 9
+    # In double the widest is 16 bytes, and a half type's two elements are a word.
+    code = _machine_code(compiled)["mixed_kernel<double, 2>"]
+    assert _count(code, r"LDG\b.*\.128") == 10
+    assert _count(code, r"LDG\b.*\.U?(8|16)\b") == 0
+
+
+@needs_nvcc
+def test_cuda_randn_makes_each_chunk_once_and_stores_16_bytes_an_access(compiled: Compiled) -> None:
+    if compiled.source != "randn.cu":
+        pytest.skip(f"{compiled.source} holds another kernel")
+    code = _machine_code(compiled)
+    for name, (_, width) in zip(RANDN, WIDTHS.items(), strict=True):
+        chunks = max(width, 4) // 4
+        assert _count(code[name], r"STG\b.*\.128") == max(width, 4) // width, name
+        ptx = compiled.ptx[name]
+        # Two transforms a chunk: of each two words and the inverse of one become floats, unsigned and to the nearest;
+        # one root; and the fma of csrc/philox.h, 11 for the logarithm and 7 for the angle.
+        assert len(re.findall(r"\bcvt\.rn\.f32\.u32\b", ptx)) == 3 * 2 * chunks
+        assert len(re.findall(r"\bsqrt\.rn\.f32\b", ptx)) == 2 * chunks
+        assert len(re.findall(r"\bfma\.rn\.f32\b", ptx)) == (11 + 7) * 2 * chunks
+
+
+#: Kernels of the reductions that read whole samples, and how many accesses of 16 bytes are in flight: four rounds of a
+#: block, once more where the deviation looks again, and of both factors of a product.
+READERS = {
+    "reduce.cu": {("sum_kernel", 0): 4, ("sum_kernel", 1): 8, ("sum_kernel", 2): 4, ("sum_kernel", 3): 8},
+    "select.cu": {("select_kernel", 0): 1, ("select_kernel", 1): 1},
+}
+
+
+@needs_nvcc
+def test_reductions_on_cuda_read_16_bytes_an_access(compiled: Compiled) -> None:
+    if compiled.source not in READERS:
+        pytest.skip(f"{compiled.source} holds another kernel")
+    code = _machine_code(compiled)
+    for (kernel, variant), accesses in READERS[compiled.source].items():
+        for stored in ("half", "nv_bfloat16", "float", "double"):
+            name = f"{kernel}<{stored}, {variant}>"
+            # The compiler may unroll a loop further.
+            assert _count(code[name], r"LDG\b.*\.128") >= accesses, name
+
+
+@needs_nvcc
+def test_cuda_kernels_touch_no_local_memory(compiled: Compiled) -> None:
+    assert {name: n for name, code in _machine_code(compiled).items() if (n := _count(code, r"(LDL|STL)\b"))} == {}
+
+
+@needs_nvcc
+def test_cuda_arithmetic_rounds_as_it_is_written(compiled: Compiled) -> None:
+    _machine_code(compiled)
+    assert compiled.ptx
+    for name, code in compiled.ptx.items():
+        # ptxas fuses a product and a sum only where neither names its rounding.
+        opcodes = set(re.findall(r"\b(?:add|sub|mul|fma|mad|div|sqrt|rcp|ex2|lg2|rsqrt)\.[\w.]*f(?:16|32|64)\w*", code))
+        # What CUDA's expf consists of: an approximation of 2 to a power, and a rounding to an integer by a sum.
+        opcodes -= {"ex2.approx.ftz.f32", "fma.rm.f32"}
+        assert [op for op in opcodes if not re.match(r"\w+\.rn\.f", op)] == [], name
+        # To the nearest, whatever is narrowed, and no integer becomes a float in another way.
+        # The reductions store their compute dtype.
+        own = compiled.source in KERNELS
+        narrowed = {"half": {"cvt.rn.f16.f32"}, "nv_bfloat16": {"cvt.rn.bf16.f32"}} if own else {}
+        every = {"cvt.rn.f16.f32", "cvt.rn.bf16.f32"}
+        stored = re.search(r"<(\w+),", name)[1]  # type: ignore[index]
+        wanted = every if "more" in name or "mixed" in name else narrowed.get(stored, set())
+        assert set(re.findall(r"\bcvt\.[\w.]*f16\w*\.f32", code)) == wanted, name
+        assert set(re.findall(r"\bcvt\.[\w.]*f32\.(?:f64|u32|s32)", code)) <= {
+            "cvt.rn.f32.f64",
+            "cvt.rn.f32.u32",
+            "cvt.rn.f32.s32",
+        }, name
+
+
+def test_cuda_sources_include_cuda_and_the_standard_library_alone() -> None:
+    assert SOURCES
+    seen, left = set(), list(SOURCES)
+    while left:
+        path = left.pop()
+        seen.add(path)
+        for opening, name in re.findall(r"^\s*#\s*include\s*([<\"])([^>\"]+)", path.read_text(), re.MULTILINE):
+            own = next((p.resolve() for p in (path.parent / name, CSRC / name) if p.is_file()), None)
+            if opening == '"':
+                assert own is not None, f"{path.name} includes {name}, which is not in csrc"
+                assert CSRC in own.parents
+            if own is not None and own not in seen:
+                left.append(own)
+            if own is None:
+                # Headers of the standard library have no folder.
+                assert re.fullmatch(r"cuda_\w+\.h|[a-z_]+|(math|stdint|stddef|string|float|limits)\.h", name), name

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+"""Anything at all, handed to the step's binding and to the public steps: a right result, a refusal, never a crash.
+
+A call is drawn as a `Plan` of plain values and built and made in a process of its own (step_plans.py), which lives on
+from call to call: where it dies, the plan that killed it is in the failure.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdiff.ops import backends
+from support.fuzz import Server
+from support.step_plans import COUNTERS, INTEGERS, LIKE_SAMPLE, LISTS, SLOTS, TENSORS, WAYS, Plan
+from support.strange_tensors import OTHER_CHANGES, TENSOR_CHANGES
+
+#: Rows within the table, to be skipped, just beyond it and far from it.
+ROWS = st.sampled_from((0, 1, 2, 0, 1, 2, 0, 1, -1, -2, 3, 2**40, -(2**63)))
+STEPS = st.sampled_from((0, 3, 2**32 - 1, 3, 0, 2**32, -1, 2**63 - 1))
+#: Registers, none, and what is neither.
+STORES = st.sampled_from((-1.0, -1.0, 0.0, 1.0, 2.0, 3.0, 0.0, 1.0, 4.0, 0.5, -0.3, 1e30, float("nan")))
+KINDS = st.sampled_from(("number", "number", "one", "a sample", "a sample", "no dimension"))
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def a_few(values: st.SearchStrategy) -> st.SearchStrategy:
+    return st.lists(values, min_size=1, max_size=4).map(tuple)
+
+
+CHANGES = st.one_of(
+    st.tuples(st.sampled_from(SLOTS), st.sampled_from(sorted(TENSOR_CHANGES))),
+    st.tuples(
+        st.sampled_from((*COUNTERS, *INTEGERS, *LISTS, *TENSORS, "scatter")), st.sampled_from(sorted(OTHER_CHANGES))
+    ),
+)
+PLANS = st.builds(
+    Plan,
+    seed=st.integers(0, 2**32 - 1),
+    dtype=st.sampled_from(DTYPES),
+    shape=st.sampled_from(((2, 3), (1, 5), (3, 1, 4), (32,), (2, 16), (), (1, 1), (2, 520), (0, 3), (1, 32))),
+    guidance=st.sampled_from(("none", "scalar", "a sample")),
+    registers=st.integers(0, 15),
+    noise=st.sampled_from(("none", "given", "drawn", "drawn")),
+    variance_kind=st.integers(0, 2),
+    threshold=st.booleans(),
+    keeps=st.integers(0, 2),
+    outs=st.booleans(),
+    way=st.sampled_from(WAYS),
+    row_as=KINDS,
+    rows=a_few(ROWS),
+    step_as=KINDS,
+    steps=a_few(STEPS),
+    purpose=st.sampled_from((0, 1, 1, 2**32 - 1, 2**32, -1)),
+    stores=a_few(STORES),
+    stored=st.one_of(
+        st.just(()), st.lists(st.tuples(st.sampled_from(LIKE_SAMPLE), st.sampled_from(DTYPES)), max_size=4).map(tuple)
+    ),
+    scatter=st.booleans(),
+    copies=st.integers(0, 2),
+    model_input=st.sampled_from(DTYPES),
+    changes=st.lists(CHANGES, max_size=2).map(tuple),
+    shared=st.lists(
+        st.tuples(st.sampled_from(SLOTS), st.sampled_from(SLOTS), st.integers(-3, 3)), max_size=2
+    ).map(tuple),
+    count=st.one_of(st.none(), st.none(), st.none(), st.integers(0, 25)),
+)  # fmt: skip
+
+#: Instrumented, the ways that differ in what they hand to the extension are enough.
+SANITIZED = os.environ.get("HYPOTHESIS_PROFILE") == "sanitize"
+WAYS_THAT_DIFFER = ("binding", "step", "rows") if SANITIZED else WAYS
+
+SERVER = Server(str(Path(__file__).parents[1] / "support" / "step_plans.py"))
+pytestmark = pytest.mark.skipif(backends.extension is None, reason="the C++ extension was not built")
+
+
+@settings(max_examples=6 * settings().max_examples)
+@given(plan=PLANS)
+def test_any_call_is_answered_right_or_refused_and_no_input_is_written(plan: Plan) -> None:
+    answer = SERVER.ask(plan)
+    assert not answer.startswith("failed"), answer
+
+
+#: One good call with all that a call can have. Registers 0 and 1 are there, and each is stored to.
+GOOD = Plan(
+    1, "float32", (2, 16), "scalar", 3, "drawn", 1, True, 1, True, "binding", row_as="a sample", rows=(2, 0),
+    step_as="a sample", stores=(0, 1), copies=2, model_input="float16",
+)  # fmt: skip
+ROW_KINDS = ("number", "no dimension", "one", "a sample")
+
+
+@pytest.mark.parametrize("row_as", ROW_KINDS)
+@pytest.mark.parametrize("noise", ["none", "given", "drawn"])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_good_call_gives_a_result(way: str, noise: str, row_as: str) -> None:
+    # Without this a fuzzer whose every call is refused would pass.
+    private = way in ("binding", "direct")
+    for scatter in (False, True) if private else (False,):
+        plan = replace(GOOD, way=way, noise=noise, row_as=row_as, scatter=scatter)
+        numbered = plan.scatters and row_as == "number"  # what rows name a register each are a tensor
+        wanted = ("declined" if private else "TypeError") if numbered else "result"
+        assert SERVER.ask(plan) == wanted, plan
+
+
+@pytest.mark.parametrize("way", WAYS_THAT_DIFFER)
+@pytest.mark.parametrize("change", sorted(TENSOR_CHANGES))
+def test_every_change_of_every_tensor_by_every_way(way: str, change: str) -> None:
+    slots = ("sample", "model_output", "table", "guidance", "threshold", "variance", "history 1", "out 0")
+    for slot in (*slots, "row", "seeds", "noise_step", "model_input"):
+        answer = SERVER.ask(replace(GOOD, way=way, changes=((slot, change),)))
+        assert not answer.startswith("failed"), f"{slot}: {answer}"
+
+
+@pytest.mark.parametrize("way", WAYS_THAT_DIFFER)
+@pytest.mark.parametrize("change", sorted(OTHER_CHANGES))
+def test_every_change_of_every_other_argument_by_every_way(way: str, change: str) -> None:
+    least = Plan(1, "float32", (2, 3), "none", 0, "none", 0, False, 0, False, way, row_as="a sample")
+    for slot in (*COUNTERS, *INTEGERS, *LISTS, *TENSORS, "scatter"):
+        for base in (replace(GOOD, way=way), least):
+            answer = SERVER.ask(replace(base, changes=((slot, change),)))
+            assert not answer.startswith("failed"), f"{slot}: {answer}"
+
+
+@pytest.mark.parametrize("way", WAYS_THAT_DIFFER)
+@pytest.mark.parametrize("owner", SLOTS)
+def test_every_tensor_over_every_other_by_every_way(way: str, owner: str) -> None:
+    for mover in SLOTS:
+        for shift in (0, 1):
+            answer = SERVER.ask(replace(GOOD, way=way, shared=((mover, owner, shift),)))
+            assert not answer.startswith("failed"), f"{mover} over {owner}, {shift} further: {answer}"

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: MIT
+"""`make compat`: it reports what failed, and the checks that it runs are there and pass with this torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from fastdiff.ops import backends
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+@pytest.fixture
+def compat(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(TOOLS)
+    import compat
+
+    return compat
+
+
+CHECKS = [
+    "import",
+    "samplers",
+    "quantile",
+    "gradients",
+    "compile",
+    "export",
+    "strict_export",
+    "dropins",
+    "compiled_dropins",
+]
+
+
+def test_the_checks_are_those_that_are_run(compat: ModuleType) -> None:
+    assert list(compat.CHECKS) == CHECKS
+    text = (TOOLS / "compat_checks.py").read_text()
+    assert [
+        line[len("def check_") :].partition("(")[0] for line in text.splitlines() if line.startswith("def check_")
+    ] == (CHECKS)
+
+
+@pytest.mark.parametrize(
+    "check", [pytest.param(name, marks=[] if name == "import" else pytest.mark.slow) for name in CHECKS]
+)
+def test_each_check_passes_with_the_torch_that_is_here(check: str) -> None:
+    build = "none" if backends.extension is None else "cpu"
+    environ = {**os.environ, "FASTDIFF_BUILD": build, "FASTDIFF_BACKEND": ""}
+    command = [sys.executable, TOOLS / "compat_checks.py", check]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_check_of_the_import_fails_where_another_backend_answers_than_was_built() -> None:
+    build = "cpu" if backends.extension is None else "none"
+    environ = {**os.environ, "FASTDIFF_BUILD": build, "FASTDIFF_BACKEND": ""}
+    command = [sys.executable, TOOLS / "compat_checks.py", "import"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "AssertionError: the cpu backend is" in done.stderr
+
+
+def _pretend(compat: ModuleType, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    """Every step is done at once; commands that have the failing word in them fail."""
+
+    def run(*command: object, **_: object) -> str:
+        if any(str(word) == failing for word in command):
+            raise compat.SetUpError(f"{failing} broke")
+        return "2.6.0+cu124\n"
+
+    monkeypatch.setattr(compat, "run", run)
+    monkeypatch.setattr(compat, "make_environment", lambda folder, version: folder / "python")
+    monkeypatch.setattr(compat, "copy_sources", lambda target: None)
+    monkeypatch.setattr(compat, "install", lambda python, sources, build: run("install"))
+
+
+@pytest.mark.parametrize(
+    ("failing", "status", "said"),
+    [
+        ("", 0, "import:pass samplers:pass"),
+        ("compile", 1, "gradients:pass compile:FAIL export:pass"),
+        ("install", 2, "torch 2.6.0     py3.11  could not be set up"),
+    ],
+)
+def test_the_status_says_whether_a_version_failed(
+    failing: str, status: int, said: str, compat: ModuleType, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], tmp_path: Path,
+) -> None:  # fmt: skip
+    _pretend(compat, monkeypatch, failing)
+    monkeypatch.setattr(sys, "argv", ["compat.py", "--folder", str(tmp_path), "2.6.0"])
+    assert compat.main() == status
+    printed = capsys.readouterr()
+    assert said.replace("py3.11", f"py3.{sys.version_info.minor}") in printed.out
+    assert len(printed.out.splitlines()) == 1
+    assert (f"{failing} broke" in printed.err) == bool(failing)
+
+
+def test_a_copied_source_keeps_its_age_so_that_only_what_changed_is_compiled(
+    compat: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    root, copy = tmp_path / "root", tmp_path / "copy"
+    (root / "csrc").mkdir(parents=True)
+    (root / "build").mkdir()
+    for name in ("csrc/a.cpp", "csrc/b.cpp", "build/left.o"):
+        (root / name).write_text("1")
+        os.utime(root / name, (1000, 1000))
+    monkeypatch.setattr(compat, "ROOT", root)
+    compat.copy_sources(copy)
+    assert sorted(path.name for path in copy.rglob("*.*")) == ["a.cpp", "b.cpp"]
+    (copy / "csrc" / "a.cpp").write_text("as built")
+    os.utime(copy / "csrc" / "a.cpp", (1000, 1000))
+    (root / "csrc" / "b.cpp").write_text("2")
+    compat.copy_sources(copy)
+    assert (copy / "csrc" / "a.cpp").read_text() == "as built"  # not written again
+    assert (copy / "csrc" / "b.cpp").read_text() == "2"

@@ -1,0 +1,376 @@
+# SPDX-License-Identifier: MIT
+"""Whole loops of any diffusers scheduler, diffusers' own or ours, and a float64 oracle of its steps."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fastdiff.diffusers import CLASSES
+from fastdiff.diffusers.planning import forget_all
+from support.dropin_cases import Case
+
+logging.getLogger("diffusers").setLevel(logging.CRITICAL)
+#: Classes with the last of whose timesteps no step is taken.
+LAST_IS_NO_STEP = ("DDPMWuerstchen", "SCM")
+#: Classes that make a noise sampler in their first step.
+MAKES_SAMPLER = ("DPMSolverSDE", "CosineDPMSolverMultistep")
+
+
+def classes(name: str) -> tuple[type, type]:
+    """diffusers' own class, and ours."""
+    ours = CLASSES[f"{name}Scheduler"]
+    return ours.original, ours
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without diffusers' warnings about what is deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same numbers in another order in memory; or, where elements share memory, some of them in place of others."""
+    if layout == "channels_last":
+        return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "transposed":
+        return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "negated":  # lazily, as the imaginary part of a conjugate is
+        return torch._neg_view(-tensor)
+    if layout == "expanded":
+        return tensor[:1].expand(tensor.shape)
+    if layout == "windows":  # channel by channel
+        tensor = tensor.contiguous()
+        return tensor.as_strided(tensor.shape, [*tensor.stride()[:2], *[1] * (tensor.dim() - 2)])
+    return tensor
+
+
+def _normal(shape: tuple[int, ...] | list[int], generator: torch.Generator) -> Tensor:
+    """The same numbers whatever torch's default dtype is."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+
+class Model:
+    """A cheap stand-in for a model: noise of its own at every step, and a bounded, smooth function of the sample."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.random = torch.Generator().manual_seed(case.seed + 1)
+
+    def __call__(self, sample: Tensor) -> Tensor:
+        shape = list(sample.shape)
+        if self.case.doubled:
+            shape[1] *= 2
+        wide = torch.promote_types(sample.dtype, torch.float32)
+        own = _normal(shape, self.random).to(wide)
+        x = sample.to(wide)
+        x = x / (1.0 + x.square().mean().sqrt())
+        x = torch.cat([x, x.tanh()], 1) if self.case.doubled else x
+        # A learned variance is a share between -1 and 1, or (variance type "learned") itself a variance.
+        output = 0.6 * own + 0.4 * x
+        if self.case.doubled:
+            half = shape[1] // 2
+            learned = output[:, half:].tanh()
+            output[:, half:] = learned.abs() if self.case.config["variance_type"] == "learned" else learned
+        return laid_out(output.to(sample.dtype), self.case.output_layout or self.case.layout)
+
+
+def values_of(result: Any) -> list[Any]:
+    """What a step returned, one after another."""
+    return list(result.values()) if isinstance(result, dict) else list(result)
+
+
+@dataclass
+class Loop:
+    """A scheduler on its way through a loop: what its next call takes.
+
+    Attributes:
+        outputs: what each step returned.
+        error: the exception that ended the loop, or None, and where it came from.
+    """
+
+    case: Case
+    scheduler: Any
+    outputs: list[Any] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+    error: BaseException | None = None
+    stage: str = ""
+
+    def start(self) -> None:
+        case = self.case
+        torch.manual_seed(case.seed)
+        random = torch.Generator().manual_seed(case.seed)
+        self.model = Model(case)
+        scale = float(getattr(self.scheduler, "init_noise_sigma", 1.0))
+        self.sample = laid_out((_normal(case.shape, random) * scale).to(case.dtype), case.layout)
+        self.fixed = {
+            "original_image": laid_out(_normal(case.shape, random).clamp(-1, 1).to(case.dtype), case.layout),
+            "mask": laid_out((_normal(case.shape, random) > 0).to(case.dtype), case.layout),
+        }
+        self.noises = torch.Generator().manual_seed(case.seed + 2)
+        self.generator: Any = torch.Generator().manual_seed(case.seed + 3)
+        if case.noise == "generators":
+            self.generator = [torch.Generator().manual_seed(case.seed + 3 + b) for b in range(case.shape[0])]
+        if case.noise == "none":
+            self.generator = None
+        self.pred_original_sample: Tensor | None = None
+        timesteps = self.scheduler.timesteps
+        self.timesteps = timesteps[:-1] if case.name in LAST_IS_NO_STEP else timesteps
+        self.last: Any = None
+
+    def call(self, i: int, t: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a step, of which the model's output is made now."""
+        case, scheduler = self.case, self.scheduler
+        given: Any = self.sample
+        if hasattr(scheduler, "scale_model_input"):
+            given = scheduler.scale_model_input(self.sample, t)
+        self.inputs.append(given)
+        output = self.model(given)
+        kwargs: dict[str, Any] = {**case.arguments, "return_dict": case.return_dict}
+        takes = CLASSES[f"{case.name}Scheduler"].arguments["step"]
+        if "generator" in takes:
+            kwargs["generator"] = self.generator
+        if case.noise == "variance_noise":
+            kwargs["variance_noise"] = laid_out(_normal(case.shape, self.noises).to(case.dtype), case.layout)
+            kwargs["generator"] = None
+        if case.name == "RePaint":
+            return (output, t, self.sample, self.fixed["original_image"], self.fixed["mask"]), kwargs
+        if case.name == "CogVideoXDPM":
+            back = self.timesteps[i - 1] if i > 0 else None
+            return (output, self.pred_original_sample, t, back, self.sample), kwargs
+        if case.name == "DDPMWuerstchen":
+            return (output, t.expand(case.shape[0]), self.sample), kwargs
+        if case.per_token:
+            count = case.shape[1]
+            kwargs["per_token_timesteps"] = torch.linspace(1.0, 0.3, count).repeat(case.shape[0], 1) * t
+        return (output, t, self.sample), kwargs
+
+    def take(self, result: Any) -> None:
+        self.outputs.append(result)
+        values = values_of(result)
+        self.sample = values[0]
+        self.pred_original_sample = values[1] if len(values) > 1 else None
+
+    def undo(self, t: Any) -> bool:
+        """RePaint goes back where its timesteps do."""
+        if self.case.name != "RePaint":
+            return False
+        last, self.last = self.last, t
+        if last is None or t < last:
+            return False
+        self.sample = self.scheduler.undo_step(self.sample, last, self.generator)
+        return True
+
+    def run(self, watch: Any = None, mode: Any = None, step: Any = None) -> Loop:
+        """Go through it; `mode` holds in steps, `watch` is told of each, `step` takes it in the scheduler's place."""
+        mode = contextlib.nullcontext() if mode is None else mode
+        try:
+            with quiet():
+                self.stage = "start"
+                self.start()
+                for i, t in enumerate(self.timesteps):
+                    with mode:
+                        if self.undo(t):
+                            continue
+                    self.stage = f"step {i}"
+                    args, kwargs = self.call(i, t)
+                    with mode:
+                        result = (step or self.scheduler.step)(*args, **kwargs)
+                    self.take(result)
+                    if watch is not None:
+                        watch(self)
+        except Exception as error:
+            self.error = error
+        return self
+
+    def random_states(self) -> list[Tensor]:
+        """Where the generators are, torch's own first."""
+        own = self.generator if isinstance(self.generator, list) else [self.generator] if self.generator else []
+        return [torch.get_rng_state(), *(generator.get_state() for generator in own)]
+
+
+def set_timesteps(case: Case, scheduler: Any) -> None:
+    kwargs: dict[str, Any] = {}
+    if case.config.get("use_dynamic_shifting"):
+        kwargs["mu"] = 0.8
+    if case.name == "ConsistencyDecoder":
+        scheduler.set_timesteps(2)
+    elif case.name == "SCM":
+        more = {} if case.steps == 2 else {"intermediate_timesteps": None}
+        scheduler.set_timesteps(case.steps, **more)
+    elif case.name == "RePaint":
+        scheduler.set_timesteps(case.steps, jump_length=2, jump_n_sample=2)
+    else:
+        scheduler.set_timesteps(case.steps, **kwargs)
+
+
+def made(case: Case, cls: type) -> Loop:
+    """A loop about to start; its `error` says where it did not get so far."""
+    loop = Loop(case, None, stage="constructor")
+    try:
+        with quiet():
+            loop.scheduler = cls(**copy.deepcopy(case.config))
+            loop.stage = "set_timesteps"
+            set_timesteps(case, loop.scheduler)
+            loop.stage = ""
+    except Exception as error:
+        loop.error = error
+    return loop
+
+
+def walk(case: Case, cls: type, watch: Any = None) -> Loop:
+    """A whole loop; `watch` is told of every step."""
+    loop = made(case, cls)
+    return loop if loop.error is not None else loop.run(watch)
+
+
+def forget_plans() -> None:
+    """As if no scheduler had been used before."""
+    forget_all()
+
+
+def plans_of(scheduler: Any) -> dict[str, Any]:
+    """Of each kind of step that a scheduler of ours has compiled: the plans, or why there is none."""
+    fused = vars(scheduler).get("_fused")
+    return {} if fused is None else {str(key): plan for key, plan in fused.schedule.plans.items()}
+
+
+class Exactly(TorchFunctionMode):
+    """In here floating-point tensors are float64 and stay so; noise is what was drawn before.
+
+    Args:
+        draws: noise tensors, in the order in which they are asked for.
+    """
+
+    def __init__(self, draws: list[Tensor]) -> None:
+        super().__init__()
+        self.draws = list(draws)
+
+    def next_draw(self, *_: Any) -> Tensor:
+        return self.draws.pop(0).double()
+
+    def __enter__(self) -> Exactly:
+        _patch_sampler(lambda *_, **__: None, lambda *_: self.next_draw())
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        _patch_sampler(_make_sampler, _sample_noise)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in ("randn", "randn_like"):
+            return self.next_draw()
+        if name in ("to", "float", "half", "double", "bfloat16", "type") and args[0].is_floating_point():
+            wanted = [value for value in (*args[1:], *kwargs.values()) if isinstance(value, torch.dtype)]
+            if name != "to" or not wanted or wanted[0].is_floating_point:
+                return args[0].double()
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and result.is_floating_point() and result.dtype != torch.float64:
+            return result.double()
+        return result
+
+
+class Drawing(TorchFunctionMode):
+    """Keeps the noise that is drawn, that of a scheduler's own sampler too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws: list[Tensor] = []
+        self.inside = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in ("randn", "randn_like") and not self.inside:
+            self.draws.append(result)
+        return result
+
+    def __enter__(self) -> Drawing:
+        def making(sampler: Any, *args: Any, **kwargs: Any) -> None:
+            self.inside = True
+            _make_sampler(sampler, *args, **kwargs)
+            self.inside = False
+
+        def sampling(sampler: Any, *args: Any) -> Tensor:
+            self.inside = True
+            noise = _sample_noise(sampler, *args)
+            self.inside = False
+            self.draws.append(noise)
+            return noise
+
+        _patch_sampler(making, sampling)
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        _patch_sampler(_make_sampler, _sample_noise)
+
+
+def _patch_sampler(make: Any, sample: Any) -> None:
+    BrownianTreeNoiseSampler.__init__, BrownianTreeNoiseSampler.__call__ = make, sample
+
+
+_make_sampler, _sample_noise = BrownianTreeNoiseSampler.__init__, BrownianTreeNoiseSampler.__call__
+
+
+def widened(value: Any) -> Any:
+    """float64 for floating-point tensors, in lists too."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(widened, value)) if type(value) in (list, tuple) else value
+    return value
+
+
+@contextlib.contextmanager
+def exact_defaults() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def widen(scheduler: Any) -> None:
+    """Bring a scheduler's tensors to float64, except timesteps, which are compared with those that are asked for."""
+    attributes = vars(scheduler)
+    for name, value in attributes.items():
+        if name not in ("timesteps", "_internal_dict", "noise_sampler"):
+            attributes[name] = widened(value)
+
+
+def exact_step(scheduler: Any, draws: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a step of diffusers' own class would be in float64; the scheduler stays as it is."""
+    twin = object.__new__(type(scheduler))
+    vars(twin).update({n: list(v) if isinstance(v, list) else v for n, v in vars(scheduler).items()})
+    widen(twin)
+
+    def wide(value: Any) -> Any:
+        is_time = isinstance(value, Tensor) and value.dtype == scheduler.timesteps.dtype and value.dim() < 2
+        return value if is_time else widened(value)
+
+    with quiet(), exact_defaults(), Exactly(draws):
+        return type(scheduler).step(twin, *map(wide, args), **{k: wide(v) for k, v in kwargs.items()})
+
+
+def exact_walk(case: Case, draws: list[Tensor]) -> Loop:
+    """A whole loop of diffusers' own class in float64, with the noise that another one drew."""
+    loop = made(case, classes(case.name)[0])
+    loop.case = case.of(dtype=torch.float64)
+    widen(loop.scheduler)
+    with exact_defaults():
+        return loop.run(mode=Exactly(draws))
