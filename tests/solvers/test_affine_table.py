@@ -110,7 +110,7 @@ def test_table_refuses_what_is_not_finite(place: str, value: float) -> None:
 def test_table_refuses_a_clip_that_is_not_positive(clip: float) -> None:
     with pytest.raises(ValueError, match=r"StepTable: coefficients\[0, 2\] is"):
         StepTable((_row(clip=clip),))
-    assert StepTable((_row(clip=math.inf),)).rows[0, layout.CLIP] == math.inf
+    assert StepTable((_row(clip=math.inf),)).coefficients[0, layout.CLIP] == math.inf
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,8 @@ def test_every_solver_of_the_folder_is_registered() -> None:
     assert found == registered, "give each function of fastdiff/solvers an entry in fastdiff/solvers/__init__.py"
     for function in found:
         assert getattr(solvers, function.__name__) is function, "export it beside its entry"
+        assert function.__module__ == f"{solvers.__name__}.{function.__name__}", "one file a solver, of its name"
+        assert (ROOT / "tests" / "solvers" / f"test_{function.__name__}.py").is_file(), "one test file of its name"
 
 
 def test_every_method_has_an_entry() -> None:
