@@ -53,6 +53,8 @@ PACKAGES = [
     "fastdiff.benchmarks",
     "fastdiff.benchmarks.gpu",
     "fastdiff.diffusers",
+    "fastdiff.diffusers.compiler",
+    "fastdiff.diffusers.runtime",
     "fastdiff.digits",
     "fastdiff.graphs",
     "fastdiff.guidance",
@@ -130,22 +132,22 @@ class BuildError(Exception):
     """The build that was asked for is not possible here; the message is a full sentence with a remedy."""
 
 
-def _sentence(argument: str, got: str, expected: str, remedy: str) -> str:
-    """The shape of ``fastdiff.errors.sentence``; the package cannot be imported before it is built."""
+def _error_message(argument: str, got: str, expected: str, remedy: str) -> str:
+    """The shape of ``fastdiff.errors.error_message``; the package cannot be imported before it is built."""
     return f"setup.py: {argument} {got}, expected {expected}; {remedy}"
 
 
 def _cpp_problem(facts: Facts) -> str:
     """Say why the C++ extension cannot be built, or return an empty string."""
     if facts.torch is None:
-        return _sentence(
+        return _error_message(
             "torch",
             f"cannot be imported ({facts.torch_problem})",
             "the torch that will load the extension",
             f"install torch first and build with `pip install --no-build-isolation`, or {PURE_PYTHON}",
         )
     if facts.compiler is None:
-        return _sentence(
+        return _error_message(
             "the C++ compiler",
             f"is not usable ({facts.compiler_problem})",
             "g++ or clang++ with the headers of Python",
@@ -160,19 +162,19 @@ def _cuda_problem(facts: Facts) -> str:
     if facts.torch_cuda is None:
         like = f"for CUDA {facts.toolkit.partition('.')[0]}.x like the toolkit" if facts.toolkit else "for CUDA"
         also = "" if facts.toolkit else f" and the CUDA toolkit (missing as well: {facts.toolkit_problem})"
-        return _sentence(
+        return _error_message(
             f"torch {facts.torch}", "is built without CUDA", f"a torch built {like}{also}", f"install one, {remedy}"
         )
     major = facts.torch_cuda.partition(".")[0]
     if facts.toolkit is None:
-        return _sentence(
+        return _error_message(
             "the CUDA toolkit",
             f"is missing ({facts.toolkit_problem})",
             f"nvcc of release {major}.x, the major release that torch {facts.torch} is built for",
             f"install that toolkit and point CUDA_HOME to it, {remedy}",
         )
     if facts.toolkit.partition(".")[0] != major:
-        return _sentence(
+        return _error_message(
             "the CUDA toolkit",
             f"in {facts.toolkit_home} has release {facts.toolkit}",
             f"{major}.x, the major release that torch {facts.torch} is built for",
@@ -189,7 +191,9 @@ def decide(requested: str, facts: Facts) -> Decision:
     """
     if requested not in MODES:
         raise BuildError(
-            _sentence("FASTDIFF_BUILD", f"is {requested!r}", f"one of {', '.join(MODES)}", "pick a name from that list")
+            _error_message(
+                "FASTDIFF_BUILD", f"is {requested!r}", f"one of {', '.join(MODES)}", "pick a name from that list"
+            )
         )
     if requested == "none":
         return Decision("none")
@@ -326,7 +330,7 @@ def files_url(environ: Mapping[str, str]) -> str:
     url = environ.get("FASTDIFF_FILES_URL") or ""
     if url and not re.fullmatch(r"https://[^\s()]+", url):
         expected = "an https address under which the files of this commit are served"
-        raise BuildError(_sentence("FASTDIFF_FILES_URL", f"is {url!r}", expected, "correct it, or unset it"))
+        raise BuildError(_error_message("FASTDIFF_FILES_URL", f"is {url!r}", expected, "correct it, or unset it"))
     return f"{url.rstrip('/')}/" if url else ""
 
 
@@ -353,7 +357,9 @@ def readme(url: str) -> str:
 
 def sources(mode: str) -> list[str]:
     """List the sources of the extension, relative to the root, in an order that does not depend on the disk."""
-    patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp"] + (["csrc/cuda/*.cu"] if mode == "cuda" else [])
+    patterns = ["csrc/*.cpp", "csrc/bindings/*.cpp", "csrc/dropin/*.cpp", "csrc/cpu/*.cpp"] + (
+        ["csrc/cuda/*.cu"] if mode == "cuda" else []
+    )
     return [path.relative_to(ROOT).as_posix() for pattern in patterns for path in sorted(ROOT.glob(pattern))]
 
 
@@ -366,7 +372,9 @@ def sanitize_flags(environ: Mapping[str, str]) -> list[str]:
     wanted = environ.get("FASTDIFF_SANITIZE") or "0"
     if wanted not in ("0", "1"):
         raise BuildError(
-            _sentence("FASTDIFF_SANITIZE", f"is {wanted!r}", "0 or 1", "set 1 to build with sanitizers, or unset it")
+            _error_message(
+                "FASTDIFF_SANITIZE", f"is {wanted!r}", "0 or 1", "set 1 to build with sanitizers, or unset it"
+            )
         )
     return SANITIZE_FLAGS if wanted == "1" else []
 
@@ -396,7 +404,7 @@ def extension(mode: str, facts: Facts, sanitize: list[str]) -> tuple[Extension, 
                 super().build_extensions()
             except Exception as error:
                 raise CompileError(
-                    _sentence(
+                    _error_message(
                         f"the {mode} build of fastdiff._C",
                         f"failed ({error})",
                         "every source to compile and link",

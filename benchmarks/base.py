@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import fastdiff
-from fastdiff.errors import sentence
+from fastdiff.errors import error_message
 
 from .cases import Case
 from .measure import quantiles, ratios
@@ -127,7 +127,7 @@ class Worker:
         if not line:
             code = self._process.wait()
             raise RuntimeError(
-                sentence(
+                error_message(
                     "bench",
                     "--base",
                     f"started a process that ended with status {code}",
@@ -163,7 +163,7 @@ def checkout() -> Path:
     top = _git(root, "rev-parse", "--show-toplevel") if (root / "setup.py").is_file() else None
     if top is None or top.returncode != 0 or Path(top.stdout.strip()).resolve() != root:
         raise RuntimeError(
-            sentence(
+            error_message(
                 "bench",
                 "--base",
                 f"was given while fastdiff is imported from {root}",
@@ -183,7 +183,9 @@ def resolve(root: Path, revision: str) -> str:
     done = _git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
     if done.returncode != 0:
         raise ValueError(
-            sentence("bench", "--base", f"is {revision!r}", "a commit, branch or tag of this checkout", "see git log")
+            error_message(
+                "bench", "--base", f"is {revision!r}", "a commit, branch or tag of this checkout", "see git log"
+            )
         )
     return done.stdout.strip()
 
@@ -195,7 +197,7 @@ def checked_out(root: Path, commit: str, folder: Path) -> Iterator[Path]:
     done = _git(root, "worktree", "add", "--detach", str(tree), commit)
     if done.returncode != 0:
         raise RuntimeError(
-            sentence("bench", "--base", f"cannot be checked out ({done.stderr.strip()})", "room for a worktree",
+            error_message("bench", "--base", f"cannot be checked out ({done.stderr.strip()})", "room for a worktree",
                      "read git's message")
         )  # fmt: skip
     try:
@@ -221,7 +223,9 @@ def build(tree: Path) -> None:
     if done.returncode != 0:
         last = "\n".join((done.stdout + done.stderr).splitlines()[-20:])
         raise RuntimeError(
-            sentence("bench", "--base", "does not build", "a commit that compiles here", f"read its messages:\n{last}")
+            error_message(
+                "bench", "--base", "does not build", "a commit that compiles here", f"read its messages:\n{last}"
+            )
         )
 
 
@@ -230,5 +234,5 @@ def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise RuntimeError(
-            sentence("bench", "--base", "needs git", "git on PATH", "install it, or leave --base away")
+            error_message("bench", "--base", "needs git", "git on PATH", "install it, or leave --base away")
         ) from error

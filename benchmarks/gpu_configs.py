@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.command import CommandParser, run_command
-from fastdiff.errors import sentence
+from fastdiff.errors import error_message
 from fastdiff.files import check_writable, write_whole
 from fastdiff.ops import backends
 from fastdiff.row_layout import PREV_SAMPLE, ROW_WIDTH, compute_dtype
@@ -125,7 +125,7 @@ def work_of(case: Case, device: torch.device) -> Callable[[], Tensor]:
         table[0, PREV_SAMPLE + 7] = 0.25
         drawn = {"seeds": seeds, "noise_step": 1}
     return lambda: ops.step(
-        x, c, table, 0, uncond=u, guidance=guidance, out=(out,), backend=case.backend, **drawn
+        x, c, table, 0, uncond=u, guidance_scale=guidance, out=(out,), backend=case.backend, **drawn
     )[0]  # fmt: skip
 
 
@@ -183,7 +183,7 @@ def measure(case: Case, device: torch.device, rounds: int, rehearse: bool) -> li
             expected = result if expected is None else expected
             if not torch.equal(result.view(torch.uint8), expected.view(torch.uint8)):
                 raise RuntimeError(
-                    sentence(
+                    error_message(
                         "gpu_configs",
                         f"{case.kind} of {case.backend} with {candidate}",
                         "has other bits than with the default",
@@ -277,7 +277,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     if not options.rehearse and not torch.cuda.is_available():
         raise RuntimeError(
-            sentence("gpu_configs", "the GPU", "is missing", "one that torch finds", "run it there, or pass --rehearse")
+            error_message(
+                "gpu_configs", "the GPU", "is missing", "one that torch finds", "run it there, or pass --rehearse"
+            )
         )
     device = torch.device("cpu" if options.rehearse else "cuda")
     shapes = TINY if options.rehearse else {name: SHAPES[name] for name in options.shapes}

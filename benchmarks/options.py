@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff.command import CommandParser
-from fastdiff.errors import sentence, unknown_name
+from fastdiff.errors import error_message, unknown_name
 from fastdiff.files import check_writable
 
 from .cases import DTYPES, OPS, SHAPES, Case
@@ -91,21 +91,21 @@ def _check(options: argparse.Namespace) -> None:
     for threads in options.threads:
         if not 1 <= threads <= cores:
             raise ValueError(
-                sentence("bench", "--threads", f"is {threads}", f"1 to {cores}, the cores here", "ask for no more")
+                error_message("bench", "--threads", f"is {threads}", f"1 to {cores}, the cores here", "ask for no more")
             )
     for name, least in (("rounds", 1), ("processes", 1)):
         value = getattr(options, name)
         if value < least:
-            raise ValueError(sentence("bench", f"--{name}", f"is {value}", f"{least} or more", f"raise --{name}"))
+            raise ValueError(error_message("bench", f"--{name}", f"is {value}", f"{least} or more", f"raise --{name}"))
     if not options.seconds > 0:
-        raise ValueError(sentence("bench", "--seconds", f"is {options.seconds}", "more than 0", "raise --seconds"))
+        raise ValueError(error_message("bench", "--seconds", f"is {options.seconds}", "more than 0", "raise --seconds"))
     for name in ("json", "plot"):
         path = getattr(options, name)
         if path is not None:
             check_writable(path, operation="bench", argument=f"--{name}")
     if options.plot is not None and options.plot.suffix.lower() not in PLOT_ENDINGS:
         expected = f"one that ends in {' or '.join(PLOT_ENDINGS)}"
-        raise ValueError(sentence("bench", "--plot", f"is {str(options.plot)!r}", expected, "choose such a file"))
+        raise ValueError(error_message("bench", "--plot", f"is {str(options.plot)!r}", expected, "choose such a file"))
 
 
 def _known(argument: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -119,7 +119,7 @@ def _shape(text: str) -> tuple[int, ...]:
         return SHAPES[text]
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", text):
         raise ValueError(
-            sentence(
+            error_message(
                 "bench", "--shapes", f"is {text!r}", f"{', '.join(SHAPES)}, or sizes such as 2x4x32x32", "write it so"
             )
         )

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 import fastdiff
-from fastdiff.errors import sentence
+from fastdiff.errors import error_message
 
 STEPS = 100_000
 #: How far a resident set may grow after the first tenth of the steps, in MiB.
@@ -222,7 +222,9 @@ def memory() -> Memory:
         trim, statm = ctypes.CDLL(None).malloc_trim, Path("/proc/self/statm").read_text()
     except (OSError, AttributeError) as error:
         remedy = "run it on Linux with glibc, which returns free memory when it is asked to"
-        raise RuntimeError(sentence("soak", "system", f"has no {error}", "malloc_trim and /proc", remedy)) from error
+        raise RuntimeError(
+            error_message("soak", "system", f"has no {error}", "malloc_trim and /proc", remedy)
+        ) from error
     for _ in range(3):  # what one collection frees may hold what the next one does
         gc.collect()
     trim(0)

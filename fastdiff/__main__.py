@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 
 from .command import REFUSED, run_command
-from .errors import require, sentence
+from .errors import error_message, require
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def _run() -> int | None:
         context = getattr(error, "ctx", None)
         name, path = ("fastdiff", "fastdiff") if context is None else (context.info_name, context.command_path)
         got = f"is wrong ({error.format_message().rstrip('.')})"
-        raise ValueError(sentence(name, "the command line", got, "known options", f"see {path} --help")) from error
+        raise ValueError(error_message(name, "the command line", got, "known options", f"see {path} --help")) from error
     return code
 
 

@@ -15,7 +15,7 @@ import torch
 import typer
 
 from . import __version__, ops
-from .errors import require, sentence, unknown_name
+from .errors import error_message, require, unknown_name
 from .noise.torch_normals import why_by_torch
 from .ops import randn
 from .ops.fallback import why_reference
@@ -48,11 +48,13 @@ def parse_classes(text: str, count: int) -> list[int]:
         first, last = (0, -1) if found is None else (int(found[1]), int(found[2] or found[1]))
         if last < first:
             raise ValueError(
-                sentence("sample", "--classes", f"is {text!r}", "labels and ranges such as 0-9 or 1,4", "write it so")
+                error_message(
+                    "sample", "--classes", f"is {text!r}", "labels and ranges such as 0-9 or 1,4", "write it so"
+                )
             )
         if last >= count:
             raise ValueError(
-                sentence("sample", "--classes", f"asks for {last}", f"0 to {count - 1}", "stay within the classes")
+                error_message("sample", "--classes", f"asks for {last}", f"0 to {count - 1}", "stay within the classes")
             )
         labels += range(first, last + 1)
     return list(dict.fromkeys(labels))
@@ -69,9 +71,14 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         why = str(error).partition("\n")[0].rstrip(".")
         raise ValueError(
-            sentence("sample", "--device", f"is {device!r}, which torch cannot use ({why})", "cpu or a device that "
-                     "this machine and this torch have", "pass --device cpu, or install a torch for that device")
-        ) from error  # fmt: skip
+            error_message(
+                "sample",
+                "--device",
+                f"is {device!r}, which torch cannot use ({why})",
+                "cpu or a device that this machine and this torch have",
+                "pass --device cpu, or install a torch for that device",
+            )
+        ) from error
 
 
 def sampler_fields(name: str) -> dict[str, Any]:
@@ -129,7 +136,7 @@ def bench(context: typer.Context) -> None:
         if error.name is None or not error.name.startswith("fastdiff.benchmarks"):
             raise
         raise RuntimeError(
-            sentence(
+            error_message(
                 "bench",
                 "fastdiff.benchmarks",
                 "cannot be imported",
@@ -160,9 +167,11 @@ def draw_digits(
     # All that can be refused is refused here, before anything is drawn.
     labels = parse_classes(classes, NUM_CLASSES)
     if not 1 <= n <= MOST_IMAGES:
-        raise ValueError(sentence("sample", "--n", f"is {n}", f"1 to {MOST_IMAGES}", "ask for as many, or call twice"))
+        raise ValueError(
+            error_message("sample", "--n", f"is {n}", f"1 to {MOST_IMAGES}", "ask for as many, or call twice")
+        )
     if not 0 <= seed < 2**32:
-        raise ValueError(sentence("sample", "--seed", f"is {seed}", f"0 to {2**32 - 1}", "stay in that range"))
+        raise ValueError(error_message("sample", "--seed", f"is {seed}", f"0 to {2**32 - 1}", "stay in that range"))
     scheduler = create_noise_scheduler("cosine", timestep_spacing="trailing")
     engine = create_sampler(scheduler, **sampling, prediction_type="v_prediction", guidance_scale=guidance_scale)
     # Rows of one class: each class its share, the first ones one more where n does not divide.

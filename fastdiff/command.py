@@ -20,7 +20,7 @@ from typing import NoReturn
 
 import torch
 
-from .errors import sentence
+from .errors import error_message
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
@@ -31,7 +31,7 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         operation = self.prog.split()[-1].rpartition(".")[2]
         got = f"is wrong ({message})"
-        raise ValueError(sentence(operation, "the command line", got, "known options", f"see {self.prog} --help"))
+        raise ValueError(error_message(operation, "the command line", got, "known options", f"see {self.prog} --help"))
 
 
 def run_command(program: str, command: Callable[[], int | None]) -> int:

@@ -40,12 +40,6 @@ def renamed_fields(**renamed: str) -> Callable[[type[T]], type[T]]:
     return decorate
 
 
-def renamed_argument(old: str, new: str, value: T) -> T:
-    """Return the value of an argument that was given by its former name."""
-    _warn(old, new, stacklevel=4)
-    return value
-
-
 def _warn(old: str, new: str, stacklevel: int = 3) -> None:
     """Warn about the line that uses the old name, `stacklevel` frames above."""
     warnings.warn(f"{old} is now {new}; the old name goes with the next release", DeprecationWarning, stacklevel)

@@ -11,16 +11,17 @@ from __future__ import annotations
 import importlib
 import math
 import operator
+import warnings
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from numbers import Real
 from types import ModuleType
 from typing import Any, TypeVar
 
-EnumT = TypeVar("EnumT", bound=Enum)
+_Choice = TypeVar("_Choice", bound=Enum)
 
 
-def sentence(operation: str, argument: str, got: str, expected: str, remedy: str) -> str:
+def error_message(operation: str, argument: str, got: str, expected: str, remedy: str) -> str:
     """Compose the message of a refusal.
 
     Args:
@@ -36,13 +37,15 @@ def sentence(operation: str, argument: str, got: str, expected: str, remedy: str
 def unknown_name(operation: str, argument: str, got: object, known: Iterable[str]) -> ValueError:
     """Refuse a name that is not in a list, showing the list."""
     names = ", ".join(sorted(known))
-    return ValueError(sentence(operation, argument, f"is {got!r}", f"one of {names}", "pick a name from that list"))
+    return ValueError(
+        error_message(operation, argument, f"is {got!r}", f"one of {names}", "pick a name from that list")
+    )
 
 
-def parse_enum(
-    kind: type[EnumT], value: object, operation: str, argument: str, aliases: Mapping[str, str] | None = None
-) -> EnumT:
-    """Return the member of an enumeration that is `value` or has that value; `aliases` gives values by other names.
+def parse_choice(
+    kind: type[_Choice], operation: str, argument: str, value: object, aliases: Mapping[str, str] | None = None
+) -> _Choice:
+    """Return the member of an enumeration that has a value, or is it; `aliases` gives values by other names.
 
     Raises:
         ValueError: there is no such member; the message lists the values and the aliases.
@@ -66,7 +69,7 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
     except ImportError as error:
         package = module.partition(".")[0]
         raise ImportError(
-            sentence(
+            error_message(
                 purpose,
                 f"the package {package!r}",
                 f"cannot be imported ({error})",
@@ -93,12 +96,16 @@ def checked_integer(operation: str, argument: str, value: object, minimum: int) 
     expected = f"an integer of at least {minimum}"
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(
-            sentence(operation, argument, f"has type {type(value).__name__}", expected, f"pass {argument} as an int")
+            error_message(
+                operation, argument, f"has type {type(value).__name__}", expected, f"pass {argument} as an int"
+            )
         )
     number = operator.index(value)
     if number < minimum:
         raise ValueError(
-            sentence(operation, argument, f"is {shown(number)}", expected, f"raise {argument} to {minimum} or more")
+            error_message(
+                operation, argument, f"is {shown(number)}", expected, f"raise {argument} to {minimum} or more"
+            )
         )
     return number
 
@@ -112,13 +119,15 @@ def as_float(operation: str, argument: str, value: object, expected: str = "a nu
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(
-            sentence(operation, argument, f"has type {type(value).__name__}", expected, f"pass {argument} as a float")
+            error_message(
+                operation, argument, f"has type {type(value).__name__}", expected, f"pass {argument} as a float"
+            )
         )
     try:
         return float(value)
     except OverflowError:
         got = f"is {shown(value)}, beyond the range of a float"
-        raise ValueError(sentence(operation, argument, got, expected, f"pass {argument} in that range")) from None
+        raise ValueError(error_message(operation, argument, got, expected, f"pass {argument} in that range")) from None
 
 
 def checked_float(operation: str, argument: str, value: object, minimum: float, *, strict: bool = False) -> float:
@@ -132,7 +141,9 @@ def checked_float(operation: str, argument: str, value: object, minimum: float, 
     expected = f"a finite number{bound}"
     number = as_float(operation, argument, value, expected)
     if not math.isfinite(number) or number < minimum or (strict and number == minimum):
-        raise ValueError(sentence(operation, argument, f"is {number!r}", expected, f"pass {argument} in that range"))
+        raise ValueError(
+            error_message(operation, argument, f"is {number!r}", expected, f"pass {argument} in that range")
+        )
     return number
 
 
@@ -144,7 +155,7 @@ def checked_bool(operation: str, argument: str, value: object) -> bool:
     """
     if not isinstance(value, bool):
         got, remedy = f"has type {type(value).__name__}", f"pass {argument}=True or {argument}=False"
-        raise TypeError(sentence(operation, argument, got, "a bool", remedy))
+        raise TypeError(error_message(operation, argument, got, "a bool", remedy))
     return value
 
 
@@ -155,7 +166,7 @@ def checked_callable(operation: str, argument: str, value: object, expected: str
         TypeError: it is not callable.
     """
     if not callable(value):
-        raise TypeError(sentence(operation, argument, f"is a {type(value).__name__}", expected, remedy))
+        raise TypeError(error_message(operation, argument, f"is a {type(value).__name__}", expected, remedy))
 
 
 def checked_type(operation: str, argument: str, value: object, kind: type[Any], expected: str, remedy: str) -> None:
@@ -165,4 +176,23 @@ def checked_type(operation: str, argument: str, value: object, kind: type[Any], 
         TypeError: it is not of the type.
     """
     if not isinstance(value, kind):
-        raise TypeError(sentence(operation, argument, f"is a {type(value).__name__}", expected, remedy))
+        raise TypeError(error_message(operation, argument, f"is a {type(value).__name__}", expected, remedy))
+
+
+def renamed(operation: str, old: str, value: Any, new: str, given: Any) -> Any:
+    """Return the value of a renamed argument, with a warning where its former name was used.
+
+    Args:
+        value: what was passed by the former name, or None.
+        given: what was passed by the present name, or None.
+
+    Raises:
+        TypeError: both are given.
+    """
+    if value is None:
+        return given
+    if given is not None:
+        raise TypeError(error_message(operation, old, f"is given beside {new}", "one of the two", f"pass {new}= alone"))
+    message = f"{operation}: {old} is renamed to {new} and will be removed in the next release; pass {new}="
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
+    return value

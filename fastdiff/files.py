@@ -14,7 +14,7 @@ import secrets
 import stat
 from pathlib import Path
 
-from .errors import sentence
+from .errors import error_message
 
 
 def write_whole(path: str | Path, data: bytes, *, operation: str, argument: str = "the file") -> None:
@@ -113,4 +113,4 @@ def _explanation(error: OSError, path: str | Path, operation: str, argument: str
     if errno.errorcode.get(error.errno or 0) in ("ENOSPC", "EDQUOT"):
         remedy = "free some space, or choose a file on another disk"
     got = f"is {str(path)!r}, which cannot be written: {error.strerror or error}"
-    return sentence(operation, argument, got, "a file in a folder that can be written to", remedy)
+    return error_message(operation, argument, got, "a file in a folder that can be written to", remedy)

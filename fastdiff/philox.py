@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .device_copy import to_device
-from .errors import checked_integer, checked_type, sentence, shown
+from .errors import checked_integer, checked_type, error_message, shown
 
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
@@ -65,7 +65,7 @@ def purpose_of_draw(draw: int, purpose: int = Purpose.STEP) -> int:
     """
     for name, value in (("draw", draw), ("purpose", purpose)):
         if not 0 <= value < 2**16:
-            raise ValueError(sentence("purpose_of_draw", name, f"is {value}", "0 to 65535", "stay in that range"))
+            raise ValueError(error_message("purpose_of_draw", name, f"is {value}", "0 to 65535", "stay in that range"))
     return draw << 16 | purpose
 
 
@@ -181,11 +181,13 @@ def as_seeds(seeds: int | Sequence[int] | Tensor, batch: int, device: torch.devi
     if isinstance(seeds, Tensor):
         if seeds.dtype != torch.int64:
             raise TypeError(
-                sentence("randn", "seeds", f"has dtype {seeds.dtype}", "int64", "make it with torch.tensor([...])")
+                error_message("randn", "seeds", f"has dtype {seeds.dtype}", "int64", "make it with torch.tensor([...])")
             )
         if list(seeds.shape) != [batch]:
             raise ValueError(
-                sentence("randn", "seeds", f"has shape {list(seeds.shape)}", f"[{batch}]", "give one seed a sample")
+                error_message(
+                    "randn", "seeds", f"has shape {list(seeds.shape)}", f"[{batch}]", "give one seed a sample"
+                )
             )
         return to_device(seeds, device).contiguous().resolve_neg()
     if not isinstance(seeds, int):
@@ -193,14 +195,16 @@ def as_seeds(seeds: int | Sequence[int] | Tensor, batch: int, device: torch.devi
     listed = [seeds] if isinstance(seeds, int) else list(seeds)
     for seed in listed:
         if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(sentence("randn", "seeds", f"holds a {type(seed).__name__}", "ints", "pass whole numbers"))
+            raise TypeError(
+                error_message("randn", "seeds", f"holds a {type(seed).__name__}", "ints", "pass whole numbers")
+            )
         if not 0 <= seed < 2**64:
             raise ValueError(
-                sentence("randn", "seeds", f"holds {shown(seed)}", "0 to 2**64 - 1", "take it modulo 2**64")
+                error_message("randn", "seeds", f"holds {shown(seed)}", "0 to 2**64 - 1", "take it modulo 2**64")
             )
     if len(listed) != batch:
         raise ValueError(
-            sentence(
+            error_message(
                 "randn",
                 "seeds",
                 f"holds {len(listed)}",
@@ -226,5 +230,5 @@ def spawn_seeds(seed: int, count: int) -> list[int]:
     for name, value, end in (("seed", seed, 2**32), ("count", count, 2**32 + 1)):
         if not checked_integer("spawn_seeds", name, value, 0) < end:
             got = f"is {shown(value)}"
-            raise ValueError(sentence("spawn_seeds", name, got, f"0 to {end - 1}", "stay in that range"))
+            raise ValueError(error_message("spawn_seeds", name, got, f"0 to {end - 1}", "stay in that range"))
     return [i << 32 | seed for i in range(count)]

@@ -101,7 +101,7 @@ def check_gradients() -> None:
     x, m, u = (normal(seed, (2, 5), torch.float64).requires_grad_() for seed in (3, 4, 5))
     for backend in backends():
         torch.autograd.gradcheck(
-            lambda x, m, u, backend=backend: ops.step(x, m, table, 0, uncond=u, guidance=2.5, backend=backend)[0],
+            lambda x, m, u, backend=backend: ops.step(x, m, table, 0, uncond=u, guidance_scale=2.5, backend=backend)[0],
             (x, m, u),
         )
     x, m = normal(6, (4, 2, 5)), normal(7, (4, 2, 5))
@@ -124,7 +124,7 @@ def check_compile() -> None:
     table = sampler.table.coefficients_as(torch.float32)
 
     def step(x: Tensor, m: Tensor, h: Tensor) -> tuple[Tensor, ...]:
-        return ops.step(x * 2, m, table, 1, uncond=x, guidance=2.5, history=[h], keeps=1)
+        return ops.step(x * 2, m, table, 1, uncond=x, guidance_scale=2.5, history=[h], keeps=1)
 
     def by_tensor(x: Tensor, m: Tensor, row: Tensor, out: Tensor, model_input: Tensor) -> Tensor:
         seeds = torch.tensor([1, 2])
@@ -178,7 +178,9 @@ class Loop(torch.nn.Module):
         from fastdiff import ops
 
         for row in range(3):
-            (x,) = ops.step(x, self.model(x), self.table, row, uncond=x, guidance=3.5, seeds=seeds, noise_step=row)
+            (x,) = ops.step(
+                x, self.model(x), self.table, row, uncond=x, guidance_scale=3.5, seeds=seeds, noise_step=row
+            )
         return x
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastdiff.command import CommandParser, run_command
-from fastdiff.errors import sentence
+from fastdiff.errors import error_message
 
 from . import machine, noise, results, table, verdict
 
@@ -62,11 +62,13 @@ def _check(options: argparse.Namespace) -> None:
     if options.command == "table":
         return
     if not options.rehearse and not torch.cuda.is_available():
-        raise RuntimeError(sentence("gpu", "torch", "finds no CUDA device", "a GPU", "run there, or pass --rehearse"))
+        raise RuntimeError(
+            error_message("gpu", "torch", "finds no CUDA device", "a GPU", "run there, or pass --rehearse")
+        )
     for name in ("rounds", "seconds"):
         value = getattr(options, name, None)
         if value is not None and not value > 0:
-            raise ValueError(sentence("gpu", f"--{name}", f"is {value}", "more than 0", f"raise --{name}"))
+            raise ValueError(error_message("gpu", f"--{name}", f"is {value}", "more than 0", f"raise --{name}"))
     options.device = "cpu" if options.rehearse else "cuda"
     if options.json is None:
         folder = ROOT / "build" / "gpu" if options.rehearse else ROOT / "benchmarks" / "results"

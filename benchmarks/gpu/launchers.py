@@ -13,7 +13,7 @@ from fastdiff.ops import backends
 from .clock import Unit
 
 #: By the names of the results' columns; what users get without asking comes first.
-NAMES = ("C++ op", "Triton, held", "Triton, JIT")
+NAMES = ("C++ op", "Triton, cached", "Triton, JIT")
 
 
 class Launcher(NamedTuple):
@@ -47,21 +47,21 @@ class Launcher(NamedTuple):
 def launchers(device: str) -> dict[str, Launcher]:
     """Each of `NAMES`."""
     triton = backends.why_missing("triton")
-    holder, not_held = _holder()
+    cache, not_cached = _cache()
     return {
         "C++ op": Launcher(None, backends.why_missing("cuda" if device == "cuda" else "cpu")),
-        "Triton, held": Launcher("triton", triton or not_held),
+        "Triton, cached": Launcher("triton", triton or not_cached),
         # Where kernels can be held, the JIT has to be asked for.
-        "Triton, JIT": Launcher("triton", triton, contextlib.nullcontext if holder is None else holder.through_jit),
+        "Triton, JIT": Launcher("triton", triton, contextlib.nullcontext if cache is None else cache.through_jit),
     }
 
 
-def _holder() -> tuple[Any, str]:
-    """The module that holds compiled kernels, and why it does not hold them here."""
+def _cache() -> tuple[Any, str]:
+    """Return the module that caches compiled kernels, and why it does not cache them here."""
     try:
         module = importlib.import_module("fastdiff.kernels.launch")
     except ImportError as error:
-        return None, f"nothing holds compiled kernels ({error})"
+        return None, f"nothing caches compiled kernels ({error})"
     if backends._triton_interprets():
         return module, "the interpreter compiles nothing that could be held"
     return module, str(module.why_through_jit())

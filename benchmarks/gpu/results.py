@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastdiff.errors import sentence
+from fastdiff.errors import error_message
 from fastdiff.files import write_whole
 
 SCHEMA = 1
@@ -49,4 +49,6 @@ def store(path: Path, rehearsal: bool, **sections: Any) -> dict[str, Any]:
 
 def _refusal(path: Path, got: str) -> ValueError:
     remedy = "name another file with --json, or move this one away"
-    return ValueError(sentence("gpu", str(path), got, f"a report of schema {SCHEMA} of the same kind of run", remedy))
+    return ValueError(
+        error_message("gpu", str(path), got, f"a report of schema {SCHEMA} of the same kind of run", remedy)
+    )

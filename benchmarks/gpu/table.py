@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastdiff.errors import sentence
+from fastdiff.errors import error_message
 from fastdiff.files import write_whole
 
 from .launchers import NAMES
@@ -24,10 +24,14 @@ def markdown(report: dict[str, Any]) -> str:
     """
     if report.get("rehearsal", True):
         raise ValueError(
-            sentence("table", "the report", "is a rehearsal's", "a run on a GPU", "run `make gpu` where there is one")
+            error_message(
+                "table", "the report", "is a rehearsal's", "a run on a GPU", "run `make gpu` where there is one"
+            )
         )
     if not report.get("cases"):
-        raise ValueError(sentence("table", "the report", "holds no case", "a run's", "run `make gpu STAGES=bench`"))
+        raise ValueError(
+            error_message("table", "the report", "holds no case", "a run's", "run `make gpu STAGES=bench`")
+        )
     return "\n\n".join(
         [_machine(report), _verdict(report), _times(report), _counts(report), _pieces(report), _rest(report)]
     )
@@ -43,7 +47,9 @@ def write(report: dict[str, Any], document: Path) -> None:
     begin, end = text.find(BEGIN), text.find(END)
     if not 0 <= begin < end:
         raise ValueError(
-            sentence("table", str(document), "lacks the marks", f"{BEGIN} before {END}", "put both where it belongs")
+            error_message(
+                "table", str(document), "lacks the marks", f"{BEGIN} before {END}", "put both where it belongs"
+            )
         )
     made = markdown(report)
     written = f"{text[: begin + len(BEGIN)]}\n{made}\n{text[end:]}"

@@ -172,7 +172,16 @@ def _one_step(
 ) -> Tensor:
     step = 0 if seeds is None else row
     return ops.step_rows(
-        sample, cond, table, row, registers, uncond=uncond, guidance=scale, seeds=seeds, noise_step=step, out=sample
+        sample,
+        cond,
+        table,
+        row,
+        registers,
+        uncond=uncond,
+        guidance_scale=scale,
+        seeds=seeds,
+        noise_step=step,
+        out=sample,
     )
 
 

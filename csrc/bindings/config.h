@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
-// The binding of the CUDA kernels' configurations, for the benchmark that sweeps them. Nothing of the library calls it.
+// The binding of the CUDA kernels' configurations, for the benchmark that sweeps them. The library does not call it.
 //
-// Python's C interface alone: a refusal is Python's error from the start and no C++ exception, which would have to find
-// its way through pybind11's handlers, shared with every other extension of the process and the library it was built
-// with (seen to end a process where g++ was not the one of torch's build).
+// It uses Python's C API alone: errors are set directly, without C++ exceptions, which pybind11's handlers translate;
+// those are shared with every other extension of the process (a process ended there where g++ was not the one of
+// torch's build).
 #pragma once
 
 #include <Python.h>
@@ -20,7 +20,7 @@ inline PyObject* cuda_config_as_dict(PyObject*, PyObject* device) {
                          "sum", config.sum, "select", config.select);
 }
 
-// None puts the table's choice back.
+// None restores the table's choice.
 inline PyObject* take_cuda_config(PyObject*, PyObject* sizes) {
     if (sizes == Py_None) {
         (void)set_cuda_config(nullptr);
@@ -43,7 +43,7 @@ inline PyObject* take_cuda_config(PyObject*, PyObject* sizes) {
     Py_RETURN_NONE;
 }
 
-// False with Python's error where the functions could not be added.
+// Returns false, with a Python error set, where the functions could not be added.
 inline bool define_config(PyObject* module) {
     static PyMethodDef methods[] = {
         {"_cuda_config", &cuda_config_as_dict, METH_O,

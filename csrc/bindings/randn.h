@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The binding of normal numbers on their own.
+// The binding of seeded normal numbers.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -13,16 +13,16 @@
 
 namespace fastdiff::bindings {
 
-// Fills a contiguous tensor [batch, ...]; fastdiff/ops/random.py has checked the arguments and made them plain.
+// Fill a contiguous tensor [batch, ...]; fastdiff/ops/random.py has checked the arguments.
 inline void randn(const at::Tensor& out, const at::Tensor& seeds, const std::optional<at::Tensor>& steps, int64_t step,
                   int64_t purpose, int64_t stream) {
     const int64_t batch = seeds.numel();
-    TORCH_CHECK(
-        dtype_of(out.scalar_type()).has_value() && served(out) && ordinary(out) && out.is_contiguous() && reached(out),
-        "randn: out has to be a contiguous floating-point tensor on a device that the extension serves");
+    TORCH_CHECK(dtype_of(out.scalar_type()).has_value() && on_served_device(out) && is_plain_eager(out) &&
+                    out.is_contiguous() && storage_covers(out),
+                "randn: out has to be a contiguous floating-point tensor on a device that the extension serves");
     for (const at::Tensor* tensor : {&seeds, steps.has_value() ? &*steps : &seeds})
-        TORCH_CHECK(ordinary(*tensor) && tensor->scalar_type() == at::kLong && tensor->is_contiguous() &&
-                        reached(*tensor) && tensor->device() == out.device(),
+        TORCH_CHECK(is_plain_eager(*tensor) && tensor->scalar_type() == at::kLong && tensor->is_contiguous() &&
+                        storage_covers(*tensor) && tensor->device() == out.device(),
                     "randn: seeds and steps have to be contiguous int64 tensors on the device of out");
     const int64_t steps_given = steps.has_value() ? steps->numel() : 1;
     TORCH_CHECK(batch > 0 && out.numel() > 0 && out.numel() % batch == 0 && (steps_given == 1 || steps_given == batch),

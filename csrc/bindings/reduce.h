@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The bindings of the reductions. Like the step's they run what they find plain and return None for the rest, for
-// fastdiff/ops/reductions.py to explain or to lay out.
+// The bindings of the reductions. They run calls whose samples are blocks of memory and return None for any other,
+// which fastdiff/ops/reductions.py checks and copies.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -17,20 +17,21 @@
 
 namespace fastdiff::bindings {
 
-// Elements up to which one thread works alone, and of a thread's share.
+// Elements up to which one thread works alone, and of one thread's share.
 constexpr int64_t kReduceGrain = 65536;
 
-// Whether each sample of x is one block of memory, the samples one after another.
+// Return whether each sample of x is one block of memory, the samples one after another.
 inline bool samples_are_blocks(const at::Tensor& x) {
-    return ordinary(x) && served(x) && x.dim() > 0 && x.numel() > 0 && reached(x) && x.is_non_overlapping_and_dense() &&
-           dtype_of(x.scalar_type()).has_value() && (x.size(0) == 1 || x.stride(0) * x.size(0) >= x.numel());
+    return is_plain_eager(x) && on_served_device(x) && x.dim() > 0 && x.numel() > 0 && storage_covers(x) &&
+           x.is_non_overlapping_and_dense() && dtype_of(x.scalar_type()).has_value() &&
+           (x.size(0) == 1 || x.stride(0) * x.size(0) >= x.numel());
 }
 
-inline at::Tensor one_a_sample(const at::Tensor& x) {
+inline at::Tensor one_per_sample(const at::Tensor& x) {
     return at::empty({x.size(0)}, x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
 }
 
-// Runs `work(begin, end)` over `count` items of `elements` each: here if there are few, else on torch's threads.
+// Run `work(begin, end)` over `count` items of `elements` each: on this thread if there are few, else on torch's.
 template <typename Work>
 void share(int64_t count, int64_t elements, Work work) {
     if (count * elements <= kReduceGrain) return work(0, count);
@@ -43,7 +44,7 @@ inline py::object sum(int64_t kind, const at::Tensor& x, const std::optional<at:
     if (kind < 0 || kind > static_cast<int64_t>(Sum::kDot) ||
         y.has_value() != (kind == static_cast<int64_t>(Sum::kDot)))
         return py::none();
-    if (y.has_value() && (!ordinary(*y) || !reached(*y) || y->scalar_type() != x.scalar_type() ||
+    if (y.has_value() && (!is_plain_eager(*y) || !storage_covers(*y) || y->scalar_type() != x.scalar_type() ||
                           y->device() != x.device() || y->sizes() != x.sizes() || y->strides() != x.strides()))
         return py::none();
     SumArgs args{};
@@ -54,11 +55,11 @@ inline py::object sum(int64_t kind, const at::Tensor& x, const std::optional<at:
     args.x = x.const_data_ptr();
     args.y = y.has_value() ? y->const_data_ptr() : nullptr;
     args.correction = correction;
-    const at::Tensor out = one_a_sample(x);
+    const at::Tensor out = one_per_sample(x);
     args.out = out.data_ptr();
     const int64_t blocks = blocks_of(args.inner), parts = args.batch * blocks * parts_of(args.kind);
     if (x.is_cpu()) {
-        // A small call's partials lie on the stack.
+        // A small call's partials are on the stack.
         std::array<double, 192> few;
         std::unique_ptr<double[]> many;
         if (parts > static_cast<int64_t>(few.size())) many.reset(new double[parts]);
@@ -88,8 +89,8 @@ inline py::object sum(int64_t kind, const at::Tensor& x, const std::optional<at:
 #endif
 }
 
-// One sample in `chunks` runs of elements, each counted and copied out by whoever takes it: counts are integers, so
-// the answer does not depend on the cut.
+// Select in one sample, in `chunks` runs of elements that threads count and copy out: counts are integers, so the
+// result does not depend on the chunks.
 inline void select_sample(const SelectArgs& args, const char* x, int64_t chunks, void* out) {
     const int64_t size = args.dtype == DType::kFloat64 ? 8 : args.dtype == DType::kFloat32 ? 4 : 2;
     const int64_t length = (args.inner + chunks - 1) / chunks;
@@ -123,7 +124,7 @@ inline void select_sample(const SelectArgs& args, const char* x, int64_t chunks,
     int first = 0, last = 0;
     int64_t rank = args.low;
     cpu_build.find_rank(total, &rank, args.weight > 0 ? 1 : 0, &first, &last);
-    // Where each run's keys go: the digits between the two are nobody's.
+    // Where each run's keys go; no key has a digit between the two.
     std::vector<int64_t> starts(chunks + 1, 0);
     for (int64_t c = 0; c < chunks; ++c) {
         starts[c + 1] = starts[c] + counts[c * kDigits + first];
@@ -138,7 +139,7 @@ inline void select_sample(const SelectArgs& args, const char* x, int64_t chunks,
     cpu_build.finish_keys(args, keys.get(), starts[chunks], rank, out);
 }
 
-// The element of rank `low` of each sample, and `weight` of the way to the next one.
+// Return the element of rank `low` of each sample, and `weight` of the way to the next one.
 inline py::object quantile(const at::Tensor& x, int64_t low, double weight, bool absolute, int64_t stream) {
     if (!samples_are_blocks(x)) return py::none();
     SelectArgs args{};
@@ -150,7 +151,7 @@ inline py::object quantile(const at::Tensor& x, int64_t low, double weight, bool
     args.absolute = absolute;
     args.dtype = *dtype_of(x.scalar_type());
     args.x = x.const_data_ptr();
-    const at::Tensor out = one_a_sample(x);
+    const at::Tensor out = one_per_sample(x);
     args.out = out.data_ptr();
     if (x.is_cpu()) {
         const auto sample = [&](int64_t b, int64_t chunks) {
@@ -187,9 +188,9 @@ inline py::object quantile(const at::Tensor& x, int64_t low, double weight, bool
 
 inline void define_reductions(py::module_& m) {
     m.def("sum", torch::wrap_pybind_function(sum),
-          "mean (0), std (1), norm (2) and dot (3) a sample; None where the tensors are not plain.");
+          "mean (0), std (1), norm (2) and dot (3) a sample; None where samples are no blocks of memory.");
     m.def("quantile", torch::wrap_pybind_function(quantile),
-          "An interpolated order statistic a sample; None where x is not plain.");
+          "An interpolated order statistic a sample; None where samples are no blocks of memory.");
 }
 
 }  // namespace fastdiff::bindings

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import require, sentence
+from ..errors import error_message, require
 from ..files import check_writable, write_whole
 
 #: Grey between the tiles of a grid, and how wide it is in pixels of the picture.
@@ -35,7 +35,7 @@ def save_grid(samples: Tensor, path: str | Path, *, columns: int, scale: int = 1
     pillow = _pillow("save_grid")
     if samples.dim() != 4 or samples.shape[1] not in (1, 3) or samples.shape[0] == 0 or columns < 1:
         raise ValueError(
-            sentence(
+            error_message(
                 "save_grid",
                 "samples",
                 f"has shape {list(samples.shape)} for {columns} columns",
@@ -101,7 +101,7 @@ def _encoded(pillow: ModuleType, picture: Any, path: str | Path, operation: str,
     except (ValueError, OSError, KeyError) as error:
         size = f"a picture of {picture.size[0]} by {picture.size[1]} pixels"
         raise ValueError(
-            sentence(
+            error_message(
                 operation,
                 argument,
                 f"is {str(path)!r}, which cannot hold {size} ({error})",

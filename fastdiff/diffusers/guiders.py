@@ -217,7 +217,7 @@ def _extrapolated(cond: Tensor, uncond: Tensor, scale: Weight, rescale: float) -
         return pred
     # From the model's outputs again, and not from `pred`: half types are rounded once.
     factor = rescaling_of(pred, cond, rescale)
-    return _step(cond, cond, [(_OUTPUT, factor)], [], uncond=uncond, guidance=scale, out=pred)[0]
+    return _step(cond, cond, [(_OUTPUT, factor)], [], uncond=uncond, guidance_scale=scale, out=pred)[0]
 
 
 def _rescaled(pred: Tensor, cond: Tensor, rescale: float) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..command import CommandParser, run_command
-from ..errors import require, sentence
+from ..errors import error_message, require
 from ..files import check_writable, write_whole
 from ..schedules import BaseNoiseScheduler, create_noise_scheduler
 from . import data
@@ -224,7 +224,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if not low <= value <= high:  # NaN is refused, too
             option = f"--{name.replace('_', '-')}"
-            raise ValueError(sentence("train", option, f"is {value}", f"{low} to {high}", "stay in that range"))
+            raise ValueError(error_message("train", option, f"is {value}", f"{low} to {high}", "stay in that range"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         got = f"is {str(args.out)!r}, which cannot be made: {error.strerror}"
         raise ValueError(
-            sentence("train", "--out", got, "a folder that can be written to", "choose another")
+            error_message("train", "--out", got, "a folder that can be written to", "choose another")
         ) from error
     for path in (weights, report):  # hours before they are written
         check_writable(path, operation="train", argument="--out")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..errors import require, sentence
+from ..errors import error_message, require
 
 NUM_CLASSES = 10
 NULL_CLASS = 10
@@ -153,20 +153,22 @@ class DigitUNet(nn.Module):
 def _check_inputs(x: Tensor, t: Tensor, labels: Tensor) -> None:
     if x.ndim != 4 or tuple(x.shape[1:]) != IMAGE_SHAPE or not x.is_floating_point():
         got = f"has shape {list(x.shape)} and dtype {x.dtype}"
-        raise ValueError(sentence("DigitUNet", "x", got, "a floating [B, 1, 8, 8]", "pass images in [-1, 1]"))
+        raise ValueError(error_message("DigitUNet", "x", got, "a floating [B, 1, 8, 8]", "pass images in [-1, 1]"))
     if t.ndim > 1 or (t.ndim == 1 and t.shape[0] not in (1, x.shape[0])):
         got = f"has shape {list(t.shape)}"
         expected = f"[] or [{x.shape[0]}]"
-        raise ValueError(sentence("DigitUNet", "t", got, expected, "pass one timestep, or one for each image"))
+        raise ValueError(error_message("DigitUNet", "t", got, expected, "pass one timestep, or one for each image"))
     remedy = f"pass class labels 0..{NUM_CLASSES - 1}, or {NULL_CLASS} for no class"
     if tuple(labels.shape) != (x.shape[0],) or labels.dtype != torch.int64:
         got = f"has shape {list(labels.shape)} and dtype {labels.dtype}"
-        raise ValueError(sentence("DigitUNet", "encoder_hidden_states", got, f"[{x.shape[0]}] torch.int64", remedy))
+        raise ValueError(
+            error_message("DigitUNet", "encoder_hidden_states", got, f"[{x.shape[0]}] torch.int64", remedy)
+        )
     if labels.device.type == "cpu" and labels.numel() > 0:
         low, high = (int(bound) for bound in torch.aminmax(labels))
         if low < 0 or high > NULL_CLASS:
             got = f"holds {low if low < 0 else high}"
-            raise ValueError(sentence("DigitUNet", "encoder_hidden_states", got, f"0..{NULL_CLASS}", remedy))
+            raise ValueError(error_message("DigitUNet", "encoder_hidden_states", got, f"0..{NULL_CLASS}", remedy))
 
 
 def load_digit_unet(path: str | Path | None = None, device: str | torch.device = "cpu") -> DigitUNet:
@@ -183,7 +185,7 @@ def load_digit_unet(path: str | Path | None = None, device: str | torch.device =
     if not file.is_file():
         got = f"is {str(file)!r}, which does not exist"
         remedy = "train one with: python -m fastdiff.digits.train --out DIRECTORY"
-        raise FileNotFoundError(sentence("load_digit_unet", "path", got, "a safetensors file", remedy))
+        raise FileNotFoundError(error_message("load_digit_unet", "path", got, "a safetensors file", remedy))
     safetensors = require("safetensors.torch", "training", "load_digit_unet")
     model = DigitUNet()
     model.load_state_dict(safetensors.load_file(file))

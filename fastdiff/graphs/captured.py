@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import ops
 from ..device_copy import to_device
-from ..errors import sentence
+from ..errors import error_message
 from ..guidance import GuidanceMode, GuidedModel, write_model_input
 from ..ops.fallback import backend_to_run
 from ..ops.thresholding import dynamic_threshold
@@ -154,7 +154,7 @@ class CapturedLoop:
         with self._lock:
             if self._replaying:
                 raise RuntimeError(
-                    sentence(
+                    error_message(
                         "replay",
                         "callback",
                         "replays the loop that calls it",
@@ -266,7 +266,7 @@ class CapturedLoop:
             held = 0 if self._guidance is None else self._guidance.numel()
             if not isinstance(self._captured_scale, Tensor) or list(scale.shape) != [held]:
                 raise ValueError(
-                    sentence(
+                    error_message(
                         "replay",
                         "guidance_scale",
                         f"is a tensor of shape {list(scale.shape)}",
@@ -278,7 +278,7 @@ class CapturedLoop:
         check_guidance_scale("replay", scale)
         if not self.guided and scale != 1.0:
             raise ValueError(
-                sentence(
+                error_message(
                     "replay",
                     "guidance_scale",
                     f"is {scale:g}",
@@ -311,7 +311,7 @@ class CapturedLoop:
         output, uncond, variance = self._model(self._x, timestep, self._prepared)
         if self.mode == "step":  # for callbacks: held, lest the graph put something else there
             self._output = output.clone() if _share_storage(output, self._x, self._prepared) else output
-        guided: dict[str, Any] = {"uncond": uncond, "guidance": self._guidance, "backend": self._backend}
+        guided: dict[str, Any] = {"uncond": uncond, "guidance_scale": self._guidance, "backend": self._backend}
         threshold = None
         if self._prediction_coefficients is not None:
             (x0,) = ops.step(self._x, output, self._prediction_coefficients, self._row_index, **guided)
@@ -348,7 +348,7 @@ class CapturedLoop:
                 self._recorder.capture(body)
             except RuntimeError as error:
                 raise RuntimeError(
-                    sentence(
+                    error_message(
                         "sample",
                         "model",
                         f"cannot be captured as a CUDA graph ({error})",

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import sentence, unknown_name
+from ..errors import error_message, unknown_name
 
 #: "loop": all rows in one graph, one launch a loop.  "step": one row in a graph, launched once a row.
 GRAPH_MODES = ("loop", "step")
@@ -103,7 +103,7 @@ def check_can_capture(mode: object, latents: Tensor) -> None:
         raise unknown_name("sample", "cuda_graph", mode, GRAPH_MODES)
     if latents.device.type not in RECORDERS:
         raise ValueError(
-            sentence(
+            error_message(
                 "sample",
                 "latents",
                 f"is on {latents.device}",
@@ -118,13 +118,17 @@ def check_graph_options(generator: object, check_finite: bool | None) -> None:
     if generator is not None:
         remedy = "pass a seed for each sample, such as seeds=fastdiff.spawn_seeds(seed, batch)"
         raise ValueError(
-            sentence("sample", "generator", "is given beside cuda_graph", "seeds, which a graph can read anew", remedy)
+            error_message(
+                "sample", "generator", "is given beside cuda_graph", "seeds, which a graph can read anew", remedy
+            )
         )
     if check_finite:
         expected = "None, for the finished samples alone, or False"
         remedy = "leave out cuda_graph to find where it happens"
         raise ValueError(
-            sentence("sample", "check_finite", "is True beside cuda_graph, and looking is a sync", expected, remedy)
+            error_message(
+                "sample", "check_finite", "is True beside cuda_graph, and looking is a sync", expected, remedy
+            )
         )
 
 
@@ -133,7 +137,7 @@ def check_can_show(mode: str, callback: object, progress: bool | None) -> None:
     for name, given in (("callback", callback is not None), ("progress", bool(progress))):
         if given and mode == "loop":
             raise ValueError(
-                sentence(
+                error_message(
                     "sample",
                     name,
                     "is given, and cuda_graph='loop' runs all steps in one launch",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import sentence
+from ..errors import error_message
 
 #: Keys and indices that lead to a value, from the outside in.
 Path = tuple[Any, ...]
@@ -42,7 +42,7 @@ class StaticInput:
             raise ValueError(self._refusal(_described(tensor), _described(held)))
 
     def _refusal(self, got: str, expected: str) -> str:
-        return sentence("replay", self.name, got, f"{expected} as captured", "make it so, or capture another loop")
+        return error_message("replay", self.name, got, f"{expected} as captured", "make it so, or capture another loop")
 
 
 class StaticTree:
@@ -69,7 +69,9 @@ class StaticTree:
             name = self._name(path)
             if leaf.device != device:
                 raise ValueError(
-                    sentence("sample", name, f"is on {leaf.device}", f"{device} like latents", f"move it to {device}")
+                    error_message(
+                        "sample", name, f"is on {leaf.device}", f"{device} like latents", f"move it to {device}"
+                    )
                 )
             self._inputs[path] = StaticInput(name, leaf)
 
@@ -120,7 +122,7 @@ class StaticTree:
         return f"{first}{''.join(f'[{key!r}]' for key in rest)}"
 
     def _refusal(self, path: Path, got: str, expected: str) -> str:
-        return sentence("replay", self._name(path), got, f"{expected} as captured", "capture another loop for it")
+        return error_message("replay", self._name(path), got, f"{expected} as captured", "capture another loop for it")
 
 
 class Container:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import checked_callable, checked_type, parse_enum, sentence
+from ..errors import checked_callable, checked_type, error_message, parse_choice
 from ..ops.checks import DTYPES
 from ..row_layout import compute_dtype
 
@@ -33,7 +33,7 @@ class GuidanceMode(str, Enum):
 
     @classmethod
     def parse(cls, value: str | GuidanceMode) -> GuidanceMode:
-        return parse_enum(cls, value, "SamplingConfig", "guidance_mode")
+        return parse_choice(cls, "SamplingConfig", "guidance_mode", value)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class GuidedModel:
             scale = self.guidance_scale
             at_scale = "with a guidance_scale a sample" if isinstance(scale, Tensor) else f"at guidance_scale {scale:g}"
             raise ValueError(
-                sentence(
+                error_message(
                     "sample",
                     "negative_prompt_embeds",
                     "is missing",
@@ -85,7 +85,7 @@ class GuidedModel:
             )
         if negative is not None and negative.shape != self.prompt_embeds.shape:
             raise ValueError(
-                sentence(
+                error_message(
                     "sample",
                     "negative_prompt_embeds",
                     f"has shape {list(negative.shape)}",
@@ -106,7 +106,7 @@ class GuidedModel:
         if self.model_dtype is not None and self.model_dtype not in DTYPES:
             expected = "torch.float16, bfloat16, float32 or float64, or None"
             remedy = "convert in the model for another precision"
-            raise TypeError(sentence("sample", "model_dtype", f"is {self.model_dtype!r}", expected, remedy))
+            raise TypeError(error_message("sample", "model_dtype", f"is {self.model_dtype!r}", expected, remedy))
 
     @property
     def guided(self) -> bool:
@@ -179,20 +179,22 @@ class GuidedModel:
             elif x.dim() > 1 and list(output.shape) == [x.shape[0], 2 * x.shape[1], *x.shape[2:]]:
                 remedy = "set variance_type='learned_range' if the model predicts a variance"
             raise ValueError(
-                sentence("sample", "model", f"returned shape {list(output.shape)}", f"{list(expected)}", remedy)
+                error_message("sample", "model", f"returned shape {list(output.shape)}", f"{list(expected)}", remedy)
             )
         if output.layout != torch.strided or output.device != x.device:
             got, wanted = f"returned layout {output.layout} on {output.device}", f"dense numbers on {x.device}"
-            raise TypeError(sentence("sample", "model", got, wanted, "convert or move them in the model"))
+            raise TypeError(error_message("sample", "model", got, wanted, "convert or move them in the model"))
         if output.dtype != dtype:
             if output.is_complex():
                 got, wanted = f"returned {output.dtype}", "real numbers, like the sample's"
-                raise TypeError(sentence("sample", "model", got, wanted, "return the real part if it is all there is"))
+                raise TypeError(
+                    error_message("sample", "model", got, wanted, "return the real part if it is all there is")
+                )
             output = output.to(dtype)  # a half model, or one under autocast, answers in its own precision
         if self.check_finite and not bool(torch.isfinite(output).all()):
             what = "NaN" if bool(torch.isnan(output).any()) else "infinity"
             raise ValueError(
-                sentence(
+                error_message(
                     "sample",
                     "model",
                     f"returned {what} at timestep {float(timestep):g}",
@@ -235,7 +237,7 @@ def unwrap(result: Any) -> Tensor:
     if isinstance(result, (tuple, list)) and result and isinstance(result[0], Tensor):
         return result[0]
     raise TypeError(
-        sentence(
+        error_message(
             "sample",
             "model",
             f"returned a {type(result).__name__}",

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import sentence
+from ..errors import error_message
 from ..ops import randn
 from ..philox import Purpose, as_seeds
 
@@ -62,7 +62,7 @@ class Time(NamedTuple):
         magnitude = abs(value)
         if not magnitude < 2.0**_END:
             raise ValueError(
-                sentence(
+                error_message(
                     "BrownianPath", "time", f"is {value}", "a number of magnitude below 2**106",
                     "pass finite noise levels",
                 )

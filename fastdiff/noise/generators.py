@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..device_copy import to_device
-from ..errors import sentence
+from ..errors import error_message
 from .torch_normals import torch_randn
 
 #: One generator for the whole batch, one for each sample, or torch's default.
@@ -36,7 +36,7 @@ def draw(shape: Sequence[int], generator: Generators = None, *, dtype: torch.dty
     generator = _listed(generator)
     if len(shape) == 0 or len(generator) != shape[0]:
         raise ValueError(
-            sentence(
+            error_message(
                 "step",
                 "generator",
                 f"is a list of {len(generator)}",
@@ -62,7 +62,7 @@ def _listed(generators: object) -> list[torch.Generator]:
     expected = "a torch.Generator, or one a sample"
     if not isinstance(generators, Iterable):
         raise TypeError(
-            sentence(
+            error_message(
                 "sample", "generator", f"is a {type(generators).__name__}", expected, "make it with torch.Generator()"
             )
         )
@@ -70,6 +70,6 @@ def _listed(generators: object) -> list[torch.Generator]:
     for one in listed:
         if not isinstance(one, torch.Generator):
             raise TypeError(
-                sentence("sample", "generator", f"holds a {type(one).__name__}", expected, "make one a sample")
+                error_message("sample", "generator", f"holds a {type(one).__name__}", expected, "make one a sample")
             )
     return listed

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import sentence
+from ..errors import error_message
 from ..ops import randn
 from ..philox import as_seeds, purpose_of_draw
 
@@ -54,7 +54,7 @@ class SeededDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
             layout = kwargs.get("memory_format") or torch.preserve_format
             return torch.empty_like(like, dtype=drawn.dtype, device=drawn.device, memory_format=layout).copy_(drawn)
         raise RuntimeError(
-            sentence("use_philox", "the step", f"draws by {func}", "torch.randn or torch.randn_like", _REMEDY)
+            error_message("use_philox", "the step", f"draws by {func}", "torch.randn or torch.randn_like", _REMEDY)
         )
 
     def __exit__(self, kind: Any, *exception: Any) -> None:
@@ -81,6 +81,6 @@ class SeededDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _refused(self, shape: Sequence[int]) -> RuntimeError:
         batch = len(self.seeds)
         return RuntimeError(
-            sentence("use_philox", "the step", f"draws noise of shape {list(shape)}",
+            error_message("use_philox", "the step", f"draws noise of shape {list(shape)}",
                      f"[{batch}, ...], for {batch} samples with a seed each", _REMEDY)
         )  # fmt: skip

@@ -5,15 +5,16 @@ The modules::
 
     step.py                  the public step
     custom_ops.py            the step as operators of torch's dispatcher, for compilers and autograd
-    autograd.py              its backward, which is the step with other scalars
+    autograd.py              its backward, which is the step with other coefficients
     vmap.py                  its batching rules
     dispatch.py              a checked call on the backend that was chosen
-    call.py                  one call, as the checks hand it to a backend
-    checks.py                what a call must satisfy, and the sentences that say so
-    layout.py                which tensors share memory, and one dense layout for all
+    call.py                  the arguments of a step, declared once
+    checks.py                the checks of a call
+    canonicalize.py          one dense layout for all tensors of a call
+    layout.py                which tensors share memory, and their strides
     random.py                the noise that a step draws, on its own
-    backends.py              which implementations there are, why one is missing, which one answers
-    fallback.py              the choice for a call that runs, with a warning where the reference answers for another
+    backends.py              the implementations: which there are, why one is missing, which one is used
+    fallback.py              the choice for a call that runs, with a warning where it falls back to the reference
     reference.py             the step in plain torch: the specification
     reductions.py            quantile, mean, std, norm, dot: one scalar a sample
     reductions_reference.py  the same in plain torch
@@ -35,7 +36,7 @@ from .backends import (
 from .fallback import FallbackWarning
 from .random import randn
 from .reductions import dot, mean, norm, quantile, std
-from .step import direct_step, step, step_rows
+from .step import step, step_rows
 
 __all__ = [
     "BACKENDS",
@@ -44,7 +45,6 @@ __all__ = [
     "backend_status",
     "cpu_build",
     "direct_extension",
-    "direct_step",
     "dot",
     "mean",
     "norm",

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The backward of the step, which is the step with other scalars.
+"""The backward of the step, which is the step with other coefficients.
 
 A step's outputs are affine maps of x, m, d, the history and the noise, so the gradient of each input is an affine map
 of the outputs' gradients, with the same coefficients in columns instead of rows.  They go into a table of their own,
-and `fastdiff::step` computes three of the maps a launch: its registers are the outputs' gradients, its outputs the
+and `fastdiff::step` computes three of the maps a launch: its history is the outputs' gradients, its outputs the
 inputs'.  Because it is that operator again, the backward has a backward.
 
 Where the row is not linear the maps that pass through d or the learned standard deviation are taken first, in the
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import sentence
+from ..errors import error_message
 from ..row_layout import (
     CLIP,
     COLUMNS,
@@ -37,23 +37,26 @@ from ..row_layout import (
     compute_dtype,
 )
 from . import reference
-from .checks import may_look
-from .dispatch import ARGUMENTS, TENSORS, execute
+from .call import HISTORY_SLOTS, STEP_ARGUMENTS, StepCall, named, operator_values
+from .checks import readable_without_sync
+from .dispatch import execute
 from .layout import in_memory
 from .vmap import LIKE_SAMPLE, fold_step
 
 _X, _M, _D, _H0, _Z = (COLUMNS.index(name) for name in ("sample", "model_output", "prediction", "history_0", "noise"))
 #: Maps a launch: as many as a row has.
 _MAPS = 3
+#: The operator's arguments that may be tensors, in the order in which they are saved.
+_TENSORS = tuple(argument.name for argument in STEP_ARGUMENTS if argument.type in ("Tensor", "Tensor?"))
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Keep what the gradients that are wanted need: of a linear row with a fixed scale no tensor but the table."""
-    given = dict(zip(ARGUMENTS, inputs, strict=True))
-    wanted = dict(zip(ARGUMENTS, ctx.needs_input_grad, strict=False))
+    """Save what the wanted gradients need: for a linear row with a fixed scale no tensor but the table."""
+    given = named(STEP_ARGUMENTS, inputs)
+    wanted = _wanted(ctx)
     if wanted["table"]:
         raise RuntimeError(
-            sentence(
+            error_message(
                 "step",
                 "table",
                 "requires grad and compiled backends have no gradient of it",
@@ -61,35 +64,40 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
                 "detach it, or pass backend='reference'",
             )
         )
-    clips = given["threshold"] is not None or _may_clip(given["table"], given["row"], given["rows"])
-    kept = {"table", "rows", "guidance"}
+    clips = given["threshold"] is not None or _may_clip(given["table"], given["row_index"], given["row_indices"])
+    kept = {"table", "row_indices", "guidance_scale"}
     if clips:
         kept |= {"sample", "model_output", "uncond", "threshold"}
-    if wanted["guidance"]:
+    if wanted["guidance_scale"]:
         kept |= {"model_output", "uncond"}
     if given["variance_kind"] != Variance.FIXED:
         kept |= {"variance", "noise", "seeds", "noise_steps"}
     ctx.clips = clips
-    ctx.dtypes = {name: given[name].dtype for name in TENSORS if given[name] is not None}
-    ctx.plain = {name: value for name, value in given.items() if name not in TENSORS}
-    ctx.save_for_backward(*(given[name] if name in kept else None for name in TENSORS))
+    ctx.dtypes = {name: given[name].dtype for name in _TENSORS if given[name] is not None}
+    ctx.numbers = {name: value for name, value in given.items() if name not in _TENSORS}
+    ctx.save_for_backward(*(given[name] if name in kept else None for name in _TENSORS))
     ctx.set_materialize_grads(False)
 
 
 def backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The gradients of the operator's arguments, of those that want one."""
-    wanted = dict(zip(ARGUMENTS, ctx.needs_input_grad, strict=False))
+    """Return the gradient of each of the operator's arguments, or None for those that want none."""
+    wanted = _wanted(ctx)
     found: dict[str, Tensor | None] = {}
     if any(grad is not None for grad in grads):
-        saved = {**ctx.plain, **dict(zip(TENSORS, ctx.saved_tensors, strict=True))}
+        saved = {**ctx.numbers, **dict(zip(_TENSORS, ctx.saved_tensors, strict=True))}
         found = _Pullback(saved, wanted, ctx.clips, ctx.dtypes, grads).run()
-    return tuple(found.get(name) if wanted[name] else None for name in ARGUMENTS)
+    return tuple(found.get(name) if wanted[name] else None for name in wanted)
+
+
+def _wanted(ctx: Any) -> dict[str, bool]:
+    """Return which arguments want a gradient, by their names in the schema."""
+    return {argument.name: bool(want) for argument, want in zip(STEP_ARGUMENTS, ctx.needs_input_grad, strict=False)}
 
 
 class _Function(torch.autograd.Function):
-    """The operator in eager calls: for torch.func, which cannot transform the autograd that torch.library makes.
+    """The operator in eager calls, and under torch.func, which cannot transform the autograd that torch.library makes.
 
-    Without torch.func it saves the way through the dispatcher, which takes a Python operator a tenth of a millisecond.
+    Without torch.func it avoids the dispatcher, where a Python operator takes a tenth of a millisecond.
     """
 
     @staticmethod
@@ -107,12 +115,17 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        out, dims = fold_step(info, in_dims, *arguments, apply=apply_step)
+        out, dims = fold_step(info, in_dims, *arguments, apply=_apply)
         return tuple(out), tuple(dims)
 
 
-def apply_step(*arguments: Any) -> Sequence[Tensor]:
-    """`fastdiff::step`, so that autograd, torch.func and compilers see it."""
+def apply_step(call: StepCall, backend: str) -> Sequence[Tensor]:
+    """Run ``fastdiff::step`` so that autograd, torch.func and compilers see it; the model input comes last."""
+    return _apply(*operator_values(call, backend))
+
+
+def _apply(*arguments: Any) -> Sequence[Tensor]:
+    """Run ``fastdiff::step`` with its schema's arguments."""
     tensors = [a for a in arguments if isinstance(a, Tensor)]
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     # torch.func.functionalize has rules for operators alone.
@@ -128,10 +141,10 @@ def apply_step(*arguments: Any) -> Sequence[Tensor]:
     return results
 
 
-def _may_clip(table: Tensor, row: int, rows: Tensor | None) -> bool:
-    if not may_look(table):
+def _may_clip(table: Tensor, row_index: int, row_indices: Tensor | None) -> bool:
+    if not readable_without_sync(table):
         return True
-    clips = table[row, CLIP] if rows is None else table[:, CLIP]
+    clips = table[row_index, CLIP] if row_indices is None else table[:, CLIP]
     return bool((clips < float("inf")).any())
 
 
@@ -151,14 +164,15 @@ class _Pullback:
     ) -> None:
         self.saved, self.wanted, self.dtypes = saved, wanted, dtypes
         self.compute = dtypes["table"]
-        self.rows = _chosen_rows(saved["table"], saved["row"], saved["rows"])
-        self.columns = self.rows[:, PREV_SAMPLE:].reshape(len(self.rows), _MAPS, len(COLUMNS))
+        self.coefficients = _coefficients(saved["table"], saved["row_index"], saved["row_indices"])
+        maps = self.coefficients[:, PREV_SAMPLE:]
+        self.columns = maps.reshape(len(maps), _MAPS, len(COLUMNS))
         self.through_d = clips and any(
-            wanted[name] for name in ("sample", "model_output", "uncond", "guidance", "threshold")
+            wanted[name] for name in ("sample", "model_output", "uncond", "guidance_scale", "threshold")
         )
-        # What is not the last rounding must not be one: several launches, or torch operators after one, work wider.
+        # Only the last operation rounds: several launches, or torch operators after one, work in the compute dtype.
         learned = saved["variance_kind"] != Variance.FIXED
-        wide = self.through_d or wanted["guidance"] or learned or saved["model_input_dtype"] is not None
+        wide = self.through_d or wanted["guidance_scale"] or learned or saved["model_input_dtype"] is not None
         # Nor where tensors have dtypes of their own: each gradient is rounded to its tensor's.
         stored = {dtypes[name] for name in LIKE_SAMPLE if name in dtypes} | {g.dtype for g in grads if g is not None}
         wide = wide or len(stored) > 1
@@ -178,11 +192,11 @@ class _Pullback:
         maps: dict[str, Tensor] = {}
         if self.wanted["sample"]:
             maps["sample"] = self._with_d(_X, PREDICTION_SAMPLE)
-        if self.wanted["model_output"] or self.wanted["uncond"] or self.wanted["guidance"]:
+        if self.wanted["model_output"] or self.wanted["uncond"] or self.wanted["guidance_scale"]:
             maps |= self._maps_of_model(self._with_d(_M, PREDICTION_OUTPUT))
-        for j in range(NUM_REGISTERS):
-            if self.wanted[f"history_{j}"]:
-                maps[f"history_{j}"] = self._of_outputs_only(self._weights(_H0 + j))
+        for j, name in enumerate(HISTORY_SLOTS):
+            if self.wanted[name]:
+                maps[name] = self._of_outputs_only(self._weights(_H0 + j))
         if self.wanted["noise"] or (learned and self.wanted["variance"]):
             maps["noise"] = self._of_outputs_only(self._weights(_Z))
         collected = self._combine(sources, maps)
@@ -191,7 +205,7 @@ class _Pullback:
             found |= self._through_guidance(collected["m"])
         if learned and "noise" in collected:
             found |= self._through_std(collected["noise"])
-        scalars = ("guidance", "threshold")
+        scalars = ("guidance_scale", "threshold")
         return {
             name: grad if grad is None or name in scalars or name not in self.dtypes else grad.to(self.dtypes[name])
             for name, grad in found.items()
@@ -202,7 +216,7 @@ class _Pullback:
 
     def _with_d(self, column: int, factor: int) -> Tensor:
         """The weights of a tensor that d is made of: the gradient of d is a source, or is not needed by itself."""
-        factors = self.rows[:, factor, None]
+        factors = self.coefficients[:, factor, None]
         if self.through_d:
             return torch.cat([self._weights(column), factors], 1)
         return self._weights(column) + factors * self._weights(_D)
@@ -211,16 +225,16 @@ class _Pullback:
         return torch.nn.functional.pad(weights, (0, 1)) if self.through_d else weights
 
     def _maps_of_model(self, of_m: Tensor) -> dict[str, Tensor]:
-        if self.saved["guidance"] is None:
+        if self.saved["guidance_scale"] is None:
             return {"model_output": of_m}
-        if self.wanted["guidance"]:
+        if self.wanted["guidance_scale"]:
             return {"m": of_m}  # the scale's own gradient needs m's; the halves are then taken in torch operators
-        scale = self.saved["guidance"].double().reshape(-1, 1)
+        scale = self.saved["guidance_scale"].double().reshape(-1, 1)
         shares = {"model_output": scale, "uncond": 1.0 - scale}
         return {name: share * of_m for name, share in shares.items() if self.wanted[name]}
 
     def _combine(self, sources: Sequence[Tensor], maps: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The maps of the sources, three a launch of the step, whose registers they are."""
+        """Return the maps of the sources, three a launch of the step, whose history they are."""
         found: dict[str, Tensor] = {}
         names = list(maps)
         for first in range(0, len(names), _MAPS):
@@ -231,8 +245,15 @@ class _Pullback:
             block = torch.nn.functional.pad(weights, (_H0, after, 0, _MAPS - len(group)))
             head = _head(block).expand(len(block), -1)
             table = torch.cat([head, block.flatten(1)], 1).to(compute_dtype(sources[0].dtype))
-            history = (*sources, *[None] * NUM_REGISTERS)[:NUM_REGISTERS]
-            results = _step(sources[0], sources[0], table, history, len(group) - 1, self.saved["backend"])
+            call = StepCall(
+                sample=sources[0],
+                model_output=sources[0],
+                table=table,
+                row_index=_row_of_each(table),
+                history=tuple(sources),
+                keeps=len(group) - 1,
+            )
+            results = apply_step(call, self.saved["backend"])
             found |= dict(zip(group, results, strict=True))
         return found
 
@@ -244,33 +265,41 @@ class _Pullback:
         # The prediction by the same operator, so that the mask is that of the forward's own bits.
         head = torch.cat(
             [
-                self.rows[:, [PREDICTION_SAMPLE, PREDICTION_OUTPUT]],
-                _head(self.rows)[:, CLIP:].expand(len(self.rows), -1),
+                self.coefficients[:, [PREDICTION_SAMPLE, PREDICTION_OUTPUT]],
+                _head(self.coefficients)[:, CLIP:].expand(len(self.coefficients), -1),
             ],
             1,
         )
         only_d = torch.zeros(1, ROW_WIDTH - PREV_SAMPLE, dtype=torch.float64, device=grad.device)
         only_d[0, _D] = 1.0
         table = torch.cat([head, only_d.expand(len(head), -1)], 1).to(self.compute)
-        (d,) = _step(x, c, table, (None,) * NUM_REGISTERS, 0, self.saved["backend"], u, self.saved["guidance"])
-        clip = reference.a_sample(self.rows[:, CLIP].to(self.compute), d)
+        call = StepCall(
+            sample=x,
+            model_output=c,
+            table=table,
+            row_index=_row_of_each(table),
+            uncond=u,
+            guidance_scale=self.saved["guidance_scale"],
+        )
+        (d,) = apply_step(call, self.saved["backend"])
+        clip = reference.per_sample(self.coefficients[:, CLIP].to(self.compute), d)
         inside = d.abs() <= clip
         if (threshold := self.saved["threshold"]) is None:
             return torch.where(inside, grad, 0.0), None
-        clamped, s = torch.clamp(d, -clip, clip), reference.a_sample(threshold, d)
+        clamped, s = torch.clamp(d, -clip, clip), reference.per_sample(threshold, d)
         through = torch.where(clamped.abs() <= s, grad / s, 0.0)
-        of_threshold = -_sum_a_sample(through * clamped / s, threshold) if self.wanted["threshold"] else None
+        of_threshold = -_sum_per_sample(through * clamped / s, threshold) if self.wanted["threshold"] else None
         return torch.where(inside, through, 0.0), of_threshold
 
     def _through_guidance(self, grad: Tensor) -> dict[str, Tensor | None]:
-        c, u, guidance = self._wide("model_output"), self._wide("uncond"), self.saved["guidance"]
+        c, u, guidance = self._wide("model_output"), self._wide("uncond"), self.saved["guidance_scale"]
         assert c is not None
         assert u is not None
-        of_c = reference.a_sample(guidance, grad) * grad
+        of_c = reference.per_sample(guidance, grad) * grad
         return {
             "model_output": of_c,
             "uncond": grad - of_c,
-            "guidance": _sum_a_sample(grad * (c - u), guidance),
+            "guidance_scale": _sum_per_sample(grad * (c - u), guidance),
         }
 
     def _through_std(self, grad: Tensor) -> dict[str, Tensor | None]:
@@ -280,14 +309,14 @@ class _Pullback:
             step = self.saved["noise_step"] if self.saved["noise_steps"] is None else self.saved["noise_steps"]
             z = reference.drawn_noise(v, self.saved["seeds"], step, self.saved["purpose"]).to(self.compute)
         if self.saved["variance_kind"] == Variance.LEARNED_RANGE:
-            offset, slope = (self.rows[:, i].to(self.compute) for i in (VARIANCE_OFFSET, VARIANCE_SLOPE))
-            std = torch.exp(reference.a_sample(offset, v) + reference.a_sample(slope, v) * v)
-            slope_of_std = reference.a_sample(slope, v) * std
+            offset, slope = (self.coefficients[:, i].to(self.compute) for i in (VARIANCE_OFFSET, VARIANCE_SLOPE))
+            std = torch.exp(reference.per_sample(offset, v) + reference.per_sample(slope, v) * v)
+            slope_of_std = reference.per_sample(slope, v) * std
         else:
             std = torch.sqrt(v)
             slope_of_std = 0.5 / std
         # Where no output of the row adds the noise, v is not read: 0·∞ is not a gradient.
-        read = reference.a_sample((self._weights(_Z) != 0).any(1), v)
+        read = reference.per_sample((self._weights(_Z) != 0).any(1), v)
         return {
             "noise": torch.where(read, grad * std, 0.0),
             "variance": None if z is None else torch.where(read, grad * z * slope_of_std, 0.0),
@@ -297,7 +326,7 @@ class _Pullback:
         copies = self.saved["model_input_copies"]
         batch = of_input.shape[0] // copies
         once = of_input.to(self.compute).reshape(copies, batch, *of_input.shape[1:]).sum(0)
-        scaled = reference.a_sample(self.rows[:, MODEL_INPUT_SCALE].to(self.compute), once) * once
+        scaled = reference.per_sample(self.coefficients[:, MODEL_INPUT_SCALE].to(self.compute), once) * once
         return scaled if grad is None else grad + scaled
 
     def _wide(self, name: str) -> Tensor | None:
@@ -305,11 +334,11 @@ class _Pullback:
         return None if tensor is None else tensor.to(self.compute)
 
 
-def _chosen_rows(table: Tensor, row: int, rows: Tensor | None) -> Tensor:
-    """The rows of a call, float64 ``[N, 32]``; a skipped sample's says that it stays."""
-    if rows is None:
-        return table[row][None].double()
-    chosen, taken = reference.chosen(table, rows)
+def _coefficients(table: Tensor, row_index: int, row_indices: Tensor | None) -> Tensor:
+    """Return the rows of a call, float64 ``[N, 32]``; a skipped sample's row leaves it as it is."""
+    if row_indices is None:
+        return table[row_index][None].double()
+    chosen, taken = reference.select_rows(table, row_indices)
     stays = _head(table.double())[0]
     stays = torch.cat([stays, torch.zeros(ROW_WIDTH - len(stays), dtype=stays.dtype, device=stays.device)])
     stays[PREV_SAMPLE + _X] = 1.0
@@ -317,32 +346,19 @@ def _chosen_rows(table: Tensor, row: int, rows: Tensor | None) -> Tensor:
 
 
 def _head(like: Tensor) -> Tensor:
-    """The scalars before the maps of a row without prediction."""
+    """Return the scalars before the maps of a row without prediction."""
     head = [0.0] * PREV_SAMPLE
     head[CLIP], head[MODEL_INPUT_SCALE], head[STORE_0], head[STORE_1] = float("inf"), 1.0, -1.0, -1.0
     return torch.tensor([head], dtype=like.dtype, device=like.device)
 
 
-def _sum_a_sample(values: Tensor, scalars: Tensor) -> Tensor:
-    """The sum over what each scalar multiplied, in the scalars' shape."""
+def _sum_per_sample(values: Tensor, scalars: Tensor) -> Tensor:
+    """Return the sum over what each scalar multiplied, in the scalars' shape."""
     if scalars.numel() == 1:
         return values.sum().reshape(scalars.shape)
     return values.flatten(1).sum(1) if values.dim() > 1 else values.reshape(scalars.shape)
 
 
-def _step(
-    sample: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    history: Sequence[Tensor | None],
-    keeps: int,
-    backend: str,
-    uncond: Tensor | None = None,
-    guidance: Tensor | None = None,
-) -> Sequence[Tensor]:
-    """The operator with a row for all samples, or, where the table has one for each, with those in order."""
-    rows = torch.arange(len(table), device=table.device) if len(table) > 1 else None
-    return apply_step(
-        sample, model_output, table, 0, rows, uncond, guidance, *history, None, None, None, 0, keeps, None, 0, None,
-        0, None, 1, None, None, None, backend,
-    )  # fmt: skip
+def _row_of_each(table: Tensor) -> int | Tensor:
+    """Return row 0 of a table of one row, or, where it has a row for each sample, their indices."""
+    return torch.arange(len(table), device=table.device) if len(table) > 1 else 0

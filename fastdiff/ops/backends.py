@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -25,13 +25,12 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..environment import CHOICES, chosen
-from ..errors import sentence, unknown_name
+from ..errors import error_message, unknown_name
 from ..extension import extension as extension
 from ..extension import extension_error as extension_error
-from .call import StepCall, Target
+from .call import FIELDS, StepCall
 
 BACKENDS = CHOICES["FASTDIFF_BACKEND"]
 
@@ -75,7 +74,7 @@ def _load_triton() -> tuple[ModuleType | None, str]:
 
 @functools.cache
 def triton_module(name: str) -> ModuleType:
-    """One of the modules of kernels/triton, where `why_missing("triton")` has found none missing."""
+    """Import a module of kernels/triton; `why_missing("triton")` is empty then."""
     return importlib.import_module(f"fastdiff.kernels.{name}")
 
 
@@ -84,7 +83,7 @@ def _triton_interprets() -> bool:
 
 
 def _has_gpu() -> bool:
-    """Whether torch finds an accelerator that Triton may compile for: NVIDIA's, AMD's, Intel's, not Apple's."""
+    """Return whether torch finds an accelerator that Triton may compile for: NVIDIA's, AMD's, Intel's, not Apple's."""
     if not torch.accelerator.is_available():
         return False
     found = torch.accelerator.current_accelerator()
@@ -92,18 +91,18 @@ def _has_gpu() -> bool:
 
 
 def triton_launcher() -> str:
-    """How Triton's kernels are launched at this moment, and why it is not the quickest way where it is not."""
+    """Return how Triton's kernels are launched at this moment, with the reason where they are not cached."""
     reason = why_missing("triton")
     if reason:
         return f"missing: {reason}"
     if _triton_interprets():
         return "interpreted on the CPU: TRITON_INTERPRET is 1"
     reason = triton_module("launch").why_through_jit()
-    return f"through Triton's JIT: {reason}" if reason else "holds compiled kernels"
+    return f"through Triton's JIT: {reason}" if reason else "caches compiled kernels"
 
 
 def why_missing(name: str) -> str:
-    """Why a backend cannot run on this machine, as a clause; empty where it can."""
+    """Return why a backend cannot run on this machine, as a clause; empty where it can."""
     if name == "reference":
         return ""
     if name == "cpu":
@@ -157,7 +156,7 @@ def backend_for(sample: Tensor, backend: str | None = None, operation: str = "st
             raise RuntimeError(f"{operation}: backend {name!r} was asked for and is missing: {missing}")
         if not _serves(name, device):
             raise ValueError(
-                sentence(
+                error_message(
                     operation,
                     "backend",
                     f"is {name!r} for tensors on {device}",
@@ -242,58 +241,36 @@ def current_stream(sample: Tensor) -> int:
 
 
 def direct_extension() -> ModuleType | None:
-    """The extension, where a call may go straight to it: nothing is forced, and no compiler has to see operators.
-
-    Its functions return None for a call that has to be looked at first.
-    """
+    """Return the extension where a call may be offered to it: nothing is forced, no compiler has to see operators."""
     return None if _is_compiling() or (_ever_forced and _get_forced() is not None) else extension
 
 
-def _run_extension(call: StepCall) -> None:
-    done = extension_step(call)
-    if done is None:
-        # The extension declines under dispatch modes, so that they see the operator; this is the operator's inside.
-        with _disable_current_modes():
-            done = extension_step(call)
-    if done is None:
-        raise AssertionError(f"step: the extension declined a call that was made plain: {call}")
+def offer(call: StepCall) -> tuple[Tensor, ...] | str:
+    """Hand a call to the extension, from the inside of an operator or without dispatch modes.
 
-
-def extension_step(call: StepCall, out: Sequence[Target] | None = None) -> tuple[Tensor, ...] | None:
-    """A call by the extension, to `out`, to its outputs or to new ones; None where it declines."""
+    Returns:
+        The outputs, or, with nothing written, why the extension declined (`Decline` in csrc/bindings/step.h).
+    """
     assert extension is not None
-    done: tuple[Tensor, ...] | None = extension.step(
-        call.sample,
-        call.model_output,
-        call.table,
-        call.row,
-        call.uncond,
-        call.guidance,
-        call.history,
-        call.noise,
-        call.variance,
-        call.threshold,
-        int(call.variance_kind),
-        call.keeps,
-        out or call.outputs or None,
-        current_stream(call.sample),
-        call.seeds,
-        # Without seeds nobody has looked at these.
-        *((0, 0) if call.seeds is None else (call.noise_step, call.purpose)),
-        call.model_input,
-        call.scatter,
-    )
-    return done
+    fields = {name: getattr(call, name) for name in FIELDS}
+    offered: tuple[Tensor, ...] | str = extension.step(**fields, stream=current_stream(call.sample), in_operator=True)
+    return offered
+
+
+def _run_extension(call: StepCall) -> None:
+    offered = offer(call)
+    if isinstance(offered, str):
+        raise AssertionError(f"step: the extension declined a canonical call ({offered}): {call}")
 
 
 def _run_triton(call: StepCall) -> None:
     triton_module("step").launch(call)
-    # As the extension does itself: autograd has to find a tensor changed that it has saved.
-    written = [*call.outputs, *(call.history if call.scatter else ()), call.model_input]
-    torch.autograd.graph.increment_version([t for t in written if t is not None and not t.is_inference()])
+    # The extension does so itself: autograd has to find a tensor changed that it has saved.
+    written = [*call.targets, *(call.history if call.write_history else ()), call.model_input]
+    torch.autograd.graph.increment_version([t for t in written if isinstance(t, Tensor) and not t.is_inference()])
 
 
-#: How a plain call is run; the reference takes any call as it is.
+#: Functions that run a canonical call; the reference takes any call as it is.
 RUN: dict[str, Callable[[StepCall], None]] = {
     "cpu": _run_extension,
     "cuda": _run_extension,

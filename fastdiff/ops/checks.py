@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a call of the fused step must satisfy: checked here, once, for all backends."""
+"""Checks of a fused step's call, once for all backends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import checked_type, sentence, shown
+from ..errors import checked_type, error_message, shown
 from ..row_layout import NUM_REGISTERS, ROW_WIDTH, STORE_0, STORE_1, Variance, compute_dtype
 from .call import StepCall, Target
 from .layout import extent, in_memory, repeats_an_element, share_memory
@@ -21,7 +21,7 @@ _VARIANCE_KINDS = tuple(int(kind) for kind in Variance)
 _FIXED = int(Variance.FIXED)
 
 
-def check(call: StepCall, out: tuple[Target, ...] | None = None) -> None:
+def check(call: StepCall) -> None:
     """Refuse a call that no backend may run.
 
     Raises:
@@ -35,7 +35,7 @@ def check(call: StepCall, out: tuple[Target, ...] | None = None) -> None:
     check_memory("sample", sample)
     for name, tensor in call.inputs():
         _check_like_sample(name, tensor, sample)
-    _check_table(call, out)
+    _check_table(call)
     _check_guidance(call)
     _check_variance(call)
     if call.threshold is not None:
@@ -49,24 +49,24 @@ def check(call: StepCall, out: tuple[Target, ...] | None = None) -> None:
         raise ValueError(_refusal("keeps", f"is {call.keeps}", "0, 1 or 2", "keep two tensors a step at most"))
     if call.model_input is not None:
         _check_model_input(call.model_input, sample)
-    if call.scatter:
-        _check_registers(call, out)
-    if out is not None:
-        _check_out(out, call)
-    _check_written_apart(call, out)
+    if call.write_history:
+        _check_written_history(call)
+    if call.out is not None:
+        _check_out(call.out, call)
+    _check_written_apart(call)
 
 
 def _refusal(argument: str, got: str, expected: str, remedy: str) -> str:
-    return sentence("step", argument, got, expected, remedy)
+    return error_message("step", argument, got, expected, remedy)
 
 
 def _is_integer(value: object) -> bool:
-    """Whether a value is an int, or a tracer's; a bool in an int's place is a mistake."""
+    """Return whether a value is an int or a tracer's symbolic one; a bool in an int's place is a mistake."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
 def as_number(value: Any) -> Any:
-    """An enum's member as the int that it is, anything else as it is: before 2.13 Dynamo compares no members."""
+    """Return an enum's member as an int, anything else as it is: before 2.13 Dynamo compares no members."""
     return int(value) if isinstance(value, IntEnum) else value
 
 
@@ -103,7 +103,7 @@ def check_memory(name: str, tensor: Tensor, operation: str = "step") -> None:
     """
     if tensor.layout != torch.strided:
         raise TypeError(
-            sentence(
+            error_message(
                 operation, name, f"has layout {tensor.layout}", "torch.strided", "convert it first, with .to_dense()"
             )
         )
@@ -116,7 +116,7 @@ def check_memory(name: str, tensor: Tensor, operation: str = "step") -> None:
     needed = (tensor.storage_offset() + extent(tensor)) * tensor.element_size() if tensor.numel() > 0 else 0
     if held < needed:
         raise ValueError(
-            sentence(
+            error_message(
                 operation,
                 name,
                 f"has a storage of {held} bytes",
@@ -126,7 +126,7 @@ def check_memory(name: str, tensor: Tensor, operation: str = "step") -> None:
         )
 
 
-def _check_table(call: StepCall, out: tuple[Target, ...] | None) -> None:
+def _check_table(call: StepCall) -> None:
     table, sample = call.table, call.sample
     remedy = "make it with StepTable.rows_as(sample.dtype, sample.device)"
     if not isinstance(table, Tensor):
@@ -134,7 +134,7 @@ def _check_table(call: StepCall, out: tuple[Target, ...] | None) -> None:
     if table.dim() != 2 or table.shape[1] != ROW_WIDTH:
         raise ValueError(_refusal("table", f"has shape {list(table.shape)}", f"[rows, {ROW_WIDTH}]", remedy))
     stored = {name: tensor.dtype for name, tensor in call.inputs()}
-    for o, target in enumerate(out or ()):
+    for o, target in enumerate(call.out or ()):
         if isinstance(target, (Tensor, torch.dtype)):
             stored[f"out[{o}]"] = target if isinstance(target, torch.dtype) else target.dtype
     wanted = compute_dtype(*stored.values())
@@ -155,40 +155,58 @@ def _check_table(call: StepCall, out: tuple[Target, ...] | None) -> None:
         raise ValueError(_refusal("table", f"is on {table.device}", f"{sample.device} like sample", remedy))
     check_memory("table", table)
     last = table.shape[0] - 1
-    if isinstance(call.row, Tensor):
-        _check_counters("row", call.row, sample, one_for_all=True)
-        # On a GPU looking would be a sync: there a sample whose row is not in the table stays as it is.
-        if may_look(call.row) and call.row.numel() > 0 and int(call.row.max()) > last:
+    if isinstance(call.row_index, Tensor):
+        _check_counters("row_index", call.row_index, sample, one_for_all=True)
+        # On a GPU reading would be a sync: there a sample whose row is not in the table stays as it is.
+        if readable_without_sync(call.row_index) and call.row_index.numel() > 0 and int(call.row_index.max()) > last:
             raise ValueError(
-                _refusal("row", f"holds {int(call.row.max())}", f"{last} at most", "a negative row skips its sample")
+                _refusal(
+                    "row_index",
+                    f"holds {int(call.row_index.max())}",
+                    f"{last} at most",
+                    "a negative index skips its sample",
+                )
             )
         return
-    if call.scatter:
+    if call.write_history:
         raise TypeError(
-            sentence("step_rows", "rows", f"is a {type(call.row).__name__}", "an int64 tensor", "put it into a tensor")
+            error_message(
+                "step_rows",
+                "row_index",
+                f"is a {type(call.row_index).__name__}",
+                "an int64 tensor",
+                "put it into a tensor",
+            )
         )
-    if not _is_integer(call.row):
+    if not _is_integer(call.row_index):
         raise TypeError(
-            _refusal("row", f"is a {type(call.row).__name__}", "an int or an int64 tensor", "pass the index of a row")
+            _refusal(
+                "row_index",
+                f"is a {type(call.row_index).__name__}",
+                "an int or an int64 tensor",
+                "pass the index of a row",
+            )
         )
-    if not 0 <= call.row <= last:
+    if not 0 <= call.row_index <= last:
         raise ValueError(
-            _refusal("row", f"is {shown(call.row)}", f"0 to {last}", "the loop has run out of rows: start again")
+            _refusal(
+                "row_index", f"is {shown(call.row_index)}", f"0 to {last}", "the loop has run out of rows: start again"
+            )
         )
 
 
-def may_look(tensor: Tensor) -> bool:
-    """Whether reading a tensor's values is no sync, and possible."""
+def readable_without_sync(tensor: Tensor) -> bool:
+    """Return whether a tensor's values can be read, without waiting for a device."""
     return tensor.device.type == "cpu" and in_memory(tensor)
 
 
 def _check_counters(name: str, counters: Tensor, sample: Tensor, *, one_for_all: bool) -> None:
     if counters.dtype != torch.int64:
         raise TypeError(_refusal(name, f"has dtype {counters.dtype}", "int64", "convert it with .to(torch.int64)"))
-    _check_one_a_sample(name, counters, sample, one_for_all)
+    _check_one_per_sample(name, counters, sample, one_for_all)
 
 
-def _check_one_a_sample(name: str, values: Tensor, sample: Tensor, one_for_all: bool) -> None:
+def _check_one_per_sample(name: str, values: Tensor, sample: Tensor, one_for_all: bool) -> None:
     batch = sample.shape[0] if sample.dim() > 0 else 1
     if values.device != sample.device:
         raise ValueError(_refusal(name, f"is on {values.device}", f"{sample.device} like sample", "move it there"))
@@ -245,50 +263,59 @@ def _check_model_input(tensor: object, sample: Tensor) -> None:
     _check_writable("model_input", tensor)
 
 
-def _check_written_apart(call: StepCall, out: tuple[Target, ...] | None) -> None:
+def _check_written_apart(call: StepCall) -> None:
     """The model input may lie on what is read; on what is written one result would overwrite another."""
     if call.model_input is None:
         return
-    written: list[tuple[str, Target]] = [(f"out[{o}]", tensor) for o, tensor in enumerate(out or ())]
-    if call.scatter:
-        written += [(f"registers[{j}]", tensor) for j, tensor in enumerate(call.history)]
+    written: list[tuple[str, Target]] = [(f"out[{o}]", tensor) for o, tensor in enumerate(call.out or ())]
+    if call.write_history:
+        written += [(f"history[{j}]", tensor) for j, tensor in enumerate(call.history)]
     for name, tensor in written:
         if isinstance(tensor, Tensor) and share_memory(call.model_input, tensor):
             raise ValueError(_refusal("model_input", f"shares memory with {name}", "memory of its own", "allocate it"))
 
 
-def _check_registers(call: StepCall, out: tuple[Target, ...] | None) -> None:
-    """Of a call whose rows name the registers that they store to."""
-    registers = [(f"registers[{j}]", h) for j, h in enumerate(call.history) if h is not None]
-    if out is not None and isinstance(out[0], Tensor):
-        registers.append(("out", out[0]))
-    for name, register in registers:
-        _check_writable(name, register)
-    for i, (name, register) in enumerate(registers):
-        if any(share_memory(register, other) for _, other in registers[:i]):
+def _check_written_history(call: StepCall) -> None:
+    """Check a call whose rows name the history slots that they store to."""
+    slots = [(f"history[{j}]", h) for j, h in enumerate(call.history) if h is not None]
+    if isinstance(call.targets[0], Tensor):
+        slots.append(("out", call.targets[0]))
+    for name, tensor in slots:
+        _check_writable(name, tensor)
+    for i, (name, tensor) in enumerate(slots):
+        if any(share_memory(tensor, other) for _, other in slots[:i]):
             raise ValueError(_refusal(name, "shares memory with another", "memory of its own", "allocate it apart"))
-    if not (may_look(call.table) and isinstance(call.row, Tensor) and may_look(call.row)):
+    if not (
+        readable_without_sync(call.table)
+        and isinstance(call.row_index, Tensor)
+        and readable_without_sync(call.row_index)
+    ):
         return
-    rows = call.row.reshape(-1)
-    stores = call.table[rows[rows >= 0]][:, [STORE_0, STORE_1]]
+    indices = call.row_index.reshape(-1)
+    stores = call.table[indices[indices >= 0]][:, [STORE_0, STORE_1]]
     for slot in sorted({int(value) for value in stores.reshape(-1).tolist() if value >= 0}):
         if slot >= len(call.history) or call.history[slot] is None:
             raise ValueError(
-                _refusal("registers", f"lacks register {slot}", "each that a row stores to", "pass a tensor for it")
+                _refusal("history", f"lacks slot {slot}", "each that a row stores to", "pass a tensor for it")
             )
 
 
 def _check_guidance(call: StepCall) -> None:
-    if call.uncond is not None and call.guidance is None:
+    if call.uncond is not None and call.guidance_scale is None:
         raise ValueError(
-            _refusal("guidance", "is missing", "a guidance scale beside uncond", "pass guidance=, or leave out uncond")
+            _refusal(
+                "guidance_scale",
+                "is missing",
+                "a guidance scale beside uncond",
+                "pass guidance_scale=, or leave out uncond",
+            )
         )
-    if call.guidance is not None:
+    if call.guidance_scale is not None:
         if call.uncond is None:
             raise ValueError(
-                _refusal("uncond", "is missing", "the unconditional output beside guidance", "pass uncond=")
+                _refusal("uncond", "is missing", "the unconditional output beside guidance_scale", "pass uncond=")
             )
-        _check_scalars("guidance", call.guidance, call, one_for_all=True)
+        _check_scalars("guidance_scale", call.guidance_scale, call, one_for_all=True)
 
 
 def _check_variance(call: StepCall) -> None:
@@ -296,7 +323,7 @@ def _check_variance(call: StepCall) -> None:
     if not _is_integer(kind) or kind not in _VARIANCE_KINDS:
         raise ValueError(
             _refusal(
-                "variance_kind", f"is {call.variance_kind}", "0, 1 or 2", "use a member of fastdiff.row_layout.Variance"
+                "variance_kind", f"is {call.variance_kind}", "0, 1 or 2", "use a member of fastdiff.table.Variance"
             )
         )
     if (call.variance is not None) != (kind != _FIXED):
@@ -316,7 +343,7 @@ def _check_scalars(name: str, scalars: Tensor, call: StepCall, *, one_for_all: b
     checked_type("step", name, scalars, Tensor, expected, f"pass {name} as one")
     if scalars.dtype != table.dtype:
         raise TypeError(_refusal(name, f"has dtype {scalars.dtype}", f"{table.dtype} like table", "convert it first"))
-    _check_one_a_sample(name, scalars, sample, one_for_all)
+    _check_one_per_sample(name, scalars, sample, one_for_all)
 
 
 def _check_out(out: tuple[Target, ...], call: StepCall) -> None:

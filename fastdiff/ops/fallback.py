@@ -16,7 +16,7 @@ import warnings
 
 from torch import Tensor
 
-from ..errors import sentence
+from ..errors import error_message
 from . import backends
 
 #: Devices that a compiled backend is made for.  No backend is for Apple's, and a meta tensor holds no numbers.
@@ -71,7 +71,7 @@ def _warn_once(operation: str, device_type: str) -> None:
         return
     _warned.add(device_type)  # first, so that another thread does not warn as well
     compiled = {"cpu": "'cpu'", "cuda": "'cuda' or 'triton'"}.get(device_type, "'triton'")
-    message = sentence(
+    message = error_message(
         operation,
         "backend",
         f"is 'reference' for tensors on {device_type}, plain torch and several times slower",

@@ -3,14 +3,14 @@
 
 A step makes its outputs anew, and a loop drops those of the step before.  The extension keeps what is dropped and
 hands it out again: fresh memory costs more than a step does, since the system zeroes every page of it
-(csrc/bindings/blocks.h).  ``FASTDIFF_KEEP_MIB`` bounds what may be kept, in MiB; 0 keeps nothing.
+(csrc/bindings/output_allocator.h).  ``FASTDIFF_KEEP_MIB`` bounds what may be kept, in MiB; 0 keeps nothing.
 """
 
 from __future__ import annotations
 
 import os
 
-from ..errors import sentence
+from ..errors import error_message
 from . import backends
 
 _MOST_MIB = 1 << 30
@@ -26,7 +26,7 @@ def keep_limit(text: str) -> int:
     # So long a number that Python would not read it is too large anyway.
     if not (text.isascii() and text.isdigit()) or len(digits) > 10 or int(digits) > _MOST_MIB:
         raise ValueError(
-            sentence(
+            error_message(
                 "fastdiff",
                 "FASTDIFF_KEEP_MIB",
                 f"is {text!r}",

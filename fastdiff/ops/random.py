@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import checked_type, sentence, shown
+from ..errors import checked_type, error_message, shown
 from ..philox import Purpose, as_seeds, normals
 from . import backends
 from .checks import DTYPES, as_number
@@ -56,14 +56,18 @@ def randn(
     for size in shape:
         if isinstance(size, bool) or not hasattr(size, "__index__"):
             got = f"holds a {type(size).__name__}"
-            raise TypeError(sentence("randn", "shape", got, "ints [B, ...]", "pass whole numbers"))
+            raise TypeError(error_message("randn", "shape", got, "ints [B, ...]", "pass whole numbers"))
         if size < 0:
-            raise ValueError(sentence("randn", "shape", f"holds {size}", "sizes of 0 or more", "pass whole numbers"))
+            raise ValueError(
+                error_message("randn", "shape", f"holds {size}", "sizes of 0 or more", "pass whole numbers")
+            )
     if len(shape) == 0:
-        raise ValueError(sentence("randn", "shape", "is []", "[B, ...]", "begin it with the number of samples"))
+        raise ValueError(error_message("randn", "shape", "is []", "[B, ...]", "begin it with the number of samples"))
     if dtype not in DTYPES:
         raise TypeError(
-            sentence("randn", "dtype", f"is {dtype}", "float16, bfloat16, float32 or float64", "convert the result")
+            error_message(
+                "randn", "dtype", f"is {dtype}", "float16, bfloat16, float32 or float64", "convert the result"
+            )
         )
     if device is None:
         device = seeds.device if isinstance(seeds, Tensor) else "cpu"
@@ -72,10 +76,10 @@ def randn(
     for name, value in (("step", number), ("purpose", as_number(purpose))):
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             got, expected = f"is a {type(value).__name__}", "an int from 0 to 2**32 - 1"
-            raise TypeError(sentence("randn", name, got, expected, "pass a whole number"))
+            raise TypeError(error_message("randn", name, got, expected, "pass a whole number"))
         if not 0 <= value < 2**32:
             expected = "an int from 0 to 2**32 - 1"
-            raise ValueError(sentence("randn", name, f"is {shown(value)}", expected, "take it modulo 2**32"))
+            raise ValueError(error_message("randn", name, f"is {shown(value)}", expected, "take it modulo 2**32"))
     name = backend_to_run(keys, backend, "randn")
     if not in_memory(keys) or torch._C._len_torch_dispatch_stack() > 0:
         drawn: Tensor = torch.ops.fastdiff.randn(keys, shape, steps, number, int(purpose), dtype, name)
@@ -86,7 +90,7 @@ def randn(
 def _steps(step: Tensor, seeds: Tensor) -> Tensor:
     if step.dtype != torch.int64 or step.dim() > 1 or step.numel() not in (1, len(seeds)):
         raise ValueError(
-            sentence(
+            error_message(
                 "randn",
                 "step",
                 f"is {step.dtype} of shape {list(step.shape)}",

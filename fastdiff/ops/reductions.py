@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import checked_float, sentence
+from ..errors import checked_float, error_message
 from ..row_layout import compute_dtype
 from . import backends
 from . import reductions_reference as reference
 from .checks import DTYPES, check_memory
 from .fallback import backend_to_run
-from .layout import block_strides, laid_out
+from .layout import block_strides, to_strides
 
 _MEAN, _STD, _NORM, _DOT = range(4)
 _NAMES = ("mean", "std", "norm", "dot")
@@ -144,22 +144,22 @@ def _sum(kind: int, x: Tensor, y: Any, correction: Any, backend: str | None) -> 
 
 def _check(operation: str, x: object) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(sentence(operation, "x", f"is a {type(x).__name__}", "a torch.Tensor", "pass a tensor"))
+        raise TypeError(error_message(operation, "x", f"is a {type(x).__name__}", "a torch.Tensor", "pass a tensor"))
     if x.dtype not in DTYPES:
         expected = "float16, bfloat16, float32 or float64"
-        raise TypeError(sentence(operation, "x", f"has dtype {x.dtype}", expected, "convert it first"))
+        raise TypeError(error_message(operation, "x", f"has dtype {x.dtype}", expected, "convert it first"))
     if x.dim() == 0:
         remedy = "add a dimension of samples with x[None]"
-        raise ValueError(sentence(operation, "x", "has no dimension", "[B, ...], a batch of samples", remedy))
+        raise ValueError(error_message(operation, "x", "has no dimension", "[B, ...], a batch of samples", remedy))
     check_memory("x", x, operation)
     if operation == "quantile" and x.shape[0] > 0 and x[0].numel() == 0:
         got = f"has shape {list(x.shape)}"
-        raise ValueError(sentence(operation, "x", got, "an element or more a sample", "leave out what is empty"))
+        raise ValueError(error_message(operation, "x", got, "an element or more a sample", "leave out what is empty"))
 
 
 def _check_like(y: object, x: Tensor) -> None:
     if not isinstance(y, Tensor):
-        raise TypeError(sentence("dot", "y", f"is a {type(y).__name__}", "a torch.Tensor", "pass a tensor"))
+        raise TypeError(error_message("dot", "y", f"is a {type(y).__name__}", "a torch.Tensor", "pass a tensor"))
     for name, got, wanted in (
         ("shape", list(y.shape), list(x.shape)),
         ("dtype", y.dtype, x.dtype),
@@ -167,14 +167,14 @@ def _check_like(y: object, x: Tensor) -> None:
     ):
         if got != wanted:
             kind = TypeError if name == "dtype" else ValueError
-            raise kind(sentence("dot", "y", f"has {name} {got}", f"{wanted} like x", "make the two alike"))
+            raise kind(error_message("dot", "y", f"has {name} {got}", f"{wanted} like x", "make the two alike"))
     check_memory("y", y, "dot")
 
 
 def _checked_q(q: float) -> float:
     number = checked_float("quantile", "q", q, 0.0)
     if number > 1.0:
-        raise ValueError(sentence("quantile", "q", f"is {number!r}", "0 to 1", "pass a share, not a percentage"))
+        raise ValueError(error_message("quantile", "q", f"is {number!r}", "0 to 1", "pass a share, not a percentage"))
     return number
 
 
@@ -186,7 +186,7 @@ def _run_quantile(x: Tensor, q: float, absolute: bool, backend: str) -> Tensor:
     name = backend_to_run(x, backend or None, "quantile")
     if x.shape[0] == 0:
         return x.new_empty(0, dtype=compute_dtype(x.dtype))
-    x = laid_out(x.detach(), block_strides(x))
+    x = to_strides(x.detach(), block_strides(x))
     low, weight = _rank(_checked_q(q), x[0].numel(), compute_dtype(x.dtype))
     if name == "reference":
         return reference.quantile(x, low, weight, absolute)
@@ -201,10 +201,10 @@ def _run_sum(kind: int, x: Tensor, y: Tensor | None, correction: float, backend:
     if x.numel() == 0:
         nothing = 0.0 if kind in (_NORM, _DOT) else float("nan")
         return torch.full(x.shape[:1], nothing, dtype=compute_dtype(x.dtype), device=x.device)
-    x = laid_out(x.detach(), block_strides(x))
+    x = to_strides(x.detach(), block_strides(x))
     if y is not None:
         _check_like(y, x)
-        y = laid_out(y.detach(), x.stride())
+        y = to_strides(y.detach(), x.stride())
     if name == "reference":
         by_kind: tuple[Callable[[], Tensor], ...] = (
             lambda: reference.mean(x),
@@ -220,7 +220,7 @@ def _run_sum(kind: int, x: Tensor, y: Tensor | None, correction: float, backend:
 
 def _answer(done: Tensor | None) -> Tensor:
     if done is None:
-        raise AssertionError("the extension declined a reduction that was made plain")
+        raise AssertionError("the extension declined a canonical reduction")
     return done
 
 
@@ -271,7 +271,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(compute_dtype(x.dtype))
 
 
-def _a_sample(scalars: Tensor, x: Tensor) -> Tensor:
+def _per_sample(scalars: Tensor, x: Tensor) -> Tensor:
     return scalars.reshape(-1, *[1] * (x.dim() - 1))
 
 
@@ -298,7 +298,7 @@ def _quantile_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _mean_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, _ = ctx.saved_tensors
-    return (_a_sample(grad / math.prod(x.shape[1:]), x).expand(x.shape).to(x.dtype), None)
+    return (_per_sample(grad / math.prod(x.shape[1:]), x).expand(x.shape).to(x.dtype), None)
 
 
 def _std_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -306,20 +306,20 @@ def _std_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wide = _wide(x)
     around = wide.reshape(x.shape[0], -1).mean(dim=1)
     scale = grad / (result * max(math.prod(x.shape[1:]) - ctx.numbers[0], 0.0))
-    # As torch: a sample without spread has no direction to grow in.
+    # A sample without spread has no gradient, as in torch.
     scale = scale.masked_fill(result == 0, 0.0)
-    return ((_a_sample(scale, x) * (wide - _a_sample(around, x))).to(x.dtype), None, None)
+    return ((_per_sample(scale, x) * (wide - _per_sample(around, x))).to(x.dtype), None, None)
 
 
 def _norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, result = ctx.saved_tensors
     scale = (grad / result).masked_fill(result == 0, 0.0)
-    return ((_a_sample(scale, x) * _wide(x)).to(x.dtype), None)
+    return ((_per_sample(scale, x) * _wide(x)).to(x.dtype), None)
 
 
 def _dot_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, y, _ = ctx.saved_tensors
-    scale = _a_sample(grad, x)
+    scale = _per_sample(grad, x)
     return ((scale * _wide(y)).to(x.dtype), (scale * _wide(x)).to(y.dtype), None)
 
 

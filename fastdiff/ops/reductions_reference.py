@@ -24,7 +24,7 @@ _ROUNDS_POSITION = torch.__version__ < "2.14"
 
 
 def rank(q: float, count: int, dtype: torch.dtype) -> tuple[int, float]:
-    """Which order statistic of `count` numbers the quantile `q` is: its rank, and how far it lies towards the next.
+    """Return the order statistic of `count` numbers that the quantile `q` is: its rank, and the share of the next.
 
     `q` and the position q·(count − 1) are rounded as the torch.quantile of this torch does, up to the 2²⁴ numbers that
     it takes; beyond, float32 cannot count, and both are kept in float64.
@@ -37,7 +37,7 @@ def rank(q: float, count: int, dtype: torch.dtype) -> tuple[int, float]:
         position = q * last
     low = min(int(position), last)
     weight = float(torch.tensor(position - low, dtype=dtype, device="cpu").item())
-    # What rounds up to a whole is the next number itself.
+    # A share that rounds up to 1 is the next number itself.
     return (low + 1, 0.0) if weight >= 1.0 else (low, max(weight, 0.0))
 
 
@@ -48,7 +48,7 @@ def quantile(x: Tensor, low: int, weight: float, absolute: bool) -> Tensor:
     ordered = values.sort(dim=1).values  # NaN comes last
     below = ordered[:, low]
     above = ordered[:, low + 1] if weight else below
-    # As a tensor, because torch interpolates by numbers in another way.
+    # A tensor, because torch interpolates by numbers in another way.
     result = torch.lerp(below, above, torch.full_like(below, weight))
     return torch.where(ordered[:, -1].isnan(), ordered[:, -1], result)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The fused step in plain torch: the specification that every other backend is held to.
+"""The fused step in plain torch: the specification that every other backend is tested against.
 
 It runs on any device, is differentiable, and allocates as torch does.  The order of operations is the contract::
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,120 +37,117 @@ from ..row_layout import (
     VARIANCE_SLOPE,
     Variance,
 )
+from .call import StepCall
 
 
-def step(
-    sample: Tensor,
-    model_output: Tensor,
-    row: Tensor,
-    *,
-    uncond: Tensor | None = None,
-    guidance: Tensor | None = None,
-    history: Sequence[Tensor | None] = (),
-    noise: Tensor | None = None,
-    variance: Tensor | None = None,
-    threshold: Tensor | None = None,
-    variance_kind: int = Variance.FIXED,
-    keeps: int = 0,
-    dtypes: Sequence[torch.dtype] | None = None,
-) -> list[Tensor]:
-    """One step; arguments as `fastdiff.ops.step` describes them, but `row` holds scalars.
+def step(call: StepCall) -> tuple[Tensor, ...]:
+    """Run a call: return its outputs as new tensors, inside autograd's graph, and write model input and history.
 
-    Args:
-        row: ``[32]`` for all samples, or ``[B, 32]``, one each; its dtype is that of the computation.
-        dtypes: of the results; the sample's by default.
-
-    Returns:
-        prev_sample and as many kept tensors as `keeps` says, in the shape of `sample`.
+    A skipped sample stays as it is; its kept outputs hold what their targets hold there, or 0.
     """
-    dtype = row.dtype
-    x, m = sample.to(dtype), model_output.to(dtype)
-    scalar = _Scalars(row, x)
-    if uncond is not None and guidance is not None:
-        u = uncond.to(dtype)
-        m = u + a_sample(guidance, x) * (m - u)
-    maps = (PREV_SAMPLE, KEEP_0, KEEP_1)[: keeps + 1]
-    d = None
-    if any(scalar.known[first + COLUMNS.index("prediction")] != 0.0 for first in maps):
-        d = _prediction(x, m, scalar, threshold)
-    z = None if noise is None else noise.to(dtype)
-    if z is not None and variance is not None:
-        z = z * _learned_std(variance.to(dtype), scalar, variance_kind)
-    registers = [None if h is None else h.to(dtype) for h in history]
-    registers += [None] * (NUM_REGISTERS - len(registers))
-    terms = [x, m, d, *registers, z]
-    stored = dtypes or [sample.dtype] * len(maps)
-    return [_weighted_sum(scalar, first, terms).to(to) for first, to in zip(maps, stored, strict=True)]
-
-
-def step_rows(
-    sample: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    rows: Tensor,
-    *,
-    out: Sequence[Tensor | None] | None = None,
-    **rest: Any,
-) -> list[Tensor]:
-    """One step with a row for all samples, ``[1]``, or for each, ``[B]``; a sample whose row is negative stays.
-
-    Returns:
-        As `step`; of a sample that stays, the kept tensors hold what `out` does there, or 0.
-    """
-    scalars, taken = chosen(table, rows)
-    results = step(sample, model_output, scalars if len(scalars) > 1 else scalars[0], **rest)
-    taken = a_sample(taken, sample)
-    before = [sample, *(out[1:] if out is not None else [None] * len(results[1:]))]
-    return [
-        torch.where(taken, value, torch.zeros_like(value) if old is None else old.to(value.dtype))
-        for value, old in zip(results, before, strict=False)
-    ]
-
-
-def chosen(table: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows, ``[B, 32]``, and which of them are in the table at all."""
-    rows = rows.reshape(-1)
-    return table[rows.clamp(0, len(table) - 1)], (rows >= 0) & (rows < len(table))
-
-
-def stored(
-    table: Tensor, rows: Tensor, registers: Sequence[Tensor | None], kept: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """The registers after a step: each sample's kept tensors where its row says, what they held elsewhere."""
-    scalars, taken = chosen(table, rows)
-    after: list[Tensor | None] = []
-    for j, register in enumerate(registers):
-        if register is not None:
-            for store, value in zip((STORE_0, STORE_1), kept, strict=True):
-                here = a_sample(taken & (scalars[:, store] == j), value)
-                register = torch.where(here, value.to(register.dtype), register)
-        after.append(register)
-    return after
-
-
-def model_input(prev_sample: Tensor, table: Tensor, row: int | Tensor, dtype: torch.dtype, copies: int) -> Tensor:
-    """The next model input: the rounded sample times the row's scale (1 where a sample stays), in `dtype`."""
-    x = prev_sample.to(table.dtype)
-    if isinstance(row, Tensor):
-        scalars, taken = chosen(table, row)
-        scale = torch.where(taken, scalars[:, MODEL_INPUT_SCALE], 1.0)
-        scaled = a_sample(scale, x) * x
+    # Kept outputs that go to history slots are rounded to the slots' dtypes.
+    dtypes = call.output_dtypes + [call.table.dtype] * (2 if call.write_history else 0)
+    if isinstance(call.row_index, Tensor):
+        coefficients, taken = select_rows(call.table, call.row_index)
+        results = _outputs(call, coefficients if len(coefficients) > 1 else coefficients[0], dtypes)
+        before = [call.sample, *(call.targets[1:] or (None, None))]
+        results = [
+            _where(taken, value, old if isinstance(old, Tensor) else None)
+            for value, old in zip(results, before, strict=False)
+        ]
     else:
-        scaled = table[row, MODEL_INPUT_SCALE] * x
-    once = scaled.to(dtype)
-    return torch.cat([once] * copies) if copies > 1 else once
+        results = _outputs(call, call.table[call.row_index], dtypes)
+    after: list[Tensor | None] = []
+    if call.write_history:
+        after = _updated_history(call, results[1:])
+        results = results[:1]
+    if call.model_input is not None:
+        call.model_input.copy_(_model_input(call, results[0]))
+    for slot, value in zip(call.history, after, strict=False):
+        if slot is not None and value is not None:
+            slot.copy_(value)
+    return tuple(results)
+
+
+def select_rows(table: Tensor, row_indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the selected rows, ``[B, 32]`` or ``[1, 32]``, and which of the indices are in the table."""
+    row_indices = row_indices.reshape(-1)
+    return table[row_indices.clamp(0, len(table) - 1)], (row_indices >= 0) & (row_indices < len(table))
 
 
 def drawn_noise(sample: Tensor, seeds: Tensor, step: int | Tensor, purpose: int) -> Tensor:
-    """The noise that a step draws, float32 in the shape of `sample`."""
+    """Return the noise that a step draws, float32 in the shape of `sample`."""
     size = math.prod(sample.shape[1:])
     return philox.normals(seeds.reshape(-1), step, purpose, size).reshape(sample.shape)
 
 
-class _Scalars:
-    """The columns of a row, or of a row a sample, each shaped to multiply ``[B, ...]``.
+def per_sample(scalars: Tensor, like: Tensor) -> Tensor:
+    """Reshape scalars ``[1]``, ``[]`` or ``[B]`` to multiply ``[B, ...]``."""
+    if scalars.numel() == 1:
+        return scalars.reshape(())
+    return scalars.reshape(-1, *[1] * (like.dim() - 1))
 
-    `known` holds them as numbers where there is one row and reading it is no host sync, else NaN: unlike any number.
+
+def _outputs(call: StepCall, coefficients: Tensor, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Return prev_sample and the kept outputs of rows ``[32]`` for all samples, or ``[B, 32]``, one each."""
+    dtype = coefficients.dtype
+    x, m = call.sample.to(dtype), call.model_output.to(dtype)
+    scalar = _Scalars(coefficients, x)
+    if call.uncond is not None and call.guidance_scale is not None:
+        u = call.uncond.to(dtype)
+        m = u + per_sample(call.guidance_scale, x) * (m - u)
+    maps = (PREV_SAMPLE, KEEP_0, KEEP_1)[: len(dtypes)]
+    d = None
+    if any(scalar.known[first + COLUMNS.index("prediction")] != 0.0 for first in maps):
+        d = _prediction(x, m, scalar, call.threshold)
+    z = call.noise
+    if call.seeds is not None:
+        z = drawn_noise(call.sample, call.seeds, call.noise_step, call.purpose)
+    z = None if z is None else z.to(dtype)
+    if z is not None and call.variance is not None:
+        z = z * _learned_std(call.variance.to(dtype), scalar, call.variance_kind)
+    history = [None if h is None else h.to(dtype) for h in call.history]
+    history += [None] * (NUM_REGISTERS - len(history))
+    terms = [x, m, d, *history, z]
+    return [_weighted_sum(scalar, first, terms).to(to) for first, to in zip(maps, dtypes, strict=True)]
+
+
+def _where(taken: Tensor, value: Tensor, old: Tensor | None) -> Tensor:
+    return torch.where(per_sample(taken, value), value, torch.zeros_like(value) if old is None else old.to(value.dtype))
+
+
+def _updated_history(call: StepCall, kept: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the history slots after a step: each sample's kept outputs where its row says, else what they held."""
+    assert isinstance(call.row_index, Tensor)
+    coefficients, taken = select_rows(call.table, call.row_index)
+    after: list[Tensor | None] = []
+    for j, slot in enumerate(call.history):
+        if slot is not None:
+            for store, value in zip((STORE_0, STORE_1), kept, strict=True):
+                here = per_sample(taken & (coefficients[:, store] == j), value)
+                slot = torch.where(here, value.to(slot.dtype), slot)
+        after.append(slot)
+    return after
+
+
+def _model_input(call: StepCall, prev_sample: Tensor) -> Tensor:
+    """Return the next model input: the rounded sample times the row's scale, which is 1 where a sample is skipped."""
+    assert call.model_input is not None
+    x = prev_sample.to(call.table.dtype)
+    if isinstance(call.row_index, Tensor):
+        coefficients, taken = select_rows(call.table, call.row_index)
+        scale = torch.where(taken, coefficients[:, MODEL_INPUT_SCALE], 1.0)
+        scaled = per_sample(scale, x) * x
+    else:
+        scaled = call.table[call.row_index, MODEL_INPUT_SCALE] * x
+    once = scaled.to(call.model_input.dtype)
+    return torch.cat([once] * call.model_input_copies) if call.model_input_copies > 1 else once
+
+
+class _Scalars:
+    """The columns of one row, or of one row a sample, each shaped to multiply ``[B, ...]``.
+
+    `known` holds them as numbers where there is one row and reading it is no host sync, else NaN.
     """
 
     def __init__(self, row: Tensor, like: Tensor) -> None:
@@ -160,20 +156,20 @@ class _Scalars:
         self.known: list[float] = row.tolist() if at_hand else [math.nan] * row.shape[-1]
 
     def __getitem__(self, column: int) -> Tensor:
-        return a_sample(self._row[..., column], self._like)
+        return per_sample(self._row[..., column], self._like)
 
 
 def _prediction(x: Tensor, m: Tensor, scalar: _Scalars, threshold: Tensor | None) -> Tensor:
     d = _weighted_sum(scalar, PREDICTION_SAMPLE, [x, m])
     d = torch.clamp(d, -scalar[CLIP], scalar[CLIP])
     if threshold is not None:
-        s = a_sample(threshold, x)
+        s = per_sample(threshold, x)
         d = torch.clamp(d, -s, s) / s
     return d
 
 
 def _weighted_sum(scalar: _Scalars, first: int, terms: Sequence[Tensor | None]) -> Tensor:
-    """One affine map, whose weights begin at column `first`."""
+    """Return one affine map, whose weights begin at column `first`."""
     total = torch.zeros_like(terms[0])  # type: ignore[arg-type]
     for column, term in enumerate(terms, first):
         known = scalar.known[column]
@@ -187,14 +183,7 @@ def _weighted_sum(scalar: _Scalars, first: int, terms: Sequence[Tensor | None]) 
 
 
 def _learned_std(v: Tensor, scalar: _Scalars, variance_kind: int) -> Tensor:
-    """The standard deviation that the model's second output v stands for, element by element."""
+    """Return the standard deviation that the model's second output v gives, element by element."""
     if variance_kind == Variance.LEARNED_RANGE:
         return torch.exp(scalar[VARIANCE_OFFSET] + scalar[VARIANCE_SLOPE] * v)
     return torch.sqrt(v)
-
-
-def a_sample(scalars: Tensor, like: Tensor) -> Tensor:
-    """Scalars ``[1]``, ``[]`` or ``[B]`` shaped to multiply ``[B, ...]``."""
-    if scalars.numel() == 1:
-        return scalars.reshape(())
-    return scalars.reshape(-1, *[1] * (like.dim() - 1))

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The fused step: guidance, prediction, clipping, update, noise and history in one pass over memory."""
+"""The fused step: guidance, prediction, clipping, update, noise and history in one pass over memory.
+
+A call is offered to the extension once, as it is: in eager mode, half of a small step's time is the way to its loop.
+What the extension declines is checked here, made canonical and run once more, or goes through torch's dispatcher.
+"""
 
 from __future__ import annotations
 
@@ -11,67 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import as_float, sentence
+from ..errors import as_float, error_message, renamed
 from ..philox import Purpose
 from ..row_layout import Variance
-from . import backends
-from .call import StepCall, Target
+from .backends import current_stream, direct_extension
+from .call import StepCall
 from .checks import check
-from .custom_ops import call_library
+from .custom_ops import call_operator
 from .dispatch import run
 from .fallback import backend_to_run
-from .layout import in_memory, is_fake, laid_out, output_strides
-
-
-def direct_step(
-    sample: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    row: int | Tensor,
-    uncond: Tensor | None,
-    guidance: float | Tensor | None,
-    history: Sequence[Tensor | None] | None,
-    noise: Tensor | None,
-    variance: Tensor | None,
-    threshold: Tensor | None,
-    variance_kind: int,
-    keeps: int,
-    out: Sequence[Target] | None,
-    seeds: Tensor | None = None,
-    noise_step: int | Tensor = 0,
-    purpose: int = Purpose.STEP,
-    model_input: Tensor | None = None,
-    scatter: bool = False,
-) -> tuple[Tensor, ...] | None:
-    """Hand a call to the extension as it is; None where it declines, and `step` has to look at it.
-
-    Positional and without a check of its own: in eager mode, half of a small step's time is the way to its loop.
-    """
-    extension = backends.direct_extension()
-    if extension is None:
-        return None
-    try:
-        stream = 0
-        if not sample.is_cpu:
-            stream = backends.current_stream(sample)
-            guidance = _on_device(guidance, sample, table)
-    except AttributeError:  # no tensor: the checks of `step` say what it is
-        return None
-    done: tuple[Tensor, ...] | None = extension.step(
-        sample, model_output, table, row, uncond, guidance, history, noise, variance, threshold, variance_kind, keeps,
-        out, stream, seeds, noise_step, purpose, model_input, scatter,
-    )  # fmt: skip
-    return done
+from .layout import in_memory, is_fake, output_strides, to_strides
 
 
 def step(
     sample: Tensor,
     model_output: Tensor,
     table: Tensor,
-    row: int | Tensor,
+    row_index: int | Tensor | None = None,
     *,
     uncond: Tensor | None = None,
-    guidance: float | Tensor | None = None,
+    guidance_scale: float | Tensor | None = None,
     history: Sequence[Tensor | None] | None = (),
     noise: Tensor | None = None,
     seeds: Tensor | None = None,
@@ -84,6 +47,8 @@ def step(
     out: Sequence[Tensor | torch.dtype | None] | None = None,
     model_input: Tensor | None = None,
     backend: str | None = None,
+    row: int | Tensor | None = None,
+    guidance: float | Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Take one step of any sampler.
 
@@ -93,8 +58,8 @@ def step(
         d    = p·x + q·m,  clamped to ±clip;  with a threshold s clamped to ±s and divided by s
         out  = a_x·x + a_m·m + a_d·d + Σ_j a_j·h_j + a_z·(std·z)
 
-    with the scalars of one row of a `fastdiff.StepTable`, for the previous sample and for up to two tensors to keep.  A
-    tensor whose coefficient is 0 is not read; one that is absent adds nothing.
+    with the scalars of one row of a `fastdiff.table.StepTable`, for the previous sample and for up to two tensors
+    to keep.  A tensor whose coefficient is 0 is not read; one that is absent adds nothing.
 
     Args:
         sample: x, ``[...]`` or ``[B, ...]``; float16, bfloat16, float32 or float64, any strides.
@@ -102,27 +67,28 @@ def step(
             the four dtypes, and is widened as it is read.)
         table: ``[R, 32]`` from `StepTable.rows_as(sample.dtype, sample.device)`: in float64 where any tensor is
             float64, an output too, else in float32.
-        row: which row, 0 to R − 1; or an int64 tensor ``[]`` or ``[1]``, one row for all that is read on the device, or
-            ``[B]``, one a sample.  A sample whose row in a tensor is negative stays as it is.
+        row_index: the table's row, 0 to R − 1; or an int64 tensor ``[]`` or ``[1]``, one row for all, read on the
+            device, or ``[B]``, one a sample.  A sample whose index in a tensor is negative stays as it is.
         uncond: u, the unconditional output, like `sample`.
-        guidance: g, a float, or a tensor ``[]``, ``[1]`` or ``[B]`` in the table's dtype; goes with `uncond`.
-        history: up to four tensors like `sample`, or None, by register; None in place of all where there are none.
+        guidance_scale: g, a float, or a tensor ``[]``, ``[1]`` or ``[B]`` in the table's dtype; goes with `uncond`.
+        history: up to four tensors like `sample`, or None, by history slot; None in place of all where there are none.
         noise: z, standard normal, like `sample`.
         seeds: instead of `noise`: it is drawn in the same pass, each sample's from its own seed, ``[B]`` int64 (see
             `fastdiff.as_seeds`).  The numbers are those of ``fastdiff.randn(shape, seeds, noise_step, purpose)`` in
             float32; they are not rounded to a half type.
-        noise_step: of the noise, 0 to 2³² − 1, or an int64 tensor ``[1]`` or ``[B]``.
-        purpose: of the noise, 0 to 2³² − 1; see `fastdiff.Purpose`.
+        noise_step: the noise's step, 0 to 2³² − 1, or an int64 tensor ``[1]`` or ``[B]``.
+        purpose: the noise's purpose, 0 to 2³² − 1; see `fastdiff.Purpose`.
         variance: the model's second output, like `sample`, where `variance_kind` is not 0.
         threshold: ``[B]`` in the table's dtype, each above 0.
-        variance_kind: how `variance` scales the noise, a `fastdiff.row_layout.Variance`.
+        variance_kind: how `variance` scales the noise, a `fastdiff.table.Variance`.
         keeps: how many tensors to keep, 0 to 2.
-        out: what becomes of each of the ``1 + keeps`` outputs: a tensor to write, None for a new one in the sample's
+        out: the destination of each of the ``1 + keeps`` outputs: a tensor to write, None for a new one in the sample's
             dtype, or a dtype for a new one of it.  Tensors to write may be inputs: the step can be taken in place.
-            A sample that stays leaves kept tensors as they were; new ones hold 0 for it.
+            A skipped sample leaves kept tensors as they were; new ones hold 0 for it.
         model_input: a tensor to write the next model input to: the row's scale times prev_sample, rounded to its dtype
             (any of the four).  ``[B, ...]``, or ``[2·B, ...]`` to hold it twice, for guidance in one batch.
         backend: a name of `BACKENDS`, to force it.
+        row, guidance: former names of `row_index` and `guidance_scale`; deprecated.
 
     Returns:
         prev_sample and the kept tensors, in the shape of `sample` and in its memory layout where that is dense, else
@@ -130,34 +96,76 @@ def step(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and the remedy.
-            Rows in a tensor on a GPU are not looked at: one beyond the table there leaves its sample as it is.
+            Indices in a tensor on a GPU are not read: one beyond the table there leaves its sample as it is.
         RuntimeError: a forced backend is missing, or a compiled one is asked for what it has no gradient for: that of
             the table, and forward mode.
     """
-    if backend is None:
-        done = direct_step(
-            sample, model_output, table, row, uncond, guidance, history, noise, variance, threshold, variance_kind,
-            keeps, out, seeds, noise_step, purpose, model_input,
-        )  # fmt: skip
-        if done is not None:
-            return done
-    scale, given = _on_device(guidance, sample, table), _entries("step", "history", history) or ()
-    call = StepCall(
-        sample, model_output, table, row, uncond, scale, given, noise, variance, threshold, variance_kind, keeps,
-        seeds, noise_step, purpose, model_input,
-    )  # fmt: skip
-    return _checked_step(call, _entries("step", "out", out), backend)
+    if row is not None or guidance is not None:
+        row_index = renamed("step", "row", row, "row_index", row_index)
+        guidance_scale = renamed("step", "guidance", guidance, "guidance_scale", guidance_scale)
+    extension = direct_extension() if backend is None else None
+    if extension is not None:
+        scale, stream = guidance_scale, 0
+        try:
+            if not sample.is_cpu:
+                scale, stream = scale_on_device(guidance_scale, sample, table), current_stream(sample)
+        except AttributeError:  # no tensor: the extension declines it, and the checks name it
+            pass
+        offered = extension.step(
+            sample=sample,
+            model_output=model_output,
+            table=table,
+            row_index=row_index,
+            uncond=uncond,
+            guidance_scale=scale,
+            history=history,
+            noise=noise,
+            variance=variance,
+            threshold=threshold,
+            variance_kind=variance_kind,
+            keeps=keeps,
+            seeds=seeds,
+            noise_step=noise_step,
+            purpose=purpose,
+            model_input=model_input,
+            out=out,
+            stream=stream,
+        )
+        if type(offered) is tuple:
+            return offered
+    return complete_step(
+        StepCall(
+            sample=sample,
+            model_output=model_output,
+            table=table,
+            row_index=row_index,
+            uncond=uncond,
+            guidance_scale=scale_on_device(guidance_scale, sample, table),
+            history=_entries("step", "history", history) or (),
+            noise=noise,
+            variance=variance,
+            threshold=threshold,
+            variance_kind=variance_kind,
+            keeps=keeps,
+            seeds=seeds,
+            noise_step=noise_step,
+            purpose=purpose,
+            model_input=model_input,
+            out=_entries("step", "out", out),
+        ),
+        backend,
+    )
 
 
 def step_rows(
     sample: Tensor,
     model_output: Tensor,
     table: Tensor,
-    rows: Tensor,
-    registers: Sequence[Tensor | None] | None = (),
+    row_index: Tensor | None = None,
+    history: Sequence[Tensor | None] | None = (),
     *,
     uncond: Tensor | None = None,
-    guidance: float | Tensor | None = None,
+    guidance_scale: float | Tensor | None = None,
     noise: Tensor | None = None,
     seeds: Tensor | None = None,
     noise_step: int | Tensor = 0,
@@ -168,20 +176,24 @@ def step_rows(
     out: Tensor | torch.dtype | None = None,
     model_input: Tensor | None = None,
     backend: str | None = None,
+    rows: Tensor | None = None,
+    registers: Sequence[Tensor | None] | None = None,
+    guidance: float | Tensor | None = None,
 ) -> Tensor:
     """Take one step of each sample by its own row: other solvers, other places in their loops, one launch.
 
-    The table may be several tables' rows, one after another.  What a row keeps goes to the registers that it names, in
-    place.  Each sample's result is, bit for bit, what it would be alone.
+    The table may be several tables' rows, one after another.  Kept outputs of a row go to the history slots that it
+    names, in place.  Each sample's result is, bit for bit, what it would be alone.
 
     Args:
         sample: x, ``[B, ...]``, as in `step`; so are all arguments not named here.
         table: ``[R, 32]``.
-        rows: int64 ``[B]``, each sample's row, or ``[1]``, one for all.  A sample whose row is negative stays as it is,
-            and so do its registers.
-        registers: up to four tensors like `sample`: history, read and **written**, each in its own dtype.  None where
-            no row uses one.
+        row_index: int64 ``[B]``, each sample's row, or ``[1]``, one for all.  A sample whose index is negative stays as
+            it is, and so does its history.
+        history: up to four tensors like `sample`, read and **written**, each in its own dtype.  None where no row uses
+            a slot.
         out: a tensor to write instead of a new one, which may be `sample`; or a dtype for a new one of it.
+        rows, registers, guidance: former names of `row_index`, `history` and `guidance_scale`; deprecated.
 
     Returns:
         prev_sample.
@@ -189,50 +201,98 @@ def step_rows(
     Raises:
         TypeError, ValueError, RuntimeError: as `step`.  Nothing has been written then.
     """
+    if rows is not None or registers is not None or guidance is not None:
+        row_index = renamed("step_rows", "rows", rows, "row_index", row_index)
+        history = renamed("step_rows", "registers", registers, "history", history or None)
+        guidance_scale = renamed("step_rows", "guidance", guidance, "guidance_scale", guidance_scale)
     outs = None if out is None else (out,)
-    if backend is None:
-        done = direct_step(
-            sample, model_output, table, rows, uncond, guidance, registers, noise, variance, threshold, variance_kind,
-            0, outs, seeds, noise_step, purpose, model_input, True,
-        )  # fmt: skip
-        if done is not None:
-            return done[0]
-    scale, given = _on_device(guidance, sample, table), _entries("step_rows", "registers", registers) or ()
-    call = StepCall(
-        sample, model_output, table, rows, uncond, scale, given, noise, variance, threshold, variance_kind, 0,
-        seeds, noise_step, purpose, model_input, scatter=True,
-    )  # fmt: skip
-    return _checked_step(call, outs, backend)[0]
+    extension = direct_extension() if backend is None else None
+    if extension is not None:
+        scale, stream = guidance_scale, 0
+        try:
+            if not sample.is_cpu:
+                scale, stream = scale_on_device(guidance_scale, sample, table), current_stream(sample)
+        except AttributeError:  # no tensor: the extension declines it, and the checks name it
+            pass
+        offered = extension.step(
+            sample=sample,
+            model_output=model_output,
+            table=table,
+            row_index=row_index,
+            uncond=uncond,
+            guidance_scale=scale,
+            history=history,
+            noise=noise,
+            variance=variance,
+            threshold=threshold,
+            variance_kind=variance_kind,
+            seeds=seeds,
+            noise_step=noise_step,
+            purpose=purpose,
+            model_input=model_input,
+            write_history=True,
+            out=outs,
+            stream=stream,
+        )
+        if type(offered) is tuple:
+            return offered[0]  # type: ignore[no-any-return]
+    return complete_step(
+        StepCall(
+            sample=sample,
+            model_output=model_output,
+            table=table,
+            row_index=row_index,
+            uncond=uncond,
+            guidance_scale=scale_on_device(guidance_scale, sample, table),
+            history=_entries("step_rows", "history", history) or (),
+            noise=noise,
+            variance=variance,
+            threshold=threshold,
+            variance_kind=variance_kind,
+            seeds=seeds,
+            noise_step=noise_step,
+            purpose=purpose,
+            model_input=model_input,
+            write_history=True,
+            out=outs,
+        ),
+        backend,
+    )[0]
 
 
 def _entries(operation: str, argument: str, values: object) -> tuple[Any, ...] | None:
-    """What a list or tuple holds, for the checks to look at; None where it is absent."""
+    """Return the items of a list or tuple for the checks; None where it is absent."""
     if values is None or isinstance(values, (list, tuple)):
         return None if values is None else tuple(values)
     remedy = f"pass {argument}=[tensor]" if isinstance(values, Tensor) else "pass a list"
     expected = "a list or tuple of tensors or None"
-    raise TypeError(sentence(operation, argument, f"is a {type(values).__name__}", expected, remedy))
+    raise TypeError(error_message(operation, argument, f"is a {type(values).__name__}", expected, remedy))
 
 
-def _checked_step(call: StepCall, out: tuple[Target, ...] | None, backend: str | None) -> tuple[Tensor, ...]:
-    """Check, choose, make plain, run: the way of every call that the extension does not take at once."""
-    check(call, out)
+def complete_step(call: StepCall, backend: str | None = None) -> tuple[Tensor, ...]:
+    """Check a call, then run it: the way of every call that was not offered to the extension, or that it declined.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `step`.
+    """
+    check(call)
     name = backend_to_run(call.sample, backend)
     if _needs_dispatcher(call, name):
-        if call.scatter:
+        if call.write_history:
             _refuse_gradients(call)
-        return call_library(call, out, name)
-    results = tuple(laid_out(result, output_strides(call.sample)) for result in run(call, out, name))
-    if out is None:
-        return results
+        return call_operator(call, name)
+    results = run(call, name)
+    if call.out is None:
+        strides = output_strides(call.sample)
+        return tuple(to_strides(result, strides) for result in results)
     return tuple(
         target.copy_(value) if isinstance(target, Tensor) and target is not value else value
-        for target, value in zip(out, results, strict=True)
+        for target, value in zip(call.out, results, strict=True)
     )
 
 
 def _needs_dispatcher(call: StepCall, name: str) -> bool:
-    """Whether torch has to see the step as one operator: it traces, or transforms, or wants gradients.
+    """Return whether torch has to see the step as one operator: it traces, or transforms, or wants gradients.
 
     The reference is torch operators already, and outside of a compiled function is left to be seen as those.
     """
@@ -252,7 +312,7 @@ def _refuse_tangents(call: StepCall, name: str) -> None:
     for argument, tensor in (*call.inputs(), *call.scalars()):
         if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
             raise RuntimeError(
-                sentence(
+                error_message(
                     "step",
                     argument,
                     f"carries a forward-mode tangent and backend {name!r} has reverse-mode gradients only",
@@ -268,24 +328,24 @@ def _refuse_gradients(call: StepCall) -> None:
     for argument, tensor in (*call.inputs(), *call.scalars()):
         if tensor.requires_grad:
             raise RuntimeError(
-                sentence(
+                error_message(
                     "step_rows",
                     argument,
-                    "requires grad and registers are written in place",
+                    "requires grad and history is written in place",
                     "a tensor outside autograd's graph",
-                    "call ops.step(row=rows), one row a sample, with history= and keeps=, or use torch.no_grad()",
+                    "call ops.step(row_index=indices) with history= and keeps=, or use torch.no_grad()",
                 )
             )
 
 
-def _on_device(guidance: Any, sample: object, table: object) -> Tensor | None:
-    """A guidance scale as a tensor; what is no number, or has no sample to go by, is left for the checks to refuse."""
-    number = isinstance(guidance, Real) and not isinstance(guidance, bool)
+def scale_on_device(guidance_scale: Any, sample: object, table: object) -> Tensor | None:
+    """Return a guidance scale as a tensor; what is no number, or comes without a sample, the checks refuse."""
+    number = isinstance(guidance_scale, Real) and not isinstance(guidance_scale, bool)
     if number and isinstance(sample, Tensor) and isinstance(table, Tensor):
         # A tensor that a tracer made belongs to its trace: only those of eager calls are kept.
-        scalar = _kept_scalar if in_memory(sample) else _scalar
-        return scalar(as_float("step", "guidance", guidance), table.dtype, sample.device)
-    return guidance  # type: ignore[no-any-return]
+        scalar = _cached_scalar if in_memory(sample) else _scalar
+        return scalar(as_float("step", "guidance_scale", guidance_scale), table.dtype, sample.device)
+    return guidance_scale  # type: ignore[no-any-return]
 
 
 def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -293,8 +353,8 @@ def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _kept_scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number as a tensor on the samples' device, kept: a guidance scale is the same for a whole loop.
+def _cached_scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a number as a tensor on the samples' device; a loop asks for the same one at every step.
 
     It must not be an inference tensor, which autograd could not save for a later call's backward.
     """

@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import sentence
-from .dispatch import ARGUMENTS
+from ..errors import error_message
+from .call import STEP_ARGUMENTS, named
 
-LIKE_SAMPLE = (
-    "sample", "model_output", "uncond", "history_0", "history_1", "history_2", "history_3", "noise", "variance",
-)  # fmt: skip
-_A_SAMPLE = ("rows", "guidance", "threshold", "seeds", "noise_steps")
+LIKE_SAMPLE = tuple(argument.name for argument in STEP_ARGUMENTS if argument.role in ("sample", "history"))
+_PER_SAMPLE = tuple(
+    argument.name for argument in STEP_ARGUMENTS if argument.role in ("scalar", "counter") and "Tensor" in argument.type
+)
 
 
 def fold_step(
     info: Any, in_dims: tuple[int | None, ...], *args: Any, apply: Any = None
 ) -> tuple[list[Tensor], list[int]]:
-    """`fastdiff::step` under vmap; `apply` calls the operator, for who has to see it."""
-    given, dims = dict(zip(ARGUMENTS, args, strict=True)), dict(zip(ARGUMENTS, in_dims, strict=True))
+    """Run `fastdiff::step` under vmap; `apply` calls the operator in place of the dispatcher."""
+    given, dims = named(STEP_ARGUMENTS, args), named(STEP_ARGUMENTS, in_dims)
     size = info.batch_size
     example = _mapped_first(given["sample"], dims["sample"], size)
     inner = example.shape[1:]
@@ -35,12 +35,12 @@ def fold_step(
         if given[name] is not None:
             mapped = _mapped_first(given[name], dims[name], size)
             folded[name] = mapped.reshape(size * batch, *inner[1:])
-    for name in _A_SAMPLE:
+    for name in _PER_SAMPLE:
         if given[name] is not None:
             folded[name] = _fold_scalars(given[name], dims[name], size, batch)
     if dims["table"] is not None:
-        folded |= _fold_tables(_mapped_first(given["table"], dims["table"], size), folded, given["row"], batch)
-    results = (apply or torch.ops.fastdiff.step)(*(folded[name] for name in ARGUMENTS))
+        folded |= _fold_tables(_mapped_first(given["table"], dims["table"], size), folded, given["row_index"], batch)
+    results = (apply or torch.ops.fastdiff.step)(*folded.values())
     count = given["keeps"] + 1
     out = [result.reshape(size, *inner) for result in results[:count]]
     copies = given["model_input_copies"]
@@ -56,7 +56,7 @@ def _mapped_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
 
 
 def _fold_scalars(scalars: Tensor, dim: int | None, size: int, batch: int) -> Tensor:
-    """One for all stays one; else one for each sample of the folded batch."""
+    """Return one value for all samples where there is one, else one for each sample of the folded batch."""
     if dim is None and scalars.numel() == 1 and size * batch != 1:
         return scalars.reshape(1) if batch > 1 else scalars.reshape(1).expand(size)
     mapped = _mapped_first(scalars, dim, size)
@@ -64,16 +64,16 @@ def _fold_scalars(scalars: Tensor, dim: int | None, size: int, batch: int) -> Te
     return mapped.expand(size, batch).reshape(-1)
 
 
-def _fold_tables(tables: Tensor, folded: dict[str, Any], row: int, batch: int) -> dict[str, Any]:
-    """Tables one after another, and each sample's row in its own."""
+def _fold_tables(tables: Tensor, folded: dict[str, Any], row_index: int, batch: int) -> dict[str, Any]:
+    """Return the tables as one, and each sample's row index in it."""
     size, length = tables.shape[:2]
-    rows = folded["rows"]
-    if rows is None:
-        rows = torch.full((1,), row, dtype=torch.int64, device=tables.device)
+    indices = folded["row_indices"]
+    if indices is None:
+        indices = torch.full((1,), row_index, dtype=torch.int64, device=tables.device)
     first = torch.arange(size, device=tables.device).repeat_interleave(batch) * length
     # A row outside its table skips its sample; it must not reach into the next table.
-    rows = torch.where((rows >= 0) & (rows < length), rows + first, -1)
-    return {"table": tables.reshape(size * length, -1), "rows": rows}
+    indices = torch.where((indices >= 0) & (indices < length), indices + first, -1)
+    return {"table": tables.reshape(size * length, -1), "row_indices": indices}
 
 
 def fold_randn(
@@ -87,7 +87,7 @@ def fold_randn(
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, int]:
-    """`fastdiff::randn` under vmap."""
+    """Run `fastdiff::randn` under vmap."""
     size, batch = info.batch_size, shape[0]
     keys = _fold_scalars(seeds, in_dims[0], size, batch)
     numbers = None if steps is None else _fold_scalars(steps, in_dims[2], size, batch)
@@ -96,13 +96,13 @@ def fold_randn(
 
 
 def refuse_step_rows(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-    """`fastdiff::step_rows` under vmap: registers that are not mapped would be written once for each."""
+    """Refuse `fastdiff::step_rows` under vmap: history that is not mapped would be written once for each sample."""
     raise RuntimeError(
-        sentence(
+        error_message(
             "step_rows",
-            "registers",
-            "are written in place and vmap has no rule for that",
-            "a step without registers to write",
-            "call ops.step(row=rows) with history= and keeps= under vmap",
+            "history",
+            "is written in place and vmap has no rule for that",
+            "a step without history to write",
+            "call ops.step(row_index=indices) with history= and keeps= under vmap",
         )
     )

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import checked_callable, checked_type, sentence, unknown_name
+from ..errors import checked_callable, checked_type, error_message, unknown_name
 from ..graphs import CapturedLoop, GraphCache, check_can_capture, check_can_show, check_graph_options
 from ..graphs.static_inputs import signature
 from ..guidance import GuidedModel, Model
@@ -49,13 +49,13 @@ class BaseSampler:
     def __init__(self, scheduler: BaseNoiseScheduler, config: SamplingConfig | None = None, **fields: Any) -> None:
         if not hasattr(self, "method"):
             raise TypeError(
-                sentence(
+                error_message(
                     type(self).__name__, "method", "is missing", "a SamplingMethod", "use create_sampler, or a subclass"
                 )
             )
         if not isinstance(scheduler, BaseNoiseScheduler):
             raise TypeError(
-                sentence(
+                error_message(
                     type(self).__name__,
                     "scheduler",
                     f"is a {type(scheduler).__name__}",
@@ -71,7 +71,7 @@ class BaseSampler:
         config = replace(config, **fields) if config else SamplingConfig(**{"method": self.method, **fields})
         if config.method is not self.method:
             raise ValueError(
-                sentence(
+                error_message(
                     type(self).__name__,
                     "method",
                     f"is {SamplingMethod.parse(config.method).value!r}",
@@ -123,7 +123,7 @@ class BaseSampler:
         """With `set_alpha_to_one=False` a loop ends at timestep 0, so its last model call must be above it."""
         if not self.config.set_alpha_to_one and last_timestep == 0:
             raise ValueError(
-                sentence(
+                error_message(
                     type(self).__name__,
                     "set_alpha_to_one",
                     "is False, and the last timestep is 0 already",
@@ -222,7 +222,9 @@ class BaseSampler:
         if seeds is not None:
             if generator is not None:
                 raise ValueError(
-                    sentence("sample", "generator", "is given beside seeds", "one source of noise", "leave out one")
+                    error_message(
+                        "sample", "generator", "is given beside seeds", "one source of noise", "leave out one"
+                    )
                 )
             seeds = as_seeds(seeds, latents.shape[0], latents.device)
         look = not cuda_graph and (latents.device.type == "cpu" if check_finite is None else check_finite)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..errors import checked_bool, checked_float, checked_integer, sentence, unknown_name
+from ..errors import checked_bool, checked_float, checked_integer, error_message, unknown_name
 from ..guidance import GuidanceMode
 from ..schedules.timesteps import SIGMA_SPACINGS
 from ..solvers import SOLVER_MODES, Algorithm, PredictionType, SamplingMethod, SolverType, VarianceType
@@ -121,7 +121,7 @@ class SamplingConfig:
             > 1
         ):
             raise ValueError(
-                sentence(
+                error_message(
                     operation,
                     "dynamic_thresholding_ratio",
                     f"is {self.dynamic_thresholding_ratio}",
@@ -131,7 +131,7 @@ class SamplingConfig:
             )
         if self.use_karras_sigmas and self.sigma_spacing not in (None, "karras"):
             raise ValueError(
-                sentence(
+                error_message(
                     "SamplingConfig",
                     "use_karras_sigmas",
                     f"is set beside sigma_spacing {self.sigma_spacing!r}",

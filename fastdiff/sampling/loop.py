@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..device_copy import to_device
-from ..errors import require, sentence
+from ..errors import error_message, require
 from ..guidance import GuidedModel, write_model_input
 from ..noise.generators import Generators
 from ..ops.checks import DTYPES
@@ -167,7 +167,7 @@ def checked_samples(returned: Tensor, sample: Tensor) -> Tensor:
         if got != wanted:
             kind = TypeError if what in ("layout", "dtype") else ValueError
             raise kind(
-                sentence(
+                error_message(
                     "sample",
                     "callback",
                     f"returned a tensor of {what} {got}",
@@ -189,7 +189,7 @@ def finish(samples: Tensor, steps: int, stopwatch: Stopwatch, check_finite: bool
     """Return the result of a loop whose last step is enqueued; check it where `check_finite` is set."""
     if check_finite and not bool(torch.isfinite(samples).all()):
         raise ValueError(
-            sentence(
+            error_message(
                 "sample",
                 "samples",
                 "became NaN or infinite",
@@ -214,10 +214,10 @@ def check_latents(latents: object) -> None:
     else:
         if latents.device.type == "cpu" and not bool(torch.isfinite(latents).all()):
             raise ValueError(
-                sentence("sample", "latents", "holds NaN or infinity", "finite noise", "draw it with torch.randn")
+                error_message("sample", "latents", "holds NaN or infinity", "finite noise", "draw it with torch.randn")
             )
         return
-    raise TypeError(sentence("sample", "latents", got, expected, "draw it with torch.randn, or convert it first"))
+    raise TypeError(error_message("sample", "latents", got, expected, "draw it with torch.randn, or convert it first"))
 
 
 class _NoBar:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import as_float, checked_bool, checked_type, sentence, unknown_name
+from ..errors import as_float, checked_bool, checked_type, error_message, unknown_name
 from ..noise.generators import Generators, draw
 from ..ops.checks import DTYPES
 from ..ops.step import step
@@ -64,7 +64,7 @@ def cfg_combine(
     """
     table = _coefficients(_compiled(_cfg_row), cond, uncond, out)
     outs = None if out is None else (out,)
-    return step(cond, cond, table, 0, uncond=uncond, guidance=guidance_scale, out=outs, backend=backend)[0]
+    return step(cond, cond, table, 0, uncond=uncond, guidance_scale=guidance_scale, out=outs, backend=backend)[0]
 
 
 def ddpm_step(
@@ -187,14 +187,14 @@ def dpm_solver_step(
         remedy = f"pass {name}=[tensor]" if name == "previous" else "pass out=(tensor, tensor)"
         if not isinstance(tensors, (list, tuple)):
             got = f"is a {type(tensors).__name__}"
-            raise TypeError(sentence("dpm_solver_step", name, got, "a list or tuple of tensors", remedy))
+            raise TypeError(error_message("dpm_solver_step", name, got, "a list or tuple of tensors", remedy))
     for j, tensor in enumerate(previous):
         remedy = "pass the second result of an earlier step"
         checked_type("dpm_solver_step", f"previous[{j}]", tensor, Tensor, "a torch.Tensor", remedy)
     numbers = _numbers("dpm_solver_step", "alphas_cumprod", alphas_cumprod)
     if len(numbers) != len(previous) + 2 or len(previous) > 2:
         raise ValueError(
-            sentence(
+            error_message(
                 "dpm_solver_step",
                 "alphas_cumprod",
                 f"holds {len(numbers)} numbers for {len(previous)} previous outputs",
@@ -221,7 +221,7 @@ def dpm_solver_step(
     noise = _noise(compiled, sample, noise, generator)
     table = _coefficients(compiled, sample, model_output, uncond, noise, *previous, *(out or ()))
     prev, kept = step(
-        sample, model_output, table, len(compiled) - 1, uncond=uncond, guidance=guidance_scale, history=history,
+        sample, model_output, table, len(compiled) - 1, uncond=uncond, guidance_scale=guidance_scale, history=history,
         noise=noise, keeps=1, out=out, backend=backend,
     )  # fmt: skip
     return prev, kept
@@ -285,7 +285,7 @@ def _run(
     table = _coefficients(compiled, sample, model_output, uncond, noise, variance, out)
     outs = None if out is None else (out,)
     return step(
-        sample, model_output, table, 0, uncond=uncond, guidance=guidance_scale, noise=noise, variance=variance,
+        sample, model_output, table, 0, uncond=uncond, guidance_scale=guidance_scale, noise=noise, variance=variance,
         variance_kind=int(compiled.variance), out=outs, backend=backend,
     )[0]  # fmt: skip
 
@@ -324,10 +324,10 @@ def _number(operation: str, argument: str, value: Any) -> float:
         return as_float(operation, argument, value, expected)
     if value.numel() != 1:
         remedy = "take one step a value, or call fastdiff.ops.step with a row for each sample"
-        raise ValueError(sentence(operation, argument, f"has shape {list(value.shape)}", expected, remedy))
+        raise ValueError(error_message(operation, argument, f"has shape {list(value.shape)}", expected, remedy))
     if value.requires_grad and torch.is_grad_enabled():
         remedy = "pass it detached: a step has gradients of its tensors alone"
-        raise TypeError(sentence(operation, argument, "requires grad", expected, remedy))
+        raise TypeError(error_message(operation, argument, "requires grad", expected, remedy))
     return as_float(operation, argument, value.item(), expected)
 
 
@@ -341,7 +341,9 @@ def _numbers(operation: str, argument: str, values: Any) -> tuple[float, ...]:
         values = values.tolist()
     if not isinstance(values, (list, tuple)):
         got = f"has shape {list(values.shape)}" if isinstance(values, Tensor) else f"is a {type(values).__name__}"
-        raise TypeError(sentence(operation, argument, got, "a list, tuple or 1-D tensor", "pass a list of numbers"))
+        raise TypeError(
+            error_message(operation, argument, got, "a list, tuple or 1-D tensor", "pass a list of numbers")
+        )
     return tuple(_number(operation, f"{argument}[{i}]", value) for i, value in enumerate(values))
 
 
@@ -354,7 +356,7 @@ def _levels(operation: str, alphas_cumprod: Sequence[float]) -> Levels:
     for value in alphas_cumprod:
         if not 0.0 <= value <= 1.0:
             raise ValueError(
-                sentence(operation, "alpha_cumprod", f"is {value}", "a number from 0 to 1", "pass ᾱ, not α or β")
+                error_message(operation, "alpha_cumprod", f"is {value}", "a number from 0 to 1", "pass ᾱ, not α or β")
             )
     points = tuple(Level(0.0, math.sqrt(a), math.sqrt(1.0 - a)) for a in alphas_cumprod)
     return Levels(points, lambda ratio: variance_preserving(ratio, 0.0))
@@ -403,7 +405,7 @@ def _dpm_table(
 def _euler_table(sigma: float, sigma_next: float, eta: float, s_noise: float, prediction_type: str) -> StepTable:
     if not (math.isfinite(sigma) and 0.0 <= sigma_next < sigma):
         raise ValueError(
-            sentence(
+            error_message(
                 "euler_step",
                 "sigma_next",
                 f"is {sigma_next} after sigma {sigma}",

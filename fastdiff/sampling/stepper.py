@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..deprecated import renamed_argument
-from ..errors import as_float, checked_float, checked_type, sentence
+from ..errors import as_float, checked_float, checked_type, error_message, renamed
 from ..noise.generators import Generators, draw
+from ..ops.call import StepCall
 from ..ops.checks import check_dtype
+from ..ops.step import complete_step, scale_on_device
 from ..ops.thresholding import dynamic_threshold
-from ..philox import Purpose, as_seeds
+from ..philox import as_seeds
 from ..row_layout import NUM_REGISTERS, Variance
 from ..solvers.table import StepTable
 
@@ -26,9 +28,9 @@ class _NoSamples:
 class Stepper:
     """The state of one loop over a table.
 
-    History is written in place, so a loop allocates it once; no result shares its memory.  `index` moves only when a
-    step has succeeded.  A copy (copy.copy, copy.deepcopy, pickle) has history of its own and continues on its own from
-    the same step.
+    The history slots are written in place, so a loop allocates them once; they are the stepper's own, and no result
+    shares their memory.  `index` moves only when a step has succeeded.  A copy (copy.copy, copy.deepcopy, pickle) has
+    history slots of its own and goes on by itself from the same step.
 
     Args:
         table: the compiled sampler.
@@ -64,19 +66,18 @@ class Stepper:
         self._shape: torch.Size
         self._dtype: torch.dtype
         self._direct: bool
-        self._on_cuda: bool
         #: The last step's result: samples that come back need not be looked at again.
         self._seen: object = _NoSamples
         self._end = len(table)
         self._plan = tuple(zip(table.read_slots, table.kept_slots, table.draws_noise, strict=True))
         self._measures = table.thresholding or table.variance != Variance.FIXED
-        self._prediction_coefficients: Tensor | None = None
+        self._prediction_table: Tensor | None = None
         #: True while history may be written in place: autograd has saved none of it.
         self._in_place = True
 
     def __getstate__(self) -> dict[str, object]:
         """Copy the history, which either stepper would write over, and forget the last samples."""
-        history = [None if tensor is None else tensor.clone() for tensor in self._history]
+        history = [None if slot is None else slot.clone() for slot in self._history]
         return {**self.__dict__, "_history": history, "_seen": _NoSamples}
 
     @property
@@ -101,13 +102,12 @@ class Stepper:
 
         Args:
             sample: x, ``[B, ...]``; shape, dtype and device must stay the same throughout a loop.
-            model_output, uncond, variance: as in `fastdiff.ops.step`.
-            guidance_scale: g, with `uncond`: a number, or a tensor ``[]``, ``[1]`` or ``[B]`` in the table's dtype.
+            model_output, uncond, guidance_scale, variance: as in `fastdiff.ops.step`.
             noise: z, like `sample`; where None and the row wants it, drawn from the seeds or with `generator`.
             generator: one, or one a sample.
             out: a tensor to write instead of a new one; may be `sample`.
             model_input: a tensor to write the next model input to, as in `fastdiff.ops.step`.
-            guidance: the former name of `guidance_scale`.
+            guidance: former name of `guidance_scale`; deprecated.
 
         Returns:
             The previous sample.
@@ -116,12 +116,12 @@ class Stepper:
             IndexError: the table has no row left.
             TypeError, ValueError: as `fastdiff.ops.step`; the stepper is then as it was.
         """
-        row = self.index
         if guidance is not None:
-            guidance_scale = renamed_argument("step(guidance=)", "guidance_scale=", guidance)
+            guidance_scale = renamed("step", "guidance", guidance, "guidance_scale", guidance_scale)
+        row = self.index
         if row == self._end:
             raise IndexError(
-                sentence(
+                error_message(
                     "step",
                     "index",
                     f"is {row}",
@@ -152,46 +152,54 @@ class Stepper:
             outs = (out, history[slots[0]])
         else:
             outs = (out, history[slots[0]], history[slots[1]])
-        results = None
-        # Call overhead dominates a small step: the shortest way is tried first.  It ignores history that a row does not
-        # read.
+        # A small step's time is the way to its loop: it is offered to the extension first, with all history slots, for
+        # one that a row does not read costs nothing there.
         extension = ops.direct_extension() if self._direct else None
+        results = None
         if extension is not None:
             results = extension.step(
-                sample, model_output, coefficients, row, uncond, guidance_scale, history, noise, variance, threshold,
-                kind, keeps, outs, 0, seeds, row, Purpose.STEP, model_input, False,
-            )  # fmt: skip
-        elif self._on_cuda:
-            # Without the checks, but with a look-up of the stream and guidance on the device; history that is given is
-            # read there.
-            results = ops.direct_step(
-                sample, model_output, coefficients, row, uncond, guidance_scale,  # type: ignore[arg-type]
-                [history[j] if j in reads else None for j in range(NUM_REGISTERS)], noise, variance, threshold, kind,
-                keeps, outs, seeds, row, Purpose.STEP, model_input,
-            )  # fmt: skip
-        assert coefficients is not None
-        if results is None:
-            if outs is not None and torch.compiler.is_compiling():
-                outs = (out, *[None] * keeps)  # a compiler plans the memory itself
-            results = ops.step(
-                sample,
-                model_output,
-                coefficients,
-                row,
+                sample=sample,
+                model_output=model_output,
+                table=coefficients,
+                row_index=row,
                 uncond=uncond,
-                guidance=guidance_scale,
-                history=[history[j] if j in reads else None for j in range(NUM_REGISTERS)],
+                guidance_scale=guidance_scale,
+                history=history,
                 noise=noise,
-                seeds=seeds,
-                noise_step=row,
-                model_input=model_input,
                 variance=variance,
                 threshold=threshold,
                 variance_kind=kind,
                 keeps=keeps,
+                seeds=seeds,
+                noise_step=row,
+                model_input=model_input,
                 out=outs,
-                backend=self.backend,
             )
+        if type(results) is not tuple:
+            if outs is not None and torch.compiler.is_compiling():
+                outs = (out, *[None] * keeps)  # a compiler plans the memory itself
+            fields: dict[str, Any] = {
+                "sample": sample,
+                "model_output": model_output,
+                "table": coefficients,
+                "row_index": row,
+                "uncond": uncond,
+                "guidance_scale": scale_on_device(guidance_scale, sample, coefficients),
+                "history": tuple([history[j] if j in reads else None for j in range(NUM_REGISTERS)]),
+                "noise": noise,
+                "variance": variance,
+                "threshold": threshold,
+                "variance_kind": kind,
+                "keeps": keeps,
+                "seeds": seeds,
+                "noise_step": row,
+                "model_input": model_input,
+                "out": outs,
+            }
+            if extension is None:
+                results = ops.step(**fields, backend=self.backend)
+            else:
+                results = complete_step(StepCall(**fields), self.backend)
             if any(result.requires_grad for result in results):
                 self._in_place = False
         if keeps:
@@ -210,7 +218,7 @@ class Stepper:
             if sample.shape == self._shape and sample.dtype is self._dtype:
                 return
             raise ValueError(
-                sentence(
+                error_message(
                     "step",
                     "sample",
                     f"has shape {list(sample.shape)} and {sample.dtype}",
@@ -221,10 +229,9 @@ class Stepper:
         check_dtype("sample", sample.dtype)
         if self._given_seeds is not None:
             self._seeds = as_seeds(self._given_seeds, sample.shape[0] if sample.dim() > 0 else 1, sample.device)
-        self._prediction_coefficients = None
+        self._prediction_table = None
         self._shape, self._dtype = sample.shape, sample.dtype
         self._direct = self.backend is None and sample.device.type == "cpu"
-        self._on_cuda = self.backend is None and sample.device.type == "cuda"
         self._coefficients = self.table.shared_coefficients(sample.dtype, sample.device)
 
     def _measure(
@@ -242,15 +249,15 @@ class Stepper:
     def _threshold(
         self, sample: Tensor, model_output: Tensor, uncond: Tensor | None, guidance_scale: float | Tensor | None
     ) -> Tensor:
-        if self._prediction_coefficients is None:
-            self._prediction_coefficients = self.table.shared_coefficients(sample.dtype, sample.device, prediction=True)
+        if self._prediction_table is None:
+            self._prediction_table = self.table.shared_coefficients(sample.dtype, sample.device, prediction=True)
         (x0,) = ops.step(
             sample,
             model_output,
-            self._prediction_coefficients,
+            self._prediction_table,
             self.index,
             uncond=uncond,
-            guidance=guidance_scale,
+            guidance_scale=guidance_scale,
             backend=self.backend,
         )
         return dynamic_threshold(x0, self._ratio, self._max_value)
@@ -258,7 +265,7 @@ class Stepper:
     def _variance_kind(self, variance: Tensor | None) -> int:
         if variance is None and self.table.variance != Variance.FIXED and self.table.draws_noise[self.index]:
             raise ValueError(
-                sentence(
+                error_message(
                     "step",
                     "variance",
                     "is missing",

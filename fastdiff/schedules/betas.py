@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..errors import sentence
+from ..errors import error_message
 
 MAX_BETA = 0.999
 KARRAS_SIGMA_MIN, KARRAS_SIGMA_MAX, KARRAS_RHO = 0.002, 80.0, 7.0
@@ -47,7 +47,7 @@ def linear_rescaled(num_train_timesteps: int, beta_start: float, beta_end: float
     scale = 1000 / num_train_timesteps
     if beta_end * scale >= 1:
         raise ValueError(
-            sentence(
+            error_message(
                 "linear_rescaled",
                 "num_train_timesteps",
                 f"is {num_train_timesteps}, which makes the last beta {beta_end * scale:g}",
@@ -136,13 +136,15 @@ def rescale_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
     check_floating(operation, argument, alphas_cumprod)
     if alphas_cumprod.dim() != 1 or alphas_cumprod.numel() < 2:
         got = f"has shape {list(alphas_cumprod.shape)}"
-        raise ValueError(sentence(operation, argument, got, "[T] with T of at least 2", "pass one value per timestep"))
+        raise ValueError(
+            error_message(operation, argument, got, "[T] with T of at least 2", "pass one value per timestep")
+        )
     check_alphas_cumprod(operation, argument, alphas_cumprod)
     roots = alphas_cumprod.to(torch.float64).sqrt()
     first, last = roots[0], roots[-1]
     if bool(first == last):
         raise ValueError(
-            sentence(
+            error_message(
                 operation,
                 argument,
                 "is the same at both ends",
@@ -165,7 +167,7 @@ def check_floating(operation: str, argument: str, value: object) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = f"has dtype {value.dtype}" if isinstance(value, Tensor) else f"has type {type(value).__name__}"
         remedy = f"convert {argument} to a float tensor"
-        raise TypeError(sentence(operation, argument, got, "a floating-point tensor", remedy))
+        raise TypeError(error_message(operation, argument, got, "a floating-point tensor", remedy))
 
 
 def check_alphas_cumprod(operation: str, argument: str, values: Tensor) -> None:
@@ -178,7 +180,7 @@ def check_alphas_cumprod(operation: str, argument: str, values: Tensor) -> None:
     if bool(outside.any()):
         at = int(outside.nonzero()[0])
         raise ValueError(
-            sentence(
+            error_message(
                 operation,
                 f"{argument}[{at}]",
                 f"is {float(values[at])!r}",
@@ -190,7 +192,7 @@ def check_alphas_cumprod(operation: str, argument: str, values: Tensor) -> None:
     if bool(rising.any()):
         at = int(rising.nonzero()[0]) + 1
         raise ValueError(
-            sentence(
+            error_message(
                 operation,
                 f"{argument}[{at}]",
                 f"is {float(values[at])!r}, above the value before",

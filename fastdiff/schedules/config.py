@@ -10,7 +10,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from ..errors import checked_bool, checked_float, checked_integer, parse_enum, sentence, unknown_name
+from ..errors import checked_bool, checked_float, checked_integer, error_message, parse_choice, unknown_name
 from .betas import check_alphas_cumprod
 from .timesteps import TIMESTEP_SPACINGS
 
@@ -44,7 +44,7 @@ class NoiseScheduleType(str, Enum):
         Raises:
             ValueError: no such name; the message lists the known ones.
         """
-        return parse_enum(cls, value, operation, "schedule_type", _ALIASES)
+        return parse_choice(cls, operation, "schedule_type", value, _ALIASES)
 
 
 def _custom_values(argument: str, values: object) -> tuple[float, ...]:
@@ -58,11 +58,13 @@ def _custom_values(argument: str, values: object) -> tuple[float, ...]:
     except (TypeError, ValueError, RuntimeError) as error:
         got = f"has type {type(values).__name__} and holds no real numbers"
         raise TypeError(
-            sentence(operation, argument, got, "a 1-D tensor or sequence of floats", f"pass {argument} as a list")
+            error_message(operation, argument, got, "a 1-D tensor or sequence of floats", f"pass {argument} as a list")
         ) from error
     if tensor.dim() != 1 or tensor.numel() == 0:
         got = f"has shape {list(tensor.shape)}"
-        raise ValueError(sentence(operation, argument, got, "[num_train_timesteps]", "pass one value per timestep"))
+        raise ValueError(
+            error_message(operation, argument, got, "[num_train_timesteps]", "pass one value per timestep")
+        )
     tensor = tensor.detach().to(torch.float64)
     if argument == "custom_alphas_cumprod":
         check_alphas_cumprod(operation, argument, tensor)
@@ -74,7 +76,7 @@ def _custom_values(argument: str, values: object) -> tuple[float, ...]:
         remedy = "pass the variance of each step; for a last step without signal set rescale_betas_zero_snr=True"
     if bool(refused.any()):
         at = int(refused.nonzero()[0])
-        raise ValueError(sentence(operation, f"{argument}[{at}]", f"is {float(tensor[at])!r}", expected, remedy))
+        raise ValueError(error_message(operation, f"{argument}[{at}]", f"is {float(tensor[at])!r}", expected, remedy))
     return tuple(tensor.tolist())
 
 
@@ -130,10 +132,12 @@ class NoiseSchedulerConfig:
         self._set("sample_max_value", checked_float(operation, "sample_max_value", self.sample_max_value, 1.0))
         if self.beta_end >= 1:
             remedy = "beta is the variance that one step adds, 0.02 is usual"
-            raise ValueError(sentence(operation, "beta_end", f"is {self.beta_end!r}", "a number below 1", remedy))
+            raise ValueError(error_message(operation, "beta_end", f"is {self.beta_end!r}", "a number below 1", remedy))
         if self.beta_start > self.beta_end:
             expected = f"at most beta_end, {self.beta_end!r}"
-            raise ValueError(sentence(operation, "beta_start", f"is {self.beta_start!r}", expected, "swap the two"))
+            raise ValueError(
+                error_message(operation, "beta_start", f"is {self.beta_start!r}", expected, "swap the two")
+            )
         if self.timestep_spacing not in TIMESTEP_SPACINGS:
             raise unknown_name(operation, "timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
         self._check_custom(operation)
@@ -147,7 +151,9 @@ class NoiseSchedulerConfig:
         given = [name for name in customs if getattr(self, name) is not None]
         if len(given) == 2:
             raise ValueError(
-                sentence(operation, given[1], "is given beside custom_betas", "one of the two", "leave one of them out")
+                error_message(
+                    operation, given[1], "is given beside custom_betas", "one of the two", "leave one of them out"
+                )
             )
         if self.schedule_type == "custom":
             kind = given[0] if given else "custom"
@@ -155,20 +161,24 @@ class NoiseSchedulerConfig:
             kind = NoiseScheduleType.parse(self.schedule_type, operation).value
         if kind in (*customs, "custom") and kind not in given:
             got, expected = f"is {kind!r} without its values", f"{' or '.join(customs) if kind == 'custom' else kind}"
-            raise ValueError(sentence(operation, "schedule_type", got, expected, f"pass {expected} as a 1-D tensor"))
+            raise ValueError(
+                error_message(operation, "schedule_type", got, expected, f"pass {expected} as a 1-D tensor")
+            )
         self._set("schedule_type", kind)
         if not given:
             return
         if kind not in given:
             got, expected = f"is given with schedule_type {kind!r}", "a custom schedule_type"
             raise ValueError(
-                sentence(operation, given[0], got, expected, f"set schedule_type={given[0]!r} or leave {given[0]} out")
+                error_message(
+                    operation, given[0], got, expected, f"set schedule_type={given[0]!r} or leave {given[0]} out"
+                )
             )
         values = _custom_values(kind, getattr(self, kind))
         if self.num_train_timesteps not in (len(values), _DEFAULT_NUM_TRAIN_TIMESTEPS):
             got, expected = f"has {len(values)} values", f"num_train_timesteps={self.num_train_timesteps} of them"
             raise ValueError(
-                sentence(operation, kind, got, expected, "leave num_train_timesteps out to take the length")
+                error_message(operation, kind, got, expected, "leave num_train_timesteps out to take the length")
             )
         self._set("num_train_timesteps", len(values))
         self._set(kind, values)

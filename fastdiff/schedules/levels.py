@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import sentence
+from ..errors import error_message
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,14 @@ class Levels:
     def __post_init__(self) -> None:
         if len(self.points) < 2:
             raise ValueError(
-                sentence("Levels", "points", f"has {len(self.points)} levels", "2 or more", "ask for at least one step")
+                error_message(
+                    "Levels", "points", f"has {len(self.points)} levels", "2 or more", "ask for at least one step"
+                )
             )
         for i, point in enumerate(self.points):
             if not (math.isfinite(point.alpha) and math.isfinite(point.sigma) and point.alpha >= 0 <= point.sigma):
                 raise ValueError(
-                    sentence(
+                    error_message(
                         "Levels",
                         f"points[{i}]",
                         f"has alpha {point.alpha} and sigma {point.sigma}",
@@ -75,7 +77,7 @@ class Levels:
         for i in range(1, len(ratios)):
             if not ratios[i] < ratios[i - 1]:
                 raise ValueError(
-                    sentence(
+                    error_message(
                         "Levels",
                         f"points[{i}]",
                         f"has the noise level {ratios[i]:.6g} after {ratios[i - 1]:.6g}",
@@ -120,7 +122,9 @@ class VariancePreservingPath:
         last = len(self.alphas_cumprod) - 1
         if not 0.0 <= timestep <= last:
             raise ValueError(
-                sentence("Levels", "timesteps", f"holds {timestep}", f"values from 0 to {last}", "stay on the schedule")
+                error_message(
+                    "Levels", "timesteps", f"holds {timestep}", f"values from 0 to {last}", "stay on the schedule"
+                )
             )
         low = min(int(timestep), last)
         weight = timestep - low

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import sentence, unknown_name
+from ..errors import error_message, unknown_name
 from . import betas as formulas
 from .betas import check_floating, rescale_zero_terminal_snr
 from .config import NoiseSchedulerConfig, NoiseScheduleType
@@ -41,7 +41,7 @@ __all__ = [
 def _check_config(operation: str, config: object) -> None:
     if config is not None and not isinstance(config, NoiseSchedulerConfig):
         got, remedy = f"has type {type(config).__name__}", "pass the fields as keywords"
-        raise TypeError(sentence(operation, "config", got, "a NoiseSchedulerConfig", remedy))
+        raise TypeError(error_message(operation, "config", got, "a NoiseSchedulerConfig", remedy))
 
 
 def _configure(operation: str, config: NoiseSchedulerConfig | None, given: dict[str, Any]) -> NoiseSchedulerConfig:
@@ -85,7 +85,7 @@ class BaseNoiseScheduler(ABC):
         if self.schedule_type not in self.schedule_types:
             expected = " or ".join(repr(kind.value) for kind in self.schedule_types)
             got, remedy = f"is {self.schedule_type.value!r}", "use create_noise_scheduler, which picks the class"
-            raise ValueError(sentence(operation, "schedule_type", got, expected, remedy))
+            raise ValueError(error_message(operation, "schedule_type", got, expected, remedy))
         self.num_train_timesteps = self.config.num_train_timesteps
         # Tensors made in inference mode could not be used for training later.
         with torch.inference_mode(False), torch.no_grad():
@@ -161,7 +161,9 @@ class BaseNoiseScheduler(ABC):
         """
         if noise is not None and generator is not None:
             got, remedy = "is given beside noise", "leave one of them out"
-            raise ValueError(sentence("q_sample", "generator", got, "noise or a generator to draw it with", remedy))
+            raise ValueError(
+                error_message("q_sample", "generator", got, "noise or a generator to draw it with", remedy)
+            )
         check_floating("q_sample", "x0", x0)
         if noise is None:
             device = x0.device if generator is None else generator.device
@@ -209,13 +211,13 @@ class BaseNoiseScheduler(ABC):
         check_floating(operation, "noise", noise)
         if noise.dtype != samples.dtype:
             got, expected = f"has dtype {noise.dtype}", f"{samples.dtype} like {name}"
-            raise TypeError(sentence(operation, "noise", got, expected, f"draw it with torch.randn_like({name})"))
+            raise TypeError(error_message(operation, "noise", got, expected, f"draw it with torch.randn_like({name})"))
         if noise.shape != samples.shape:
             got, expected = f"has shape {list(noise.shape)}", f"{list(samples.shape)} like {name}"
-            raise ValueError(sentence(operation, "noise", got, expected, f"draw it with torch.randn_like({name})"))
+            raise ValueError(error_message(operation, "noise", got, expected, f"draw it with torch.randn_like({name})"))
         if noise.device != samples.device:
             got, expected = f"is on {noise.device}", f"{samples.device} like {name}"
-            raise ValueError(sentence(operation, "noise", got, expected, f"move it with noise.to({name}.device)"))
+            raise ValueError(error_message(operation, "noise", got, expected, f"move it with noise.to({name}.device)"))
         index = self._checked_timesteps(operation, time_name, name, samples, timesteps)
         dtype = torch.float64 if samples.dtype == torch.float64 else torch.float32
         # Gathered where the timesteps are, so that none but the few chosen numbers moves between devices.
@@ -236,21 +238,23 @@ class BaseNoiseScheduler(ABC):
         if not isinstance(timesteps, Tensor):
             if isinstance(timesteps, bool) or not hasattr(timesteps, "__index__"):
                 got, remedy = f"has type {type(timesteps).__name__}", "pass an int or an int64 tensor"
-                raise TypeError(sentence(operation, argument, got, expected, remedy))
+                raise TypeError(error_message(operation, argument, got, expected, remedy))
             # On the CPU even for a default device elsewhere: the check below should cost no round trip.
             timesteps = torch.tensor(timesteps.__index__(), dtype=torch.int64, device="cpu")
         if timesteps.is_floating_point() or timesteps.is_complex() or timesteps.dtype == torch.bool:
             got, remedy = f"has dtype {timesteps.dtype}", "round and convert with .long()"
-            raise TypeError(sentence(operation, argument, got, expected, remedy))
+            raise TypeError(error_message(operation, argument, got, expected, remedy))
         batch = samples.shape[:1]
         if timesteps.dim() and (not batch or tuple(timesteps.shape) not in ((1,), tuple(batch))):
             got = f"has shape {list(timesteps.shape)}"
             wanted = f"{list(batch)}, one per sample of {name}, or 0-d"
-            raise ValueError(sentence(operation, argument, got, wanted, "pass one timestep per sample or a single int"))
+            raise ValueError(
+                error_message(operation, argument, got, wanted, "pass one timestep per sample or a single int")
+            )
         index = timesteps.to(torch.int64)
         if not torch.compiler.is_compiling() and bool(((index < 0) | (index > last)).any()):
             got, remedy = f"spans [{int(index.min())}, {int(index.max())}]", f"draw it below {last + 1}"
-            raise ValueError(sentence(operation, argument, got, expected, remedy))
+            raise ValueError(error_message(operation, argument, got, expected, remedy))
         return index
 
 
@@ -396,6 +400,6 @@ def create_noise_scheduler(
     else:
         if "schedule_type" in config_fields:
             got, remedy = f"is given beside type {type!r}", "leave schedule_type out"
-            raise ValueError(sentence(operation, "schedule_type", got, "one name", remedy))
+            raise ValueError(error_message(operation, "schedule_type", got, "one name", remedy))
         config = _configure(operation, None, {**config_fields, "schedule_type": type})
     return _SCHEDULERS[NoiseScheduleType.parse(config.schedule_type)](config)

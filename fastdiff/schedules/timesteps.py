@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..errors import checked_float, checked_integer, require, sentence, unknown_name
+from ..errors import checked_float, checked_integer, error_message, require, unknown_name
 
 TIMESTEP_SPACINGS: tuple[str, ...] = ("leading", "linspace", "trailing", "cosine")
 SIGMA_SPACINGS: tuple[str, ...] = ("karras", "exponential", "beta", "lu")
@@ -61,7 +61,7 @@ def timestep_schedule(
     offset = checked_integer(operation, "steps_offset", steps_offset, 0)
     if n > total:
         raise ValueError(
-            sentence(
+            error_message(
                 operation,
                 "num_inference_steps",
                 f"is {n}",
@@ -75,7 +75,7 @@ def timestep_schedule(
         first = (n - 1) * stride + offset
         if first > total - 1:
             raise ValueError(
-                sentence(
+                error_message(
                     operation,
                     "steps_offset",
                     f"is {offset}, which makes the first timestep {first}",
@@ -154,7 +154,7 @@ def sigma_schedule(
         return torch.tensor([high], dtype=torch.float64, device="cpu")
     if low >= high:
         raise ValueError(
-            sentence(
+            error_message(
                 operation,
                 "sigma_min",
                 f"is {low!r}",
@@ -177,7 +177,7 @@ def sigma_schedule(
     sigmas[0], sigmas[-1] = high, low
     if not bool((sigmas[1:] < sigmas[:-1]).all()):
         raise ValueError(
-            sentence(
+            error_message(
                 operation,
                 "num_inference_steps",
                 f"is {n}, too many for levels from {high!r} to {low!r} with spacing {spacing!r}",

@@ -22,7 +22,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
-from ..errors import parse_enum
+from ..errors import parse_choice
 from ..schedules.levels import Levels
 from .ddim import ddim
 from .ddpm import VarianceType, ddpm
@@ -71,7 +71,7 @@ class SamplingMethod(str, Enum):
 
     @classmethod
     def parse(cls, value: str | SamplingMethod) -> SamplingMethod:
-        return parse_enum(cls, value, "SamplingConfig", "method")
+        return parse_choice(cls, "SamplingConfig", "method", value)
 
     @property
     def entry(self) -> SolverEntry:

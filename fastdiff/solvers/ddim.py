@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 
-from ..errors import as_float, sentence
+from ..errors import as_float, error_message
 from ..schedules.levels import Level, Levels
 from .affine import NOISE
 from .prediction import Prediction
@@ -38,7 +38,7 @@ def ddim(
         remaining = s.sigma**2 - std**2
         if remaining < -1e-12 * s.sigma**2:
             raise ValueError(
-                sentence(
+                error_message(
                     "ddim",
                     "eta",
                     f"is {eta}, which asks for more noise than timestep {t.timestep:g} leaves",
@@ -61,5 +61,5 @@ def check_eta(operation: str, eta: float) -> None:
     as_float(operation, "eta", eta)
     if not (math.isfinite(eta) and eta >= 0.0):
         raise ValueError(
-            sentence(operation, "eta", f"is {eta}", "a number of 0 or more", "use 0 for no noise and 1 for DDPM's")
+            error_message(operation, "eta", f"is {eta}", "a number of 0 or more", "use 0 for no noise and 1 for DDPM's")
         )

@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 from enum import Enum
 
-from ..errors import parse_enum
+from ..errors import parse_choice
 from ..row_layout import Variance
 from ..schedules.levels import Levels
 from .affine import NOISE, SAMPLE
@@ -27,7 +27,7 @@ class VarianceType(str, Enum):
 
     @classmethod
     def parse(cls, value: str | VarianceType) -> VarianceType:
-        return parse_enum(cls, value, "ddpm", "variance_type")
+        return parse_choice(cls, "ddpm", "variance_type", value)
 
 
 #: The floor of the posterior variance, as in diffusers: that of the last step is 0 and has no logarithm.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 
-from ..errors import sentence, unknown_name
+from ..errors import error_message, unknown_name
 from ..schedules.levels import Level, Levels
 from .affine import HISTORY, NOISE, SAMPLE, Affine
 from .exponential import Algorithm, SolverType, Step, exponential_step, phi2
@@ -103,8 +103,10 @@ def check_order(solver_order: int) -> None:
     """Refuse an order other than the integers 1, 2 and 3."""
     if isinstance(solver_order, bool) or not hasattr(solver_order, "__index__"):
         got, remedy = f"has type {type(solver_order).__name__}", "pass solver_order as an int"
-        raise TypeError(sentence("dpm_solver", "solver_order", got, "1, 2 or 3", remedy))
+        raise TypeError(error_message("dpm_solver", "solver_order", got, "1, 2 or 3", remedy))
     if solver_order not in (1, 2, 3):
         raise ValueError(
-            sentence("dpm_solver", "solver_order", f"is {solver_order!r}", "1, 2 or 3", "choose one of those orders")
+            error_message(
+                "dpm_solver", "solver_order", f"is {solver_order!r}", "1, 2 or 3", "choose one of those orders"
+            )
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..errors import as_float, sentence
+from ..errors import as_float, error_message
 from ..schedules.levels import Level, Levels
 from .affine import NOISE, Affine
 from .prediction import Prediction
@@ -37,7 +37,9 @@ class Churn:
             value = as_float("euler", name, getattr(self, name))
             if not value >= 0.0:
                 raise ValueError(
-                    sentence("euler", name, f"is {value}", "a number of 0 or more", "leave s_churn at 0 for no churn")
+                    error_message(
+                        "euler", name, f"is {value}", "a number of 0 or more", "leave s_churn at 0 for no churn"
+                    )
                 )
 
     def raise_level(self, levels: Levels, index: int) -> tuple[Level, float]:

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-from ..errors import parse_enum
+from ..errors import parse_choice
 from ..schedules.levels import Level
 from .affine import Affine
 from .prediction import Denoised
@@ -28,7 +28,7 @@ class Algorithm(str, Enum):
 
     @classmethod
     def parse(cls, value: str | Algorithm) -> Algorithm:
-        return parse_enum(cls, value, "dpm_solver", "algorithm_type")
+        return parse_choice(cls, "dpm_solver", "algorithm_type", value)
 
     @property
     def predicts_data(self) -> bool:
@@ -57,7 +57,7 @@ class SolverType(str, Enum):
 
     @classmethod
     def parse(cls, value: str | SolverType) -> SolverType:
-        return parse_enum(cls, value, "dpm_solver", "solver_type")
+        return parse_choice(cls, "dpm_solver", "solver_type", value)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-from ..errors import as_float, parse_enum, sentence
+from ..errors import as_float, error_message, parse_choice
 from ..schedules.levels import Level
 from .affine import MODEL_OUTPUT, PREDICTION, SAMPLE, Affine
 from .table import Row
@@ -23,7 +23,7 @@ class PredictionType(str, Enum):
 
     @classmethod
     def parse(cls, value: str | PredictionType) -> PredictionType:
-        return parse_enum(cls, value, "Prediction", "prediction_type")
+        return parse_choice(cls, "Prediction", "prediction_type", value)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Prediction:
         object.__setattr__(self, "prediction_type", PredictionType.parse(self.prediction_type))
         if not as_float("Prediction", "clip_range", self.clip_range) > 0.0:
             raise ValueError(
-                sentence(
+                error_message(
                     "Prediction", "clip_range", f"is {self.clip_range}", "a number above 0", "use inf for no clipping"
                 )
             )
@@ -112,7 +112,7 @@ class Prediction:
 
 def _undetermined(level: Level, kind: str, what: str, needs: str, instead: str) -> ValueError:
     return ValueError(
-        sentence(
+        error_message(
             "Prediction",
             "prediction_type",
             f"is {kind!r} at timestep {level.timestep:g}, where it does not determine {what}",

@@ -22,7 +22,7 @@ import torch
 
 from ..deprecated import renamed_attribute, renamed_fields
 from ..device_copy import OnDevice, to_device
-from ..errors import checked_type, sentence
+from ..errors import checked_type, error_message
 from ..row_layout import (
     CLIP,
     COLUMNS,
@@ -126,7 +126,7 @@ class StepTable:
             checked_type("StepTable", f"source[{i}]", row, Row, "a Row", "make it with a solver, or with Row(...)")
         if not self.source:
             raise ValueError(
-                sentence("StepTable", "source", "has no rows", "at least one", "ask for at least one step")
+                error_message("StepTable", "source", "has no rows", "at least one", "ask for at least one step")
             )
         self._check_slots()
         coefficients = _coefficients(self.source)
@@ -154,7 +154,7 @@ class StepTable:
         if not bool(finite.all()):
             row, column = (int(i) for i in (~finite).nonzero()[0])
             raise ValueError(
-                sentence(
+                error_message(
                     "StepTable",
                     f"coefficients[{row}, {column}]",
                     f"is {float(coefficients[row, column])}",
@@ -169,7 +169,7 @@ class StepTable:
             one_each = len(row.slots) == len(row.kept) <= 2 and len(set(row.slots)) == len(row.slots)
             if not one_each or not set(row.slots) <= set(range(NUM_REGISTERS)):
                 raise ValueError(
-                    sentence(
+                    error_message(
                         "StepTable",
                         f"source[{i}].slots",
                         f"is {row.slots} for {len(row.kept)} kept outputs",
@@ -180,7 +180,7 @@ class StepTable:
             unwritten = set(row.slots_read) - written
             if unwritten:
                 raise ValueError(
-                    sentence(
+                    error_message(
                         "StepTable",
                         f"source[{i}]",
                         f"reads history slot {min(unwritten)}",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How large a program is and how many warps run it: looked up in a table, by kind of kernel, chip and element size.
+"""The size and warps of a program: looked up in a table, by kind of kernel, chip and element size.
 
 A table rather than an autotuner: the same call takes the same time on every run, the first one compiles one kernel and
 not ten, and a captured graph holds what was measured.  Results are the same bits whatever the configuration.
@@ -79,7 +79,7 @@ def config_for(kind: str, x: Tensor) -> Config:
 
 
 def lookup(name: str, kind: str, element_size: int) -> Config:
-    """What the table says for a chip; the default where it says nothing."""
+    """Return the table's configuration for a chip; the default where it has none."""
     return MEASURED.get(name, {}).get((kind, element_size), DEFAULT[kind])
 
 

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""How a kernel is launched: as Triton compiled it for an earlier call of the same kind, without asking its JIT again.
+"""Cached kernels: launch what Triton compiled for an earlier call of the same kind, without its JIT.
 
 ``kernel[grid](...)`` binds the arguments, classifies each, makes a string of the result and of the options, looks the
-compiled kernel up by it, and prepares what profilers may want to be told: more time than a small step takes on the GPU.
+compiled kernel up by it, and prepares what profilers may read: more time than a small step takes on the GPU.
 `Launcher` keeps the compiled kernel by a key of its own and hands it to Triton's runner with the grid and the stream.
 The first call of a kind goes through the JIT, which compiles.
 
 A key that forgets something would be a wrong result, so it holds whatever Triton may specialise on, as it is: the
 device, every tensor's dtype and whether its address is a multiple of 16 (or what the compiler's backend makes of the
 tensor, where it has rules of its own), sizes as numbers, how wide the integers in ``do_not_specialize`` are, all
-compile-time constants, and the warps.  Where anything else could change what is run or who is told, the JIT is asked:
+compile-time constants, and the warps.  Where anything else could change what is run or reported, the JIT launches:
 launch hooks, Triton's debug mode, instrumentation, hooks of the compiler, a version of Triton that was not read.
 """
 
@@ -33,8 +33,8 @@ TARGETS = ("cuda", "hip")
 #: The programs that one launch may have, on every GPU.
 MOST_PROGRAMS = 2**31 - 1
 
-#: Kinds of call that a launcher keeps; sizes are part of a kind, and somebody may go through very many.
-_MOST_HELD = 4096
+#: Kinds of call that a launcher caches; sizes are part of a kind, and a program may go through very many.
+_CACHE_SIZE = 4096
 
 _through_jit = os.environ.get("FASTDIFF_TRITON_LAUNCHER") == "jit"  # fastdiff.environment refuses what is unknown
 
@@ -44,10 +44,10 @@ def _version() -> tuple[int, ...]:
 
 
 def _unknown_runtime() -> str:
-    """Why compiled kernels of this Triton cannot be held, as a clause; empty where they can."""
+    """Return why compiled kernels of this Triton cannot be cached, as a clause; empty where they can."""
     if _version() not in VERSIONS:
         known = " and ".join(".".join(map(str, version)) for version in VERSIONS)
-        return f"triton is {triton.__version__}, and compiled kernels are held with {known}"
+        return f"triton is {triton.__version__}, and compiled kernels are cached with {known}"
     runtime = getattr(getattr(triton, "knobs", None), "runtime", None)
     missing = [name for name in ("launch_enter_hook", "launch_exit_hook") if not hasattr(runtime, name)]
     return f"triton's runtime has no {missing[0]}" if missing else ""
@@ -57,7 +57,7 @@ _unknown = _unknown_runtime()
 
 
 def why_through_jit() -> str:
-    """Why launches go through Triton's JIT at this moment, as a clause; empty where compiled kernels are held."""
+    """Return why launches go through Triton's JIT at this moment, as a clause; empty where kernels are cached."""
     if _unknown:
         return _unknown
     if _through_jit:
@@ -68,15 +68,15 @@ def why_through_jit() -> str:
 
 
 def _unknown_target() -> str:
-    """Why nothing is held for the current device, as a clause; empty where it is."""
+    """Return why nothing is cached for the current device, as a clause; empty where kernels are."""
     kind = triton.runtime.driver.active.get_current_target().backend
     return (
-        "" if kind in TARGETS else f"compiled kernels are held for {' and '.join(TARGETS)}, and this device is {kind}"
+        "" if kind in TARGETS else f"compiled kernels are cached for {' and '.join(TARGETS)}, and this device is {kind}"
     )
 
 
 def _interfered_with() -> bool:
-    """Whether somebody wants to be told of launches, as profilers do, or has changed what is compiled."""
+    """Return whether launch hooks are set, as by profilers, or what is compiled has been changed."""
     knobs = triton.knobs
     runtime = knobs.runtime
     for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
@@ -92,7 +92,7 @@ def _interfered_with() -> bool:
 
 @contextlib.contextmanager
 def through_jit() -> Iterator[None]:
-    """Launch through Triton's JIT inside a ``with`` block: what a held launch is compared with."""
+    """Launch through Triton's JIT inside a ``with`` block: what a cached launch is compared with."""
     global _through_jit
     before, _through_jit = _through_jit, True
     try:
@@ -107,14 +107,18 @@ class Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self._held: dict[tuple[Any, ...], tuple[Callable[..., None], Any, Any]] = {}
+        self._cached: dict[tuple[Any, ...], tuple[Callable[..., None], Any, Any]] = {}
         self._rules: dict[int, Callable[..., str] | None] = {}
-        self._loose = 0
-        self._may_hold = isinstance(kernel, JITFunction) and not _unknown
-        if self._may_hold:
-            loose = [p.do_not_specialize for p in kernel.params if not p.is_constexpr and not p.name.endswith("_ptr")]
-            self._loose = sum(loose)
-            assert loose == sorted(loose, reverse=True), "integers that are not specialised on come first"
+        self._unspecialized = 0
+        self._may_cache = isinstance(kernel, JITFunction) and not _unknown
+        if self._may_cache:
+            unspecialized = [
+                p.do_not_specialize for p in kernel.params if not p.is_constexpr and not p.name.endswith("_ptr")
+            ]
+            self._unspecialized = sum(unspecialized)
+            assert unspecialized == sorted(unspecialized, reverse=True), (
+                "integers that are not specialised on come first"
+            )
 
     def __call__(
         self,
@@ -154,7 +158,7 @@ class Launcher:
         constants: tuple[int, ...],
         num_warps: int,
     ) -> None:
-        if not self._may_hold or _through_jit or _interfered_with() or self.kernel.pre_run_hooks:
+        if not self._may_cache or _through_jit or _interfered_with() or self.kernel.pre_run_hooks:
             self._ask_jit(programs, tensors, integers, constants, num_warps)
             return
         driver = triton.runtime.driver.active
@@ -168,32 +172,32 @@ class Launcher:
                 self._ask_jit(programs, tensors, integers, constants, num_warps)
                 return
             self._rules[device] = _own_rules()
-        rules, loose = self._rules[device], self._loose
+        rules, unspecialized = self._rules[device], self._unspecialized
         key = (
             device,
             num_warps,
             constants,
             tuple([dtype if t is first else t.dtype for t in tensors]),
             _alignments(addresses) if rules is None else tuple([rules(t, align=True) for t in tensors]),
-            tuple(integers[loose:]),
-            tuple([0 if -0x80000000 <= i <= 0x7FFFFFFF else 1 if i < 2**63 else 2 for i in integers[:loose]]),
+            tuple(integers[unspecialized:]),
+            tuple([0 if -0x80000000 <= i <= 0x7FFFFFFF else 1 if i < 2**63 else 2 for i in integers[:unspecialized]]),
         )
-        held = self._held.get(key)
-        if held is None:
-            self._hold(key, self._ask_jit(programs, tensors, integers, constants, num_warps))
+        cached = self._cached.get(key)
+        if cached is None:
+            self._cache(key, self._ask_jit(programs, tensors, integers, constants, num_warps))
             return
-        run, function, metadata = held
+        run, function, metadata = cached
         # No metadata for hooks and no hooks: there are none.
         stream = driver.get_current_stream(device)
         run(programs, 1, 1, stream, function, metadata, None, None, None, *addresses, *integers, *constants)
 
-    def _hold(self, key: tuple[Any, ...], kernel: Any) -> None:
-        # None where a hook has taken over; a kernel that is still being compiled is asked for again.
+    def _cache(self, key: tuple[Any, ...], kernel: Any) -> None:
+        # The JIT returns None where a hook took over; a kernel that is still being compiled is cached by a later call.
         if not isinstance(kernel, triton.compiler.CompiledKernel):
             return
-        if len(self._held) >= _MOST_HELD:
-            self._held.clear()
-        self._held[key] = (kernel.run, kernel.function, kernel.packed_metadata)
+        if len(self._cached) >= _CACHE_SIZE:
+            self._cached.clear()
+        self._cached[key] = (kernel.run, kernel.function, kernel.packed_metadata)
 
     def _ask_jit(
         self,
@@ -210,7 +214,7 @@ class Launcher:
 
 
 def _alignments(addresses: list[int]) -> tuple[bool, ...]:
-    """Which addresses are multiples of 16; nothing where all are."""
+    """Return which addresses are multiples of 16; empty where all are."""
     together = 0
     for address in addresses:
         together |= address
@@ -218,18 +222,18 @@ def _alignments(addresses: list[int]) -> tuple[bool, ...]:
 
 
 def blocks_of(count: int, size: int) -> int:
-    """How many blocks of a size hold `count` of something; `triton.cdiv` is a wrapper that costs a microsecond."""
+    """Return count/size, rounded up; `triton.cdiv` is a wrapper that costs a microsecond."""
     return -(-count // size)
 
 
 def _own_rules() -> Callable[..., str] | None:
-    """How the compiler's backend for the current device looks at a tensor, where that is not by its address alone."""
+    """Return how the compiler's backend for the current device specialises on a tensor, where not by address alone."""
     backend = triton.compiler.make_backend(triton.runtime.driver.active.get_current_target())
     return None if backend.supports_native_tensor_specialization else backend.get_tensor_specialization
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The current device while a kernel is launched, of whatever kind of accelerator."""
+    """Make a device of any kind the current one while a kernel is launched."""
     if device.type == "cpu":  # Triton's interpreter
         return contextlib.nullcontext()
     return torch.get_device_module(device).device(device)  # type: ignore[no-any-return]

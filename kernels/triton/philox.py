@@ -126,7 +126,7 @@ def normals_at(place, seed, step, purpose):
     return tl.where((place & 1) != 0, odd, even)
 
 
-# Of scalars only the type may matter to the compiler: another step or another number of elements is the same kernel.
+# Only the type of scalars may matter to the compiler: another step or another number of elements is the same kernel.
 @triton.jit(do_not_specialize=["step", "purpose"])
 def _randn_kernel(
     out_ptr,  # [batch, inner], contiguous
@@ -135,13 +135,13 @@ def _randn_kernel(
     step,
     purpose,
     inner,
-    blocks_a_sample,
+    blocks_per_sample,
     STEPS: tl.constexpr,  # 0: `step`; 1: one in memory for all; 2: one a sample
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    b = program // blocks_a_sample
-    first = (program % blocks_a_sample) * BLOCK
+    b = program // blocks_per_sample
+    first = (program % blocks_per_sample) * BLOCK
     z = normals(first, tl.load(seeds_ptr + b), step_of(steps_ptr, b, step, STEPS), purpose.to(tl.uint32), BLOCK)
     offsets = first + tl.arange(0, BLOCK)
     tl.store(out_ptr + b * inner + offsets, z.to(out_ptr.dtype.element_ty), mask=offsets < inner)
@@ -167,18 +167,18 @@ def randn(out: Tensor, seeds: Tensor, steps: Tensor | None, step: int, purpose: 
     batch = seeds.numel()
     inner = out.numel() // batch
     config = config_for("randn", out)
-    blocks_a_sample = blocks_of(inner, config.block)
+    blocks_per_sample = blocks_of(inner, config.block)
     _randn(
-        batch * blocks_a_sample,
+        batch * blocks_per_sample,
         (out, seeds, seeds if steps is None else steps),
-        (as_int32(step), as_int32(purpose), inner, blocks_a_sample),
+        (as_int32(step), as_int32(purpose), inner, blocks_per_sample),
         (how_many(steps), config.block),
         config.num_warps,
     )
 
 
 def how_many(counters: Tensor | int | None) -> int:
-    """How a kernel finds a sample's number: 0, it is an argument; 1, one in memory for all; 2, one a sample."""
+    """Return where a kernel reads a sample's number: 0, an argument; 1, memory, for all; 2, memory, one a sample."""
     if not isinstance(counters, Tensor):
         return 0
     return 1 if counters.numel() == 1 else 2

@@ -60,14 +60,14 @@ def _sum_kernel(
     partials_ptr,  # [batch, blocks, 1 or 3], compute dtype
     inner,
     blocks,
-    programs_a_sample,
+    programs_per_sample,
     KIND: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     compute = partials_ptr.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
-    b = program // programs_a_sample
-    j = (program % programs_a_sample) * BLOCKS + tl.arange(0, BLOCKS)
+    b = program // programs_per_sample
+    j = (program % programs_per_sample) * BLOCKS + tl.arange(0, BLOCKS)
     first = j[:, None] * _BLOCK + tl.arange(0, _LANES)[None, :]
     base = b * inner
     lanes = tl.zeros((BLOCKS, _LANES), compute)
@@ -106,7 +106,7 @@ def _sum_kernel(
 
 @triton.jit
 def _block_numbers(partials_ptr, b, start, inner, blocks):
-    """Of 64 blocks: which there are, their elements, c and Σ(x−c) in float64."""
+    """Return for 64 blocks whether they exist, their elements, c and Σ(x−c) in float64."""
     j = start + tl.arange(0, _LANES)
     there = j < blocks
     parts = partials_ptr + (b * blocks + j) * 3

@@ -57,7 +57,7 @@ def _count_kernel(
     counts_ptr,  # [batch, 2048], int64, zero
     state_ptr,  # [batch, 4], int64
     inner,
-    programs_a_sample,
+    programs_per_sample,
     FIRST: tl.constexpr,  # whether no bits are known yet
     KNOWN: tl.constexpr,  # the shift of the bits that are known
     SHIFT: tl.constexpr,  # and of those to count
@@ -68,8 +68,8 @@ def _count_kernel(
     TILES: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    b = program // programs_a_sample
-    start = (program % programs_a_sample) * (TILE * TILES)
+    b = program // programs_per_sample
+    start = (program % programs_per_sample) * (TILE * TILES)
     state = state_ptr + b * _STATE
     known = tl.load(state)
     nan = tl.zeros((TILE,), tl.int64)
@@ -85,7 +85,7 @@ def _count_kernel(
         else:
             mask = mask & ((key >> KNOWN) == known)
             digit = (key >> SHIFT) & ((1 << (KNOWN - SHIFT)) - 1)
-        # What is not to be counted goes into the upper half of the bins.
+        # Elements that are not counted go into the upper half of the bins.
         counts += tl.histogram(tl.where(mask, digit, _DIGITS).to(tl.int32), 2 * _DIGITS)
     bins = tl.arange(0, 2 * _DIGITS)
     tl.atomic_add(counts_ptr + b * _DIGITS + bins, counts.to(tl.int64), mask=(bins < _DIGITS) & (counts > 0))
@@ -95,7 +95,7 @@ def _count_kernel(
 
 @triton.jit
 def _pick_kernel(counts_ptr, state_ptr, FIRST: tl.constexpr, BITS: tl.constexpr, LAST: tl.constexpr):
-    """Which digit the rank falls on; leaves the counts zero for the next pass."""
+    """Find the digit that the rank falls on; leave the counts zero for the next pass."""
     b = tl.program_id(0).to(tl.int64)
     state = state_ptr + b * _STATE
     bins = tl.arange(0, _DIGITS)
@@ -121,7 +121,7 @@ def _next_kernel(
     bits_ptr,
     state_ptr,
     inner,
-    programs_a_sample,
+    programs_per_sample,
     ABSOLUTE: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
@@ -129,8 +129,8 @@ def _next_kernel(
 ):
     """The smallest key above the one at the rank."""
     program = tl.program_id(0).to(tl.int64)
-    b = program // programs_a_sample
-    start = (program % programs_a_sample) * (TILE * TILES)
+    b = program // programs_per_sample
+    start = (program % programs_per_sample) * (TILE * TILES)
     state = state_ptr + b * _STATE
     known = tl.load(state)
     least = tl.full((TILE,), _LARGEST, tl.int64)

@@ -40,7 +40,7 @@ _LEARNED_RANGE = tl.constexpr(1)
 
 @triton.jit
 def _divide(a, b):
-    """a/b, rounded once; Triton's plain float32 division is approximate."""
+    """Return a/b, rounded once; Triton's plain float32 division is approximate."""
     if a.dtype == tl.float32:  # noqa: SIM108 (Triton compiles only the branch taken)
         result = tl.div_rn(a, tl.zeros_like(a) + b)
     else:
@@ -57,7 +57,7 @@ def _clamp_to(value, bound):
 
 @triton.jit
 def _exp(x):
-    """e^x to a few units in the last place; Triton's float32 exp multiplies by log2(e) first and loses |x| of them."""
+    """Return e^x to a few units in the last place; Triton's float32 exp multiplies by log2(e) and loses |x| of them."""
     if x.dtype == tl.float32:
         n = tl.floor(x * 1.4426950408889634 + 0.5)
         # ln 2 in two parts, the first with few enough bits that n times it is exact.
@@ -83,14 +83,14 @@ def _learned_std(v, row_ptr, VARIANCE: tl.constexpr):
 
 @triton.jit
 def _add_term(total, weight_ptr, term):
-    """total + weight·term, without the term where its weight is 0."""
+    """Return total + weight·term, without the term where its weight is 0."""
     weight = tl.load(weight_ptr)
     return tl.where(weight != 0, tl.fma(tl.zeros_like(term) + weight, term, total), total)
 
 
 @triton.jit
 def _weighted_sum(map_ptr, x, m, d, h0, h1, h2, h3, z, HISTORY: tl.constexpr, HAS_NOISE: tl.constexpr):
-    """One affine map; `map_ptr` points at its eight weights."""
+    """Return one affine map; `map_ptr` points at its eight weights."""
     total = tl.zeros_like(x)
     total = _add_term(total, map_ptr, x)
     total = _add_term(total, map_ptr + 1, m)
@@ -110,7 +110,7 @@ def _weighted_sum(map_ptr, x, m, d, h0, h1, h2, h3, z, HISTORY: tl.constexpr, HA
 
 @triton.jit
 def _reads(row_ptr, column, zero, MAPS: tl.constexpr):
-    """Whether one of the row's first maps has a coefficient in this column, in the shape of `zero`."""
+    """Return whether one of the row's first maps has a coefficient in this column, in the shape of `zero`."""
     reads = zero + tl.load(row_ptr + _PREV_SAMPLE + column) != 0
     if MAPS >= 2:
         reads = reads | (zero + tl.load(row_ptr + _KEEP_0 + column) != 0)
@@ -120,14 +120,14 @@ def _reads(row_ptr, column, zero, MAPS: tl.constexpr):
 
 
 @triton.jit
-def _register(
-    pointer, here, mask, like, row_ptr, j: tl.constexpr, PRESENT: tl.constexpr, SCATTER: tl.constexpr,
+def _history_slot(
+    pointer, here, mask, like, row_ptr, j: tl.constexpr, PRESENT: tl.constexpr, WRITE_HISTORY: tl.constexpr,
     MAPS: tl.constexpr,
 ):  # fmt: skip
-    """Register j of the history; `like`, which no sum will read, where it is absent."""
+    """Load history slot j; `like`, which no sum will read, where it is absent."""
     value = like
     if PRESENT:
-        if SCATTER:  # the registers are those of all solvers, and most rows read few of them
+        if WRITE_HISTORY:  # the slots serve all solvers, and most rows read few of them
             mask = mask & _reads(row_ptr, _HISTORY_0 + j, tl.zeros_like(like), MAPS)
         value = tl.load(pointer + here, mask=mask, other=0.0).to(like.dtype)
     return value
@@ -135,22 +135,22 @@ def _register(
 
 @triton.jit
 def _as_stored(value, pointer):
-    """A value rounded to what a tensor holds; double goes to a half type by way of float, as torch takes it."""
+    """Round a value to a tensor's dtype; double goes to a half type by way of float, as in torch."""
     if pointer.dtype.element_ty.primitive_bitwidth == 16:
         value = value.to(tl.float32)
     return value.to(pointer.dtype.element_ty)
 
 
 @triton.jit
-def _keep(
+def _store_kept(
     value, slot, here, mask, history_0_ptr, history_1_ptr, history_2_ptr, history_3_ptr, HISTORY: tl.constexpr
 ):  # fmt: skip
-    """Store to the register that the row names, of four of one dtype; to none if it is negative or absent."""
+    """Store to the history slot that the row names, of four of one dtype; to none if it is negative or absent."""
     pointer = tl.where(slot == 0, history_0_ptr, history_1_ptr)
     pointer = tl.where(slot == 2, history_2_ptr, pointer)
     pointer = tl.where(slot == 3, history_3_ptr, pointer)
     slot = tl.zeros_like(value) + slot
-    there = slot != slot  # false, for a register is no NaN
+    there = slot != slot  # false, for a slot number is no NaN
     if HISTORY & 1:
         there = there | (slot == 0)
     if HISTORY & 2:
@@ -163,10 +163,10 @@ def _keep(
 
 
 @triton.jit
-def _keep_mixed(
+def _store_kept_mixed(
     value, slot, here, mask, history_0_ptr, history_1_ptr, history_2_ptr, history_3_ptr, HISTORY: tl.constexpr
 ):  # fmt: skip
-    """As `_keep`, of registers with dtypes of their own: a store for each, of which one or none is done."""
+    """Store as `_store_kept` to slots with dtypes of their own: a store for each, of which one or none is done."""
     slot = tl.zeros_like(value) + slot
     if HISTORY & 1:
         tl.store(history_0_ptr + here, _as_stored(value, history_0_ptr), mask=mask & (slot == 0))
@@ -180,36 +180,37 @@ def _keep_mixed(
 
 @triton.jit
 def _write_model_input(pointer, here, copy_stride, scale, sample, mask, compute: tl.constexpr, COPIES: tl.constexpr):
-    """The next model input: scale times the sample as it has been rounded."""
+    """Store the next model input: scale times the sample as it has been rounded."""
     scaled = _as_stored(scale * sample.to(compute), pointer)
     tl.store(pointer + here, scaled, mask=mask)
     if COPIES == 2:
         tl.store(pointer + copy_stride + here, scaled, mask=mask)
 
 
-# Of scalars that change from step to step only the type may matter to the compiler.
-@triton.jit(do_not_specialize=["row", "num_rows", "noise_step", "purpose", "channels"])
+# Scalars that change from step to step: only their type may matter to the compiler.
+@triton.jit(do_not_specialize=["row_index", "num_rows", "noise_step", "purpose", "channels"])
 def _step_kernel(
+    # The tensors of `fastdiff.ops.call.STEP_ARGUMENTS` in their order, then the outputs.
     sample_ptr,  # [batch, inner], as all tensors like the samples; each of any dtype
     model_output_ptr,
+    table_ptr,  # [num_rows, 32], compute dtype
+    row_indices_ptr,  # [1] or [batch], int64, as are seeds and noise_steps
     uncond_ptr,
-    variance_ptr,
-    noise_ptr,
+    guidance_scale_ptr,  # [1] or [batch], compute dtype
     history_0_ptr,
     history_1_ptr,
     history_2_ptr,
     history_3_ptr,
-    table_ptr,  # [num_rows, 32], compute dtype
-    guidance_ptr,  # [1] or [batch], compute dtype
+    noise_ptr,
+    variance_ptr,
     threshold_ptr,  # [batch], compute dtype
+    seeds_ptr,  # [batch]
+    noise_steps_ptr,
     prev_sample_ptr,
     keep_0_ptr,
     keep_1_ptr,
     model_input_ptr,  # [MODEL_INPUTS, batch, inner], any dtype
-    rows_ptr,  # [1] or [batch], int64, as are the next two
-    seeds_ptr,  # [batch]
-    noise_steps_ptr,
-    row,
+    row_index,
     num_rows,
     noise_step,
     purpose,
@@ -217,35 +218,35 @@ def _step_kernel(
     inner,
     model_stride,  # elements from sample to sample in model_output, uncond and variance
     copy_stride,  # elements from one copy of the model input to the other
-    blocks_a_sample,
+    blocks_per_sample,
     HAS_UNCOND: tl.constexpr,
-    GUIDANCE_A_SAMPLE: tl.constexpr,
-    HISTORY: tl.constexpr,  # bit j: register j is there
+    SCALE_PER_SAMPLE: tl.constexpr,
+    HISTORY: tl.constexpr,  # bit j: slot j is there
     HAS_NOISE: tl.constexpr,
     HAS_THRESHOLD: tl.constexpr,
     VARIANCE: tl.constexpr,
     KEEPS: tl.constexpr,
     ROWS: tl.constexpr,  # 0: `row`; 1: one in memory for all; 2: one a sample
-    SCATTER: tl.constexpr,  # kept tensors go to the registers that the row names
-    MIXED_REGISTERS: tl.constexpr,  # which have dtypes of their own
+    WRITE_HISTORY: tl.constexpr,  # kept outputs go to the history slots that the row names
+    MIXED_HISTORY: tl.constexpr,  # slots with dtypes of their own
     DRAWS: tl.constexpr,  # 0: no; 1: noise in row-major memory; 2: in channels-last memory
     NOISE_STEPS: tl.constexpr,  # as ROWS
     MODEL_INPUTS: tl.constexpr,  # copies of the model input, 0 to 2
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    b = program // blocks_a_sample
-    first = (program % blocks_a_sample) * BLOCK
+    b = program // blocks_per_sample
+    first = (program % blocks_per_sample) * BLOCK
     offsets = first + tl.arange(0, BLOCK)
     mask = offsets < inner
     here = b * inner + offsets
     there = b * model_stride + offsets
     compute = table_ptr.dtype.element_ty
 
-    index = row.to(tl.int64)
+    index = row_index.to(tl.int64)
     if ROWS:
-        index = tl.load(rows_ptr + b) if ROWS == 2 else tl.load(rows_ptr)
-        if (index < 0) | (index >= num_rows):  # the sample stays as it is
+        index = tl.load(row_indices_ptr + b) if ROWS == 2 else tl.load(row_indices_ptr)
+        if (index < 0) | (index >= num_rows):  # the sample is skipped
             stays = tl.load(sample_ptr + here, mask=mask, other=0.0)
             if prev_sample_ptr.dtype != sample_ptr.dtype:
                 stays = _as_stored(stays, prev_sample_ptr)
@@ -254,13 +255,13 @@ def _step_kernel(
                 _write_model_input(model_input_ptr, here, copy_stride, 1.0, stays, mask, compute, MODEL_INPUTS)
             return
     row_ptr = table_ptr + index * _ROW_WIDTH
-    MAPS: tl.constexpr = 3 if SCATTER else 1 + KEEPS
+    MAPS: tl.constexpr = 3 if WRITE_HISTORY else 1 + KEEPS
 
     x = tl.load(sample_ptr + here, mask=mask, other=0.0).to(compute)
     m = tl.load(model_output_ptr + there, mask=mask, other=0.0).to(compute)
     if HAS_UNCOND:
         u = tl.load(uncond_ptr + there, mask=mask, other=0.0).to(compute)
-        g = tl.load(guidance_ptr + b) if GUIDANCE_A_SAMPLE else tl.load(guidance_ptr)
+        g = tl.load(guidance_scale_ptr + b) if SCALE_PER_SAMPLE else tl.load(guidance_scale_ptr)
         m = tl.fma(tl.zeros_like(m) + g, m - u, u)
 
     p = tl.load(row_ptr + _PREDICTION_SAMPLE)
@@ -271,10 +272,10 @@ def _step_kernel(
         threshold = tl.load(threshold_ptr + b)
         d = _divide(_clamp_to(d, threshold), threshold)
 
-    h0 = _register(history_0_ptr, here, mask, x, row_ptr, 0, HISTORY & 1, SCATTER, MAPS)
-    h1 = _register(history_1_ptr, here, mask, x, row_ptr, 1, HISTORY & 2, SCATTER, MAPS)
-    h2 = _register(history_2_ptr, here, mask, x, row_ptr, 2, HISTORY & 4, SCATTER, MAPS)
-    h3 = _register(history_3_ptr, here, mask, x, row_ptr, 3, HISTORY & 8, SCATTER, MAPS)
+    h0 = _history_slot(history_0_ptr, here, mask, x, row_ptr, 0, HISTORY & 1, WRITE_HISTORY, MAPS)
+    h1 = _history_slot(history_1_ptr, here, mask, x, row_ptr, 1, HISTORY & 2, WRITE_HISTORY, MAPS)
+    h2 = _history_slot(history_2_ptr, here, mask, x, row_ptr, 2, HISTORY & 4, WRITE_HISTORY, MAPS)
+    h3 = _history_slot(history_3_ptr, here, mask, x, row_ptr, 3, HISTORY & 8, WRITE_HISTORY, MAPS)
     z = x
     if HAS_NOISE:
         z = tl.load(noise_ptr + here, mask=mask, other=0.0).to(compute)
@@ -301,26 +302,30 @@ def _step_kernel(
     prev = _as_stored(prev, prev_sample_ptr)
     if MAPS >= 2:
         keep_0 = _weighted_sum(row_ptr + _KEEP_0, x, m, d, h0, h1, h2, h3, z, HISTORY, HAS_Z)
-        if SCATTER:
+        if WRITE_HISTORY:
             slot = tl.load(row_ptr + _STORE_0)
-            if MIXED_REGISTERS:
-                _keep_mixed(
+            if MIXED_HISTORY:
+                _store_kept_mixed(
                     keep_0, slot, here, mask, history_0_ptr, history_1_ptr, history_2_ptr, history_3_ptr, HISTORY
                 )
             else:
-                _keep(keep_0, slot, here, mask, history_0_ptr, history_1_ptr, history_2_ptr, history_3_ptr, HISTORY)
+                _store_kept(
+                    keep_0, slot, here, mask, history_0_ptr, history_1_ptr, history_2_ptr, history_3_ptr, HISTORY
+                )
         else:
             tl.store(keep_0_ptr + here, _as_stored(keep_0, keep_0_ptr), mask=mask)
     if MAPS >= 3:
         keep_1 = _weighted_sum(row_ptr + _KEEP_1, x, m, d, h0, h1, h2, h3, z, HISTORY, HAS_Z)
-        if SCATTER:
+        if WRITE_HISTORY:
             slot = tl.load(row_ptr + _STORE_1)
-            if MIXED_REGISTERS:
-                _keep_mixed(
+            if MIXED_HISTORY:
+                _store_kept_mixed(
                     keep_1, slot, here, mask, history_0_ptr, history_1_ptr, history_2_ptr, history_3_ptr, HISTORY
                 )
             else:
-                _keep(keep_1, slot, here, mask, history_0_ptr, history_1_ptr, history_2_ptr, history_3_ptr, HISTORY)
+                _store_kept(
+                    keep_1, slot, here, mask, history_0_ptr, history_1_ptr, history_2_ptr, history_3_ptr, HISTORY
+                )
         else:
             tl.store(keep_1_ptr + here, _as_stored(keep_1, keep_1_ptr), mask=mask)
     tl.store(prev_sample_ptr + here, prev, mask=mask)
@@ -333,42 +338,44 @@ _step = Launcher(_step_kernel)
 
 
 def launch(call: StepCall) -> None:
-    """Run a plain call (see `fastdiff.ops.layout.make_plain`) on the current stream of its device."""
-    x, row, noise_step, guidance = call.sample, call.row, call.noise_step, call.guidance
-    uncond, noise, threshold, model_input = call.uncond, call.noise, call.threshold, call.model_input
+    """Run a canonical call (see `fastdiff.ops.canonicalize`) on the current stream of its device."""
+    x, row, noise_step, scale = call.sample, call.row_index, call.noise_step, call.guidance_scale
     batch, inner, model_stride = call.blocks()
     draws = channels = 0
     if call.seeds is not None:
         channels = call.channels()
         draws = 1 if channels == 1 else 2
     config = config_for("draw" if draws else "step", x)
-    blocks_a_sample = blocks_of(inner, config.block)
+    blocks_per_sample = blocks_of(inner, config.block)
     rows, noise_steps = how_many(row), how_many(noise_step)
-    h0, h1, h2, h3 = (*call.history, None, None, None, None)[:4]
-    prev_sample, keep_0, keep_1 = (*call.outputs, x, x)[:3]
-    registers = [x if h is None else h for h in (h0, h1, h2, h3)]
-    mixed_registers = call.scatter and any(h.dtype is not registers[0].dtype for h in registers)
-    _step(
-        batch * blocks_a_sample,
-        # The sample stands for what is absent: the kernel does not read it there.
-        (
+    history = (*call.history, None, None, None, None)[:4]
+    outputs = (*call.targets, None, None)[:3]
+    # The sample stands for what is absent: the kernel does not read it there.
+    tensors = [
+        x if tensor is None else tensor
+        for tensor in (
             x,
             call.model_output,
-            x if uncond is None else uncond,
-            x if call.variance is None else call.variance,
-            x if noise is None else noise,
-            *registers,
             call.table,
-            x if guidance is None else guidance,
-            x if threshold is None else threshold,
-            prev_sample,
-            keep_0,
-            keep_1,
-            x if model_input is None else model_input,
-            row if rows else x,
-            x if call.seeds is None else call.seeds,
-            noise_step if noise_steps else x,
-        ),
+            row if rows else None,
+            call.uncond,
+            scale,
+            *history,
+            call.noise,
+            call.variance,
+            call.threshold,
+            call.seeds,
+            noise_step if noise_steps else None,
+            *outputs,
+            call.model_input,
+        )
+    ]
+    slots = tensors[6:10]
+    mixed_history = call.write_history and any(h.dtype is not slots[0].dtype for h in slots)
+    present = [h is not None for h in history]
+    _step(
+        batch * blocks_per_sample,
+        tensors,
         (
             0 if rows else row,
             call.table.shape[0],
@@ -378,23 +385,23 @@ def launch(call: StepCall) -> None:
             inner,
             model_stride,
             batch * inner,
-            blocks_a_sample,
+            blocks_per_sample,
         ),
         (
-            uncond is not None,  # HAS_UNCOND, and so on in the kernel's order
-            guidance is not None and guidance.numel() > 1,
-            (h0 is not None) + 2 * (h1 is not None) + 4 * (h2 is not None) + 8 * (h3 is not None),
-            noise is not None,
-            threshold is not None,
+            call.uncond is not None,  # HAS_UNCOND, and so on in the kernel's order
+            scale is not None and scale.numel() > 1,
+            present[0] + 2 * present[1] + 4 * present[2] + 8 * present[3],
+            call.noise is not None,
+            call.threshold is not None,
             # Without noise nothing is scaled, and the variance is not read.
-            int(call.variance_kind) if draws or noise is not None else 0,
+            int(call.variance_kind) if draws or call.noise is not None else 0,
             call.keeps,
             rows,
-            call.scatter,
-            mixed_registers,
+            call.write_history,
+            mixed_history,
             draws,
             noise_steps,
-            0 if model_input is None else model_input.numel() // x.numel(),
+            0 if call.model_input is None else call.model_input.numel() // x.numel(),
             config.block,
         ),
         config.num_warps,

@@ -248,9 +248,9 @@ def test_launchers_say_why_they_are_missing(monkeypatch: pytest.MonkeyPatch) -> 
     assert tuple(launchers.launchers("cuda")) == launchers.NAMES
     if not torch.cuda.is_available():
         assert launchers.launchers("cuda")["C++ op"].missing
-        assert launchers.launchers("cpu")["Triton, held"].missing
+        assert launchers.launchers("cpu")["Triton, cached"].missing
     monkeypatch.setitem(sys.modules, "fastdiff.kernels.launch", None)
-    assert "nothing holds compiled kernels" in launchers._holder()[1]
+    assert "nothing caches compiled kernels" in launchers._cache()[1]
 
 
 def test_a_launcher_takes_its_unit_inside_its_context() -> None:

@@ -81,7 +81,7 @@ def on_host(tensors: list[Tensor]) -> list[Tensor]:
 
 @pytest.mark.usefixtures("holds")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_held_launches_give_the_bits_of_the_jit_on_a_gpu(dtype: torch.dtype) -> None:
+def test_cached_launches_give_the_bits_of_the_jit_on_a_gpu(dtype: torch.dtype) -> None:
     # In an order that returns to what is held, with other sizes and alignments in between.
     for inner, shift in ((5000, 0), (4096, 0), (1, 0), (5000, 1), (4099, 0), (5000, 0), (4096, 1)):
         run = work("triton", dtype, inner, shift=shift)
@@ -92,7 +92,7 @@ def test_held_launches_give_the_bits_of_the_jit_on_a_gpu(dtype: torch.dtype) -> 
 
 
 @pytest.mark.usefixtures("holds")
-def test_held_launches_are_captured_in_a_graph() -> None:
+def test_cached_launches_are_captured_in_a_graph() -> None:
     run = work("triton", torch.float32)
     run()
     expected = on_host(run())
@@ -106,12 +106,13 @@ def test_held_launches_are_captured_in_a_graph() -> None:
 
 
 @pytest.mark.usefixtures("holds")
-def test_host_time_of_a_held_launch_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+def test_host_time_of_a_cached_launch_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     step = backends.triton_module("step")
     x, m, u = torch.randn(3, 1, 4, 64, 64, device="cuda").unbind()
     table, guidance = plain_row(prev_x=0.5, prev_m=0.25).cuda(), torch.full((1,), 3.0, device="cuda")
-    call = StepCall(x, m, table, 0, u, guidance, outputs=(torch.empty_like(x),))
-    extension = StepCall(x, m, table, 0, u, guidance, outputs=(torch.empty_like(x),))
+    fields = {"sample": x, "model_output": m, "table": table, "row_index": 0, "uncond": u, "guidance_scale": guidance}
+    call = StepCall(**fields, out=(torch.empty_like(x),))
+    extension = StepCall(**fields, out=(torch.empty_like(x),))
 
     def microseconds(run: Callable[[], object]) -> float:
         rounds = []
@@ -130,7 +131,7 @@ def test_host_time_of_a_held_launch_on_a_gpu(capsys: pytest.CaptureFixture[str])
         jit = microseconds(lambda: step.launch(call))
     text = f"host time of a launch: held {held:.1f} us, through the JIT {jit:.1f} us"
     if not backends.why_missing("cuda"):
-        text += f", C++ {microseconds(lambda: backends.extension_step(extension)):.1f} us"
+        text += f", C++ {microseconds(lambda: backends.offer(extension)):.1f} us"
     with capsys.disabled():
         print(f"\n{torch.cuda.get_device_name()}: {text}")
     assert held < jit

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.ops.call import StepCall
+from fastdiff.ops.canonicalize import canonicalize, copy_back
 from fastdiff.ops.checks import check
-from fastdiff.ops.layout import hand_back, make_plain
 from fastdiff.row_layout import MODEL_INPUT_SCALE, STORE_0, STORE_1, Variance
 from support.cuda_host import Kernel, Layout, needs_compiler, needs_cpu_backend, run_call, run_on_host
 from support.mixed import copied
@@ -113,17 +113,19 @@ def test_mixed_rows_on_host_give_the_bits_of_the_cpu(kernel: Kernel) -> None:
         theirs = copied(batch)
         expected = ops.step_rows(**theirs, out=prev, backend="cpu")
         own = copied(batch)
-        rows, registers = own.pop("rows"), own.pop("registers")
-        call = StepCall(row=rows, history=tuple(registers), scatter=True, **own)
-        check(call, (prev,))
-        plain = make_plain(call, (prev,))
-        plain.outputs[0].fill_(math.nan)
+        rows, registers = own.pop("row_index"), own.pop("history")
+        call = StepCall(row_index=rows, history=tuple(registers), write_history=True, out=(prev,), **own)
+        check(call)
+        canonical = canonicalize(call)
+        output = canonical.targets[0]
+        assert isinstance(output, Tensor)
+        output.fill_(math.nan)
         rng = random.Random(seed)
         shifted = rng.choice(("", "", "sample", "out_0", "history_0", "model_input"))
-        run_call(kernel, plain, Layout(shift=rng.choice((0, 0, 1)), shifted=shifted))
-        hand_back(call, plain)
-        wanted = [expected, *theirs["registers"], theirs["model_input"]]
-        got = [plain.outputs[0], *registers, call.model_input]
+        run_call(kernel, canonical, Layout(shift=rng.choice((0, 0, 1)), shifted=shifted))
+        copy_back(call, canonical)
+        wanted = [expected, *theirs["history"], theirs["model_input"]]
+        got = [output, *registers, call.model_input]
         assert_same_bits([t for t in got if t is not None], [t for t in wanted if t is not None])
 
     check_one()
@@ -136,12 +138,18 @@ def test_mixed_row_that_is_not_in_the_table_leaves_its_sample_alone(kernel: Kern
     table[0, [MODEL_INPUT_SCALE, STORE_0, STORE_1]] = torch.tensor([1.0, 1.0, -1.0])
     next_input = torch.full((6, 40), math.nan, dtype=torch.float64)
     own = StepCall(
-        sample, sample.clone(), table, torch.tensor([1, 0, 2**40]), history=(None, register), model_input=next_input,
-        scatter=True, outputs=(torch.full((3, 40), math.nan, dtype=torch.bfloat16),),
-    )  # fmt: skip
+        sample=sample,
+        model_output=sample.clone(),
+        table=table,
+        row_index=torch.tensor([1, 0, 2**40]),
+        history=(None, register),
+        model_input=next_input,
+        write_history=True,
+        out=(torch.full((3, 40), math.nan, dtype=torch.bfloat16),),
+    )
     run_call(kernel, own)
     expected: Tensor = torch.stack([sample[0], 2 * sample[1], sample[2]]).float().bfloat16()
-    assert_same_bits(own.outputs, [expected])
+    assert_same_bits(own.targets, [expected])
     assert_same_bits([next_input], [torch.cat([expected, expected]).double()])
     assert torch.equal(register[1], 4 * sample[1].float())
     assert bool(register[[0, 2]].isnan().all())
@@ -155,11 +163,20 @@ def test_noise_drawn_on_host_beside_other_dtypes_is_the_references(kernel: Kerne
         x = torch.randn(2, 4, 5, 6)
         x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
         table = plain_row(second, prev_x=1.0, prev_z=1.0)
-        call = StepCall(x.to(first), x.to(second), table, 0, seeds=seeds, noise_step=4, purpose=9)
-        check(call, (second,))
-        plain = make_plain(call, (second,))
-        run_call(kernel, plain)
+        call = StepCall(
+            sample=x.to(first),
+            model_output=x.to(second),
+            table=table,
+            row_index=0,
+            seeds=seeds,
+            noise_step=4,
+            purpose=9,
+            out=(second,),
+        )
+        check(call)
+        canonical = canonicalize(call)
+        run_call(kernel, canonical)
         expected = ops.step(
             x.to(first), x.to(second), table, 0, seeds=seeds, noise_step=4, purpose=9, out=[second], backend="cpu"
         )
-        assert_same_bits(plain.outputs, expected)
+        assert_same_bits(canonical.targets, expected)

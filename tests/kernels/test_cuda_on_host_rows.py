@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.ops.call import StepCall
+from fastdiff.ops.canonicalize import canonicalize, copy_back
 from fastdiff.ops.checks import check
-from fastdiff.ops.layout import hand_back, make_plain
 from fastdiff.row_layout import MODEL_INPUT_SCALE, STORE_0, STORE_1, Variance
 from support.cuda_host import Kernel, Layout, needs_compiler, needs_cpu_backend, randn_on_host, run_call
 from support.mixed import Batch, copied, laid_out, random_batch, run, solvers, written
@@ -32,22 +32,23 @@ STEP, PURPOSE = 0xFEDCBA98, 0x89ABCDEF
 
 
 def call_on_host(kernel: Kernel, call: StepCall, layout: Layout = Layout()) -> tuple[Tensor, ...]:  # noqa: B008
-    """Check a call, make it plain and run it, as ops does for a backend; its outputs held NaN before."""
+    """Check a call, canonicalize it and run it, as ops does for a backend; its outputs held NaN before."""
     check(call)
-    plain = make_plain(call)
-    for output in plain.outputs if not isinstance(call.row, Tensor) else plain.outputs[:1]:
+    canonical = canonicalize(call)
+    outputs = tuple(target for target in canonical.targets if isinstance(target, Tensor))
+    for output in outputs if not isinstance(call.row_index, Tensor) else outputs[:1]:
         output.fill_(math.nan)
-    run_call(kernel, plain, layout)
-    hand_back(call, plain)
-    return plain.outputs
+    run_call(kernel, canonical, layout)
+    copy_back(call, canonical)
+    return outputs
 
 
 def rows_on_host(kernel: Kernel, batch: Batch, layout: Layout) -> list[Tensor]:
     """As `mixed.run`."""
     own = copied(batch)
-    rows, registers = own.pop("rows"), own.pop("registers")
-    call = StepCall(row=rows, history=tuple(registers), scatter=True, **own)
-    return [*call_on_host(kernel, call, layout), *written({**own, "registers": registers})]
+    rows, registers = own.pop("row_index"), own.pop("history")
+    call = StepCall(row_index=rows, history=tuple(registers), write_history=True, **own)
+    return [*call_on_host(kernel, call, layout), *written({**own, "history": registers})]
 
 
 def some_layout(seed: int, dtype: torch.dtype) -> Layout:
@@ -97,12 +98,18 @@ def test_row_that_is_not_in_the_table_leaves_its_sample_alone(kernel: Kernel) ->
         rows = torch.tensor([1, 0, 2**40])
         next_input = torch.full((6, 40), math.nan, dtype=torch.float32)
         own = StepCall(
-            sample, sample.clone(), table, rows, history=(None, register), model_input=next_input, scatter=True,
-            outputs=(torch.full_like(sample, math.nan),),
-        )  # fmt: skip
+            sample=sample,
+            model_output=sample.clone(),
+            table=table,
+            row_index=rows,
+            history=(None, register),
+            model_input=next_input,
+            write_history=True,
+            out=(torch.full_like(sample, math.nan),),
+        )
         run_call(kernel, own)
         expected = torch.stack([sample[0], 2 * sample[1], sample[2]])
-        assert_same_bits(own.outputs, [expected])
+        assert_same_bits(own.targets, [expected])
         assert_same_bits([next_input], [torch.cat([expected, expected]).float()])
         assert torch.equal(register[1], 4 * sample[1])
         assert bool(register[[0, 2]].isnan().all())
@@ -118,7 +125,15 @@ def test_noise_drawn_on_host_is_the_references_to_the_bit(kernel: Kernel, dtype:
         for channels_last in (False, True) if len(shape) == 4 else (False,):
             for step in (STEP, torch.tensor([3, 2**32 - 1, 0, STEP]), torch.tensor([STEP])):
                 x = laid_out(torch.zeros(shape, dtype=dtype), channels_last)
-                call = StepCall(x, x.clone(), table, 0, seeds=SEEDS, noise_step=step, purpose=PURPOSE)
+                call = StepCall(
+                    sample=x,
+                    model_output=x.clone(),
+                    table=table,
+                    row_index=0,
+                    seeds=SEEDS,
+                    noise_step=step,
+                    purpose=PURPOSE,
+                )
                 for shift in (0, 1):
                     (drawn,) = call_on_host(kernel, call, Layout(shift=shift))
                     expected = ops.randn(shape, SEEDS, step, PURPOSE, dtype=dtype, backend="reference")
@@ -173,6 +188,7 @@ def test_model_input_on_host_gives_the_bits_of_the_cpu(kernel: Kernel, dtype: to
         for copies in (1, 2):
             for layout in (Layout(), Layout(joined=False), Layout(shifted="model_input"), Layout(shift=1)):
                 targets = [torch.full((copies * shape[0], *shape[1:]), math.nan, dtype=other) for _ in range(2)]
-                (prev,) = call_on_host(kernel, StepCall(x, m, table, 0, model_input=targets[0]), layout)
+                call = StepCall(sample=x, model_output=m, table=table, row_index=0, model_input=targets[0])
+                (prev,) = call_on_host(kernel, call, layout)
                 (expected,) = ops.step(x, m, table, 0, model_input=targets[1], backend="cpu")
                 assert_same_bits([prev, targets[0]], [expected, targets[1]])

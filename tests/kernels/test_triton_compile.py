@@ -29,15 +29,15 @@ DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}  # bytes an element
 #: Configurations: what a call has, and so how many tensors the kernel reads and writes and how many terms it adds.
 PLAIN = {
     "HAS_UNCOND": True,
-    "GUIDANCE_A_SAMPLE": False,
+    "SCALE_PER_SAMPLE": False,
     "HISTORY": 0,
     "HAS_NOISE": False,
     "HAS_THRESHOLD": False,
     "VARIANCE": 0,
     "KEEPS": 0,
     "ROWS": 0,
-    "SCATTER": False,
-    "MIXED_REGISTERS": False,
+    "WRITE_HISTORY": False,
+    "MIXED_HISTORY": False,
     "DRAWS": 0,
     "NOISE_STEPS": 0,
     "MODEL_INPUTS": 0,
@@ -45,7 +45,7 @@ PLAIN = {
 FULL = {
     **PLAIN,
     "HAS_UNCOND": True,
-    "GUIDANCE_A_SAMPLE": True,
+    "SCALE_PER_SAMPLE": True,
     "HISTORY": 15,
     "HAS_NOISE": True,
     "HAS_THRESHOLD": True,
@@ -54,10 +54,10 @@ FULL = {
 }
 ROWS = {
     **PLAIN,
-    "GUIDANCE_A_SAMPLE": True,
+    "SCALE_PER_SAMPLE": True,
     "HISTORY": 15,
     "ROWS": 2,
-    "SCATTER": True,
+    "WRITE_HISTORY": True,
     "DRAWS": 1,
     "NOISE_STEPS": 2,
 }
@@ -83,7 +83,7 @@ MIXED: dict[str, tuple[dict[str, Any], str, dict[str, str]]] = {
     "other half": ({**PLAIN, "HAS_NOISE": True}, "bf16", {"model_output_ptr": "fp16", "noise_ptr": "fp32"}),
     "double": ({**PLAIN, "KEEPS": 1}, "fp16", {"uncond_ptr": "fp64", "keep_0_ptr": "bf16"}),
     "registers": (
-        {**ROWS, "MIXED_REGISTERS": True, "HISTORY": 3, "DRAWS": 0},
+        {**ROWS, "MIXED_HISTORY": True, "HISTORY": 3, "DRAWS": 0},
         "bf16",
         {"history_0_ptr": "fp32", "history_1_ptr": "fp16"},
     ),
@@ -106,8 +106,8 @@ spec = importlib.util.spec_from_file_location("kernels", f"{path}/__init__.py", 
 sys.modules["kernels"] = importlib.util.module_from_spec(spec)
 module, philox, config = (importlib.import_module(f"kernels.{name}") for name in ("step", "philox", "config"))
 names = module._step_kernel.arg_names
-scalars = ("table_ptr", "guidance_ptr", "threshold_ptr")
-integers = ("rows_ptr", "seeds_ptr", "noise_steps_ptr", "steps_ptr")
+scalars = ("table_ptr", "guidance_scale_ptr", "threshold_ptr")
+integers = ("row_indices_ptr", "seeds_ptr", "noise_steps_ptr", "steps_ptr")
 results = {}
 for key, constants, dtype, arch, aligned, *own in cases:
     own = own[0] if own else {}
@@ -186,7 +186,7 @@ def _tensors_read(config: dict[str, Any]) -> int:
 
 
 def _maps(config: dict[str, Any]) -> int:
-    return 3 if config["SCATTER"] else 1 + config["KEEPS"]
+    return 3 if config["WRITE_HISTORY"] else 1 + config["KEEPS"]
 
 
 def _transforms(config: dict[str, Any], elements: int) -> int:
@@ -335,7 +335,7 @@ def test_triton_step_on_mixed_tensors_keeps_wide_accesses_and_registers(
     read += [f"history_{j}_ptr" for j in range(4) if constants["HISTORY"] >> j & 1]
     read += ["noise_ptr"] * constants["HAS_NOISE"] + ["sample_ptr"] * (constants["ROWS"] > 0)
     written = ["prev_sample_ptr"] * (1 + (constants["ROWS"] > 0)) + ["keep_0_ptr"] * constants["KEEPS"]
-    if constants["SCATTER"]:  # a store for each register that a map may go to
+    if constants["WRITE_HISTORY"]:  # a store for each register that a map may go to
         written += [f"history_{j}_ptr" for j in range(4) if constants["HISTORY"] >> j & 1] * 2
 
     def accesses(names: list[str], bytes_each: int) -> int:
@@ -367,8 +367,8 @@ def test_triton_step_takes_no_float_argument(compiled: dict[str, Any]) -> None:
     # A coefficient as an argument would be double precision under Inductor, cost a launch time, and be baked into a
     # captured graph. What is not a pointer or a compile-time choice is a count or an index.
     runtime = {n for n in compiled["names"] if not n.endswith("_ptr") and not n.isupper()}
-    counts = {"row", "num_rows", "noise_step", "purpose", "channels"}
-    assert runtime == counts | {"inner", "model_stride", "copy_stride", "blocks_a_sample"}
+    counts = {"row_index", "num_rows", "noise_step", "purpose", "channels"}
+    assert runtime == counts | {"inner", "model_stride", "copy_stride", "blocks_per_sample"}
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)

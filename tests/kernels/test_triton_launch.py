@@ -27,7 +27,7 @@ needs_interpreter = pytest.mark.skipif(
 )
 
 
-def test_held_launches_hand_the_driver_what_the_jit_does(tmp_path: Path) -> None:
+def test_cached_launches_hand_the_driver_what_the_jit_does(tmp_path: Path) -> None:
     if launch._unknown:
         pytest.skip(launch._unknown)
     environ = {n: value for n, value in child_environment().items() if not n.startswith(("TRITON_", "FASTDIFF_"))}
@@ -50,10 +50,10 @@ def test_how_kernels_are_launched_is_said_with_the_reason(monkeypatch: pytest.Mo
     monkeypatch.setattr(backends, "why_missing", lambda name: "")
     monkeypatch.setattr(launch, "_unknown", "")
     monkeypatch.setattr(launch, "_unknown_target", lambda: "")
-    assert ops.triton_launcher() == "holds compiled kernels"
+    assert ops.triton_launcher() == "caches compiled kernels"
     with launch.through_jit():
         assert ops.triton_launcher().startswith("through Triton's JIT: it was asked for")
-    assert ops.triton_launcher() == "holds compiled kernels"
+    assert ops.triton_launcher() == "caches compiled kernels"
 
 
 @pytest.mark.parametrize(("value", "expected"), [("jit", "True"), ("held", "False"), ("", "False")])

@@ -106,5 +106,13 @@ def test_triton_kernels_compile_for_integers_that_are_one(tmp_path: Path) -> Non
     assert {key: error[-300:] for key, error in found["results"].items() if error} == {}
     # One without constants, one for each integer that Triton may specialise on, and one for all.
     ones = {key.partition(": ")[2] for key in found["results"]}
-    assert {"inner", "blocks", "model_stride", "copy_stride", "blocks_a_sample", "programs_a_sample", "size"} <= ones
-    assert {"inner blocks", "inner model_stride copy_stride blocks_a_sample", "inner programs_a_sample"} <= ones
+    assert {
+        "inner",
+        "blocks",
+        "model_stride",
+        "copy_stride",
+        "blocks_per_sample",
+        "programs_per_sample",
+        "size",
+    } <= ones
+    assert {"inner blocks", "inner model_stride copy_stride blocks_per_sample", "inner programs_per_sample"} <= ones

@@ -11,8 +11,7 @@ import torch
 
 import fastdiff
 from fastdiff import ops
-from fastdiff.ops import backends
-from fastdiff.ops import dispatch as run
+from fastdiff.ops import backends, reference
 from support.backend_used import answered
 from support.oracle import backends_at_hand, device_of, plain_row
 
@@ -60,7 +59,7 @@ def test_calls_that_name_no_backend_and_a_loop_are_recorded() -> None:
 
 
 def test_nothing_is_left_behind() -> None:
-    places = [(ops, "step"), (run, "reference_step"), (backends, "extension_step"), (backends.extension, "sum")]
+    places = [(ops, "step"), (reference, "step"), (backends.extension, "sum")]
     before = [getattr(owner, name, None) for owner, name in places]
     with answered(), pytest.raises(TypeError):
         ops.step(None, None, None, 0)  # type: ignore[arg-type]

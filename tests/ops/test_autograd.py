@@ -43,14 +43,14 @@ class Problem:
         self.table[:, 6:8] = -1
         kind, guided, noisy = dice.randrange(3), dice.choice(["none", "one", "each"]), dice.choice(["", "z", "seeds"])
         self.rest: dict[str, Any] = {
-            "row": dice.choice([0, 2, torch.tensor([1]), torch.tensor([0, 2]), torch.tensor([-1, 1])]),
+            "row_index": dice.choice([0, 2, torch.tensor([1]), torch.tensor([0, 2]), torch.tensor([-1, 1])]),
             "keeps": dice.randrange(3), "variance_kind": kind, "noise_step": 2,
             "seeds": torch.tensor([3, 4]) if noisy == "seeds" else None,
         }  # fmt: skip
         self.copies = dice.choice([0, 1, 2])
         self.inputs: dict[str, Tensor] = {"sample": self.tensor(), "model_output": self.tensor()}
         if guided != "none":
-            self.inputs |= {"uncond": self.tensor(), "guidance": self.scalars(1 if guided == "one" else 2)}
+            self.inputs |= {"uncond": self.tensor(), "guidance_scale": self.scalars(1 if guided == "one" else 2)}
         if noisy == "z":
             self.inputs["noise"] = self.tensor()
         if kind:
@@ -74,8 +74,8 @@ class Problem:
     def run(self, *tensors: Tensor, backend: str = "cpu") -> tuple[Tensor, ...]:
         given = dict(zip(self.inputs, tensors, strict=True))
         history = [given.pop(f"h{j}", None) for j in range(4)]
-        x, m, row = given.pop("sample"), given.pop("model_output"), self.rest["row"]
-        rest = {name: value for name, value in self.rest.items() if name != "row"}
+        x, m, row = given.pop("sample"), given.pop("model_output"), self.rest["row_index"]
+        rest = {name: value for name, value in self.rest.items() if name != "row_index"}
         buffer = x.new_zeros(self.copies * self.batch, *self.shape[1:]) if self.copies else None
         results = ops.step(x, m, self.table, row, history=history, model_input=buffer, backend=backend, **rest, **given)
         return results if buffer is None else (*results, buffer)
@@ -83,10 +83,10 @@ class Problem:
     def lies_on_a_bound(self) -> bool:
         """Whether a value lies where a clamp has no derivative, by less than finite differences reach."""
         with torch.no_grad():
-            given = {name: self.inputs[name] for name in ("uncond", "guidance") if name in self.inputs}
+            given = {name: self.inputs[name] for name in ("uncond", "guidance_scale") if name in self.inputs}
             rows = torch.zeros_like(self.table)
             rows[:, :2], rows[:, 2], rows[:, 10] = self.table[:, :2], INF, 1.0
-            row = self.rest["row"]
+            row = self.rest["row_index"]
             (d,) = ops.step(self.inputs["sample"], self.inputs["model_output"], rows, row, backend="reference", **given)
             near = (d.abs() - 0.7).abs() < 1e-4
             if "threshold" in self.inputs:
@@ -165,7 +165,16 @@ def test_gradients_are_rounded_a_few_times_in_the_compute_dtype_and_once_in_the_
         x, c, u, h, z = (value.to(to).requires_grad_() for value in values[:5])
         wide = torch.float64 if to == torch.float64 else torch.float32
         results = ops.step(
-            x, c, table.to(wide), 0, uncond=u, guidance=scale.to(wide), history=[h], noise=z, keeps=2, backend=backend
+            x,
+            c,
+            table.to(wide),
+            0,
+            uncond=u,
+            guidance_scale=scale.to(wide),
+            history=[h],
+            noise=z,
+            keeps=2,
+            backend=backend,
         )
         return torch.autograd.grad(results, (x, c, u, h, z), [of(value.to(to)) for value in values[5:]])
 
@@ -268,9 +277,9 @@ def test_a_scale_first_used_in_inference_mode_serves_autograd_later() -> None:
     # Numbers become tensors that are kept from call to call; one made in inference mode could not be saved.
     x, table = torch.randn(3, 2).t(), plain_row(prev_m=1.0)
     with torch.inference_mode():
-        ops.step(x, x, table, 0, uncond=x, guidance=4.0625, backend="cpu")
+        ops.step(x, x, table, 0, uncond=x, guidance_scale=4.0625, backend="cpu")
     leaf = torch.randn(2, 3, requires_grad=True)
-    (prev,) = ops.step(leaf, leaf, table, 0, uncond=x, guidance=4.0625)
+    (prev,) = ops.step(leaf, leaf, table, 0, uncond=x, guidance_scale=4.0625)
     assert torch.equal(torch.autograd.grad(prev.sum(), leaf)[0], torch.full((2, 3), 4.0625))
 
 
@@ -289,9 +298,7 @@ def test_rows_whose_registers_are_written_refuse_gradients_and_name_what_has_the
     table = plain_row(prev_x=1.0)
     table[:, 6:8] = -1
     x, rows = torch.ones(2, 3, requires_grad=True), torch.tensor([0, 0])
-    with pytest.raises(
-        RuntimeError, match=r"^step_rows: sample requires grad .* ops\.step\(row=rows\), one row a sample"
-    ):
+    with pytest.raises(RuntimeError, match=r"^step_rows: sample requires grad .* ops\.step\(row_index=indices\)"):
         ops.step_rows(x, x.detach(), table, rows)
     with torch.no_grad():
         assert torch.equal(ops.step_rows(x, x, table, rows), x)
@@ -330,7 +337,7 @@ def test_triton_s_gradients_are_the_extension_s(clip: float) -> None:
     found = []
     for backend in ("triton", "cpu"):
         x, c, u, h = leaves
-        results = ops.step(x, c, table, 0, uncond=u, guidance=1.5, history=[h], keeps=2, backend=backend)
+        results = ops.step(x, c, table, 0, uncond=u, guidance_scale=1.5, history=[h], keeps=2, backend=backend)
         found.append(torch.autograd.grad([r.square().sum() for r in results], leaves))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=0.0, atol=1e-10)  # as CLOSE; the outputs, below 10², are factors too

@@ -17,8 +17,7 @@ import torch
 
 import fastdiff
 from fastdiff import ops
-from fastdiff.ops import backends
-from fastdiff.ops import dispatch as run
+from fastdiff.ops import backends, reference
 from support.children import child_environment
 from support.oracle import backends_at_hand, device_of, plain_row
 
@@ -29,7 +28,7 @@ ROW = plain_row(prev_x=1.0, prev_m=2.0)
 
 
 def which_ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the backends that `_checked_step` hands calls to, as they come."""
+    """The names of the backends that run calls, in order."""
     ran: list[str] = []
 
     def spy(name: str) -> None:
@@ -38,8 +37,8 @@ def which_ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for name in backends.RUN:
         spy(name)
-    reference = run.reference_step
-    monkeypatch.setattr(run, "reference_step", lambda call, out: (ran.append("reference"), reference(call, out))[1])
+    step = reference.step
+    monkeypatch.setattr(reference, "step", lambda call: (ran.append("reference"), step(call))[1])
     return ran
 
 

@@ -36,7 +36,8 @@ def a_few(values: st.SearchStrategy) -> st.SearchStrategy:
 CHANGES = st.one_of(
     st.tuples(st.sampled_from(SLOTS), st.sampled_from(sorted(TENSOR_CHANGES))),
     st.tuples(
-        st.sampled_from((*COUNTERS, *INTEGERS, *LISTS, *TENSORS, "scatter")), st.sampled_from(sorted(OTHER_CHANGES))
+        st.sampled_from((*COUNTERS, *INTEGERS, *LISTS, *TENSORS, "write_history")),
+        st.sampled_from(sorted(OTHER_CHANGES)),
     ),
 )
 PLANS = st.builds(
@@ -99,7 +100,7 @@ ROW_KINDS = ("number", "no dimension", "one", "a sample")
 @pytest.mark.parametrize("way", WAYS)
 def test_the_good_call_gives_a_result(way: str, noise: str, row_as: str) -> None:
     # Without this a fuzzer whose every call is refused would pass.
-    private = way in ("binding", "direct")
+    private = way in ("binding", "offer")
     for scatter in (False, True) if private else (False,):
         plan = replace(GOOD, way=way, noise=noise, row_as=row_as, scatter=scatter)
         numbered = plan.scatters and row_as == "number"  # what rows name a register each are a tensor
@@ -110,8 +111,8 @@ def test_the_good_call_gives_a_result(way: str, noise: str, row_as: str) -> None
 @pytest.mark.parametrize("way", WAYS_THAT_DIFFER)
 @pytest.mark.parametrize("change", sorted(TENSOR_CHANGES))
 def test_every_change_of_every_tensor_by_every_way(way: str, change: str) -> None:
-    slots = ("sample", "model_output", "table", "guidance", "threshold", "variance", "history 1", "out 0")
-    for slot in (*slots, "row", "seeds", "noise_step", "model_input"):
+    slots = ("sample", "model_output", "table", "guidance_scale", "threshold", "variance", "history 1", "out 0")
+    for slot in (*slots, "row_index", "seeds", "noise_step", "model_input"):
         answer = SERVER.ask(replace(GOOD, way=way, changes=((slot, change),)))
         assert not answer.startswith("failed"), f"{slot}: {answer}"
 
@@ -120,7 +121,7 @@ def test_every_change_of_every_tensor_by_every_way(way: str, change: str) -> Non
 @pytest.mark.parametrize("change", sorted(OTHER_CHANGES))
 def test_every_change_of_every_other_argument_by_every_way(way: str, change: str) -> None:
     least = Plan(1, "float32", (2, 3), "none", 0, "none", 0, False, 0, False, way, row_as="a sample")
-    for slot in (*COUNTERS, *INTEGERS, *LISTS, *TENSORS, "scatter"):
+    for slot in (*COUNTERS, *INTEGERS, *LISTS, *TENSORS, "write_history"):
         for base in (replace(GOOD, way=way), least):
             answer = SERVER.ask(replace(base, changes=((slot, change),)))
             assert not answer.startswith("failed"), f"{slot}: {answer}"

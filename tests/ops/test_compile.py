@@ -18,10 +18,8 @@ from torch._dynamo.utils import counters
 
 import fastdiff
 from fastdiff import ops
-from fastdiff.ops import backends, checks
-from fastdiff.ops import dispatch as run
-from fastdiff.ops.call import StepCall
-from fastdiff.ops.dispatch import RESULT_DTYPES
+from fastdiff.ops import backends, checks, reference
+from fastdiff.ops.call import RESULT_DTYPES, StepCall
 from fastdiff.row_layout import Variance
 from fastdiff.sampling.stepper import Stepper
 from fastdiff.solvers.affine import Affine
@@ -58,8 +56,8 @@ def graphs() -> int:
 def step_arguments(plan: Shape | Case, backend: str = "", **more: Any) -> tuple[Any, ...]:
     case = make(plan) if isinstance(plan, Shape) else plan
     given: dict[str, Any] = {
-        "sample": case.sample, "model_output": case.model_output, "table": case.table, "row": 0, "rows": None,
-        "uncond": case.uncond, "guidance": case.guidance,
+        "sample": case.sample, "model_output": case.model_output, "table": case.table, "row_index": 0,
+        "row_indices": None, "uncond": case.uncond, "guidance_scale": case.guidance,
         **{f"history_{j}": (list(case.history) + [None] * 4)[j] for j in range(4)},
         "noise": case.noise, "variance": case.variance, "threshold": case.threshold,
         "variance_kind": case.variance_kind, "keeps": case.keeps, "seeds": None, "noise_step": 0, "noise_steps": None,
@@ -77,14 +75,14 @@ PLANS: dict[str, tuple[Shape, dict[str, Any]]] = {
     "bare": (Shape(2, torch.bfloat16, (2, 3, 5)), {}),
     "empty": (Shape(3, torch.float32, (0, 3), "scalar", 1, True), {}),
     "0-dim": (Shape(4, torch.float64, (), "scalar", 15, True, 2, True, 1, True), {}),
-    "a row a sample": (EVERYTHING, {"rows": torch.tensor([0, -1])}),
-    "a row for all": (EVERYTHING, {"rows": torch.tensor([0])}),
+    "a row a sample": (EVERYTHING, {"row_indices": torch.tensor([0, -1])}),
+    "a row for all": (EVERYTHING, {"row_indices": torch.tensor([0])}),
     "drawn": (Shape(5, torch.float16, (2, 3, 4, 4), keeps=1), DRAWS),
     "drawn at steps": (Shape(6, torch.float32, (2, 5)), {**DRAWS, "noise_steps": torch.tensor([7, 8])}),
     "model input": (Shape(7, torch.float32, (2, 5)), {"model_input_dtype": torch.float16}),
     "two model inputs": (EVERYTHING, {"model_input_dtype": torch.float64, "model_input_copies": 2}),
     "all new": (Shape(8, torch.float16, (2, 3, 4)), {
-        **DRAWS, "rows": torch.tensor([0, -1]), "model_input_dtype": torch.float32, "model_input_copies": 2}),
+        **DRAWS, "row_indices": torch.tensor([0, -1]), "model_input_dtype": torch.float32, "model_input_copies": 2}),
 }  # fmt: skip
 
 
@@ -175,7 +173,7 @@ def test_a_function_around_a_step_compiles_in_one_graph_to_the_same_bits(compile
 
     def function(x: Tensor, m: Tensor) -> tuple[Tensor, ...]:
         prev, kept = ops.step(
-            x * 2, m, case.table, 0, uncond=case.uncond, guidance=2.5, history=case.history, noise=case.noise,
+            x * 2, m, case.table, 0, uncond=case.uncond, guidance_scale=2.5, history=case.history, noise=case.noise,
             threshold=case.threshold, keeps=1, backend=backend,
         )  # fmt: skip
         return prev + 1, kept
@@ -189,8 +187,8 @@ def test_a_function_around_a_step_compiles_in_one_graph_to_the_same_bits(compile
 @pytest.mark.skipif(backends.extension is None, reason="there is one backend on the CPU without the extension")
 def test_a_compiled_function_asks_for_the_backend_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    reference = run.reference_step
-    monkeypatch.setattr(run, "reference_step", lambda call, out: (ran.append("reference"), reference(call, out))[1])
+    step = reference.step
+    monkeypatch.setattr(reference, "step", lambda call: (ran.append("reference"), step(call))[1])
     seeds = torch.tensor([1, 2])
 
     def outside(x: Tensor) -> Tensor:
@@ -352,8 +350,8 @@ class Sampler(torch.nn.Module):
         kept: tuple[Tensor, ...] = ()
         for row in range(3):
             x, *kept = ops.step(  # type: ignore[assignment]
-                x, self.model(x), self.table, row, uncond=x, guidance=3.3125, history=tuple(kept), keeps=1, seeds=seeds,
-                noise_step=row,
+                x, self.model(x), self.table, row, uncond=x, guidance_scale=3.3125, history=tuple(kept), keeps=1,
+                seeds=seeds, noise_step=row,
             )  # fmt: skip
         return x
 
@@ -368,7 +366,7 @@ def test_an_exported_module_is_saved_loaded_and_gives_the_same_bits(strict: bool
     loaded = torch.export.load(file)
     expected = module(torch.ones(2, 3), inputs[1])
     # An eager call that looks its scale up: no tensor of the trace was kept for that.
-    (eager,) = ops.step(inputs[0], inputs[0], ROW, 0, uncond=inputs[0], guidance=3.3125, backend="reference")
+    (eager,) = ops.step(inputs[0], inputs[0], ROW, 0, uncond=inputs[0], guidance_scale=3.3125, backend="reference")
     assert type(eager) is Tensor
     for one in (program, loaded, program.run_decompositions()):
         assert_same_bits([one.module()(torch.ones(2, 3), inputs[1])], [expected])
@@ -437,7 +435,9 @@ class Incomparable(IntEnum):
 def test_members_of_enums_are_not_compared() -> None:
     x = torch.ones(2, 3)
     purpose, kind = Incomparable.ONE, Incomparable.TWO
-    checks.check(StepCall(x, x, ROW, 0, variance=x, variance_kind=kind, seeds=torch.tensor([1, 2]), purpose=purpose))
+    drawn = {"seeds": torch.tensor([1, 2])}
+    fields = {"sample": x, "model_output": x, "table": ROW, "row_index": 0, **drawn}
+    checks.check(StepCall(**fields, variance=x, variance_kind=kind, purpose=purpose))
     assert torch.equal(fastdiff.randn((2, 3), [1, 2], purpose=purpose), fastdiff.randn((2, 3), [1, 2], purpose=1))
     with pytest.raises(ValueError, match="purpose is -1, expected 0 to"):
-        checks.check(StepCall(x, x, ROW, 0, seeds=torch.tensor([1, 2]), purpose=-1))
+        checks.check(StepCall(**fields, purpose=-1))

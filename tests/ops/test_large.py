@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.ops import backends
-from support.oracle import NOTHING_MORE, Case, assert_within_rounding, plain_row
+from support.oracle import Case, assert_within_rounding, plain_row
 
 GIB = 2**30
 #: Elements: past 2³¹, by a number that no tile, vector or share of a thread divides.
@@ -89,8 +89,10 @@ def test_a_batch_whose_model_tensors_lie_apart_over_more_than_2_to_the_31_elemen
     places = [(b, start) for b in range(2) for start in windows(inner)]
     before = {at: x[at[0], 0, at[1] : at[1] + WINDOW].clone() for at in places}
     # The sample is its own noise. By the binding: it must not be copied, and this says so.
-    done = backends.extension.step(x, output, row, 0, None, None, (), x, variance, None, 1, 0, (x,), *NOTHING_MORE)  # type: ignore[union-attr]
-    assert done is not None
+    done = backends.extension.step(  # type: ignore[union-attr]
+        sample=x, model_output=output, table=row, row_index=0, noise=x, variance=variance, variance_kind=1, out=(x,)
+    )
+    assert isinstance(done, tuple)
     for (b, start), old in before.items():
         end = start + WINDOW
         case = Case(

@@ -48,7 +48,7 @@ def test_mixed_solvers_in_one_launch_equal_each_sample_alone(
     batch = copied(solvers(3, dtype, (3, 5, 7), channels_last=channels_last), device_of(backend))
     together = run(batch, backend)
     size = len(batch["sample"])
-    assert int((batch["rows"] < 0).sum()) == 1
+    assert int((batch["row_index"] < 0).sum()) == 1
     for i in range(size):
         assert_same_bits(of_sample(together, i, size), alone(batch, i, backend))
     # What a solver has not written yet was NaN; nothing else is, and noise has reached those who draw it.
@@ -77,7 +77,7 @@ def test_step_in_place_equals_step_elsewhere(backend: str) -> None:
     with torch.no_grad():
         result = ops.step_rows(**own, out=own["sample"], backend=backend)
     assert result is own["sample"]
-    assert_same_bits([result, *own["registers"], own["model_input"]], expected)
+    assert_same_bits([result, *own["history"], own["model_input"]], expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -32,8 +32,8 @@ def good_call(device: str = "cpu") -> dict[str, Any]:
         "table": plain_row(p=1.0, q=1.0, prev_x=1.0, prev_m=1.0, prev_d=1.0, prev_h0=1.0, prev_z=1.0, k0_x=1.0).to(
             device
         ),
-        "row": 0,
-        "guidance": torch.tensor([1.0, 2.0], device=device),
+        "row_index": 0,
+        "guidance_scale": torch.tensor([1.0, 2.0], device=device),
         "history": [torch.rand(2, 3, 4, device=device), None],
         "threshold": torch.tensor([1.0, 2.0], device=device),
         "variance_kind": 1,
@@ -82,19 +82,19 @@ FAULTS: list[tuple[str, str, Any, type[Exception], str]] = [
     ("table", "table", lambda c: torch.zeros(1, 31), ValueError, "has shape [1, 31]"),
     ("table", "table", lambda c: torch.zeros(1, 32, dtype=torch.float64), TypeError, "has dtype torch.float64"),
     ("table", "table", lambda c: torch.zeros(1, 32, device="meta"), ValueError, "is on meta"),
-    ("row", "row", lambda c: 1, ValueError, "is 1"),
-    ("row", "row", lambda c: -1, ValueError, "is -1"),
-    ("row", "row", lambda c: 2**70, ValueError, f"is {2**70}"),
-    ("row", "row", lambda c: 0.0, TypeError, "is a float"),
-    ("row", "row", lambda c: "0", TypeError, "is a str"),
-    ("row", "row", lambda c: None, TypeError, "is a NoneType"),
-    ("guidance", "guidance", lambda c: None, ValueError, "is missing"),
-    ("guidance", "guidance", lambda c: "7.5", TypeError, "is a str"),
-    ("guidance", "guidance", lambda c: torch.ones(3), ValueError, "has shape [3]"),
-    ("guidance", "guidance", lambda c: torch.ones(2, 1), ValueError, "has shape [2, 1]"),
-    ("guidance", "guidance", lambda c: torch.ones(0), ValueError, "has shape [0]"),
-    ("guidance", "guidance", lambda c: torch.ones(2).half(), TypeError, "has dtype torch.float16"),
-    ("guidance", "guidance", lambda c: torch.ones(2, device="meta"), ValueError, "is on meta"),
+    ("row_index", "row_index", lambda c: 1, ValueError, "is 1"),
+    ("row_index", "row_index", lambda c: -1, ValueError, "is -1"),
+    ("row_index", "row_index", lambda c: 2**70, ValueError, f"is {2**70}"),
+    ("row_index", "row_index", lambda c: 0.0, TypeError, "is a float"),
+    ("row_index", "row_index", lambda c: "0", TypeError, "is a str"),
+    ("row_index", "row_index", lambda c: None, TypeError, "is a NoneType"),
+    ("guidance_scale", "guidance_scale", lambda c: None, ValueError, "is missing"),
+    ("guidance_scale", "guidance_scale", lambda c: "7.5", TypeError, "is a str"),
+    ("guidance_scale", "guidance_scale", lambda c: torch.ones(3), ValueError, "has shape [3]"),
+    ("guidance_scale", "guidance_scale", lambda c: torch.ones(2, 1), ValueError, "has shape [2, 1]"),
+    ("guidance_scale", "guidance_scale", lambda c: torch.ones(0), ValueError, "has shape [0]"),
+    ("guidance_scale", "guidance_scale", lambda c: torch.ones(2).half(), TypeError, "has dtype torch.float16"),
+    ("guidance_scale", "guidance_scale", lambda c: torch.ones(2, device="meta"), ValueError, "is on meta"),
     ("uncond", "uncond", lambda c: None, ValueError, "is missing"),
     ("threshold", "threshold", lambda c: 1.0, TypeError, "is a float"),
     ("threshold", "threshold", lambda c: torch.ones(1), ValueError, "has shape [1]"),
@@ -124,7 +124,7 @@ FAULTS: list[tuple[str, str, Any, type[Exception], str]] = [
 
 def call_step(call: dict[str, Any], backend: str | None) -> tuple[Tensor, ...]:
     rest = dict(call)
-    positional = [rest.pop(name) for name in ("sample", "model_output", "table", "row")]
+    positional = [rest.pop(name) for name in ("sample", "model_output", "table", "row_index")]
     return ops.step(*positional, **rest, backend=backend)
 
 

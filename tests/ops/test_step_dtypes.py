@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastdiff import Purpose, ops
 from fastdiff.ops import backends
-from fastdiff.ops.dispatch import RESULT_DTYPES
+from fastdiff.ops.call import RESULT_DTYPES
 from fastdiff.row_layout import MODEL_INPUT_SCALE, STORE_0, STORE_1
 from support.layouts import LAYOUTS, shapes_for
 from support.mixed import copied, random_batch
@@ -25,7 +25,6 @@ from support.mixed_dtypes import SCALARS, by_definition, dtypes_for, mixed_batch
 from support.oracle import (
     DTYPES,
     INTERPRETED,
-    NOTHING_MORE,
     Case,
     Shape,
     assert_same_bits,
@@ -117,15 +116,16 @@ def test_extension_takes_mixed_calls_as_they_are() -> None:
             )
             out = (second, torch.empty(2, 9, dtype=first))
             done = backends.extension.step(  # type: ignore[union-attr]
-                x, m, table, 0, None, None, (), None, None, None, 0, 1, out, *NOTHING_MORE
+                sample=x, model_output=m, table=table, row_index=0, keeps=1, out=out
             )
-            assert done is not None
+            assert isinstance(done, tuple)
             assert_same_bits(done, [x.to(table.dtype).to(second), (2 * m.to(table.dtype)).to(first)])
             # A table of the other compute dtype is declined, for a sentence to be said.
             other = table.to(torch.float32 if table.dtype == torch.float64 else torch.float64)
-            assert backends.extension.step(  # type: ignore[union-attr]
-                x, m, other, 0, None, None, (), None, None, None, 0, 1, out, *NOTHING_MORE
-            ) is None  # fmt: skip
+            declined = backends.extension.step(  # type: ignore[union-attr]
+                sample=x, model_output=m, table=other, row_index=0, keeps=1, out=out
+            )
+            assert declined == "dtype"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -236,20 +236,18 @@ def test_mixed_registers_are_written_as_the_widened_ones_rounded(backend: str | 
         wide = copied(batch)
         for name in ("sample", "model_output", "uncond", "noise", "variance"):
             wide[name] = None if wide[name] is None else wide[name].to(compute)
-        wide["registers"] = [None if h is None else h.to(compute) for h in wide["registers"]]
+        wide["history"] = [None if h is None else h.to(compute) for h in wide["history"]]
         expected = ops.step_rows(**{**wide, "model_input": None}, backend=backend).to(prev)
         got = ops.step_rows(**batch, out=prev, backend=backend)
-        kept = [
-            None if h is None else w.to(h.dtype) for h, w in zip(batch["registers"], wide["registers"], strict=True)
-        ]
+        kept = [None if h is None else w.to(h.dtype) for h, w in zip(batch["history"], wide["history"], strict=True)]
         assert_same_bits([got], [expected])
-        assert_same_bits([h for h in batch["registers"] if h is not None], [h for h in kept if h is not None])
+        assert_same_bits([h for h in batch["history"] if h is not None], [h for h in kept if h is not None])
         target = batch["model_input"]
         if target is None:
             return
         # Of the sample as it has been rounded.
         scale = torch.ones(len(expected), dtype=compute, device=got.device)
-        rows = batch["rows"].expand(len(expected))
+        rows = batch["row_index"].expand(len(expected))
         scale[rows >= 0] = batch["table"][rows[rows >= 0], MODEL_INPUT_SCALE]
         scaled = scale.reshape(-1, *[1] * (expected.dim() - 1)) * expected.to(compute)
         once = (scaled.float() if target.element_size() == 2 else scaled).to(target.dtype)
@@ -292,7 +290,7 @@ def test_compiled_mixed_step_gives_the_bits_of_the_eager_one() -> None:
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(sample: Tensor) -> tuple[Tensor, ...]:
         return ops.step(
-            sample, case.model_output, case.table, 0, uncond=case.uncond, guidance=case.guidance,
+            sample, case.model_output, case.table, 0, uncond=case.uncond, guidance_scale=case.guidance,
             history=case.history, noise=case.noise, keeps=2, out=[outs[0], target, None],
         )  # fmt: skip
 
@@ -321,8 +319,9 @@ def test_gradients_of_a_mixed_step_are_those_of_the_widened_one_in_each_tensors_
             chosen = widened(own) if wide else own
             with torch.enable_grad():
                 results = ops.step(
-                    chosen.sample, chosen.model_output, chosen.table, 0, uncond=chosen.uncond, guidance=chosen.guidance,
-                    history=chosen.history, noise=chosen.noise, variance=chosen.variance, threshold=chosen.threshold,
+                    chosen.sample, chosen.model_output, chosen.table, 0, uncond=chosen.uncond,
+                    guidance_scale=chosen.guidance, history=chosen.history, noise=chosen.noise,
+                    variance=chosen.variance, threshold=chosen.threshold,
                     variance_kind=chosen.variance_kind, keeps=chosen.keeps, out=None if wide else outs, backend=backend,
                 )  # fmt: skip
                 results = tuple(r.to(d) for r, d in zip(results, outs, strict=True))
@@ -381,12 +380,12 @@ def test_mixed_bad_input_is_refused_in_a_sentence_and_nothing_is_written(backend
             "step: table has dtype torch.float64, expected torch.float32 for samples of torch.float32; ",
         ),
         (
-            {"uncond": x.half(), "guidance": torch.ones(2, device=device).half(), "out": [written, None]},
-            "step: guidance has dtype torch.float16, expected torch.float32 like table; ",
+            {"uncond": x.half(), "guidance_scale": torch.ones(2, device=device).half(), "out": [written, None]},
+            "step: guidance_scale has dtype torch.float16, expected torch.float32 like table; ",
         ),
     ]
     for change, message in faults:
-        arguments = {"sample": x, "model_output": x, "table": row, "row": 0, "keeps": 1, **change}
+        arguments = {"sample": x, "model_output": x, "table": row, "row_index": 0, "keeps": 1, **change}
         with pytest.raises(TypeError, match="^" + re.escape(message)):
             ops.step(**arguments, backend=backend)
     assert bool(written.isnan().all())

@@ -15,7 +15,6 @@ import fastdiff
 from support.layouts import LAYOUTS, SHAPES, contiguous, examples_for, expanded, is_dense, same_layout, shapes_for
 from support.oracle import (
     DTYPES,
-    NOTHING_MORE,
     Case,
     Shape,
     assert_same_bits,
@@ -257,7 +256,13 @@ def test_halves_of_doubled_channels_are_read_where_they_lie() -> None:
     output, variance = both.chunk(2, dim=1)
     table = plain_row(prev_x=1.0, prev_m=1.0, prev_z=1.0)
     done = fastdiff.ops.backends.extension.step(
-        sample, output, table, 0, None, None, [], sample, variance.abs_(), None, 2, 0, None, *NOTHING_MORE
+        sample=sample,
+        model_output=output,
+        table=table,
+        row_index=0,
+        noise=sample,
+        variance=variance.abs_(),
+        variance_kind=2,
     )
-    assert done is not None
+    assert isinstance(done, tuple)
     assert_within_rounding(Case(sample, output, table, noise=sample, variance=variance, variance_kind=2), done, "cpu")

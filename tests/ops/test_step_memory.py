@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastdiff import ops
 from fastdiff.ops import backends
-from support.oracle import NOTHING_MORE, Case, assert_same_bits, backends_at_hand, device_of, plain_row
+from support.oracle import Case, assert_same_bits, backends_at_hand, device_of, plain_row
 
 BACKENDS = [None, *backends_at_hand()]
 COMPILED = [backend for backend in BACKENDS if backend != "reference"]
@@ -42,7 +42,7 @@ def test_a_tensor_whose_storage_was_freed_or_cut_short_is_refused(backend: str |
     with pytest.raises(ValueError, match=message):
         ops.step(
             *(tensors[argument] for argument in ("sample", "model_output", "table")), 0, uncond=tensors["uncond"],
-            guidance=tensors["guidance"], history=[tensors["history"]], threshold=tensors["threshold"],
+            guidance_scale=tensors["guidance"], history=[tensors["history"]], threshold=tensors["threshold"],
             out=[tensors["out"]], backend=backend,
         )  # fmt: skip
 
@@ -147,7 +147,7 @@ def test_the_binding_declines_what_has_no_memory() -> None:
     table = plain_row(prev_x=1.0)
     for bad in (cut_short(x, 0), cut_short(x, 2), torch._to_functional_tensor(x)):
         for sample, output in ((bad, x), (x, bad), (bad, bad)):
-            done = backends.extension.step(  # type: ignore[union-attr]
-                sample, output, table, 0, None, None, (), None, None, None, 0, 0, None, *NOTHING_MORE
+            declined = backends.extension.step(  # type: ignore[union-attr]
+                sample=sample, model_output=output, table=table, row_index=0
             )
-            assert done is None
+            assert declined in ("storage", "wrapper")

@@ -146,7 +146,7 @@ def test_noise_takes_seeds_and_steps_of_any_memory(backend: str | None) -> None:
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
 @pytest.mark.parametrize("layout", OVERLAPPING)
-@pytest.mark.parametrize("argument", ["out[0]", "out[1]", "model_input", "registers[0]"])
+@pytest.mark.parametrize("argument", ["out[0]", "out[1]", "model_input", "history[0]"])
 def test_what_is_written_needs_an_address_for_each_element(backend: str | None, layout: Layout, argument: str) -> None:
     device = device_of(backend or "")
     x, target = torch.ones(3, 2, 5, device=device), layout(torch.full((3, 2, 5), 7.0, device=device))
@@ -156,7 +156,7 @@ def test_what_is_written_needs_an_address_for_each_element(backend: str | None, 
         "out[0]": lambda: ops.step(x, x, row, 0, out=[target], backend=backend),
         "out[1]": lambda: ops.step(x, x, row, 0, out=[None, target], keeps=1, backend=backend),
         "model_input": lambda: ops.step(x, x, row, 0, model_input=target, backend=backend),
-        "registers[0]": lambda: ops.step_rows(x, x, row, rows, [target], backend=backend),
+        "history[0]": lambda: ops.step_rows(x, x, row, rows, [target], backend=backend),
     }
     with pytest.raises(ValueError, match=f"^step: {re.escape(argument)} holds the same element twice, expected .*; "):
         calls[argument]()

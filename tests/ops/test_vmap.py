@@ -13,6 +13,7 @@ from torch.func import grad, jacrev, vjp, vmap
 import fastdiff
 from fastdiff import ops
 from fastdiff.ops import backends
+from fastdiff.ops.call import STEP_NAMES, StepCall, operator_values
 from support.oracle import DTYPES, assert_same_bits, plain_row
 
 pytestmark = pytest.mark.skipif(backends.extension is None, reason="the C++ extension was not built")
@@ -30,19 +31,19 @@ ARGUMENTS: dict[str, dict[str, tuple[Any, int | None]]] = {
     "nothing": {},
     "history at dim 2": {"h": (torch.randn(2, 3, SIZE, 5), 2)},
     "noise not mapped": {"noise": (torch.randn(SHAPE), None)},
-    "one scale": {"guidance": (torch.tensor([2.0]), None)},
-    "a scale a sample": {"guidance": (torch.tensor([2.0, -1.0]), None)},
-    "a scale a call": {"guidance": (torch.randn(SIZE), 0)},
-    "a scale a call and sample": {"guidance": (torch.randn(2, SIZE), 1)},
+    "one scale": {"guidance_scale": (torch.tensor([2.0]), None)},
+    "a scale a sample": {"guidance_scale": (torch.tensor([2.0, -1.0]), None)},
+    "a scale a call": {"guidance_scale": (torch.randn(SIZE), 0)},
+    "a scale a call and sample": {"guidance_scale": (torch.randn(2, SIZE), 1)},
     "thresholds": {"threshold": (torch.rand(2) + 0.3, None)},
     "thresholds a call": {"threshold": (torch.rand(SIZE, 2) + 0.3, 0)},
-    "one row": {"row": (torch.tensor([2]), None)},
-    "a row a sample": {"row": (torch.tensor([2, -1]), None)},
-    "a row a call": {"row": (torch.tensor([0, 2, -1, 1]), 0)},
+    "one row": {"row_index": (torch.tensor([2]), None)},
+    "a row a sample": {"row_index": (torch.tensor([2, -1]), None)},
+    "a row a call": {"row_index": (torch.tensor([0, 2, -1, 1]), 0)},
     "seeds": {"seeds": (torch.tensor([3, 4]), None)},
     "seeds a call, steps a call": {"seeds": (torch.arange(8).reshape(SIZE, 2), 0), "noise_step": (torch.arange(4), 0)},
     "tables": {"table": (tables(SIZE), 0)},
-    "tables and rows": {"table": (tables(SIZE), 0), "row": (torch.tensor([2, -1]), None)},
+    "tables and rows": {"table": (tables(SIZE), 0), "row_index": (torch.tensor([2, -1]), None)},
 }
 
 
@@ -55,8 +56,8 @@ def test_a_mapped_step_is_a_loop_of_steps(name: str) -> None:
     table = tables()
 
     def step(*arguments: Tensor) -> tuple[Tensor, ...]:
-        call: dict[str, Any] = {"table": table, "row": 1, **dict(zip(names, arguments, strict=True))}
-        if "guidance" in call:
+        call: dict[str, Any] = {"table": table, "row_index": 1, **dict(zip(names, arguments, strict=True))}
+        if "guidance_scale" in call:
             call["uncond"] = call["sample"] * 0.5
         call["history"] = [call.pop("h", None)]
         return ops.step(keeps=1, **call)
@@ -80,12 +81,12 @@ def test_a_sample_without_dimensions_and_two_mapped_dimensions_fold_too() -> Non
 @pytest.mark.parametrize("copies", [1, 2])
 def test_the_operator_s_model_input_is_mapped(copies: int) -> None:
     x, table = torch.randn(SIZE, *SHAPE), tables()
-    none = [None] * 9
 
     def step(x: Tensor) -> list[Tensor]:
-        return torch.ops.fastdiff.step(  # type: ignore[no-any-return]
-            x, x, table, 1, None, *none, 0, 0, None, 0, None, 1, torch.float16, copies, None, None, None, ""
-        )
+        call = StepCall(sample=x, model_output=x, table=table, row_index=1)
+        given = dict(zip(STEP_NAMES, operator_values(call, ""), strict=True))
+        given |= {"model_input_dtype": torch.float16, "model_input_copies": copies}
+        return torch.ops.fastdiff.step(*given.values())  # type: ignore[no-any-return]
 
     assert_same_bits(vmap(step)(x), [torch.stack(r) for r in zip(*(step(one) for one in x), strict=True)])
 
@@ -100,7 +101,9 @@ def test_mapped_noise_is_a_loop_s(dtype: torch.dtype) -> None:
 
 def test_rows_that_write_registers_are_refused_with_what_to_call_instead() -> None:
     table, rows, register = plain_row(prev_x=1.0), torch.tensor([0, 0]), torch.zeros(2, 3)
-    with pytest.raises(RuntimeError, match=r"^step_rows: registers are written in place and vmap .* ops\.step\(row="):
+    with pytest.raises(
+        RuntimeError, match=r"^step_rows: history is written in place and vmap .* ops\.step\(row_index="
+    ):
         vmap(lambda x: ops.step_rows(x, x, table, rows, [register]))(torch.ones(4, 2, 3))
 
 
@@ -108,7 +111,7 @@ def test_rows_that_write_registers_are_refused_with_what_to_call_instead() -> No
 
 
 def loss(x: Tensor, m: Tensor, table: Tensor, backend: str | None = None) -> Tensor:
-    (prev,) = ops.step(x, m, table, 1, uncond=x, guidance=1.5, backend=backend)
+    (prev,) = ops.step(x, m, table, 1, uncond=x, guidance_scale=1.5, backend=backend)
     return prev.pow(3).sum()
 
 

@@ -22,7 +22,7 @@ from fastdiff import (
     sampling,
     spawn_seeds,
 )
-from fastdiff.errors import require, sentence, unknown_name
+from fastdiff.errors import error_message, require, unknown_name
 from fastdiff.guidance import GuidanceMode
 from fastdiff.noise.generators import draw
 from fastdiff.solvers import Algorithm, Churn, Prediction, PredictionType, SolverType, VarianceType
@@ -30,7 +30,9 @@ from fastdiff.solvers.table import StepTable
 
 
 def test_sentence_has_its_five_parts() -> None:
-    assert sentence("step", "row", "is 7", "0 to 4", "start again") == "step: row is 7, expected 0 to 4; start again"
+    assert (
+        error_message("step", "row", "is 7", "0 to 4", "start again") == "step: row is 7, expected 0 to 4; start again"
+    )
 
 
 def test_unknown_name_lists_what_is_known_in_order() -> None:
@@ -137,14 +139,16 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
     "seed of True": (lambda: spawn_seeds(True, 2), "seed"),
     "half a count": (lambda: spawn_seeds(1, 2.5), "count"),  # type: ignore[arg-type]
     "huge correction": (lambda: ops.std(torch.ones(2, 3), correction=10**400), "correction"),
-    "huge row": (lambda: ops.step(*_x2(), _rows(), 10**5000), "row"),
-    "guidance of True": (lambda: ops.step(*_x2(), _rows(), 0, uncond=_x2()[0], guidance=True), "guidance"),
+    "huge row": (lambda: ops.step(*_x2(), _rows(), 10**5000), "row_index"),
+    "guidance of True": (lambda: ops.step(*_x2(), _rows(), 0, uncond=_x2()[0], guidance_scale=True), "guidance_scale"),
     "huge guidance of a step": (
-        lambda: ops.step(*_x2(), _rows(), 0, uncond=_x2()[0], guidance=10**400),
+        lambda: ops.step(*_x2(), _rows(), 0, uncond=_x2()[0], guidance_scale=10**400),
         "guidance",
     ),
     "huge guidance of rows": (
-        lambda: ops.step_rows(*_x2(), _rows(), torch.zeros(1, dtype=torch.int64), uncond=_x2()[0], guidance=10**400),
+        lambda: ops.step_rows(
+            *_x2(), _rows(), torch.zeros(1, dtype=torch.int64), uncond=_x2()[0], guidance_scale=10**400
+        ),
         "guidance",
     ),
     "huge guidance combined": (lambda: sampling.cfg_combine(*_x2(), 10**400), "guidance"),

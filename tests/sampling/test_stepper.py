@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.ops import reference
+from fastdiff.ops.call import StepCall
 from fastdiff.ops.thresholding import dynamic_threshold
 from fastdiff.row_layout import Variance
 from fastdiff.sampling.stepper import Stepper
@@ -45,7 +46,15 @@ def walk_by_hand(table: StepTable, sample: Tensor, outputs: list[Tensor]) -> lis
     registers: list[Tensor | None] = [None] * 4
     rows, samples = table.coefficients_as(sample.dtype), []
     for i, output in enumerate(outputs):
-        sample, *kept = reference.step(sample, output, rows[i], history=registers, keeps=len(table.kept_slots[i]))
+        call = StepCall(
+            sample=sample,
+            model_output=output,
+            table=rows,
+            row_index=i,
+            history=tuple(registers),
+            keeps=len(table.kept_slots[i]),
+        )
+        sample, *kept = reference.step(call)
         for j, tensor in zip(table.kept_slots[i], kept, strict=True):
             registers[j] = tensor
         samples.append(sample)
@@ -87,7 +96,7 @@ def test_a_failed_step_leaves_index_and_registers_so_that_it_can_be_taken_again(
         if i == fails_at:
             with pytest.raises(ValueError, match=r"^step: model_output has shape"):
                 disturbed.step(b, output[:, :2])
-            with pytest.raises(ValueError, match=r"^step: guidance is missing"):
+            with pytest.raises(ValueError, match=r"^step: guidance_scale is missing"):
                 disturbed.step(b, output, uncond=output)
             assert disturbed.index == i
         b = disturbed.step(b, output)
@@ -194,7 +203,7 @@ def test_a_non_contiguous_sample_keeps_its_loop() -> None:
 
 @given(seed=st.integers(0, 2**32 - 1))
 def test_the_way_of_a_gpu_s_steps_is_the_same_loop(seed: int) -> None:
-    # Through `direct_step`, which the CPU's extension answers as well.
+    # Through `ops.step`, which the CPU's extension answers as well.
     gen = torch.Generator().manual_seed(seed)
     x, *outputs = torch.randn(5, 2, 3, generator=gen)
     usual, other = Stepper(RING), Stepper(RING)
@@ -202,7 +211,7 @@ def test_the_way_of_a_gpu_s_steps_is_the_same_loop(seed: int) -> None:
     for output in outputs:
         a = usual.step(a, output, uncond=x, guidance_scale=2.0)
         other._look_at(b)
-        other._direct, other._on_cuda = False, True
+        other._direct = False
         b = other.step(b, output, uncond=x, guidance_scale=2.0)
         assert torch.equal(a, b)
     assert other.done
@@ -298,7 +307,7 @@ def test_a_guidance_scale_that_is_no_number_is_refused(
     value: object, error: type[Exception], got: str, backend: str | None
 ) -> None:
     x = torch.ones(2, 3)
-    with pytest.raises(error, match=rf"^step: guidance {got}, expected .+; .+"):
+    with pytest.raises(error, match=rf"^step: guidance_scale {got}, expected .+; .+"):
         Stepper(RING, backend=backend).step(x, x, uncond=x, guidance_scale=value)  # type: ignore[arg-type]
 
 
@@ -312,7 +321,7 @@ def test_a_table_or_a_ratio_of_another_kind_is_refused() -> None:
 def test_a_stepper_takes_the_former_name_of_guidance_scale() -> None:
     x, output, uncond = torch.randn(3, 2, 3)
     expected = Stepper(NOISY, seeds=[1, 2]).step(x, output, uncond=uncond, guidance_scale=2.5)
-    with pytest.warns(DeprecationWarning, match=r"^step\(guidance=\) is now guidance_scale=") as warned:
+    with pytest.warns(DeprecationWarning, match=r"^step: guidance is renamed to guidance_scale") as warned:
         found = Stepper(NOISY, seeds=[1, 2]).step(x, output, uncond=uncond, guidance=2.5)
     assert torch.equal(found, expected)
     assert warned[0].filename == __file__

@@ -24,8 +24,7 @@ from unittest import mock
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.ops import backends, reductions
-from fastdiff.ops import dispatch as run
+from fastdiff.ops import backends, reductions, reference
 from fastdiff.ops import random as noise
 
 #: The public operations, and where in their arguments the tensor is by which a backend is chosen.
@@ -81,9 +80,9 @@ def _extension(record: Record) -> list[Any]:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             done = function(*args, **kwargs)
-            # None is a refusal, except of randn, which fills a tensor. The kind of a sum comes before its tensor.
-            if done is not None or function is original_randn:
-                tensor = next(value for value in args if isinstance(value, Tensor))
+            # None and a reason are refusals, except from randn, which fills a tensor. A sum's kind precedes its tensor.
+            if not (done is None or isinstance(done, str)) or function is original_randn:
+                tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
                 record.note("cuda" if tensor.is_cuda else "cpu")
             return done
 
@@ -107,7 +106,7 @@ def _reference(record: Record) -> list[Any]:
     noted = functools.partial(_noted, record, "reference")
     names = ("quantile", "mean", "std", "norm", "dot")
     found = [_around(reductions.reference, name, noted) for name in names]
-    return [*found, _around(run, "reference_step", noted), _around(noise, "normals", noted)]
+    return [*found, _around(reference, "step", noted), _around(noise, "normals", noted)]
 
 
 def _noted(record: Record, backend: str, function: Any) -> Any:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""A held kernel is launched as Triton's JIT would have launched it: run by test_triton_launch.py, in a process in which
-`triton.jit` makes kernels that are compiled.
+"""A cached kernel is launched as Triton's JIT would have launched it: run by test_triton_launch.py, in a process of its
+own, where `triton.jit` makes kernels that are compiled.
 
 Each launch is made twice with the same arguments, by a `Launcher` and through the JIT, with a driver that writes down
 what it is handed.  The function handed over is all that the compiler was told, so that a key which forgot something
@@ -15,6 +15,7 @@ import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ def driver() -> RecordingDriver:
 
 @pytest.fixture(autouse=True)
 def uncompiled(monkeypatch: pytest.MonkeyPatch, driver: RecordingDriver) -> Iterator[None]:
-    """Forget what was held and compiled, and compile nothing."""
+    """Forget what was cached and compiled, and compile nothing."""
     monkeypatch.setattr(triton.compiler, "compile", recording_driver.not_compile)
     forget()
     driver.device = driver.stream = 0
@@ -63,7 +64,7 @@ def forget() -> None:
     for kernel in KERNELS:
         kernel.device_caches.clear()
     for launcher in LAUNCHERS:
-        launcher._held.clear()
+        launcher._cached.clear()
         launcher._rules.clear()
 
 
@@ -91,9 +92,9 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         once(self, *args)
         with launch.through_jit():
             once(self, *args)
-        held, jit = LAUNCHES
-        assert held == jit
-        seen.append(held)
+        cached, jit = LAUNCHES
+        assert cached == jit
+        seen.append(cached)
 
     monkeypatch.setattr(Launcher, "__call__", twice)
     return seen
@@ -137,15 +138,25 @@ def step_calls(draw: Any) -> Callable[[], None]:
     copies = draw(st.integers(0, 2))
     other = draw(st.sampled_from(DTYPES))
     call = StepCall(
-        like(), like(), draw(tensors(32 * draw(st.sampled_from([1, 16, 50])), compute)).view(-1, 32), counters(rows),
-        uncond, None if uncond is None else draw(tensors(draw(st.sampled_from([1, batch])), compute)),
-        tuple(like(draw(st.booleans())) for _ in range(draw(st.integers(0, 4)))),
-        like(seeds is None and draw(st.booleans())), like(draw(st.booleans())),
-        draw(tensors(batch, compute)) if draw(st.booleans()) else None, draw(st.integers(0, 2)),
-        0 if scatter else keeps, seeds, counters(draw(st.integers(0, 2))), draw(st.sampled_from([0, 1, 2**32 - 1])),
-        draw(tensors(copies * batch * inner, other)).view(-1, inner) if copies else None, scatter,
-        tuple(like() for _ in range(1 if scatter else 1 + keeps)),
-    )  # fmt: skip
+        sample=like(),
+        model_output=like(),
+        table=draw(tensors(32 * draw(st.sampled_from([1, 16, 50])), compute)).view(-1, 32),
+        row_index=counters(rows),
+        uncond=uncond,
+        guidance_scale=None if uncond is None else draw(tensors(draw(st.sampled_from([1, batch])), compute)),
+        history=tuple(like(draw(st.booleans())) for _ in range(draw(st.integers(0, 4)))),
+        noise=like(seeds is None and draw(st.booleans())),
+        variance=like(draw(st.booleans())),
+        threshold=draw(tensors(batch, compute)) if draw(st.booleans()) else None,
+        variance_kind=draw(st.integers(0, 2)),
+        keeps=0 if scatter else keeps,
+        seeds=seeds,
+        noise_step=counters(draw(st.integers(0, 2))),
+        purpose=draw(st.sampled_from([0, 1, 2**32 - 1])),
+        model_input=draw(tensors(copies * batch * inner, other)).view(-1, inner) if copies else None,
+        write_history=scatter,
+        out=tuple(like() for _ in range(1 if scatter else 1 + keeps)),
+    )
     return lambda: step.launch(call)
 
 
@@ -167,8 +178,13 @@ def other_calls(draw: Any) -> Callable[[], None]:
     return lambda: select.quantile(x, 0, weight, absolute)  # type: ignore[return-value]
 
 
+def call_of(x: Tensor, rows: int, row_index: int) -> StepCall:
+    """A step of a tensor on itself, in place, by a table of so many rows."""
+    return StepCall(sample=x, model_output=x, table=torch.empty(rows, 32), row_index=row_index, out=(x,))
+
+
 def all_kernels(x: Tensor) -> None:
-    step.launch(StepCall(x, x, torch.empty(3, 32), 1, outputs=(x,)))
+    step.launch(call_of(x, rows=3, row_index=1))
     philox.randn(x, torch.zeros(len(x), dtype=torch.int64), None, 3, 4)
     reduce.reduce(1, x, None, 1.0)
     select.quantile(x, 3, 0.5, True)
@@ -185,13 +201,13 @@ CONFIGS: list[dict[str, config.Config]] = [
 ]  # fmt: skip
 
 
-def test_what_is_held_is_launched_as_the_jit_would_have(
+def test_what_is_cached_is_launched_as_the_jit_would_have(
     monkeypatch: pytest.MonkeyPatch, driver: RecordingDriver, asked: list[str]
 ) -> None:
     seen = compared(monkeypatch)
     all_kernels(torch.empty(2, 64))
 
-    # What earlier examples left is held: calls of all kinds come in any order.
+    # What earlier examples left is cached: calls of all kinds come in any order.
     @settings(max_examples=400)
     @given(
         calls=st.lists(st.one_of(step_calls(), step_calls(), other_calls()), min_size=1, max_size=4),
@@ -226,13 +242,22 @@ def test_the_second_launch_does_not_ask_the_jit(driver: RecordingDriver, asked: 
     assert [(f, grid, s, m) for f, grid, s, m, _ in LAUNCHES[len(first) :]] == [(f, g, s, m) for f, g, s, m, _ in first]
 
 
-def test_what_varies_from_step_to_step_is_one_held_kernel(asked: list[str]) -> None:
+def test_what_varies_from_step_to_step_is_one_cached_kernel(asked: list[str]) -> None:
     x, seeds = torch.empty(2, 64), torch.tensor([1, 2])
     tables = [torch.empty(count, 32) for count in (1, 16, 33)]
     for table, row, number in itertools.product(tables, (0, 1, 16), (0, 1, 16, 2**31, 2**32 - 1)):
         step.launch(
-            StepCall(x, x, table, row, seeds=seeds, noise_step=number, purpose=number, outputs=(x,))
-        )  # fmt: skip
+            StepCall(
+                sample=x,
+                model_output=x,
+                table=table,
+                row_index=row,
+                seeds=seeds,
+                noise_step=number,
+                purpose=number,
+                out=(x,),
+            )
+        )
         philox.randn(x, seeds, None, number, number)
     assert asked == ["_step_kernel", "_randn_kernel"]
 
@@ -258,11 +283,11 @@ def test_device_of_the_tensors_is_the_current_one_during_the_launch(
 
     monkeypatch.setattr(launch, "on_device", Guard)
     x = torch.empty(2, 64).as_subclass(OnDevice1)
-    step.launch(StepCall(x, x, torch.empty(1, 32), 0, outputs=(x,)))
+    step.launch(call_of(x, rows=1, row_index=0))
     assert (len(guarded), driver.device) == (1, 0)
     assert LAUNCHES[0][2] == 1000
     driver.device = 1
-    step.launch(StepCall(x, x, torch.empty(1, 32), 0, outputs=(x,)))
+    step.launch(call_of(x, rows=1, row_index=0))
     assert len(guarded) == 1
 
 
@@ -271,7 +296,7 @@ def test_device_of_the_tensors_is_the_current_one_during_the_launch(
 
 def plain_step() -> None:
     x = torch.empty(2, 64)
-    step.launch(StepCall(x, x, torch.empty(3, 32), 1, outputs=(x,)))
+    step.launch(call_of(x, rows=3, row_index=1))
 
 
 def test_launch_hooks_are_called_through_the_jit(asked: list[str]) -> None:
@@ -318,7 +343,7 @@ def test_what_changes_the_compiler_goes_through_the_jit(
     plain_step()
     plain_step()
     assert len(asked) == 3
-    # The other option is another kernel, and the held one is not it.
+    # The other option is another kernel, and the cached one is not it.
     assert LAUNCHES[0][0] != LAUNCHES[1][0] == LAUNCHES[2][0]
 
 
@@ -337,7 +362,7 @@ def test_a_kind_of_gpu_that_was_not_read_goes_through_the_jit_and_is_named(
 ) -> None:
     monkeypatch.setattr(launch, "TARGETS", ("cuda",))
     driver.device = 2
-    assert launch.why_through_jit() == "compiled kernels are held for cuda, and this device is hip"
+    assert launch.why_through_jit() == "compiled kernels are cached for cuda, and this device is hip"
     plain_step()
     plain_step()
     assert len(asked) == 2
@@ -359,12 +384,12 @@ def test_vendors_launchers_take_what_is_handed_over(vendor: str) -> None:
     assert rest == [7]
 
 
-def test_kernels_held_are_not_without_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_MOST_HELD", 3)
     for size in range(1, 9):
         x = torch.empty(1, size)
-        step.launch(StepCall(x, x, torch.empty(1, 32), 0, outputs=(x,)))
-        assert len(step._step._held) <= 3
+        step.launch(call_of(x, rows=1, row_index=0))
+        assert len(step._step._cached) <= 3
 
 
 def test_more_programs_than_a_launch_takes_are_refused() -> None:
@@ -378,7 +403,7 @@ def test_more_programs_than_a_launch_takes_are_refused() -> None:
 
 
 @pytest.mark.parametrize("device", [0, 2], ids=["sm_90", "gfx942"])
-def test_compiled_kernels_are_held_for_every_vendor(
+def test_compiled_kernels_are_cached_for_every_vendor(
     monkeypatch: pytest.MonkeyPatch, driver: RecordingDriver, asked: list[str], device: int
 ) -> None:
     monkeypatch.undo()
@@ -389,8 +414,8 @@ def test_compiled_kernels_are_held_for_every_vendor(
         y = torch.empty(129)[offset : offset + 128].view(2, 64)
         philox.randn(y, seeds, None, 3, 4)
         reduce.reduce(0, y, None, 0.0)
-    step.launch(StepCall(x, x, torch.empty(3, 32), 1, outputs=(x,)))
-    step.launch(StepCall(x, x, torch.empty(3, 32), 2, outputs=(x,)))
+    step.launch(call_of(x, rows=3, row_index=1))
+    step.launch(call_of(x, rows=3, row_index=2))
     functions = [launched[0] for launched in LAUNCHES[spy_free:]]
     randns = [f for f in functions if f[0] == "_randn_kernel"]
     # Off 16 bytes it is another kernel, and the third call is the first one's.
@@ -398,14 +423,14 @@ def test_compiled_kernels_are_held_for_every_vendor(
     assert functions[-1] == functions[-2]
     assert all(function[1] == device for function in functions)
     target = recording_driver.CHIPS[device]
-    held = list(step._step_kernel.device_caches[device][0].values())
-    assert [kernel.metadata.target for kernel in held] == [target]
+    cached = list(step._step_kernel.device_caches[device][0].values())
+    assert [kernel.metadata.target for kernel in cached] == [target]
 
 
-def test_host_time_of_a_held_launch_is_below_the_jit_s(capsys: pytest.CaptureFixture[str]) -> None:
-    # With a driver that does nothing: Python's part alone, of which the held way does a fraction.
+def test_host_time_of_a_cached_launch_is_below_the_jit_s(capsys: pytest.CaptureFixture[str]) -> None:
+    # With a driver that does nothing: Python's part alone, of which a cached launch does a fraction.
     x, seeds = torch.empty(2, 64), torch.tensor([1, 2])
-    call = StepCall(x, x, torch.empty(3, 32), 1, x, torch.empty(1), seeds=seeds, outputs=(x,))
+    call = replace(call_of(x, rows=3, row_index=1), uncond=x, guidance_scale=torch.empty(1), seeds=seeds)
 
     def microseconds() -> float:
         best = float("inf")
@@ -418,9 +443,9 @@ def test_host_time_of_a_held_launch_is_below_the_jit_s(capsys: pytest.CaptureFix
         return best
 
     step.launch(call)
-    held = microseconds()
+    cached = microseconds()
     with launch.through_jit():
         jit = microseconds()
     with capsys.disabled():
-        print(f"\nhost time with a driver that does nothing: held {held:.1f} us, through the JIT {jit:.1f} us")
-    assert held < jit
+        print(f"\nhost time with a driver that does nothing: cached {cached:.1f} us, through the JIT {jit:.1f} us")
+    assert cached < jit

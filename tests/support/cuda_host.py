@@ -153,15 +153,15 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _draws(call: StepCall) -> bool:
-    """Whether a plain call whose row is a number adds noise."""
-    noisy = call.table[call.row, [first + 7 for first in (PREV_SAMPLE, KEEP_0, KEEP_1)[: call.keeps + 1]]].any()
+    """Whether a canonical call whose row is a number adds noise."""
+    noisy = call.table[call.row_index, [first + 7 for first in (PREV_SAMPLE, KEEP_0, KEEP_1)[: call.keeps + 1]]].any()
     return call.noise is not None or (call.seeds is not None and bool(noisy))
 
 
 def run_call(kernel: Kernel, call: StepCall, layout: Layout = Layout()) -> None:  # noqa: B008
-    """Run a plain call of dense tensors in guarded copies of them; check what it touched; copy back what it wrote."""
+    """Run a canonical call in guarded copies of its dense tensors; check what it touched; copy back what it wrote."""
     sample = call.sample
-    batch = 1 if layout.joined and layout.gap == 0 and not call.tells_samples_apart else sample.shape[0]
+    batch = 1 if layout.joined and layout.gap == 0 and not call.differs_per_sample else sample.shape[0]
     inner = sample.numel() // batch
     placed: dict[int, Placed] = {}  # by the tensor's address: outputs may be inputs
     tensors: dict[int, Tensor] = {}
@@ -185,14 +185,19 @@ def run_call(kernel: Kernel, call: StepCall, layout: Layout = Layout()) -> None:
         "noise": place("noise", call.noise),
         **{f"history_{j}": place(f"history_{j}", h) for j, h in enumerate(history)},
     }
-    outputs = [place(f"out_{o}", output) for o, output in enumerate(call.outputs)]
+    outputs = [place(f"out_{o}", output) for o, output in enumerate(call.targets) if isinstance(output, Tensor)]
     copies = 0 if call.model_input is None else call.model_input.numel() // sample.numel()
     model_input = place("model_input", call.model_input, copies=copies)
     counters = dict(call.counters())
-    scalars = [call.table, call.guidance, call.threshold, *(counters.get(n) for n in ("row", "seeds", "noise_step"))]
+    scalars = [
+        call.table,
+        call.guidance_scale,
+        call.threshold,
+        *(counters.get(n) for n in ("row_index", "seeds", "noise_step")),
+    ]
 
     always = [p for p in (*outputs, model_input) if p is not None]
-    registers = [p for j in range(4) if (p := inputs[f"history_{j}"]) is not None] if call.scatter else []
+    registers = [p for j in range(4) if (p := inputs[f"history_{j}"]) is not None] if call.write_history else []
     spans: list[Span] = []
     owners = []
     for one in placed.values():
@@ -209,9 +214,9 @@ def run_call(kernel: Kernel, call: StepCall, layout: Layout = Layout()) -> None:
         return 0 if isinstance(value, Tensor) else value
 
     sizes = [
-        *(batch, inner, inner + layout.gap, int(call.guidance is not None and call.guidance.numel() > 1)),
+        *(batch, inner, inner + layout.gap, int(call.guidance_scale is not None and call.guidance_scale.numel() > 1)),
         *(len(outputs), call.variance_kind, DTYPES.index(sample.dtype)),
-        *(len(call.table), number("row"), stride("row"), int(call.scatter), copies),
+        *(len(call.table), number("row_index"), stride("row_index"), int(call.write_history), copies),
         0 if call.model_input is None else DTYPES.index(call.model_input.dtype),
         *(stride("noise_step"), number("noise_step"), call.purpose, call.channels()),
     ]
@@ -224,7 +229,7 @@ def run_call(kernel: Kernel, call: StepCall, layout: Layout = Layout()) -> None:
 
     # One pass over memory: every element that is there is read once, every output is written once. Where rows are a
     # sample's own, samples stay as they are and registers are not read or written, but never in parts.
-    exact = not call.scatter and "row" not in counters
+    exact = not call.write_history and "row_index" not in counters
     for owner, span in zip(owners, array, strict=False):
         read = any(owner is p for p in inputs.values()) and (
             owner is not inputs["variance"] or not exact or _draws(call)
@@ -254,9 +259,20 @@ def run_on_host(
     new = [torch.full_like(own.sample, math.nan, dtype=dtype) for dtype in dtypes]
     outputs = (*overwritten, *new[len(overwritten) :])
     call = StepCall(
-        own.sample, own.model_output, own.table, 0, own.uncond, own.guidance, tuple(own.history), own.noise,
-        own.variance, own.threshold, own.variance_kind, own.keeps, outputs=outputs,
-    )  # fmt: skip
+        sample=own.sample,
+        model_output=own.model_output,
+        table=own.table,
+        row_index=0,
+        uncond=own.uncond,
+        guidance_scale=own.guidance,
+        history=tuple(own.history),
+        noise=own.noise,
+        variance=own.variance,
+        threshold=own.threshold,
+        variance_kind=own.variance_kind,
+        keeps=own.keeps,
+        out=outputs,
+    )
     run_call(kernel, call, layout)
     return outputs
 

@@ -74,10 +74,10 @@ def solvers(
         "sample": like_sample(),
         "model_output": like_sample(),
         "table": torch.cat([t.coefficients for t in tables]).to(compute),
-        "rows": rows,
-        "registers": registers[:used],
+        "row_index": rows,
+        "history": registers[:used],
         "uncond": like_sample(),
-        "guidance": torch.rand(batch, generator=gen, dtype=torch.float64).mul(8).to(compute),
+        "guidance_scale": torch.rand(batch, generator=gen, dtype=torch.float64).mul(8).to(compute),
         "seeds": torch.randint(-(2**63), 2**63 - 1, (batch,), generator=gen),
         "noise_step": torch.randint(0, 2**32, (batch,), generator=gen),
         "model_input": laid_out(torch.full((2 * batch, *inner), float("nan"), dtype=dtype), channels_last),
@@ -125,10 +125,10 @@ def random_batch(seed: int, dtype: torch.dtype, model_input_dtypes: tuple[torch.
         "sample": like_sample(),
         "model_output": like_sample(),
         "table": table.to(compute),
-        "rows": rows,
-        "registers": [like_sample() if j in there else None for j in range(NUM_REGISTERS)],
+        "row_index": rows,
+        "history": [like_sample() if j in there else None for j in range(NUM_REGISTERS)],
         "uncond": like_sample() if guided else None,
-        "guidance": a_sample(-1.0, 9.0, rng.choice((1, batch))) if guided else None,
+        "guidance_scale": a_sample(-1.0, 9.0, rng.choice((1, batch))) if guided else None,
         "noise": like_sample() if noise == "given" else None,
         "seeds": torch.randint(-(2**63), 2**63 - 1, (batch,), generator=gen) if noise == "drawn" else None,
         "noise_step": rng.choice((steps, rng.randrange(2**32))),
@@ -162,7 +162,7 @@ def run(batch: Batch, backend: str | None) -> list[Tensor]:
 
 def written(batch: Batch) -> list[Tensor]:
     """What a call writes besides prev_sample."""
-    return [tensor for tensor in (*batch["registers"], batch.get("model_input")) if tensor is not None]
+    return [tensor for tensor in (*batch["history"], batch.get("model_input")) if tensor is not None]
 
 
 def alone(batch: Batch, i: int, backend: str | None) -> list[Tensor]:
@@ -176,9 +176,9 @@ def alone(batch: Batch, i: int, backend: str | None) -> list[Tensor]:
     def sliced(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor[i : i + 1].clone()
 
-    rows, target = batch["rows"], batch.get("model_input")
+    rows, target = batch["row_index"], batch.get("model_input")
     row = int(rows[i] if len(rows) > 1 else rows[0])
-    registers = [sliced(h) for h in batch["registers"]]
+    registers = [sliced(h) for h in batch["history"]]
     next_input = None
     if target is not None:
         copies = len(target) // size
@@ -191,7 +191,7 @@ def alone(batch: Batch, i: int, backend: str | None) -> list[Tensor]:
         return [tensor for tensor in (result, *registers, next_input) if tensor is not None]
     names = ("uncond", "variance", "noise", "seeds", "threshold")
     rest = {name: sliced(batch[name]) for name in names if batch.get(name) is not None}
-    rest |= {name: mine(name) for name in ("guidance", "noise_step") if batch.get(name) is not None}
+    rest |= {name: mine(name) for name in ("guidance_scale", "noise_step") if batch.get(name) is not None}
     rest |= {name: batch[name] for name in ("purpose", "variance_kind") if name in batch}
     with torch.no_grad():
         result, *kept = ops.step(

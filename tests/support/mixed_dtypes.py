@@ -14,7 +14,7 @@ from fastdiff.row_layout import compute_dtype
 from support.mixed import Batch, random_batch
 from support.oracle import DTYPES, INTERPRETED, Case, Shape, make
 
-SCALARS = ("table", "guidance", "threshold")
+SCALARS = ("table", "guidance", "guidance_scale", "threshold")
 
 #: What may become of an output, as `out` takes it.
 Target = Tensor | torch.dtype | None
@@ -78,10 +78,11 @@ def mixed_batch(seed: int, backend: str | None) -> tuple[Batch, torch.dtype]:
 
     for name in ("sample", "model_output", "uncond", "noise", "variance"):
         batch[name] = stored(batch[name], inputs)
-    batch["registers"] = [stored(h, allowed) for h in batch["registers"]]
+    batch["history"] = [stored(h, allowed) for h in batch["history"]]
     prev = rng.choice(allowed)
-    like = [batch[n] for n in ("sample", "model_output", "uncond", "noise", "variance")] + batch["registers"]
+    like = [batch[n] for n in ("sample", "model_output", "uncond", "noise", "variance")] + batch["history"]
     compute = compute_dtype(prev, *(t.dtype for t in like if t is not None))
     for name in SCALARS:
-        batch[name] = None if batch[name] is None else batch[name].to(compute)
+        if batch.get(name) is not None:
+            batch[name] = batch[name].to(compute)
     return batch, prev

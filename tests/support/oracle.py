@@ -63,7 +63,6 @@ SCHEDULER_ROUNDING = 64 * 30 * 2.0**-24
 
 
 #: The binding's last arguments where a step draws nothing: stream, seeds, noise_step, purpose, model_input, scatter.
-NOTHING_MORE = (0, None, 0, 1, None, False)
 
 
 def backends_at_hand() -> list[object]:
@@ -108,6 +107,7 @@ class Case:
     def run(self, backend: str | None = None, *, out: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
         arguments = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("unused", "sample")}
         table, model_output = arguments.pop("table"), arguments.pop("model_output")
+        arguments["guidance_scale"] = arguments.pop("guidance")
         with torch.no_grad():
             return ops.step(self.sample, model_output, table, 0, **arguments, out=out, backend=backend)
 

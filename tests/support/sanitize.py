@@ -30,7 +30,7 @@ table = torch.zeros(1, 32)
 table[0, 8] = 1.0
 def step_at(buffer, offset=0):
     sample = torch.frombuffer(buffer, dtype=torch.float32, count=65, offset=offset)
-    extension.step(sample, sample, table, 0, None, None, [], None, None, None, 0, 0, None, 0, None, 0, 1, None, False)
+    extension.step(sample=sample, model_output=sample, table=table, row_index=0)
 """
 FAULTS = {
     # 65 floats are announced, 64 are there.

@@ -12,28 +12,26 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.ops import backends, reference
+from fastdiff.ops import call as call_module
 from fastdiff.row_layout import MODEL_INPUT_SCALE, STORE_0, STORE_1
 from support.fuzz import Memory, copy_of, serve
 from support.oracle import Case, Shape, assert_same_bits, assert_within_rounding, evaluate, make
 from support.strange_tensors import OTHER_CHANGES, SYMBOLIC, TENSOR_CHANGES, UNREADABLE, in_a_room
 
-#: The binding's arguments in their order, without `stream`, which it takes after `out`.
-ARGUMENTS = (
-    "sample", "model_output", "table", "row", "uncond", "guidance", "history", "noise", "variance", "threshold",
-    "variance_kind", "keeps", "out", "seeds", "noise_step", "purpose", "model_input", "scatter",
-)  # fmt: skip
-STREAM_AT = ARGUMENTS.index("out") + 1
-TENSORS = ("sample", "model_output", "table", "uncond", "guidance", "noise", "variance", "threshold", "seeds",
+#: The binding's keywords, without those that say how a call is launched.
+ARGUMENTS = call_module.FIELDS
+REQUIRED = ("sample", "model_output", "table")
+TENSORS = ("sample", "model_output", "table", "uncond", "guidance_scale", "noise", "variance", "threshold", "seeds",
            "model_input")  # fmt: skip
 #: An integer or a tensor of them.
-COUNTERS = ("row", "noise_step")
+COUNTERS = ("row_index", "noise_step")
 #: Tensors like the sample, which have dtypes of their own; beside a table of either compute dtype.
 LIKE_SAMPLE = ("model_output", "uncond", "noise", "variance", *(f"history {j}" for j in range(4)),
                *(f"out {o}" for o in range(3)))  # fmt: skip
 INTEGERS = ("variance_kind", "keeps", "purpose")
 LISTS = ("history", "out")
 SLOTS = (*TENSORS, *COUNTERS, *(f"history {j}" for j in range(4)), *(f"out {o}" for o in range(3)))
-WAYS = ("binding", "direct", "step", "step by cpu", "rows", "rows by cpu")
+WAYS = ("binding", "offer", "step", "step by cpu", "rows", "rows by cpu")
 ROWS_IN_TABLE = 3
 
 
@@ -70,12 +68,12 @@ class Plan:
     changes: tuple[tuple[str, str], ...] = ()
     #: (argument that moves, argument whose memory it is put into, elements past its start)
     shared: tuple[tuple[str, str, int], ...] = ()
-    #: How many arguments the binding gets, where not all.
+    #: What the binding gets instead of all keywords: fewer, or as many or more values without names.
     count: int | None = None
 
     @property
     def scatters(self) -> bool:
-        return self.way.startswith("rows") or (self.scatter and self.way in ("binding", "direct"))
+        return self.way.startswith("rows") or (self.scatter and self.way in ("binding", "offer"))
 
 
 def good(plan: Plan) -> dict[str, Any]:
@@ -100,14 +98,14 @@ def good(plan: Plan) -> dict[str, Any]:
         return torch.tensor(values[:1] if kind == "one" else values[:batch] if kind == "a sample" else values[0])
 
     entries: dict[str, Any] = {name: getattr(case, name) for name in TENSORS if hasattr(case, name)}
-    entries["table"] = table
+    entries["table"], entries["guidance_scale"] = table, case.guidance
     drawn = plan.noise == "drawn"
     entries["seeds"] = torch.arange(batch) * -(2**61) + plan.seed if drawn else None
     entries["model_input"] = None
     if plan.copies and plan.shape:
         shape = (plan.copies * batch, *plan.shape[1:])
         entries["model_input"] = torch.full(shape, 6.0, dtype=getattr(torch, plan.model_input))
-    entries["row"] = counters(plan.row_as, plan.rows)
+    entries["row_index"] = counters(plan.row_as, plan.rows)
     entries["noise_step"] = counters(plan.step_as, plan.steps)
     entries |= {f"history {j}": h for j, h in enumerate(case.history)}
     if plan.outs:
@@ -137,7 +135,7 @@ def build(plan: Plan) -> tuple[dict[str, Any], set[str]]:
     unreadable: dict[int, str] = {}
     arguments: dict[str, Any] = {
         "variance_kind": plan.variance_kind, "keeps": 0 if plan.scatters else plan.keeps, "purpose": plan.purpose,
-        "scatter": plan.scatters,
+        "write_history": plan.scatters,
     }  # fmt: skip
     for slot, change in plan.changes:
         if id(entries.get(slot)) in unreadable:
@@ -155,7 +153,7 @@ def build(plan: Plan) -> tuple[dict[str, Any], set[str]]:
     outs = [entries[name] for name in entries if name.startswith("out ")]
     arguments["out"] = outs if plan.outs else None
     for slot, change in plan.changes:
-        if slot == "scatter" and plan.way not in ("binding", "direct"):
+        if slot == "write_history" and plan.way not in ("binding", "offer"):
             continue  # no argument of theirs
         if slot in arguments and change in OTHER_CHANGES and (slot not in TENSORS or change not in TENSOR_CHANGES):
             arguments[slot] = OTHER_CHANGES[change]
@@ -165,18 +163,22 @@ def build(plan: Plan) -> tuple[dict[str, Any], set[str]]:
 
 
 def call(plan: Plan, arguments: dict[str, Any]) -> Any:
-    values = [arguments[name] for name in ARGUMENTS]
+    fields = {name: arguments[name] for name in ARGUMENTS}
     if plan.way == "binding":
         assert backends.extension is not None
-        values.insert(STREAM_AT, 0)
-        return backends.extension.step(*(values * 2)[: len(values) if plan.count is None else plan.count])
-    if plan.way == "direct":
-        return ops.direct_step(*values)
+        if plan.count is not None and plan.count >= len(fields):
+            return backends.extension.step(*fields.values())
+        if plan.count is not None:
+            del fields[REQUIRED[plan.count % len(REQUIRED)]]
+        return backends.extension.step(**fields, stream=0)
+    if plan.way == "offer":
+        return backends.offer(call_module.StepCall(**fields))
     backend = "cpu" if plan.way.endswith("by cpu") else None
-    rest = {name: arguments[name] for name in ARGUMENTS[4:] if name != "scatter"}
+    first = [fields.pop(name) for name in (*REQUIRED, "row_index")]
+    del fields["write_history"]
     if plan.scatters:
-        return public_rows(values[:4], rest, backend)
-    return ops.step(*values[:4], **rest, backend=backend)
+        return public_rows(first, fields, backend)
+    return ops.step(*first, **fields, backend=backend)
 
 
 def public_rows(first: list[Any], rest: dict[str, Any], backend: str | None) -> tuple[Tensor]:
@@ -195,7 +197,7 @@ def tensors_of(arguments: dict[str, Any]) -> list[Tensor]:
 
 def written_by(arguments: dict[str, Any]) -> list[Tensor]:
     """What the caller named to be written."""
-    lists = ("out", "history") if arguments["scatter"] is True else ("out",)
+    lists = ("out", "history") if arguments["write_history"] is True else ("out",)
     written = [item for name in lists if isinstance(arguments[name], (list, tuple)) for item in arguments[name]]
     return [value for value in (*written, arguments["model_input"]) if isinstance(value, Tensor)]
 
@@ -212,15 +214,15 @@ def outcome(plan: Plan) -> str:
     except Exception as error:
         results, word = None, type(error).__name__
     else:
-        word = "declined" if results is None else "result"
+        word = "declined" if isinstance(results, str) else "result"
     # Where an output is no memory, torch's own copy_ to it may raise after another has been written.
     may_change = written_by(arguments) if word == "result" or "wrapper" in unreadable else ()
     changed = memory.changed_outside(may_change)
     assert changed == 0, f"{word}: {changed} bytes outside of the outputs were written"
-    if results is None:
+    if results is None or isinstance(results, str):
         return word
     if unreadable:
-        assert plan.way not in ("binding", "direct"), f"a result although a tensor is {unreadable}"
+        assert plan.way not in ("binding", "offer"), f"a result although a tensor is {unreadable}"
         assert unreadable <= SYMBOLIC, f"a result although a tensor is {unreadable}"
         return word
     assert isinstance(results, tuple)
@@ -235,10 +237,11 @@ def outcome(plan: Plan) -> str:
 
 def _hold_to_itself(plan: Plan, again: dict[str, Any], got: list[Tensor]) -> None:
     """The same call on tensors apart from each other gives the same bits."""
-    row, guidance = again["row"], again["guidance"]
-    rest = {name: again[name] for name in ARGUMENTS[4:] if name != "scatter"}
-    rest["guidance"] = guidance if guidance is None or isinstance(guidance, Tensor) else float(guidance)
-    if again["scatter"] is True:
+    row, guidance = again["row_index"], again["guidance_scale"]
+    apart = (*REQUIRED, "row_index", "write_history")
+    rest = {name: again[name] for name in ARGUMENTS if name not in apart}
+    rest["guidance_scale"] = guidance if guidance is None or isinstance(guidance, Tensor) else float(guidance)
+    if again["write_history"] is True:
         first = [again["sample"], again["model_output"], again["table"], row]
         expected = public_rows([*first[:3], row if isinstance(row, Tensor) else torch.tensor([row])], rest, "cpu")
     else:
@@ -258,15 +261,17 @@ def _hold_to_the_formula(plan: Plan, clean: dict[str, Any], results: tuple[Tenso
     stores = table[:, STORE_0 : STORE_1 + 1].reshape(-1).tolist()
     whole = all(s in (-1, 0, 1, 2, 3) for s in stores)
     # Two kept tensors in one register are no table: which of them stays is nobody's promise.
-    twice = clean["scatter"] is True and any(a == b >= 0 for a, b in zip(stores[::2], stores[1::2], strict=True))
+    twice = clean["write_history"] is True and any(a == b >= 0 for a, b in zip(stores[::2], stores[1::2], strict=True))
     if not (finite and positive and whole) or twice:
         return
     noise = clean["noise"]
     if clean["seeds"] is not None:
         noise = reference.drawn_noise(sample, clean["seeds"], clean["noise_step"], clean["purpose"])
-    rows = clean["row"].reshape(-1).tolist() if isinstance(clean["row"], Tensor) else [int(clean["row"])]
+    rows = (
+        clean["row_index"].reshape(-1).tolist() if isinstance(clean["row_index"], Tensor) else [int(clean["row_index"])]
+    )
     batch = sample.shape[0] if sample.dim() else 1
-    kept = 2 if clean["scatter"] is True else clean["keeps"]
+    kept = 2 if clean["write_history"] is True else clean["keeps"]
     history = [*(clean["history"] or ()), *[None] * 4][:4]
     after_history = [*(after["history"] or ()), *[None] * 4][:4]
     wide = table.dtype
@@ -283,7 +288,7 @@ def _hold_to_the_formula(plan: Plan, clean: dict[str, Any], results: tuple[Tenso
         if row < 0:
             assert_same_bits([mine(results[0])], [before.to(results[0].dtype)])
             continue
-        guidance = clean["guidance"]
+        guidance = clean["guidance_scale"]
         if guidance is not None and not isinstance(guidance, Tensor):
             guidance = torch.tensor([float(guidance)], dtype=wide)
         case = Case(
@@ -292,7 +297,7 @@ def _hold_to_the_formula(plan: Plan, clean: dict[str, Any], results: tuple[Tenso
             int(clean["variance_kind"]), kept,
         )  # fmt: skip
         values = [mine(result) for result in results]
-        if clean["scatter"] is True:
+        if clean["write_history"] is True:
             # What goes to no register cannot be looked at: the formula stands in.
             formula = [torch.as_tensor(value.astype(np.float64)) for value, _ in evaluate(case, "cpu")]
             values = [*values, *(value.to(sample.dtype) for value in formula[1:])]
