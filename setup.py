@@ -53,6 +53,8 @@ PACKAGES = [
     "fastdiff.benchmarks",
     "fastdiff.benchmarks.gpu",
     "fastdiff.diffusers",
+    "fastdiff.diffusers.compiler",
+    "fastdiff.diffusers.runtime",
     "fastdiff.digits",
     "fastdiff.graphs",
     "fastdiff.guidance",
@@ -355,7 +357,9 @@ def readme(url: str) -> str:
 
 def sources(mode: str) -> list[str]:
     """List the sources of the extension, relative to the root, in an order that does not depend on the disk."""
-    patterns = ["csrc/*.cpp", "csrc/bindings/*.cpp", "csrc/cpu/*.cpp"] + (["csrc/cuda/*.cu"] if mode == "cuda" else [])
+    patterns = ["csrc/*.cpp", "csrc/bindings/*.cpp", "csrc/dropin/*.cpp", "csrc/cpu/*.cpp"] + (
+        ["csrc/cuda/*.cu"] if mode == "cuda" else []
+    )
     return [path.relative_to(ROOT).as_posix() for pattern in patterns for path in sorted(ROOT.glob(pattern))]
 
 

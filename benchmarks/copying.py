@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What the machine's memory allows: a plain vectorised copy of as many bytes as a step must move.
 
-By fastdiff's own kernel (csrc/cpu/copy_loop.inc) on the same threads, with the same instruction set, with stores
+By fastdiff's own kernel (csrc/bench/copy_loop.inc) on the same threads, with the same instruction set, with stores
 into the caches and past them; the better of the two counts.
 """
 

@@ -89,7 +89,9 @@ class Loop:
 
     def plans(self) -> list[Any]:
         """The plans of our steps in the order in which they were taken; of those that are timed, where there are."""
-        plans = [plan for plan in vars(self.scheduler)["_fused"].schedule.plans.values() if not isinstance(plan, str)]
+        from fastdiff.diffusers.compiler.plan import Plan
+
+        plans = [plan for plan in vars(self.scheduler)["_fused"].schedule.plans.values() if isinstance(plan, Plan)]
         return plans[2:] or plans
 
     def bytes_a_step(self) -> float | None:
@@ -123,9 +125,11 @@ class Loop:
 
     def time_first(self) -> float:
         """Milliseconds of the steps of a process' first loop: all plans are forgotten, and made in it."""
-        from fastdiff.diffusers.planning import forget_all
+        from fastdiff.diffusers.runtime.lookup import forget_plans
+        from fastdiff.diffusers.runtime.scheduler_cache import forget_first_steps
 
-        forget_all()
+        forget_plans()
+        forget_first_steps()
         self.scheduler = type(self.scheduler)(**OPTIONS.get(self.name, {}))
         timesteps, sample = self.begin(STEPS), self.sample
         started = time.perf_counter()

@@ -37,15 +37,15 @@ def bytes_a_step(table: Any, tensor_bytes: int, *, guided: bool, noise_in_memory
 
 def tensors_of_plan(plan: Any, *, guided: bool) -> int | None:
     """How many tensors like the sample a drop-in's planned step must read and write; None where it is not one pass."""
-    if not plan.simple:
+    if not plan.native_eligible:
         return None
     row = plan.row
-    firsts = (PREV_SAMPLE, KEEP_0, KEEP_1)[: plan.keeps + 1]
+    firsts = (PREV_SAMPLE, KEEP_0, KEEP_1)[: plan.kept + 1]
     used = [any(row[first + column] != 0 for first in firsts) for column in range(len(COLUMNS))]
     prediction = used[_PREDICTION]
     used[_SAMPLE] |= prediction and bool(row[PREDICTION_SAMPLE] != 0)
     used[_OUTPUT] |= prediction and bool(row[PREDICTION_OUTPUT] != 0)
     used[_PREDICTION] = False
-    if plan.draws_inside:
+    if plan.fused_draw is not None:
         used[COLUMNS.index("noise")] = False
-    return sum(used) + (guided and used[_OUTPUT]) + 1 + plan.keeps
+    return sum(used) + (guided and used[_OUTPUT]) + 1 + plan.kept

@@ -5,17 +5,18 @@
 #include <string>
 #include <utility>
 
+#include "bench/copy_binding.h"
+#include "bindings/layout.h"
 #include "bindings/output_allocator.h"
 #include "bindings/randn.h"
 #include "bindings/reduce.h"
 #ifdef FASTDIFF_CUDA
 #include "bindings/config.h"
 #endif
-#include "bindings/copy.h"
-#include "bindings/seeded_sum.h"
 #include "bindings/step.h"
-#include "bindings/stepping.h"
-#include "bindings/torch_normal.h"
+#include "dropin/dropin.h"
+#include "torch_bits/seeded_sum.h"
+#include "torch_bits/torch_normal.h"
 
 namespace {
 
@@ -25,9 +26,9 @@ PyMethodDef methods[] = {
     {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&step)), METH_FASTCALL | METH_KEYWORDS,
      "step(**fields): the fused step's tensors, or the reason why it was declined (see csrc/bindings/step.h)."},
     {"torch_randn", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&torch_randn)), METH_FASTCALL,
-     "torch's normal numbers as a new tensor; None where torch has to draw them (see csrc/bindings/torch_normal.h)."},
+     "torch's normal numbers as a new tensor; None where torch has to draw them (see csrc/torch_bits/torch_normal.h)."},
     {"torch_randn_", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&torch_randn_)), METH_FASTCALL,
-     "torch's normal numbers into a tensor; False where torch has to draw them (see csrc/bindings/torch_normal.h)."},
+     "torch's normal numbers into a tensor; False where torch has to draw them (see csrc/torch_bits/torch_normal.h)."},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -52,7 +53,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("randn", torch::wrap_pybind_function(randn), py::arg("out"), py::arg("seeds"), py::arg("steps"),
           py::arg("step"), py::arg("purpose"), py::arg("stream"));
     m.def("_copy_kernel", torch::wrap_pybind_function(copy_kernel), py::arg("src"), py::arg("dst"),
-          py::arg("streaming"), "Copies src to dst, for benchmarks; see csrc/bindings/copy.h.");
+          py::arg("nontemporal"), "Copies src to dst, for benchmarks; see csrc/bench/copy_binding.h.");
     m.def("held_memory", [] { return free_blocks().cached_bytes(); }, "Bytes that are cached for new outputs.");
     m.def("release_memory", [] { return free_blocks().release(); }, "Free the cached blocks; returns their bytes.");
     m.def("kept_memory_limit", [] { return free_blocks().limit(); }, "Bytes that may be cached.");
@@ -60,15 +61,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "limit_kept_memory", [](size_t bytes) { free_blocks().set_limit(bytes); }, py::arg("bytes"),
         "Set how many bytes may be cached, and free the cached blocks.");
     m.def(
-        "_stream_above", [](int64_t bytes) { return std::exchange(fastdiff::stream_above, bytes); }, py::arg("bytes"),
-        "Sets how many bytes a step moves before it writes past the caches, for tests; returns what was set before.");
+        "_nontemporal_above", [](int64_t bytes) { return std::exchange(fastdiff::nontemporal_above, bytes); },
+        py::arg("bytes"),
+        "Sets the bytes above which a step uses nontemporal stores, for tests; returns the previous value.");
     m.def(
         "trust_torch_randn", [] { draws_as_torch = true; },
         "Says that torch_randn draws what torch draws here: steps in C++ then draw by it.");
+    define_layout(m);
     define_reductions(m);
     define_seeded_sum(m);
-    define_program(m);
-    define_loop(m);
-    define_stepping(m);
+    fastdiff::dropin::define(m);
     if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
-// Standard normal numbers from a counter, for host and device alike: Philox4x32-10 (Salmon et al., "Parallel random
-// numbers: as easy as 1, 2, 3", SC 2011) and the Box–Muller transform.
+// Standard normal numbers from a counter, for host and device: Philox4x32-10 (Salmon et al., "Parallel random numbers:
+// as easy as 1, 2, 3", SC 2011) and the Box–Muller transform.
 //
-// A chunk is four consecutive elements of a sample. Its numbers depend on the sample's seed, its own number, the step
-// and the purpose, and on nothing else. They are the same bits everywhere: only integer operations, conversions and
-// square roots that round correctly, and products and sums that are either exact, rounded alone, or one fma.
+// A chunk is four consecutive elements of a sample. Its numbers depend on the sample's seed, the chunk's index, the
+// step and the purpose only. All backends compute the same bits: the operations are integer, correctly rounded
+// conversions and square roots, and products and sums that are exact, rounded alone, or one fma.
 #pragma once
 
 #include "step_math.h"
@@ -35,8 +35,8 @@ FASTDIFF_INLINE Words philox(Words counter, uint32_t key0, uint32_t key1) {
     return counter;
 }
 
-// ln u for u = (w + 1/2)·2⁻³², below 1. Near 1 the difference u − 1 is taken from the bits of ~w, which keeps the
-// digits that u itself has lost.
+// ln u for u = (w + 1/2)·2⁻³², below 1. Near 1 the difference u − 1 is computed from the bits of ~w, which keeps digits
+// that u has lost.
 FASTDIFF_INLINE float log_of_uniform(uint32_t w) {
     const float u = fmaf(static_cast<float>(w), 0x1p-32f, 0x1p-33f);
     const uint32_t shifted = bits_of(u) + (0x3f800000u - 0x3f3504f3u);  // the exponent changes at √½
@@ -64,7 +64,7 @@ struct NormalPair {
 };
 
 // r·cos θ and r·sin θ with r = √(−2 ln u) from `radius` and θ from `angle`: its low three bits are the octant, the
-// others the place y·π in the first octant.
+// others the position y·π in the first octant.
 FASTDIFF_INLINE NormalPair box_muller(uint32_t radius, uint32_t angle) {
     const float r = sqrtf(-2.0f * log_of_uniform(radius));
     const float y = fmaf(static_cast<float>(angle & ~7u), 0x1p-34f, 0x1p-32f);
@@ -81,7 +81,7 @@ FASTDIFF_INLINE NormalPair box_muller(uint32_t radius, uint32_t angle) {
     const bool swap = (angle & 1u) != 0;
     const float c = swap ? sine : cosine;
     const float s = swap ? cosine : sine;
-    // Signs by exclusive or: bit 1 turns the sine's, bit 2 the cosine's.
+    // Flip signs by exclusive or: bit 1 that of the sine, bit 2 that of the cosine.
     const float signed_s = float_of(bits_of(s) ^ ((angle & 2u) << 30));
     const float signed_c = float_of(bits_of(c) ^ ((angle & 4u) << 29));
     return {r * signed_c, r * signed_s};

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: MIT
-// Reductions to one number a sample, for host and device alike: the order in which a sum is taken, and the keys by
-// which elements are selected. All backends add in this order, so they agree bit for bit, on any number of threads.
+// Reductions to one number per sample, for host and device: the order of the sums, and the keys of selection. All
+// backends add in this order, so they agree bit for bit on any number of threads.
 //
-// Sums. The elements of a sample, in memory order, fall into blocks of 1024. In a block, element i belongs to lane
-// i % 64; a lane starts at 0 and takes its elements in order, in the compute dtype, by one add or fma each; the 64
-// lanes are folded in halves (lane i takes lane i + 32, then i + 16, …). What a block gives is widened to float64, and
-// the blocks are added the same way: block j belongs to lane j % 64. The last steps are in float64, rounded once.
-// Missing elements of the last block count as 0, which changes no lane: one that starts at +0 never holds −0.
+// Sums. The elements of a sample, in memory order, form blocks of 1024. In a block, element i belongs to lane i % 64. A
+// lane starts at 0 and adds its elements in order, in the compute dtype, by one add or fma each. The 64 lanes are
+// folded in halves (lane i adds lane i + 32, then i + 16, …). A block's result is converted to float64, and the blocks
+// are added the same way: block j belongs to lane j % 64. The last steps are in float64, rounded once. Missing elements
+// of the last block count as 0, which changes no lane: a lane that starts at +0 never holds −0.
 //
-// The standard deviation needs one pass over memory: a block takes its mean c, then Σ(x−c) and Σ(x−c)², while it is in
-// the cache. The first of these corrects the rounding of c (the corrected two-pass algorithm of Chan, Golub and
-// LeVeque, The American Statistician 37, 1983), and blocks are put together by their formula in float64.
+// The standard deviation takes one pass over memory: a block computes its mean c, then Σ(x−c) and Σ(x−c)², while it is
+// in the cache. Σ(x−c) corrects the rounding of c (the corrected two-pass algorithm of Chan, Golub and LeVeque, The
+// American Statistician 37, 1983), and blocks are combined by their formula in float64.
 #pragma once
 
 #include "step_math.h"
@@ -22,13 +22,13 @@ constexpr int kBlock = 1024;
 
 enum class Sum : int { kMean = 0, kStd = 1, kNorm = 2, kDot = 3 };
 
-// Numbers that a block leaves behind: its sum; for the deviation its mean c, Σ(x−c) and Σ(x−c)².
+// Partial results of a block: its sum; for the deviation its mean c, Σ(x−c) and Σ(x−c)².
 FASTDIFF_INLINE constexpr int parts_of(Sum kind) { return kind == Sum::kStd ? 3 : 1; }
 
 // One reduction. Samples are blocks of memory, one after another.
 struct SumArgs {
     int64_t batch;
-    int64_t inner;  // elements a sample, 1 or more
+    int64_t inner;  // elements per sample, 1 or more
     const void* x;
     const void* y;      // of a dot product; null otherwise
     void* partials;     // [batch, blocks, parts_of(kind)], compute dtype
@@ -40,13 +40,13 @@ struct SumArgs {
 
 FASTDIFF_INLINE int64_t blocks_of(int64_t inner) { return (inner + kBlock - 1) / kBlock; }
 
-// Elements of block j.
+// Number of elements of block j.
 FASTDIFF_INLINE int64_t elements_of(int64_t inner, int64_t j) {
     const int64_t left = inner - j * kBlock;
     return left < kBlock ? left : kBlock;
 }
 
-// One element's part in a lane.
+// Add one element to a lane.
 template <Sum K, typename C>
 FASTDIFF_INLINE C take(C lane, C x, C y) {
     if (K == Sum::kNorm) return multiply_add(x, x, lane);
@@ -54,14 +54,14 @@ FASTDIFF_INLINE C take(C lane, C x, C y) {
     return lane + x;
 }
 
-// What block j of `count` elements adds to its sample's total.
+// Contribution of block j with `count` elements to its sample's total.
 template <Sum K, typename C>
 FASTDIFF_INLINE double block_total(const C* parts, int64_t count) {
     if (K != Sum::kStd) return static_cast<double>(parts[0]);
     return multiply_add(static_cast<double>(count), static_cast<double>(parts[0]), static_cast<double>(parts[1]));
 }
 
-// What it adds to Σ(x−mean)²: its own spread around its own mean, and that mean's distance.
+// Contribution of a block to Σ(x−mean)²: its spread around its own mean, and the distance of that mean.
 template <typename C>
 FASTDIFF_INLINE double block_spread(const C* parts, int64_t count, double mean) {
     const double n = static_cast<double>(count), share = 1.0 / n, rest = static_cast<double>(parts[1]);
@@ -72,7 +72,7 @@ FASTDIFF_INLINE double block_spread(const C* parts, int64_t count, double mean) 
 
 FASTDIFF_INLINE double mean_of(double total, int64_t inner) { return total / static_cast<double>(inner); }
 
-// One element is 0/0, as torch has it. A spread below 0 is rounding's.
+// One element gives 0/0, as in torch. A negative spread is a rounding error.
 FASTDIFF_INLINE double std_of(double spread, int64_t inner, double correction) {
     const double freedom = static_cast<double>(inner) - correction;
     return square_root((spread < 0.0 ? 0.0 : spread) / (freedom < 0.0 ? 0.0 : freedom));
@@ -87,16 +87,17 @@ FASTDIFF_INLINE double value_of(double total, int64_t inner) {
 
 // --- Selection -------------------------------------------------------------------------------------------------------
 
-// A key is an unsigned integer in the order of the numbers: the bits, with those of negative numbers inverted and the
-// sign on top; of magnitudes the bits without the sign. NaN is looked for apart. Keys are told apart from the top,
-// kDigitBits at a time: a pass counts the values of the next bits, and only the elements at the rank go on.
+// A key is an unsigned integer with the order of the numbers: the bits, inverted for negative numbers, with the sign
+// bit flipped; for magnitudes the bits without the sign. NaN is detected separately. Keys are compared from the top,
+// kDigitBits at a time: a pass counts the values of the next bits, and only the elements at the rank go on to the next
+// pass.
 constexpr int kDigitBits = 11;
 constexpr int kDigits = 1 << kDigitBits;
 
-// Which elements are wanted: the one of rank `low` (from 0) and, where weight is above 0, the one after it.
+// The wanted elements: the one of rank `low` (from 0) and, if weight is above 0, the next one.
 struct SelectArgs {
     int64_t batch;
-    int64_t inner;  // elements a sample, 1 or more
+    int64_t inner;  // elements per sample, 1 or more
     int64_t low;
     double weight;  // of the second, below 1
     const void* x;
@@ -109,7 +110,7 @@ template <typename K>
 FASTDIFF_INLINE K key_of(K bits, bool absolute) {
     constexpr int kSign = 8 * sizeof(K) - 1;
     const K sign = static_cast<K>(bits >> kSign);
-    // All ones for a negative number, the sign alone for another.
+    // All ones for a negative number, the sign bit alone otherwise.
     const K flip = static_cast<K>(static_cast<K>(K(0) - sign) | static_cast<K>(K(1) << kSign));
     const K magnitude = static_cast<K>(bits & static_cast<K>(~static_cast<K>(K(1) << kSign)));
     return absolute ? magnitude : static_cast<K>(bits ^ flip);
@@ -123,12 +124,12 @@ FASTDIFF_INLINE K bits_of_key(K key, bool absolute) {
     return (key & top) != 0 ? static_cast<K>(key ^ top) : static_cast<K>(~key);
 }
 
-// Bits of a key that are significant, and the shift of its first digit. A magnitude's keys have no sign.
+// Number of significant bits of a key, and the shift of its first digit. Keys of magnitudes have no sign bit.
 FASTDIFF_INLINE constexpr int key_bits(int size, bool absolute) { return 8 * size - (absolute ? 1 : 0); }
 FASTDIFF_INLINE constexpr int first_shift(int bits) { return bits > kDigitBits ? bits - kDigitBits : 0; }
 
-// The linear interpolation of torch.quantile: from the nearer end, its product fused as torch's builds for AVX2,
-// AVX-512 and CUDA have it. Infinity less infinity is NaN there and here.
+// Linear interpolation of torch.quantile: from the nearer end, with a fused product like torch's builds for AVX2,
+// AVX-512 and CUDA. Infinity minus infinity is NaN in both.
 template <typename C>
 FASTDIFF_INLINE C interpolate(C low, C high, C weight) {
     const C apart = high - low;

@@ -62,7 +62,7 @@ from .solvers.table import StepTable
 
 if TYPE_CHECKING:
     from . import diffusers
-    from .diffusers import patch, unpatch
+    from .diffusers.patch import patch, unpatch
 
 __version__ = "0.1.0"
 

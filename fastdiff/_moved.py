@@ -25,6 +25,8 @@ MOVED = {
         "brownian_path": "noise.brownian_path",
         "call": "ops.call",
         "diffusers.brownian": "noise.brownian_tree",
+        "diffusers.patching": "diffusers.patch",
+        "diffusers.schedulers": "diffusers.registry",
         "images": "analysis.images",
         "levels": "schedules.levels",
         "loop": "sampling.loop",

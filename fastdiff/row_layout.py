@@ -2,7 +2,7 @@
 """The layout of a row of scalars, as every backend reads it, and the dtype that its scalars are stored in.
 
 A row has `ROW_WIDTH` numbers: eight scalars, then three affine maps of one coefficient a column of `COLUMNS`.
-csrc/step_math.h and kernels/triton/step.py read the same layout.
+csrc/row_layout.h and kernels/triton/step.py read the same layout.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The loops for AVX2, FMA and F16C. The pragma comes after the headers: an inline function of theirs, compiled here
-// for AVX2, could otherwise be the copy that the linker keeps for everyone.
+// The loops for AVX2, FMA and F16C. The pragma follows the headers: an inline function of theirs compiled here for AVX2
+// could otherwise be the copy that the linker keeps for all callers.
 #include "cpu.h"
 
 #ifdef FASTDIFF_X86_BUILDS
@@ -15,6 +15,6 @@
 #define FASTDIFF_LANES 8
 #define FASTDIFF_F16C 1
 #define FASTDIFF_VECTOR_BYTES 32
-#include "build.inc"
+#include "loops.inc"
 #pragma GCC pop_options
 #endif

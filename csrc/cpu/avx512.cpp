@@ -3,7 +3,7 @@
 #include "cpu.h"
 
 #ifdef FASTDIFF_X86_BUILDS
-// gcc warns of its own header: an intrinsic without a mask names an undefined value on purpose (GCC bug 105593).
+// gcc warns about its own header, where unmasked intrinsics read an undefined value on purpose (GCC bug 105593).
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -19,6 +19,6 @@
 #define FASTDIFF_LANES 16
 #define FASTDIFF_F16C 1
 #define FASTDIFF_VECTOR_BYTES 64
-#include "build.inc"
+#include "loops.inc"
 #pragma GCC pop_options
 #endif

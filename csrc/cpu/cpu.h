@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
-// The loops on the CPU: one build of each for an instruction set, and the choice among them.
+// The loops on the CPU: one build per instruction set, and the choice among the builds.
 #pragma once
+
+#include <vector>
 
 #include "../reduce_math.h"
 #include "../step_math.h"
@@ -9,27 +11,28 @@ namespace fastdiff {
 
 struct CpuBuild {
     const char* name;
-    // Runs elements [begin, end) of the batch × inner elements of one step.
+    // Step elements [begin, end) of batch × inner.
     void (*step_range)(const StepArgs& args, int64_t begin, int64_t end);
-    // Fills elements [begin, end) of the batch × inner normal numbers.
+    // Fill elements [begin, end) of batch × inner with normal numbers.
     void (*randn_range)(const RandnArgs& args, int64_t begin, int64_t end);
-    // Copies bytes; `streaming` writes past the caches.
-    void (*copy_range)(const void* source, void* target, int64_t bytes, bool streaming);
-    // Sums: what blocks [begin, end) of the batch × blocks leave behind, then the values of samples [begin, end).
+    // Copy bytes, with nontemporal or ordinary stores; for benchmarks.
+    void (*copy_range)(const void* source, void* target, int64_t bytes, bool nontemporal);
+    // Sums: the partial results of blocks [begin, end) of batch × blocks, then the values of samples [begin, end).
     void (*sum_blocks)(const SumArgs& args, int64_t begin, int64_t end);
     void (*finish_samples)(const SumArgs& args, int64_t begin, int64_t end);
-    // Selection. Adds the first digits of `count` (below 2^32) elements to counts[kDigits]; whether one is NaN.
+    // Selection. Add the first digits of `count` (below 2^32) elements to counts[kDigits]; return true if one is NaN.
     bool (*count_keys)(DType dtype, bool absolute, const void* from, int64_t count, int64_t* counts);
-    // The digits of the elements of rank *low and *low + next; *low becomes the rank among the elements of the first.
+    // Find the digits of the elements of rank *low and *low + next; *low becomes the rank among those with the first
+    // digit.
     void (*find_rank)(const int64_t* counts, int64_t* low, int next, int* first, int* last);
-    // Copies the keys whose first digits are `first` to `last` out, and returns how many there are.
+    // Copy the keys with first digits `first` to `last`; return their number.
     int64_t (*gather_keys)(DType dtype, bool absolute, const void* from, int64_t count, int first, int last,
                            void* keys);
-    // The value at a rank among these keys, which are moved about.
+    // Write the value at a rank among these keys; reorders them.
     void (*finish_keys)(const SelectArgs& args, void* keys, int64_t count, int64_t rank, void* out);
-    // torch's normal numbers; null where the build has no loop for them. Words lie where floats will: the next 624 of
-    // mt19937's state from the 624 before, and groups of 16 words turned into normal numbers in place; and
-    // sum += weight·numbers.
+    // torch's normal numbers (csrc/torch_bits); null where the build has no loop for them. mt19937's words are stored
+    // in float memory: `twist` makes the next 624 from the 624 before, `words_to_normals` turns groups of 16 words into
+    // normal numbers in place. `add_scaled`: sum += weight·numbers.
     void (*twist)(const float* state, float* next);
     void (*words_to_normals)(float* memory, int64_t groups);
     void (*add_scaled)(float* sum, const float* numbers, float weight, int64_t count);
@@ -48,13 +51,28 @@ extern const CpuBuild build;
 }
 #endif
 
-// Bytes that a step moves at most before its new outputs are written past the caches: half of the last level. Measured
-// on one of 32 MiB, over loops of 3 to 8 tensors a step: both ways take as long at 12 to 16 MiB; below, what is written
-// is found in the cache by the step that follows.
-extern int64_t stream_above;
+// Steps that move more bytes than this store new outputs past the caches: half of the last-level cache. Measured with
+// 32 MiB, over loops of 3 to 8 tensors a step: ordinary and nontemporal stores take equally long at 12 to 16 MiB;
+// below, the next step finds the outputs in the cache.
+extern int64_t nontemporal_above;
 
-// The build to run: `wanted` ("generic", "avx2", "avx512"), or the widest that this processor has if null or empty.
-// name is null where the wanted one is unknown or the processor lacks it.
+// Return the build named `wanted` ("generic", "avx2", "avx512"), or the widest that the processor supports if null or
+// empty. Its name is null if the wanted build is unknown or not supported.
 CpuBuild select_cpu_build(const char* wanted);
+
+// One run of the affine loop, recorded for tools/affine_forms.py and its test.
+struct AffineTrace {
+    uint32_t terms;  // `form_key` of affine_loop.inc
+    int outputs;
+    bool guided;
+    bool prediction_given;  // thresholded: the prediction is an input
+    bool compiled;          // a loop of affine_forms.inc ran
+};
+
+// Whether runs are recorded; switched by `record_affine_traces` alone.
+extern bool affine_traced;
+void trace_affine(const AffineTrace& trace);
+// Switch recording on or off; return the distinct runs recorded before, and drop them.
+std::vector<AffineTrace> record_affine_traces(bool on);
 
 }  // namespace fastdiff

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What the CUDA kernels share: conversions, and accesses of 16 bytes.
+// Conversions and 16-byte accesses shared by the CUDA kernels.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -22,68 +22,68 @@ __device__ __forceinline__ void narrow(float value, float* out) { *out = value; 
 __device__ __forceinline__ void narrow(float value, double* out) { *out = static_cast<double>(value); }
 __device__ __forceinline__ void narrow(double value, double* out) { *out = value; }
 __device__ __forceinline__ void narrow(double value, float* out) { *out = static_cast<float>(value); }
-// double goes to a half type by way of float, as torch takes it.
+// double is rounded to float and then to a half type, as in torch.
 __device__ __forceinline__ void narrow(double value, __half* out) { narrow(static_cast<float>(value), out); }
 __device__ __forceinline__ void narrow(double value, __nv_bfloat16* out) { narrow(static_cast<float>(value), out); }
 
-// V consecutive elements, moved in one access where V of them are 16 bytes.
+// V consecutive elements, one access where they take 16 bytes.
 template <typename T, int V>
-struct alignas(V * sizeof(T)) Pack {
+struct alignas(V * sizeof(T)) Vec {
     T values[V];
 };
 
-// Elements [0, count) at `from`, count <= V; the rest is 0.
+// Load elements [0, count) at `from`, count <= V; the rest is 0.
 template <typename T, int V>
-__device__ __forceinline__ Pack<T, V> load_pack(const void* from, int64_t offset, int count) {
+__device__ __forceinline__ Vec<T, V> load_vec(const void* from, int64_t offset, int count) {
     const T* source = static_cast<const T*>(from) + offset;
-    Pack<T, V> pack;
+    Vec<T, V> vec;
     if (count == V) {
-        pack = *reinterpret_cast<const Pack<T, V>*>(source);
+        vec = *reinterpret_cast<const Vec<T, V>*>(source);
     } else {
 #pragma unroll
-        for (int i = 0; i < V; ++i) narrow(0.0f, &pack.values[i]);
+        for (int i = 0; i < V; ++i) narrow(0.0f, &vec.values[i]);
 #pragma unroll
         for (int i = 0; i < V; ++i)
-            if (i < count) pack.values[i] = source[i];
+            if (i < count) vec.values[i] = source[i];
     }
-    return pack;
+    return vec;
 }
 
 template <typename T, int V, typename C>
-__device__ __forceinline__ void widen_pack(const Pack<T, V>& pack, C (&to)[V]) {
+__device__ __forceinline__ void widen_vec(const Vec<T, V>& vec, C (&to)[V]) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) to[i] = widen(pack.values[i]);
+    for (int i = 0; i < V; ++i) to[i] = widen(vec.values[i]);
 }
 
 template <typename T, typename C, int V>
 __device__ __forceinline__ void load(const void* from, int64_t offset, int count, C (&to)[V]) {
-    widen_pack(load_pack<T, V>(from, offset, count), to);
+    widen_vec(load_vec<T, V>(from, offset, count), to);
 }
 
-// Elements [0, count) of a pack.
+// Store elements [0, count) of a vector.
 template <typename T, int V>
-__device__ __forceinline__ void store_pack(const Pack<T, V>& pack, void* to, int64_t offset, int count) {
+__device__ __forceinline__ void store_vec(const Vec<T, V>& vec, void* to, int64_t offset, int count) {
     T* target = static_cast<T*>(to) + offset;
     if (count == V) {
-        *reinterpret_cast<Pack<T, V>*>(target) = pack;
+        *reinterpret_cast<Vec<T, V>*>(target) = vec;
         return;
     }
 #pragma unroll
     for (int i = 0; i < V; ++i)
-        if (i < count) target[i] = pack.values[i];
+        if (i < count) target[i] = vec.values[i];
 }
 
-// Elements [0, count) of `from` as T, in packs of 16 bytes where V of them are more.
+// Store elements [0, count) of `from` as T, in vectors of at most 16 bytes.
 template <typename T, typename C, int V>
 __device__ __forceinline__ void store(const C (&from)[V], void* to, int64_t offset, int count) {
     constexpr int kPart = V * sizeof(T) > 16 ? 16 / static_cast<int>(sizeof(T)) : V;
     T* target = static_cast<T*>(to) + offset;
-    Pack<T, kPart> parts[V / kPart];
+    Vec<T, kPart> parts[V / kPart];
 #pragma unroll
     for (int i = 0; i < V; ++i) narrow(from[i], &parts[i / kPart].values[i % kPart]);
     if (count == V) {
 #pragma unroll
-        for (int i = 0; i < V; i += kPart) *reinterpret_cast<Pack<T, kPart>*>(target + i) = parts[i / kPart];
+        for (int i = 0; i < V; i += kPart) *reinterpret_cast<Vec<T, kPart>*>(target + i) = parts[i / kPart];
         return;
     }
 #pragma unroll

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// How large the blocks of threads are: a table by compute capability. Results are the same bits whatever it says.
+// Sizes of thread blocks by compute capability. They do not change the results' bits.
 //
-// Includes nothing of CUDA: the binding sets configurations too, for the benchmark that measures them.
+// Includes no CUDA header, so that the binding can set configurations for the benchmark that measures them.
 #pragma once
 
 #include <cstdint>
@@ -9,12 +9,12 @@
 namespace fastdiff {
 
 struct CudaConfig {
-    // Threads a block.
-    int step;   // a step that draws no noise and writes no model input
-    int draw;   // one that does
+    // Threads per block.
+    int step;   // a step without drawn noise and model input
+    int draw;   // a step with either
     int randn;  // normal numbers alone
     int sum;    // mean, std, norm, dot
-    // Elements a thread of a selection looks at before another block is started for them.
+    // Elements per thread of a selection before another block is launched.
     int select;
 };
 
@@ -26,10 +26,10 @@ struct MeasuredConfig {
 };
 
 // No configuration has been measured on a GPU yet. An entry is one line, printed by `python -m benchmarks.gpu_configs`
-// on that chip, such as {90, {512, 256, 256, 128, 16}}; the first stands for none.
+// on that chip, such as {90, {512, 256, 256, 128, 16}}; capability 0 matches no device.
 constexpr MeasuredConfig kMeasuredConfigs[] = {{0, kDefaultConfig}};
 
-// Of a block, and so the bound that registers are allotted for.
+// Threads of the largest block: the bound for which registers are allotted.
 constexpr int kMostThreads = 512;
 
 constexpr bool is_power_of_two(int value) { return value > 0 && (value & (value - 1)) == 0; }
@@ -56,11 +56,11 @@ constexpr bool all_allowed() {
 }
 static_assert(all_allowed(), "an entry of the table is no configuration that the kernels take");
 
-// What launches on a device take now.
+// Return the configuration of launches on a device.
 CudaConfig cuda_config(int device);
 
-// Replaces the table's choice on every device, until it is called with null. False, and nothing is changed, where the
-// kernels cannot take it. For benchmarks and tests: not while another thread launches.
+// Replace the table's entry on every device; null restores the table. Return false, with nothing changed, if the
+// kernels do not support the sizes. For benchmarks and tests; not while another thread launches.
 bool set_cuda_config(const CudaConfig* config);
 
 }  // namespace fastdiff

@@ -6,8 +6,8 @@
 
 namespace fastdiff {
 
-// One sample's numbers: the seed is the key, step and purpose are the upper half of the counter.
-struct Stream {
+// Philox key and counter of one sample: the seed is the key, step and purpose are the upper half of the counter.
+struct NoiseKey {
     uint64_t seed;
     uint32_t step;
     uint32_t purpose;
@@ -19,36 +19,36 @@ struct Stream {
     }
 };
 
-__device__ __forceinline__ Stream stream_of(const NoiseArgs& draw, int64_t b) {
+__device__ __forceinline__ NoiseKey noise_key(const NoiseArgs& draw, int64_t b) {
     const uint32_t step = draw.steps == nullptr ? draw.step : static_cast<uint32_t>(draw.steps[b * draw.steps_stride]);
     return {static_cast<uint64_t>(draw.seeds[b]), step, draw.purpose};
 }
 
-// The two numbers at places `place` and `place` + 1, of which the first is even: one transform of a chunk's two.
-__device__ __forceinline__ NormalPair normal_pair(const Stream& stream, int64_t place) {
-    const Words words = stream.words(place / 4);
+// Return the numbers at `place`, which is even, and `place` + 1: one transform of two words of a chunk.
+__device__ __forceinline__ NormalPair normal_pair(const NoiseKey& key, int64_t place) {
+    const Words words = key.words(place / 4);
     const bool second = (place & 2) != 0;
     return box_muller(second ? words.w[2] : words.w[0], second ? words.w[3] : words.w[1]);
 }
 
-__device__ __forceinline__ float normal_at(const Stream& stream, int64_t place) {
-    const NormalPair pair = normal_pair(stream, place & ~int64_t{1});
+__device__ __forceinline__ float normal_at(const NoiseKey& key, int64_t place) {
+    const NormalPair pair = normal_pair(key, place & ~int64_t{1});
     return (place & 1) != 0 ? pair.second : pair.first;
 }
 
-// The numbers of elements [at, at + V) of a sample in row-major order; `at` is a multiple of V.
+// Draw elements [at, at + V) of a sample in row-major order; `at` is a multiple of V.
 template <typename C, int V>
-__device__ __forceinline__ void draw_in_order(const Stream& stream, int64_t at, C (&z)[V]) {
+__device__ __forceinline__ void draw_in_order(const NoiseKey& key, int64_t at, C (&z)[V]) {
     if constexpr (V == 1) {
-        z[0] = static_cast<C>(normal_at(stream, at));
+        z[0] = static_cast<C>(normal_at(key, at));
     } else if constexpr (V == 2) {
-        const NormalPair pair = normal_pair(stream, at);
+        const NormalPair pair = normal_pair(key, at);
         z[0] = static_cast<C>(pair.first);
         z[1] = static_cast<C>(pair.second);
     } else {
 #pragma unroll
         for (int i = 0; i < V; i += 4) {
-            const Words words = stream.words((at + i) / 4);
+            const Words words = key.words((at + i) / 4);
             const NormalPair a = box_muller(words.w[0], words.w[1]);
             const NormalPair b = box_muller(words.w[2], words.w[3]);
             z[i] = static_cast<C>(a.first);
@@ -59,21 +59,22 @@ __device__ __forceinline__ void draw_in_order(const Stream& stream, int64_t at, 
     }
 }
 
-// The numbers of elements [at, at + V) in the order of memory.
+// Draw elements [at, at + V) in memory order.
 template <typename C, int V>
 __device__ __forceinline__ void draw_normals(const NoiseArgs& draw, int64_t inner, int64_t b, int64_t at, C (&z)[V]) {
-    const Stream stream = stream_of(draw, b);
+    const NoiseKey key = noise_key(draw, b);
     if (draw.channels == 1) {
-        draw_in_order(stream, at, z);
+        draw_in_order(key, at, z);
         return;
     }
-    // Channels-last: neighbours in memory are far apart in the sample. One division a thread, not one an element.
+    // Channels-last: neighbours in memory are far apart in the sample. One division per thread instead of one per
+    // element.
     const int64_t places = inner / draw.channels;
     int64_t s = at / draw.channels;
     int64_t c = at - s * draw.channels;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-        z[i] = static_cast<C>(normal_at(stream, c * places + s));
+        z[i] = static_cast<C>(normal_at(key, c * places + s));
         if (++c == draw.channels) c = 0, ++s;
     }
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Launches on somebody's stream and device, with the device's configuration, and errors that are kept.
+// Launches on a given stream and device with the device's configuration, with sticky errors.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,7 +18,7 @@ struct Configurations {
 };
 inline Configurations configurations;
 
-// A device's capability never changes: it is read once. One that cannot be read takes the default.
+// Return the compute capability, read once per device, or 0 (the default configuration) where it cannot be read.
 inline int capability_of(int device) {
     const bool kept = device >= 0 && device < Configurations::kDevices;
     int found = kept ? configurations.capabilities[device].load(std::memory_order_relaxed) : 0;
@@ -26,7 +26,7 @@ inline int capability_of(int device) {
     int major = 0, minor = 0;
     if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
-        (void)cudaGetLastError();  // taken: the launch is not blamed for it
+        (void)cudaGetLastError();  // clear it, so that the launch does not report it
         return 0;
     }
     found = 10 * major + minor;
@@ -48,8 +48,8 @@ inline bool override_config(const CudaConfig* config) {
     return true;
 }
 
-// A run of launches on one device and stream; after the first that fails there is none. The current device is the
-// caller's again after `finish`.
+// A sequence of launches on one device and stream; after the first failure nothing is launched. `finish` restores the
+// caller's current device.
 class Launches {
   public:
     Launches(int device, void* stream)
@@ -62,7 +62,7 @@ class Launches {
     template <typename Kernel, typename... Arguments>
     void run(Kernel kernel, int64_t blocks, int threads, const Arguments&... arguments) {
         if (error_ != cudaSuccess) return;
-        // A grid has no more; cut off to 32 bits, its size would leave elements out without a word.
+        // The limit of a grid. Truncated to 32 bits, a larger size would skip elements silently.
         if (blocks > INT32_MAX) {
             error_ = cudaErrorInvalidConfiguration;
             return;
@@ -72,10 +72,10 @@ class Launches {
         launch.blockDim = dim3(static_cast<unsigned>(threads));
         launch.stream = stream_;
         error_ = cudaLaunchKernelEx(&launch, kernel, arguments...);
-        if (error_ != cudaSuccess) (void)cudaGetLastError();  // taken: the next launch is not blamed for it
+        if (error_ != cudaSuccess) (void)cudaGetLastError();  // clear it, so that the next launch does not report it
     }
 
-    // Null, or what CUDA says.
+    // Return null, or CUDA's error message.
     const char* finish() {
         if (changed_) {
             const cudaError_t restored = cudaSetDevice(before_);
@@ -93,6 +93,6 @@ class Launches {
     cudaError_t error_ = cudaSuccess;
 };
 
-inline int64_t blocks_of_threads(int64_t packs, int threads) { return (packs + threads - 1) / threads; }
+inline int64_t blocks_of_threads(int64_t vecs, int threads) { return (vecs + threads - 1) / threads; }
 
 }  // namespace fastdiff

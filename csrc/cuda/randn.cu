@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Normal numbers on their own: a thread makes whole chunks and stores 16 bytes an access.
+// Normal numbers alone: a thread makes whole chunks and stores 16 bytes per access.
 #include "access.h"
 #include "draw.h"
 #include "randn_cuda.h"
@@ -7,19 +7,20 @@
 namespace fastdiff {
 namespace {
 
-// V is a multiple of 4: no chunk is made twice, whatever the size of a sample.
+// V is a multiple of 4, so that each chunk is made once for any size of a sample.
 template <typename T, int V>
-__global__ void __launch_bounds__(kMostThreads) randn_kernel(const RandnArgs args, int64_t packs_a_sample, bool wide) {
-    const int64_t pack = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    const int64_t b = pack / packs_a_sample;
+__global__ void __launch_bounds__(kMostThreads) randn_kernel(const RandnArgs args, int64_t vecs_per_sample, bool wide) {
+    const int64_t vec = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    const int64_t b = vec / vecs_per_sample;
     if (b >= args.batch) return;
-    const int64_t at = (pack - b * packs_a_sample) * V;
+    const int64_t at = (vec - b * vecs_per_sample) * V;
     const int64_t left = args.inner - at;
     float z[V];
-    draw_in_order(stream_of(args.draw, b), at, z);
+    draw_in_order(noise_key(args.draw, b), at, z);
     if (wide && left >= V) {
-        // b · inner + at, since samples are whole packs or there is one; written so, stores stay 16 bytes wide.
-        store<T>(z, args.out, pack * V, V);
+        // Equal to b · inner + at, since samples are whole vectors or there is only one. In this form stores stay 16
+        // bytes wide.
+        store<T>(z, args.out, vec * V, V);
         return;
     }
     T* target = static_cast<T*>(args.out) + b * args.inner + at;
@@ -30,12 +31,12 @@ __global__ void __launch_bounds__(kMostThreads) randn_kernel(const RandnArgs arg
 
 template <typename T>
 void launch_as(const RandnArgs& args, Launches& launches) {
-    constexpr int kPack = 16 / sizeof(T) < 4 ? 4 : 16 / sizeof(T);
-    const int64_t packs_a_sample = (args.inner + kPack - 1) / kPack;
-    const bool wide = aligned(args.out) && (args.batch == 1 || args.inner % kPack == 0);
+    constexpr int kVec = 16 / sizeof(T) < 4 ? 4 : 16 / sizeof(T);
+    const int64_t vecs_per_sample = (args.inner + kVec - 1) / kVec;
+    const bool wide = aligned(args.out) && (args.batch == 1 || args.inner % kVec == 0);
     const int threads = launches.config.randn;
-    const int64_t blocks = blocks_of_threads(args.batch * packs_a_sample, threads);
-    launches.run(randn_kernel<T, kPack>, blocks, threads, args, packs_a_sample, wide);
+    const int64_t blocks = blocks_of_threads(args.batch * vecs_per_sample, threads);
+    launches.run(randn_kernel<T, kVec>, blocks, threads, args, vecs_per_sample, wide);
 }
 
 }  // namespace

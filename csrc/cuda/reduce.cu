@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: MIT
-// Sums a sample on CUDA, in the order of csrc/reduce_math.h.
+// Sums of a sample on CUDA, in the order of csrc/reduce_math.h.
 //
-// A block of 1024 elements is read by as many threads as hold its 64 lanes at 16 bytes each. The deviation's second
-// look finds it in the first-level cache. A second launch puts the blocks together.
+// A block of 1024 elements is read by as many threads as hold its 64 lanes at 16 bytes each. The second pass of the
+// standard deviation reads it from the first-level cache. A second launch combines the blocks.
 #include "reduce_device.h"
 
 namespace fastdiff {
 namespace {
 
 constexpr int kRounds = kBlock / kLanes;
-constexpr int kAhead = 4;  // rounds that are read before the first of them is added
+constexpr int kAhead = 4;  // rounds loaded before the first is added
 constexpr unsigned kWarp = 0xffffffffu;
 
-// The lanes of a group of threads, V each, in halves; every thread of the group has the sum.
+// Fold the lanes of a group of threads, V each, in halves; every thread of the group gets the sum.
 template <typename C, int V>
 __device__ __forceinline__ C fold_lanes(C (&lanes)[V]) {
 #pragma unroll
@@ -31,27 +31,27 @@ __device__ __forceinline__ C fold_lanes(C (&lanes)[V]) {
 // One thread's part of a block: in round r the elements from r · 64 + first on.
 template <typename T>
 struct Part {
-    static constexpr int kSize = Pack<T>::kSize;
+    static constexpr int kSize = Vec<T>::kSize;
     const T* from;
     int first;
-    int count;  // of the block; an element from there on is 0
+    int count;  // elements of the block; the rest counts as 0
     bool wide;
 
-    __device__ __forceinline__ Pack<T> load(int round) const {
+    __device__ __forceinline__ Vec<T> load(int round) const {
         const int at = round * kLanes + first;
-        if (wide && count == kBlock) return *reinterpret_cast<const Pack<T>*>(from + at);
-        Pack<T> pack;
+        if (wide && count == kBlock) return *reinterpret_cast<const Vec<T>*>(from + at);
+        Vec<T> vec;
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) pack.values[i] = at + i < count ? from[at + i] : T{};
-        return pack;
+        for (int i = 0; i < kSize; ++i) vec.values[i] = at + i < count ? from[at + i] : T{};
+        return vec;
     }
 
-    // Calls `add(i, x, there)` for each of the thread's lanes, round after round.
+    // Call `add(i, x, there)` for each of the thread's lanes, round after round.
     template <typename C, typename Add>
     __device__ __forceinline__ void each(Add add) const {
 #pragma unroll 1
         for (int r = 0; r < kRounds; r += kAhead) {
-            Pack<T> ahead[kAhead];
+            Vec<T> ahead[kAhead];
 #pragma unroll
             for (int k = 0; k < kAhead; ++k) ahead[k] = load(r + k);
 #pragma unroll
@@ -68,7 +68,7 @@ struct Part {
     __device__ __forceinline__ void each_with(const Part& other, Add add) const {
 #pragma unroll 1
         for (int r = 0; r < kRounds; r += kAhead) {
-            Pack<T> ahead[kAhead], beside[kAhead];
+            Vec<T> ahead[kAhead], beside[kAhead];
 #pragma unroll
             for (int k = 0; k < kAhead; ++k) {
                 ahead[k] = load(r + k);
@@ -85,11 +85,11 @@ struct Part {
 
 template <typename T, typename C, int K>
 __global__ void __launch_bounds__(kMostThreads) sum_kernel(const SumArgs args, int64_t blocks, bool wide) {
-    constexpr int V = Pack<T>::kSize;
+    constexpr int V = Vec<T>::kSize;
     constexpr int kGroup = kLanes / V;
     constexpr Sum kKind = static_cast<Sum>(K);
     const int64_t block = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kGroup) + threadIdx.x / kGroup;
-    const bool there = block < args.batch * blocks;  // those that are not shuffle along
+    const bool there = block < args.batch * blocks;  // other threads only take part in shuffles
     const int first = static_cast<int>(threadIdx.x % kGroup) * V;
     const int64_t b = there ? block / blocks : 0, j = there ? block - b * blocks : 0;
     const int64_t offset = b * args.inner + j * kBlock;
@@ -123,13 +123,13 @@ __global__ void __launch_bounds__(kMostThreads) sum_kernel(const SumArgs args, i
     parts[2] = square;
 }
 
-// One sample's blocks: thread i is lane i.
+// Fold one sample's blocks: thread i is lane i.
 template <typename Term>
 __device__ __forceinline__ double fold_blocks(double* lanes, int64_t blocks, Term term) {
     const int lane = static_cast<int>(threadIdx.x);
     double sum = 0;
     for (int64_t j = lane; j < blocks; j += kLanes) sum += term(j);
-    __syncthreads();  // whoever still reads an earlier total
+    __syncthreads();  // until all have read the previous total
     lanes[lane] = sum;
     __syncthreads();
     for (int half = kLanes / 2; half > 0; half /= 2) {
@@ -159,11 +159,11 @@ __global__ void __launch_bounds__(kLanes) finish_kernel(const SumArgs args, int6
 
 template <typename T, typename C, int K>
 void launch_kind(const SumArgs& args, Launches& launches) {
-    const int threads = launches.config.sum, blocks_a_cta = threads / (kLanes / Pack<T>::kSize);
+    const int threads = launches.config.sum, blocks_a_cta = threads / (kLanes / Vec<T>::kSize);
     const int64_t blocks = blocks_of(args.inner), all = args.batch * blocks;
-    // Samples start on 16 bytes where their size is a multiple of that, or where there is one.
+    // Samples are aligned to 16 bytes if their size is a multiple of that, or if there is only one.
     const bool wide = aligned(args.x) && (args.y == nullptr || aligned(args.y)) &&
-                      (args.batch == 1 || args.inner % Pack<T>::kSize == 0);
+                      (args.batch == 1 || args.inner % Vec<T>::kSize == 0);
     launches.run(sum_kernel<T, C, K>, (all + blocks_a_cta - 1) / blocks_a_cta, threads, args, blocks, wide);
     launches.run(finish_kernel<C, C, K>, args.batch, kLanes, args, blocks);
 }

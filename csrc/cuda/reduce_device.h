@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What the kernels of the reductions share: conversions, and 16-byte accesses.
+// Conversions and 16-byte accesses shared by the kernels of the reductions.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -19,7 +19,7 @@ __device__ __forceinline__ double widen(double value) { return value; }
 
 // Consecutive elements that are 16 bytes together.
 template <typename T>
-struct alignas(16) Pack {
+struct alignas(16) Vec {
     static constexpr int kSize = 16 / sizeof(T);
     T values[kSize];
 };

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: MIT
-// The quantile on CUDA: selection by the bits of order-preserving keys, without a sort.
+// The quantile on CUDA: radix selection on order-preserving keys, without a sort.
 //
-// The first pass reads all elements and counts their top digits; the second reads them again, keeps those at the rank
-// in scratch memory and counts their next digits; what follows reads only those. Each pass is one launch: the block of
-// threads that finishes last in a sample looks at its counts and says what the next pass is to look for. Where the two
-// wanted elements have different digits, one is the largest of its digit and the other the smallest: a pass of a
-// maximum and a minimum, and no more digits. Everything that blocks share is an integer, so their order does not
-// matter.
+// The first pass counts the top digits of all elements. The second reads the elements again, copies those at the rank
+// to scratch memory and counts their next digits; later passes read only those. Each pass is one launch: the last block
+// of threads to finish in a sample reads the counts and chooses the digits for the next pass. If the two wanted
+// elements have different digits, one is the largest of its digit and the other the smallest of its own: a pass of a
+// maximum and a minimum ends the search. Blocks share integers only, so their order does not matter.
 #include <string.h>
 
 #include "reduce_device.h"
@@ -15,10 +14,10 @@ namespace fastdiff {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kOwn = kDigits / kThreads;  // digits a thread looks after
-// Equal digits in one warp wait for each other: neighbouring threads count in tables of their own.
+constexpr int kOwn = kDigits / kThreads;  // digits per thread
+// Equal digits in one warp serialise: neighbouring threads count in separate tables.
 constexpr int kTables = 4;
-constexpr int64_t kMostBlocks = 1056;  // eight for each multiprocessor of the largest GPU so far
+constexpr int64_t kMostBlocks = 1056;  // eight per multiprocessor of the largest GPU so far
 
 using Count = unsigned long long;
 
@@ -49,13 +48,13 @@ struct KeyOf<double> {
     static constexpr uint64_t kInfinity = 0x7ff0000000000000u;
 };
 
-// What the launches of one sample tell each other.
+// State shared by the launches of one sample.
 struct State {
-    Count low, high;    // the digits known so far of the two elements; in the end their keys
+    Count low, high;    // known digits of the two elements; in the end their keys
     Count least, most;  // of the two digits, where they differ
     Count rank;         // of the first among the elements that have its digits
     Count kept;         // elements in scratch memory
-    unsigned nan;       // whether there is one
+    unsigned nan;       // whether an element is NaN
     unsigned finished;  // blocks of threads of this pass
     unsigned done;      // whether both keys are known
     unsigned unused;
@@ -87,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) clear_kernel(Scratch scratch, int64_
     }
 }
 
-// The number between the two keys, once they are known.
+// Write the interpolated number, once both keys are known.
 template <typename T, typename C>
 __device__ void write_result(const SelectArgs& args, int64_t b, Count low, Count high, bool nan) {
     using Key = typename KeyOf<T>::Key;
@@ -97,8 +96,8 @@ __device__ void write_result(const SelectArgs& args, int64_t b, Count low, Count
     static_cast<C*>(args.out)[b] = nan ? C(NAN) : value;
 }
 
-// The digits of the elements of rank `rank` and `rank + next`, by all threads of a block; shared[0] and [1] get the
-// digits and shared[2] the elements before the first.
+// Find the digits of the elements of rank `rank` and `rank + next`, by all threads of a block; shared[0] and [1] get
+// the digits and shared[2] the number of elements before the first.
 __device__ void find_digits(const Count* counts, Count rank, int next, Count* sums, Count* shared) {
     const int thread = static_cast<int>(threadIdx.x);
     Count own[kOwn], mine = 0;
@@ -133,8 +132,8 @@ __device__ void find_digits(const Count* counts, Count rank, int next, Count* su
     __syncthreads();
 }
 
-// One pass over a sample's elements (Pass 0 and 1) or over those that pass 1 has kept (2). Of a key the bits from
-// `known` on are known, those from `shift` on are counted.
+// One pass over a sample's elements (Pass 0 and 1) or over those copied by pass 1 (2). The key's bits from `known` on
+// are known; those from `shift` on are counted.
 template <typename T, typename C, int Pass>
 __global__ void __launch_bounds__(kThreads)
     select_kernel(const SelectArgs args, Scratch scratch, int known, int shift, int64_t chunks, bool wide) {
@@ -185,14 +184,14 @@ __global__ void __launch_bounds__(kThreads)
         for (int64_t i = chunk * kThreads + thread; i < count; i += chunks * kThreads) look(kept[i]);
     } else {
         const Key* from = static_cast<const Key*>(args.x) + b * args.inner;
-        constexpr int V = Pack<Key>::kSize;
-        const int64_t packs = wide ? args.inner / V : 0;
-        for (int64_t i = chunk * kThreads + thread; i < packs; i += chunks * kThreads) {
-            const Pack<Key> pack = reinterpret_cast<const Pack<Key>*>(from)[i];
+        constexpr int V = Vec<Key>::kSize;
+        const int64_t vecs = wide ? args.inner / V : 0;
+        for (int64_t i = chunk * kThreads + thread; i < vecs; i += chunks * kThreads) {
+            const Vec<Key> vec = reinterpret_cast<const Vec<Key>*>(from)[i];
 #pragma unroll
-            for (int k = 0; k < V; ++k) look_at_bits(pack.values[k]);
+            for (int k = 0; k < V; ++k) look_at_bits(vec.values[k]);
         }
-        for (int64_t i = packs * V + chunk * kThreads + thread; i < args.inner; i += chunks * kThreads)
+        for (int64_t i = vecs * V + chunk * kThreads + thread; i < args.inner; i += chunks * kThreads)
             look_at_bits(from[i]);
     }
     if (nan) atomicOr(&state.nan, 1u);
@@ -202,7 +201,7 @@ __global__ void __launch_bounds__(kThreads)
     if (apart) {
         if (thread == 0) {
             atomicMax(&state.most, Count(edges[0]));
-            // An upper edge that nobody has found is the largest of its type, not of a Count.
+            // An upper edge that no thread has found is the maximum of its type, not of Count.
             if (edges[1] != ~Atomic(0)) atomicMin(&state.least, Count(edges[1]));
         }
     } else {
@@ -227,7 +226,7 @@ __global__ void __launch_bounds__(kThreads)
     if (thread != 0) return;
     Count first, second;
     if (apart) {
-        // Read where the atomics wrote, not in a first-level cache.
+        // Read by atomics, past the first-level cache.
         first = atomicMax(&state.most, Count(0));
         second = atomicMin(&state.least, ~Count(0));
     } else {
@@ -267,7 +266,7 @@ void launch_as(const SelectArgs& args, void* memory, Launches& launches) {
     const int64_t most = kMostBlocks / args.batch > 0 ? kMostBlocks / args.batch : 1;
     const int64_t wanted = (args.inner + share - 1) / share;
     const int64_t chunks = wanted < most ? wanted : most;
-    const bool wide = aligned(args.x) && (args.batch == 1 || args.inner % Pack<Key>::kSize == 0);
+    const bool wide = aligned(args.x) && (args.batch == 1 || args.inner % Vec<Key>::kSize == 0);
     launches.run(clear_kernel<T, C, 0>, args.batch, kThreads, scratch, args.low);
     const int bits = key_bits(sizeof(Key), args.absolute);
     for (int known = bits, pass = 0; known > 0; ++pass) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// The fused step on CUDA: a thread takes 16 bytes of every tensor, all loads before the first store.
+// The fused step on CUDA: each thread takes 16 bytes of every tensor and issues all loads before the first store.
 //
-// The row is read from device memory, where every thread of a warp asks for the same word. Its coefficients never
-// travel as arguments: a captured graph reads the table that is there when it is replayed.
+// The row is read from device memory, where all threads of a warp read the same word. Its coefficients are no kernel
+// arguments, so a captured graph reads the table as it is at replay.
 #include "access.h"
 #include "draw.h"
 #include "step_cuda.h"
@@ -13,7 +13,7 @@
 namespace fastdiff {
 namespace {
 
-// The sample's row; null where it stays as it is.
+// Return the sample's row; null for a skipped sample.
 template <typename C>
 __device__ __forceinline__ const C* row_of(const StepArgs& args, int64_t b) {
     const int64_t index = args.rows == nullptr ? args.row : args.rows[b * args.rows_stride];
@@ -21,13 +21,13 @@ __device__ __forceinline__ const C* row_of(const StepArgs& args, int64_t b) {
     return static_cast<const C*>(args.table) + index * kRowWidth;
 }
 
-// Where output `o` goes; null for nowhere.
+// Return the address of output `o`; null where it is not written.
 template <typename C>
 __device__ __forceinline__ void* target_of(const StepArgs& args, const C* row, int o) {
     if (o == 0) return args.outputs[0];
     if (!args.scatter) return o < args.num_outputs ? args.outputs[o] : nullptr;
     const C slot = row[static_cast<int>(kStore0) + o - 1];
-    // A choice among the four rather than an index: a kernel's arguments cannot be indexed without a copy on the stack.
+    // Compare with each slot instead of indexing: indexing kernel arguments copies them to the stack.
     void* target = nullptr;
 #pragma unroll
     for (int j = 0; j < kRegisters; ++j)
@@ -35,7 +35,8 @@ __device__ __forceinline__ void* target_of(const StepArgs& args, const C* row, i
     return target;
 }
 
-// Whether a map of this row has a coefficient in this column; maps that are not written are 0 or cost a read at most.
+// Return true if a map of this row has a coefficient in this column. Maps that are not written are 0, or cost one
+// needless read.
 template <typename C>
 __device__ __forceinline__ bool row_reads(const C* row, int maps, int column) {
     bool reads = false;
@@ -46,7 +47,7 @@ __device__ __forceinline__ bool row_reads(const C* row, int maps, int column) {
     return reads;
 }
 
-// The next model input: scale times the sample as it has been rounded.
+// Write the next model input: scale times the sample as rounded to its dtype.
 template <typename C, int V>
 __device__ __forceinline__ void write_model_input(const StepArgs& args, C scale, C (&sample)[V], int64_t here,
                                                   int count) {
@@ -57,40 +58,40 @@ __device__ __forceinline__ void write_model_input(const StepArgs& args, C scale,
 }
 
 template <typename T, typename C, int V>
-__device__ __forceinline__ void write_model_input(const StepArgs& args, C scale, const Pack<T, V>& sample, int64_t here,
+__device__ __forceinline__ void write_model_input(const StepArgs& args, C scale, const Vec<T, V>& sample, int64_t here,
                                                   int count) {
     C values[V];
-    widen_pack(sample, values);
+    widen_vec(sample, values);
     write_model_input(args, scale, values, here, count);
 }
 
-// A sample that stays as it is: its bits, NaN's too.
-template <typename T, typename C, int V, bool kMore>
-__device__ __forceinline__ void leave(const StepArgs& args, int64_t here, int count) {
-    const bool writes_input = kMore && args.model_input != nullptr;
+// Copy a skipped sample bit for bit, NaN payloads included.
+template <typename T, typename C, int V, bool kNoiseOrModelInput>
+__device__ __forceinline__ void copy_skipped(const StepArgs& args, int64_t here, int count) {
+    const bool writes_input = kNoiseOrModelInput && args.model_input != nullptr;
     if (args.outputs[0] == args.sample && !writes_input) return;
-    const Pack<T, V> sample = load_pack<T, V>(args.sample, here, count);
-    if (args.outputs[0] != args.sample) store_pack(sample, args.outputs[0], here, count);
+    const Vec<T, V> sample = load_vec<T, V>(args.sample, here, count);
+    if (args.outputs[0] != args.sample) store_vec(sample, args.outputs[0], here, count);
     if (writes_input) write_model_input(args, C(1), sample, here, count);
 }
 
-// The same where it is stored in a dtype and returned in another.
+// The same with different dtypes of sample and output.
 template <typename C, int V>
-__device__ __forceinline__ void leave_mixed(const StepArgs& args, int64_t here) {
+__device__ __forceinline__ void copy_skipped_mixed(const StepArgs& args, int64_t here) {
     const DType from = args.types.sample, to = args.types.outputs[0];
     C sample[V];
     numbers_of(from, fetch<C, V>(from, args.sample, here), sample);
-    // Of one dtype the numbers come back as they were, but for what kind of NaN they are.
+    // With one dtype the numbers are unchanged, except for NaN payloads.
     if (args.outputs[0] != args.sample) store_as(to, sample, args.outputs[0], here, V);
     if (args.model_input == nullptr) return;
     round_as(to, sample);
     write_model_input(args, C(1), sample, here, V);
 }
 
-// Whether a step draws noise.
+// Return true if the step draws noise.
 FASTDIFF_INLINE bool draws(const StepArgs& args) { return args.noise == nullptr && args.draw.seeds != nullptr; }
 
-// What the sums are made of, from the tensors as they are: guidance, the prediction, the noise's own scale.
+// Compute the terms of the sums from the tensors: guidance, the prediction, and the scaled noise.
 template <typename C, int V>
 __device__ __forceinline__ void prepare(const StepArgs& args, const C* __restrict__ row, int64_t b, bool learned,
                                         C (&terms)[kColumns][V], const C (&uncond)[V], const C (&variance)[V]) {
@@ -115,7 +116,7 @@ __device__ __forceinline__ void prepare(const StepArgs& args, const C* __restric
     }
 }
 
-// Map `o` of the row.
+// Sum map `o` of the row.
 template <typename C, int V>
 __device__ __forceinline__ void weighted_sum(const C* __restrict__ row, int o, const bool (&present)[kColumns],
                                              const C (&terms)[kColumns][V], C (&sum)[V]) {
@@ -130,22 +131,24 @@ __device__ __forceinline__ void weighted_sum(const C* __restrict__ row, int o, c
     }
 }
 
-// kMore: noise may come from seeds, and a model input may be written. A kernel of its own, so that these cost other
-// steps no registers. One block a multiprocessor is the least: ptxas would otherwise spill to fit two of the largest.
-template <typename T, typename C, int V, bool kMore>
-__global__ void __launch_bounds__(kMostThreads, 1) step_kernel(const StepArgs args, int64_t packs_a_sample) {
-    const int64_t pack = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    const int64_t b = pack / packs_a_sample;
+// kNoiseOrModelInput: noise may be drawn from seeds, and a model input written. A separate kernel, so that these take
+// no registers of other steps. The bound is one block per multiprocessor: for two blocks of the largest size ptxas
+// would spill.
+template <typename T, typename C, int V, bool kNoiseOrModelInput>
+__global__ void __launch_bounds__(kMostThreads, 1) step_kernel(const StepArgs args, int64_t vecs_per_sample) {
+    const int64_t vec = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    const int64_t b = vec / vecs_per_sample;
     if (b >= args.batch) return;
-    const int64_t at = (pack - b * packs_a_sample) * V;
+    const int64_t at = (vec - b * vecs_per_sample) * V;
     const int64_t left = args.inner - at;
     const int count = left < V ? static_cast<int>(left) : V;
-    // b · inner + at, since packs of more than one element fill their samples; written so, stores stay 16 bytes wide.
-    const int64_t here = pack * V;
+    // Equal to b · inner + at, since vectors of more than one element fill their samples. In this form stores stay 16
+    // bytes wide.
+    const int64_t here = vec * V;
     const int64_t there = b * args.model_stride + at;
     const C* __restrict__ row = row_of<C>(args, b);
     if (row == nullptr) {
-        leave<T, C, V, kMore>(args, here, count);
+        copy_skipped<T, C, V, kNoiseOrModelInput>(args, here, count);
         return;
     }
     const int maps = args.scatter ? int{kMaxOutputs} : args.num_outputs;
@@ -159,17 +162,17 @@ __global__ void __launch_bounds__(kMostThreads, 1) step_kernel(const StepArgs ar
     if (args.uncond != nullptr) load<T>(args.uncond, there, count, uncond);
 #pragma unroll
     for (int j = 0; j < kRegisters; ++j) {
-        // Where rows are a sample's own the registers are those of all solvers, and most rows read few of them.
+        // With one row per sample all solvers share the history slots, and most rows read few of them.
         present[kHistory0 + j] =
             args.history[j] != nullptr && (!args.scatter || row_reads(row, maps, int{kHistory0} + j));
         if (present[kHistory0 + j]) load<T>(args.history[j], here, count, terms[kHistory0 + j]);
     }
-    const bool drawn = kMore && draws(args);
+    const bool drawn = kNoiseOrModelInput && draws(args);
     present[kNoise] = drawn ? row_reads(row, maps, int{kNoise}) : args.noise != nullptr;
     const bool learned = present[kNoise] && args.variance_kind != Variance::kFixed;
     if (!drawn && present[kNoise]) load<T>(args.noise, here, count, terms[kNoise]);
     if (learned) load<T>(args.variance, there, count, variance);
-    // After the loads: the numbers are made while those are under way.
+    // After the loads, so that drawing overlaps with them.
     if (drawn && present[kNoise]) draw_normals(args.draw, args.inner, b, at, terms[kNoise]);
 
     prepare(args, row, b, learned, terms, uncond, variance);
@@ -180,30 +183,30 @@ __global__ void __launch_bounds__(kMostThreads, 1) step_kernel(const StepArgs ar
         if (target == nullptr) continue;
         C sum[V];
         weighted_sum(row, o, present, terms, sum);
-        Pack<T, V> result;
+        Vec<T, V> result;
 #pragma unroll
         for (int i = 0; i < V; ++i) narrow(sum[i], &result.values[i]);
-        store_pack(result, target, here, count);
-        if (kMore && o == 0 && args.model_input != nullptr)
+        store_vec(result, target, here, count);
+        if (kNoiseOrModelInput && o == 0 && args.model_input != nullptr)
             write_model_input(args, row[kModelInputScale], result, here, count);
     }
 }
 static_assert(int{kKeep0} == int{kPrevSample} + int{kColumns} && int{kKeep1} == int{kKeep0} + int{kColumns},
               "the maps of a row follow one another");
 
-// The step of tensors that have dtypes of their own: all of them fetched as bits before the first is made a number.
-// Packs fill their samples, so that there are no tails, each of which would be written out for each dtype.
+// The step of tensors with dtypes of their own: all are fetched as bits before the first is converted. Vectors fill
+// their samples: a tail would need code for each dtype.
 template <typename C, int V>
-__global__ void __launch_bounds__(kMostThreads, 1) mixed_kernel(const StepArgs args, int64_t packs_a_sample) {
-    const int64_t pack = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    const int64_t b = pack / packs_a_sample;
+__global__ void __launch_bounds__(kMostThreads, 1) mixed_kernel(const StepArgs args, int64_t vecs_per_sample) {
+    const int64_t vec = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    const int64_t b = vec / vecs_per_sample;
     if (b >= args.batch) return;
-    const int64_t at = (pack - b * packs_a_sample) * V;
-    const int64_t here = pack * V;
+    const int64_t at = (vec - b * vecs_per_sample) * V;
+    const int64_t here = vec * V;
     const int64_t there = b * args.model_stride + at;
     const C* __restrict__ row = row_of<C>(args, b);
     if (row == nullptr) {
-        leave_mixed<C, V>(args, here);
+        copy_skipped_mixed<C, V>(args, here);
         return;
     }
     const int maps = args.scatter ? int{kMaxOutputs} : args.num_outputs;
@@ -258,7 +261,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) mixed_kernel(const StepArgs a
     }
 }
 
-// Whether every access of V elements falls on 16 bytes.
+// Return true if every access of `elements` elements is aligned to 16 bytes.
 bool vectorizable(const StepArgs& args, int elements) {
     if (args.batch > 1 && (args.inner % elements != 0 || args.model_stride % elements != 0)) return false;
     for (const void* pointer : {args.sample, args.model_output, args.uncond, args.variance, args.noise})
@@ -267,37 +270,37 @@ bool vectorizable(const StepArgs& args, int elements) {
         if (!aligned(pointer)) return false;
     for (int o = 0; o < args.num_outputs; ++o)
         if (!aligned(args.outputs[o])) return false;
-    // A second copy begins where the first one ends.
+    // A second copy begins at the end of the first.
     return aligned(args.model_input) && (args.model_input_copies < 2 || args.inner % elements == 0);
 }
 
 template <typename T, typename C, int V>
-void launch_packs(const StepArgs& args, Launches& launches) {
-    const int64_t packs_a_sample = (args.inner + V - 1) / V;
+void launch_vecs(const StepArgs& args, Launches& launches) {
+    const int64_t vecs_per_sample = (args.inner + V - 1) / V;
     const bool more = draws(args) || args.model_input != nullptr;
     const auto kernel = more ? step_kernel<T, C, V, true> : step_kernel<T, C, V, false>;
     const int threads = more ? launches.config.draw : launches.config.step;
-    launches.run(kernel, blocks_of_threads(args.batch * packs_a_sample, threads), threads, args, packs_a_sample);
+    launches.run(kernel, blocks_of_threads(args.batch * vecs_per_sample, threads), threads, args, vecs_per_sample);
 }
 
 template <typename C>
 void launch_mixed(const StepArgs& args, Launches& launches) {
-    // Of the widest dtype 16 bytes, or where that is float of a half type.
-    constexpr int kPack = sizeof(C) == 8 ? 2 : 8;
-    const bool wide = args.inner % kPack == 0 && vectorizable(args, kPack);
-    const int64_t packs_a_sample = wide ? args.inner / kPack : args.inner;
-    const auto kernel = wide ? mixed_kernel<C, kPack> : mixed_kernel<C, 1>;
+    // 16 bytes of the widest dtype; with C float 16 bytes of a half type.
+    constexpr int kVec = sizeof(C) == 8 ? 2 : 8;
+    const bool wide = args.inner % kVec == 0 && vectorizable(args, kVec);
+    const int64_t vecs_per_sample = wide ? args.inner / kVec : args.inner;
+    const auto kernel = wide ? mixed_kernel<C, kVec> : mixed_kernel<C, 1>;
     const int threads = draws(args) || args.model_input != nullptr ? launches.config.draw : launches.config.step;
-    launches.run(kernel, blocks_of_threads(args.batch * packs_a_sample, threads), threads, args, packs_a_sample);
+    launches.run(kernel, blocks_of_threads(args.batch * vecs_per_sample, threads), threads, args, vecs_per_sample);
 }
 
 template <typename T, typename C>
 void launch_as(const StepArgs& args, Launches& launches) {
-    constexpr int kPack = 16 / sizeof(T);
-    if (vectorizable(args, kPack))
-        launch_packs<T, C, kPack>(args, launches);
+    constexpr int kVec = 16 / sizeof(T);
+    if (vectorizable(args, kVec))
+        launch_vecs<T, C, kVec>(args, launches);
     else
-        launch_packs<T, C, 1>(args, launches);
+        launch_vecs<T, C, 1>(args, launches);
 }
 
 }  // namespace
@@ -325,7 +328,7 @@ const char* launch_step(const StepArgs& args, int device, void* stream) {
     return launches.finish();
 }
 
-// Here for all of csrc/cuda.
+// Defined here for all of csrc/cuda.
 CudaConfig cuda_config(int device) { return config_of(device); }
 bool set_cuda_config(const CudaConfig* config) { return override_config(config); }
 

@@ -5,8 +5,8 @@
 
 namespace fastdiff {
 
-// Launches one step on a stream (a cudaStream_t) of a device. All pointers of `args` are the device's.
-// Returns null, or what CUDA says of the launch. The current device is the caller's again afterwards.
+// Launch one step on a stream (a cudaStream_t) of a device. All pointers of `args` are device pointers.
+// Return null, or CUDA's error message; the caller's current device is restored.
 const char* launch_step(const StepArgs& args, int device, void* stream);
 
 }  // namespace fastdiff

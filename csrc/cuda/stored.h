@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Elements of a dtype that only the launch knows: fetched as bits, so that all loads are under way before the first is
-// looked at, and turned into numbers afterwards. Branches go the same way in every thread of a launch.
+// Elements of a dtype known only at launch: fetched as bits, so that all loads are issued before the first is used, and
+// converted afterwards. All threads of a launch take the same branches.
 #pragma once
 
 #include <string.h>
@@ -9,7 +9,7 @@
 
 namespace fastdiff {
 
-// V elements as they are stored, in room for V of type C. Elements of 2 bytes lie two to a word, the first one low.
+// The bits of V elements, in room for V of type C. Elements of 2 bytes are stored two to a word, the first one low.
 template <typename C, int V>
 struct Bits {
     static constexpr int kWords = V * static_cast<int>(sizeof(C)) / 4;
@@ -18,7 +18,7 @@ struct Bits {
     __device__ __forceinline__ uint32_t half(int i) const { return (words[i / 2] >> (16 * (i % 2))) & 0xffffu; }
 };
 
-// Words in accesses of 16 bytes, or in one of what there is.
+// N words in accesses of 16 bytes, or in one access if there are fewer.
 template <int N>
 struct WordAccess {
     static constexpr int kPart = N > 4 ? 4 : N;
@@ -30,13 +30,13 @@ __device__ __forceinline__ void fetch_words(const void* from, Bits<C, V>* bits) 
     using W = WordAccess<N>;
 #pragma unroll
     for (int p = 0; p < W::kParts; ++p) {
-        const auto part = static_cast<const Pack<uint32_t, W::kPart>*>(from)[p];
+        const auto part = static_cast<const Vec<uint32_t, W::kPart>*>(from)[p];
 #pragma unroll
         for (int i = 0; i < W::kPart; ++i) bits->words[p * W::kPart + i] = part.values[i];
     }
 }
 
-// V elements at `from`; where V is more than 1 they lie on 16 bytes, or on as many as they are.
+// Fetch V elements at `from`; with V above 1 aligned to 16 bytes, or to their own size if smaller.
 template <typename C, int V>
 __device__ __forceinline__ Bits<C, V> fetch(DType dtype, const void* from, int64_t offset) {
     Bits<C, V> bits;
@@ -70,7 +70,7 @@ __device__ __forceinline__ double double_of(uint32_t low, uint32_t high) {
 #endif
 }
 
-// The numbers that the bits are, exactly.
+// Convert bits to numbers, exactly.
 template <typename C, int V>
 __device__ __forceinline__ void numbers_of(DType dtype, const Bits<C, V>& bits, C (&to)[V]) {
     switch (dtype) {
@@ -95,7 +95,7 @@ __device__ __forceinline__ void numbers_of(DType dtype, const Bits<C, V>& bits, 
     }
 }
 
-// Elements [0, count) of `from`, each rounded once.
+// Store elements [0, count) of `from`, each rounded once.
 template <typename C, int V>
 __device__ __forceinline__ void store_as(DType dtype, const C (&from)[V], void* to, int64_t offset, int count) {
     switch (dtype) {
@@ -114,7 +114,7 @@ __device__ __forceinline__ void store_as(DType dtype, const C (&from)[V], void* 
     }
 }
 
-// What elements rounded to a dtype are.
+// Round elements to a dtype and back.
 template <typename T, typename C, int V>
 __device__ __forceinline__ void round_to(C (&values)[V]) {
 #pragma unroll

@@ -4,11 +4,11 @@
     pipe.scheduler = fastdiff.diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
 
 A class here is a subclass of diffusers' own: configuration, timesteps, state and refusals are those of the installed
-diffusers.  Only `step` is replaced: the first time that a scheduler is in some state it is traced (`tracing`,
-`symbols`), brought into the form of a row of the fused step's table (`form`, `plan`), and from then on run (`running`).
+diffusers.  Only `step` is replaced: the first time that a scheduler is in some state the step is compiled to a plan
+(`compiler`), which is run from then on (`running`).
 
-`patch` and `unpatch` do the same to a pipeline as it stands (`patching`); the guiders of modular pipelines are here too
-(`guiders`); `explain` says what a scheduler's steps come to.
+`patch` and `unpatch` do the same to a whole pipeline, in place; `guiders` has the guiders of modular pipelines;
+`explain` reports how each step of a scheduler is taken.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ..errors import error_message, require
 require("diffusers", "diffusers", "fastdiff.diffusers")
 
 from .explain import ExplainedStep, Explanation, explain  # noqa: E402
-from .patching import Part, PatchReport, patch, unpatch  # noqa: E402
-from .scheduler import FusedScheduler  # noqa: E402
-from .schedulers import ABSENT, CLASSES  # noqa: E402
+from .mixin import FusedScheduler  # noqa: E402
+from .patch import Part, PatchReport, patch, unpatch  # noqa: E402
+from .registry import ABSENT, CLASSES  # noqa: E402
 
 __all__ = [
     "ExplainedStep",

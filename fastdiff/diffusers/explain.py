@@ -18,11 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import error_message
 from ..noise.brownian_tree import sampled, sampler_maker
-from .environment import FUSED, HISTORY, SCALARS_OF_STATE
-from .loop import fused_of
-from .planning import find_plan
-from .scheduler import FusedScheduler
-from .schedulers import CLASSES
+from .compiler.inputs import CACHE, HISTORY, SCALARS_OF_STATE
+from .compiler.plan import Fallback
+from .mixin import FusedScheduler
+from .registry import CLASSES
+from .runtime.lookup import find_plan
+from .runtime.scheduler_cache import current_cache_of
 
 #: Attributes that a loop leaves behind, beside its tensors.
 _LEFT_BEHIND = HISTORY | SCALARS_OF_STATE | {
@@ -175,11 +176,11 @@ def _fresh(scheduler: Any, kind: Any, num_inference_steps: int | None) -> Any:
         fresh.set_timesteps(num_inference_steps)
     else:
         for name, value in vars(scheduler).items():
-            if name != FUSED and name not in _LEFT_BEHIND:
+            if name != CACHE and name not in _LEFT_BEHIND:
                 vars(fresh)[name] = list(value) if isinstance(value, list) else value
         if hasattr(scheduler, "noise_sampler"):
             fresh.noise_sampler = None
-    given: Any = vars(scheduler).get(FUSED)
+    given: Any = vars(scheduler).get(CACHE)
     if given is not None and given.seeds is not None:
         fresh.use_philox(given.seeds)
     return fresh
@@ -244,8 +245,8 @@ def _walk(
             others["prev_timestep"] = timesteps[index + 1] if index + 1 < len(timesteps) else None
         if scheduler.original.__name__ == "DDPMWuerstchenScheduler":
             timestep = timestep.expand(shape[0])
-        fused = fused_of(scheduler)
-        fused.latest = None
+        cache = current_cache_of(scheduler)
+        cache.latest = None
         with _Counter(scheduler) as counter:
             if guided:
                 result = scheduler.guided_step(*outputs, 5.0, timestep, sample, **others)
@@ -254,20 +255,18 @@ def _walk(
             else:
                 result = scheduler.step(model_output=outputs[0], timestep=timestep, sample=sample, **others)
         # Where no plan was looked up, the step before had its follower at hand.
-        latest: Any = vars(fused)["latest"]  # set by the step
-        plan = fused.plan if latest is None else latest
-        if plan is None:
-            plan = "it is no call that a plan is made for"
+        latest: Any = vars(cache)["latest"]  # set by the step
+        plan = (cache.plan if latest is None else latest) or Fallback("it is no call that a plan is made for")
         values = result if isinstance(result, tuple) else tuple(result.values())
         sample, earlier = values[0], (values[1] if len(values) > 1 else None)
         yield ExplainedStep(
             index=index,
             timestep=float(timestep.reshape(-1)[0]),
-            fused=not isinstance(plan, str),
+            fused=not isinstance(plan, Fallback),
             operations=tuple(counter.operations),
             draws=sum(name in _DRAWS for name in counter.operations),
-            drawn_inside=not isinstance(plan, str) and plan.draws_inside,
-            reason=plan if isinstance(plan, str) else "",
+            drawn_inside=not isinstance(plan, Fallback) and plan.fused_draw is not None,
+            reason=plan.reason if isinstance(plan, Fallback) else "",
         )
 
 

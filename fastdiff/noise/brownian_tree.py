@@ -12,8 +12,8 @@ So every increment is a sum of W(end) − W(start) and some twenty Z a time, wit
     W(t) − W(start) = f·W + Σ w·Z        over the intervals that are halved on the way to t
 
 torchsde makes a tensor of every interval on the way; here the numbers are added up as they are drawn
-(csrc/bindings/seeded_sum.h).  Two times have the intervals around both in common, and beneath those each has a rest of
-its own, Σ w·Z over the smaller ones.  The rests of the last few times are kept, since a loop asks next for the
+(csrc/torch_bits/seeded_sum.h).  Two times have the intervals around both in common, and beneath those each has a rest
+of its own, Σ w·Z over the smaller ones.  The rests of the last few times are kept, since a loop asks next for the
 interval beside: a step then draws the numbers of one time.  Weights are float64; the sum is float32, as torchsde's is.
 """
 

@@ -3,8 +3,8 @@
 
 Whoever draws noise as torch and diffusers do pays for a Mersenne Twister that makes one word at a time.  The extension
 has a loop that makes the same words many at a time and turns them into the same numbers
-(csrc/cpu/torch_normal_loop.inc).  It takes float32 on the CPU, 16 numbers or more, where torch runs its AVX2 code;
-everything else is torch's to draw, and since both give the same bits nobody can tell which one did.
+(csrc/torch_bits/torch_normal_loop.inc).  It takes float32 on the CPU, 16 numbers or more, where torch runs its AVX2
+code; everything else is torch's to draw, and since both give the same bits nobody can tell which one did.
 
 That this torch draws so is not assumed: at the first draw of a process both draw a few thousand numbers from equal
 generators, and unless bits and states agree, torch draws from then on.  `why_by_torch` says which it is.

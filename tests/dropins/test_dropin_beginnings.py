@@ -20,11 +20,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastdiff.diffusers
-from fastdiff.diffusers import schedule
-from fastdiff.diffusers import scheduler as scheduling
-from fastdiff.diffusers.schedule import Schedule
+from fastdiff.diffusers.runtime import plan_cache, step
+from fastdiff.diffusers.runtime.scheduler_cache import SchedulerCache
 from fastdiff.ops import backends, use_backend
-from support.dropin_helpers import LAST_IS_NO_STEP, MAKES_SAMPLER, forget_plans, quiet
+from support.dropin_helpers import LAST_IS_NO_STEP, MAKES_SAMPLER, forget_first_steps, forget_plans, quiet
 from support.oracle import assert_same_bits
 
 pytestmark = pytest.mark.skipif(backends.extension is None, reason="loops begin at once in the C++ extension")
@@ -93,16 +92,17 @@ def near(found: list[Tensor], wanted: list[Tensor]) -> None:
 
 @pytest.fixture
 def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The looks at a scheduler that steps had to take."""
+    """Record the class of each scheduler whose step had to be looked up."""
     calls: list[str] = []
-    fused_of = scheduling.fused_of
+    current_cache_of = step.current_cache_of
 
     def counted(scheduler: Any) -> Any:
         calls.append(type(scheduler).__name__)
-        return fused_of(scheduler)
+        return current_cache_of(scheduler)
 
-    monkeypatch.setattr(scheduling, "fused_of", counted)
-    monkeypatch.setattr(schedule.PLANS, "schedules", OrderedDict())  # not those of other tests
+    monkeypatch.setattr(step, "current_cache_of", counted)
+    monkeypatch.setattr(plan_cache.PLANS, "schedules", OrderedDict())  # not those of other tests
+    forget_first_steps()
     return calls
 
 
@@ -430,7 +430,7 @@ def test_loops_of_several_lengths_and_sizes_in_turn(looked: list[str]) -> None:
                 assert not looked
                 assert_same_bits(found, wanted[steps, size])
             wanted[steps, size] = found
-            plans = scheduler._fused.schedule.plans
+            plans = scheduler._fused.plan_cache.plans
             assert len(plans) == steps  # of the schedule that it has, at whatever size
 
 
@@ -479,13 +479,13 @@ def test_a_stepper_begins_as_its_scheduler_does(looked: list[str]) -> None:
 
 
 @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy], ids=["copy", "deepcopy"])
-def test_a_copy_begins_for_itself(way: Callable[[Any], Any], looked: list[str]) -> None:
+def test_a_copy_begins_at_once(way: Callable[[Any], Any], looked: list[str]) -> None:
     outputs, scheduler = tensors(), made("EulerDiscrete")
     for _ in range(3):
         wanted = loop(scheduler, outputs)
     looked.clear()
     assert_same_bits(loop(way(scheduler), outputs), wanted)
-    assert len(looked) == 1  # the followers are known
+    assert not looked
 
 
 def test_a_class_of_ones_own_begins_for_itself(looked: list[str]) -> None:
@@ -506,14 +506,14 @@ def test_nothing_is_kept_of_a_state_that_another_thread_has_met(
     looked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outputs, scheduler = tensors(), made("DDIM")
-    run_plan = scheduling.run_plan
+    execute = step.execute
 
-    def met(*call: Any) -> Any:
-        scheduler._fused.move()  # as another thread's step does
-        return run_plan(*call)
+    def interrupted(*call: Any, **options: Any) -> Any:
+        scheduler._fused.advance_epoch()  # as another thread's step does
+        return execute(*call, **options)
 
     with monkeypatch.context() as during:
-        during.setattr(scheduling, "run_plan", met)
+        during.setattr(step, "execute", interrupted)
         wanted = loop(scheduler, outputs, last=1)
     looked.clear()
     assert_same_bits(loop(scheduler, outputs, last=1), wanted)
@@ -522,16 +522,16 @@ def test_nothing_is_kept_of_a_state_that_another_thread_has_met(
 
 def test_nothing_is_kept_of_a_state_that_changes_meanwhile(looked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     outputs, scheduler = tensors(), made("DDIM")
-    kept = Schedule.kept
+    guards = SchedulerCache.first_step_guards
 
-    def changing(self: Schedule, attributes: dict[str, Any]) -> Any:
+    def changing(self: SchedulerCache, attributes: dict[str, Any], original: type) -> Any:
         attributes["num_inference_steps"] = 5
-        found = kept(self, attributes)
+        found = guards(self, attributes, original)
         attributes["num_inference_steps"] = 5
         return found
 
     with monkeypatch.context() as during:
-        during.setattr(Schedule, "kept", changing)
+        during.setattr(SchedulerCache, "first_step_guards", changing)
         loop(scheduler, outputs, last=1)  # by the plan for four steps
     near(loop(scheduler, outputs, _set("num_inference_steps", 5)),
          loop(made("DDIM", theirs=True), outputs, _set("num_inference_steps", 5)))  # fmt: skip

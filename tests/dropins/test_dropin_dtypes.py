@@ -93,7 +93,7 @@ def test_mixed_plans_are_taken_by_the_loop_in_cpp(name):
     sample = torch.randn(2, 4, 8, 8).half()
     for _ in range(3):
         loop(scheduler, sample, torch.float16)
-    assert scheduler._fused.plan.simple
+    assert scheduler._fused.plan.native_eligible
     assert not scheduler._fused.plan.uniform
 
 

@@ -8,7 +8,7 @@ import torch
 
 diffusers = pytest.importorskip("diffusers")
 
-from fastdiff.diffusers import CLASSES, explain, schedulers  # noqa: E402
+from fastdiff.diffusers import CLASSES, explain, registry  # noqa: E402
 
 #: Classes that take no five steps by default, and how they are asked.
 STEPS = {"ConsistencyDecoderScheduler": 2, "SCMScheduler": 2}
@@ -139,7 +139,7 @@ def test_a_reason_from_the_trace_is_handed_on(monkeypatch):
         def step(self, model_output, timestep, sample, return_dict=True):
             return (sample * model_output,)
 
-    kind = type("NotASum", (schedulers.FusedScheduler, NotASum), {})
+    kind = type("NotASum", (registry.FusedScheduler, NotASum), {})
     explained = explain(kind(), 2)
     assert [step.fused for step in explained.steps] == [False, False]
     assert explained.steps[0].reason == "multiplies two tensors by each other"

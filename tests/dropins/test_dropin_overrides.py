@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastdiff.diffusers.compiler.plan import Fallback
 from support.dropin_cases import Case
 from support.dropin_helpers import CLASSES, Loop, classes, forget_plans, made, quiet
 
@@ -148,7 +149,7 @@ def test_explain_names_what_is_overridden() -> None:
     scheduler.set_timesteps(3)
     x = torch.ones(1, 1, 4, 4)
     scheduler.step(x, scheduler.timesteps[0], x)
-    assert scheduler._fused.latest == "uses _get_variance, which Own overrides"
+    assert scheduler._fused.latest == Fallback("uses _get_variance, which Own overrides")
 
 
 def test_a_subclass_that_overrides_nothing_of_the_step_stays_fused() -> None:
@@ -162,7 +163,7 @@ def test_a_subclass_that_overrides_nothing_of_the_step_stays_fused() -> None:
     scheduler.set_timesteps(3)
     x = torch.ones(1, 1, 4, 4)
     scheduler.step(x, scheduler.timesteps[0], x)
-    assert not isinstance(scheduler._fused.latest, str)
+    assert not isinstance(scheduler._fused.latest, Fallback)
 
 
 @pytest.mark.parametrize("on_the_object", [False, True])

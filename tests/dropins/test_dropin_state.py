@@ -658,6 +658,10 @@ def test_a_step_dispatches_two_operators_at_most(name: str, again: bool) -> None
         if not again:
             break
     if again:
-        for names in counts[1:]:
-            assert len(names) <= (3 if name in THREE else 2), names
+        # The first step of a loop that is looked up reads the arrays; mostly none is.
+        most = 3 if name in THREE else 2
+        assert sum(len(names) > most for names in counts) <= 1, counts
+        for names in counts:
+            if len(names) > most:
+                continue
             assert not SYNCS & set(names), names

@@ -18,9 +18,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastdiff.diffusers
-from fastdiff.diffusers import planning, schedule, tape
-from fastdiff.diffusers import scheduler as scheduling
-from fastdiff.diffusers.tape import Tape, TraceTree
+from fastdiff.diffusers import mixin
+from fastdiff.diffusers.compiler import compile as compiling
+from fastdiff.diffusers.compiler import tape
+from fastdiff.diffusers.compiler.plan import Fallback
+from fastdiff.diffusers.compiler.tape import Tape, TraceTree
+from fastdiff.diffusers.runtime import lookup, plan_cache
 from fastdiff.ops import backends
 from support.dropin_helpers import forget_plans, quiet
 from support.oracle import assert_same_bits
@@ -52,7 +55,7 @@ def step(scheduler: Any, place: int, **more: Any) -> Tensor:
 
 
 def traces() -> int:
-    return sum(tree.count for tree in planning._TREES.values())
+    return sum(tree.count for tree in lookup._TRACES.values())
 
 
 @pytest.mark.parametrize(
@@ -76,7 +79,7 @@ def test_a_scalar_that_is_another_each_time_is_no_trace_of_its_own(
         found, wanted = (step(s, place, **{argument: value}) for s in (ours, theirs))
         torch.testing.assert_close(found, wanted, rtol=2e-4, atol=2e-4)
         counts.append(traces())
-    assert not isinstance(ours._fused.latest, str)
+    assert not isinstance(ours._fused.latest, Fallback)
     # A trace for each way through the code: with and without noise, the last step, the second half of Heun's.
     assert counts[-1] <= 6
     assert counts[-1] == counts[30]
@@ -126,8 +129,8 @@ def test_an_attribute_that_no_step_reads_is_not_looked_at(
 ) -> None:
     ours, _ = pair("FlowMatchEulerDiscrete")
     calls: list[str] = []
-    take = scheduling._take
-    monkeypatch.setattr(scheduling, "_take", lambda s, n, *rest: (calls.append(n), take(s, n, *rest))[1])
+    take_step = mixin.take_step
+    monkeypatch.setattr(mixin, "take_step", lambda s, n, *rest: (calls.append(n), take_step(s, n, *rest))[1])
     for _ in range(4):
         ours.set_timesteps(6)
         calls.clear()
@@ -162,9 +165,9 @@ def test_an_attribute_counts_from_the_first_step_that_reads_it() -> None:
 
 def test_every_store_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_plans()
-    monkeypatch.setattr(schedule, "MOST_PLANS", 64)
-    monkeypatch.setattr(schedule, "MOST_SCHEDULES", 4)
-    monkeypatch.setattr(planning, "MOST_TRACES", 8)
+    monkeypatch.setattr(plan_cache, "MOST_PLANS", 64)
+    monkeypatch.setattr(plan_cache, "MOST_SCHEDULES", 4)
+    monkeypatch.setattr(lookup, "MOST_TRACES", 8)
     results = []
     for again in range(2):
         for config in range(6):
@@ -175,8 +178,8 @@ def test_every_store_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
             results.append((again, found))
     assert traces() <= 8
-    assert len(schedule.PLANS.schedules) <= 4
-    assert sum(map(len, schedule.PLANS.schedules.values())) <= 2 * 64
+    assert len(plan_cache.PLANS.schedules) <= 4
+    assert sum(map(len, plan_cache.PLANS.schedules.values())) <= 2 * 64
 
 
 # --- schedules written without torch's knowledge ---------------------------------------------------------------------
@@ -264,7 +267,8 @@ def test_schedules_of_any_dtype_run_where_diffusers_runs_them(name: str, dtype: 
 # --- interrupts ------------------------------------------------------------------------------------------------------
 
 _TRACED_FILES = tuple(
-    f"{module}.py" for module in ("tracing", "scalars", "symbols", "tape", "planning", "plan", "form", "environment")
+    f"{module}.py"
+    for module in ("trace", "scalars", "symbolic", "tape", "lookup", "plan", "lower", "inputs", "compile")
 )
 
 
@@ -316,7 +320,7 @@ def test_an_interrupt_at_any_line_leaves_torch_as_it_was(part: int) -> None:
         fresh.lower_order_nums = 0
         fresh.model_outputs = [None] * len(fresh.model_outputs)
         torch.testing.assert_close(step(fresh, 0), wanted, rtol=1e-4, atol=1e-4)
-        assert not isinstance(fresh._fused.latest, str), at
+        assert not isinstance(fresh._fused.latest, Fallback), at
 
 
 def test_a_trace_that_fails_for_lack_of_memory_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,11 +331,11 @@ def test_a_trace_that_fails_for_lack_of_memory_is_tried_again(monkeypatch: pytes
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(planning, "compile_trace", fails)
+        patch.setattr(compiling, "build_plan", fails)
         with pytest.raises(MemoryError):
             step(ours, 0)
     torch.testing.assert_close(step(ours, 0), step(theirs, 0), rtol=1e-4, atol=1e-4)
-    assert not isinstance(ours._fused.latest, str)
+    assert not isinstance(ours._fused.latest, Fallback)
 
 
 # --- the tape --------------------------------------------------------------------------------------------------------
@@ -361,7 +365,7 @@ def test_arithmetic_on_a_tape_is_torch_s_in_float64(name: str, a: float, b: floa
     assert (math.isnan(found) and math.isnan(wanted)) or found == pytest.approx(wanted, rel=1e-14, abs=2.3e-308)
 
 
-class _Environment:
+class _Inputs:
     def __init__(self, *numbers: float) -> None:
         self.numbers = numbers
 
@@ -370,18 +374,18 @@ class _Reader:
     def __init__(self, place: int) -> None:
         self.place = place
 
-    def __call__(self, environment: Any) -> float:
-        return environment.numbers[self.place]  # type: ignore[no-any-return]
+    def __call__(self, inputs: Any) -> float:
+        return inputs.numbers[self.place]  # type: ignore[no-any-return]
 
 
 _READERS = [_Reader(0), _Reader(1)]
 
 
-def _record(environment: _Environment) -> tuple[Tape, int]:
-    t = Tape(environment)
+def _record(inputs: _Inputs) -> tuple[Tape, int]:
+    t = Tape(inputs)
     a, b = (t.read(reader) for reader in _READERS)
     total = t.apply(tape.add, a, t.apply(tape.multiply, b, t.constant(3.0)))
-    if t.observe(t.apply(tape.less, a, b)):
+    if t.guard(t.apply(tape.less, a, b)):
         total = t.apply(tape.divide, total, b)
     return t, t.apply(tape.subtract, total, a)
 
@@ -390,9 +394,9 @@ def _record(environment: _Environment) -> tuple[Tape, int]:
 def test_a_kept_trace_computes_what_a_new_one_would(numbers: list[tuple[float, float]]) -> None:
     tree: TraceTree[int] = TraceTree()
     for pair_of in numbers:
-        environment = _Environment(*pair_of)
-        wanted, index = _record(environment)
-        found = tree.find(environment)
+        inputs = _Inputs(*pair_of)
+        wanted, index = _record(inputs)
+        found = tree.find(inputs)
         if found is None:
             tree.add(wanted, index)
         else:
@@ -404,13 +408,13 @@ def test_a_kept_trace_computes_what_a_new_one_would(numbers: list[tuple[float, f
 def test_compiled_operations_compute_the_same() -> None:
     tree: TraceTree[int] = TraceTree()
     draw = random.Random(0)
-    tree.add(*_record(_Environment(0.0, 1.0)))
-    tree.add(*_record(_Environment(1.0, 0.0)))
+    tree.add(*_record(_Inputs(0.0, 1.0)))
+    tree.add(*_record(_Inputs(1.0, 0.0)))
     for _ in range(200):  # beyond the visits after which operations become a function
-        environment = _Environment(draw.uniform(-3, 3), draw.uniform(-3, 3))
-        found = tree.find(environment)
+        inputs = _Inputs(draw.uniform(-3, 3), draw.uniform(-3, 3))
+        found = tree.find(inputs)
         assert found is not None
-        assert found[1] == _record(environment)[0].values
+        assert found[1] == _record(inputs)[0].values
 
 
 def test_first_and_later_steps_have_the_same_bits() -> None:

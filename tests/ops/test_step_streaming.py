@@ -34,16 +34,16 @@ SHAPES = st.tuples(st.integers(1, 3), SIZES)
 @contextmanager
 def streaming(above: int = 0) -> Iterator[None]:
     """Steps of more than so many bytes write past the caches."""
-    before = extension._stream_above(above)
+    before = extension._nontemporal_above(above)
     try:
         yield
     finally:
-        extension._stream_above(before)
+        extension._nontemporal_above(before)
 
 
 def test_half_of_the_last_level_is_the_default() -> None:
-    default = extension._stream_above(0)
-    extension._stream_above(default)
+    default = extension._nontemporal_above(0)
+    extension._nontemporal_above(default)
     assert (1 << 18) <= default <= (1 << 31)
 
 
@@ -147,9 +147,9 @@ from fastdiff.ops.backends import extension
 from support.oracle import assert_same_bits, build_cases
 assert extension.cpu_build == sys.argv[1]
 for case in build_cases(int(sys.argv[2])):
-    extension._stream_above(1 << 60)
+    extension._nontemporal_above(1 << 60)
     expected = case.run()
-    extension._stream_above(0)
+    extension._nontemporal_above(0)
     assert_same_bits(case.run(out=case.poisoned_out()), expected)
 print("same")
 """

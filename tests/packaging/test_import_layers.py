@@ -30,7 +30,7 @@ LAYERS = (
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 
 #: Imports inside functions that close a circle: a module, and the one that it asks when it is called.
-LATE = {("fastdiff.diffusers.scalars", "fastdiff.diffusers.scalar_functions")}
+LATE = {("fastdiff.diffusers.compiler.scalars", "fastdiff.diffusers.compiler.scalar_functions")}
 
 PACKAGE = Path(fastdiff.__file__).parent
 #: The kernels lie beside the package in a checkout, inside it where it is installed.

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdiff import row_layout as layout
+from fastdiff.ops import backends, reductions, reductions_reference
 from fastdiff.row_layout import COLUMNS, Variance, compute_dtype
 from fastdiff.schedules.levels import levels_from_half_log_snr
 from fastdiff.solvers import Prediction
@@ -226,7 +227,7 @@ LAYOUT = {
 
 
 def test_layout_of_the_header_is_the_tables() -> None:
-    header = (ROOT / "csrc" / "step_math.h").read_text(encoding="utf-8")
+    header = (ROOT / "csrc" / "row_layout.h").read_text(encoding="utf-8")
     body = re.search(r"enum RowLayout[^{]*{(.*?)}", header, flags=re.DOTALL)
     assert body is not None
     found = _numbers(r"\bk(\w+) = (\d+)", body.group(1))
@@ -244,6 +245,24 @@ def test_layout_of_the_header_is_the_tables() -> None:
     assert kinds is not None
     expected = {"Fixed": Variance.FIXED, "LearnedRange": Variance.LEARNED_RANGE, "Learned": Variance.LEARNED}
     assert _numbers(r"k(\w+) = (\d+)", kinds.group(1)) == expected
+
+
+@pytest.mark.skipif(backends.extension is None, reason="needs the compiled extension")
+def test_constants_of_the_extension_are_pythons() -> None:
+    columns = ("sample", "model_output", "prediction", "history_0", "noise")
+    assert backends.extension._constants() == {  # type: ignore[union-attr]
+        **LAYOUT,
+        "NUM_REGISTERS": layout.NUM_REGISTERS,
+        "COLUMNS": len(COLUMNS),
+        **{f"column {name}": COLUMNS.index(name) for name in columns},
+        **{f"Variance.{kind.name}": kind for kind in Variance},
+        **{f"sum {name}": getattr(reductions, f"_{name}") for name in ("MEAN", "STD", "NORM", "DOT")},
+        "sum BLOCK": reductions_reference.BLOCK,
+        "sum LANES": reductions_reference.LANES,
+    }
+    assert [name for name in COLUMNS if name.startswith("history")] == [
+        f"history_{j}" for j in range(layout.NUM_REGISTERS)
+    ]
 
 
 def test_layout_of_the_triton_kernel_is_the_tables() -> None:

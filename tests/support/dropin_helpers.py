@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastdiff.diffusers import CLASSES
-from fastdiff.diffusers.planning import forget_all
+from fastdiff.diffusers.runtime.lookup import forget_plans as forget_plans_and_traces
+from fastdiff.diffusers.runtime.scheduler_cache import forget_first_steps
 from support.dropin_cases import Case
 
 logging.getLogger("diffusers").setLevel(logging.CRITICAL)
@@ -237,14 +238,16 @@ def walk(case: Case, cls: type, watch: Any = None) -> Loop:
 
 
 def forget_plans() -> None:
-    """As if no scheduler had been used before."""
-    forget_all()
+    """Drop all plans, traces and first steps, as if no scheduler had been used before."""
+    forget_plans_and_traces()
+    forget_first_steps()
 
 
 def plans_of(scheduler: Any) -> dict[str, Any]:
     """Of each kind of step that a scheduler of ours has compiled: the plans, or why there is none."""
-    fused = vars(scheduler).get("_fused")
-    return {} if fused is None else {str(key): plan for key, plan in fused.schedule.plans.items()}
+    cache = vars(scheduler).get("_fused")
+    plan_cache = None if cache is None else cache.plan_cache
+    return {} if plan_cache is None else {str(key): plan for key, plan in plan_cache.plans.items()}
 
 
 class Exactly(TorchFunctionMode):

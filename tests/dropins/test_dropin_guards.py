@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: MIT
+"""Guards and executors: the Python and the C++ implementation decide and compute the same."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import itertools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastdiff.diffusers
+from fastdiff.diffusers import mixin
+from fastdiff.diffusers.compiler.plan import NoiseSource
+from fastdiff.diffusers.runtime import scheduler_cache, step_cache
+from fastdiff.diffusers.runtime.guards import Guard, GuardKind, array_record
+from fastdiff.ops import backends
+from support.dropin_helpers import forget_plans, quiet
+from support.oracle import assert_same_bits
+
+pytestmark = pytest.mark.skipif(backends.extension is None, reason="compares with the C++ extension")
+
+TIMESTEPS = torch.arange(8).flip(0)
+TENSORS = (
+    TIMESTEPS[2],
+    TIMESTEPS[2:3],
+    TIMESTEPS[3],
+    TIMESTEPS[2].expand(4),
+    TIMESTEPS[2].clone(),
+    torch.zeros(2, 3),
+    torch.zeros(2, 3).t().contiguous().t(),
+    torch.zeros(2, 3, dtype=torch.float64),
+    torch.ones(2, 3),
+    torch.zeros(2, 3, requires_grad=True),
+    torch.zeros(4, 3)[:2],
+    torch.nn.Parameter(torch.zeros(2, 3)),
+    torch.tensor(0.0),
+    torch.zeros(0),
+    torch.zeros(2, 3).neg(),
+    torch.zeros(2, 3, dtype=torch.complex64).conj(),
+)
+ARRAYS = (np.zeros(3), np.zeros(3, np.float32), np.zeros((3, 1)), np.ones(3), np.zeros(6)[::2], np.float64(0.0))
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | st.sampled_from([0.0, -0.0, 1.0, float("nan"), np.float64(1.0)])
+    | st.sampled_from(["", "a", "linear"]),
+    lambda inner: st.lists(inner, max_size=2)
+    | st.lists(inner, max_size=2).map(tuple)
+    | st.dictionaries(st.sampled_from(["a", "b"]), inner, max_size=2),
+    max_leaves=4,
+)  # fmt: skip
+VALUES = PLAIN | st.sampled_from(TENSORS) | st.sampled_from(ARRAYS) | st.sampled_from([object(), len, [torch.zeros(2)]])
+
+
+@st.composite
+def guards(draw: st.DrawFn) -> Guard:
+    kind = draw(st.sampled_from(list(GuardKind)))
+    if kind in (GuardKind.TENSOR, GuardKind.TIMESTEP):
+        tensor = draw(st.sampled_from(TENSORS))
+        offset = draw(st.sampled_from([0, 8, -8]))
+        expected: Any = (tensor.dtype, tuple(tensor.shape)) + ((offset,) if kind is GuardKind.TIMESTEP else ())
+    elif kind is GuardKind.ARRAY:
+        of_memory = [t for t in TENSORS if t.is_contiguous() and not t.is_complex()]
+        expected = array_record(draw(st.sampled_from(of_memory) | st.sampled_from(ARRAYS[:4])))
+    elif kind is GuardKind.EQUALS:
+        expected = draw(PLAIN | st.just([...]))
+    else:
+        expected = draw(VALUES)
+    return Guard("name", kind, expected)
+
+
+@given(guard=guards(), value=VALUES, copied=st.booleans(), place=st.sampled_from([None, 2, 3]))
+def test_a_guard_decides_alike_in_both_languages(guard: Guard, value: Any, copied: bool, place: int | None) -> None:
+    if copied and isinstance(guard.expected, (list, tuple, dict)) and guard.kind is GuardKind.EQUALS:
+        value = copy.deepcopy(guard.expected)
+    timestep = None if place is None else TIMESTEPS[place].data_ptr()
+    assert backends.extension.check_guard(guard, value, timestep) == guard.check(value, timestep)
+
+
+def test_the_kinds_of_guards_and_sources_of_noise_are_numbered_alike() -> None:
+    assert backends.extension.guard_kinds == {kind.name: kind.value for kind in GuardKind}
+    assert backends.extension.noise_sources == {source.name: source.value for source in NoiseSource}
+
+
+def _without_extension(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Load the scheduler cache a second time, as an install without the extension does."""
+    path = scheduler_cache.__file__
+    spec = importlib.util.spec_from_file_location(f"{scheduler_cache.__package__}._in_python", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with monkeypatch.context() as during:
+        during.setattr(backends, "extension", None)
+        spec.loader.exec_module(module)
+    assert issubclass(module.SchedulerCache, step_cache.StepCache)
+    return module
+
+
+class Pair:
+    """Two schedulers of one class: the step cache and the executor of one are C++, those of the other Python."""
+
+    def __init__(self, name: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+        forget_plans()
+        kind = fastdiff.diffusers.CLASSES[f"{name}Scheduler"]
+        with quiet():
+            self.schedulers = [kind(**options) for _ in range(2)]
+        module = _without_extension(monkeypatch)
+        vars(self.schedulers[1])["_fused"] = module.SchedulerCache(self.schedulers[1])
+        self.looked_up: list[int] = []
+        in_cpp = mixin.take_step
+
+        def counted(which: int) -> Callable[..., Any]:
+            def take(*call: Any) -> Any:
+                self.looked_up.append(which)
+                return in_cpp(*call)
+
+            return take
+
+        monkeypatch.setattr(mixin, "take_step", counted(0))
+        take_in_python = counted(1)
+        in_python = module.with_fast_path("step", kind.arguments["step"])(
+            lambda scheduler, *args, **kwargs: take_in_python(scheduler, "step", args, kwargs)
+        )
+        self.steps = [lambda *args, **kwargs: self.schedulers[0].step(*args, **kwargs),
+                      lambda *args, **kwargs: in_python(self.schedulers[1], *args, **kwargs)]  # fmt: skip
+
+    def each(self, change: Callable[[Any], Any]) -> None:
+        with quiet():
+            for scheduler in self.schedulers:
+                change(scheduler)
+
+    def step(
+        self, place: int, output: Tensor, sample: Tensor, seed: int | None = None
+    ) -> tuple[Tensor, list[bool]]:
+        """Take a step by both; return its sample, and whether the first and the second looked up its plan."""
+        results, looked_up = [], []
+        for which, step in enumerate(self.steps):
+            self.looked_up.clear()
+            scheduler = self.schedulers[which]
+            scheduler.is_scale_input_called = True
+            torch.manual_seed(place)
+            call: dict[str, Any] = {"return_dict": False}
+            if seed is not None:
+                call["generator"] = torch.Generator().manual_seed(seed)
+            with quiet():
+                results.append(step(output.clone(), scheduler.timesteps[place], sample.clone(), **call))
+            looked_up.append(bool(self.looked_up))
+        assert_same_bits(*([value for value in result if isinstance(value, Tensor)] for result in results))
+        states = [state_of(scheduler) for scheduler in self.schedulers]
+        assert states[0].keys() == states[1].keys()
+        for name, value in states[0].items():
+            if isinstance(value, list):
+                assert_same_bits(value, states[1][name])
+            else:
+                assert value == states[1][name] or value != value, name
+        return results[0][0], looked_up
+
+
+def state_of(scheduler: Any) -> dict[str, Any]:
+    """Return a scheduler's attributes, tensors as lists of tensors."""
+    found: dict[str, Any] = {}
+    for name, value in vars(scheduler).items():
+        if isinstance(value, (list, Tensor)):
+            found[name] = [
+                item for item in ([value] if isinstance(value, Tensor) else value) if isinstance(item, Tensor)
+            ]
+        elif name not in ("_fused", "_internal_dict", "noise_sampler") and not isinstance(value, np.ndarray):
+            found[name] = value
+    return found
+
+
+def _write_array(scheduler: Any) -> None:
+    for name in ("sigmas", "alphas_cumprod"):
+        if hasattr(scheduler, name):
+            getattr(scheduler, name).mul_(1.0)
+
+
+def _replace_history(scheduler: Any) -> None:
+    for name in ("model_outputs", "ets", "derivatives"):
+        items = getattr(scheduler, name, None)
+        if items:
+            items[-1] = None if items[-1] is None else items[-1] * 1.5
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda scheduler: None,
+    "an attribute that no step reads": lambda scheduler: setattr(scheduler, "a_counter_of_the_users", 3),
+    "a written array": _write_array,
+    "a replaced array": lambda scheduler: setattr(scheduler, "timesteps", scheduler.timesteps.clone()),
+    "a number": lambda scheduler: setattr(scheduler, "num_inference_steps", scheduler.num_inference_steps + 1),
+    "an entry of the history": _replace_history,
+    "the configuration": lambda scheduler: scheduler.register_to_config(num_train_timesteps=999),
+}
+CLASSES = ("DDIM", "DDPM", "DPMSolverMultistep", "EulerDiscrete", "EulerAncestralDiscrete", "FlowMatchEulerDiscrete",
+           "IPNDM", "PNDM", "UniPCMultistep")  # fmt: skip
+STEPS = 5
+
+
+@pytest.mark.parametrize("change", list(CHANGES))
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_caches_in_both_languages_know_the_same_steps(
+    name: str, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair(name, monkeypatch)
+    outputs = torch.randn(STEPS + 2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    for _ in range(3):  # until all first steps and next plans are known
+        pair.each(lambda scheduler: scheduler.set_timesteps(STEPS))
+        sample = outputs[-1]
+        for place in range(STEPS):
+            sample, looked_up = pair.step(place, outputs[place], sample)
+    assert looked_up == [False, False]
+    pair.each(lambda scheduler: scheduler.set_timesteps(STEPS))
+    sample = outputs[-1]
+    for place in range(STEPS):
+        if place == 2:
+            pair.each(CHANGES[change])
+        sample, looked_up = pair.step(place, outputs[place], sample)
+        if place <= 2:
+            assert looked_up[0] == looked_up[1]
+        if place < 2 or change == "nothing":
+            assert looked_up == [False, False]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_executors_in_both_languages_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every dtype and layout, alone and with what the native executor hands to the Python one."""
+    for case, (dtype, layout) in enumerate(itertools.product((torch.float32, torch.bfloat16, torch.float64), range(3))):
+        pair = Pair(name, monkeypatch)
+        outputs = torch.randn(STEPS + 2, 2, 3, 4, 6, generator=torch.Generator().manual_seed(case)).to(dtype)
+        laid = outputs
+        if layout == 1:
+            laid = outputs.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+        for _ in range(3):
+            pair.each(lambda scheduler: scheduler.set_timesteps(STEPS))
+            sample = laid[-1] if layout == 2 else outputs[-1]
+            for place in range(STEPS):
+                sample, _ = pair.step(place, laid[place], sample, seed=9 if name == "DDPM" and layout else None)

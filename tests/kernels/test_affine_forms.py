@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: MIT
+"""Every row that fastdiff ships runs on a compiled affine loop, or is listed as one that does not."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from fastdiff import extension
+from support.affine_cases import Runs, groups, record
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = [
+    pytest.mark.skipif(extension.extension is None, reason="needs the compiled extension"),
+    pytest.mark.slow,
+]
+
+
+def _tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("affine_forms", ROOT / "tools" / "affine_forms.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = _tool()
+CONTENT = tool.TARGET.read_text(encoding="utf-8")
+COMPILED, RUNTIME = tool.listed(CONTENT, tool.COMPILED), tool.listed(CONTENT, tool.RUNTIME)
+REMEDY = "run `python tools/affine_forms.py` and build the extension again"
+GROUPS = groups()
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_shipped_rows_run_on_listed_loops(group: str) -> None:
+    runs = record(GROUPS[group]())
+    assert runs.users, f"{group}: no call ran the affine loop"
+    compiled, runtime = (
+        {tool.text(form) for form in forms if 0 not in form} for forms in (runs.compiled, runs.runtime)
+    )
+    assert compiled | runtime <= COMPILED.keys() | RUNTIME.keys(), f"{group}: unlisted forms; {REMEDY}"
+    assert compiled <= COMPILED.keys(), f"{group}: the extension has loops that are not listed; {REMEDY}"
+    assert runtime <= RUNTIME.keys(), f"{group}: the extension lacks loops that are listed; {REMEDY}"
+    named = {form for form, first in (COMPILED | RUNTIME).items() if first == group}
+    assert named <= compiled | runtime, f"{group}: listed forms that nothing takes; {REMEDY}"
+
+
+def test_listed_forms_name_a_group() -> None:
+    assert not COMPILED.keys() & RUNTIME.keys()
+    if "guiders" in GROUPS:  # diffusers is installed
+        assert {*COMPILED.values(), *RUNTIME.values()} <= GROUPS.keys()
+
+
+def test_a_form_is_left_to_runtime_terms_only_where_all_its_calls_are_rare() -> None:
+    rare, usual = (3, 9), (3, 11)
+    runs = Runs(users={rare: ["SASolver {'predictor_order': 3} {}"], usual: ["SASolver {} {}"]})
+    content = tool.render({"SASolver": runs})
+    assert tool.listed(content, tool.COMPILED) == {tool.text(usual): "SASolver"}
+    assert tool.listed(content, tool.RUNTIME) == {tool.text(rare): "SASolver"}
+    content = tool.render({"SASolver": runs, "solvers": Runs(users={rare: ["euler"]})})
+    assert tool.listed(content, tool.COMPILED).keys() == {tool.text(rare), tool.text(usual)}
