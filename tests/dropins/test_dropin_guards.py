@@ -136,9 +136,7 @@ class Pair:
             for scheduler in self.schedulers:
                 change(scheduler)
 
-    def step(
-        self, place: int, output: Tensor, sample: Tensor, seed: int | None = None
-    ) -> tuple[Tensor, list[bool]]:
+    def step(self, place: int, output: Tensor, sample: Tensor, seed: int | None = None) -> tuple[Tensor, list[bool]]:
         """Take a step by both; return its sample, and whether the first and the second looked up its plan."""
         results, looked_up = [], []
         for which, step in enumerate(self.steps):
