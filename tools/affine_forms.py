@@ -4,8 +4,9 @@
     python tools/affine_forms.py            # write the file; then build the extension again
     python tools/affine_forms.py --check    # report what would change; exit status 1 if anything does
 
-It takes every row that fastdiff ships (tests/support/affine_cases.py) through the extension, which records the term masks of
-each run of the affine loop. Any extension of these sources will do: forms that it has no loop for are recorded too.
+It takes every row that fastdiff ships (tests/support/affine_cases.py) through the extension, which records the term
+masks of each run of the affine loop. Any extension of these sources will do: forms that it has no loop for are recorded
+too.
 """
 
 from __future__ import annotations

@@ -26,14 +26,12 @@ from ..errors import checked_type, error_message
 from ..row_layout import (
     CLIP,
     COLUMNS,
-    MODEL_INPUT_SCALE,
     NUM_REGISTERS,
     PREDICTION_OUTPUT,
     PREDICTION_SAMPLE,
     PREV_SAMPLE,
-    STORE_0,
-    STORE_1,
     Variance,
+    blank_row,
     compute_dtype,
 )
 from .affine import ZERO, Affine
@@ -239,11 +237,8 @@ class StepTable:
 
 def prediction_rows(rows: torch.Tensor) -> torch.Tensor:
     """Return rows like `rows`, ``[R, 32]``, with d itself, unclipped, as the previous sample."""
-    found = torch.zeros_like(rows)
+    found = torch.tensor([blank_row()], dtype=rows.dtype, device=rows.device).repeat(len(rows), 1)
     found[:, [PREDICTION_SAMPLE, PREDICTION_OUTPUT]] = rows[:, [PREDICTION_SAMPLE, PREDICTION_OUTPUT]]
-    found[:, CLIP] = float("inf")
-    found[:, MODEL_INPUT_SCALE] = 1.0
-    found[:, [STORE_0, STORE_1]] = -1.0
     found[:, PREV_SAMPLE + COLUMNS.index("prediction")] = 1.0
     return found
 
