@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff import create_sampler
+from fastdiff import SamplingMethod, create_sampler
 
 from .traffic import bytes_a_step
 
@@ -40,14 +40,14 @@ class SamplerSpec:
 
     Args:
         config: fields of SamplingConfig.
-        diffusers: name of a scheduler class and its arguments.
+        diffusers: name of a scheduler class and its arguments; None if there is none.
         k_diffusion: name of a function of k_diffusion.sampling and its arguments; None if there is none.
         seeded: fastdiff's kernel draws the noise from seeds; peers draw it with torch.
     """
 
     config: dict[str, Any]
-    diffusers: tuple[str, dict[str, Any]]
-    k_diffusion: tuple[str, dict[str, Any]] | None
+    diffusers: tuple[str, dict[str, Any]] | None = None
+    k_diffusion: tuple[str, dict[str, Any]] | None = None
     seeded: bool = False
 
 
@@ -57,7 +57,8 @@ def seeded(spec: SamplerSpec) -> SamplerSpec:
 
 
 #: Samplers by the name in the table's first column. In k-diffusion's coordinates DDIM is Euler and DDPM is
-#: Euler-ancestral; k-diffusion's third-order multistep solver is the SDE solver, which draws no noise with eta 0.
+#: Euler-ancestral; k-diffusion's third-order multistep solver is the SDE solver, which draws no noise with eta 0. A
+#: registered method without an entry is measured without peers.
 SAMPLERS: dict[str, SamplerSpec] = {
     "ddim": SamplerSpec({"method": "ddim"}, ("DDIMScheduler", {"clip_sample": False}), ("sample_euler", {})),
     "dpmsolver++2m": SamplerSpec(
@@ -79,7 +80,19 @@ SAMPLERS: dict[str, SamplerSpec] = {
 }
 
 
-SAMPLERS |= {f"{name} (philox)": seeded(SAMPLERS[name]) for name in ("ddpm", "euler-ancestral")}
+def _complete(specs: dict[str, SamplerSpec]) -> dict[str, SamplerSpec]:
+    """Add the registered methods without a case, and each case that draws noise with its noise drawn in the kernel."""
+    measured = {spec.config["method"] for spec in specs.values()}
+    for method in SamplingMethod:
+        if method.value not in measured:
+            specs |= {name: SamplerSpec({**fields, "method": method.value}) for name, fields in method.presets.items()}
+    tables = {
+        name: create_sampler("linear", num_inference_steps=STEPS, **spec.config).table for name, spec in specs.items()
+    }
+    return specs | {f"{name} (philox)": seeded(spec) for name, spec in specs.items() if any(tables[name].draws_noise)}
+
+
+SAMPLERS = _complete(SAMPLERS)
 
 
 class Tensors(NamedTuple):

@@ -25,16 +25,16 @@ _SAMPLE, _OUTPUT, _PREDICTION, _HISTORY, _NOISE = 0, 1, 2, 3, 7
 
 
 class CompiledRow(NamedTuple):
-    """One row: its graph, its scalars, the registers that it reads and stores to, and whether it draws noise."""
+    """One row: its graph, its scalars, the history slots that it reads and writes, and whether it draws noise."""
 
     step: Callable[..., None]
     scalars: Tensor
     reads: tuple[int, ...]
-    store: tuple[int, ...]
+    slots: tuple[int, ...]
     draws_noise: bool
 
 
-#: Columns of the terms that each output sums; a history column counts its position among the registers that are read.
+#: Columns of the terms that each output sums; a history column counts its position among the slots that are read.
 Terms = tuple[tuple[int, ...], ...]
 
 
@@ -48,7 +48,7 @@ def formula(terms: Terms) -> Callable[..., None]:
         scalars: Tensor,
         history: tuple[Tensor, ...],
         noise: Tensor | None,
-        registers: tuple[Tensor, ...],
+        kept: tuple[Tensor, ...],
     ) -> None:
         dtype = scalars.dtype
         x, c, u = sample.to(dtype), cond.to(dtype), uncond.to(dtype)
@@ -67,7 +67,7 @@ def formula(terms: Terms) -> Callable[..., None]:
                 total = total + scalars[k] * values[column]
             at += len(columns)
             results.append(total.to(sample.dtype))
-        for target, result in zip((sample, *registers), results, strict=True):
+        for target, result in zip((sample, *kept), results, strict=True):
             target.copy_(result)
 
     # A separate code object: Dynamo caches by code object, and all functions would share one list of guards.
@@ -82,16 +82,16 @@ def compiled_rows(case: Case, threads: int) -> list[CompiledRow]:
     dtype = compute_dtype(case.torch_dtype)
     rows = []
     for i, row in enumerate(case.table):
-        reads = case.table.reads[i]
-        position = {_HISTORY + register: _HISTORY + j for j, register in enumerate(reads)}
-        maps = [affine.coefficients for affine in (row.prev_sample, *row.keep)]
+        reads = case.table.read_slots[i]
+        position = {_HISTORY + slot: _HISTORY + j for j, slot in enumerate(reads)}
+        maps = [affine.coefficients for affine in (row.prev_sample, *row.kept)]
         used = [[column for column in range(len(COLUMNS)) if weights[column]] for weights in maps]
         terms = tuple(tuple(position.get(column, column) for column in columns) for columns in used)
         weights = [weights[column] for weights, columns in zip(maps, used, strict=True) for column in columns]
         scalars = torch.tensor([*row.prediction, row.clip, *weights], dtype=dtype, device=case.device)
         if terms not in compiled:
             compiled[terms] = torch.compile(formula(terms), fullgraph=True, dynamic=False)
-        rows.append(CompiledRow(compiled[terms], scalars, reads, case.table.store[i], case.table.draws_noise[i]))
+        rows.append(CompiledRow(compiled[terms], scalars, reads, case.table.kept_slots[i], case.table.draws_noise[i]))
     return rows
 
 
@@ -115,10 +115,10 @@ def repeating_loops(case: Case, sets: Sequence[Tensors]) -> list[RepeatingLoop]:
 def _loop(rows: list[CompiledRow], tensors: Tensors) -> Callable[[], object]:
     start, cond, uncond = tensors
     sample = torch.empty_like(start)
-    registers = {j: torch.zeros_like(start) for row in rows for j in row.store}
+    slots = {j: torch.zeros_like(start) for row in rows for j in row.slots}
     generator = torch.Generator(start.device).manual_seed(0)
     # Look up the tensors that each row reads and writes once, not at each step.
-    row_tensors = [(tuple(registers[j] for j in row.reads), tuple(registers[j] for j in row.store)) for row in rows]
+    row_tensors = [(tuple(slots[j] for j in row.reads), tuple(slots[j] for j in row.slots)) for row in rows]
     position = len(rows)
 
     def advance() -> None:
@@ -127,9 +127,9 @@ def _loop(rows: list[CompiledRow], tensors: Tensors) -> Callable[[], object]:
             sample.copy_(start)
             position = 0
         row = rows[position]
-        history, store = row_tensors[position]
+        history, kept = row_tensors[position]
         noise = draw(start.shape, generator, dtype=start.dtype, device=start.device) if row.draws_noise else None
-        row.step(sample, cond, uncond, row.scalars, history, noise, store)
+        row.step(sample, cond, uncond, row.scalars, history, noise, kept)
         position += 1
 
     return advance

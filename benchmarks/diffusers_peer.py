@@ -24,6 +24,8 @@ def repeating_loops(case: Case, sets: Sequence[Tensors], *, compiled: bool = Fal
     """
     import diffusers
 
+    if case.spec.diffusers is None:
+        raise RuntimeError(f"diffusers has no {case.op}")
     class_name, arguments = case.spec.diffusers
     scheduler = getattr(diffusers, class_name)(**arguments)
     scheduler.set_timesteps(case.steps, device=case.device)

@@ -5,7 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastdiff.row_layout import COLUMNS, KEEP_0, KEEP_1, PREDICTION_OUTPUT, PREDICTION_SAMPLE, PREV_SAMPLE
+try:
+    from fastdiff.row_layout import COLUMNS, KEEP_0, KEEP_1, PREDICTION_OUTPUT, PREDICTION_SAMPLE, PREV_SAMPLE
+except ImportError:  # with --base, a commit from before the layout had a module of its own
+    from fastdiff.affine import COLUMNS
+    from fastdiff.table import KEEP_0, KEEP_1, PREDICTION_OUTPUT, PREDICTION_SAMPLE, PREV_SAMPLE
 
 _SAMPLE, _OUTPUT, _PREDICTION = (COLUMNS.index(name) for name in ("sample", "model_output", "prediction"))
 
@@ -20,15 +24,15 @@ def tensors_moved(table: Any, index: int, *, guided: bool, noise_in_memory: bool
         noise_in_memory: True if noise is a tensor, False if the kernel draws it.
     """
     row = table.source[index]
-    maps = [affine.coefficients for affine in (row.prev_sample, *row.keep)]
+    maps = [affine.coefficients for affine in (row.prev_sample, *row.kept)]
     # d = p·x + q·m reads x if p is nonzero and m if q is; the pass that computes a threshold of d is not counted.
     prediction = any(weights[_PREDICTION] for weights in maps)
     sample = any(weights[_SAMPLE] for weights in maps) or (prediction and row.prediction[0] != 0)
     output = any(weights[_OUTPUT] for weights in maps) or (prediction and row.prediction[1] != 0)
     draws = table.draws_noise[index]
-    read = int(sample) + (1 + guided) * int(output) + len(table.reads[index])
+    read = int(sample) + (1 + guided) * int(output) + len(table.read_slots[index])
     read += int(draws and noise_in_memory) + int(draws and table.variance != 0)
-    return read + 1 + len(table.store[index])
+    return read + 1 + len(table.kept_slots[index])
 
 
 def bytes_a_step(table: Any, tensor_bytes: int, *, guided: bool, noise_in_memory: bool = True) -> float:

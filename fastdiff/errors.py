@@ -12,7 +12,7 @@ import importlib
 import math
 import operator
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from numbers import Real
 from types import ModuleType
@@ -42,16 +42,20 @@ def unknown_name(operation: str, argument: str, got: object, known: Iterable[str
     )
 
 
-def parse_choice(kind: type[_Choice], operation: str, argument: str, value: object) -> _Choice:
-    """Return the member of an enumeration that has a value, or is it.
+def parse_choice(
+    kind: type[_Choice], operation: str, argument: str, value: object, aliases: Mapping[str, str] | None = None
+) -> _Choice:
+    """Return the member of an enumeration that has a value, or is it; `aliases` gives values by other names.
 
     Raises:
-        ValueError: there is no such member; the message lists the values.
+        ValueError: there is no such member; the message lists the values and the aliases.
     """
+    others = aliases or {}
     try:
-        return kind(value)
+        return kind(others.get(value, value) if isinstance(value, str) else value)
     except ValueError:
-        raise unknown_name(operation, argument, value, [member.value for member in kind]) from None
+        known = [str(member.value) for member in kind]
+        raise unknown_name(operation, argument, value, [*known, *others]) from None
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

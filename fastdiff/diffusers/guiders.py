@@ -10,7 +10,6 @@ different shapes or dtypes, and for norms over some of a sample's dimensions.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -18,14 +17,11 @@ from torch import Tensor
 
 from .. import ops
 from ..row_layout import (
-    CLIP,
     COLUMNS,
     KEEP_0,
-    MODEL_INPUT_SCALE,
     PREV_SAMPLE,
-    ROW_WIDTH,
     STORE_0,
-    STORE_1,
+    blank_row,
     compute_dtype,
 )
 from ..sampling.single_steps import cfg_combine
@@ -267,9 +263,8 @@ def _step(
 
 @functools.lru_cache(maxsize=1024)
 def _fixed_row(numbers: tuple[tuple[int, float], ...], keeps: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    row = torch.zeros(1, ROW_WIDTH, dtype=torch.float64, device="cpu")
-    row[0, CLIP], row[0, MODEL_INPUT_SCALE] = math.inf, 1.0
-    row[0, STORE_0], row[0, STORE_1] = (0.0 if keeps else -1.0), -1.0
+    row = torch.tensor([blank_row()], dtype=torch.float64, device="cpu")
+    row[0, STORE_0] = 0.0 if keeps else -1.0
     for column, number in numbers:
         row[0, column] = number
     with torch.inference_mode(False):

@@ -79,14 +79,14 @@ def guards(draw: st.DrawFn) -> Guard:
 
 
 @given(guard=guards(), value=VALUES, copied=st.booleans(), place=st.sampled_from([None, 2, 3]))
-def test_guard_decides_alike_in_both_languages(guard: Guard, value: Any, copied: bool, place: int | None) -> None:
+def test_guards_agree_between_python_and_cpp(guard: Guard, value: Any, copied: bool, place: int | None) -> None:
     if copied and isinstance(guard.expected, (list, tuple, dict)) and guard.kind is GuardKind.EQUALS:
         value = copy.deepcopy(guard.expected)
     timestep = None if place is None else TIMESTEPS[place].data_ptr()
     assert backends.extension.check_guard(guard, value, timestep) == guard.check(value, timestep)
 
 
-def test_kinds_of_guards_and_sources_of_noise_are_numbered_alike() -> None:
+def test_enumerations_agree_between_python_and_cpp() -> None:
     assert backends.extension.guard_kinds == {kind.name: kind.value for kind in GuardKind}
     assert backends.extension.noise_sources == {source.name: source.value for source in NoiseSource}
 
@@ -205,7 +205,7 @@ STEPS = 5
 
 @pytest.mark.parametrize("change", list(CHANGES))
 @pytest.mark.parametrize("name", CLASSES)
-def test_caches_in_both_languages_know_the_same_steps(name: str, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_agree_between_python_and_cpp(name: str, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = Pair(name, monkeypatch)
     outputs = torch.randn(STEPS + 2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     for _ in range(3):  # until all first steps and next plans are known
@@ -227,7 +227,7 @@ def test_caches_in_both_languages_know_the_same_steps(name: str, change: str, mo
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_executors_in_both_languages_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_executors_agree_between_python_and_cpp(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In every dtype and layout, alone and with what the native executor hands to the Python one."""
     for case, (dtype, layout) in enumerate(itertools.product((torch.float32, torch.bfloat16, torch.float64), range(3))):
         pair = Pair(name, monkeypatch)
@@ -253,7 +253,7 @@ GENERATORS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("generators", list(GENERATORS))
 @pytest.mark.parametrize("trusted", [True, False], ids=["by the extension's loop", "by ATen"])
-def test_native_executor_draws_torchs_noise(
+def test_native_executor_draws_torch_noise(
     generators: str, dtype: torch.dtype, trusted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ATen draws on every device; on the CPU it has to give torch's bits and leave the generators in torch's states."""

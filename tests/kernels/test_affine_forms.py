@@ -58,7 +58,7 @@ def test_listed_forms_name_a_group() -> None:
         assert {*COMPILED.values(), *RUNTIME.values()} <= GROUPS.keys()
 
 
-def test_form_is_left_to_runtime_terms_only_where_all_its_calls_are_rare() -> None:
+def test_only_rare_forms_use_runtime_terms() -> None:
     rare, usual = (3, 9), (3, 11)
     runs = Runs(users={rare: ["SASolver {'predictor_order': 3} {}"], usual: ["SASolver {} {}"]})
     content = tool.render({"SASolver": runs})

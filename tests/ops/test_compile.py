@@ -31,9 +31,10 @@ ROW = plain_row(prev_x=1.0, prev_m=2.0)
 TABLE = StepTable(
     tuple(
         Row(1.0, Affine([0.9, 0.1 * i, 0.2, 0.1 * i, 0, 0, 0, 0.3]), (0.5, 0.1), clip=1.0,
-            keep=(Affine([0, 0, 1, 0, 0, 0, 0, 0]),), store=(0,), model_input_scale=0.5)
+            kept=(Affine([0, 0, 1, 0, 0, 0, 0, 0]),), slots=(0,), model_input_scale=0.5)
         for i in range(3)
-    )
+    ),
+    drop_unread=False,
 )  # fmt: skip
 here = pytest.mark.parametrize("backend", [name for name in ("cpu", "reference") if not backends.why_missing(name)])
 compilers = pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -229,7 +230,7 @@ def test_compiled_function_refuses_like_step() -> None:
 
 @compilers
 def test_step_with_row_tensor_compiles_once_and_writes_given_outputs(compiler: str) -> None:
-    rows = TABLE.rows_as(torch.float32)
+    rows = TABLE.coefficients_as(torch.float32)
 
     def step(x: Tensor, m: Tensor, row: Tensor, h: Tensor, out: Tensor, kept: Tensor, model_input: Tensor) -> Tensor:
         return ops.step(
@@ -248,7 +249,7 @@ def test_step_with_row_tensor_compiles_once_and_writes_given_outputs(compiler: s
 
 
 def test_compiled_function_keeps_history_of_skipped_sample() -> None:
-    rows, x = TABLE.rows_as(torch.float32), torch.randn(2, 3)
+    rows, x = TABLE.coefficients_as(torch.float32), torch.randn(2, 3)
 
     def step(row: Tensor, kept: Tensor) -> Tensor:
         return ops.step(x, x, rows, row, keeps=1, out=[None, kept])[0]
@@ -343,7 +344,7 @@ class Sampler(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.model = torch.nn.Linear(3, 3).requires_grad_(False)
-        self.register_buffer("table", TABLE.rows_as(torch.float32))
+        self.register_buffer("table", TABLE.coefficients_as(torch.float32))
 
     def forward(self, x: Tensor, seeds: Tensor) -> Tensor:
         kept: tuple[Tensor, ...] = ()
@@ -406,7 +407,7 @@ def test_traced_checks_use_no_enum() -> None:
 
 
 def test_learned_variance_compiles_for_enum_and_int() -> None:
-    rows, x = TABLE.rows_as(torch.float32), torch.randn(2, 3)
+    rows, x = TABLE.coefficients_as(torch.float32), torch.randn(2, 3)
     for kind in (Variance.LEARNED, int(Variance.LEARNED)):
 
         def step(x: Tensor, kind: int = kind) -> Tensor:

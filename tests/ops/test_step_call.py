@@ -42,7 +42,7 @@ NOT_FIELDS = {"backend", "row", "rows", "registers", "guidance"}
 # --- One declaration -------------------------------------------------------------------------------------------------
 
 
-def test_every_field_has_a_role_and_a_line_of_documentation() -> None:
+def test_every_field_has_role_and_documentation() -> None:
     roles = {"sample", "history", "table", "scalar", "counter", "option", "output"}
     for field in dataclasses.fields(StepCall):
         assert field.metadata["role"] in roles
@@ -50,12 +50,12 @@ def test_every_field_has_a_role_and_a_line_of_documentation() -> None:
 
 
 @needs_extension
-def test_extension_reads_the_fields_of_a_call_and_how_it_is_launched() -> None:
+def test_extension_reads_fields_and_launch_options() -> None:
     assert backends.extension.step_fields == (*FIELDS, "stream", "in_operator")  # type: ignore[union-attr]
 
 
 @needs_extension
-def test_missing_option_has_the_default_of_the_declaration() -> None:
+def test_missing_option_has_declared_default() -> None:
     # Noise depends on the purpose, a call that draws none of it on nothing that is left out.
     x, seeds, table = torch.randn(2, 5), torch.tensor([1, 2]), plain_row(prev_z=1.0, prev_x=0.5)
     least = {"sample": x, "model_output": x, "table": table, "row_index": 0, "seeds": seeds}
@@ -65,7 +65,7 @@ def test_missing_option_has_the_default_of_the_declaration() -> None:
     assert_same_bits(step(**least), step(**whole))
 
 
-def test_public_steps_take_the_fields_by_name() -> None:
+def test_public_steps_accept_fields_by_name() -> None:
     step = set(inspect.signature(ops.step).parameters) - NOT_FIELDS
     assert step == set(FIELDS) - {"write_history"}
     assert set(inspect.signature(ops.step_rows).parameters) - NOT_FIELDS == step - {"keeps"}
@@ -76,7 +76,7 @@ def test_public_steps_take_the_fields_by_name() -> None:
     [(STEP_ARGUMENTS, "step"), (STEP_ROWS_ARGUMENTS, "step_rows")],
     ids=["step", "step_rows"],
 )
-def test_operator_has_the_schema_of_the_declaration(arguments: Any, operator: str) -> None:
+def test_operator_schema_matches_declaration(arguments: Any, operator: str) -> None:
     found = getattr(torch.ops.fastdiff, operator).default._schema
     assert [argument.name for argument in found.arguments] == [argument.name for argument in arguments]
     returns = "Tensor[]" if operator == "step" else "(Tensor, Tensor)"
@@ -84,7 +84,7 @@ def test_operator_has_the_schema_of_the_declaration(arguments: Any, operator: st
 
 
 @pytest.mark.parametrize("write_history", [False, True])
-def test_call_passes_through_its_operator_s_values(write_history: bool) -> None:
+def test_call_round_trips_through_operator_values(write_history: bool) -> None:
     like = torch.randn(9, 2, 5).unbind()
     call = StepCall(
         sample=like[0],
@@ -114,7 +114,7 @@ def test_call_passes_through_its_operator_s_values(write_history: bool) -> None:
         assert same or all(a is b for a, b in zip(mine, theirs, strict=True)), name
 
 
-def test_triton_kernel_takes_the_tensors_of_the_declaration() -> None:
+def test_triton_kernel_takes_declared_tensors() -> None:
     pytest.importorskip("triton")
     source = Path(backends.__file__).parents[2] / "kernels" / "triton" / "step.py"
     if not source.exists():
@@ -128,7 +128,7 @@ def test_triton_kernel_takes_the_tensors_of_the_declaration() -> None:
     assert {*COUNTER_TENSORS.values(), *HISTORY_SLOTS} < set(pointers)
 
 
-def test_names_of_the_last_release_warn_and_mean_the_same() -> None:
+def test_former_names_warn_and_work() -> None:
     x, table = torch.randn(2, 5), plain_row(prev_x=0.5, prev_m=2.0, prev_h0=1.0)
     rows, scale = torch.zeros(1, dtype=torch.int64), 3.0
     with pytest.warns(
@@ -218,7 +218,7 @@ KINDS: dict[str, tuple[Callable[[], Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_call_reaches_the_extension_once_as_it_is_and_once_canonical(kind: str, offers: list[str]) -> None:
+def test_call_reaches_extension_at_most_twice(kind: str, offers: list[str]) -> None:
     call, expected = KINDS[kind]
     call()
     assert offers == expected
@@ -237,14 +237,14 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_wrong_argument_is_declined_once_with_its_reason_and_then_named(kind: str, offers: list[str]) -> None:
+def test_wrong_argument_is_declined_once_with_reason(kind: str, offers: list[str]) -> None:
     call, reason = WRONG[kind]
     with pytest.raises((TypeError, ValueError), match=r"^step: "):
         call()
     assert offers == [reason]
 
 
-def test_loop_s_steps_reach_the_extension_once(offers: list[str]) -> None:
+def test_loop_steps_reach_extension_once(offers: list[str]) -> None:
     stepper = fastdiff.create_sampler("linear", "dpm_solver", num_inference_steps=4).stepper()
     x = X
     while not stepper.done:
@@ -257,7 +257,7 @@ def test_loop_s_steps_reach_the_extension_once(offers: list[str]) -> None:
 
 
 @needs_extension
-def test_canonical_call_that_is_declined_names_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_declined_canonical_call_has_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends.extension, "step", lambda **fields: "storage")
     with pytest.raises(AssertionError, match=r"^step: the extension declined a canonical call \(storage\): StepCall\("):
         ops.step(X, X, TABLE, 0)
@@ -265,7 +265,7 @@ def test_canonical_call_that_is_declined_names_the_reason(monkeypatch: pytest.Mo
 
 @needs_extension
 @pytest.mark.parametrize("wrong", [{"positional": 1}, {"unknown": 1}], ids=["positional", "unknown"])
-def test_binding_refuses_what_is_no_field(wrong: dict[str, Any]) -> None:
+def test_binding_refuses_unknown_field(wrong: dict[str, Any]) -> None:
     step = backends.extension.step  # type: ignore[union-attr]
     if "positional" in wrong:
         with pytest.raises(TypeError, match=r"^step: got 1 positional arguments, expected keywords"):

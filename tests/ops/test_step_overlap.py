@@ -30,6 +30,7 @@ from support.layouts import (
     transposed,
 )
 from support.oracle import Shape, assert_same_bits, available_backends, cases, device_of, make, plain_row
+from support.solver_cases import DETERMINISTIC
 
 BACKENDS = available_backends()
 PER_SAMPLE = ("guidance", "threshold", "table")
@@ -163,7 +164,7 @@ def test_written_tensors_with_shared_elements_are_refused(backend: str | None, l
 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
-@pytest.mark.parametrize("method", ["ddim", "dpm_solver", "heun"])
+@pytest.mark.parametrize("method", DETERMINISTIC)
 def test_sampler_accepts_overlapping_latents_and_outputs(backend: str | None, method: str) -> None:
     device = device_of(backend or "")
     sampler = create_sampler("linear", method, num_inference_steps=3, guidance_scale=2.0)

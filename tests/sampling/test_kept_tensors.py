@@ -18,6 +18,7 @@ from fastdiff.sampling.stepper import Stepper
 from fastdiff.solvers.affine import HISTORY, MODEL_OUTPUT, PREDICTION, SAMPLE
 from fastdiff.solvers.table import Row, StepTable
 from support.oracle import assert_same_bits
+from support.solver_cases import DETERMINISTIC
 
 SHAPE = (2, 3, 4, 4)
 
@@ -120,7 +121,7 @@ def test_input_returned_by_model_is_output_seen_by_callback() -> None:
             assert_same_bits([info.model_output], [conditional.float()])
 
 
-@pytest.mark.parametrize("method", ["ddim", "dpm_solver", "heun"])
+@pytest.mark.parametrize("method", DETERMINISTIC)
 @pytest.mark.parametrize("loop", LOOPS)
 def test_tensors_handed_out_are_unchanged(loop: str, method: str) -> None:
     kept: list[Tensor] = []
@@ -154,8 +155,8 @@ def test_stepper_results_are_unchanged() -> None:
 
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_history_saved_by_autograd_is_unchanged(backend: str | None) -> None:
-    keep = Row(0.0, 0.5 * SAMPLE + MODEL_OUTPUT, (1.0, -0.5), clip=0.9, keep=(PREDICTION,), store=(0,))
-    use = Row(0.0, SAMPLE + HISTORY[0], (1.0, -0.5), clip=0.9, keep=(PREDICTION + HISTORY[0],), store=(0,))
+    keep = Row(0.0, 0.5 * SAMPLE + MODEL_OUTPUT, (1.0, -0.5), clip=0.9, kept=(PREDICTION,), slots=(0,))
+    use = Row(0.0, SAMPLE + HISTORY[0], (1.0, -0.5), clip=0.9, kept=(PREDICTION + HISTORY[0],), slots=(0,))
     stepper = Stepper(StepTable((keep, use, use, use)), backend=backend)
     x, m = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     scale = torch.ones((), dtype=torch.float64, requires_grad=True)

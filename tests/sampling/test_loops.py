@@ -18,8 +18,8 @@ from fastdiff.schedules import create_noise_scheduler
 from fastdiff.schedules.levels import Levels, levels_from_timesteps
 from fastdiff.solvers import Prediction, PredictionType, ddim, ddpm, dpm_multistep, euler, euler_ancestral, heun
 from fastdiff.solvers.table import StepTable
+from support.solver_cases import ALGORITHMS
 from support.solver_loops import (
-    ALGORITHMS,
     PREDICTION_TYPES,
     SOLVERS,
     UNIT_ROUNDOFF,

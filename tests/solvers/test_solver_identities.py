@@ -33,8 +33,8 @@ from fastdiff.solvers import (
 )
 from fastdiff.solvers.affine import Affine
 from fastdiff.solvers.table import StepTable
+from support.solver_cases import ALGORITHMS
 from support.solver_loops import (
-    ALGORITHMS,
     PREDICTION_TYPES,
     SOLVERS,
     Array,
@@ -204,9 +204,9 @@ def _noise_after(table: StepTable, rows: int) -> list[float]:
         def apply(form: Affine, tensors: list[np.ndarray] = tensors) -> np.ndarray:
             return sum((c * t for c, t in zip(form.coefficients, tensors, strict=True)), np.zeros(rows))
 
-        kept = [apply(form) for form in row.keep]
+        kept = [apply(form) for form in row.kept]
         carried = apply(row.prev_sample)
-        for register, value in zip(row.store, kept, strict=True):
+        for register, value in zip(row.slots, kept, strict=True):
             registers[register] = value
     return carried.tolist()
 

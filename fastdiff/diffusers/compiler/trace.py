@@ -253,7 +253,10 @@ class Tracer:
         return self._tensor(like, f"noise:{len(self.draws) - 1}")
 
     def _sampler_noise(self, sigma: Any, sigma_next: Any) -> AffineProxy:
-        """Stand for the scheduler's noise sampler, called with two noise levels."""
+        """Stand for the scheduler's noise sampler, called with two noise levels.
+
+        They are numbers or tensors of one, never recorded: with a sampler the mode is `ScalarMode.UNCHANGED`.
+        """
         return self.draw(self.inputs.arguments["sample"], NoiseSource.PATH, (float(sigma), float(sigma_next)))
 
     def _look_up_timestep(self, method: str, timestep: Any, schedule_timesteps: Any = None) -> Any:
