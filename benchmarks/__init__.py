@@ -11,6 +11,7 @@ copy_bandwidth.py      a copy of as many bytes as a step moves; the size of the 
 timing.py              timing of all implementations, alternating round by round in one process
 base_commit.py, worker.py    comparison with another commit, in alternating processes
 options.py, report.py, plots.py, conditions.py    command-line arguments, table, picture, machine and versions
+cache_levels.py        time of a drop-in loop with each cache emptied; a command of its own
 gpu_configs.py         search for the best block sizes on a GPU; a command of its own
 __main__.py            ``fastdiff bench``; from a checkout also ``python -m benchmarks``
 test_step.py           the same cases under pytest-benchmark; test_reductions.py: reductions and noise

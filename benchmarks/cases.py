@@ -59,7 +59,7 @@ def seeded(spec: SamplerSpec) -> SamplerSpec:
 #: Samplers by the name in the table's first column. In k-diffusion's coordinates DDIM is Euler and DDPM is
 #: Euler-ancestral; k-diffusion's third-order multistep solver is the SDE solver, which draws no noise with eta 0. A
 #: registered method without an entry is measured without peers.
-SAMPLERS: dict[str, SamplerSpec] = {
+SAMPLER_SPECS: dict[str, SamplerSpec] = {
     "ddim": SamplerSpec({"method": "ddim"}, ("DDIMScheduler", {"clip_sample": False}), ("sample_euler", {})),
     "dpmsolver++2m": SamplerSpec(
         {"method": "dpm_solver", "solver_order": 2},
@@ -92,7 +92,7 @@ def _complete(specs: dict[str, SamplerSpec]) -> dict[str, SamplerSpec]:
     return specs | {f"{name} (philox)": seeded(spec) for name, spec in specs.items() if any(tables[name].draws_noise)}
 
 
-SAMPLERS = _complete(SAMPLERS)
+SAMPLER_SPECS = _complete(SAMPLER_SPECS)
 
 
 class Tensors(NamedTuple):
@@ -116,7 +116,7 @@ class Case:
     @property
     def spec(self) -> SamplerSpec:
         """The sampler of this case."""
-        return SAMPLERS[self.op]
+        return SAMPLER_SPECS[self.op]
 
     @property
     def dimensions(self) -> str:

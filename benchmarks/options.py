@@ -15,13 +15,13 @@ from fastdiff.command import CommandParser
 from fastdiff.errors import error_message, unknown_name
 from fastdiff.files import check_writable
 
-from .cases import DTYPES, SAMPLERS, SHAPES, Case
+from .cases import DTYPES, SAMPLER_SPECS, SHAPES, Case
 from .peers import PEERS
 from .timing import CACHES
 
 #: Defaults; those of --quick take less than a minute.
 FULL: dict[str, Any] = {
-    "samplers": list(SAMPLERS),
+    "samplers": list(SAMPLER_SPECS),
     "shapes": list(SHAPES),
     "dtypes": ["float32"],
     "threads": [1],
@@ -50,7 +50,7 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
         epilog="Lists are separated by spaces: --threads 1 2 --dtypes float32 bfloat16",
     )
     add = parser.add_argument
-    add("--samplers", nargs="+", metavar="NAME", help=f"of {', '.join(SAMPLERS)} (default: all)")
+    add("--samplers", nargs="+", metavar="NAME", help=f"of {', '.join(SAMPLER_SPECS)} (default: all)")
     add("--shapes", nargs="+", metavar="SHAPE", help=f"of {', '.join(SHAPES)}, or such as 2x4x32x32 (default: all)")
     add("--dtypes", nargs="+", metavar="DTYPE", help=f"of {', '.join(DTYPES)} (default: float32)")
     add("--threads", nargs="+", type=int, metavar="N", help="numbers of threads (default: 1)")
@@ -82,7 +82,7 @@ def parse(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
 
 
 def _check(options: argparse.Namespace) -> None:
-    _known("--samplers", options.samplers, SAMPLERS)
+    _known("--samplers", options.samplers, SAMPLER_SPECS)
     _known("--dtypes", options.dtypes, DTYPES)
     _known("--caches", options.caches, CACHES)
     _known("--peers", options.peers, PEERS)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from .cases import SAMPLERS, SHAPES, Case
+from .cases import SAMPLER_SPECS, SHAPES, Case
 from .copy_bandwidth import STORES, copy_loop, why_absent
 from .peers import PEERS, repeating_loops
 
@@ -29,7 +29,7 @@ def _one_thread_without_gradients() -> Iterator[None]:
 
 @pytest.mark.parametrize("peer", ["fastdiff", *PEERS])
 @pytest.mark.parametrize("shape", ["image", "video"])
-@pytest.mark.parametrize("op", SAMPLERS)
+@pytest.mark.parametrize("op", SAMPLER_SPECS)
 def test_loop(benchmark: Any, op: str, shape: str, peer: str) -> None:
     case = Case(op, SHAPES[shape])
     try:

@@ -11,7 +11,7 @@ import torch
 from fastdiff import create_sampler, ops
 from fastdiff.row_layout import NUM_REGISTERS, compute_dtype
 
-from ..cases import DTYPES, GUIDANCE, SAMPLERS
+from ..cases import DTYPES, GUIDANCE, SAMPLER_SPECS
 from ..traffic import tensors_moved
 from .clock import Unit
 from .launchers import launchers
@@ -36,7 +36,7 @@ class MixedCase:
     def table_and_rows(self) -> tuple[Any, torch.Tensor, float]:
         """Return the joined tables, each sample's row, and the bytes that a step must move."""
         tables = [
-            create_sampler("linear", num_inference_steps=_STEPS, **SAMPLERS[name].config).table for name in SOLVERS
+            create_sampler("linear", num_inference_steps=_STEPS, **SAMPLER_SPECS[name].config).table for name in SOLVERS
         ]
         firsts = [sum(len(table) for table in tables[:i]) for i in range(len(tables))]
         rows, moved = [], 0

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import compiled_peer, k_diffusion_peer, torch_noise
 from benchmarks.__main__ import main
-from benchmarks.cases import GUIDANCE, SAMPLERS, Case, seeded
+from benchmarks.cases import GUIDANCE, SAMPLER_SPECS, Case, seeded
 from benchmarks.copy_bandwidth import copies_for, copy_loop, last_level_cache, why_absent
 from benchmarks.options import parse
 from benchmarks.peers import PEERS, RepeatingLoop, repeating_loops
@@ -88,7 +88,7 @@ def test_bytes_of_known_samplers(op: str, moved: float) -> None:
 
 
 def test_bytes_exclude_noise_drawn_in_kernel() -> None:
-    op = seeded(SAMPLERS["ddpm"])
+    op = seeded(SAMPLER_SPECS["ddpm"])
     assert op.seeded
     table = Case("ddpm", SMALL).table
     assert bytes_a_step(table, 1, guided=True, noise_in_memory=not op.seeded) == 4.0
@@ -139,7 +139,7 @@ def test_rotation_of_one_loop_takes_whole_loops() -> None:
 
 
 @pytest.mark.parametrize("cache_copies", [1, 3])
-@pytest.mark.parametrize("op", SAMPLERS)
+@pytest.mark.parametrize("op", SAMPLER_SPECS)
 def test_fastdiff_loops_have_separate_tensors(op: str, cache_copies: int) -> None:
     case = Case(op, SMALL, steps=4)
     sets = case.tensors(cache_copies)
@@ -162,7 +162,7 @@ def test_quantiles_and_ratios() -> None:
 # ------------------------------------------------------------------------------------------------------------ the peers
 
 
-@pytest.mark.parametrize("op", SAMPLERS)
+@pytest.mark.parametrize("op", SAMPLER_SPECS)
 def test_compiled_formula_equals_reference_steps(op: str) -> None:
     """Run the formula uncompiled, in float64."""
     case = Case(op, SMALL, "float64", steps=5)
@@ -211,7 +211,7 @@ def test_k_diffusion_sampling_loads_without_training_packages() -> None:
     assert Path(sampling.__file__ or "").parent == Path(found.origin).parent
     assert set(vars(sampling.utils)) >= {"append_dims"}
     assert "k_diffusion" not in sys.modules
-    for spec in SAMPLERS.values():
+    for spec in SAMPLER_SPECS.values():
         assert spec.k_diffusion is None or callable(getattr(sampling, spec.k_diffusion[0]))
 
 
@@ -304,7 +304,7 @@ def test_bench_refuses_bad_input_in_one_sentence(arguments: tuple[str, ...], wor
 def test_quick_keeps_given_options() -> None:
     options = parse(["--quick", "--rounds", "3"], "fastdiff bench")
     assert options.rounds == 3
-    assert len(options.samplers) < len(SAMPLERS)
+    assert len(options.samplers) < len(SAMPLER_SPECS)
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:

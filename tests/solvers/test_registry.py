@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import fastdiff
-from benchmarks.cases import SAMPLERS
+from benchmarks.cases import SAMPLER_SPECS
 from fastdiff import SamplingConfig, SamplingMethod, create_sampler, samplers, solvers
 from fastdiff.samplers import SAMPLERS, BaseSampler
 from fastdiff.solvers import ENTRIES, Churn
@@ -124,10 +124,10 @@ def test_every_method_is_on_the_command_line() -> None:
 
 
 def test_every_method_is_benchmarked() -> None:
-    assert {op.config["method"] for op in OPS.values()} == set(METHODS)
-    for name, op in OPS.items():
+    assert {op.config["method"] for op in SAMPLER_SPECS.values()} == set(METHODS)
+    for name, op in SAMPLER_SPECS.items():
         table = create_sampler("linear", num_inference_steps=4, **op.config).table
-        assert (f"{name.removesuffix(' (philox)')} (philox)" in OPS) == any(table.draws_noise)
+        assert (f"{name.removesuffix(' (philox)')} (philox)" in SAMPLER_SPECS) == any(table.draws_noise)
 
 
 def test_every_method_is_tested() -> None:
