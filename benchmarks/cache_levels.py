@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What each cache of the drop-ins buys: the time of a loop with it, and with it emptied before each use.
+"""Effect of each cache of the drop-ins: the time of a loop with it, and with it emptied before each use.
 
     python -m benchmarks.cache_levels [--steps 20] [--size 8] [--loops 200]
 
-Prints the mean time of a step, in µs, over a loop from its first step on; medians over loops, the cases in turn.
+Prints the mean time of a step in µs over a whole loop; medians over loops, with alternating cases.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`StepCall` declares each argument once: what is derived from it, and how often a call reaches C++."""
+"""`StepCall` declares each argument once: derived definitions, and the number of calls into C++."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_former_names_warn_and_work() -> None:
 
 @pytest.fixture
 def offers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The answer to each call that reaches C++: "run", or the reason why it was declined."""
+    """Record the result of each call into C++: "run", or the reason why it was declined."""
     if backends.extension is None:
         pytest.skip("the C++ extension was not built")
     step, answers = backends.extension.step, []

@@ -236,7 +236,7 @@ def test_schedule_with_vanishing_signal_has_no_nan() -> None:
 
 
 def scales(scheduler: BaseNoiseScheduler, t: torch.Tensor | int, samples: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return Return √ᾱ_t and √(1 − ᾱ_t) in float64 from the betas, by a product of Python floats."""
+    """Return √ᾱ_t and √(1 − ᾱ_t) in float64 from the betas, by a product of Python floats."""
     steps = [t] if isinstance(t, int) else t.reshape(-1).tolist()
     signal = [math.prod(1 - b for b in scheduler.betas.tolist()[: step + 1]) for step in steps]
     shape = [-1] + [1] * (samples.dim() - 1) if samples.dim() else []

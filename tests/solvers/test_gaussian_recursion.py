@@ -40,7 +40,7 @@ def _levels(steps: int) -> Levels:
 
 
 def _epsilon(level: Level) -> tuple[float, float]:
-    """Return Return (k, b) of ε = k·x + b, the posterior mean of the noise: x is N(α·mean, α²·variance + σ²)."""
+    """Return (k, b) of ε = k·x + b, the posterior mean of the noise: x is N(α·mean, α²·variance + σ²)."""
     k = level.sigma / (level.alpha**2 * VARIANCE + level.sigma**2)
     return k, -k * level.alpha * MEAN
 

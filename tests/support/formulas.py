@@ -46,7 +46,7 @@ def assert_close(ours: Array, theirs: Array) -> None:
 
 
 def first_order_step(algorithm: str, x: Array, d: Array, s: Level, t: Level, z: Array) -> Array:
-    """From s to t given x0 or ε at s: DPM-Solver eq. 3.7, ++ eq. 13, SDE eq. 18 of 2211.01095 and of its appendix."""
+    """Step from s to t given x0 or ε at s: DPM-Solver eq. 3.7, ++ eq. 13, SDE eq. 18 of 2211.01095 and of its appendix."""
     h = t.half_log_snr - s.half_log_snr
     if algorithm == "dpmsolver":
         return t.alpha / s.alpha * x - t.sigma * (math.exp(h) - 1) * d
@@ -65,7 +65,7 @@ def read_output(algorithm: str, x: Array, level: Level) -> Array:
 
 
 def edm_loop(levels: Levels, churn: Churn, *, second_order: bool) -> Array:
-    """Algorithm 2 of arXiv 2206.00364 in its own terms, x̂ = x/α and D = x0, with α·x̂ where it ends."""
+    """Algorithm 2 of arXiv 2206.00364 in its variables x̂ = x/α and D = x0; the result is α·x̂."""
     sigmas = [level.noise_ratio for level in levels.points]
     n = len(levels)
 

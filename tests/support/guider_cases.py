@@ -55,7 +55,7 @@ def shape_of(name):
 
 
 def outputs(shape, dtype, seed, double=False):
-    """Two outputs of a model that mean nearly the same, as they do."""
+    """Return two similar outputs of a model."""
     generator = torch.Generator().manual_seed(seed)
     both = torch.randn(shape, generator=generator)
     pair = [(both + 0.4 * torch.randn(shape, generator=generator)).to(dtype) for _ in range(2)]
@@ -63,7 +63,7 @@ def outputs(shape, dtype, seed, double=False):
 
 
 def walk(guider, shape, dtype, double=False):
-    """What a loop of STEPS steps gets, step by step."""
+    """Return the results of a loop of STEPS steps, step by step."""
     results = []
     for step in range(STEPS):
         guider.set_state(step, STEPS, torch.tensor(STEPS - step))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Every form of every registered solver: the one table that the matrices of the tests go by.
+"""Every form of every registered solver, the table behind the parameters of the tests.
 
-A solver of the registry is in all of them.  `VARIANTS` adds the options that change its formula, by name; a method that
+Every registered solver is included.  `VARIANTS` adds the options that change its formula, by name; a method that
 is left out there is taken in the forms of its presets.  The other facts of a solver are in its `SolverEntry`.
 """
 
