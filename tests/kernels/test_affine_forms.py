@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Every row that fastdiff ships runs on a compiled affine loop, or is listed as one that does not."""
+"""Every shipped row runs on a compiled affine loop, or is listed as an exception."""
 
 from __future__ import annotations
 

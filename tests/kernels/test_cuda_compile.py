@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What nvcc makes of the CUDA sources: for every architecture, without a GPU, and without torch's headers."""
+"""Compilation of the CUDA sources by nvcc: for every architecture, without a GPU and torch's headers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ needs_nvcc = pytest.mark.skipif(HOME is None, reason=f"needs the CUDA toolkit: {
 
 @dataclass
 class Function:
-    """A kernel of one architecture: what ptxas says of it, and how often each instruction stands in it."""
+    """A kernel of one architecture: the report of ptxas, and the count of each instruction."""
 
     registers: int = 0
     spilled: int = 0  # bytes
@@ -51,7 +51,7 @@ class Compiled:
 
 
 def _short(mangled: str) -> str:
-    """``step_kernel<float, 4>`` of a mangled name: how tensors are stored, and elements a thread.
+    """Return ``step_kernel<float, 4>`` for a mangled name: the storage dtype and the elements per thread.
 
     ``, more`` follows where the step's kernel may draw noise and write the next model input.
     """
@@ -65,7 +65,7 @@ def _short(mangled: str) -> str:
 
 
 def _cuobjdump() -> str | None:
-    """The toolkit's own, or that of the triton package."""
+    """Return the path of cuobjdump, the toolkit's or that of the triton package."""
     for folder in (HOME and f"{HOME}/bin", os.environ.get("PATH")):
         found = shutil.which("cuobjdump", path=folder)
         if found:
@@ -84,7 +84,7 @@ def _run(*command: object) -> tuple[str, str]:
 
 @pytest.fixture(scope="module", params=SOURCES, ids=lambda path: path.name)
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    """One source, compiled as setup.py does, in one call of nvcc."""
+    """Compile one source like setup.py, in one call of nvcc."""
     if HOME is None:
         pytest.skip(f"needs the CUDA toolkit: {PROBLEM}")
     out = tmp_path_factory.mktemp("cuda") / "object.o"
@@ -124,7 +124,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def _machine_code(compiled: Compiled) -> dict[str, Counter[str]]:
-    """How often each instruction stands in each kernel of sm_90."""
+    """Return the count of each instruction in each kernel of sm_90."""
     found = {name: f.instructions for (arch, name), f in compiled.functions.items() if arch == "sm_90"}
     if None in found.values():
         pytest.skip("needs cuobjdump, of the CUDA toolkit or of the triton package")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The CUDA kernel's logic, where there is no GPU: csrc/cuda/step.cu compiled as C++ and run on the CPU.
+"""Logic of the CUDA kernel without a GPU: csrc/cuda/step.cu compiled as C++ and run on the CPU.
 
 See ``cuda_host.py`` for how, and ``test_cuda_on_host_rows.py`` for noise, rows and model inputs.  This proves nothing
 about speed, about how a device rounds, divides or takes exp, or about what nvcc makes of the source;
@@ -44,12 +44,12 @@ pytestmark = needs_compiler
 
 
 def learned_range(case: Case) -> bool:
-    """Whether exp, which no standard rounds correctly, is in the result."""
+    """Return True if the result contains exp, which no standard rounds correctly."""
     return case.noise is not None and case.variance_kind == Variance.LEARNED_RANGE
 
 
 def some_layout(case: Case, seed: int) -> Layout:
-    """A layout that fits a case."""
+    """Return a layout that fits a case."""
     rng = random.Random(seed)
     elements = 16 // case.sample.element_size()
     inputs = ["sample", "model_output"]
@@ -220,7 +220,7 @@ def taken(kernel: Kernel, config: tuple[int, ...] | None) -> bool:
 
 
 def last_launch(kernel: Kernel) -> list[int]:
-    """Threads a block, blocks, and how often a device was asked for its capability."""
+    """Return threads per block, blocks, and the number of capability queries."""
     values = (ctypes.c_int64 * 3)()
     kernel.library.get_launch(values)
     return list(values)

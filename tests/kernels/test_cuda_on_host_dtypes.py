@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The CUDA kernel for tensors of different dtypes, on the host: the bits of the CPU, one access for each element.
+"""CUDA kernel for tensors of different dtypes, on the host: the bits of the CPU, one access per element.
 
-Of conversions, roots and fma only their use is the kernel's: see ``test_cuda_on_host.py``.
+Conversions, roots and fma are the host's, see ``test_cuda_on_host.py``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ pytestmark = [needs_compiler, needs_cpu_backend]
 
 
 def some_layout(case: Case, outs: list[torch.dtype], seed: int) -> tuple[Layout, list[torch.dtype]]:
-    """A layout that fits a case, and its outputs' dtypes where some lie on inputs."""
+    """Return a layout that fits a case, and the dtypes of its outputs, some of which overwrite inputs."""
     rng = random.Random(seed)
     inputs = {"sample": case.sample, "model_output": case.model_output, "uncond": case.uncond, "noise": case.noise}
     inputs |= {f"history_{j}": h for j, h in enumerate(case.history)}

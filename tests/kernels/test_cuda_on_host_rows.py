@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The CUDA kernels on the host: rows of a sample's own, noise drawn in the step, the next model input, normal numbers.
+"""CUDA kernels on the host: rows per sample, noise drawn in the step, the next model input, normal numbers.
 
-Of conversions, roots and fma only their use is the kernels': see ``test_cuda_on_host.py``.
+Conversions, roots and fma are the host's, see ``test_cuda_on_host.py``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def call_on_host(kernel: Kernel, call: StepCall, layout: Layout = Layout()) -> t
 
 
 def rows_on_host(kernel: Kernel, batch: Batch, layout: Layout) -> list[Tensor]:
-    """As `row_batches.run_batch`."""
+    """Run a batch on the host, like `row_batches.run_batch`."""
     own = copy_batch(batch)
     rows, registers = own.pop("row_index"), own.pop("history")
     call = StepCall(row_index=rows, history=tuple(registers), write_history=True, **own)

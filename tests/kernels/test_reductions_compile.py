@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What Triton makes of the reductions for NVIDIA GPUs, compiled ahead of time on any machine.
+"""Triton's code for the reductions on NVIDIA GPUs, compiled ahead of time on any machine.
 
-The interpreter rounds a fused product twice and adds in whatever order numpy does; here the PTX is looked at for the
-roundings and the number of additions that ``csrc/reduce_math.h`` asks for.
+The interpreter rounds a fused product twice and adds in numpy's order; these tests check the PTX for the roundings and
+the number of additions that ``csrc/reduce_math.h`` specifies.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _opcodes(ptx: str) -> Counter[str]:
 
 
 def _count(opcodes: Counter[str], pattern: str) -> int:
-    """Elements that instructions of this form treat; those on pairs (``f32x2``) count twice."""
+    """Count the elements processed by these instructions; those on pairs (``f32x2``) count twice."""
     return sum(n * (2 if "x2" in op else 1) for op, n in opcodes.items() if re.fullmatch(pattern, op))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The logic of the reductions' CUDA kernels, where there is no GPU: compiled as C++ and run on the CPU.
+"""Logic of the reductions' CUDA kernels without a GPU: compiled as C++ and run on the CPU.
 
 ``tests/support/cuda_on_host/blocks.h`` runs the threads of a block in turns, from one barrier or shuffle to the next,
 forwards or backwards; shared memory and atomics are plain memory.  What is shown is that the kernels add in the order
@@ -70,7 +70,7 @@ def _run(*command: object) -> None:
 
 
 class Buffer:
-    """Memory of a tensor between guards, `shift` elements off a multiple of 64 bytes."""
+    """Memory of a tensor between guards, `shift` elements after a multiple of 64 bytes."""
 
     def __init__(self, size: int, dtype: torch.dtype, shift: int = 0) -> None:
         width = torch.empty((), dtype=dtype).element_size()

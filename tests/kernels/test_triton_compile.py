@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What Triton makes of its kernels for NVIDIA GPUs, compiled ahead of time on any machine.
+"""Triton's code for NVIDIA GPUs, compiled ahead of time on any machine.
 
-Elsewhere the kernel runs under Triton's interpreter, which knows nothing of rounding, fusion or vector accesses.  Here
-the PTX and the machine code are looked at: 16 bytes an access, the roundings that were written, no local memory.
+Other tests use Triton's interpreter, which does not model rounding, fusion or vector accesses.  These tests check the
+PTX and the machine code: 16 bytes per access, the explicit roundings, no local memory.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _key(config: str, dtype: str, arch: int) -> str:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The answer of `PROGRAM`, and the machine code of each case beside it."""
+    """Return the output of `PROGRAM`, with the machine code of each case."""
     triton = pytest.importorskip("triton", reason="needs the triton package")
     if not (Path(triton.__file__).parent / "backends" / "nvidia" / "bin").is_dir():
         pytest.skip("needs a build of triton that can compile for NVIDIA GPUs")
@@ -172,12 +172,12 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def _opcodes(ptx: str) -> Counter[str]:
-    """How often each instruction stands in the PTX."""
+    """Return the count of each instruction in the PTX."""
     return Counter(re.findall(r"^\s+(?:@!?%p\d+ )?([a-z][\w.:]*)\s", ptx, re.MULTILINE))
 
 
 def _count(opcodes: Counter[str], pattern: str) -> int:
-    """Elements that instructions of this form treat; those on pairs (``f32x2``) count twice."""
+    """Count the elements processed by these instructions; those on pairs (``f32x2``) count twice."""
     return sum(n * (2 if "x2" in op else 1) for op, n in opcodes.items() if re.fullmatch(pattern, op))
 
 
@@ -190,7 +190,7 @@ def _maps(config: dict[str, Any]) -> int:
 
 
 def _transforms(config: dict[str, Any], elements: int) -> int:
-    """How often a thread transforms two words into two normal numbers: of which channels-last memory uses one."""
+    """Count the transforms of two words into two normal numbers per thread; channels-last memory uses one of them."""
     return {0: 0, 1: elements // 2, 2: elements}[config["DRAWS"]]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What Triton makes of its kernels for AMD GPUs, compiled ahead of time on any machine: nothing has run on one."""
+"""Triton's code for AMD GPUs, compiled ahead of time on any machine; it has not run on an AMD GPU."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Launching Triton's kernels: held launches are the JIT's, for NVIDIA and AMD, and no kernel knows one vendor alone."""
+"""Launches of Triton kernels: cached launches equal the JIT's for NVIDIA and AMD, and no kernel depends on a vendor."""
 
 from __future__ import annotations
 

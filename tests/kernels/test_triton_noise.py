@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Triton's noise under its interpreter: the words of Philox to the bit, and with a fused fma the numbers too.
+"""Triton's noise under its interpreter: the words of Philox bitwise, and with a fused fma the numbers too.
 
 The interpreter rounds the product of an fma before it adds; compiled kernels do not (``test_triton_compile.py`` counts
 their instructions).  With an fma that rounds once in its place the kernels have to give the bits of the CPU.
@@ -43,7 +43,7 @@ UNFUSED = 24 * 2.0**-24 * 6.8
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter's float32 fma, rounded once."""
+    """Replace the interpreter's float32 fma by one that rounds once."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     unfused = InterpreterBuilder.create_fma

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Every Triton kernel compiles for integer arguments that are 1: Triton's JIT makes those compile-time constants.
+"""Every Triton kernel compiles for integer arguments of 1, which Triton's JIT makes compile-time constants.
 
-A constant is a number of Python's, without `.to` and `.dtype`. A sample of one element, a batch of one program a sample
+A constant is a Python number, without `.to` and `.dtype`. A sample of one element, a batch of one program a sample
 and the like are such calls, and neither the interpreter nor a signature without constants shows what they break.
 """
 
@@ -83,7 +83,7 @@ json.dump({"results": results, "kernels": kernels}, sys.stdout)
 
 
 def _cases() -> list[list[Any]]:
-    """Every kind of every kernel, of one dtype where that makes no other code of the integers."""
+    """Return every variant of every kernel, with one dtype if the dtype does not affect the integer code."""
     chosen = [c[:5] for c in _all_cases() if not (c[2] in ("_step_kernel", "_sum_kernel") and "fp32" not in c[0])]
     copy = {"src_ptr": "*fp32", "dst_ptr": "*fp32"}
     return [*chosen, ["copy", "copy_kernel", "_copy_kernel", copy, {}]]

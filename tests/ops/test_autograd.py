@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Gradients of compiled backends: the reference's, finite differences', once and twice; and what has none."""
+"""Gradients of compiled backends against the reference and finite differences, first and second order; refusals."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CLOSE = {"rtol": 0.0, "atol": 2e-11}
 
 
 class Problem:
-    """A random step in float64, some of whose inputs require grad."""
+    """Random step in float64 with some inputs that require grad."""
 
     def __init__(self, seed: int, shape: tuple[int, ...] = (2, 3)) -> None:
         self.gen, self.dice = torch.Generator().manual_seed(seed), random.Random(seed)
@@ -81,7 +81,7 @@ class Problem:
         return results if buffer is None else (*results, buffer)
 
     def lies_on_a_bound(self) -> bool:
-        """Whether a value lies where a clamp has no derivative, by less than finite differences reach."""
+        """Return True if a value is too close to a clamp's bound for finite differences."""
         with torch.no_grad():
             given = {name: self.inputs[name] for name in ("uncond", "guidance_scale") if name in self.inputs}
             rows = torch.zeros_like(self.table)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which backend answers: chosen by device, forced in three ways, never swapped in silence."""
+"""Selection of the backend: by device, forced in three ways, never silently replaced."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_context_restores_choice_after_exception() -> None:
 
 
 def in_thread(function: Callable[[], Any]) -> Any:
-    """What a function returns in a thread of its own."""
+    """Return the result of a function in another thread."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result(timeout=60)
 
@@ -254,7 +254,7 @@ def test_status_is_available_or_reason() -> None:
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A new interpreter that imports this very fastdiff."""
+    """Run code in a new interpreter that imports the same fastdiff."""
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=child_environment(**environment)
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Anything at all, handed to the step's binding and to the public steps: a right result, a refusal, never a crash.
+"""Fuzz test of the step's binding and of the public steps: a correct result or a refusal, never a crash.
 
-A call is drawn as a `Plan` of plain values and built and made in a process of its own (step_plans.py), which lives on
-from call to call: where it dies, the plan that killed it is in the failure.
+A call is drawn as a `Plan` of plain values, and built and made in a child process (step_plans.py) that is kept between
+calls; if it crashes, the failure shows the plan.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Anything at all, handed to the bindings of noise, reductions and the copy: never a crash, nothing else written.
+"""Fuzz test of the bindings of noise, reductions and the copy: never a crash, no other memory written.
 
-They take what Python has made plain already, so a refusal may be None or any exception.  As a program this file is the
-process that makes the calls; see fuzz.py.
+They take canonical arguments, so a refusal may be None or any exception.  Run as a program, this file is the child
+process that makes the calls; see fuzz_process.py.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NUMBERS = (0, 1, 2, 3, 4, -1, 2**31, 2**32, 2**63 - 1, -(2**63))
 
 @dataclass(frozen=True)
 class Plan:
-    """One call of a binding, and what is changed in it."""
+    """One call of a binding, and its mutations."""
 
     binding: str
     dtype: str
@@ -111,7 +111,7 @@ def outcome(plan: Plan) -> str:
 
 
 def _hold(binding: str, clean: dict[str, Any], result: Any, written: Tensor | None) -> None:
-    """A result is that of the reference; the copy's, where its tensors lie apart."""
+    """Assert that a result equals the reference's, or for the copy its source if the tensors do not overlap."""
     if binding == "randn":
         assert written is not None
         if clean["seeds"].numel() * clean["out"].numel() == 0:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""New outputs on the CPU: ordinary tensors in memory that is used again, and by one of them at a time."""
+"""New outputs on the CPU: ordinary tensors in memory that is reused by one of them at a time."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SANITIZED = memory.kept_memory_limit() == 0 and not os.environ.get("FASTDIFF_KEE
 
 @pytest.fixture(autouse=True)
 def empty_lists() -> Iterator[None]:
-    """Each test begins with nothing kept, under the default limit; an extension with sanitizers keeps nothing."""
+    """Start each test with an empty cache and the default limit; with sanitizers nothing is cached."""
     before = memory.kept_memory_limit()
     gc.collect()  # what other tests have left in circles is not to come back in the middle of one
     extension.limit_kept_memory(256 * MIB)
@@ -47,7 +47,7 @@ def empty_lists() -> Iterator[None]:
 
 
 def doubled(x: Tensor, keeps: int = 0) -> tuple[Tensor, ...]:
-    """2x, then 3x and 4x where they are asked for, as a step's new outputs."""
+    """Return 2x, and on request 3x and 4x, as new outputs of a step."""
     row = plain_row(x.dtype, prev_x=2.0, k0_x=3.0, k1_x=4.0)
     made: tuple[Tensor, ...] = ops.step(x, x, row, 0, keeps=keeps)
     return made

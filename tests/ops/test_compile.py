@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""torch.compile, torch.export and the operators of the dispatcher: one graph, no recompiles, the same bits."""
+"""torch.compile, torch.export and the dispatcher's operators: one graph, no recompilation, the same bits."""
 
 from __future__ import annotations
 
@@ -339,7 +339,7 @@ def test_seeded_noise_compiles_bitwise() -> None:
 
 
 class Sampler(torch.nn.Module):
-    """Three steps of a small model."""
+    """Three steps with a small model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -378,7 +378,7 @@ SOURCES = sorted(Path(fastdiff.__file__).parent.rglob("*.py"))
 
 
 def test_sources_avoid_syntax_unknown_to_older_torch() -> None:
-    """What `make compat` proves with those versions, kept without them.
+    """Check for syntax that `make compat` would find with older versions of torch.
 
     Before 2.13 Dynamo reads no `isinstance` of a union in a bar's form; 2.6 reads no `list[...]` in an operator's
     signature, and imports nothing that has one.
@@ -420,7 +420,7 @@ def test_learned_variance_compiles_for_enum_and_int() -> None:
 
 
 class Incomparable(IntEnum):
-    """Numbers of which Dynamo before 2.13 can do nothing but `int`."""
+    """Numbers that support only `int`, like enum members in Dynamo before 2.13."""
 
     ONE = 1
     TWO = 2

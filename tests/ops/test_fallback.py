@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Nothing falls back silently: one warning where the reference answers for a compiled backend, errors where a variable
-is mistyped.  Each case is a process of its own, for the warning comes once in one."""
+"""No silent fallback: one warning if the reference replaces a compiled backend, errors for mistyped variables.
+
+Each case is a separate process, because the warning appears once per process.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,7 @@ def run_python(code: str, package: Path = ROOT, **variables: str) -> subprocess.
 
 
 def warned(code: str, *, blocked: bool = True, package: Path = ROOT, **variables: str) -> list[str]:
-    """The messages of the warnings that come from running some code twice in a process of its own."""
+    """Run code twice in a new process and return the messages of the warnings."""
     done = run_python(PRELUDE.format(blocked=blocked) + f"for _ in range(2):\n{_indented(code)}" + REPORT, package,
                       **variables)  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -108,7 +110,7 @@ def _indented(code: str) -> str:
 
 @pytest.fixture(scope="module")
 def messages_by_way() -> dict[str, list[str]]:
-    """What each way warns of, taken twice, where the process has forgotten its warnings before."""
+    """Return the warnings of each entry point, called twice after resetting the warnings."""
     code = (
         PRELUDE.format(blocked=True)
         + f"""
@@ -182,7 +184,7 @@ print(stepper.index, len(seen), issubclass(fastdiff.FallbackWarning, RuntimeWarn
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    """A copy of the package without its extension."""
+    """Return a copy of the package without its extension."""
     shutil.copytree(ROOT / "fastdiff", tmp_path / "fastdiff", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
     return tmp_path
 
@@ -265,7 +267,7 @@ def test_empty_environment_values_are_unset() -> None:
 
 
 def test_unsupported_instruction_set_is_refused_at_import(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The extension's own refusal, as of a processor with AVX2 alone."""
+    """Check the extension's refusal on a processor with AVX2 only."""
     text = "fastdiff: FASTDIFF_CPU is 'avx512', expected generic, avx2 or avx512, and one that this processor has"
 
     def refuse(name: str) -> None:
@@ -280,7 +282,7 @@ def test_unsupported_instruction_set_is_refused_at_import(monkeypatch: pytest.Mo
 
 
 def test_all_environment_variables_are_listed() -> None:
-    """Every variable of the package's own that its Python or C++ reads is checked somewhere."""
+    """Every FASTDIFF variable that the Python or C++ code reads is validated."""
     checked = {*environment.CHOICES, "FASTDIFF_KEEP_MIB"}
     read = set()
     for path in [*ROOT.glob("fastdiff/**/*.py"), *ROOT.glob("kernels/**/*.py"), *ROOT.glob("csrc/**/*.cpp")]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The reductions: quantiles are torch's to the bit, sums lie within their rounding and are the same everywhere."""
+"""Reductions: quantiles match torch bitwise, sums are within rounding and equal on every backend."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ torch_fuses = pytest.mark.skipif(
 
 
 def few_where_interpreted(backend: str, examples: int) -> settings:
-    """A call of Triton's interpreter takes 50 ms and more."""
+    """Return settings with few examples for Triton's interpreter, which takes 50 ms per call."""
     if backend == "triton" and INTERPRETED:
         return settings(max_examples=8, phases=[Phase.explicit, Phase.reuse, Phase.generate])
     return settings(max_examples=examples)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The reductions as operators: torch's checks, gradients, torch.compile, and what is refused."""
+"""Reductions as operators: opcheck, gradients, torch.compile, refusals."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""torch.func over the step: vmap is a loop's bits, grad is autograd's, and each says what it cannot do."""
+"""torch.func over the step: vmap equals a loop bitwise, grad equals autograd, and refusals."""
 
 from __future__ import annotations
 

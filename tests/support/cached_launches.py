@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""A cached kernel is launched as Triton's JIT would have launched it: run by test_triton_launch.py, in a process of its
-own, where `triton.jit` makes kernels that are compiled.
+"""Cached kernels are launched like by Triton's JIT; run by test_triton_launch.py in a separate process, in which
+`triton.jit` makes compiled kernels.
 
-Each launch is made twice with the same arguments, by a `Launcher` and through the JIT, with a driver that writes down
-what it is handed.  The function handed over is all that the compiler was told, so that a key which forgot something
-would hand over another one.
+Each launch is made twice with the same arguments, by a `Launcher` and through the JIT, with a driver that records its
+arguments.  The function argument represents all inputs of the compiler, so that an incomplete cache key passes a
+different function.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""csrc/cuda compiled as C++ and run on the CPU: how the tests of the CUDA kernels' logic run one.
+"""csrc/cuda compiled as C++ and run on the CPU, for tests of the CUDA kernels' logic without a GPU.
 
 The headers of ``tests/support/cuda_on_host`` stand in for CUDA's, and a launch runs every thread of every block in
 turn.  What the threads compute, and each byte that they read and write, is then what a device's would: indices, tails,
@@ -62,7 +62,7 @@ class Kernel:
         self.runtime()
 
     def runtime(self, *, device: int = 0, backwards: bool = False, next_launch: int = 0) -> None:
-        """Reset the stand-in for CUDA's runtime."""
+        """Reset the mock of CUDA's runtime."""
         self.library.set_runtime(device, int(backwards), next_launch)
 
     def run(
@@ -107,7 +107,7 @@ def build(folder: Path) -> Kernel:
 
 @dataclass
 class Placed:
-    """A tensor's values in a buffer of their own, between guards, `gap` elements between its samples."""
+    """A tensor's values in a separate buffer between guards, with `gap` elements between samples."""
 
     buffer: Tensor
     before: Tensor
@@ -125,7 +125,7 @@ class Placed:
         return cls(buffer, buffer.clone(), blocks)
 
     def guards_are_intact(self) -> bool:
-        """Nothing but the elements themselves has changed."""
+        """Return True if nothing but the elements has changed."""
         self.before.as_strided(self.blocks.shape, self.blocks.stride(), self.blocks.storage_offset()).copy_(self.blocks)
         return torch.equal(bits(self.buffer), bits(self.before))
 
@@ -138,7 +138,7 @@ class Placed:
 
 @dataclass
 class Layout:
-    """How a case lies in memory, and which of its inputs the outputs overwrite."""
+    """Memory layout of a case, and the inputs that the outputs overwrite."""
 
     shift: int = 0  # elements off a multiple of 16 bytes, of every tensor
     shifted: str = ""  # or of this one alone
@@ -148,7 +148,7 @@ class Layout:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """The elements of a dense tensor in the order of memory."""
+    """Return the elements of a dense tensor in memory order."""
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
@@ -251,7 +251,7 @@ def run_on_host(
     layout: Layout = Layout(),  # noqa: B008
     dtypes: Sequence[torch.dtype] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Run the step of a case; check what it touched; return its outputs, new ones in these dtypes."""
+    """Run the step of a case; check its accesses; return its outputs, new ones in these dtypes."""
     own = case.with_tensors(lambda _, tensor: tensor.clone(memory_format=torch.contiguous_format))
     named = {f"history_{j}": h for j, h in enumerate(own.history)}
     overwritten = [named[name] if name in named else getattr(own, name) for name in layout.in_place]
@@ -286,7 +286,7 @@ def randn_on_host(
     dtype: torch.dtype,
     shift: int = 0,
 ) -> Tensor:
-    """Normal numbers in guarded memory `shift` elements off 16 bytes; check what was touched."""
+    """Draw normal numbers into guarded memory, `shift` elements after a multiple of 16 bytes; check the accesses."""
     out = torch.full(tuple(shape), math.nan, dtype=dtype)
     placed = Placed.of(out, shape[0], shift=shift)
     steps = step if isinstance(step, Tensor) else None

@@ -46,7 +46,7 @@ def assert_close(ours: Array, theirs: Array) -> None:
 
 
 def first_order_step(algorithm: str, x: Array, d: Array, s: Level, t: Level, z: Array) -> Array:
-    """Step from s to t given x0 or ε at s: DPM-Solver eq. 3.7, ++ eq. 13, SDE eq. 18 of 2211.01095 and of its appendix."""
+    """Step from s to t given x0 or ε at s: DPM-Solver eq. 3.7, ++ eq. 13, SDE eq. 18 of 2211.01095 and its appendix."""
     h = t.half_log_snr - s.half_log_snr
     if algorithm == "dpmsolver":
         return t.alpha / s.alpha * x - t.sigma * (math.exp(h) - 1) * d

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Calls of the step drawn as plans; as a program, the process of test_binding_fuzz.py that makes them."""
+"""Plans of fuzzed calls of the step; run as a program, the child process of test_binding_fuzz.py that makes them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ROWS_IN_TABLE = 3
 
 @dataclass(frozen=True)
 class Plan:
-    """One call: a good one, what is changed in it, and the way it is made."""
+    """One call: a valid call, its mutations, and the entry point."""
 
     seed: int
     dtype: str
@@ -77,7 +77,7 @@ class Plan:
 
 
 def good(plan: Plan) -> dict[str, Any]:
-    """The arguments before anything is changed; those in lists by slot."""
+    """Return the valid arguments; those in lists by slot."""
     keeps = 0 if plan.scatters else plan.keeps
     dtype = getattr(torch, plan.dtype)
     whole = Shape(
@@ -117,7 +117,7 @@ def good(plan: Plan) -> dict[str, Any]:
 
 
 def build(plan: Plan) -> tuple[dict[str, Any], set[str]]:
-    """The arguments, and which changes made tensors among them that cannot be read."""
+    """Return the mutated arguments, and the mutations that made unreadable tensors."""
     entries = good(plan)
     # Give each tensor a buffer with room at both ends, so that others can be put over it.
     rooms = {name: in_a_room(t, 4).reshape(t.shape) for name, t in entries.items() if isinstance(t, Tensor)}
@@ -196,14 +196,14 @@ def tensors_of(arguments: dict[str, Any]) -> list[Tensor]:
 
 
 def written_by(arguments: dict[str, Any]) -> list[Tensor]:
-    """What the caller named to be written."""
+    """Return the tensors that the call may write."""
     lists = ("out", "history") if arguments["write_history"] is True else ("out",)
     written = [item for name in lists if isinstance(arguments[name], (list, tuple)) for item in arguments[name]]
     return [value for value in (*written, arguments["model_input"]) if isinstance(value, Tensor)]
 
 
 def outcome(plan: Plan) -> str:
-    """Make the call and hold it to the contract; AssertionError where it is broken."""
+    """Make the call and check the contract; raise AssertionError if it is violated."""
     arguments, unreadable = build(plan)
     memory = Memory(tensors_of(arguments))
     clean = {name: copy_of(value) for name, value in arguments.items()} if not unreadable else {}
@@ -236,7 +236,7 @@ def outcome(plan: Plan) -> str:
 
 
 def _hold_to_itself(plan: Plan, again: dict[str, Any], got: list[Tensor]) -> None:
-    """The same call on tensors apart from each other gives the same bits."""
+    """Assert that the same call on non-overlapping tensors gives the same bits."""
     row, guidance = again["row_index"], again["guidance_scale"]
     apart = (*REQUIRED, "row_index", "write_history")
     rest = {name: again[name] for name in ARGUMENTS if name not in apart}
@@ -250,7 +250,7 @@ def _hold_to_itself(plan: Plan, again: dict[str, Any], got: list[Tensor]) -> Non
 
 
 def _hold_to_the_formula(plan: Plan, clean: dict[str, Any], results: tuple[Tensor, ...], after: dict[str, Any]) -> None:
-    """Each sample's numbers are those of the formula, by its own row, to rounding."""
+    """Assert that each sample equals the formula of its row within rounding."""
     sample, table = clean["sample"], clean["table"]
     floats = [t for t in tensors_of(clean) if t.is_floating_point() and not any(t is o for o in written_by(clean))]
     floats += [h for h in clean["history"] or () if h is not None]
@@ -278,7 +278,7 @@ def _hold_to_the_formula(plan: Plan, clean: dict[str, Any], results: tuple[Tenso
     for i in range(batch):
 
         def mine(tensor: Tensor | None, i: int = i) -> Tensor | None:
-            """Sample i's part of a tensor like the sample, or its scalar."""
+            """Return sample i of a tensor like the sample, or its scalar."""
             if tensor is None or sample.dim() == 0 or tensor.numel() == 1:
                 return tensor
             return copy_of(tensor)[i : i + 1]
