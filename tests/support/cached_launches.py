@@ -69,8 +69,8 @@ def forget() -> None:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels that the JIT is asked to launch, as they come."""
+def jit_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the list of kernel names launched via the JIT, in order."""
     names: list[str] = []
     run = JITFunction.run
 
@@ -102,7 +102,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 # --- Calls of all kinds ----------------------------------------------------------------------------------------------
 
-#: More than two gigabytes, never touched: AMD's compiler asks for the size of a tensor's memory.
+#: More than two gigabytes, never accessed: AMD's compiler uses the size of a tensor's memory.
 LARGE = torch.empty(2**31 + 4096, dtype=torch.uint8)
 INNERS = st.sampled_from([1, 2, 15, 16, 17, 48, 1000, 1024, 1025])
 BATCHES = st.sampled_from([1, 2, 16, 17])
@@ -202,7 +202,7 @@ CONFIGS: list[dict[str, config.Config]] = [
 
 
 def test_cached_kernels_are_launched_like_jit(
-    monkeypatch: pytest.MonkeyPatch, driver: RecordingDriver, asked: list[str]
+    monkeypatch: pytest.MonkeyPatch, driver: RecordingDriver, jit_launches: list[str]
 ) -> None:
     seen = compared(monkeypatch)
     all_kernels(torch.empty(2, 64))
@@ -225,24 +225,24 @@ def test_cached_kernels_are_launched_like_jit(
 
     check()
     assert {function[0] for function, *_ in seen} >= {repr(kernel.__name__) for kernel in KERNELS}
-    # The JIT was asked for each launch once, to compare with, and to compile.
-    assert len(asked) < 2 * len(seen)
+    # The JIT was called once per launch, for the comparison, and for compilations.
+    assert len(jit_launches) < 2 * len(seen)
 
 
 @pytest.mark.parametrize("device", range(3))
-def test_second_launch_does_not_call_jit(driver: RecordingDriver, asked: list[str], device: int) -> None:
+def test_second_launch_does_not_call_jit(driver: RecordingDriver, jit_launches: list[str], device: int) -> None:
     driver.device = device
     x = torch.empty(2, 64)
     all_kernels(x)
-    assert set(asked) == {kernel.__name__ for kernel in KERNELS}
-    asked.clear()
+    assert set(jit_launches) == {kernel.__name__ for kernel in KERNELS}
+    jit_launches.clear()
     first = list(LAUNCHES)
     all_kernels(x)
-    assert asked == []
+    assert jit_launches == []
     assert [(f, grid, s, m) for f, grid, s, m, _ in LAUNCHES[len(first) :]] == [(f, g, s, m) for f, g, s, m, _ in first]
 
 
-def test_varying_step_arguments_share_one_cached_kernel(asked: list[str]) -> None:
+def test_varying_step_arguments_share_one_cached_kernel(jit_launches: list[str]) -> None:
     x, seeds = torch.empty(2, 64), torch.tensor([1, 2])
     tables = [torch.empty(count, 32) for count in (1, 16, 33)]
     for table, row, number in itertools.product(tables, (0, 1, 16), (0, 1, 16, 2**31, 2**32 - 1)):
@@ -259,7 +259,7 @@ def test_varying_step_arguments_share_one_cached_kernel(asked: list[str]) -> Non
             )
         )
         philox.randn(x, seeds, None, number, number)
-    assert asked == ["_step_kernel", "_randn_kernel"]
+    assert jit_launches == ["_step_kernel", "_randn_kernel"]
 
 
 def test_launch_runs_on_device_of_tensors(monkeypatch: pytest.MonkeyPatch, driver: RecordingDriver) -> None:
@@ -289,7 +289,7 @@ def test_launch_runs_on_device_of_tensors(monkeypatch: pytest.MonkeyPatch, drive
     assert len(guarded) == 1
 
 
-# --- When the JIT has to be asked ------------------------------------------------------------------------------------
+# --- Cases that need the JIT ------------------------------------------------------------------------------------------
 
 
 def plain_step() -> None:
@@ -297,10 +297,10 @@ def plain_step() -> None:
     step.launch(call_of(x, rows=3, row_index=1))
 
 
-def test_launch_hooks_are_called_via_jit(asked: list[str]) -> None:
+def test_launch_hooks_are_called_via_jit(jit_launches: list[str]) -> None:
     plain_step()
     plain_step()
-    assert len(asked) == 1
+    assert len(jit_launches) == 1
     told: list[str] = []
 
     def enter(metadata: Any) -> None:
@@ -315,18 +315,18 @@ def test_launch_hooks_are_called_via_jit(asked: list[str]) -> None:
         finally:
             hooks.remove(enter)
     assert told == ["_step_kernel"] * 2
-    assert len(asked) == 3
+    assert len(jit_launches) == 3
     assert launch.why_through_jit() == ""
     plain_step()
-    assert len(asked) == 3
+    assert len(jit_launches) == 3
 
 
-def test_function_in_place_of_hooks_is_called(monkeypatch: pytest.MonkeyPatch, asked: list[str]) -> None:
+def test_function_in_place_of_hooks_is_called(monkeypatch: pytest.MonkeyPatch, jit_launches: list[str]) -> None:
     plain_step()
     told: list[Any] = []
     monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", told.append)
     plain_step()
-    assert (len(told), len(asked)) == (1, 2)
+    assert (len(told), len(jit_launches)) == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -334,36 +334,36 @@ def test_function_in_place_of_hooks_is_called(monkeypatch: pytest.MonkeyPatch, a
     [("runtime", "debug", True), ("compilation", "instrumentation_mode", "consan")],
 )
 def test_compiler_options_use_jit(
-    monkeypatch: pytest.MonkeyPatch, asked: list[str], knobs: str, name: str, value: Any
+    monkeypatch: pytest.MonkeyPatch, jit_launches: list[str], knobs: str, name: str, value: Any
 ) -> None:
     plain_step()
     monkeypatch.setattr(getattr(triton.knobs, knobs), name, value)
     plain_step()
     plain_step()
-    assert len(asked) == 3
+    assert len(jit_launches) == 3
     # The other option is another kernel, and the cached one is not it.
     assert LAUNCHES[0][0] != LAUNCHES[1][0] == LAUNCHES[2][0]
 
 
-def test_unknown_triton_uses_jit_with_reason(monkeypatch: pytest.MonkeyPatch, asked: list[str]) -> None:
+def test_unknown_triton_uses_jit_with_reason(monkeypatch: pytest.MonkeyPatch, jit_launches: list[str]) -> None:
     monkeypatch.setattr(triton, "__version__", "9.1.0")
     assert "triton is 9.1.0" in launch._unknown_runtime()
     monkeypatch.setattr(launch, "_unknown", launch._unknown_runtime())
     monkeypatch.setattr(step, "_step", Launcher(step._step_kernel))
     for _ in range(3):
         plain_step()
-    assert len(asked) == len(LAUNCHES) == 3
+    assert len(jit_launches) == len(LAUNCHES) == 3
 
 
 def test_unsupported_gpu_uses_jit_with_reason(
-    monkeypatch: pytest.MonkeyPatch, driver: RecordingDriver, asked: list[str]
+    monkeypatch: pytest.MonkeyPatch, driver: RecordingDriver, jit_launches: list[str]
 ) -> None:
     monkeypatch.setattr(launch, "TARGETS", ("cuda",))
     driver.device = 2
     assert launch.why_through_jit() == "compiled kernels are cached for cuda, and this device is hip"
     plain_step()
     plain_step()
-    assert len(asked) == 2
+    assert len(jit_launches) == 2
     driver.device = 0
     assert launch.why_through_jit() == ""
 
@@ -402,7 +402,7 @@ def test_too_many_programs_are_refused() -> None:
 
 @pytest.mark.parametrize("device", [0, 2], ids=["sm_90", "gfx942"])
 def test_compiled_kernels_are_cached_for_every_vendor(
-    monkeypatch: pytest.MonkeyPatch, driver: RecordingDriver, asked: list[str], device: int
+    monkeypatch: pytest.MonkeyPatch, driver: RecordingDriver, jit_launches: list[str], device: int
 ) -> None:
     monkeypatch.undo()
     spy_free = len(LAUNCHES)

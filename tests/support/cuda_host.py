@@ -38,7 +38,7 @@ FLAGS = ["-O1", "-g0", "-ffp-contract=off", "-std=c++17", "-fPIC", "-fvisibility
 if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
     FLAGS += ["-mfma"]
 
-#: Elements around each tensor that belong to nobody.
+#: Guard elements around each tensor.
 GUARD = 32
 INVALID_CONFIGURATION = 9
 
@@ -153,7 +153,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _draws(call: StepCall) -> bool:
-    """Whether a canonical call whose row is a number adds noise."""
+    """Return True if a canonical call with an int row adds noise."""
     noisy = call.table[call.row_index, [first + 7 for first in (PREV_SAMPLE, KEEP_0, KEEP_1)[: call.keeps + 1]]].any()
     return call.noise is not None or (call.seeds is not None and bool(noisy))
 
