@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 diffusers = pytest.importorskip("diffusers")
 
 from fastdiff.diffusers import CLASSES  # noqa: E402
+from fastdiff.diffusers.compiler.inputs import HISTORY  # noqa: E402
+from support.dropin_cases import Case  # noqa: E402
+from support.dropin_helpers import made, quiet  # noqa: E402
 
 HALVES = (torch.float16, torch.bfloat16)
 #: Float32 results or history beside half samples; and float32 latents with a half model, which any scheduler may get.
@@ -114,3 +118,30 @@ def test_guided_step_accepts_unconditional_output_of_other_dtype(dtype):
         return results
 
     assert all(torch.equal(a, b) for a, b in zip(taken(uncond), taken(uncond.float()), strict=True))
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_history_of_float64_samples_has_diffusers_dtypes(name: str) -> None:
+    """Each tensor that a scheduler keeps, after every step of a loop."""
+    config = {"noise_sampler_seed": 3} if name == "DPMSolverSDEScheduler" else {}
+    case = Case(name.removesuffix("Scheduler"), config, 5, {}).of(dtype=torch.float64)
+    loops = [made(case, cls) for cls in (CLASSES[name].original, CLASSES[name])]
+    for each in loops:
+        each.start()
+
+    def dtypes(scheduler: Any) -> dict[str, list[torch.dtype]]:
+        found = {}
+        for attribute in HISTORY & vars(scheduler).keys():
+            value = vars(scheduler)[attribute]
+            items = value if isinstance(value, list) else [value]
+            found[attribute] = [item.dtype for item in items if isinstance(item, Tensor)]
+        return found
+
+    for i, t in enumerate(loops[0].timesteps):
+        for each in loops:
+            if each.undo(t):
+                continue
+            args, kwargs = each.call(i, t)
+            with quiet():
+                each.take(each.scheduler.step(*args, **kwargs))
+        assert dtypes(loops[0].scheduler) == dtypes(loops[1].scheduler), i
