@@ -49,7 +49,7 @@ help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*  ## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-9s %s\n", $$1, $$2 }'
 
 sample: $(BUILD)  ## draw 100 digits with the small model that ships, into samples.png
-	$(BIN)/fastdiff sample --sampler dpmsolver++ --steps 20 --guidance 3 --classes 0-9 --n 100 --seed 0 --out samples.png
+	$(BIN)/fastdiff sample --sampler dpmsolver++ --steps 20 --guidance-scale 3 --classes 0-9 --n 100 --seed 0 --out samples.png
 
 test: $(BUILD)  ## run the tests
 	$(PY) -m pytest $(PYTEST_ARGS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is measured: steps of whole loops with classifier-free guidance, the model's outputs made beforehand."""
+"""The measured cases: steps of whole loops with classifier-free guidance, the model's outputs made beforehand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff import create_sampler
+from fastdiff import SamplingMethod, create_sampler
 
 from .traffic import bytes_a_step
 
@@ -36,28 +36,29 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Op:
-    """A sampler, as its peers know it.
+    """A sampler and its counterparts in other libraries.
 
     Args:
         config: fields of SamplingConfig.
-        diffusers: a scheduler's class and its arguments.
+        diffusers: a scheduler's class and its arguments; None where diffusers has none.
         k_diffusion: a function of k_diffusion.sampling and its arguments; None where it has none.
         seeded: the kernel draws the noise itself, from seeds that the step is given; peers draw theirs as ever.
     """
 
     config: dict[str, Any]
-    diffusers: tuple[str, dict[str, Any]]
-    k_diffusion: tuple[str, dict[str, Any]] | None
+    diffusers: tuple[str, dict[str, Any]] | None = None
+    k_diffusion: tuple[str, dict[str, Any]] | None = None
     seeded: bool = False
 
 
 def seeded(op: Op) -> Op:
-    """The same sampler with its noise drawn in the kernel."""
+    """Return the sampler with its noise drawn in the kernel."""
     return dataclasses.replace(op, seeded=True)
 
 
 #: By the name of the table's first column. DDIM is Euler, and DDPM Euler-ancestral, in the coordinates of k-diffusion;
-#: its third-order multistep solver is the one for SDEs, which with eta 0 draws no noise.
+#: its third-order multistep solver is the one for SDEs, which with eta 0 draws no noise. A registered method without a
+#: line here is measured without peers.
 OPS: dict[str, Op] = {
     "ddim": Op({"method": "ddim"}, ("DDIMScheduler", {"clip_sample": False}), ("sample_euler", {})),
     "dpmsolver++2m": Op(
@@ -79,11 +80,21 @@ OPS: dict[str, Op] = {
 }
 
 
-OPS |= {f"{name} (philox)": seeded(OPS[name]) for name in ("ddpm", "euler-ancestral")}
+def _complete(ops: dict[str, Op]) -> dict[str, Op]:
+    """Add the registered methods without a case, and each case that draws noise with its noise drawn in the kernel."""
+    measured = {op.config["method"] for op in ops.values()}
+    for method in SamplingMethod:
+        if method.value not in measured:
+            ops |= {name: Op({**fields, "method": method.value}) for name, fields in method.presets.items()}
+    tables = {name: create_sampler("linear", num_inference_steps=STEPS, **op.config).table for name, op in ops.items()}
+    return ops | {f"{name} (philox)": seeded(op) for name, op in ops.items() if any(tables[name].draws_noise)}
+
+
+OPS = _complete(OPS)
 
 
 class Tensors(NamedTuple):
-    """What a step is given; `sample` is where a loop starts, and is not written."""
+    """The inputs of a step; `sample` is the start of a loop, and is not written."""
 
     sample: Tensor
     cond: Tensor
@@ -102,7 +113,7 @@ class Case:
 
     @property
     def recipe(self) -> Op:
-        """The sampler, as its peers know it."""
+        """The sampler and its counterparts."""
         return OPS[self.op]
 
     @property
@@ -122,7 +133,7 @@ class Case:
         return self.sampler.stepper().table
 
     def stepper(self, backend: str | None = None, **options: Any) -> Any:
-        """A fresh walk over the table."""
+        """Return a new stepper over the table."""
         return self.sampler.stepper(backend, **options)
 
     @property
@@ -143,7 +154,7 @@ class Case:
         return bytes_a_step(self.table, self.tensor_bytes, guided=True, noise_in_memory=not self.recipe.seeded)
 
     def tensors(self, copies: int = 1) -> list[Tensors]:
-        """As many sets of tensors, each its own memory; of the same values, which cost nothing to tell apart."""
+        """Make `copies` sets of tensors of the same values, each in its own memory."""
         generator = torch.Generator().manual_seed(0)
         made = (torch.randn(self.shape, generator=generator).to(self.device, self.torch_dtype) for _ in range(3))
         first = Tensors(*made)

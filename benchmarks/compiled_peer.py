@@ -25,16 +25,16 @@ _SAMPLE, _OUTPUT, _PREDICTION, _HISTORY, _NOISE = 0, 1, 2, 3, 7
 
 
 class Plan(NamedTuple):
-    """One row: its graph, its scalars, the registers that it reads and stores to, whether it draws noise."""
+    """One row: its graph, its scalars, the history slots that it reads and writes, and True where it draws noise."""
 
     step: Callable[..., None]
     scalars: Tensor
     reads: tuple[int, ...]
-    store: tuple[int, ...]
+    slots: tuple[int, ...]
     draws_noise: bool
 
 
-#: Which terms each output sums: columns, with history counted by its place among the registers that are read.
+#: The terms that each output sums: columns, with history counted by its place among the slots that are read.
 Form = tuple[tuple[int, ...], ...]
 
 
@@ -48,7 +48,7 @@ def formula(form: Form) -> Callable[..., None]:
         scalars: Tensor,
         history: tuple[Tensor, ...],
         noise: Tensor | None,
-        registers: tuple[Tensor, ...],
+        kept: tuple[Tensor, ...],
     ) -> None:
         dtype = scalars.dtype
         x, c, u = sample.to(dtype), cond.to(dtype), uncond.to(dtype)
@@ -67,7 +67,7 @@ def formula(form: Form) -> Callable[..., None]:
                 total = total + scalars[k] * terms[column]
             at += len(columns)
             results.append(total.to(sample.dtype))
-        for target, result in zip((sample, *registers), results, strict=True):
+        for target, result in zip((sample, *kept), results, strict=True):
             target.copy_(result)
 
     # A code object of its own: what is compiled is kept by code, and the forms would share one list of guards.
@@ -82,16 +82,16 @@ def plans(case: Case, threads: int) -> list[Plan]:
     dtype = compute_dtype(case.torch_dtype)
     made = []
     for i, row in enumerate(case.table):
-        reads = case.table.reads[i]
-        place = {_HISTORY + register: _HISTORY + j for j, register in enumerate(reads)}
-        maps = [form.coefficients for form in (row.prev_sample, *row.keep)]
+        reads = case.table.read_slots[i]
+        place = {_HISTORY + slot: _HISTORY + j for j, slot in enumerate(reads)}
+        maps = [form.coefficients for form in (row.prev_sample, *row.kept)]
         used = [[column for column in range(len(COLUMNS)) if weights[column]] for weights in maps]
         form = tuple(tuple(place.get(column, column) for column in columns) for columns in used)
         weights = [weights[column] for weights, columns in zip(maps, used, strict=True) for column in columns]
         scalars = torch.tensor([*row.prediction, row.clip, *weights], dtype=dtype, device=case.device)
         if form not in compiled:
             compiled[form] = torch.compile(formula(form), fullgraph=True, dynamic=False)
-        made.append(Plan(compiled[form], scalars, reads, case.table.store[i], case.table.draws_noise[i]))
+        made.append(Plan(compiled[form], scalars, reads, case.table.kept_slots[i], case.table.draws_noise[i]))
     return made
 
 
@@ -115,10 +115,10 @@ def walks(case: Case, sets: Sequence[Tensors]) -> list[Walk]:
 def _walk(rows: list[Plan], tensors: Tensors) -> Callable[[], object]:
     start, cond, uncond = tensors
     sample = torch.empty_like(start)
-    registers = {j: torch.zeros_like(start) for row in rows for j in row.store}
+    slots = {j: torch.zeros_like(start) for row in rows for j in row.slots}
     generator = torch.Generator(start.device).manual_seed(0)
-    # Which tensors a row reads and writes is known: looked up here once, not at each step.
-    places = [(tuple(registers[j] for j in row.reads), tuple(registers[j] for j in row.store)) for row in rows]
+    # The tensors that each row reads and writes, looked up once and not at each step.
+    places = [(tuple(slots[j] for j in row.reads), tuple(slots[j] for j in row.slots)) for row in rows]
     position = len(rows)
 
     def advance() -> None:
@@ -127,9 +127,9 @@ def _walk(rows: list[Plan], tensors: Tensors) -> Callable[[], object]:
             sample.copy_(start)
             position = 0
         row = rows[position]
-        history, store = places[position]
+        history, kept = places[position]
         noise = draw(start.shape, generator, dtype=start.dtype, device=start.device) if row.draws_noise else None
-        row.step(sample, cond, uncond, row.scalars, history, noise, store)
+        row.step(sample, cond, uncond, row.scalars, history, noise, kept)
         position += 1
 
     return advance

@@ -12,7 +12,7 @@ import torch
 from .cases import GUIDANCE, Case, Tensors
 from .peers import Walk
 
-#: What a step changes in a scheduler, and set_timesteps would reset.
+#: The attributes that a step changes in a scheduler, and that set_timesteps would reset.
 _STATE = ("_step_index", "lower_order_nums", "model_outputs", "dt", "prev_derivative", "sample")
 
 
@@ -20,6 +20,8 @@ def walks(case: Case, sets: Sequence[Tensors], *, compiled: bool = False) -> lis
     """A scheduler a set; `compiled`: its step and the guidance before it under torch.compile, breaks and all."""
     import diffusers
 
+    if case.recipe.diffusers is None:
+        raise RuntimeError(f"diffusers has no {case.op}")
     class_name, arguments = case.recipe.diffusers
     scheduler = getattr(diffusers, class_name)(**arguments)
     scheduler.set_timesteps(case.steps, device=case.device)

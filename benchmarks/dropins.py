@@ -91,7 +91,7 @@ class Loop:
         """The plans of our steps in the order in which they were taken; of those that are timed, where there are."""
         from fastdiff.diffusers.compiler.plan import Plan
 
-        plans = [plan for plan in vars(self.scheduler)["_fused"].schedule.plans.values() if isinstance(plan, Plan)]
+        plans = [plan for plan in vars(self.scheduler)["_fused"].plan_cache.plans.values() if isinstance(plan, Plan)]
         return plans[2:] or plans
 
     def bytes_a_step(self) -> float | None:

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""Who takes the steps. A peer turns sets of tensors into walks: callables that take the next step, round and round."""
+"""The peers that take the steps: each turns sets of tensors into walks, endless loops by the step."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastdiff import Stepper
 
 from .cases import GUIDANCE, Case, Tensors
 
@@ -77,7 +80,19 @@ def fastdiff_walk(
             model_input=model_input,
         )
 
-    return advance
+    if "guidance_scale" in inspect.signature(Stepper.step).parameters:
+        return advance
+
+    def advance_by_former_names() -> None:  # with --base, a commit from before the argument was renamed
+        nonlocal stepper
+        if stepper is None or stepper.done:
+            stepper = case.stepper(backend, **seeds)
+            sample.copy_(start)
+        stepper.step(
+            sample, cond, uncond=uncond, guidance=GUIDANCE, out=sample, generator=generator, model_input=model_input
+        )
+
+    return advance_by_former_names
 
 
 def version(package: str) -> str:

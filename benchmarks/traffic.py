@@ -1,32 +1,36 @@
 # SPDX-License-Identifier: MIT
-"""The bytes that a step must move: every tensor that its row uses read once, every output written once."""
+"""The bytes that a step must move: one read of every tensor that its row uses, one write of every output."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from fastdiff.row_layout import COLUMNS, KEEP_0, KEEP_1, PREDICTION_OUTPUT, PREDICTION_SAMPLE, PREV_SAMPLE
+try:
+    from fastdiff.row_layout import COLUMNS, KEEP_0, KEEP_1, PREDICTION_OUTPUT, PREDICTION_SAMPLE, PREV_SAMPLE
+except ImportError:  # with --base, a commit from before the layout had a module of its own
+    from fastdiff.affine import COLUMNS
+    from fastdiff.table import KEEP_0, KEEP_1, PREDICTION_OUTPUT, PREDICTION_SAMPLE, PREV_SAMPLE
 
 _SAMPLE, _OUTPUT, _PREDICTION = (COLUMNS.index(name) for name in ("sample", "model_output", "prediction"))
 
 
 def tensors_moved(table: Any, index: int, *, guided: bool, noise_in_memory: bool = True) -> int:
-    """How many tensors like the sample row `index` of a StepTable must read and write.
+    """Return the number of tensors like the sample that row `index` of a StepTable must read and write.
 
     Args:
         guided: the model's output is combined with an unconditional one, which is then read wherever it is.
         noise_in_memory: noise comes as a tensor; False where the kernel draws it.
     """
     row = table.source[index]
-    maps = [form.coefficients for form in (row.prev_sample, *row.keep)]
+    maps = [form.coefficients for form in (row.prev_sample, *row.kept)]
     # d = p·x + q·m reads what p and q do not leave out; a threshold of d is a pass of its own, not counted here.
     prediction = any(weights[_PREDICTION] for weights in maps)
     sample = any(weights[_SAMPLE] for weights in maps) or (prediction and row.prediction[0] != 0)
     output = any(weights[_OUTPUT] for weights in maps) or (prediction and row.prediction[1] != 0)
     draws = table.draws_noise[index]
-    read = int(sample) + (1 + guided) * int(output) + len(table.reads[index])
+    read = int(sample) + (1 + guided) * int(output) + len(table.read_slots[index])
     read += int(draws and noise_in_memory) + int(draws and table.variance != 0)
-    return read + 1 + len(table.store[index])
+    return read + 1 + len(table.kept_slots[index])
 
 
 def bytes_a_step(table: Any, tensor_bytes: int, *, guided: bool, noise_in_memory: bool = True) -> float:
@@ -36,7 +40,7 @@ def bytes_a_step(table: Any, tensor_bytes: int, *, guided: bool, noise_in_memory
 
 
 def tensors_of_plan(plan: Any, *, guided: bool) -> int | None:
-    """How many tensors like the sample a drop-in's planned step must read and write; None where it is not one pass."""
+    """Return the number of tensors that a drop-in's planned step must read and write; None where it is not one pass."""
     if not plan.native_eligible:
         return None
     row = plan.row

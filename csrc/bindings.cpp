@@ -65,8 +65,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("bytes"),
         "Sets the bytes above which a step uses nontemporal stores, for tests; returns the previous value.");
     m.def(
-        "trust_torch_randn", [] { draws_as_torch = true; },
-        "Says that torch_randn draws what torch draws here: steps in C++ then draw by it.");
+        "trust_torch_randn", [](bool trusted) { return std::exchange(draws_as_torch, trusted); },
+        py::arg("trusted") = true,
+        "Say whether torch_randn draws what torch draws here, so that steps in C++ draw by it; returns what held "
+        "before.");
     define_layout(m);
     define_reductions(m);
     define_seeded_sum(m);

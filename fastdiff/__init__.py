@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import _moved, ops
+from . import _moved, ops, samplers
 from .graphs import CapturedLoop
 from .ops import FallbackWarning, randn
 from .ops.memory import release_memory
@@ -39,7 +39,7 @@ from .samplers import (
     create_sampler,
 )
 from .samplers.manager import AdvancedSamplingManager, create_advanced_sampling_manager
-from .sampling.config import SamplingConfig, SamplingMethod
+from .sampling.config import SamplingConfig
 from .sampling.loop import SamplingResult, StepInfo
 from .sampling.stepper import Stepper
 from .schedules import (
@@ -58,6 +58,7 @@ from .schedules import (
     SigmoidNoiseScheduler,
     create_noise_scheduler,
 )
+from .solvers import SamplingMethod
 from .solvers.table import StepTable
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _moved.install()
+globals().update((cls.__name__, cls) for cls in samplers.SAMPLERS.values())
 
 __all__ = [
     "AdvancedSamplingManager",

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The command line: ``fastdiff sample`` draws digits with the model that ships, ``fastdiff env`` says what is here,
-``fastdiff bench`` what a step costs."""
+"""The command line: ``fastdiff sample`` draws digits with the packaged model, ``fastdiff env`` prints versions and
+backends, ``fastdiff bench`` measures steps."""
 
 from __future__ import annotations
 
@@ -21,20 +21,15 @@ from .ops import randn
 from .ops.fallback import why_reference
 from .ops.memory import held_memory, kept_memory_limit
 from .philox import spawn_seeds
-from .sampling.config import SamplingMethod
 from .schedules import create_noise_scheduler
+from .solvers import SamplingMethod
 
-#: Samplers by the names that people use, each as fields of SamplingConfig.
+#: Fields of SamplingConfig by the names of samplers: those of the registry, and the values of `SamplingMethod` besides.
 SAMPLERS: dict[str, dict[str, Any]] = {
-    "ddpm": {"method": SamplingMethod.DDPM},
-    "ddim": {"method": SamplingMethod.DDIM},
-    "dpmsolver": {"method": SamplingMethod.DPM_SOLVER, "algorithm_type": "dpmsolver"},
-    "dpmsolver++": {"method": SamplingMethod.DPM_SOLVER, "algorithm_type": "dpmsolver++"},
-    "sde-dpmsolver": {"method": SamplingMethod.DPM_SOLVER, "algorithm_type": "sde-dpmsolver"},
-    "sde-dpmsolver++": {"method": SamplingMethod.DPM_SOLVER, "algorithm_type": "sde-dpmsolver++"},
-    "euler": {"method": SamplingMethod.EULER},
-    "euler-ancestral": {"method": SamplingMethod.EULER_ANCESTRAL},
-    "heun": {"method": SamplingMethod.HEUN},
+    name: fields for method in SamplingMethod for name, fields in method.presets.items()
+}
+ALIASES: dict[str, dict[str, Any]] = {
+    method.value: {"method": method} for method in SamplingMethod if method.value not in SAMPLERS
 }
 
 #: Images that one call draws at most: they are one batch, of about 0.2 MiB an image.
@@ -86,13 +81,23 @@ def check_device(device: str) -> None:
         ) from error
 
 
+def sampler_fields(name: str) -> dict[str, Any]:
+    """Return the fields of `SamplingConfig` for a sampler's name."""
+    known = {**SAMPLERS, **ALIASES}
+    if name not in known:
+        raise unknown_name("sample", "--sampler", name, known)
+    return known[name]
+
+
 @app.command()
 def sample(
     sampler: Annotated[str, typer.Option(help=f"One of {', '.join(SAMPLERS)}.")] = "dpmsolver++",
     steps: Annotated[int, typer.Option(help="Steps of the loop.")] = 20,
     order: Annotated[int, typer.Option(help="Order of a DPM-Solver.")] = 2,
-    eta: Annotated[float | None, typer.Option(help="Noise that DDIM or Euler-ancestral puts back.")] = None,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 for none.")] = 3.0,
+    eta: Annotated[float | None, typer.Option(help="Noise that DDIM or Euler-ancestral adds back.")] = None,
+    guidance_scale: Annotated[
+        float, typer.Option("--guidance-scale", "--guidance", help="Classifier-free guidance scale; 1 for none.")
+    ] = 3.0,
     classes: Annotated[str, typer.Option(help="Digits to draw: 0-9, 3 or 1,4,7-9.")] = "0-9",
     n: Annotated[int, typer.Option(help="How many images, shared out among the classes.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
@@ -102,11 +107,9 @@ def sample(
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
     """Draw handwritten digits with the class-conditional U-Net that ships with fastdiff."""
-    if sampler not in SAMPLERS:
-        raise unknown_name("sample", "--sampler", sampler, SAMPLERS)
     draw_digits(
-        {**SAMPLERS[sampler], "num_inference_steps": steps, "solver_order": order, "eta": eta},
-        guidance=guidance,
+        {**sampler_fields(sampler), "num_inference_steps": steps, "solver_order": order, "eta": eta},
+        guidance_scale=guidance_scale,
         classes=classes,
         n=n,
         seed=seed,
@@ -147,7 +150,7 @@ def bench(context: typer.Context) -> None:
 def draw_digits(
     sampling: dict[str, Any],
     *,
-    guidance: float,
+    guidance_scale: float,
     classes: str,
     n: int,
     seed: int,
@@ -170,7 +173,7 @@ def draw_digits(
     if not 0 <= seed < 2**32:
         raise ValueError(error_message("sample", "--seed", f"is {seed}", f"0 to {2**32 - 1}", "stay in that range"))
     scheduler = create_noise_scheduler("cosine", timestep_spacing="trailing")
-    engine = create_sampler(scheduler, **sampling, prediction_type="v_prediction", guidance_scale=guidance)
+    engine = create_sampler(scheduler, **sampling, prediction_type="v_prediction", guidance_scale=guidance_scale)
     # Rows of one class: each class its share, the first ones one more where n does not divide.
     shares = [n // len(labels) + (i < n % len(labels)) for i in range(len(labels))]
     grid = {"columns": max(shares) if n >= len(labels) else n, "scale": 4}

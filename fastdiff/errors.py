@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How fastdiff refuses: one sentence with operation, argument, what it got, what it expected, and a remedy.
+"""Error messages and argument checks: one sentence with operation, argument, what it got, what it expected, a remedy.
 
 Every check of the library ends here, so that all messages read alike, for example::
 
@@ -12,7 +12,7 @@ import importlib
 import math
 import operator
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from numbers import Real
 from types import ModuleType
@@ -42,16 +42,20 @@ def unknown_name(operation: str, argument: str, got: object, known: Iterable[str
     )
 
 
-def parse_choice(kind: type[_Choice], operation: str, argument: str, value: object) -> _Choice:
-    """Return the member of an enumeration that has a value, or is it.
+def parse_choice(
+    kind: type[_Choice], operation: str, argument: str, value: object, aliases: Mapping[str, str] | None = None
+) -> _Choice:
+    """Return the member of an enumeration that has a value, or is it; `aliases` gives values by other names.
 
     Raises:
-        ValueError: there is no such member; the message lists the values.
+        ValueError: there is no such member; the message lists the values and the aliases.
     """
+    others = aliases or {}
     try:
-        return kind(value)
+        return kind(others.get(value, value) if isinstance(value, str) else value)
     except ValueError:
-        raise unknown_name(operation, argument, value, [member.value for member in kind]) from None
+        known = [str(member.value) for member in kind]
+        raise unknown_name(operation, argument, value, [*known, *others]) from None
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:
@@ -76,7 +80,7 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
 
 
 def shown(value: object) -> str:
-    """Return a value's text for a message; an integer of hundreds of digits is told by its size."""
+    """Return a value's text for a message; for an integer of hundreds of digits, its size."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
     return repr(value)

@@ -32,6 +32,14 @@ class Variance(IntEnum):
     LEARNED = 2
 
 
+def blank_row() -> list[float]:
+    """Return the scalars of a row whose maps are 0: no prediction, no clipping, model input as it is, nothing kept."""
+    row = [0.0] * ROW_WIDTH
+    row[CLIP], row[MODEL_INPUT_SCALE] = float("inf"), 1.0
+    row[STORE_0] = row[STORE_1] = -1.0
+    return row
+
+
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """The dtype in which a step on tensors of these dtypes is computed, and in which its table is stored."""
     return torch.float64 if torch.float64 in dtypes else torch.float32

@@ -2,10 +2,11 @@
 """Writes csrc/cpu/affine_forms.inc: the forms of rows that the CPU's affine loop is compiled for.
 
     python tools/affine_forms.py            # write the file; then build the extension again
-    python tools/affine_forms.py --check    # only say what would change; exit status 1 if anything
+    python tools/affine_forms.py --check    # report what would change; exit status 1 if anything does
 
-It takes every row that fastdiff ships (tests/support/affine_cases.py) through the extension, which records the term masks of
-each run of the affine loop. Any extension of these sources will do: forms that it has no loop for are recorded too.
+It takes every row that fastdiff ships (tests/support/affine_cases.py) through the extension, which records the term
+masks of each run of the affine loop. Any extension of these sources will do: forms that it has no loop for are recorded
+too.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def check_compile() -> None:
 
     sampler = fastdiff.create_sampler("scaled_linear", "dpm_solver", num_inference_steps=4)
     ancestral = fastdiff.create_sampler("scaled_linear", SamplingMethod.EULER_ANCESTRAL.value, num_inference_steps=4)
-    table = sampler.table.rows_as(torch.float32)
+    table = sampler.table.coefficients_as(torch.float32)
 
     def step(x: Tensor, m: Tensor, h: Tensor) -> tuple[Tensor, ...]:
         return ops.step(x * 2, m, table, 1, uncond=x, guidance_scale=2.5, history=[h], keeps=1)
@@ -172,7 +172,7 @@ class Loop(torch.nn.Module):
         super().__init__()
         self.model = torch.nn.Conv2d(3, 3, 1).requires_grad_(False)
         sampler = fastdiff.create_sampler("scaled_linear", "ddpm", num_inference_steps=3)
-        self.register_buffer("table", sampler.table.rows_as(torch.float32))
+        self.register_buffer("table", sampler.table.coefficients_as(torch.float32))
 
     def forward(self, x: Tensor, seeds: Tensor) -> Tensor:
         from fastdiff import ops

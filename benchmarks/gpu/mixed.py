@@ -43,7 +43,7 @@ class MixedCase:
             rows.append(firsts[which] + at)
             moved += tensors_moved(tables[which], at, guided=True, noise_in_memory=False)
         sample_bytes = torch.Size(self.shape[1:]).numel() * DTYPES[self.dtype].itemsize
-        joined = torch.cat([table.rows for table in tables]).to(self.device, compute_dtype(DTYPES[self.dtype]))
+        joined = torch.cat([table.coefficients for table in tables]).to(self.device, compute_dtype(DTYPES[self.dtype]))
         return joined, torch.tensor(rows, device=self.device), float(moved * sample_bytes)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.ops import backends
-from fastdiff.row_layout import CLIP, PREV_SAMPLE, ROW_WIDTH, compute_dtype
+from fastdiff.row_layout import COLUMNS, PREV_SAMPLE, blank_row, compute_dtype
 
 _INNER = ((1,), (3,), (4,), (5,), (31,), (64,), (513,), (1027,), (4, 16, 16), (3, 5, 7), (16, 3, 1), (4, 33, 17))
 _LARGE = ((4, 128, 128), (16, 5, 40, 30), (100_003,), (2**20,))
@@ -124,8 +124,8 @@ def _draw(request: dict[str, Any], backend: str, device: str) -> Tensor:
     seeds, dtype, shape = request["seeds"].to(device), request["dtype"], request["shape"]
     if not request["in_a_step"]:
         return ops.randn(shape, seeds, step, request["purpose"], dtype=dtype, backend=backend)
-    row = torch.zeros(1, ROW_WIDTH, dtype=compute_dtype(dtype))
-    row[0, CLIP], row[0, PREV_SAMPLE + 7] = float("inf"), 1.0
+    row = torch.tensor([blank_row()], dtype=compute_dtype(dtype))
+    row[0, PREV_SAMPLE + COLUMNS.index("noise")] = 1.0
     sample = torch.zeros(shape, dtype=dtype, device=device)
     if request["channels_last"]:
         sample = sample.contiguous(memory_format=torch.channels_last)

@@ -147,8 +147,8 @@ def compiled_walk(case: GpuCase, tensors: Tensors, sample: Tensor | None = None)
     """One compiled function a step, its row in a tensor: one graph for all rows. It writes `sample`."""
     start, cond, uncond = tensors
     sample = torch.empty_like(start) if sample is None else sample
-    table = case.table.shared_rows(start.dtype, start.device)
-    used = {j for store in case.table.store for j in store}
+    table = case.table.shared_coefficients(start.dtype, start.device)
+    used = {j for slots in case.table.kept_slots for j in slots}
     registers = [torch.zeros_like(start) if j in used else None for j in range(NUM_REGISTERS)]
     scale = torch.full((1,), GUIDANCE, dtype=table.dtype, device=start.device)
     seeds = torch.arange(case.shape[0], device=start.device) if case.recipe.seeded else None

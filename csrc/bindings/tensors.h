@@ -65,9 +65,9 @@ inline bool recorded_by_autograd(const at::Tensor& tensor) {
 // Return whether a kernel may read the tensor's memory without anything of torch missing it.
 inline bool is_plain_eager(const at::Tensor& tensor) { return in_memory(tensor) && !recorded_by_autograd(tensor); }
 
-// Return whether the storage holds `count` elements from the tensor's first on. Storage may have been freed or resized behind
-// the tensor's back, and under functionalization there is a storage of the right size without memory. A tensor without
-// storage of its own raises when its data is asked for.
+// Return whether the storage holds `count` elements from the tensor's first on. Storage may have been freed or resized
+// behind the tensor's back, and under functionalization there is a storage of the right size without memory. A tensor
+// without storage of its own raises when its data is asked for.
 inline bool storage_covers(const at::Tensor& tensor, int64_t count) {
     const at::Storage& storage = tensor.unsafeGetTensorImpl()->unsafe_storage();
     if (!storage) return true;

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""What is made of samples: images."""
+"""The analysis of samples: images."""

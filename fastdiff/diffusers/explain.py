@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a scheduler's steps come to in its present configuration: fused or not, and why."""
+"""Explain a scheduler's steps in its present configuration: fused or not, and why."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from .registry import CLASSES
 from .runtime.lookup import find_plan
 from .runtime.scheduler_cache import current_cache_of
 
-#: Attributes that a loop leaves behind, beside its tensors.
+#: Attributes that a loop sets and a fresh scheduler does not have.
 _LEFT_BEHIND = HISTORY | SCALARS_OF_STATE | {
     "_step_index", "counter", "lower_order_nums", "this_order", "this_corrector_order", "this_predictor_order",
     "noise_sampler", "timestep_list", "is_scale_input_called",
 }  # fmt: skip
-#: Operators that touch no element.
+#: Operators that do no work on elements.
 _FREE = frozenset(
     (
         "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided",
@@ -38,7 +38,7 @@ _FREE = frozenset(
         "transpose", "unbind", "unsqueeze", "view",
     )
 )  # fmt: skip
-#: What a call of a noise sampler is counted as, and the making of one.
+#: The names under which a call of a noise sampler, and its construction, are counted.
 _SAMPLER, _SAMPLER_MADE = "noise_sampler", "make_noise_sampler"
 _DRAWS = frozenset(
     (
@@ -52,13 +52,13 @@ class ExplainedStep:
     """One step of a scheduler.
 
     Attributes:
-        index, timestep: which.
-        fused: whether it is run as a fused step.
-        operations: the tensor operations that it takes, draws of noise among them, by torch's names.  Those of making
-            its plan, once for a state, are not counted.
-        draws: how many of them draw noise.
+        index, timestep: its place in the loop.
+        fused: whether it runs as a fused step.
+        operations: its tensor operations by torch's names, draws of noise included.  Those of compiling its plan, once
+            for a state, are not counted.
+        draws: the number of operations that draw noise.
         drawn_inside: whether the fused step draws its noise itself (`use_philox`).
-        reason: why it is not fused; empty where it is.
+        reason: why it is not fused; empty if it is.
     """
 
     index: int
@@ -77,12 +77,12 @@ class ExplainedStep:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found.
+    """The result of `explain`.
 
     Attributes:
-        name: of the scheduler's class.
-        guided: whether the steps are those of `guided_step`.
-        steps: one after another.
+        name: the name of the scheduler's class.
+        guided: whether the steps were taken by `guided_step`.
+        steps: the steps in order.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Explanation:
 
     @property
     def fused(self) -> bool:
-        """Whether every step is."""
+        """True if every step is fused."""
         return all(step.fused for step in self.steps)
 
     def __str__(self) -> str:
@@ -114,17 +114,17 @@ def explain(
     dtype: torch.dtype = torch.float32,
     **kwargs: Any,
 ) -> Explanation:
-    """Walk a scheduler's timesteps with small random tensors, and say how each step is taken.
+    """Run a scheduler's loop on small random tensors, and report how each step is taken.
 
-    It is done on a copy: neither the scheduler nor torch's generators are changed.  What a step comes to can depend on
-    the dtype and on what `step` is told besides, so these are arguments.
+    The loop runs on a copy: the scheduler and torch's generators are not changed.  The result can depend on the dtype
+    and on further arguments of `step`.
 
     Args:
-        scheduler: one of `fastdiff.diffusers`, or diffusers' own, of which is said what its fused class would do.
+        scheduler: one of `fastdiff.diffusers`, or diffusers' own, for which its fused class is explained.
         num_inference_steps: for a scheduler whose timesteps have not been set.
-        guided: take `guided_step` in place of `step`.
+        guided: call `guided_step` instead of `step`.
         shape, dtype: of the samples.
-        kwargs: what `step` is to be called with besides, such as ``eta=1.0``.
+        kwargs: further arguments of `step`, such as ``eta=1.0``.
 
     Raises:
         TypeError: it is no scheduler, or one without a fused class.
@@ -142,7 +142,7 @@ def explain(
                 "call scheduler.set_timesteps first, or pass num_inference_steps",
             )
         )
-    # The first walk makes what a loop makes once; the second is as any later one.
+    # The first walk computes what is computed once; the second is like any later one.
     for _ in range(2):
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
@@ -170,7 +170,7 @@ def _fused_class(scheduler: Any) -> Any:
 
 
 def _fresh(scheduler: Any, kind: Any, num_inference_steps: int | None) -> Any:
-    """A scheduler with the same configuration and the same timesteps, before its first step."""
+    """Return a scheduler with the same configuration and timesteps, before its first step."""
     fresh = kind.from_config(scheduler.config)
     if num_inference_steps is not None:
         fresh.set_timesteps(num_inference_steps)
@@ -187,8 +187,10 @@ def _fresh(scheduler: Any, kind: Any, num_inference_steps: int | None) -> Any:
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The operators that touch elements; a call of the scheduler's own noise sampler, which has hundreds, is one, and
-    so is the making of it."""
+    """Counts operators that touch elements.
+
+    A call of the scheduler's own noise sampler, which has hundreds, counts as one, and so does its construction.
+    """
 
     def __init__(self, scheduler: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -211,7 +213,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         frame: FrameType | None = sys._getframe(2)
         while frame is not None:
             if frame.f_code is find_plan.__code__:
-                return  # a step is traced once for a state, and not when it is taken
+                return  # compiling, done once for a state, is no part of the step
             if frame.f_code in self.whole:
                 if frame not in self.calls:
                     self.calls.append(frame)
@@ -234,7 +236,7 @@ def _walk(
     earlier: Tensor | None = None
     for index, timestep in _visited(scheduler):
         if hasattr(scheduler, "scale_model_input"):
-            scheduler.scale_model_input(sample, timestep)  # as a pipeline does: some schedulers find their place by it
+            scheduler.scale_model_input(sample, timestep)  # some schedulers set their step index in it
         outputs = [torch.randn(of_output, dtype=dtype, device=device) for _ in range(2 if guided else 1)]
         if "old_pred_original_sample" in names:
             others |= {
@@ -254,7 +256,7 @@ def _walk(
                 result = scheduler.step(outputs[0], timestep, sample, **others)
             else:
                 result = scheduler.step(model_output=outputs[0], timestep=timestep, sample=sample, **others)
-        # Where no plan was looked up, the step before had its follower at hand.
+        # If no plan was looked up, the step followed from the one before.
         latest: Any = vars(cache)["latest"]  # set by the step
         plan = (cache.plan if latest is None else latest) or Fallback("it is no call that a plan is made for")
         values = result if isinstance(result, tuple) else tuple(result.values())
@@ -271,13 +273,13 @@ def _walk(
 
 
 def _visited(scheduler: Any) -> Iterator[tuple[int, Tensor]]:
-    """The timesteps at which a pipeline calls `step`."""
+    """Yield the timesteps at which a pipeline calls `step`, each with its index."""
     timesteps = scheduler.timesteps
     name = scheduler.original.__name__
     if name in ("SCMScheduler", "DDPMWuerstchenScheduler"):
-        timesteps = timesteps[:-1]  # the last is where the loop arrives
+        timesteps = timesteps[:-1]  # the last one is the end of the loop
     for index, timestep in enumerate(timesteps):
-        # RePaint goes back up by `undo_step`.
+        # RePaint goes back to higher timesteps by `undo_step`.
         if name != "RePaintScheduler" or index == 0 or timestep < timesteps[index - 1]:
             yield index, timestep
 

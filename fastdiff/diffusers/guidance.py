@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Classifier-free guidance on its own, and how far it has to be scaled back."""
+"""Classifier-free guidance of drop-in steps: its rescaling factor, and the guided output as a tensor."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..sampling.single_steps import cfg_combine
 
 
 def rescaling(uncond: Tensor, cond: Tensor, scale: float | Tensor, share: float, sample: Tensor) -> Tensor:
-    """What the guided output of each sample is multiplied by (arXiv 2305.08891, eq. 15 and 16).
+    """Return the factor of each sample's guided output (arXiv 2305.08891, eq. 15 and 16).
 
     Args:
         uncond, cond: the model's outputs, like `sample` or with twice its channels, of which the first half counts.
-        scale: of guidance, a float or ``[B]``.
-        share: how far the output is brought to the standard deviation of the conditional one, 0 to 1.
+        scale: the guidance scale, a float or ``[B]``.
+        share: φ, 0 to 1: 1 scales the output to the standard deviation of the conditional one.
         sample: the samples, ``[B, ...]``.
 
     Returns:
@@ -28,12 +28,12 @@ def rescaling(uncond: Tensor, cond: Tensor, scale: float | Tensor, share: float,
 
 
 def rescaling_of(guided: Tensor, cond: Tensor, share: float) -> Tensor:
-    """The same of a guided output that is there already, ``[B, ...]``."""
+    """Return the factor for a guided output ``[B, ...]`` that is computed already."""
     return share * (ops.std(cond) / ops.std(guided)) + (1.0 - share)
 
 
 def combined(uncond: Tensor, cond: Tensor, scale: float | Tensor, factor: Tensor | None) -> Tensor:
-    """The guided output as a tensor, for a step that is not fused."""
+    """Return the guided output as a tensor, for a step that is not fused."""
     guided = cfg_combine(cond, uncond, scale)
     if factor is None:
         return guided
@@ -41,11 +41,11 @@ def combined(uncond: Tensor, cond: Tensor, scale: float | Tensor, factor: Tensor
 
 
 def combined_by_torch(uncond: Tensor, cond: Tensor, scale: float | Tensor, share: float, channels: int) -> Tensor:
-    """The guided output in torch's operators, for a compiler to fuse.
+    """Return the guided output by torch's operators, for `torch.compile` to fuse.
 
     Args:
         uncond, cond, scale, share: as in `rescaling`.
-        channels: how many of the outputs' channels are measured for the rescaling.
+        channels: the number of the outputs' channels whose standard deviation counts for the rescaling.
     """
     wide = torch.promote_types(cond.dtype, torch.float32)
     u, c = uncond.to(wide), cond.to(wide)

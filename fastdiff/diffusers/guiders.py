@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: MIT
 """The guiders of diffusers' modular pipelines under their own names, each combination one fused pass.
 
-Every one of them is u, c and at times a running average, added up with a weight a sample.  The weights come from
-reductions of `fastdiff.ops`; the sum is one call of the fused step with a row a sample.  Only `forward` is replaced,
-and only where it combines: outside the interval of steps, where gradients are wanted, for tensors of different shapes
-or dtypes and for norms over some of a sample's dimensions, diffusers' own `forward` runs.
+Each is a weighted sum of u, c and for some a running average, with a weight for each sample.  The weights come from
+reductions of `fastdiff.ops`; the sum is one call of the fused step with a row for each sample.  Only `forward` is
+replaced.  diffusers' own `forward` runs outside the guider's interval of steps, if gradients are needed, for tensors of
+different shapes or dtypes, and for norms over some of a sample's dimensions.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -18,14 +17,11 @@ from torch import Tensor
 
 from .. import ops
 from ..row_layout import (
-    CLIP,
     COLUMNS,
     KEEP_0,
-    MODEL_INPUT_SCALE,
     PREV_SAMPLE,
-    ROW_WIDTH,
     STORE_0,
-    STORE_1,
+    blank_row,
     compute_dtype,
 )
 from ..sampling.single_steps import cfg_combine
@@ -43,7 +39,7 @@ _SAMPLE, _OUTPUT, _HISTORY = (COLUMNS.index(name) for name in ("sample", "model_
 
 
 class FusedGuider:
-    """Mixed in before a diffusers guider; what it combines is `_combined`."""
+    """Mixin before a diffusers guider; subclasses implement `_combined`."""
 
     original: ClassVar[Any]
 
@@ -51,11 +47,11 @@ class FusedGuider:
         super().__init_subclass__()
         cls.original = next((base for base in cls.__mro__[1:] if not issubclass(base, FusedGuider)), object)
         if cls.original is not object:
-            # Configurations and pipelines write a class down by its module's library and its name: diffusers'.
+            # Configurations and pipelines save a class by its module's library and its name, which are diffusers'.
             cls.__module__ = cls.original.__module__
 
     def forward(self: Any, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> Any:
-        """As the diffusers guider's own.
+        """Combine the model's outputs.
 
         Args:
             pred_cond, pred_uncond: the model's outputs, ``[B, ...]``.
@@ -69,7 +65,7 @@ class FusedGuider:
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=uncond)
 
     def _fuses(self: Any, cond: Any, uncond: Any) -> bool:
-        """Whether these are two like tensors of samples, and no gradient has to pass."""
+        """Return whether both are tensors of samples with one shape, dtype and device, and need no gradient."""
         return (
             isinstance(cond, Tensor)
             and isinstance(uncond, Tensor)
@@ -82,7 +78,7 @@ class FusedGuider:
         )
 
     def _combined(self, cond: Tensor, uncond: Tensor, rescale: float) -> tuple[Tensor, Tensor]:
-        """The guided output, and the unconditional one as the caller is to see it."""
+        """Return the guided output, and the unconditional one that the result contains."""
         raise NotImplementedError
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -102,7 +98,7 @@ class _ClassifierFree(FusedGuider):
 
 
 class _ZeroStar(FusedGuider):
-    """The same with α·u in place of u, α = ⟨c, u⟩ / (‖u‖² + 1e-8) (arXiv 2503.18886, eq. 7); zero at first."""
+    """Guidance with α·u for u, α = ⟨c, u⟩ / (‖u‖² + 1e-8) (arXiv 2503.18886, eq. 7); zero in the first steps."""
 
     def _fuses(self: Any, cond: Any, uncond: Any) -> bool:
         return super()._fuses(cond, uncond) and self._step >= self.zero_init_steps
@@ -115,7 +111,7 @@ class _ZeroStar(FusedGuider):
 
 
 class _Tangential(FusedGuider):
-    """The same with u projected on the first right singular vector of the two rows c and u (arXiv 2503.18137).
+    """Guidance with u projected on the first right singular vector of the two rows c and u (arXiv 2503.18137).
 
     The left singular vectors are those of the Gram matrix [[⟨c,c⟩, ⟨c,u⟩], [⟨c,u⟩, ⟨u,u⟩]]; the first is (cos θ, sin θ)
     with tan 2θ = 2⟨c,u⟩ / (⟨c,c⟩ − ⟨u,u⟩), and the projection of u is sin θ·(cos θ·c + sin θ·u).
@@ -125,7 +121,7 @@ class _Tangential(FusedGuider):
         difference = ops.dot(cond, cond) - ops.dot(uncond, uncond)
         twice = 2.0 * ops.dot(cond, uncond)
         length = torch.hypot(difference, twice)
-        # Of orthogonal rows of one length every direction is a first one: take c, on which u has no part.
+        # For orthogonal rows of equal length every direction is a first one: take c, which is orthogonal to u.
         none = length == 0.0
         sine = torch.where(none, 0.0, twice / length)
         cosine = torch.where(none, 1.0, difference / length)
@@ -137,7 +133,7 @@ class _Tangential(FusedGuider):
 
 
 class _MagnitudeAware(FusedGuider):
-    """A scale that falls with the size of the difference, e^(−α·‖c − u‖/‖u‖) (arXiv 2508.03442)."""
+    """Guidance whose scale falls with the size of the difference, e^(−α·‖c − u‖/‖u‖) (arXiv 2508.03442)."""
 
     def _combined(self: Any, cond: Tensor, uncond: Tensor, rescale: float) -> tuple[Tensor, Tensor]:
         (difference,) = _sum(cond, uncond, (1.0, -1.0))
@@ -148,7 +144,7 @@ class _MagnitudeAware(FusedGuider):
 
 
 class _Projected(FusedGuider):
-    """A difference averaged over the steps, held to a length, and split along and across c (arXiv 2410.02416)."""
+    """Guidance by a running average of c − u, limited in length, split along and across c (arXiv 2410.02416)."""
 
     def _fuses(self: Any, cond: Any, uncond: Any) -> bool:
         if not super()._fuses(cond, uncond):
@@ -185,7 +181,7 @@ class _Projected(FusedGuider):
 
 
 class _ProjectedMix(_Projected):
-    """Plain guidance at first, with the average kept along; projected guidance from some step on."""
+    """Plain guidance in the first steps, with the average updated; projected guidance after them."""
 
     def _combined(self: Any, cond: Tensor, uncond: Tensor, rescale: float) -> tuple[Tensor, Tensor]:
         if self._is_apg_enabled():
@@ -200,14 +196,14 @@ class _ProjectedMix(_Projected):
 
 
 def _running(buffer: Any) -> tuple[Tensor | None, float]:
-    """The average so far and its weight; at first there is none."""
+    """Return the running average and its weight; None and 0 in the first step."""
     if buffer is None or not isinstance(buffer.running_average, Tensor):
         return None, 0.0
     return buffer.running_average, float(buffer.momentum)
 
 
 def _extrapolation(guider: Any, scale: float) -> float:
-    """g of u + g·(c − u), which c + (g − 1)·(c − u) is too."""
+    """Return g of u + g·(c − u); the original formulation c + (g − 1)·(c − u) is the same map."""
     return scale + 1.0 if guider.use_original_formulation else float(scale)
 
 
@@ -215,7 +211,7 @@ def _extrapolated(cond: Tensor, uncond: Tensor, scale: Weight, rescale: float) -
     pred = cfg_combine(cond, uncond, scale)
     if rescale <= 0.0:
         return pred
-    # From the model's outputs again, and not from `pred`: half types are rounded once.
+    # Computed from the model's outputs, not from `pred`, so that half types are rounded once.
     factor = rescaling_of(pred, cond, rescale)
     return _step(cond, cond, [(_OUTPUT, factor)], [], uncond=uncond, guidance_scale=scale, out=pred)[0]
 
@@ -230,12 +226,12 @@ def _sum(
     cond: Tensor, uncond: Tensor, weights: tuple[Weight, ...], running: Tensor | None = None,
     kept: tuple[Weight, ...] = (),
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """One or two weighted sums of c, u and a running average, in one pass.
+    """Return one or two weighted sums of c, u and a running average, in one pass.
 
     Args:
         cond, uncond, running: ``[B, ...]``.
         weights: of these three, each a number or ``[B]``.
-        kept: likewise, of a second sum.
+        kept: the weights of a second sum.
     """
     columns = (_SAMPLE, _OUTPUT, _HISTORY)
     first, second = (list(zip(columns, given, strict=False)) for given in (weights, kept))
@@ -246,7 +242,7 @@ def _step(
     sample: Tensor, output: Tensor, first: list[tuple[int, Weight]], second: list[tuple[int, Weight]],
     out: Tensor | None = None, **tensors: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The fused step with a row for each sample, or one for all where the weights are numbers."""
+    """Call the fused step with a row for each sample, or one for all if the weights are numbers."""
     entries = [(PREV_SAMPLE + c, w) for c, w in first] + [(KEEP_0 + c, w) for c, w in second]
     numbers = tuple((c, float(w)) for c, w in entries if not isinstance(w, Tensor))
     dtype, keeps = compute_dtype(sample.dtype), 1 if second else 0
@@ -260,16 +256,15 @@ def _step(
                 table[:, column] = weight
         if len(sample) > 1:
             rows = _count(len(sample), sample.device)
-            if keeps:  # the short way asks for them, as rows in a tensor could leave samples unwritten
+            if keeps:  # the direct call needs them: rows in a tensor could leave samples unwritten
                 outs = torch.empty_like(sample), torch.empty_like(sample)
     return ops.step(sample, output, table, rows, keeps=keeps, out=outs, **tensors)
 
 
 @functools.lru_cache(maxsize=1024)
 def _fixed_row(numbers: tuple[tuple[int, float], ...], keeps: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    row = torch.zeros(1, ROW_WIDTH, dtype=torch.float64, device="cpu")
-    row[0, CLIP], row[0, MODEL_INPUT_SCALE] = math.inf, 1.0
-    row[0, STORE_0], row[0, STORE_1] = (0.0 if keeps else -1.0), -1.0
+    row = torch.tensor([blank_row()], dtype=torch.float64, device="cpu")
+    row[0, STORE_0] = 0.0 if keeps else -1.0
     for column, number in numbers:
         row[0, column] = number
     with torch.inference_mode(False):
@@ -294,7 +289,7 @@ _KINDS: dict[str, type] = {
 
 
 def _fused_guider(name: str, kind: type) -> Any:
-    """The class over diffusers' own of that name; None where the installed diffusers has none."""
+    """Return the subclass of diffusers' class of that name; None if the installed diffusers has none."""
     original = getattr(_originals, name, None)
     if original is None:
         return None
@@ -302,7 +297,7 @@ def _fused_guider(name: str, kind: type) -> Any:
     return type(name, (kind, original), {"__doc__": doc})
 
 
-#: The classes by name: those that the installed diffusers has.
+#: The classes by name that the installed diffusers has.
 GUIDERS: dict[str, Any] = {
     name: made for name, kind in sorted(_KINDS.items()) if (made := _fused_guider(name, kind)) is not None
 }

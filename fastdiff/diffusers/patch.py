@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Pipelines taken as they are: their schedulers and guiders become fused ones in place, and back.
+"""Patch pipelines: give their schedulers and guiders the fused classes in place, and undo it.
 
-`patch` gives an object the fused class of its own name and leaves the object where it is.  To put another object in its
-place would keep nobody's reference but the pipeline's: pipelines made from one another's components share a scheduler,
-combined pipelines hold theirs twice, a components manager goes by identity, and a loop under way has a reference of its
-own.  All of them see the change, and as the state is the object's own `__dict__`, none of it has to be copied, before,
-after, or in the middle of a loop.
+`patch` changes the class of an object and keeps the object.  Replacing the object would only update the pipeline's own
+reference: pipelines made from one another's components share a scheduler, combined pipelines hold theirs twice, a
+components manager goes by identity, and a running loop has its own reference.  All of them see a change of class.  The
+state is the object's `__dict__`, so nothing is copied, in the middle of a loop either.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from .compiler.inputs import CACHE
 from .mixin import FusedScheduler
 from .registry import CLASSES
 
-#: Where an object remembers that `patch` changed its class, so that `unpatch` changes no other.
+#: Attribute of an object whose class `patch` changed; `unpatch` changes no other.
 _PATCHED = "_patched"
-#: The classes of what can hold schedulers and guiders.  Who has such an object has imported its module, which takes
-#: seconds, and nobody else has to.
+#: Classes that hold schedulers and guiders.  Their modules take seconds to import, so they are only looked up among the
+#: imported ones: whoever has such an object has imported its module.
 _PIPELINES = (
     ("diffusers.pipelines.pipeline_utils", "DiffusionPipeline"),
     ("diffusers.modular_pipelines.modular_pipeline", "ModularPipeline"),
@@ -39,10 +38,9 @@ class Part:
     """A scheduler or a guider of a pipeline.
 
     Attributes:
-        where: the way to it from the pipeline, such as ``scheduler`` or ``prior_pipe.scheduler``; empty for the object
-            itself.
-        name: of its class.
-        reason: why it was left as it is; empty where it was not.
+        where: its path in the pipeline, such as ``scheduler`` or ``prior_pipe.scheduler``; empty for the object itself.
+        name: the name of its class.
+        reason: why it was left unchanged; empty if it was changed.
     """
 
     where: str
@@ -56,7 +54,7 @@ class Part:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What `patch` or `unpatch` did: the parts that have another class now, and those left, each with the reason."""
+    """The result of `patch` or `unpatch`: the parts whose class was changed, and those left, each with the reason."""
 
     operation: str
     replaced: tuple[Part, ...]
@@ -70,15 +68,15 @@ class PatchReport:
 
 
 def patch(pipe: Any) -> PatchReport:
-    """Make the schedulers and guiders of a pipeline fused ones, in place.
+    """Give the schedulers and guiders of a pipeline their fused classes, in place.
 
-    Each keeps its identity, its configuration and its state, in the middle of a loop too, and is saved as before.
-    Doing it twice does no more than doing it once.  What a pipeline makes later is not changed: `DDIMPipeline`, for
-    one, makes a scheduler of its own when it is constructed, so it is patched after that.
+    Each keeps its identity, configuration and state, in the middle of a loop too, and is saved as before.  A second
+    call changes nothing.  A scheduler that the pipeline creates later is not changed: `DDIMPipeline`, for example,
+    creates its own when it is constructed, so patch it after that.
 
     Args:
         pipe: a pipeline, a modular pipeline or its blocks, a scheduler, a guider, or a dict, list or tuple of those.
-            Pipelines within pipelines are gone through as well.  Whoever shares a scheduler with it shares the change.
+            Nested pipelines are included.  The change applies to every other holder of the same scheduler.
 
     Raises:
         TypeError: it is none of these, and has no scheduler and no guider.
@@ -98,15 +96,15 @@ def patch(pipe: Any) -> PatchReport:
 
 
 def unpatch(pipe: Any) -> PatchReport:
-    """Undo `patch`: the same objects have diffusers' classes again, with the state that they have now.
+    """Undo `patch`: give the same objects diffusers' classes back, with their present state.
 
-    A scheduler or guider that was made as a fused one stays one.  Seeds given by `use_philox` are forgotten.
+    A scheduler or guider that was created with a fused class keeps it.  Seeds given by `use_philox` are dropped.
 
     Args:
         pipe: as for `patch`.
 
     Raises:
-        TypeError: as `patch`.
+        TypeError: as for `patch`.
     """
     replaced, left = [], []
     fused = frozenset(_fused_classes())
@@ -132,7 +130,7 @@ def _fused_classes() -> list[Any]:
 
 
 def _loaded(names: tuple[tuple[str, str], ...]) -> tuple[type, ...]:
-    """Those of some classes whose modules have been imported."""
+    """Return those classes whose modules have been imported."""
     found = (getattr(sys.modules.get(module), name, None) for module, name in names)
     return tuple(kind for kind in found if kind is not None)
 
@@ -149,7 +147,7 @@ def _why_left(kind: type, originals: Mapping[type, type]) -> str:
 
 
 def _parts(operation: str, pipe: Any) -> Iterator[tuple[str, Any]]:
-    """The schedulers and guiders of a pipeline, each once, with the way to it."""
+    """Yield the schedulers and guiders of a pipeline, each once, with its path."""
     parts, pipelines = (SchedulerMixin, *_loaded(_GUIDERS)), _loaded(_PIPELINES)
     seen: set[int] = set()
 

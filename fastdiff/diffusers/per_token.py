@@ -124,11 +124,11 @@ def _levels_below(sigmas: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class PerTokenSteps:
-    """Mixed into the flow-matching Euler scheduler, for calls with `per_token_timesteps`."""
+    """Mixin of the flow-matching Euler scheduler for calls with `per_token_timesteps`."""
 
     @staticmethod
     def never_planned(given: Mapping[str, Any]) -> bool:
-        """Whether each token has a timestep of its own: such a step is no row, and its numbers are never the same."""
+        """Return whether each token has its own timestep: no row expresses such a step."""
         return given.get("per_token_timesteps") is not None
 
     def step_otherwise(self: Any, name: str, given: Mapping[str, Any]) -> Any:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The classes: each of diffusers' continuous schedulers, under its own name, with fused steps.
+"""Registry of the drop-in classes: diffusers' continuous schedulers under their own names, with fused steps.
 
-Schedulers of discrete tokens (Amused, VQ diffusion, discrete DDIM, block refinement) add up no tensors; they have no
+Schedulers of discrete tokens (Amused, VQ diffusion, discrete DDIM, block refinement) add no tensors, so they have no
 class here.
 """
 
@@ -15,7 +15,7 @@ import diffusers
 from .mixin import FusedScheduler
 from .per_token import PerTokenSteps
 
-#: Class by class, the methods that take a step, and the module where diffusers does not export it.
+#: For each class, the methods that take a step and the module that exports it.
 _SCHEDULERS: dict[str, tuple[tuple[str, ...], str]] = {
     **{
         f"{name}Scheduler": (("step",), "diffusers")
@@ -33,7 +33,7 @@ _SCHEDULERS: dict[str, tuple[tuple[str, ...], str]] = {
     "ConsistencyDecoderScheduler": (("step",), "diffusers.schedulers.scheduling_consistency_decoder"),
 }  # fmt: skip
 
-#: Classes whose `scale_model_input` is more than its argument.
+#: Classes whose `scale_model_input` does not just return its argument.
 _SCALES_MODEL_INPUT = frozenset(
     f"{name}Scheduler"
     for name in (
@@ -45,14 +45,14 @@ _SCALES_MODEL_INPUT = frozenset(
 
 
 def _fused_class(name: str, stepping: tuple[str, ...], module: str) -> Any:
-    """The class over diffusers' own of that name; why there is none, where the installed diffusers has none."""
+    """Return the subclass of diffusers' class of that name, or why the installed diffusers has none."""
     original = getattr(importlib.import_module(module), name, None)
     if original is None:
         return f"diffusers {diffusers.__version__} has none"
     try:
         original.step  # noqa: B018
     except ImportError as error:
-        # What diffusers exports without what it needs (scipy, torchsde) is a stand-in that says so at each look.
+        # Without scipy or torchsde, diffusers exports a placeholder that raises at each attribute.
         return str(error).strip()
     if name in _SCALES_MODEL_INPUT:
         stepping = (*stepping, "scale_model_input")
@@ -63,7 +63,7 @@ def _fused_class(name: str, stepping: tuple[str, ...], module: str) -> Any:
 
 _MADE = {name: _fused_class(name, *spec) for name, spec in sorted(_SCHEDULERS.items())}
 CLASSES: dict[str, Any] = {name: made for name, made in _MADE.items() if isinstance(made, type)}
-#: Classes that cannot be had here, and why.
+#: Classes that are not available here, and why.
 ABSENT: dict[str, str] = {name: made for name, made in _MADE.items() if isinstance(made, str)}
 globals().update(CLASSES)
 __all__ = sorted(CLASSES)

@@ -88,7 +88,7 @@ def recognised(classifier: Any, images: Tensor, labels: Tensor) -> float:
 
 
 def variance_ratio(images: Tensor, labels: Tensor) -> Array:
-    """How varied the generated digits of each class are, beside the real ones.
+    """Return the variance of the generated digits of each class, relative to the real ones.
 
     Args:
         images: ``[N, 1, 8, 8]``, at least two of each class.
@@ -115,8 +115,8 @@ def variance_ratio(images: Tensor, labels: Tensor) -> Array:
 def nearest_distance(images: Tensor) -> Distances:
     """Median Euclidean distance (64 pixels of 0..16) to the nearest training image.
 
-    Copies of training images would lie far nearer than held-out real digits, which are new by construction. Generated
-    digits may well lie somewhat nearer, for guidance draws them to the middle of their class.
+    Copies of training images would be far nearer than held-out real digits, which are new by construction. Generated
+    digits may well be somewhat nearer, for guidance draws them to the middle of their class.
     """
     digits = load_digits()
     train = torch.from_numpy(digits.train_pixels)

@@ -34,7 +34,7 @@ from .unet import IMAGE_SHAPE, NULL_CLASS, NUM_CLASSES, DigitUNet
 TIMESTEPS = 1000
 GUIDANCES = (1.5, 2.0, 3.0)
 
-# (labels [N], guidance, seed) -> images [N, 1, 8, 8]
+# (labels [N], guidance_scale, seed) -> images [N, 1, 8, 8]
 SampleFn = Callable[[Tensor, float, int], Tensor]
 
 
@@ -52,20 +52,20 @@ def ddim_sampler(model: DigitUNet, steps: int = 50, batch: int = 200) -> SampleF
     stops = torch.linspace(TIMESTEPS - 1, 0, steps + 1, dtype=torch.float64).round().to(torch.int64)[:-1].tolist()
 
     @torch.no_grad()
-    def sample(labels: Tensor, guidance: float, seed: int) -> Tensor:
+    def sample(labels: Tensor, guidance_scale: float, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn((len(labels), *IMAGE_SHAPE), generator=generator)
         pairs = zip(torch.split(noise, batch), torch.split(labels, batch), strict=True)
-        return torch.cat([denoise(x, y, guidance) for x, y in pairs])
+        return torch.cat([denoise(x, y, guidance_scale) for x, y in pairs])
 
-    def denoise(x: Tensor, labels: Tensor, guidance: float) -> Tensor:
+    def denoise(x: Tensor, labels: Tensor, guidance_scale: float) -> Tensor:
         null = torch.full_like(labels, NULL_CLASS)
         for i, stop in enumerate(stops):
             following = float(bar[stops[i + 1]]) if i + 1 < steps else 1.0
             alpha, sigma = float(bar[stop]) ** 0.5, (1.0 - float(bar[stop])) ** 0.5
             t = torch.tensor(stop)
             free = model(x, t, null)
-            v = free + guidance * (model(x, t, labels) - free)
+            v = free + guidance_scale * (model(x, t, labels) - free)
             x0, eps = alpha * x - sigma * v, sigma * x + alpha * v
             x = following**0.5 * x0 + (1.0 - following) ** 0.5 * eps
         return x
@@ -73,7 +73,7 @@ def ddim_sampler(model: DigitUNet, steps: int = 50, batch: int = 200) -> SampleF
     return sample
 
 
-def evaluate(sample_fn: SampleFn, guidance: float, per_class: int = 100, seed: int = 0) -> dict[str, Any]:
+def evaluate(sample_fn: SampleFn, guidance_scale: float, per_class: int = 100, seed: int = 0) -> dict[str, Any]:
     """Measure ``per_class`` generated digits of each class.
 
     Returns:
@@ -83,11 +83,11 @@ def evaluate(sample_fn: SampleFn, guidance: float, per_class: int = 100, seed: i
     """
     classifier, _ = data.train_classifier()
     labels = torch.arange(NUM_CLASSES).repeat_interleave(per_class)
-    images = sample_fn(labels, guidance, seed)
+    images = sample_fn(labels, guidance_scale, seed)
     ratios = data.variance_ratio(images, labels)
     nearest = data.nearest_distance(images)
     return {
-        "guidance": guidance,
+        "guidance": guidance_scale,
         "recognised": round(data.recognised(classifier, images, labels), 4),
         "variance_ratio": [round(float(ratio), 3) for ratio in ratios],
         "variance_ratio_min": round(float(ratios.min()), 3),
@@ -100,7 +100,7 @@ def jitter(images: Tensor, share: float) -> Tensor:
     """Turn, scale and shift a ``share`` of ``images [B, 1, 8, 8]`` by a little, as another hand might write them.
 
     At most 7 degrees, 6 % and 0.4 of a pixel, so that the images stay within what the real ones look like. Cubic
-    interpolation keeps strokes from blurring; paper (-1) lies beyond the border.
+    interpolation keeps strokes from blurring; paper (-1) is beyond the border.
     """
     batch = len(images)
     turn = (torch.rand(batch) * 2 - 1) * math.radians(7.0)
@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         "T": str(TIMESTEPS),
         "command": command,
     }
-    # As bytes: the library that writes safetensors makes files that only their owner can read; this one is packaged.
+    # Written as bytes: safetensors' own writer makes files that only their owner can read; this one is packaged.
     write_whole(weights, safetensors.save(model.state_dict(), metadata=metadata), operation="train", argument="--out")
 
     _, held_out = data.train_classifier()

@@ -2,7 +2,7 @@
 """Sampling loops as CUDA graphs.
 
 captured.py       a loop, model included, captured once and replayed for other inputs
-recorder.py       the CUDA graph itself, its streams, and what it has no place for
+recorder.py       the CUDA graph itself, its streams, and the checks of its options
 static_inputs.py  the memory that a graph reads its inputs from
 cache.py          the loops that a sampler keeps
 """

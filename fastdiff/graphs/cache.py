@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The captured loops that a sampler keeps: for each form of inputs one, the least recently used going first."""
+"""The captured loops that a sampler keeps: one for each form of inputs, the least recently used dropped first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from ..guidance import GuidedModel, Model
 from .captured import CapturedLoop
 from .static_inputs import leaves, signature
 
-#: How many loops a sampler keeps.  Each holds a few tensors of the latents' size and the activations of one model call.
+#: The number of loops that a sampler keeps.  Each holds a few tensors of the latents' size and the activations of one
+#: model call.
 CAPACITY = 4
 
 
@@ -26,7 +27,7 @@ CAPACITY = 4
 class _Entry:
     loop: CapturedLoop
     model: Callable[[], Model | None]
-    #: What the key knows by identity, which must not be somebody else's meanwhile.
+    #: The objects that the key has by identity, kept alive so that no other object gets their ids.
     kept: tuple[Any, ...]
 
 
@@ -41,9 +42,9 @@ class GraphCache:
         return len(self._entries)
 
     def get(self, model: GuidedModel, fixed: tuple[Any, ...], make: Callable[[], CapturedLoop]) -> CapturedLoop:
-        """The loop for this model and what else is fixed, captured where there is none yet.
+        """Return the loop for this model and these fixed values, captured where there is none yet.
 
-        Models are held weakly: with the model goes its loop.
+        Models are held weakly: a loop is dropped with its model.
         """
         key = (*fixed, *_form(model))
         with self._lock:
@@ -69,7 +70,7 @@ class GraphCache:
 
 
 def _form(model: GuidedModel) -> tuple[Any, ...]:
-    """All of a guided model that a graph fixes: identities, forms of tensors, values of the rest."""
+    """Everything of a guided model that a graph fixes: identities, forms of tensors, values of the rest."""
     guided = model.guided
     negative = model.negative_prompt_embeds if guided else None
     kwargs = tuple((path, signature(leaf)) for path, leaf in leaves(dict(model.model_kwargs)))
@@ -86,7 +87,7 @@ def _identity(model: Model) -> tuple[int, ...]:
 
 
 def _weights(model: Model) -> tuple[int, ...] | None:
-    """Where a module's weights lie, and whether it trains: a graph must not read where they have been."""
+    """The addresses of a module's weights, and its training flag: a graph reads at these addresses."""
     module = getattr(model, "__self__", model)
     if not isinstance(module, torch.nn.Module):
         return None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Whole sampling loops as CUDA graphs: the model and the step are captured once and replayed for other inputs.
 
-One row is ``timesteps[row] → model → step_rows(row) → row += 1``, and everything that a replay depends on lies in
-tensors that the graph reads: the index of the row too, so that one body serves all rows.
+One row is ``timesteps[row_index] → model → step_rows(row_index) → row_index += 1``, and everything that a replay
+depends on is in tensors that the graph reads, the index of the row too, so that one body serves all rows.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class CapturedLoop:
 
     Latents, conditions, tensors among the model's keyword arguments, guidance scales and seeds are copied into memory
     of the loop's own at each replay.  Fixed are the table, their shapes and dtypes, whether there is guidance, all
-    other keyword arguments, and whatever Python the model runs: it does not run again.  Weights are read where they
-    lie, so they may change in place but not be replaced.
+    other keyword arguments, and whatever Python the model runs: it does not run again.  Weights are read at their
+    addresses, so they may change in place but not be replaced.
 
     It serves one caller at a time: others wait for their turn, the host for the host, and streams for each other.
 
@@ -108,7 +108,7 @@ class CapturedLoop:
             seeds: a seed for each sample, where the table adds noise; None draws them from torch's default generator
                 of the CPU, so that ``torch.manual_seed`` repeats them.
             callback, progress: as in `BaseSampler.sample`; in mode "step" only.  A callback is shown copies; the
-                loop goes on from what it leaves in them, or returns.
+                loop continues from the values that it leaves in them, or returns.
 
         Returns:
             The samples, ``[B, ...]``, a new tensor.
@@ -190,7 +190,7 @@ class CapturedLoop:
                 assert self._output is not None
                 row, shown = self.table.source[index], self._x.clone()
                 answer = callback(StepInfo(index, total, row.timestep, shown, self._output.clone()))
-                # The graph goes on from its own memory, which has to hold what the callback has left.
+                # The graph continues from its own memory, which has to hold the values that the callback has left.
                 self._x.copy_(checked_samples(answer, shown) if isinstance(answer, Tensor) else shown)
                 if self._prepared is not None:
                     write_model_input(self._prepared, self._x, row.model_input_scale)
@@ -216,17 +216,17 @@ class CapturedLoop:
             self._conditions.move("negative_prompt_embeds", negative)
             self._conditions.move("prompt_embeds", prompt)
         self._prepared = self._model.prepare(self._x)
-        used = {register for store in table.store for register in store}
-        self._registers = [torch.empty_like(self._x) if j in used else None for j in range(NUM_REGISTERS)]
+        used = {slot for slots in table.kept_slots for slot in slots}
+        self._history = [torch.empty_like(self._x) if j in used else None for j in range(NUM_REGISTERS)]
         stochastic = any(table.draws_noise)
         self._seeds = torch.zeros(latents.shape[0], dtype=torch.int64, device=device) if stochastic else None
-        self._row = torch.zeros(1, dtype=torch.int64, device=device)
+        self._row_index = torch.zeros(1, dtype=torch.int64, device=device)
         self._timesteps = to_device(timesteps, device)
-        self._rows = table.shared_rows(latents.dtype, device)
-        self._prediction_rows = (
-            table.shared_rows(latents.dtype, device, prediction=True) if table.thresholding else None
+        self._coefficients = table.shared_coefficients(latents.dtype, device)
+        self._prediction_coefficients = (
+            table.shared_coefficients(latents.dtype, device, prediction=True) if table.thresholding else None
         )
-        own = [self._x, self._prepared, *self._registers, self._seeds, self._row, self._timesteps, self._guidance]
+        own = [self._x, self._prepared, *self._history, self._seeds, self._row_index, self._timesteps, self._guidance]
         held = [*own, *self._conditions.tensors(), *self._kwargs.tensors()]
         self._buffers = [buffer for buffer in held if buffer is not None]
 
@@ -251,13 +251,13 @@ class CapturedLoop:
         self._fill_guidance(scale)
 
     def _begin(self, latents: Tensor) -> None:
-        """What stands before the first row of a loop."""
+        """Write the state before the first row of a loop."""
         self._x.copy_(latents)
         if self.table.initial_scale != 1.0:
             self._x.mul_(self.table.initial_scale)
         if self._prepared is not None:
             write_model_input(self._prepared, self._x)
-        self._row.zero_()
+        self._row_index.zero_()
 
     def _check_guidance(self, scale: float | Tensor | None) -> None:
         if scale is None or not self._conditions.given("prompt_embeds"):
@@ -307,23 +307,23 @@ class CapturedLoop:
     def _take_row(self) -> None:
         """One row: what it depends on is read from the buffers, and so is which one it is."""
         assert self._model is not None
-        timestep = self._timesteps.index_select(0, self._row).squeeze(0)
+        timestep = self._timesteps.index_select(0, self._row_index).squeeze(0)
         output, uncond, variance = self._model(self._x, timestep, self._prepared)
         if self.mode == "step":  # for callbacks: held, lest the graph put something else there
             self._output = output.clone() if _share_storage(output, self._x, self._prepared) else output
         guided: dict[str, Any] = {"uncond": uncond, "guidance_scale": self._guidance, "backend": self._backend}
         threshold = None
-        if self._prediction_rows is not None:
-            (x0,) = ops.step(self._x, output, self._prediction_rows, self._row, **guided)
+        if self._prediction_coefficients is not None:
+            (x0,) = ops.step(self._x, output, self._prediction_coefficients, self._row_index, **guided)
             threshold = dynamic_threshold(x0, *self._threshold_options)
         ops.step_rows(
             self._x,
             output,
-            self._rows,
-            self._row,
-            self._registers,
+            self._coefficients,
+            self._row_index,
+            self._history,
             seeds=self._seeds,
-            noise_step=self._row,
+            noise_step=self._row_index,
             variance=variance,
             threshold=threshold,
             variance_kind=int(Variance.FIXED if variance is None else self.table.variance),
@@ -331,10 +331,10 @@ class CapturedLoop:
             model_input=self._prepared,
             **guided,
         )
-        self._row.add_(1)
+        self._row_index.add_(1)
 
     def _record(self) -> None:
-        def rows() -> None:
+        def body() -> None:
             for _ in range(len(self.table) if self.mode == "loop" else 1):
                 self._take_row()
 
@@ -345,7 +345,7 @@ class CapturedLoop:
                 self._recorder.warm_up(self._take_row)
             self._begin(first)
             try:
-                self._recorder.capture(rows)
+                self._recorder.capture(body)
             except RuntimeError as error:
                 raise RuntimeError(
                     error_message(

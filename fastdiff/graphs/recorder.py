@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What holds a captured loop: a CUDA graph with the streams around it; and what a graph has no place for."""
+"""The recorder of a captured loop: a CUDA graph with its streams; and the checks of a graph's options."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Body = Callable[[], None]
 
 
 class Recorder(Protocol):
-    """What can hold the work of a body and do it again: CUDA graphs, and in tests their emulation."""
+    """Records the work of a body and replays it: CUDA graphs, and in tests their emulation."""
 
     def warm_up(self, body: Body) -> None:
         """Run the body as it will be captured, to let it compile, tune and allocate what it keeps."""
@@ -61,7 +61,7 @@ class CudaGraph:
                 with torch.cuda.graph(self._graph, stream=self._side, capture_error_mode="thread_local"):
                     body()
             finally:
-                # Where a capture fails, torch leaves its stream the current one.
+                # After a failed capture torch leaves its stream the current one.
                 torch.cuda.set_stream(before)
 
     def replay(self) -> None:
@@ -82,7 +82,7 @@ class CudaGraph:
                 self._last = stream.record_event()
 
 
-#: What captures on a type of device.
+#: The recorder for each type of device.
 RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaGraph}
 
 
@@ -98,7 +98,7 @@ def without_autocast_cache() -> Iterator[None]:
 
 
 def check_can_capture(mode: object, latents: Tensor) -> None:
-    """Refuse a mode that there is not, and a device without graphs."""
+    """Refuse an unknown mode, and a device without graphs."""
     if mode not in GRAPH_MODES:
         raise unknown_name("sample", "cuda_graph", mode, GRAPH_MODES)
     if latents.device.type not in RECORDERS:
@@ -114,7 +114,7 @@ def check_can_capture(mode: object, latents: Tensor) -> None:
 
 
 def check_graph_options(generator: object, check_finite: bool | None) -> None:
-    """Refuse options of `sample` that a graph has no place for."""
+    """Refuse options of `sample` that a graph cannot have."""
     if generator is not None:
         remedy = "pass a seed for each sample, such as seeds=fastdiff.spawn_seeds(seed, batch)"
         raise ValueError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Memory for what changes from replay to replay of a graph: tensors, and tensors in dicts, lists and tuples."""
+"""Memory for the inputs of a graph's replays: tensors, and tensors in dicts, lists and tuples."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class StaticInput:
         self.buffer = tensor.detach().clone()
 
     def check(self, tensor: object) -> None:
-        """Refuse what cannot be copied here as it is.
+        """Refuse a value that cannot be copied into this memory.
 
         Raises:
             TypeError, ValueError: it is no tensor, or one of another shape, dtype or device.
@@ -46,12 +46,12 @@ class StaticInput:
 
 
 class StaticTree:
-    """The memory of all tensors among named arguments; what is no tensor is fixed.
+    """The memory of all tensors among named arguments; other values are fixed.
 
     Args:
         arguments: by name; dicts, lists and tuples are looked into.
         device: where the tensors have to be.
-        prefix: stands before the names in messages.
+        prefix: of the names in messages.
 
     Raises:
         ValueError: a tensor is on another device; a graph would hold its value, or a copy that the host waits for.
@@ -86,11 +86,11 @@ class StaticTree:
         return [one.buffer for one in self._inputs.values()]
 
     def given(self, name: str) -> bool:
-        """Whether there is a tensor of this name."""
+        """Return True where there is a tensor of this name."""
         return (name,) in self._inputs
 
     def move(self, name: str, buffer: Tensor) -> None:
-        """Let another tensor, of the same shape, be what is filled."""
+        """Fill another tensor of the same shape from now on."""
         self._inputs[(name,)].buffer = buffer
 
     def check(self, arguments: dict[str, Any]) -> None:
@@ -126,7 +126,7 @@ class StaticTree:
 
 
 class Container:
-    """Stands for a dict, list or tuple itself: two of a kind and a size are alike."""
+    """A dict, list or tuple without its contents: two of a type and a size are equal."""
 
     def __init__(self, value: Any) -> None:
         self.form = type(value), len(value)
@@ -142,7 +142,7 @@ class Container:
 
 
 def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Everything in nested dicts, lists and tuples, with the way to it; these themselves as `Container`."""
+    """Yield every value in nested dicts, lists and tuples with its path; these themselves as `Container`."""
     if type(value) not in (dict, list, tuple):
         yield path, value
         return
@@ -153,9 +153,9 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def signature(value: Any) -> Any:
-    """What two values have in common that one graph can serve: a tensor's form, anything else itself.
+    """Return a key that is equal for values that one graph can serve: a tensor's form, anything else itself.
 
-    What is compared by identity has to be kept alive by whoever keeps the signature.
+    Values that are compared by identity have to be kept alive by the owner of the key.
     """
     if isinstance(value, Tensor):
         return Tensor, tuple(value.shape), value.stride(), value.dtype, value.device

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Calling the model, with classifier-free guidance or without it.
+"""The model call, with classifier-free guidance or without it.
 
 The two outputs of guidance are combined in the fused step; here they are only obtained.
 """
@@ -24,7 +24,7 @@ Model = Callable[..., Any]
 
 
 class GuidanceMode(str, Enum):
-    """How the two outputs of guidance are obtained."""
+    """The model calls that give the two outputs of guidance."""
 
     #: One call on a batch of twice the size, the unconditional half first.
     BATCHED = "batched"
@@ -122,7 +122,7 @@ class GuidedModel:
 
     @property
     def copies(self) -> int:
-        """How many times the samples stand in one model call's batch."""
+        """The number of copies of the samples in one model call's batch."""
         return 2 if self.guided and self.mode is GuidanceMode.BATCHED else 1
 
     def prepare(self, x: Tensor) -> Tensor | None:

@@ -29,11 +29,10 @@ from ..row_layout import (
     PREDICTION_SAMPLE,
     PREV_SAMPLE,
     ROW_WIDTH,
-    STORE_0,
-    STORE_1,
     VARIANCE_OFFSET,
     VARIANCE_SLOPE,
     Variance,
+    blank_row,
     compute_dtype,
 )
 from . import reference
@@ -347,9 +346,7 @@ def _coefficients(table: Tensor, row_index: int, row_indices: Tensor | None) -> 
 
 def _head(like: Tensor) -> Tensor:
     """Return the scalars before the maps of a row without prediction."""
-    head = [0.0] * PREV_SAMPLE
-    head[CLIP], head[MODEL_INPUT_SCALE], head[STORE_0], head[STORE_1] = float("inf"), 1.0, -1.0, -1.0
-    return torch.tensor([head], dtype=like.dtype, device=like.device)
+    return torch.tensor([blank_row()[:PREV_SAMPLE]], dtype=like.dtype, device=like.device)
 
 
 def _sum_per_sample(values: Tensor, scalars: Tensor) -> Tensor:

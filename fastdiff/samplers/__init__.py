@@ -37,3 +37,6 @@ __all__ = [
     "create_sampler",
     "split_fields",
 ]
+
+# Classes that the registry alone names are importable like those above.
+globals().update((cls.__name__, cls) for cls in SAMPLERS.values())

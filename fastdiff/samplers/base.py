@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""What all samplers share: a noise schedule and a configuration, compiled to a table, and the ways to walk it.
+"""The base of all samplers: a noise schedule and a configuration, compiled to a table, and the loops over it.
 
-A sampler compiles its table when it is made and again in `set_timesteps`; `sample` walks it with a
-stepper of its own, or replays a loop that was captured.  So a sampler can be shared: a loop that fails or stops leaves
-nothing behind in it.
+A sampler compiles its table when it is made and again in `set_timesteps`; `sample` walks it with a new stepper, or
+replays a captured loop.  A sampler can be shared: a loop that fails or stops leaves it unchanged.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, ClassVar
@@ -24,18 +22,18 @@ from ..noise.generators import Generators, generator_states
 from ..ops import backend_for
 from ..philox import as_seeds
 from ..row_layout import Variance
-from ..sampling.config import SamplingConfig, SamplingMethod, check_guidance_scale
+from ..sampling.config import SamplingConfig, check_guidance_scale
 from ..sampling.loop import Callback, SamplingResult, check_latents, finish, run_loop, start_measuring
 from ..sampling.stepper import Stepper
 from ..schedules import BaseNoiseScheduler
 from ..schedules.levels import Levels, VariancePreservingPath, levels_from_sigmas, levels_from_timesteps
 from ..schedules.timesteps import sigma_schedule, timestep_schedule
-from ..solvers import Prediction
+from ..solvers import Prediction, SamplingMethod
 from ..solvers.table import StepTable
 
 
-class BaseSampler(ABC):
-    """A noise scheduler and a configuration, compiled to a step table.
+class BaseSampler:
+    """A noise scheduler and a configuration, compiled to a step table; subclasses name their `method`.
 
     Args:
         scheduler: the training noise schedule.
@@ -49,6 +47,12 @@ class BaseSampler(ABC):
     method: ClassVar[SamplingMethod]
 
     def __init__(self, scheduler: BaseNoiseScheduler, config: SamplingConfig | None = None, **fields: Any) -> None:
+        if not hasattr(self, "method"):
+            raise TypeError(
+                error_message(
+                    type(self).__name__, "method", "is missing", "a SamplingMethod", "use create_sampler, or a subclass"
+                )
+            )
         if not isinstance(scheduler, BaseNoiseScheduler):
             raise TypeError(
                 error_message(
@@ -79,9 +83,10 @@ class BaseSampler(ABC):
         self.table = self._compile(config.num_inference_steps)
         self._graphs = GraphCache()
 
-    @abstractmethod
     def _solve(self, levels: Levels, prediction: Prediction) -> StepTable:
         """Compile the table of this sampler for the given levels."""
+        entry = self.method.entry
+        return entry.table(levels, prediction, **{name: getattr(self.config, name) for name in entry.options})
 
     def _compile(self, num_inference_steps: int) -> StepTable:
         return self._solve(self.levels(num_inference_steps), self._prediction())
@@ -92,7 +97,7 @@ class BaseSampler(ABC):
         return Prediction(config.prediction_type, clip, config.thresholding)  # type: ignore[arg-type]
 
     def levels(self, num_inference_steps: int) -> Levels:
-        """The noise levels that a loop of so many steps visits.
+        """Return the noise levels that a loop of so many steps visits.
 
         Raises:
             ValueError: fewer than 1 step, or more than the schedule has timesteps.
@@ -101,7 +106,7 @@ class BaseSampler(ABC):
         alphas_cumprod = self.scheduler.alphas_cumprod
         spacing = config.noise_spacing
         if spacing is not None:
-            # The same bounds on the number of steps as timesteps have; which ones they would be does not matter.
+            # For the bounds on the number of steps, which are those of timesteps.
             timestep_schedule("linspace", num_inference_steps, len(alphas_cumprod))
             low, high = VariancePreservingPath(alphas_cumprod).ratio_range
             sigmas = sigma_schedule(spacing, num_inference_steps, low, high).tolist()
@@ -115,7 +120,7 @@ class BaseSampler(ABC):
         return levels_from_timesteps(alphas_cumprod, timesteps, final_alpha_cumprod=final)
 
     def _check_end(self, last_timestep: float) -> None:
-        """With `set_alpha_to_one=False` a loop ends at timestep 0, so its last model call must lie above it."""
+        """With `set_alpha_to_one=False` a loop ends at timestep 0, so its last model call must be above it."""
         if not self.config.set_alpha_to_one and last_timestep == 0:
             raise ValueError(
                 error_message(
@@ -139,7 +144,7 @@ class BaseSampler(ABC):
 
     @property
     def timesteps(self) -> Tensor:
-        """What the model is told, one a model call: int64 where all are whole, else float32."""
+        """The model's time argument, one a model call: int64 where all are whole, else float32."""
         whole = all(timestep.is_integer() for timestep in self.table.timesteps)
         # In one conversion from float64: int64 cannot be read from numbers that are no ints.
         values = torch.tensor(self.table.timesteps, dtype=torch.float64, device="cpu")
@@ -151,7 +156,7 @@ class BaseSampler(ABC):
         return self.table.initial_scale
 
     def stepper(self, backend: str | None = None, *, seeds: int | Sequence[int] | Tensor | None = None) -> Stepper:
-        """A fresh walk over the table, for a loop of one's own; `seeds` as in `sample`."""
+        """Return a new stepper over the table, for a loop of one's own; `seeds` as in `sample`."""
         return Stepper(
             self.table,
             dynamic_thresholding_ratio=self.config.dynamic_thresholding_ratio,
@@ -193,7 +198,7 @@ class BaseSampler(ABC):
                 itself, several times faster, and a sample comes out the same alone or in any batch.  Latents of the
                 same kind are ``fastdiff.randn(shape, seeds)``.
             callback: called with a `StepInfo` after each step.  It may edit ``info.sample`` in place or return a tensor
-                like it, which becomes the samples: the loop goes on from there.  Returning False stops the loop.
+                like it, which becomes the samples: the loop continues from them.  Returning False stops the loop.
             progress: show a progress bar; None shows it where tqdm is installed.
             check_finite: look at every model output for NaN and infinity.  None: on the CPU; on a GPU looking is a
                 host sync.  The finished samples are looked at too, unless it is False: the loop then has no host sync

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One object for the whole job: schedule, sampler and the loop."""
+"""One object for schedule, sampler and loop."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class AdvancedSamplingManager:
 
     @property
     def timesteps(self) -> Tensor:
-        """What the model is told, one a model call."""
+        """The model's time arguments, one a model call."""
         return self.sampler.timesteps
 
     def configure(self, **fields: Any) -> None:
@@ -87,7 +87,7 @@ class AdvancedSamplingManager:
 def create_advanced_sampling_manager(
     schedule_type: str | NoiseScheduleType = "linear", method: str | SamplingMethod = "ddim", **fields: Any
 ) -> AdvancedSamplingManager:
-    """A manager from names and fields of both configurations, told apart by name.
+    """Make a manager from names and fields of both configurations, which are distinguished by name.
 
     Raises:
         ValueError: an unknown name or field, or a value out of range.

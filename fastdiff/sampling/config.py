@@ -1,39 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""What a sampler can be told: its method and the options of all methods, checked when they are set."""
+"""The configuration of a sampler: its method and the options of all methods, checked when they are set."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from enum import Enum
 
-from ..errors import checked_bool, checked_float, checked_integer, error_message, parse_choice, unknown_name
+from ..errors import checked_bool, checked_float, checked_integer, error_message, unknown_name
 from ..guidance import GuidanceMode
 from ..schedules.timesteps import SIGMA_SPACINGS
-from ..solvers import Algorithm, PredictionType, SolverType, VarianceType
+from ..solvers import SOLVER_MODES, Algorithm, PredictionType, SamplingMethod, SolverType, VarianceType
 from ..solvers.dpm_multistep import THIRD_ORDERS, check_order
 
-SOLVER_MODES = ("multistep", "singlestep")
-
-
-class SamplingMethod(str, Enum):
-    """The samplers by name."""
-
-    DDPM = "ddpm"
-    DDIM = "ddim"
-    DPM_SOLVER = "dpm_solver"
-    EULER = "euler"
-    EULER_ANCESTRAL = "euler_ancestral"
-    HEUN = "heun"
-
-    @classmethod
-    def parse(cls, value: str | SamplingMethod) -> SamplingMethod:
-        return parse_choice(cls, "SamplingConfig", "method", value)
+__all__ = ["SamplingConfig", "SamplingMethod", "check_guidance_scale"]
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How to sample. Options that a method has no use for are left unread by it.
+    """The options of sampling.  A method ignores all options but those of its `SolverEntry`.
 
     Args:
         method: a `SamplingMethod` or its name.
@@ -163,5 +147,5 @@ class SamplingConfig:
 
 
 def check_guidance_scale(operation: str, guidance_scale: object) -> None:
-    """Refuse a guidance scale that is no finite number; 1 stands for none, and it may be negative."""
+    """Refuse a guidance scale that is no finite number; 1 is none, and it may be negative."""
     checked_float(operation, "guidance_scale", guidance_scale, -math.inf)

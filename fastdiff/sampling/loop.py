@@ -24,13 +24,13 @@ from .timing import Stopwatch, peak_memory
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What a callback is told after each step.
+    """The argument of a callback, after each step.
 
     Attributes:
-        index: which step has been taken, from 0; `total` how many there are.
-        timestep: what the model was told.
-        sample: the sample after the step, ``[B, ...]``.  The loop does not write to it later and goes on from what the
-            callback leaves in it.
+        index: the index of the step, from 0, of `total` steps.
+        timestep: the model's time argument.
+        sample: the sample after the step, ``[B, ...]``.  The loop does not write to it later and continues
+            from the values that the callback leaves in it.
         model_output: the conditional output of the step; the loop does not write to it.
     """
 
@@ -47,16 +47,16 @@ Callback = Callable[[StepInfo], object]
 
 @dataclass(frozen=True)
 class SamplingResult:
-    """What `sample` returns.
+    """The result of `sample`.
 
-    Where the finished samples were not looked at (``check_finite=False``), a GPU may still be at work on them: use them
-    on the same stream.  The times below then wait for it when they are first read, and not before.
+    Where the finished samples were not checked (``check_finite=False``), a GPU may still be computing them: use them on
+    the same stream.  The times below wait for it when they are first read.
 
     Attributes:
         samples: ``[B, ...]``, dtype and device of the latents.
         peak_memory: bytes; see `fastdiff.sampling.timing.peak_memory`.
-        steps: how many steps were taken, fewer than planned where a callback stopped the loop.
-        stopwatch: where the times come from: the clock on the CPU, the device's own on a GPU.
+        steps: the number of steps taken, fewer than planned where a callback stopped the loop.
+        stopwatch: the source of the times: the clock on the CPU, the device's own on a GPU.
     """
 
     samples: Tensor
@@ -71,7 +71,7 @@ class SamplingResult:
 
     @property
     def model_time(self) -> float:
-        """Seconds spent in the model; NaN of a loop that ran as a CUDA graph, which does not tell the two apart."""
+        """Seconds spent in the model; NaN for a loop that ran as a CUDA graph, which times them together."""
         return self.stopwatch.seconds().get("model", math.nan)
 
     @property
@@ -101,10 +101,10 @@ def run_loop(
     Args:
         model: the model with its conditions.
         stepper: a fresh one.
-        timesteps: what to tell the model, one a row, int64 or float32.
+        timesteps: the model's time arguments, one a row, int64 or float32.
         latents: standard normal noise, ``[B, ...]``; not written to.
         generator, callback, progress: as in `fastdiff.samplers.BaseSampler.sample`.
-        check_finite: look at the finished samples, which waits for a GPU; without it nothing here does.
+        check_finite: check the finished samples, which waits for a GPU; nothing else here does.
     """
     stopwatch = start_measuring(latents.device)
     total = len(stepper.table)
@@ -115,7 +115,7 @@ def run_loop(
         shown: Tensor | None = None
         for index, timestep in enumerate(to_device(timesteps, latents.device)):
             current = sample if prepared is None else prepared
-            if current is not shown or index == 1:  # from its first step on the stepper holds the sample as well
+            if current is not shown or index == 1:  # from its first step on, the stepper holds the sample too
                 shown = current
                 counts = reference_counts(current)
             with stopwatch.part("model"):
@@ -123,7 +123,7 @@ def run_loop(
             kept = counts is None or reference_counts(current) != counts
             if kept and prepared is not None:
                 prepared = torch.empty_like(prepared)
-            # The loop writes over its own sample, unless a callback is shown it or the model has kept it.
+            # The loop writes over its own sample, unless a callback gets it or the model has kept it.
             overwrite = callback is None and not (kept and prepared is None)
             last = index + 1 == total
             with stopwatch.part("step"):
@@ -179,14 +179,14 @@ def checked_samples(returned: Tensor, sample: Tensor) -> Tensor:
 
 
 def start_measuring(device: torch.device) -> Stopwatch:
-    """A stopwatch for a loop that begins now; from here the peak of the memory counts."""
+    """Return a stopwatch for a loop that begins now, and start counting the peak of the memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     return Stopwatch(device)
 
 
 def finish(samples: Tensor, steps: int, stopwatch: Stopwatch, check_finite: bool) -> SamplingResult:
-    """The result of a loop whose last step is enqueued, looked at where that is asked for."""
+    """Return the result of a loop whose last step is enqueued; check it where `check_finite` is set."""
     if check_finite and not bool(torch.isfinite(samples).all()):
         raise ValueError(
             error_message(
@@ -201,7 +201,7 @@ def finish(samples: Tensor, steps: int, stopwatch: Stopwatch, check_finite: bool
 
 
 def check_latents(latents: object) -> None:
-    """Refuse what cannot be the first sample of a loop."""
+    """Refuse latents that cannot be the first sample of a loop."""
     expected = "a dense tensor [B, ...] of float16, bfloat16, float32 or float64"
     if not isinstance(latents, Tensor):
         got = f"is a {type(latents).__name__}"
@@ -234,7 +234,7 @@ class _NoBar:
 
 
 def progress_bar(total: int, wanted: bool | None) -> Any:
-    """tqdm's bar; one that shows nothing where it is not wanted, or not installed and not insisted on."""
+    """Return tqdm's bar, or a silent one where `wanted` is False, or None without tqdm."""
     if wanted is None:
         wanted = importlib.util.find_spec("tqdm") is not None
     if not wanted:

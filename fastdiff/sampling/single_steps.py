@@ -62,7 +62,7 @@ def cfg_combine(
     Returns:
         The guided output, like `cond`.
     """
-    table = _rows(_compiled(_cfg_row), cond, uncond, out)
+    table = _coefficients(_compiled(_cfg_row), cond, uncond, out)
     outs = None if out is None else (out,)
     return step(cond, cond, table, 0, uncond=uncond, guidance_scale=guidance_scale, out=outs, backend=backend)[0]
 
@@ -213,13 +213,13 @@ def dpm_solver_step(
         PredictionType.parse(prediction_type),
         _clip("dpm_solver_step", clip_range),
     )
-    # The solver filled a ring of registers on its way to this row: hand the outputs over as it laid them.
+    # The solver's earlier rows kept the outputs in a ring of history slots: put them where the last row reads them.
     order = len(previous) + 1
     history: list[Tensor | None] = [None, None]
     for j, tensor in enumerate(previous):
         history[j % max(order - 1, 1)] = tensor
     noise = _noise(compiled, sample, noise, generator)
-    table = _rows(compiled, sample, model_output, uncond, noise, *previous, *(out or ()))
+    table = _coefficients(compiled, sample, model_output, uncond, noise, *previous, *(out or ()))
     prev, kept = step(
         sample, model_output, table, len(compiled) - 1, uncond=uncond, guidance_scale=guidance_scale, history=history,
         noise=noise, keeps=1, out=out, backend=backend,
@@ -253,7 +253,7 @@ def euler_step(
         sigma: the noise level of `sample`, above 0.
         sigma_next: the one to reach, from 0 to below `sigma`.
         eta: 0 is Euler's method, 1 ancestral sampling.
-        s_noise: the standard deviation of the noise put back.
+        s_noise: the standard deviation of the added noise.
 
     Returns:
         x̂ at `sigma_next`, like `sample`.
@@ -274,7 +274,7 @@ def _run(
     sample: Tensor,
     model_output: Tensor,
     uncond: Tensor | None,
-    guidance: float | Tensor | None,
+    guidance_scale: float | Tensor | None,
     noise: Tensor | None,
     generator: Generators,
     out: Tensor | None,
@@ -282,10 +282,10 @@ def _run(
     variance: Tensor | None = None,
 ) -> Tensor:
     noise = _noise(compiled, sample, noise, generator)
-    table = _rows(compiled, sample, model_output, uncond, noise, variance, out)
+    table = _coefficients(compiled, sample, model_output, uncond, noise, variance, out)
     outs = None if out is None else (out,)
     return step(
-        sample, model_output, table, 0, uncond=uncond, guidance_scale=guidance, noise=noise, variance=variance,
+        sample, model_output, table, 0, uncond=uncond, guidance_scale=guidance_scale, noise=noise, variance=variance,
         variance_kind=int(compiled.variance), out=outs, backend=backend,
     )[0]  # fmt: skip
 
@@ -303,11 +303,11 @@ def _compiled(make: Callable[..., StepTable], *scalars: object) -> StepTable:
     return make(*scalars)
 
 
-def _rows(compiled: StepTable, sample: Tensor, *others: Tensor | None) -> Tensor:
-    """Return the rows for a step on these tensors, on the device of the first."""
+def _coefficients(compiled: StepTable, sample: Tensor, *others: Tensor | None) -> Tensor:
+    """Return the coefficients for a step on these tensors, on the device of the first."""
     checked_type("step", "sample", sample, Tensor, "a torch.Tensor", "pass a tensor")
     dtypes = [tensor.dtype for tensor in others if isinstance(tensor, Tensor)]
-    return compiled.shared_rows(compute_dtype(sample.dtype, *dtypes), sample.device)
+    return compiled.shared_coefficients(compute_dtype(sample.dtype, *dtypes), sample.device)
 
 
 def _number(operation: str, argument: str, value: Any) -> float:
@@ -396,10 +396,10 @@ def _dpm_table(
         lower_order_final=False,
         third_order=third_order,
     )
-    # A loop's last row keeps nothing. The caller of this one goes on, so it hands out what later steps interpolate.
+    # A loop's last row keeps nothing. The caller of this one continues, so it returns the output that later steps read.
     *before, last = table.source
     reading = Algorithm.parse(algorithm_type).interpolated(prediction.at(levels[len(levels) - 1]))
-    return StepTable((*before, replace(last, keep=(reading,), store=(0,))))
+    return StepTable((*before, replace(last, kept=(reading,), slots=(0,))), drop_unread=False)
 
 
 def _euler_table(sigma: float, sigma_next: float, eta: float, s_noise: float, prediction_type: str) -> StepTable:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Walks a step table: the next row, the history slots, the noise to draw."""
+"""Walks a step table: the index of the next row, the history, the noise of each step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _NoSamples:
 
 
 class Stepper:
-    """One loop over a table: the state that a sampler would otherwise share between its callers.
+    """The state of one loop over a table.
 
     The history slots are written in place, so a loop allocates them once; they are the stepper's own, and no result
     shares their memory.  `index` moves only when a step has succeeded.  A copy (copy.copy, copy.deepcopy, pickle) has
@@ -69,10 +69,10 @@ class Stepper:
         #: The last step's result: samples that come back need not be looked at again.
         self._seen: object = _NoSamples
         self._end = len(table)
-        self._plan = tuple(zip(table.reads, table.store, table.draws_noise, strict=True))
+        self._plan = tuple(zip(table.read_slots, table.kept_slots, table.draws_noise, strict=True))
         self._measures = table.thresholding or table.variance != Variance.FIXED
         self._prediction_table: Tensor | None = None
-        #: Whether history may be written in place: not once autograd may have saved it.
+        #: True while history may be written in place: autograd has saved none of it.
         self._in_place = True
 
     def __getstate__(self) -> dict[str, object]:
@@ -132,7 +132,7 @@ class Stepper:
         if sample is not self._seen:
             self._look_at(sample)
         history, coefficients = self._history, self._coefficients
-        reads, store, draws = self._plan[row]
+        reads, slots, draws = self._plan[row]
         seeds = None
         if draws and noise is None:
             seeds = self._seeds
@@ -141,7 +141,7 @@ class Stepper:
         threshold, kind = None, 0
         if self._measures:
             threshold, kind = self._measure(sample, model_output, uncond, guidance_scale, variance)
-        keeps = len(store)
+        keeps = len(slots)
         outs: tuple[Tensor | None, ...] | None = None
         if keeps == 0:
             if out is not None:
@@ -149,9 +149,9 @@ class Stepper:
         elif not self._in_place:
             outs = (out, *[None] * keeps)
         elif keeps == 1:
-            outs = (out, history[store[0]])
+            outs = (out, history[slots[0]])
         else:
-            outs = (out, history[store[0]], history[store[1]])
+            outs = (out, history[slots[0]], history[slots[1]])
         # A small step's time is the way to its loop: it is offered to the extension first, with all history slots, for
         # one that a row does not read costs nothing there.
         extension = ops.direct_extension() if self._direct else None
@@ -203,16 +203,16 @@ class Stepper:
             if any(result.requires_grad for result in results):
                 self._in_place = False
         if keeps:
-            history[store[0]] = results[1]
+            history[slots[0]] = results[1]
         if keeps == 2:
-            history[store[1]] = results[2]
+            history[slots[1]] = results[2]
         self.index = row + 1
         result = results[0]
         self._seen = result
         return result
 
     def _look_at(self, sample: Tensor) -> None:
-        """Compare samples with those of the steps before; until a first step succeeds, make what depends on them."""
+        """Compare samples with those of the steps before; until a first step succeeds, prepare what depends on them."""
         checked_type("step", "sample", sample, Tensor, "a torch.Tensor", "pass a tensor")
         if self.index > 0:
             if sample.shape == self._shape and sample.dtype is self._dtype:
@@ -232,7 +232,7 @@ class Stepper:
         self._prediction_table = None
         self._shape, self._dtype = sample.shape, sample.dtype
         self._direct = self.backend is None and sample.device.type == "cpu"
-        self._coefficients = self.table.shared_rows(sample.dtype, sample.device)
+        self._coefficients = self.table.shared_coefficients(sample.dtype, sample.device)
 
     def _measure(
         self,
@@ -242,7 +242,7 @@ class Stepper:
         guidance_scale: float | Tensor | None,
         variance: Tensor | None,
     ) -> tuple[Tensor | None, int]:
-        """What a step needs beside its tensors, where the table asks: the threshold and the kind of variance."""
+        """Return the threshold and the kind of variance of a step, where the table needs them."""
         threshold = self._threshold(sample, model_output, uncond, guidance_scale) if self.table.thresholding else None
         return threshold, self._variance_kind(variance)
 
@@ -250,7 +250,7 @@ class Stepper:
         self, sample: Tensor, model_output: Tensor, uncond: Tensor | None, guidance_scale: float | Tensor | None
     ) -> Tensor:
         if self._prediction_table is None:
-            self._prediction_table = self.table.shared_rows(sample.dtype, sample.device, prediction=True)
+            self._prediction_table = self.table.shared_coefficients(sample.dtype, sample.device, prediction=True)
         (x0,) = ops.step(
             sample,
             model_output,

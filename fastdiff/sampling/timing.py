@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where a sampling loop's time and memory go."""
+"""The time and the peak memory of a sampling loop."""
 
 from __future__ import annotations
 

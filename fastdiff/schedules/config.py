@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What defines a noise schedule: the names of the kinds, and the configuration with its checks."""
+"""The configuration of a noise schedule: the names of the kinds, the fields and their checks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from ..errors import checked_bool, checked_float, checked_integer, error_message, unknown_name
+from ..errors import checked_bool, checked_float, checked_integer, error_message, parse_choice, unknown_name
 from .betas import check_alphas_cumprod
 from .timesteps import TIMESTEP_SPACINGS
 
@@ -39,18 +39,12 @@ class NoiseScheduleType(str, Enum):
 
     @classmethod
     def parse(cls, value: object, operation: str = "NoiseScheduleType.parse") -> NoiseScheduleType:
-        """Look a kind up by name; ``"squaredcos_cap_v2"`` and ``"squaredcos"`` are other names of cosine.
+        """Return the kind of this name; ``"squaredcos_cap_v2"`` and ``"squaredcos"`` are other names of cosine.
 
         Raises:
             ValueError: no such name; the message lists the known ones.
         """
-        if isinstance(value, cls):
-            return value
-        known = {member.value: member for member in cls}
-        name = _ALIASES.get(value, value) if isinstance(value, str) else None
-        if name not in known:
-            raise unknown_name(operation, "schedule_type", value, [*known, *_ALIASES])
-        return known[name]
+        return parse_choice(cls, operation, "schedule_type", value, _ALIASES)
 
 
 def _custom_values(argument: str, values: object) -> tuple[float, ...]:
@@ -88,11 +82,11 @@ def _custom_values(argument: str, values: object) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class NoiseSchedulerConfig:
-    """What defines a noise schedule. Checked when made, immutable, hashable and comparable.
+    """The configuration of a noise schedule. Checked when made, immutable, hashable and comparable.
 
     Args:
         num_train_timesteps: T, at least 1. With a custom schedule it must be the length of that schedule, or be left
-            at its default of 1000, which then stands for that length.
+            at its default of 1000, which then means that length.
         beta_start: the first β, for the schedules that interpolate; 0 < beta_start ≤ beta_end < 1.
         beta_end: the last β.
         schedule_type: a :class:`NoiseScheduleType` or its name, kept as the name. ``"custom"`` becomes

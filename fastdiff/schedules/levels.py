@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The noise levels that a sampling loop visits: from a training schedule to what a solver reads.
 
-A `Level` is one point of the path x = α·x0 + σ·ε together with the timestep that the model is told there.
+A `Level` is one point of the path x = α·x0 + σ·ε with the model's time argument there.
 `Levels` are n + 1 of them: the model is called at the first n, and the last is where the loop ends.
 All of fastdiff keeps samples in the model's own coordinates (α·x0 + σ·ε), so no solver ever asks for its
 model input to be rescaled; the k-diffusion family's x0 + σ̂·ε is the same thing divided by α.
@@ -182,13 +182,13 @@ def levels_from_timesteps(
 
 
 def levels_from_sigmas(alphas_cumprod: torch.Tensor, sigmas: Sequence[float], *, final_sigma: float = 0.0) -> Levels:
-    """The levels of descending σ̂ = σ/α, each told to the model as the timestep that the schedule gives it."""
+    """The levels of descending σ̂ = σ/α, each with the timestep of that level on the schedule."""
     path = VariancePreservingPath(alphas_cumprod)
     return Levels(tuple(path.at_ratio(float(sigma)) for sigma in (*sigmas, final_sigma)), path.at_ratio)
 
 
 def levels_from_half_log_snr(half_log_snr: Sequence[float]) -> Levels:
-    """The variance-preserving levels of ascending λ = log(α/σ), for models that are told λ itself as timestep."""
+    """The variance-preserving levels of ascending λ = log(α/σ), for models whose time argument is λ itself."""
 
     def locate(ratio: float) -> Level:
         return variance_preserving(ratio, -math.log(ratio) if ratio > 0.0 else math.inf)
@@ -199,7 +199,7 @@ def levels_from_half_log_snr(half_log_snr: Sequence[float]) -> Levels:
 def levels_from_flow_times(times: Sequence[float], *, num_train_timesteps: int = 1000) -> Levels:
     """The levels of the straight path α = 1 − t, σ = t of flow matching, t descending in [0, 1].
 
-    The model is told ``t · num_train_timesteps``, as diffusers' flow schedulers do.
+    The model's time argument is ``t · num_train_timesteps``, as in diffusers' flow schedulers.
     """
 
     def locate(ratio: float) -> Level:
@@ -211,7 +211,7 @@ def levels_from_flow_times(times: Sequence[float], *, num_train_timesteps: int =
 
 
 def with_intermediate_levels(levels: Levels, fractions: Sequence[float]) -> Levels:
-    """Insert, into each step from s to t, the levels at λ_s + r·(λ_t − λ_s) for each r of `fractions`.
+    """Insert, into each step from t to s, the levels at λ_t + r·(λ_s − λ_t) for each r of `fractions`.
 
     This is the grid of the singlestep DPM-Solvers with fixed r (arXiv 2206.00927, algorithms 1 and 2: r = 1/2
     for order 2, r = 1/3 and 2/3 for order 3).  A step whose end has no noise or whose start has no signal has no

@@ -2,7 +2,7 @@
 """Noise schedules: how much signal is left at each training timestep, and the forward process that follows from it.
 
 A schedule is computed once, in float64 on the CPU, from a :class:`NoiseSchedulerConfig`; the numbers are rounded to
-the computing dtype when they meet samples. The formulas stand in :mod:`fastdiff.schedules.betas`.
+the computing dtype when they are applied to samples. The formulas are in :mod:`fastdiff.schedules.betas`.
 """
 
 from __future__ import annotations
@@ -358,7 +358,7 @@ class CustomNoiseScheduler(BaseNoiseScheduler):
     def _alphas_cumprod(self) -> Tensor:
         if self.schedule_type is NoiseScheduleType.CUSTOM_BETAS:
             return super()._alphas_cumprod()
-        # As given, not multiplied up again from the betas, which would round every value.
+        # The given values: the product of the betas would round each of them.
         return torch.tensor(self.config.custom_alphas_cumprod, dtype=torch.float64, device="cpu")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which training timesteps, or which noise levels, a sampler visits.
+"""The training timesteps, or the noise levels, that a sampler visits.
 
 Two families, both computed on the CPU and both descending, from pure noise to the clean end:
 

@@ -57,6 +57,6 @@ def _unit(column: int) -> Affine:
 
 
 SAMPLE, MODEL_OUTPUT, PREDICTION, *_HISTORY, NOISE = (_unit(i) for i in range(len(COLUMNS)))
-#: The history registers: what earlier steps kept.
+#: The history slots, with the outputs that earlier rows kept.
 HISTORY: tuple[Affine, ...] = tuple(_HISTORY)
 ZERO = Affine([0.0] * len(COLUMNS))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""DDIM: the deterministic sampler of a diffusion model, with as much noise put back as η says."""
+"""DDIM: the deterministic solver of a diffusion model, with noise added back in proportion to η."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .table import StepTable
 def ddim(
     levels: Levels, prediction: Prediction, *, eta: float = 0.0, use_clipped_model_output: bool = False
 ) -> StepTable:
-    """The table of DDIM (arXiv 2010.02502, eq. 12 and 16, written for any α and σ).
+    """Compile the table of DDIM (arXiv 2010.02502, eq. 12 and 16, written for any α and σ).
 
     ``prev = α_s·x0 + √(σ_s² − std²)·ε + std·z`` with ``std = η·σ_s·√(1 − (α_t·σ_s/(α_s·σ_t))²)``.
 

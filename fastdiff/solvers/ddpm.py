@@ -30,14 +30,14 @@ class VarianceType(str, Enum):
         return parse_choice(cls, "ddpm", "variance_type", value)
 
 
-#: diffusers keeps the posterior variance of the last step, which is 0, from having no logarithm.
+#: The floor of the posterior variance, as in diffusers: that of the last step is 0 and has no logarithm.
 SMALLEST_VARIANCE = 1e-20
 
 
 def ddpm(
     levels: Levels, prediction: Prediction, *, variance_type: str | VarianceType = VarianceType.FIXED_SMALL
 ) -> StepTable:
-    """The table of DDPM (arXiv 2006.11239, eq. 6 and 7, written for any α and σ).
+    """Compile the table of DDPM (arXiv 2006.11239, eq. 6 and 7, written for any α and σ).
 
     With a = α_t/α_s and β = σ_t² − a²σ_s² (the variance added from s to t), the posterior has the mean
     ``α_s·β/σ_t² · x0 + a·σ_s²/σ_t² · x`` and the variance ``β·σ_s²/σ_t²`` (small) or β (large).  A step to the

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""DPM-Solver and DPM-Solver++, multistep: earlier model outputs stand in for derivatives."""
+"""DPM-Solver and DPM-Solver++, multistep: differences of earlier model outputs approximate its derivatives."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def dpm_multistep(
     euler_at_final: bool = False,
     third_order: str = "compatible",
 ) -> StepTable:
-    """The table of multistep DPM-Solver(++), ODE or SDE (arXiv 2211.01095, algorithm 2 and section 5).
+    """Compile the table of multistep DPM-Solver(++), ODE or SDE (arXiv 2211.01095, algorithm 2 and section 5).
 
     Args:
         levels: the levels to visit.
@@ -51,51 +51,51 @@ def dpm_multistep(
     if third_order not in THIRD_ORDERS:
         raise unknown_name("dpm_solver", "third_order", third_order, THIRD_ORDERS)
     n = len(levels)
-    registers = solver_order - 1
+    slots = max(solver_order - 1, 1)
     rows = []
     for i in range(n):
-        t = levels[i + 1]
-        model = prediction.at(levels[i])
+        t, s = levels[i], levels[i + 1]
+        model = prediction.at(t)
         current = algorithm.interpolated(model)
-        form = algorithm.at(levels[i])
-        step = exponential_step(form, levels[i], t)
+        form = algorithm.at(t)
+        step = exponential_step(form, t, s)
         order = min(solver_order, i + 1, n - i if lower_order_final and n < FEW_STEPS else solver_order)
         if math.isinf(step.h) or (i == n - 1 and euler_at_final):
             order = 1
-        past = [HISTORY[(i - j) % registers] for j in range(1, order)]
+        past = [HISTORY[(i - j) % slots] for j in range(1, order)]
         prev = step.x * SAMPLE + step.d0 * form.interpolated(model)
         if order == 2:
             d1 = (current - past[0]) / _spacing(levels, i - 1, step)
             prev = prev + step.first_difference(kind) * d1
         elif order == 3:
             d1, d2 = _differences(current, past, _spacing(levels, i - 1, step), _spacing(levels, i - 2, step))
-            prev = prev + step.d1 * d1 + _second_weight(algorithm, step, t, third_order) * d2
+            prev = prev + step.d1 * d1 + _second_weight(algorithm, step, s, third_order) * d2
         if step.noise:
             prev = prev + step.noise * NOISE
-        keeps = registers > 0 and i + 1 < n
-        rows.append(model.row(prev, (current,) if keeps else (), (i % registers,) if keeps else ()))
+        rows.append(model.row(prev, kept=(current,), slots=(i % slots,)))
     return StepTable(tuple(rows), levels.initial_scale, thresholding=prediction.thresholding)
 
 
 def _spacing(levels: Levels, index: int, step: Step) -> float:
-    """r: how far levels `index` and `index` + 1 lie apart in λ, in units of the current step."""
+    """r: the distance of levels `index` and `index` + 1 in λ, in units of the current step."""
     return (levels[index + 1].half_log_snr - levels[index].half_log_snr) / step.h
 
 
 def _differences(current: Affine, past: list[Affine], r0: float, r1: float) -> tuple[Affine, Affine]:
     """First and second divided differences of the last three outputs, scaled to the current step."""
-    if math.isinf(r1):  # the oldest output lies at infinite noise: nothing can be read from its distance
+    if math.isinf(r1):  # the oldest output is at infinite noise: its second difference is 0
         return (current - past[0]) / r0, 0.0 * current
     recent, older = (current - past[0]) / r0, (past[0] - past[1]) / r1
     bend = (recent - older) / (r0 + r1)
     return recent + r0 * bend, bend
 
 
-def _second_weight(algorithm: Algorithm, step: Step, t: Level, third_order: str) -> float:
+def _second_weight(algorithm: Algorithm, step: Step, s: Level, third_order: str) -> float:
+    """The coefficient of the second difference in a step to level s."""
     if third_order == "exact":
         return 2.0 * step.d2
     if algorithm is Algorithm.SDE_DPM_SOLVER_PP:
-        return -t.alpha * (phi2(-2.0 * step.h) + 0.5)
+        return -s.alpha * (phi2(-2.0 * step.h) + 0.5)
     return step.d2
 
 

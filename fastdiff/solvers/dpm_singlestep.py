@@ -10,7 +10,7 @@ from .exponential import Algorithm, SolverType, exponential_step
 from .prediction import Prediction
 from .table import Row, StepTable
 
-#: Where a step keeps what it started from: the output and the sample at its start, the output at its second level.
+#: The history slots of a group: the output and the sample at its first level, the output at its second.
 START_OUTPUT, START_SAMPLE, SECOND_OUTPUT = 0, 1, 2
 
 
@@ -22,12 +22,12 @@ def dpm_singlestep(
     solver_order: int = 2,
     solver_type: str | SolverType = SolverType.MIDPOINT,
 ) -> StepTable:
-    """The table of singlestep DPM-Solver(++), ODE or SDE (arXiv 2206.00927, algorithms 1 and 2).
+    """Compile the table of singlestep DPM-Solver(++), ODE or SDE (arXiv 2206.00927, algorithms 1 and 2).
 
     Consecutive levels are taken in groups of `solver_order`: a group starts at its first level, calls the model at
-    each, and ends at the first level of the next.  Where the levels inside a group lie decides the solver's r:
+    each, and ends at the first level of the next.  The levels inside a group set the solver's r:
     on a grid made by `with_intermediate_levels` they are the paper's 1/2, or 1/3 and 2/3; on any other, its own.
-    What does not fill a group at the end is a group of lower order, and the step to σ = 0 is one of order 1.
+    A remainder at the end is a group of lower order, and the step to σ = 0 is one of order 1.
 
     In the SDE forms a group's later rows start from its first sample again.  The noise of the levels in
     between is part of the same Brownian path: it is recovered from the sample that carries it, so that no noise tensor
@@ -50,9 +50,9 @@ def dpm_singlestep(
 
 
 def group_sizes(calls: int, solver_order: int, *, starts_blank: bool, ends_clean: bool) -> list[int]:
-    """How many model calls each step of the loop makes, `calls` in all.
+    """Return the number of model calls of each step of the loop, `calls` in all.
 
-    Steps from α = 0 and to σ = 0 are infinitely long in λ, so nothing lies inside them: they make one call.
+    Steps from α = 0 and to σ = 0 are infinitely long in λ and have no levels inside: they make one call.
     """
     if calls == 1:
         return [1]
@@ -62,38 +62,34 @@ def group_sizes(calls: int, solver_order: int, *, starts_blank: bool, ends_clean
 
 
 def _group(points: tuple[Level, ...], prediction: Prediction, algorithm: Algorithm, kind: SolverType) -> list[Row]:
-    """The rows of one step from the first of `points` to the last."""
+    """Return the rows of one step from the first of `points` to the last."""
     size = len(points) - 1
     kept_outputs = [HISTORY[START_OUTPUT], HISTORY[SECOND_OUTPUT]]
     rows: list[Row] = []
     for stage in range(size):
-        here, target = points[stage], points[stage + 1]
-        model = prediction.at(here)
+        t, s = points[stage], points[stage + 1]
+        model = prediction.at(t)
         output = algorithm.interpolated(model)
         start = SAMPLE if stage == 0 else HISTORY[START_SAMPLE]
         stage_kind = kind if stage == size - 1 else SolverType.HEUN
         prev = _from_start(points[: stage + 2], start, [*kept_outputs[:stage], output], algorithm, stage_kind)
         if algorithm.stochastic:
-            onward = exponential_step(algorithm, here, target)
+            onward = exponential_step(algorithm, t, s)
             prev = prev + onward.noise * NOISE
             if stage > 0:
                 without_noise = _from_start(
                     points[: stage + 1], start, kept_outputs[:stage], algorithm, SolverType.HEUN
                 )
                 prev = prev + onward.x * (SAMPLE - without_noise)
-        keep: dict[int, Affine] = {}
-        if stage == 0 and size > 1:
-            keep = {START_OUTPUT: output, START_SAMPLE: SAMPLE}
-        elif stage == 1 and size > 2 and (algorithm.stochastic or kind is SolverType.HEUN):
-            keep = {SECOND_OUTPUT: output}
-        rows.append(model.row(prev, tuple(keep.values()), tuple(keep)))
+        kept = ({START_OUTPUT: output, START_SAMPLE: SAMPLE}, {SECOND_OUTPUT: output}, {})[stage]
+        rows.append(model.row(prev, kept=tuple(kept.values()), slots=tuple(kept)))
     return rows
 
 
 def _from_start(
     points: tuple[Level, ...], start: Affine, outputs: list[Affine], algorithm: Algorithm, kind: SolverType
 ) -> Affine:
-    """The noise-free update from the first of `points` to the last, given the outputs at all but the last."""
+    """Return the noise-free update from the first of `points` to the last, given the outputs at all but the last."""
     step = exponential_step(algorithm, points[0], points[-1])
     base = step.x * start + step.d0 * outputs[0]
     if len(outputs) == 1:

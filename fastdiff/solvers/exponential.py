@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The exponential integrators behind all DPM-Solvers: one step in λ = log(α/σ) from s to t.
+"""The exponential integrators of all DPM-Solvers: one step in λ = log(α/σ) from level t to level s.
 
-With h = λ_t − λ_s, each form is ``c_x·x + c_0·D0 + c_1·D1 + c_2·D2 + c_z·z``, where D0, D1, D2 stand for the
-model's x0 (data forms) or ε (noise forms) at s and its first and second differences over the step.
+With h = λ_s − λ_t, each form is ``c_x·x + c_0·D0 + c_1·D1 + c_2·D2 + c_z·z``, where D0, D1, D2 are the
+model's x0 (data forms) or ε (noise forms) at t and its first and second differences over the step.
 Papers: DPM-Solver arXiv 2206.00927, DPM-Solver++ arXiv 2211.01095.
 """
 
@@ -35,13 +35,13 @@ class Algorithm(str, Enum):
         return self in (Algorithm.DPM_SOLVER_PP, Algorithm.SDE_DPM_SOLVER_PP)
 
     def at(self, level: Level) -> Algorithm:
-        """The form to step with from this level: at α = 0 there is no λ to integrate ε over, and x0's form serves."""
+        """Return the form for a step from this level: the data form at α = 0, where λ is infinite."""
         if level.alpha > 0.0:
             return self
         return Algorithm.SDE_DPM_SOLVER_PP if self.stochastic else Algorithm.DPM_SOLVER_PP
 
     def interpolated(self, model: Denoised) -> Affine:
-        """What this form keeps of a model call and interpolates: x0 or ε."""
+        """Return the output that this form interpolates and keeps: x0 or ε."""
         return model.x0 if self.predicts_data else model.consistent_noise
 
     @property
@@ -50,7 +50,7 @@ class Algorithm(str, Enum):
 
 
 class SolverType(str, Enum):
-    """How the first difference enters a second-order step: `midpoint` (½·c_0) or `heun` (its exact integral)."""
+    """The weight of the first difference in a second-order step: `midpoint` (½·c_0) or `heun` (its exact integral)."""
 
     MIDPOINT = "midpoint"
     HEUN = "heun"
@@ -62,10 +62,10 @@ class SolverType(str, Enum):
 
 @dataclass(frozen=True)
 class Step:
-    """The coefficients of one step from s to t.
+    """The coefficients of one step from level t to level s.
 
     Attributes:
-        h: λ_t − λ_s.
+        h: λ_s − λ_t.
         x, d0, d1, d2: coefficients of the sample and of the zeroth, first and second difference (exact integrals).
         noise: coefficient of a standard normal draw; 0 in the ODE forms.
     """
@@ -81,25 +81,25 @@ class Step:
         return 0.5 * self.d0 if solver_type is SolverType.MIDPOINT else self.d1
 
 
-def exponential_step(algorithm: Algorithm, s: Level, t: Level) -> Step:
-    """The coefficients from s to t.
+def exponential_step(algorithm: Algorithm, t: Level, s: Level) -> Step:
+    """Compute the coefficients of a step from t to s.
 
     The data forms integrate ``e^λ·x0``, with z = −h (ODE) or −2h (SDE) in the φ functions; the noise forms ``e^−λ·ε``
-    with z = h, twice as much of it in the SDE.  A step to σ_t = 0 returns the predicted x0, the limit that all of them
+    with z = h, twice as much of it in the SDE.  A step to σ_s = 0 returns the predicted x0, the limit that all of them
     share but for the noise SDE, whose own limit would end in noise.
     """
-    h = t.half_log_snr - s.half_log_snr
+    h = s.half_log_snr - t.half_log_snr
     factor = 2.0 if algorithm.stochastic else 1.0
     if algorithm.predicts_data:
         z = -factor * h
-        x = t.sigma / s.sigma * (math.exp(-h) if algorithm.stochastic else 1.0)
-        noise = t.sigma * math.sqrt(-math.expm1(z)) if algorithm.stochastic else 0.0
-        return Step(h, x, -t.alpha * math.expm1(z), t.alpha * (1.0 - phi1(z)), t.alpha * (0.5 - phi2(z)), noise)
-    ratio = t.alpha / s.alpha
-    if t.sigma == 0.0:
-        return Step(h, ratio, -ratio * s.sigma, 0.0, 0.0, 0.0)
-    scale = -factor * t.sigma
-    noise = t.sigma * math.sqrt(math.expm1(2.0 * h)) if algorithm.stochastic else 0.0
+        x = s.sigma / t.sigma * (math.exp(-h) if algorithm.stochastic else 1.0)
+        noise = s.sigma * math.sqrt(-math.expm1(z)) if algorithm.stochastic else 0.0
+        return Step(h, x, -s.alpha * math.expm1(z), s.alpha * (1.0 - phi1(z)), s.alpha * (0.5 - phi2(z)), noise)
+    ratio = s.alpha / t.alpha
+    if s.sigma == 0.0:
+        return Step(h, ratio, -ratio * t.sigma, 0.0, 0.0, 0.0)
+    scale = -factor * s.sigma
+    noise = s.sigma * math.sqrt(math.expm1(2.0 * h)) if algorithm.stochastic else 0.0
     return Step(h, ratio, scale * math.expm1(h), scale * (phi1(h) - 1.0), scale * (phi2(h) - 0.5), noise)
 
 

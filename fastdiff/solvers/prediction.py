@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the model's output says about x0 and ε, as affine maps of the sample and the output."""
+"""x0 and ε as affine maps of the sample and the model's output, for every prediction type."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .table import Row
 
 
 class PredictionType(str, Enum):
-    """What the model was trained to predict, with x = α·x0 + σ·ε."""
+    """The quantity that the model was trained to predict, with x = α·x0 + σ·ε."""
 
     EPSILON = "epsilon"
     V_PREDICTION = "v_prediction"
@@ -28,11 +28,11 @@ class PredictionType(str, Enum):
 
 @dataclass(frozen=True)
 class Denoised:
-    """One level's reading of the model output.
+    """The model output at one level, read as x0 and as ε.
 
     Attributes:
-        x0: the prediction of the clean sample: the symbol d where d is clipped, else p·x + q·m.
-        noise: the model's own prediction of ε, whatever was done to x0.
+        x0: the predicted clean sample: the symbol d where d is clipped, else p·x + q·m.
+        noise: the model's own prediction of ε, from the unclipped x0.
         consistent_noise: (x − α·x0)/σ, which differs from `noise` only where x0 is clipped.
         scalars: (p, q) of d = p·x + q·m.
         clip: the bound of d, inf without one.
@@ -45,14 +45,14 @@ class Denoised:
     scalars: tuple[float, float]
     clip: float
 
-    def row(self, prev_sample: Affine, keep: tuple[Affine, ...] = (), store: tuple[int, ...] = ()) -> Row:
-        """The row that calls the model at this level and then takes `prev_sample`."""
-        return Row(self.timestep, prev_sample, self.scalars, self.clip, keep, store)
+    def row(self, prev_sample: Affine, kept: tuple[Affine, ...] = (), slots: tuple[int, ...] = ()) -> Row:
+        """Return the row that calls the model at this level, steps to `prev_sample` and keeps `kept` in `slots`."""
+        return Row(self.timestep, prev_sample, self.scalars, self.clip, kept, slots)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """How to read the model: its prediction type, and what bounds the x0 that it implies.
+    """The interpretation of the model's output: its prediction type, and the bounds of the x0 that it implies.
 
     Args:
         prediction_type: ``epsilon``; ``v_prediction``, v = α·ε − σ·x0 (arXiv 2202.00512, section 4); ``sample``, x0;

@@ -6,48 +6,49 @@ A row holds everything that the fused step needs besides the tensors::
     m    = u + g·(c − u)                                        guidance
     d    = p·x + q·m,  clipped to ±clip, or thresholded         prediction of x0
     prev = a_x·x + a_m·m + a_d·d + Σ_j a_j·h_j + a_z·s·z        s = 1, or the learned standard deviation
-    keep = two more sums of the same form, stored into history registers
+    kept = up to two more sums of the same form, written to history slots
 
-History lives in up to four **registers**.  A row says which register each kept tensor goes to, so a ring
-buffer is a permutation of coefficients, made here once, and the loop moves no tensor around.
+History is up to four tensors, in **slots**.  A row names the slot of each output that it keeps, so a ring buffer is a
+permutation of coefficients, made here once, and the loop moves no tensor.  A row may write to a slot that it reads: it
+reads first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from ..deprecated import renamed_attribute, renamed_fields
 from ..device_copy import OnDevice, to_device
 from ..errors import checked_type, error_message
 from ..row_layout import (
     CLIP,
     COLUMNS,
-    MODEL_INPUT_SCALE,
     NUM_REGISTERS,
     PREDICTION_OUTPUT,
     PREDICTION_SAMPLE,
     PREV_SAMPLE,
-    STORE_0,
-    STORE_1,
     Variance,
+    blank_row,
     compute_dtype,
 )
 from .affine import ZERO, Affine
 
 
+@renamed_fields(keep="kept", store="slots")
 @dataclass(frozen=True)
 class Row:
     """One model call and the update after it, in float64.
 
     Args:
-        timestep: what the model is told.
+        timestep: the model's time argument.
         prev_sample: the map that gives the next sample.
         prediction: (p, q) with d = p·x + q·m, the prediction of x0.
-        clip: d is clamped to ±clip; inf leaves it as it is.
-        keep: maps whose values go to the registers named by `store`.
-        store: a register (0 to 3) for each map of `keep`.
+        clip: d is clamped to ±clip; inf leaves it unclamped.
+        kept: up to two maps whose values go to history slots.
+        slots: a slot (0 to 3) for each map of `kept`.
         variance_offset, variance_slope: of `Variance.LEARNED_RANGE`.
         model_input_scale: the next model input is this times the previous sample.
     """
@@ -56,46 +57,62 @@ class Row:
     prev_sample: Affine
     prediction: tuple[float, float]
     clip: float = float("inf")
-    keep: tuple[Affine, ...] = ()
-    store: tuple[int, ...] = ()
+    kept: tuple[Affine, ...] = ()
+    slots: tuple[int, ...] = ()
     variance_offset: float = 0.0
     variance_slope: float = 0.0
     model_input_scale: float = 1.0
 
     def scalars(self) -> list[float]:
         """The row as `ROW_WIDTH` numbers, in the layout that the backends read."""
-        keep_0, keep_1 = (*self.keep, ZERO, ZERO)[:2]
-        stores = [float(register) for register in (*self.store, -1, -1)[:2]]  # -1: nothing is kept
-        head = [*self.prediction, self.clip, self.variance_offset, self.variance_slope, self.model_input_scale, *stores]
-        return [*head, *self.prev_sample.coefficients, *keep_0.coefficients, *keep_1.coefficients]
+        kept_0, kept_1 = (*self.kept, ZERO, ZERO)[:2]
+        slots = [float(slot) for slot in (*self.slots, -1, -1)[:2]]  # -1: nothing is kept
+        head = [*self.prediction, self.clip, self.variance_offset, self.variance_slope, self.model_input_scale, *slots]
+        return [*head, *self.prev_sample.coefficients, *kept_0.coefficients, *kept_1.coefficients]
+
+    @property
+    def slots_read(self) -> tuple[int, ...]:
+        """The history slots with a coefficient in one of the maps."""
+        first = COLUMNS.index("history_0")
+        maps = (self.prev_sample, *self.kept)
+        return tuple(j for j in range(NUM_REGISTERS) if any(form.coefficients[first + j] for form in maps))
+
+    keep = renamed_attribute("Row.keep", "kept")
+    store = renamed_attribute("Row.store", "slots")
 
 
 @dataclass(frozen=True)
 class StepTable:
-    """A compiled sampler: its rows in float64 on the host, and what the loop must know of each.
+    """A compiled sampler: its rows in float64 on the host, and the facts of each row that a loop needs.
 
-    Attributes:
-        rows: float64 ``[R, 32]`` on the CPU.
-        timesteps: R timesteps, one a model call.
-        store: for each row, the registers that its kept tensors go to (0, 1 or 2 of them).
-        reads: for each row, the registers that it reads.
-        draws_noise: for each row, whether it adds noise.
+    Args:
+        source: the rows.
         initial_scale: the standard deviation of the first sample.
         variance: how the noise coefficient is scaled by the model's second output.
-        thresholding: whether the loop computes a threshold a sample for d (dynamic thresholding).
+        thresholding: the loop computes a threshold for d a sample (dynamic thresholding).
+        drop_unread: leave out of the rows the kept outputs that no later row reads, each a pass over memory; False for
+            a caller that reads them itself.
+
+    Attributes:
+        coefficients: float64 ``[R, 32]`` on the CPU.
+        timesteps: R timesteps, one a model call.
+        kept_slots: for each row, the history slots that it writes (0, 1 or 2 of them).
+        read_slots: for each row, the history slots that it reads.
+        draws_noise: for each row, True where it adds noise.
 
     Raises:
-        ValueError: there is no row, a scalar is NaN or infinite (`clip` may be infinite), or a register is misused.
+        ValueError: there is no row, a scalar is NaN or infinite (`clip` may be infinite), or a slot is misused.
     """
 
     source: tuple[Row, ...]
     initial_scale: float = 1.0
     variance: Variance = Variance.FIXED
     thresholding: bool = False
-    rows: torch.Tensor = field(init=False, compare=False, repr=False)
+    drop_unread: bool = field(default=True, compare=False, repr=False)
+    coefficients: torch.Tensor = field(init=False, compare=False, repr=False)
     timesteps: tuple[float, ...] = field(init=False, compare=False, repr=False)
-    store: tuple[tuple[int, ...], ...] = field(init=False, compare=False, repr=False)
-    reads: tuple[tuple[int, ...], ...] = field(init=False, compare=False, repr=False)
+    kept_slots: tuple[tuple[int, ...], ...] = field(init=False, compare=False, repr=False)
+    read_slots: tuple[tuple[int, ...], ...] = field(init=False, compare=False, repr=False)
     draws_noise: tuple[bool, ...] = field(init=False, compare=False, repr=False)
     _shared: dict[tuple[torch.dtype, torch.device, bool], OnDevice] = field(
         init=False, compare=False, repr=False, default_factory=dict
@@ -109,60 +126,67 @@ class StepTable:
             raise ValueError(
                 error_message("StepTable", "source", "has no rows", "at least one", "ask for at least one step")
             )
-        rows = torch.tensor([row.scalars() for row in self.source], dtype=torch.float64, device="cpu")
+        self._check_slots()
+        coefficients = _coefficients(self.source)
+        self._check_scalars(coefficients)
+        if self.drop_unread:
+            kept = _without_unread(self.source)
+            if kept != self.source:
+                object.__setattr__(self, "source", kept)
+                coefficients = _coefficients(kept)
         derived: dict[str, object] = {
-            "rows": rows,
+            "coefficients": coefficients,
             "timesteps": tuple(row.timestep for row in self.source),
-            "store": tuple(row.store for row in self.source),
-            "reads": tuple(_registers_read(row) for row in self.source),
-            "draws_noise": tuple(any(form.coefficients[-1] for form in _maps(row)) for row in self.source),
+            "kept_slots": tuple(row.slots for row in self.source),
+            "read_slots": tuple(row.slots_read for row in self.source),
+            "draws_noise": tuple(
+                any(form.coefficients[-1] for form in (row.prev_sample, *row.kept)) for row in self.source
+            ),
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
-        self._check_scalars(rows)
-        self._check_registers()
 
-    def _check_scalars(self, rows: torch.Tensor) -> None:
-        finite = torch.isfinite(rows)
-        finite[:, CLIP] = rows[:, CLIP] > 0
+    def _check_scalars(self, coefficients: torch.Tensor) -> None:
+        finite = torch.isfinite(coefficients)
+        finite[:, CLIP] = coefficients[:, CLIP] > 0
         if not bool(finite.all()):
             row, column = (int(i) for i in (~finite).nonzero()[0])
             raise ValueError(
                 error_message(
                     "StepTable",
-                    f"rows[{row}, {column}]",
-                    f"is {float(rows[row, column])}",
+                    f"coefficients[{row}, {column}]",
+                    f"is {float(coefficients[row, column])}",
                     "a finite number",
                     "the solver divides by zero here: choose another prediction_type, solver or timesteps",
                 )
             )
 
-    def _check_registers(self) -> None:
+    def _check_slots(self) -> None:
         written: set[int] = set()
         for i, row in enumerate(self.source):
-            stores_match = len(row.store) == len(row.keep) <= 2 and len(set(row.store)) == len(row.store)
-            if not stores_match or not set(row.store) <= set(range(NUM_REGISTERS)):
+            one_each = len(row.slots) == len(row.kept) <= 2 and len(set(row.slots)) == len(row.slots)
+            if not one_each or not set(row.slots) <= set(range(NUM_REGISTERS)):
                 raise ValueError(
                     error_message(
                         "StepTable",
-                        f"source[{i}].store",
-                        f"is {row.store} for {len(row.keep)} kept tensors",
-                        f"a different register from 0 to {NUM_REGISTERS - 1} for each, two at most",
-                        "name one register a kept tensor",
+                        f"source[{i}].slots",
+                        f"is {row.slots} for {len(row.kept)} kept outputs",
+                        f"a different history slot from 0 to {NUM_REGISTERS - 1} for each, two at most",
+                        "name one slot a kept output",
                     )
                 )
-            unwritten = set(self.reads[i]) - written
+            unwritten = set(row.slots_read) - written
             if unwritten:
                 raise ValueError(
                     error_message(
                         "StepTable",
                         f"source[{i}]",
-                        f"reads register {min(unwritten)}",
-                        "a register that an earlier row has stored to",
-                        "keep a tensor there first",
+                        f"reads history slot {min(unwritten)}",
+                        "a slot that an earlier row has written",
+                        "keep an output there first",
                     )
                 )
-            written |= set(row.store)
+            written |= set(row.slots)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -170,16 +194,21 @@ class StepTable:
     def __iter__(self) -> Iterator[Row]:
         return iter(self.source)
 
-    def rows_as(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
-        """The rows for samples of `dtype`: float64 for float64, else float32; rounded once."""
-        return to_device(self.rows.to(compute_dtype(dtype)), device).contiguous()
+    def coefficients_as(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return the coefficients for samples of `dtype`: float64 for float64, else float32; rounded once."""
+        return to_device(self.coefficients.to(compute_dtype(dtype)), device).contiguous()
 
-    def shared_rows(self, dtype: torch.dtype, device: torch.device, *, prediction: bool = False) -> torch.Tensor:
-        """The rows of `rows_as`, made once for a dtype and a device and read by every loop: not to be written.
+    def shared_coefficients(
+        self, dtype: torch.dtype, device: torch.device, *, prediction: bool = False
+    ) -> torch.Tensor:
+        """Return the coefficients of `coefficients_as`, one tensor for all loops: do not write to it.
 
-        With `prediction` those of `prediction_rows` instead.
+        Args:
+            dtype: of the samples.
+            device: of the samples.
+            prediction: those of `prediction_rows` instead.
         """
-        source = self.prediction_rows if prediction else lambda: self.rows
+        source = self.prediction_rows if prediction else lambda: self.coefficients
         if torch.compiler.is_compiling():
             return source().to(device=device, dtype=compute_dtype(dtype)).contiguous()
         key = compute_dtype(dtype), device, prediction
@@ -192,29 +221,41 @@ class StepTable:
         return shared.get()
 
     def __getstate__(self) -> dict[str, object]:
-        """A copy, or a pickle, brings its rows to devices itself."""
+        """Leave out the tensors of `shared_coefficients`: a copy, or a pickle, makes its own."""
         return {**self.__dict__, "_shared": {}}
 
     def prediction_rows(self) -> torch.Tensor:
-        """Rows that return d itself, unclipped, as the previous sample: what dynamic thresholding measures."""
-        return prediction_rows(self.rows)
+        """Return rows with d itself, unclipped, as the previous sample: dynamic thresholding measures it."""
+        return prediction_rows(self.coefficients)
+
+    rows = renamed_attribute("StepTable.rows", "coefficients")
+    rows_as = renamed_attribute("StepTable.rows_as", "coefficients_as")
+    shared_rows = renamed_attribute("StepTable.shared_rows", "shared_coefficients")
+    store = renamed_attribute("StepTable.store", "kept_slots")
+    reads = renamed_attribute("StepTable.reads", "read_slots")
 
 
 def prediction_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Of rows ``[R, 32]`` those that return d itself, unclipped, as the previous sample."""
-    found = torch.zeros_like(rows)
+    """Return rows like `rows`, ``[R, 32]``, with d itself, unclipped, as the previous sample."""
+    found = torch.tensor([blank_row()], dtype=rows.dtype, device=rows.device).repeat(len(rows), 1)
     found[:, [PREDICTION_SAMPLE, PREDICTION_OUTPUT]] = rows[:, [PREDICTION_SAMPLE, PREDICTION_OUTPUT]]
-    found[:, CLIP] = float("inf")
-    found[:, MODEL_INPUT_SCALE] = 1.0
-    found[:, [STORE_0, STORE_1]] = -1.0
     found[:, PREV_SAMPLE + COLUMNS.index("prediction")] = 1.0
     return found
 
 
-def _maps(row: Row) -> Sequence[Affine]:
-    return (row.prev_sample, *row.keep)
+def _coefficients(rows: Sequence[Row]) -> torch.Tensor:
+    return torch.tensor([row.scalars() for row in rows], dtype=torch.float64, device="cpu")
 
 
-def _registers_read(row: Row) -> tuple[int, ...]:
-    first = COLUMNS.index("history_0")
-    return tuple(j for j in range(NUM_REGISTERS) if any(form.coefficients[first + j] for form in _maps(row)))
+def _without_unread(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Leave out the kept outputs that no later row reads before another row writes to their slot."""
+    found: list[Row] = []
+    wanted: set[int] = set()  # the slots that later rows read as this one leaves them
+    for row in reversed(rows):
+        read = [j for j, slot in enumerate(row.slots) if slot in wanted]
+        wanted -= set(row.slots)
+        if len(read) < len(row.slots):
+            row = replace(row, kept=tuple(row.kept[j] for j in read), slots=tuple(row.slots[j] for j in read))
+        wanted |= set(row.slots_read)
+        found.append(row)
+    return tuple(reversed(found))

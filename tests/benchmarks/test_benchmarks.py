@@ -47,12 +47,12 @@ needs_copy = pytest.mark.skipif(bool(why_absent()), reason=why_absent())
         (Row(0.0, 2.0 * SAMPLE, (1.0, 1.0)), 2, 2),
         (Row(0.0, SAMPLE + MODEL_OUTPUT + NOISE, (1.0, 1.0)), 4, 5),
         # What is kept is one more output; what it reads counts as well, and once.
-        (Row(0.0, SAMPLE + MODEL_OUTPUT, (1.0, 1.0), keep=(1.0 * MODEL_OUTPUT,), store=(0,)), 4, 5),
-        (Row(0.0, 1.0 * MODEL_OUTPUT, (1.0, 1.0), keep=(SAMPLE, SAMPLE + MODEL_OUTPUT), store=(0, 2)), 5, 6),
+        (Row(0.0, SAMPLE + MODEL_OUTPUT, (1.0, 1.0), kept=(1.0 * MODEL_OUTPUT,), slots=(0,)), 4, 5),
+        (Row(0.0, 1.0 * MODEL_OUTPUT, (1.0, 1.0), kept=(SAMPLE, SAMPLE + MODEL_OUTPUT), slots=(0, 2)), 5, 6),
     ],
 )
 def test_tensors_moved_are_those_that_the_row_uses(row: Row, plain: int, guided: int) -> None:
-    table = StepTable((row,))
+    table = StepTable((row,), drop_unread=False)
     assert tensors_moved(table, 0, guided=False) == plain
     assert tensors_moved(table, 0, guided=True) == guided
     in_kernel = tensors_moved(table, 0, guided=False, noise_in_memory=False)
@@ -61,10 +61,10 @@ def test_tensors_moved_are_those_that_the_row_uses(row: Row, plain: int, guided:
 
 def test_tensors_moved_count_history_and_learned_variance() -> None:
     rows = (
-        Row(1.0, SAMPLE + MODEL_OUTPUT, (1.0, 1.0), keep=(SAMPLE, 1.0 * MODEL_OUTPUT), store=(0, 1)),
-        Row(0.0, SAMPLE + HISTORY[0] + HISTORY[1] + NOISE, (1.0, 1.0), keep=(1.0 * HISTORY[0],), store=(1,)),
+        Row(1.0, SAMPLE + MODEL_OUTPUT, (1.0, 1.0), kept=(SAMPLE, 1.0 * MODEL_OUTPUT), slots=(0, 1)),
+        Row(0.0, SAMPLE + HISTORY[0] + HISTORY[1] + NOISE, (1.0, 1.0), kept=(1.0 * HISTORY[0],), slots=(1,)),
     )
-    table = StepTable(rows, variance=Variance.LEARNED)
+    table = StepTable(rows, variance=Variance.LEARNED, drop_unread=False)
     # x, m → x, two kept; then x, two of history, noise and its variance → x, one kept.
     assert [tensors_moved(table, i, guided=False) for i in range(2)] == [5, 7]
     assert bytes_a_step(table, 10, guided=False) == 60.0
@@ -74,7 +74,10 @@ def test_tensors_moved_count_history_and_learned_variance() -> None:
     ("op", "moved"),
     [
         ("ddim", 4.0),  # x, c, u → x
-        ("dpmsolver++2m", (5 + 18 * 6 + 4) / 20),  # x0 kept from the first on and read from the second; not at the end
+        (
+            "dpmsolver++2m",
+            (5 + 17 * 6 + 5 + 4) / 20,
+        ),  # the last row is of order 1: it reads and keeps nothing
         ("heun", (19 * 5 + 19 * 5 + 4) / 39),  # keeps the slope, then reads it
         ("ddpm", (19 * 5 + 4) / 20),  # no noise in the last step
     ],
@@ -173,8 +176,8 @@ def test_compiled_formula_takes_the_same_steps(op: str) -> None:
         noise = torch.randn(SMALL, generator=generator, dtype=torch.float64) if plan.draws_noise else None
         expected = stepper.step(expected, tensors.cond, uncond=tensors.uncond, guidance_scale=GUIDANCE, noise=noise)
         plain = plan.step._torchdynamo_orig_callable  # type: ignore[attr-defined]
-        history, store = (tuple(registers[j] for j in places) for places in (plan.reads, plan.store))
-        plain(sample, tensors.cond, tensors.uncond, plan.scalars, history, noise, store)
+        history, kept = (tuple(registers[j] for j in places) for places in (plan.reads, plan.slots))
+        plain(sample, tensors.cond, tensors.uncond, plan.scalars, history, noise, kept)
         torch.testing.assert_close(sample, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -209,7 +212,7 @@ def test_k_diffusion_is_its_own_code_without_its_training_stack() -> None:
     assert set(vars(sampling.utils)) >= {"append_dims"}
     assert "k_diffusion" not in sys.modules
     for op in OPS.values():
-        assert callable(getattr(sampling, op.k_diffusion[0]))
+        assert op.k_diffusion is None or callable(getattr(sampling, op.k_diffusion[0]))
 
 
 # ------------------------------------------------------------------------------------------------ the table, the report

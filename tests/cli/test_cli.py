@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastdiff.analysis.images import GAP, save_grid
-from fastdiff.cli import SAMPLERS, parse_classes, print_environment
+from fastdiff.cli import ALIASES, SAMPLERS, parse_classes, print_environment
 from support.children import child_environment
 
 pytest.importorskip("typer")
@@ -54,6 +54,11 @@ def test_sample_gives_the_same_picture_for_the_same_seed(tmp_path: Path) -> None
     assert pictures["a"] == pictures["b"] != pictures["c"]
 
 
+def test_aliases_are_the_methods_whose_names_are_spelt_otherwise() -> None:
+    assert set(ALIASES) >= {"dpm_solver", "euler_ancestral"}
+    assert not set(ALIASES) & set(SAMPLERS)
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_name_samples(name: str, tmp_path: Path) -> None:
     from fastdiff.cli import draw_digits
@@ -61,7 +66,7 @@ def test_every_sampler_name_samples(name: str, tmp_path: Path) -> None:
     out = tmp_path / "grid.png"
     draw_digits(
         {**SAMPLERS[name], "num_inference_steps": 3},
-        guidance=1.5,
+        guidance_scale=1.5,
         classes="4",
         n=1,
         seed=0,
@@ -141,6 +146,7 @@ def sentence_on(stderr: str) -> str:
         (("--seed", "-1"), ("--seed", "0 to 4294967295")),
         (("--seed", str(2**64)), ("--seed", "0 to 4294967295")),
         (("--guidance", "nan"), ("guidance_scale", "nan")),
+        (("--guidance-scale", "nan"), ("guidance_scale", "nan")),
         (("--guidance", "inf"), ("guidance_scale", "inf")),
         (("--order", "9"), ("solver_order", "9")),
         (("--eta", "-1"), ("eta", "-1")),

@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastdiff.diffusers
+from fastdiff import ops
 from fastdiff.diffusers import mixin
 from fastdiff.diffusers.compiler.plan import NoiseSource
 from fastdiff.diffusers.runtime import scheduler_cache, step_cache
 from fastdiff.diffusers.runtime.guards import Guard, GuardKind, array_record
+from fastdiff.noise import torch_normals
 from fastdiff.ops import backends
 from support.dropin_helpers import forget_plans, quiet
 from support.oracle import assert_same_bits
@@ -136,9 +138,7 @@ class Pair:
             for scheduler in self.schedulers:
                 change(scheduler)
 
-    def step(
-        self, place: int, output: Tensor, sample: Tensor, seed: int | None = None
-    ) -> tuple[Tensor, list[bool]]:
+    def step(self, place: int, output: Tensor, sample: Tensor, seed: int | None = None) -> tuple[Tensor, list[bool]]:
         """Take a step by both; return its sample, and whether the first and the second looked up its plan."""
         results, looked_up = [], []
         for which, step in enumerate(self.steps):
@@ -242,3 +242,50 @@ def test_the_executors_in_both_languages_give_the_same(name: str, monkeypatch: p
             sample = laid[-1] if layout == 2 else outputs[-1]
             for place in range(STEPS):
                 sample, _ = pair.step(place, laid[place], sample, seed=9 if name == "DDPM" and layout else None)
+
+
+GENERATORS: dict[str, Callable[[], Any]] = {
+    "torch's own": lambda: None,
+    "one": lambda: torch.Generator().manual_seed(3),
+    "a list of one": lambda: [torch.Generator().manual_seed(3)],
+    "one a sample": lambda: [torch.Generator().manual_seed(seed) for seed in (4, 5)],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("generators", list(GENERATORS))
+@pytest.mark.parametrize("trusted", [True, False], ids=["by the extension's loop", "by ATen"])
+def test_the_native_executor_draws_torchs_noise(
+    generators: str, dtype: torch.dtype, trusted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ATen draws on every device; on the CPU it has to give torch's bits and leave the generators in torch's states."""
+    torch_normals.why_by_torch()  # the trial of the extension's loop
+    before = backends.extension.trust_torch_randn(trusted)
+    try:
+        kind = fastdiff.diffusers.DDPMScheduler
+        outputs = torch.randn(STEPS + 1, 2, 3, 4, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+        def loop(scheduler: Any) -> tuple[list[Tensor], list[Tensor]]:
+            scheduler.set_timesteps(STEPS)
+            torch.manual_seed(8)
+            generator, sample, found = GENERATORS[generators](), outputs[-1], []
+            for output, timestep in zip(outputs, scheduler.timesteps, strict=False):
+                sample = scheduler.step(output, timestep, sample, generator=generator).prev_sample
+                found.append(sample)
+            drawn_by = generator if isinstance(generator, list) else [generator or torch.default_generator]
+            return found, [each.get_state() for each in drawn_by]
+
+        scheduler = kind()
+        for _ in range(2):
+            wanted = loop(scheduler)
+        monkeypatch.setattr(ops, "step", lambda *call, **options: pytest.fail("by the Python executor"))
+        found = loop(scheduler)
+        assert_same_bits(found[0], wanted[0])
+        assert all(map(torch.equal, found[1], wanted[1]))
+        theirs = loop(kind.original())
+        assert all(map(torch.equal, found[1], theirs[1]))
+        for mine, other in zip(found[0], theirs[0], strict=True):
+            tolerance = 2e-2 if dtype is torch.bfloat16 else 1e-5  # diffusers rounds to bfloat16 between operations
+            torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
+    finally:
+        backends.extension.trust_torch_randn(before)

@@ -138,7 +138,7 @@ def check(
         inputs = on_gpu(Inputs(seed, guidance, dtype))
         expected = run(sampler, model, inputs, **given).samples
         for _ in range(2):
-            for buffer in (loop._x, loop._prepared, *loop._registers):
+            for buffer in (loop._x, loop._prepared, *loop._history):
                 if buffer is not None:
                     buffer.fill_(float("nan"))
             with syncs_refused():
@@ -203,7 +203,7 @@ def test_loop_is_one_launch_and_steps_are_one_each() -> None:
 
 
 def test_replays_on_other_streams_take_turns() -> None:
-    sampler, model = sampler_of("ancestral"), Model().cuda()
+    sampler, model = sampler_of("ancestral-1.0"), Model().cuda()
     loop = sampler.capture(model, Inputs(0).latents.cuda())
     inputs = [on_gpu(Inputs(seed)) for seed in (1, 2, 3)]
     expected = [run(sampler, model, one).samples.cpu() for one in inputs]
@@ -316,7 +316,7 @@ def test_dropped_loops_give_their_memory_back() -> None:
 
 
 def test_backend_that_is_chosen_by_itself_is_captured() -> None:
-    sampler, model, inputs = sampler_of("ancestral"), Model().cuda(), on_gpu(Inputs(0))
+    sampler, model, inputs = sampler_of("ancestral-1.0"), Model().cuda(), on_gpu(Inputs(0))
     name = ops.backend_for(inputs.latents)
     forced = run(sampler, model, inputs, backend=name).samples
     assert_same_bits([run(sampler, model, inputs, cuda_graph=True).samples.cpu()], [forced.cpu()])

@@ -48,10 +48,10 @@ def _eager(sampler: BaseSampler, model: Any, inputs: Inputs, **options: Any) -> 
 def _poison(loop: CapturedLoop, graph: EmulatedGraph) -> None:
     """Everything that a replay has to write before it reads."""
     graph.poison()
-    for buffer in (loop._x, loop._prepared, loop._guidance, *loop._registers, *loop._conditions.tensors()):
+    for buffer in (loop._x, loop._prepared, loop._guidance, *loop._history, *loop._conditions.tensors()):
         if buffer is not None:
             poison(buffer)
-    loop._row.fill_(len(loop.table) + 7)
+    loop._row_index.fill_(len(loop.table) + 7)
     if loop._seeds is not None:
         loop._seeds.fill_(-1)
 
@@ -122,7 +122,7 @@ def test_captured_loop_keeps_layouts(emulated: list[EmulatedGraph]) -> None:
         Inputs(1).latents[:1].expand(SHAPE),
         Inputs(1).latents[:0],
     ):
-        sampler, model = sampler_of("ancestral"), Model()
+        sampler, model = sampler_of("ancestral-1.0"), Model()
         seeds = list(range(len(latents)))
         expected = sampler.sample(model, latents, seeds=seeds, progress=False).samples
         got = sampler.sample(model, latents, seeds=seeds, cuda_graph=True).samples
@@ -173,7 +173,8 @@ def test_captured_loop_reads_its_buffers_the_table_and_the_weights(
     loop = sampler.capture(
         model, inputs.latents, *inputs.conditions, guidance_scale=inputs.scale, mode=mode, model_kwargs=kwargs
     )
-    known = storages([*loop._buffers, loop._rows, loop._prediction_rows, *model.parameters()])  # type: ignore[list-item]
+    tables = loop._coefficients, loop._prediction_coefficients
+    known = storages([*loop._buffers, *tables, *model.parameters()])  # type: ignore[list-item]
     read = storages(emulated[-1].reads())
     assert read <= known, "a replay depends on what nobody fills"
     callers = storages([inputs.latents, inputs.seeds, *inputs.conditions, *kwargs.values()])
@@ -286,7 +287,7 @@ def test_emulation_catches_a_step_index_that_is_baked_in(
         assert self._model is not None
         # The host counts instead of the device.
         output, _, _ = self._model(self._x, self._timesteps[taken[0]], self._prepared)
-        ops.step(self._x, output, self._rows, taken[0], out=(self._x,))
+        ops.step(self._x, output, self._coefficients, taken[0], out=(self._x,))
         taken[0] = (taken[0] + 1) % len(self.table)
 
     sampler, model = sampler_of("ddim-0.0"), Model()
@@ -315,7 +316,9 @@ def test_emulation_catches_a_guidance_scale_that_is_baked_in(
     got = loop.replay(inputs.latents, *inputs.conditions, guidance_scale=inputs.scale)
     assert not torch.equal(got, _eager(sampler, model, inputs))
     assert_same_bits([got], [_eager(sampler, model, inputs, guidance_scale=first.scale)])
-    assert not storages(emulated[-1].reads()) <= storages(loop._buffers) | storages([loop._rows, *model.parameters()])
+    assert not storages(emulated[-1].reads()) <= storages(loop._buffers) | storages(
+        [loop._coefficients, *model.parameters()]
+    )
 
 
 def _conditional(x: Tensor) -> Tensor:
@@ -424,7 +427,7 @@ def test_sample_refuses_what_a_graph_has_no_place_for(
     options: dict[str, Any], message: str, emulated: list[EmulatedGraph]
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        sampler_of("ancestral").sample(Model(), Inputs(0).latents, **{"cuda_graph": True, **options})
+        sampler_of("ancestral-1.0").sample(Model(), Inputs(0).latents, **{"cuda_graph": True, **options})
     assert not emulated
 
 
@@ -516,7 +519,7 @@ def test_sampler_does_not_hold_models_and_a_captured_loop_does(emulated: list[Em
 
 
 def test_copies_of_a_sampler_leave_its_loops_behind(emulated: list[EmulatedGraph]) -> None:
-    sampler, model, inputs = sampler_of("ancestral"), Model(), Inputs(0)
+    sampler, model, inputs = sampler_of("ancestral-1.0"), Model(), Inputs(0)
     expected = _eager(sampler, model, inputs, cuda_graph=True)
     for other in (copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
         assert len(other._graphs) == 0
@@ -525,7 +528,7 @@ def test_copies_of_a_sampler_leave_its_loops_behind(emulated: list[EmulatedGraph
 
 
 def test_threads_take_turns(emulated: list[EmulatedGraph]) -> None:
-    sampler, model = sampler_of("ancestral"), Model()
+    sampler, model = sampler_of("ancestral-1.0"), Model()
     expected = [_eager(sampler, model, Inputs(i)) for i in range(4)]
     results: list[list[Tensor]] = [[] for _ in expected]
 
@@ -544,7 +547,7 @@ def test_threads_take_turns(emulated: list[EmulatedGraph]) -> None:
 
 
 def test_loops_captured_in_inference_mode_serve_outside_of_it(emulated: list[EmulatedGraph]) -> None:
-    sampler, model, inputs = sampler_of("ancestral"), Model(), Inputs(0)
+    sampler, model, inputs = sampler_of("ancestral-1.0"), Model(), Inputs(0)
     with torch.inference_mode():
         _eager(sampler, model, inputs, cuda_graph=True)
     assert_same_bits([_eager(sampler, model, inputs, cuda_graph=True)], [_eager(sampler, model, inputs)])

@@ -11,16 +11,11 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff import Purpose, as_seeds, ops, spawn_seeds
+from support import solver_cases
 
 STOCHASTIC: list[tuple[str, dict[str, Any]]] = [
-    ("ddpm", {}),
+    *solver_cases.STOCHASTIC,
     ("ddpm", {"variance_type": "learned_range"}),
-    ("ddim", {"eta": 0.7}),
-    ("euler_ancestral", {}),
-    ("euler", {"s_churn": 20.0}),
-    ("heun", {"s_churn": 20.0}),
-    ("dpm_solver", {"algorithm_type": "sde-dpmsolver++"}),
-    ("dpm_solver", {"algorithm_type": "sde-dpmsolver", "solver_mode": "singlestep"}),
 ]
 SHAPE = (3, 4, 5, 7)
 
@@ -137,7 +132,7 @@ def test_a_model_may_return_its_own_input(guided: bool) -> None:
 def test_seeds_reach_a_step_in_any_batch_dimension() -> None:
     # One sample without a batch dimension has one seed.
     x = torch.randn(())
-    table = fastdiff.create_sampler("linear", "ddpm").table.rows_as(torch.float32)
+    table = fastdiff.create_sampler("linear", "ddpm").table.coefficients_as(torch.float32)
     (one,) = ops.step(x, x, table, 3, seeds=as_seeds([9], 1, "cpu"), noise_step=3)
     (other,) = ops.step(x[None], x[None], table, 3, seeds=as_seeds([9], 1, "cpu"), noise_step=3)
     assert torch.equal(one[None], other)

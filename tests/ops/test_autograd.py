@@ -259,10 +259,10 @@ def test_drawn_noise_is_a_constant_with_the_gradients_of_the_same_noise_given() 
 
 def test_a_loop_of_a_stepper_has_the_reference_s_gradient() -> None:
     row = Row(
-        1.0, Affine([0.9, 0.2, 0.1, 0.1, 0, 0, 0, 0.3]), (0.5, 0.1), clip=1.0, keep=(Affine([0, 0, 1, 0, 0, 0, 0, 0]),),
-        store=(0,),
+        1.0, Affine([0.9, 0.2, 0.1, 0.1, 0, 0, 0, 0.3]), (0.5, 0.1), clip=1.0, kept=(Affine([0, 0, 1, 0, 0, 0, 0, 0]),),
+        slots=(0,),
     )  # fmt: skip
-    table = StepTable((Row(1.0, Affine([0.9, 0.1, 0, 0, 0, 0, 0, 0]), (0.5, 0.1), keep=row.keep, store=(0,)), row, row))
+    table = StepTable((Row(1.0, Affine([0.9, 0.1, 0, 0, 0, 0, 0, 0]), (0.5, 0.1), kept=row.kept, slots=(0,)), row, row))
     x, w = torch.randn(2, 3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
     found = []
     for backend in (None, "reference"):

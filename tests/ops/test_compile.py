@@ -31,9 +31,10 @@ ROW = plain_row(prev_x=1.0, prev_m=2.0)
 TABLE = StepTable(
     tuple(
         Row(1.0, Affine([0.9, 0.1 * i, 0.2, 0.1 * i, 0, 0, 0, 0.3]), (0.5, 0.1), clip=1.0,
-            keep=(Affine([0, 0, 1, 0, 0, 0, 0, 0]),), store=(0,), model_input_scale=0.5)
+            kept=(Affine([0, 0, 1, 0, 0, 0, 0, 0]),), slots=(0,), model_input_scale=0.5)
         for i in range(3)
-    )
+    ),
+    drop_unread=False,
 )  # fmt: skip
 here = pytest.mark.parametrize("backend", [name for name in ("cpu", "reference") if not backends.why_missing(name)])
 compilers = pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -229,7 +230,7 @@ def test_a_compiled_function_refuses_what_the_step_refuses() -> None:
 
 @compilers
 def test_a_step_whose_row_is_a_tensor_compiles_once_for_a_whole_loop_and_writes_what_it_is_given(compiler: str) -> None:
-    rows = TABLE.rows_as(torch.float32)
+    rows = TABLE.coefficients_as(torch.float32)
 
     def step(x: Tensor, m: Tensor, row: Tensor, h: Tensor, out: Tensor, kept: Tensor, model_input: Tensor) -> Tensor:
         return ops.step(
@@ -248,7 +249,7 @@ def test_a_step_whose_row_is_a_tensor_compiles_once_for_a_whole_loop_and_writes_
 
 
 def test_a_skipped_sample_s_kept_tensor_stays_in_a_compiled_function_too() -> None:
-    rows, x = TABLE.rows_as(torch.float32), torch.randn(2, 3)
+    rows, x = TABLE.coefficients_as(torch.float32), torch.randn(2, 3)
 
     def step(row: Tensor, kept: Tensor) -> Tensor:
         return ops.step(x, x, rows, row, keeps=1, out=[None, kept])[0]
@@ -343,7 +344,7 @@ class Sampler(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.model = torch.nn.Linear(3, 3).requires_grad_(False)
-        self.register_buffer("table", TABLE.rows_as(torch.float32))
+        self.register_buffer("table", TABLE.coefficients_as(torch.float32))
 
     def forward(self, x: Tensor, seeds: Tensor) -> Tensor:
         kept: tuple[Tensor, ...] = ()
@@ -406,7 +407,7 @@ def test_the_checks_of_a_call_use_no_enum_while_they_are_traced() -> None:
 
 
 def test_a_learned_variance_compiles_whether_its_kind_is_a_member_or_an_int() -> None:
-    rows, x = TABLE.rows_as(torch.float32), torch.randn(2, 3)
+    rows, x = TABLE.coefficients_as(torch.float32), torch.randn(2, 3)
     for kind in (Variance.LEARNED, int(Variance.LEARNED)):
 
         def step(x: Tensor, kind: int = kind) -> Tensor:

@@ -31,7 +31,7 @@ from fastdiff import ops
 seen = []
 warnings.showwarning = lambda message, kind, file, line, *rest: seen.append((message, kind, file, line))
 x, table = torch.randn(2, 4, 8, 8), fastdiff.create_sampler("linear", "ddim", num_inference_steps=2).table
-rows = table.rows_as(torch.float32)
+rows = table.coefficients_as(torch.float32)
 assert not seen, seen
 """
 REPORT = """

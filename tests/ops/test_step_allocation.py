@@ -12,16 +12,14 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff.ops import backends
+from support import solver_cases
 
 pytestmark = pytest.mark.skipif(backends.extension is None, reason="the C++ extension was not built")
 
 SHAPE = (2, 4, 40, 40)
 BYTES = 4 * 2 * 4 * 40 * 40
 SAMPLERS: list[tuple[str, dict[str, Any]]] = [
-    ("ddim", {}),
-    ("ddpm", {}),
-    ("euler_ancestral", {}),
-    ("heun", {}),
+    *((method, {}) for method in solver_cases.METHODS),
     ("dpm_solver", {"solver_order": 3}),
     ("dpm_solver", {"solver_order": 3, "solver_mode": "singlestep"}),
     ("dpm_solver", {"algorithm_type": "sde-dpmsolver++"}),

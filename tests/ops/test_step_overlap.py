@@ -30,6 +30,7 @@ from support.layouts import (
     transposed,
 )
 from support.oracle import Shape, assert_same_bits, backends_at_hand, cases, device_of, make, plain_row
+from support.solver_cases import DETERMINISTIC
 
 BACKENDS = backends_at_hand()
 PER_SAMPLE = ("guidance", "threshold", "table")
@@ -163,7 +164,7 @@ def test_what_is_written_needs_an_address_for_each_element(backend: str | None, 
 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
-@pytest.mark.parametrize("method", ["ddim", "dpm_solver", "heun"])
+@pytest.mark.parametrize("method", DETERMINISTIC)
 def test_a_sampler_takes_latents_and_outputs_that_overlap(backend: str | None, method: str) -> None:
     device = device_of(backend or "")
     sampler = create_sampler("linear", method, num_inference_steps=3, guidance_scale=2.0)

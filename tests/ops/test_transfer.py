@@ -47,14 +47,14 @@ def test_host_memory_goes_to_cuda_pinned_and_without_waiting(monkeypatch: pytest
 def test_copies_of_a_table_leave_its_rows_on_devices_behind() -> None:
     table = create_sampler("linear", "ddim", num_inference_steps=3, thresholding=True).table
     for prediction in (False, True):
-        rows = table.shared_rows(torch.float16, torch.device("cpu"), prediction=prediction)
-        assert rows is table.shared_rows(torch.float32, torch.device("cpu"), prediction=prediction)
-        assert torch.equal(rows, (table.prediction_rows() if prediction else table.rows).float())
+        rows = table.shared_coefficients(torch.float16, torch.device("cpu"), prediction=prediction)
+        assert rows is table.shared_coefficients(torch.float32, torch.device("cpu"), prediction=prediction)
+        assert torch.equal(rows, (table.prediction_rows() if prediction else table.coefficients).float())
     for other in (copy.copy(table), copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
         assert other == table
-        assert torch.equal(other.rows, table.rows)
+        assert torch.equal(other.coefficients, table.coefficients)
         assert not other._shared
-        assert torch.equal(other.shared_rows(torch.float32, torch.device("cpu")), table.rows.float())
+        assert torch.equal(other.shared_coefficients(torch.float32, torch.device("cpu")), table.coefficients.float())
     assert len(table._shared) == 2
 
 

@@ -86,7 +86,7 @@ def _x2() -> list[torch.Tensor]:
 
 
 def _rows() -> torch.Tensor:
-    return create_sampler("linear", "ddim").table.rows_as(torch.float32)
+    return create_sampler("linear", "ddim").table.coefficients_as(torch.float32)
 
 
 def _sample(**given: Any) -> object:

@@ -21,10 +21,10 @@ from fastdiff.solvers.affine import MODEL_OUTPUT, SAMPLE
 from fastdiff.solvers.table import Row, StepTable
 from support.graph_emulator import EmulatedGraph
 from support.oracle import assert_same_bits
+from support.solver_cases import DETERMINISTIC
 
 SHAPE = (2, 3, 4, 4)
 MODES = ("none", "batched", "sequential")
-METHODS = ("ddim", "dpm_solver", "heun")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 needs_graphs = pytest.mark.skipif(
@@ -116,7 +116,7 @@ def test_model_is_shown_the_samples_as_the_callback_left_them(
     assert torch.equal(end, left[-1]), "an edit after the last step is in the result"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", DETERMINISTIC)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("edit", [_in_place, _returned])
 def test_captured_loop_goes_on_from_the_edited_samples(

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 import fastdiff
-from fastdiff import NoiseScheduleType, SamplingMethod, ops, sampling
+from fastdiff import NoiseScheduleType, ops, sampling
 from fastdiff.philox import philox_words
 from fastdiff.sampling import single_steps
 from fastdiff.schedules.timesteps import SIGMA_SPACINGS, TIMESTEP_SPACINGS
 from support.oracle import assert_same_bits
+from support.solver_cases import METHODS
 
 SHAPE = (2, 3, 4, 4)
 LATENTS = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
@@ -78,7 +79,7 @@ def test_schedule_is_the_same(kind: str, zero_snr: bool, default: Callable[[], A
     _same(make, default)
 
 
-@pytest.mark.parametrize("method", [member.value for member in SamplingMethod])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("spacing", [*TIMESTEP_SPACINGS, *SIGMA_SPACINGS])
 def test_table_is_the_same(method: str, spacing: str, default: Callable[[], Any]) -> None:
     name = "timestep_spacing" if spacing in TIMESTEP_SPACINGS else "sigma_spacing"
@@ -87,12 +88,12 @@ def test_table_is_the_same(method: str, spacing: str, default: Callable[[], Any]
 
     def make() -> list[Tensor]:
         sampler = fastdiff.create_sampler("linear", method, num_inference_steps=6, **{name: spacing})
-        return [sampler.table.rows, sampler.table.rows_as(torch.float32), sampler.timesteps]
+        return [sampler.table.coefficients, sampler.table.coefficients_as(torch.float32), sampler.timesteps]
 
     _same(make, default)
 
 
-@pytest.mark.parametrize("method", [member.value for member in SamplingMethod])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("options", [{}, {"thresholding": True}], ids=str)
 def test_loop_is_the_same(method: str, options: dict[str, Any], default: Callable[[], Any]) -> None:
     condition, negative = torch.ones(2, 1, 1, 1), torch.zeros(2, 1, 1, 1)

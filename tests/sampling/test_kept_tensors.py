@@ -18,6 +18,7 @@ from fastdiff.sampling.stepper import Stepper
 from fastdiff.solvers.affine import HISTORY, MODEL_OUTPUT, PREDICTION, SAMPLE
 from fastdiff.solvers.table import Row, StepTable
 from support.oracle import assert_same_bits
+from support.solver_cases import DETERMINISTIC
 
 SHAPE = (2, 3, 4, 4)
 
@@ -120,7 +121,7 @@ def test_input_that_a_model_returns_is_the_output_that_a_callback_sees() -> None
             assert_same_bits([info.model_output], [conditional.float()])
 
 
-@pytest.mark.parametrize("method", ["ddim", "dpm_solver", "heun"])
+@pytest.mark.parametrize("method", DETERMINISTIC)
 @pytest.mark.parametrize("loop", LOOPS)
 def test_everything_that_is_handed_out_stays_as_it_was(loop: str, method: str) -> None:
     kept: list[Tensor] = []
@@ -154,8 +155,8 @@ def test_results_of_a_stepper_stay_as_they_were() -> None:
 
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_history_that_autograd_has_saved_stays_as_it_was(backend: str | None) -> None:
-    keep = Row(0.0, 0.5 * SAMPLE + MODEL_OUTPUT, (1.0, -0.5), clip=0.9, keep=(PREDICTION,), store=(0,))
-    use = Row(0.0, SAMPLE + HISTORY[0], (1.0, -0.5), clip=0.9, keep=(PREDICTION + HISTORY[0],), store=(0,))
+    keep = Row(0.0, 0.5 * SAMPLE + MODEL_OUTPUT, (1.0, -0.5), clip=0.9, kept=(PREDICTION,), slots=(0,))
+    use = Row(0.0, SAMPLE + HISTORY[0], (1.0, -0.5), clip=0.9, kept=(PREDICTION + HISTORY[0],), slots=(0,))
     stepper = Stepper(StepTable((keep, use, use, use)), backend=backend)
     x, m = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     scale = torch.ones((), dtype=torch.float64, requires_grad=True)

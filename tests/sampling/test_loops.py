@@ -19,7 +19,6 @@ from fastdiff.schedules.levels import Levels, levels_from_timesteps
 from fastdiff.solvers import Prediction, PredictionType, ddim, ddpm, dpm_multistep, euler, euler_ancestral, heun
 from fastdiff.solvers.table import StepTable
 from support.loops import (
-    ALGORITHMS,
     PREDICTION_TYPES,
     SOLVERS,
     UNIT_ROUNDOFF,
@@ -32,6 +31,7 @@ from support.loops import (
     sensitivity,
     walk,
 )
+from support.solver_cases import ALGORITHMS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHAPE = (2, 3, 5)

@@ -20,6 +20,7 @@ from fastdiff import (
     create_sampler,
 )
 from fastdiff.samplers import SAMPLERS
+from support.solver_cases import DETERMINISTIC, METHODS, STOCHASTIC, model_calls
 
 
 def _model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -30,7 +31,7 @@ def _latents() -> torch.Tensor:
     return torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("method", [member.value for member in SamplingMethod])
+@pytest.mark.parametrize("method", METHODS)
 def test_manager_samples_as_its_sampler_does(method: str) -> None:
     manager = create_advanced_sampling_manager("cosine", method, num_inference_steps=6, timestep_spacing="trailing")
     sampler = create_sampler("cosine", method, num_inference_steps=6, timestep_spacing="trailing")
@@ -126,17 +127,6 @@ def test_manager_passes_errors_of_the_loop_on() -> None:
 # ------------------------------------------------------------------------------ what a shared sampler leaves as it was
 
 
-STOCHASTIC: list[tuple[str, dict[str, Any]]] = [
-    ("ddpm", {}),
-    ("ddim", {"eta": 1.0}),
-    ("euler", {"s_churn": 2.0}),
-    ("euler_ancestral", {}),
-    ("heun", {"s_churn": 2.0}),
-    ("dpm_solver", {"algorithm_type": "sde-dpmsolver++"}),
-    ("dpm_solver", {"algorithm_type": "sde-dpmsolver++", "solver_mode": "singlestep"}),
-]
-
-
 def _seeded(seed: int = 1) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -151,13 +141,13 @@ def test_same_seed_same_samples(method: str, fields: dict[str, Any]) -> None:
     assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize(("method", "draws"), [("ddpm", 4), ("euler_ancestral", 4), ("ddim", 0), ("heun", 0)])
-def test_loop_draws_only_the_noise_that_it_uses(method: str, draws: int) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_loop_draws_only_the_noise_that_it_uses(method: str) -> None:
     """Five steps, of which the last ends clean: as diffusers draws, so that what follows from a seed stays the same."""
     manager = create_advanced_sampling_manager("linear", method, num_inference_steps=5)
     given, counted = _seeded(), _seeded()
     manager.sample(_model, _latents(), generator=given, progress=False)
-    for _ in range(draws):
+    for _ in range(0 if method in DETERMINISTIC else 4):
         torch.randn(2, 6, generator=counted)
     assert torch.equal(given.get_state(), counted.get_state())
 
@@ -174,18 +164,18 @@ def test_sample_alone_equals_the_sample_in_a_batch(method: str, fields: dict[str
         manager.sample(_model, _latents(), generator=[_seeded()] * 3, progress=False)
 
 
-@pytest.mark.parametrize("method", [member.value for member in SamplingMethod])
+@pytest.mark.parametrize("method", METHODS)
 def test_loop_writes_to_nothing_it_was_given(method: str) -> None:
     manager = create_advanced_sampling_manager("linear", method, num_inference_steps=5)
     latents, condition, negative = _latents(), torch.ones(2, 6), torch.zeros(2, 6)
-    kept = [t.clone() for t in (latents, condition, negative, manager.sampler.table.rows)]
+    kept = [t.clone() for t in (latents, condition, negative, manager.sampler.table.coefficients)]
 
     def model(x: torch.Tensor, t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         return _model(x + c, t)
 
     for _ in range(2):
         manager.sample(model, latents, condition, negative, guidance_scale=2.0, progress=False)
-    for before, after in zip(kept, (latents, condition, negative, manager.sampler.table.rows), strict=True):
+    for before, after in zip(kept, (latents, condition, negative, manager.sampler.table.coefficients), strict=True):
         assert torch.equal(before, after)
 
 
@@ -258,10 +248,10 @@ def test_set_timesteps_that_fails_leaves_the_sampler_as_it_was(steps: object) ->
     assert (len(sampler.table), sampler.config.num_inference_steps) == (7, 7)
 
 
-@pytest.mark.parametrize("method", [member.value for member in SamplingMethod])
+@pytest.mark.parametrize("method", METHODS)
 def test_table_of_every_timestep_is_compiled(method: str) -> None:
     sampler = create_sampler("linear", method, num_inference_steps=1000)
-    assert len(sampler.table) == (1999 if method == "heun" else 1000)
+    assert len(sampler.table) == model_calls(method, 1000)
     assert sampler.table.timesteps[0] == 999.0
     assert sampler.table.timesteps[-1] == 0.0
 
@@ -294,7 +284,7 @@ def test_samples_are_looked_at_in_the_end_unless_nothing_is() -> None:
     assert bool(result.samples.isnan().all())
 
 
-@pytest.mark.parametrize("method", [member.value for member in SamplingMethod])
+@pytest.mark.parametrize("method", METHODS)
 def test_sampler_class_keeps_to_its_method(method: str) -> None:
     scheduler = create_noise_scheduler("linear")
     kind = SAMPLERS[SamplingMethod(method)]

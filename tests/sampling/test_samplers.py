@@ -16,14 +16,13 @@ from torch import Tensor
 
 from fastdiff import (
     BaseSampler,
-    SamplingMethod,
     StepInfo,
     create_sampler,
     ops,
 )
 from fastdiff.schedules.timesteps import sigma_schedule, timestep_schedule
+from support.solver_cases import DETERMINISTIC, METHODS, model_calls
 
-METHODS = [member.value for member in SamplingMethod]
 SHAPE = (3, 2, 4, 4)
 
 
@@ -117,8 +116,8 @@ def test_sampler_sigma_spacings_place_the_levels(method: str, spacing: str) -> N
 
 def test_sampler_karras_has_a_short_name() -> None:
     short, long = _sampler(use_karras_sigmas=True), _sampler(sigma_spacing="karras")
-    assert torch.equal(short.table.rows, long.table.rows)
-    assert not torch.equal(short.table.rows, _sampler().table.rows)
+    assert torch.equal(short.table.coefficients, long.table.coefficients)
+    assert not torch.equal(short.table.coefficients, _sampler().table.coefficients)
 
 
 def test_sampler_may_end_at_the_noise_of_timestep_0() -> None:
@@ -136,10 +135,10 @@ def test_sampler_keeps_dtype_and_layout(method: str, dtype: torch.dtype) -> None
     # Element by element the same arithmetic, and the same draws: the layout changes no bit.
     other = _sample(_sampler(method), latents=latents.to(memory_format=torch.channels_last))
     assert torch.equal(other, plain)
-    if method in ("ddim", "heun"):  # without noise, which torch draws in the order of memory
+    if method in DETERMINISTIC:  # without noise, which torch draws in the order of memory
         assert other.is_contiguous(memory_format=torch.channels_last)
     # x0 is of order 1 and ε off by no more than the dtype's roundings: float64's own loop is near.
-    exact = _sample(_sampler(method), latents=_latents(torch.float64)) if method in ("ddim", "heun") else None
+    exact = _sample(_sampler(method), latents=_latents(torch.float64)) if method in DETERMINISTIC else None
     if exact is not None:
         # Five steps, each amplified by 1/α = 160 of the first level at most: 5·160·2 roundings.
         scale = 1600 * torch.finfo(dtype).eps * float(exact.abs().max())
@@ -181,7 +180,7 @@ ZERO_SNR: list[tuple[str, dict[str, Any]]] = [
 def test_sampler_starts_from_pure_noise_with_v_prediction(method: str, fields: dict[str, Any]) -> None:
     sampler = _sampler(method, steps=7, rescale_betas_zero_snr=True, prediction_type="v_prediction", **fields)
     assert sampler.levels(7)[0].alpha == 0.0
-    assert torch.isfinite(sampler.table.rows[:, 3:]).all()
+    assert torch.isfinite(sampler.table.coefficients[:, 3:]).all()
     end = _sample(sampler)
     assert torch.isfinite(end).all()
     # A model that is sure of x0 = 1/2 leads there: v = α·ε − σ·x0 with ε = (x − α/2)/σ; at σ = 0 nothing is left.
@@ -344,7 +343,7 @@ def test_sampler_callback_sees_each_step(method: str) -> None:
 
     sampler = _sampler(method)
     end = _sample(sampler, callback=callback)
-    calls = 9 if method == "heun" else 5
+    calls = model_calls(method, 5)
     assert [info.index for info in seen] == list(range(calls))
     assert {info.total for info in seen} == {calls}
     assert [info.timestep for info in seen] == list(sampler.table.timesteps)

@@ -30,9 +30,9 @@ def x0_row(prev: object, **rest: object) -> Row:
 #: Two registers, one written again, both read: what a third-order multistep solver does.
 RING = StepTable(
     (
-        x0_row(0.5 * SAMPLE + MODEL_OUTPUT, keep=(PREDICTION,), store=(0,)),
-        x0_row(SAMPLE - 0.5 * HISTORY[0], keep=(PREDICTION, 2.0 * SAMPLE), store=(1, 3)),
-        x0_row(PREDICTION + HISTORY[1] - HISTORY[0], keep=(PREDICTION + HISTORY[0],), store=(0,)),
+        x0_row(0.5 * SAMPLE + MODEL_OUTPUT, kept=(PREDICTION,), slots=(0,)),
+        x0_row(SAMPLE - 0.5 * HISTORY[0], kept=(PREDICTION, 2.0 * SAMPLE), slots=(1, 3)),
+        x0_row(PREDICTION + HISTORY[1] - HISTORY[0], kept=(PREDICTION + HISTORY[0],), slots=(0,)),
         x0_row(PREDICTION + HISTORY[0] + HISTORY[1] + HISTORY[3]),
     )
 )
@@ -44,7 +44,7 @@ THRESHOLDED = StepTable((x0_row(SAMPLE + PREDICTION), x0_row(PREDICTION)), thres
 def walk_by_hand(table: StepTable, sample: Tensor, outputs: list[Tensor]) -> list[Tensor]:
     """The same loop with plain Python registers and the reference."""
     registers: list[Tensor | None] = [None] * 4
-    rows, samples = table.rows_as(sample.dtype), []
+    rows, samples = table.coefficients_as(sample.dtype), []
     for i, output in enumerate(outputs):
         call = StepCall(
             sample=sample,
@@ -52,10 +52,10 @@ def walk_by_hand(table: StepTable, sample: Tensor, outputs: list[Tensor]) -> lis
             table=rows,
             row_index=i,
             history=tuple(registers),
-            keeps=len(table.store[i]),
+            keeps=len(table.kept_slots[i]),
         )
         sample, *kept = reference.step(call)
-        for j, tensor in zip(table.store[i], kept, strict=True):
+        for j, tensor in zip(table.kept_slots[i], kept, strict=True):
             registers[j] = tensor
         samples.append(sample)
     return samples
@@ -104,7 +104,7 @@ def test_a_failed_step_leaves_index_and_registers_so_that_it_can_be_taken_again(
 
 
 def test_registers_are_allocated_once_and_never_lie_on_a_sample() -> None:
-    table = StepTable((RING.source[0], *[x0_row(SAMPLE + HISTORY[0], keep=(PREDICTION,), store=(0,))] * 5))
+    table = StepTable((RING.source[0], *[x0_row(SAMPLE + HISTORY[0], kept=(PREDICTION,), slots=(0,))] * 5))
     stepper, samples, kept = Stepper(table), [torch.randn(2, 3)], set()
     for _ in range(6):
         samples.append(stepper.step(samples[-1], torch.randn(2, 3)))
@@ -316,3 +316,12 @@ def test_a_table_or_a_ratio_of_another_kind_is_refused() -> None:
         Stepper(5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^Stepper: dynamic_thresholding_ratio has type NoneType, expected .+; .+"):
         Stepper(THRESHOLDED, dynamic_thresholding_ratio=None)  # type: ignore[arg-type]
+
+
+def test_a_stepper_takes_the_former_name_of_guidance_scale() -> None:
+    x, output, uncond = torch.randn(3, 2, 3)
+    expected = Stepper(NOISY, seeds=[1, 2]).step(x, output, uncond=uncond, guidance_scale=2.5)
+    with pytest.warns(DeprecationWarning, match=r"^step: guidance is renamed to guidance_scale") as warned:
+        found = Stepper(NOISY, seeds=[1, 2]).step(x, output, uncond=uncond, guidance=2.5)
+    assert torch.equal(found, expected)
+    assert warned[0].filename == __file__

@@ -72,20 +72,20 @@ def _row(prev: Affine = SAMPLE, **fields: object) -> Row:
 
 def test_table_lays_out_its_rows() -> None:
     prev, keep = 2.0 * SAMPLE + 3.0 * NOISE, 4.0 * HISTORY[2] - MODEL_OUTPUT
-    first = _row(prev, clip=0.9, keep=(keep, PREDICTION), store=(3, 0), variance_offset=-1.0, variance_slope=0.125)
+    first = _row(prev, clip=0.9, kept=(keep, PREDICTION), slots=(3, 0), variance_offset=-1.0, variance_slope=0.125)
     # Register 2 is read by the first row's keep, so something has to be there.
-    opening = _row(keep=(SAMPLE,), store=(2,))
-    table = StepTable((opening, first), initial_scale=1.5, variance=Variance.LEARNED_RANGE)
+    opening = _row(kept=(SAMPLE,), slots=(2,))
+    table = StepTable((opening, first), initial_scale=1.5, variance=Variance.LEARNED_RANGE, drop_unread=False)
     assert len(table) == 2
-    assert table.rows.dtype == torch.float64
-    assert table.rows.shape == (2, 32)
-    row = table.rows[1].tolist()
+    assert table.coefficients.dtype == torch.float64
+    assert table.coefficients.shape == (2, 32)
+    row = table.coefficients[1].tolist()
     assert row[:8] == [0.5, 0.25, 0.9, -1.0, 0.125, 1.0, 3.0, 0.0]
     assert row[8:16] == [2.0, 0, 0, 0, 0, 0, 0, 3.0]
     assert row[16:24] == [0, -1.0, 0, 0, 0, 4.0, 0, 0]
     assert row[24:32] == [0, 0, 1.0, 0, 0, 0, 0, 0]
-    assert table.store == ((2,), (3, 0))
-    assert table.reads == ((), (2,))
+    assert table.kept_slots == ((2,), (3, 0))
+    assert table.read_slots == ((), (2,))
     assert table.draws_noise == (False, True)
     assert table.timesteps == (1.0, 1.0)
     assert list(table) == [opening, first]
@@ -97,25 +97,25 @@ def test_table_refuses_what_is_not_finite(place: str, value: float) -> None:
     bad = Affine([value, *[0.0] * 7])
     rows = {
         "prev": lambda: _row(bad),
-        "keep": lambda: _row(keep=(bad,), store=(0,)),
+        "keep": lambda: _row(kept=(bad,), slots=(0,)),
         "prediction": lambda: Row(1.0, SAMPLE, (value, 0.0)),
         "variance_offset": lambda: _row(variance_offset=value),
     }
     with pytest.raises(
-        ValueError, match=r"StepTable: rows\[1, \d+\] is .*, expected a finite number; the solver divides"
+        ValueError, match=r"StepTable: coefficients\[1, \d+\] is .*, expected a finite number; the solver divides"
     ):
         StepTable((_row(), rows[place]()))
 
 
 @pytest.mark.parametrize("clip", [0.0, -1.0, math.nan])
 def test_table_refuses_a_clip_that_is_not_positive(clip: float) -> None:
-    with pytest.raises(ValueError, match=r"StepTable: rows\[0, 2\] is"):
+    with pytest.raises(ValueError, match=r"StepTable: coefficients\[0, 2\] is"):
         StepTable((_row(clip=clip),))
-    assert StepTable((_row(clip=math.inf),)).rows[0, layout.CLIP] == math.inf
+    assert StepTable((_row(clip=math.inf),)).coefficients[0, layout.CLIP] == math.inf
 
 
 @pytest.mark.parametrize(
-    ("keep", "store"),
+    ("kept", "slots"),
     [
         ((SAMPLE,), (4,)),
         ((SAMPLE,), (-1,)),
@@ -125,25 +125,67 @@ def test_table_refuses_a_clip_that_is_not_positive(clip: float) -> None:
         ((SAMPLE, SAMPLE, SAMPLE), (0, 1, 2)),
     ],
 )
-def test_table_refuses_bad_registers(keep: tuple[Affine, ...], store: tuple[int, ...]) -> None:
+def test_table_refuses_bad_slots(kept: tuple[Affine, ...], slots: tuple[int, ...]) -> None:
     with pytest.raises(
-        ValueError, match=r"StepTable: source\[0\].store is .*expected a different register.*; name one"
+        ValueError, match=r"StepTable: source\[0\].slots is .*expected a different history slot.*; name one"
     ):
-        StepTable((_row(keep=keep, store=store),))
+        StepTable((_row(kept=kept, slots=slots),))
 
 
 @pytest.mark.parametrize("register", range(4))
 def test_table_refuses_to_read_what_no_row_has_stored(register: int) -> None:
     reading = _row(SAMPLE + HISTORY[register])
-    other = _row(keep=(SAMPLE,), store=((register + 1) % 4,))
+    other = _row(kept=(SAMPLE,), slots=((register + 1) % 4,))
     with pytest.raises(
-        ValueError, match=rf"StepTable: source\[1\] reads register {register}, expected .*; keep a tensor"
+        ValueError, match=rf"StepTable: source\[1\] reads history slot {register}, expected .*; keep an output"
     ):
         StepTable((other, reading))
     # A row reads before it stores.
-    with pytest.raises(ValueError, match=rf"source\[0\] reads register {register}"):
-        StepTable((_row(SAMPLE + HISTORY[register], keep=(SAMPLE,), store=(register,)),))
-    StepTable((_row(keep=(SAMPLE,), store=(register,)), other, reading))
+    with pytest.raises(ValueError, match=rf"source\[0\] reads history slot {register}"):
+        StepTable((_row(SAMPLE + HISTORY[register], kept=(SAMPLE,), slots=(register,)),))
+    StepTable((_row(kept=(SAMPLE,), slots=(register,)), other, reading))
+
+
+def test_table_drops_what_no_later_row_reads() -> None:
+    rows = (
+        _row(kept=(SAMPLE, PREDICTION), slots=(0, 1)),  # slot 0 is written again before it is read
+        _row(SAMPLE + HISTORY[1], kept=(MODEL_OUTPUT, HISTORY[1]), slots=(0, 2)),  # slot 2 is for a row that goes
+        _row(SAMPLE + HISTORY[0], kept=(HISTORY[2], HISTORY[0]), slots=(3, 0)),  # slot 3 is never read, slot 0 is
+        _row(SAMPLE + HISTORY[0], kept=(SAMPLE,), slots=(1,)),
+    )
+    table = StepTable(rows)
+    assert table.kept_slots == ((1,), (0,), (0,), ())
+    assert [row.kept for row in table] == [(PREDICTION,), (MODEL_OUTPUT,), (HISTORY[0],), ()]
+    assert [row.prev_sample for row in table] == [row.prev_sample for row in rows]
+    assert table.read_slots == ((), (1,), (0,), (0,))
+    assert table.coefficients[:, [layout.STORE_0, layout.STORE_1]].tolist() == [[1, -1], [0, -1], [0, -1], [-1, -1]]
+    assert StepTable(tuple(table)) == table
+    assert list(StepTable(rows, drop_unread=False)) == list(rows)
+
+
+def test_table_and_row_have_their_former_names() -> None:
+    with pytest.warns(DeprecationWarning, match=r"Row\(keep=\) is now kept=") as warned:
+        old = _row(keep=(SAMPLE,), store=(2,))
+    assert {str(one.message).partition(" is")[0] for one in warned} == {"Row(keep=)", "Row(store=)"}
+    assert {one.filename for one in warned} == {__file__}
+    assert old == _row(kept=(SAMPLE,), slots=(2,))
+    table = StepTable((old, _row(HISTORY[2])))
+    cpu = torch.device("cpu")
+    for former, now in (
+        (lambda: table.rows, table.coefficients),
+        (lambda: table.rows_as(torch.float32), table.coefficients_as(torch.float32)),
+        (lambda: table.shared_rows(torch.float32, cpu), table.shared_coefficients(torch.float32, cpu)),
+    ):
+        with pytest.warns(DeprecationWarning, match=r"^StepTable\.\w+ is now \w+coefficients|coefficients"):
+            assert torch.equal(former(), now)
+    for former, expected in (
+        (lambda: table.store, table.kept_slots),
+        (lambda: table.reads, table.read_slots),
+        (lambda: old.keep, old.kept),
+        (lambda: old.store, old.slots),
+    ):
+        with pytest.warns(DeprecationWarning, match="the old name goes with the next release"):
+            assert former() == expected
 
 
 def test_table_refuses_to_be_empty() -> None:
@@ -163,24 +205,24 @@ def test_table_refuses_to_be_empty() -> None:
 )
 def test_table_rows_are_rounded_once(dtype: torch.dtype, stored: torch.dtype) -> None:
     table = StepTable((_row(SAMPLE * (1.0 / 3.0)),))
-    rows = table.rows_as(dtype)
+    rows = table.coefficients_as(dtype)
     assert compute_dtype(dtype) is stored
     assert rows.dtype is stored
     assert rows.is_contiguous()
-    assert torch.equal(rows, table.rows.to(stored))
+    assert torch.equal(rows, table.coefficients.to(stored))
     rows.zero_()
-    assert table.rows[0, 8] != 0.0 or dtype == torch.float64
+    assert table.coefficients[0, 8] != 0.0 or dtype == torch.float64
 
 
 def test_table_prediction_rows_give_d_unclipped() -> None:
-    table = StepTable((_row(2.0 * NOISE, clip=0.5, keep=(SAMPLE,), store=(0,)), _row(HISTORY[0])))
+    table = StepTable((_row(2.0 * NOISE, clip=0.5, kept=(SAMPLE,), slots=(0,)), _row(HISTORY[0])))
     rows = table.prediction_rows()
     for row in rows.tolist():
         assert row[:3] == [0.5, 0.25, math.inf]
         assert row[8:16] == list(PREDICTION.coefficients)
         assert row[3:5] + row[16:] == [0.0] * 18
         assert row[5:8] == [1.0, -1.0, -1.0], "the model's input as it is, and nothing stored"
-    assert table.rows[0, 2] == 0.5, "the table itself is not written to"
+    assert table.coefficients[0, 2] == 0.5, "the table itself is not written to"
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -189,18 +231,18 @@ def test_table_of_every_solver_uses_what_it_declares(solver: str) -> None:
     table = SOLVERS[solver](levels_from_half_log_snr([-1.0, -0.5, 0.2, 0.7, 1.5, math.inf]), Prediction())
     first = COLUMNS.index("history_0")
     for i, row in enumerate(table):
-        forms = (row.prev_sample, *row.keep)
+        forms = (row.prev_sample, *row.kept)
         read = tuple(j for j in range(4) if any(form.coefficients[first + j] for form in forms))
-        assert table.reads[i] == read
+        assert table.read_slots[i] == read
         assert table.draws_noise[i] == any(form.coefficients[-1] for form in forms)
-    # What nobody reads later costs a pass over memory.  The last tensor kept before a step of order 1 may be such.
+    # A kept output that no later row reads costs a pass over memory.
     unread = 0
-    for i, stored in enumerate(table.store):
+    for i, stored in enumerate(table.kept_slots):
         for register in stored:
-            written_again = (k for k in range(i + 1, len(table)) if register in table.store[k])
+            written_again = (k for k in range(i + 1, len(table)) if register in table.kept_slots[k])
             last = next(written_again, len(table) - 1)
-            unread += not any(register in table.reads[k] for k in range(i + 1, last + 1))
-    assert unread <= 1
+            unread += not any(register in table.read_slots[k] for k in range(i + 1, last + 1))
+    assert unread == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- the layout

@@ -4,19 +4,19 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from fastdiff import Stepper
+from fastdiff import SamplingMethod, Stepper
 from fastdiff.schedules import create_noise_scheduler
 from fastdiff.schedules.levels import Level, Levels, levels_from_half_log_snr, levels_from_timesteps
-from fastdiff.solvers import Churn, Prediction, ddim, ddpm, euler, euler_ancestral, heun
+from fastdiff.solvers import Prediction, ddim, ddpm, euler_ancestral
 from fastdiff.solvers.affine import Affine
 from fastdiff.solvers.table import StepTable
-from support.loops import SOLVERS, Array, MakeTable, level_of
+from support.loops import Array, MakeTable, level_of
+from support.solver_cases import CHURN, FORMS, Form
 
 MEAN, VARIANCE = 0.7, 0.25
 
@@ -62,9 +62,9 @@ def _moments(table: StepTable, levels: list[Level], mean: float = 0.0, variance:
         def weigh(form: Affine, tensors: list[Array] = tensors) -> Array:
             return sum((c * t for c, t in zip(form.coefficients, tensors, strict=True) if c), np.zeros(size))
 
-        kept = [weigh(form) for form in row.keep]
+        kept = [weigh(form) for form in row.kept]
         x = weigh(row.prev_sample)
-        for register, value in zip(row.store, kept, strict=True):
+        for register, value in zip(row.slots, kept, strict=True):
             registers[register] = value
     return float(x[0] + x[1] * mean), float(x[1] ** 2 * variance + (x[2:] ** 2).sum())
 
@@ -129,7 +129,7 @@ def _weak_order(name: str) -> float:
             # The weight in common use loses an order, and in the data SDE, where its sign is wrong too, two.
             return 1.0 if "sde-dpmsolver++" in name else 2.0
         return float(order)
-    return 2.0 if name.startswith("heun") else 1.0
+    return float(CONVERGING[name].method.entry.order)
 
 
 def _variance_error(make: MakeTable, steps: int) -> float:
@@ -143,12 +143,12 @@ def _variance_error(make: MakeTable, steps: int) -> float:
     return abs(variance / (last.alpha**2 * VARIANCE + last.sigma**2) - 1.0)
 
 
-SMOOTH = Churn(s_churn=1.5, s_tmin=0.05, s_tmax=30.0)
+SMOOTH = {**CHURN, "s_noise": 1.0}
 #: All but those that need a learned variance; churn without the surplus of s_noise = 1.01, which the data do not have.
-CONVERGING: dict[str, MakeTable] = {
-    **{name: make for name, make in SOLVERS.items() if not name.startswith("ddpm-learned") and "churn" not in name},
-    "euler with churn": partial(euler, churn=SMOOTH),
-    "heun with churn": partial(heun, churn=SMOOTH),
+CONVERGING: dict[str, Form] = {
+    **{name: form for name, form in FORMS.items() if not name.startswith("ddpm-learned") and "churn" not in name},
+    "euler with churn": Form(SamplingMethod.EULER, SMOOTH),
+    "heun with churn": Form(SamplingMethod.HEUN, SMOOTH),
 }
 
 

@@ -34,7 +34,6 @@ from fastdiff.solvers import (
 from fastdiff.solvers.affine import Affine
 from fastdiff.solvers.table import StepTable
 from support.loops import (
-    ALGORITHMS,
     PREDICTION_TYPES,
     SOLVERS,
     Array,
@@ -45,6 +44,7 @@ from support.loops import (
     output_for,
     walk,
 )
+from support.solver_cases import ALGORITHMS
 
 #: Relative to the largest coefficient of a row.  A coefficient takes some ten operations; where 1 − e^h or 1 − f²
 #: cancels in one form and not in the other, steps of h ≥ 0.02 lose at most a factor of 50: 10·50·2⁻⁵³ = 6e-14.
@@ -204,9 +204,9 @@ def _noise_after(table: StepTable, rows: int) -> list[float]:
         def apply(form: Affine, tensors: list[np.ndarray] = tensors) -> np.ndarray:
             return sum((c * t for c, t in zip(form.coefficients, tensors, strict=True)), np.zeros(rows))
 
-        kept = [apply(form) for form in row.keep]
+        kept = [apply(form) for form in row.kept]
         carried = apply(row.prev_sample)
-        for register, value in zip(row.store, kept, strict=True):
+        for register, value in zip(row.slots, kept, strict=True):
             registers[register] = value
     return carried.tolist()
 

@@ -14,10 +14,12 @@ from functools import partial
 import numpy as np
 import pytest
 
+from fastdiff import SamplingMethod
 from fastdiff.schedules.levels import Levels, levels_from_half_log_snr, with_intermediate_levels
 from fastdiff.solvers import Prediction, ddim, ddpm, dpm_multistep, dpm_singlestep, euler, euler_ancestral, heun
 from fastdiff.solvers.table import StepTable
 from support.loops import Array, Outputs, level_of, walk
+from support.solver_cases import DETERMINISTIC, Form
 
 MEANS, STDS, WEIGHTS = np.array([-1.5, 0.3, 1.2]), np.array([0.3, 0.5, 0.2]), np.array([0.3, 0.45, 0.25])
 FIRST, LAST = -4.0, 2.5  # λ = log(α/σ)
@@ -66,6 +68,10 @@ def _singlestep(order: int, **options: object) -> Callable[[int], StepTable]:
     return make
 
 
+def _registered(method: SamplingMethod) -> Callable[[int], StepTable]:
+    return lambda n: Form(method)(_levels(n), Prediction())
+
+
 #: Name: (table of n steps, slope, RMSE at 20 steps where the literature's code was measured).
 CASES: dict[str, tuple[Callable[[int], StepTable], float, float | None]] = {
     "DDIM": (lambda n: ddim(_levels(n), Prediction()), 1.0, 8.04e-2),
@@ -89,6 +95,11 @@ CASES: dict[str, tuple[Callable[[int], StepTable], float, float | None]] = {
     "DPM-Solver++3M exact": (_multistep(solver_order=3, third_order="exact"), 3.0, 2.71e-3),
     "DPM-Solver-3M compatible": (_multistep(algorithm_type="dpmsolver", solver_order=3), 2.0, None),
     "DPM-Solver-3M exact": (_multistep(algorithm_type="dpmsolver", solver_order=3, third_order="exact"), 3.0, None),
+}
+
+CASES |= {
+    f"{method}, by the registry": (_registered(SamplingMethod(method)), float(SamplingMethod(method).entry.order), None)
+    for method in DETERMINISTIC
 }
 
 

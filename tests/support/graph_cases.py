@@ -10,29 +10,21 @@ from torch import Tensor, nn
 
 import fastdiff
 from fastdiff import BaseSampler
+from support.solver_cases import FORMS
 
 SHAPE = (3, 2, 4, 5)
 GUIDANCE = ("none", "batched", "sequential", "sequential without a negative")
 
 
-def _methods() -> dict[str, tuple[str, dict[str, Any]]]:
-    found: dict[str, tuple[str, dict[str, Any]]] = {}
-    for kind in ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"):
-        found[f"ddpm-{kind}"] = "ddpm", {"variance_type": kind}
-    found |= {f"ddim-{eta}": ("ddim", {"eta": eta}) for eta in (0.0, 1.0)}
-    for algorithm in ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"):
-        for order in (1, 2, 3):
-            for mode in ("multistep", "singlestep"):
-                options = {"algorithm_type": algorithm, "solver_order": order, "solver_mode": mode}
-                found[f"{mode}-{algorithm}-{order}"] = "dpm_solver", options
-    churn = {"s_churn": 2.0, "s_noise": 1.01}
-    found |= {"euler": ("euler", {}), "euler-churn": ("euler", churn)}
-    found |= {"heun": ("heun", {}), "heun-churn": ("heun", churn), "ancestral": ("euler_ancestral", {})}
-    return found
-
-
-METHODS = _methods()
-STOCHASTIC = ("ddpm-fixed_small", "ddim-1.0", "multistep-sde-dpmsolver++-2", "euler-churn", "heun-churn", "ancestral")
+#: One form for each method, mode, algorithm and order; which of two formulas of an order it is does not matter here.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    name.removesuffix("-midpoint"): (form.method.value, form.options)
+    for name, form in FORMS.items()
+    if not name.endswith(("-heun", "-exact", "-lower_final"))
+}
+STOCHASTIC = (
+    "ddpm-fixed_small", "ddim-1.0", "multistep-sde-dpmsolver++-2", "euler-churn", "heun-churn", "ancestral-1.0"
+)  # fmt: skip
 
 
 class Model(nn.Module):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the solver tests share: every form of every solver by name, and its loop, in plain numpy and through `Stepper`.
+"""Loops over the tables of every form of every solver, in plain numpy and through `Stepper`.
 
 `evaluate` reads a table's float64 rows with numpy alone, so it depends on no backend and not on the reference.
 `error_bound` says how far a loop in another precision may end from it, by a first-order error analysis.
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
@@ -19,26 +18,14 @@ from numpy.typing import NDArray
 from fastdiff.row_layout import Variance
 from fastdiff.sampling.stepper import Stepper
 from fastdiff.schedules.levels import Level, Levels, variance_preserving
-from fastdiff.solvers import (
-    Churn,
-    Prediction,
-    PredictionType,
-    ddim,
-    ddpm,
-    dpm_multistep,
-    dpm_singlestep,
-    euler,
-    euler_ancestral,
-    heun,
-)
+from fastdiff.solvers import Prediction, PredictionType
 from fastdiff.solvers.table import StepTable
+from support.solver_cases import FORMS
 
 Array = NDArray[np.float64]
 MakeTable = Callable[[Levels, Prediction], StepTable]
 
 PREDICTION_TYPES = tuple(PredictionType)
-ALGORITHMS = ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
-VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
 #: Half the distance from 1 to the next number: the largest relative error of one rounding.
 UNIT_ROUNDOFF = {
@@ -49,32 +36,8 @@ UNIT_ROUNDOFF = {
 }
 
 
-def _all_solvers() -> dict[str, MakeTable]:
-    found: dict[str, MakeTable] = {f"ddpm-{kind}": partial(ddpm, variance_type=kind) for kind in VARIANCE_TYPES}
-    found |= {f"ddim-{eta}": partial(ddim, eta=eta) for eta in (0.0, 0.5, 1.0)}
-    found["ddim-clipped"] = partial(ddim, use_clipped_model_output=True)
-    for algorithm in ALGORITHMS:
-        for order in (1, 2, 3):
-            for solver_type in ("midpoint", "heun"):
-                name = f"{algorithm}-{order}-{solver_type}"
-                options = {"solver_order": order, "solver_type": solver_type}
-                singlestep = partial(dpm_singlestep, algorithm_type=algorithm, **options)
-                multistep = partial(dpm_multistep, algorithm_type=algorithm, lower_order_final=False, **options)
-                found |= {f"singlestep-{name}": singlestep, f"multistep-{name}": multistep}
-        exact = partial(dpm_multistep, solver_order=3, third_order="exact", lower_order_final=False)
-        found[f"multistep-{algorithm}-3-exact"] = partial(exact, algorithm_type=algorithm)
-        found[f"multistep-{algorithm}-3-lower_final"] = partial(
-            dpm_multistep, algorithm_type=algorithm, solver_order=3, lower_order_final=True
-        )
-    churn = Churn(s_churn=1.5, s_tmin=0.05, s_tmax=30.0, s_noise=1.01)
-    found |= {"euler": euler, "euler-churn": partial(euler, churn=churn)}
-    found |= {"heun": heun, "heun-churn": partial(heun, churn=churn)}
-    found |= {f"ancestral-{eta}": partial(euler_ancestral, eta=eta) for eta in (0.5, 1.0)}
-    return found
-
-
-#: Every method × order × mode × algorithm × option that changes the formula, by name.
-SOLVERS = _all_solvers()
+#: Every form of every registered solver, by name.
+SOLVERS: dict[str, MakeTable] = dict(FORMS)
 
 
 @dataclass(frozen=True)
@@ -141,7 +104,7 @@ def evaluate(
         sizes = [np.abs(entry) for entry in entries]
         sizes[1], sizes[2] = m_size, np.abs(p * x) + np.abs(q) * m_size
         outputs, summed, terms = [], [], 0
-        for j, form in enumerate((row.prev_sample, *row.keep)):
+        for j, form in enumerate((row.prev_sample, *row.kept)):
             used = [k for k, weight in enumerate(form.coefficients) if weight]
             value = sum((form.coefficients[k] * entries[k] for k in used), np.zeros_like(x))
             if nudge is not None and nudge[:2] == (i, j):
@@ -153,7 +116,7 @@ def evaluate(
             variance_part = abs(row.prev_sample.coefficients[-1]) * spread
             trace.append(Trace(outputs, summed, terms, m_size, variance_part))
         x = outputs[0]
-        for register, kept in zip(row.store, outputs[1:], strict=True):
+        for register, kept in zip(row.slots, outputs[1:], strict=True):
             registers[register] = kept
     return x
 

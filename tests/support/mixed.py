@@ -22,16 +22,13 @@ from fastdiff.row_layout import (
     compute_dtype,
 )
 from fastdiff.solvers.table import StepTable
+from support import solver_cases
 from support.oracle import DTYPES
 
-#: Deterministic and stochastic, of one call a step and of two, without history, with one register and with two.
+#: Every method, and one that keeps two tensors.
 METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("ddim", {}),
-    ("dpm_solver", {"solver_order": 2}),
-    ("ddpm", {}),
-    ("heun", {}),
+    *((method, {}) for method in solver_cases.METHODS),
     ("dpm_solver", {"solver_order": 3}),
-    ("euler_ancestral", {}),
 )
 
 #: The arguments of `ops.step_rows` by name; those that are None are left out.
@@ -69,14 +66,14 @@ def solvers(
         which = i % len(tables)
         step = rng.randrange(len(tables[which]))
         rows[i] = -1 - rng.randrange(3) if i % 5 == 4 else firsts[which] + step
-        for register in {j for store in tables[which].store[:step] for j in store}:
+        for register in {j for slots in tables[which].kept_slots[:step] for j in slots}:
             registers[register][i] = torch.randn(inner, generator=gen, dtype=torch.float64).to(dtype)
-    used = 1 + max(j for t in tables for store in t.store for j in store)
+    used = 1 + max(j for t in tables for slots in t.kept_slots for j in slots)
     compute = compute_dtype(dtype)
     return {
         "sample": like_sample(),
         "model_output": like_sample(),
-        "table": torch.cat([t.rows for t in tables]).to(compute),
+        "table": torch.cat([t.coefficients for t in tables]).to(compute),
         "row_index": rows,
         "history": registers[:used],
         "uncond": like_sample(),

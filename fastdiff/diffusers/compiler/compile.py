@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...ops.checks import DTYPES
 from ...philox import purpose_of_draw
-from .inputs import HISTORY, TENSOR_ARGUMENTS, USUAL_ARGUMENTS, ArgumentItem, ArgumentNumber, StepInputs
+from .inputs import HISTORY, TENSOR_ARGUMENTS, USUAL_ARGUMENTS, ArgumentNumber, StepInputs
 from .lower import lower_to_row, split_mask
 from .plan import Constant, Fallback, ListWrite, NoiseSource, Plan, RecordedValue, SamplerFactory
 from .scalars import Coefficient
@@ -58,15 +58,9 @@ def scalar_modes(inputs: StepInputs) -> tuple[ScalarMode, ...]:
 
 
 def compile_step(
-    scheduler_class: Any,
-    method: str,
-    inputs: StepInputs,
-    mode: ScalarMode,
-    *,
-    guided: bool,
-    seeded: bool,
+    scheduler_class: Any, method: str, inputs: StepInputs, mode: ScalarMode, *, guided: bool, seeded: bool,
     noise_sampler_factory: SamplerFactory | None = None,
-) -> CompiledStep:
+) -> CompiledStep:  # fmt: skip
     """Compile one call of a step.
 
     Args:
@@ -102,7 +96,7 @@ def compile_step(
         # The step itself has to fail, so that generators and state are left as a failure of diffusers leaves them.
         plan = Fallback(f"raises {type(error).__name__}")
     readers = tracer.tape.readers
-    arguments = [reader.name for reader in readers if isinstance(reader, (ArgumentNumber, ArgumentItem))]
+    arguments = [reader.name for reader in readers if isinstance(reader, ArgumentNumber)]
     return CompiledStep(plan, tracer.tape, tuple(tracer.attributes_read), tuple(arguments))
 
 
@@ -122,13 +116,9 @@ def unsupported_call(inputs: StepInputs) -> Fallback | None:
 
 
 def build_plan(
-    trace: Trace,
-    dtypes: Mapping[str, torch.dtype],
-    guided: bool,
-    noise_sampler_factory: SamplerFactory | None,
-    *,
-    fuse_noise: bool,
-) -> Plan:
+    trace: Trace, dtypes: Mapping[str, torch.dtype], guided: bool, noise_sampler_factory: SamplerFactory | None,
+    *, fuse_noise: bool,
+) -> Plan:  # fmt: skip
     """Lower a trace to a plan template.
 
     Args:

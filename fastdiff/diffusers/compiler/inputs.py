@@ -79,12 +79,14 @@ def _number_of(value: Any, schedule: Any) -> Any:
 
 @dataclass(frozen=True)
 class AttributeNumber:
-    """Read an attribute that is a number, or a tensor with one."""
+    """Read an attribute, or an entry of a list attribute, that is a number or a tensor with one."""
 
     name: str
+    index: int | None = None
 
     def __call__(self, inputs: StepInputs) -> Any:
-        return _number_of(inputs.attributes[self.name], inputs.schedule)
+        value = inputs.attributes[self.name]
+        return _number_of(value if self.index is None else value[self.index], inputs.schedule)
 
 
 @dataclass(frozen=True)
@@ -98,35 +100,17 @@ class ScheduleArray:
 
 
 @dataclass(frozen=True)
-class ItemNumber:
-    """Read a number, or a tensor with one, in a list among the attributes."""
-
-    name: str
-    index: int
-
-    def __call__(self, inputs: StepInputs) -> Any:
-        return _number_of(inputs.attributes[self.name][self.index], inputs.schedule)
-
-
-@dataclass(frozen=True)
 class ArgumentNumber:
-    """Read an argument that is a number, or a tensor with one, once or expanded."""
+    """Read an argument that is a number, or a tensor with one, once or expanded; or an element of a tensor argument."""
 
     name: str
+    element: int | None = None
 
     def __call__(self, inputs: StepInputs) -> Any:
-        return _number_of(inputs.arguments[self.name], inputs.schedule)
-
-
-@dataclass(frozen=True)
-class ArgumentItem:
-    """Read an element of an argument that is a tensor of several numbers."""
-
-    name: str
-    element: int
-
-    def __call__(self, inputs: StepInputs) -> Any:
-        return inputs.arguments[self.name].detach().reshape(-1)[self.element].item()
+        value = inputs.arguments[self.name]
+        if self.element is None:
+            return _number_of(value, inputs.schedule)
+        return value.detach().reshape(-1)[self.element].item()
 
 
 @dataclass(frozen=True)

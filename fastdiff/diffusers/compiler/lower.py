@@ -12,23 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ...row_layout import (
-    CLIP,
-    COLUMNS,
-    KEEP_0,
-    KEEP_1,
-    MODEL_INPUT_SCALE,
-    NUM_REGISTERS,
-    PREDICTION_OUTPUT,
-    PREDICTION_SAMPLE,
-    PREV_SAMPLE,
-    ROW_WIDTH,
-    STORE_0,
-    STORE_1,
-    VARIANCE_OFFSET,
-    VARIANCE_SLOPE,
-    Variance,
-)
+from ... import row_layout as layout
+from ...row_layout import COLUMNS, NUM_REGISTERS, ROW_WIDTH, Variance
 from .scalars import Factor, finite
 from .symbolic import ONE, Clamped, Leaf, LearnedStd, LinearExpr, Masked, ScaledNoise, UnsupportedStep
 
@@ -36,7 +21,7 @@ _T = TypeVar("_T")
 #: Why a step with a coefficient that is infinite or NaN has no plan.
 UNBOUNDED_COEFFICIENT = "has a coefficient that is infinite or not a number"
 #: The first column in the row of each tensor that the fused step computes.
-_OUTPUTS = (PREV_SAMPLE, KEEP_0, KEEP_1)
+_OUTPUTS = (layout.PREV_SAMPLE, layout.KEEP_0, layout.KEEP_1)
 
 
 @dataclass(frozen=True)
@@ -81,17 +66,17 @@ def lower_to_row(exprs: Sequence[LinearExpr]) -> RowLowering:
         raise UnsupportedStep(f"reads {len(history)} tensors of history, and {NUM_REGISTERS} is the most")
 
     row: list[Factor] = [0.0] * ROW_WIDTH
-    row[CLIP], row[MODEL_INPUT_SCALE] = math.inf, 1.0
-    row[STORE_0], row[STORE_1] = (float(k) if k + 1 < len(exprs) else -1.0 for k in (0, 1))
+    row[layout.CLIP], row[layout.MODEL_INPUT_SCALE] = math.inf, 1.0
+    row[layout.STORE_0], row[layout.STORE_1] = (float(k) if k + 1 < len(exprs) else -1.0 for k in (0, 1))
     columns: dict[Leaf, int] = {"sample": 0, "model_output": 1}
     columns |= {name: COLUMNS.index("history_0") + j for j, name in enumerate(history)}
     if clamped is not None:
         columns[clamped] = COLUMNS.index("prediction")
-        row[PREDICTION_SAMPLE], row[PREDICTION_OUTPUT] = _prediction(clamped.inner)
-        row[CLIP] = math.inf if clamped.bound is None else clamped.bound
+        row[layout.PREDICTION_SAMPLE], row[layout.PREDICTION_OUTPUT] = _prediction(clamped.inner)
+        row[layout.CLIP] = math.inf if clamped.bound is None else clamped.bound
     if noise is not None:
         columns[scaled or noise] = COLUMNS.index("noise")
-    kind, row[VARIANCE_OFFSET], row[VARIANCE_SLOPE] = _variance(scaled)
+    kind, row[layout.VARIANCE_OFFSET], row[layout.VARIANCE_SLOPE] = _variance(scaled)
     for first, expr in zip(_OUTPUTS, exprs, strict=False):
         for leaf, c in expr:
             if leaf not in columns:

@@ -187,14 +187,14 @@ class Plan:
 
     @functools.cached_property
     def _writes_recorded(self) -> bool:
-        """Whether a value besides the row is recorded."""
+        """True if a value besides the row is recorded."""
         held = [*self.results, *(value for _, value in self.attribute_writes)]
         held += [value for _, _, entries in self.list_writes for value in entries]
         return any(isinstance(value, RecordedValue) for value in held)
 
     @functools.cached_property
     def native_eligible(self) -> bool:
-        """Whether the step is at most draws from torch's generators and one call of the fused step."""
+        """True if the step is at most draws from torch's generators and one call of the fused step."""
         more = self.thresholding or self.variance_kind or self.blend or self.noise_sampler_factory
         plain_draws = all(draw.fused or draw.source is NoiseSource.TORCH for draw in self.draws)
         return self.accepted_dtypes and plain_draws and bool(self.output_dtypes) and not more
@@ -206,7 +206,7 @@ class Plan:
 
     @property
     def uses_seeds(self) -> bool:
-        """Whether a noise comes from the samples' own seeds."""
+        """True if a noise comes from the samples' own seeds."""
         return any(draw.source is NoiseSource.SEEDS for draw in self.draws)
 
     @functools.cached_property
@@ -223,7 +223,7 @@ class Plan:
 
     @functools.cached_property
     def converts(self) -> bool:
-        """Whether a result may have to be cast after the fused step."""
+        """True if a result may have to be cast after the fused step."""
         return not self.uniform and (self.blend is not None or not self.accepted_dtypes)
 
     @functools.cached_property

@@ -26,7 +26,24 @@ from .tape import Tape
 BY_SHAPE = frozenset(("shape", "dtype", "ndim", "layout", "is_cuda", "is_sparse", "requires_grad", "is_meta"))
 
 
-class NumberProxy:
+class _Recorded:
+    """Hands functions of torch and numpy to `scalar_functions`, which imports this module."""
+
+    __slots__ = ()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from .scalar_functions import scalar_function
+
+        return scalar_function(func, types, args, kwargs or {})
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        from .scalar_functions import numpy_function
+
+        return numpy_function(ufunc, method, inputs, kwargs)
+
+
+class NumberProxy(_Recorded):
     """A Python number of a traced step; in `isinstance` it is an int or a float."""
 
     __slots__ = ("_index", "_reader", "tape")
@@ -59,36 +76,6 @@ class NumberProxy:
     def __bool__(self) -> bool:
         return bool(self.tape.guard(self.tape.apply(bool, self.index)))
 
-    def __int__(self) -> int:
-        return int(self.guard())
-
-    def __float__(self) -> float:
-        return float(self.guard())
-
-    def __index__(self) -> int:
-        return operator_index(self.guard())
-
-    def __round__(self, digits: int | None = None) -> Any:
-        return round(self.guard(), digits)
-
-    def __floor__(self) -> int:
-        return math.floor(self.guard())  # type: ignore[no-any-return]
-
-    def __ceil__(self) -> int:
-        return math.ceil(self.guard())  # type: ignore[no-any-return]
-
-    def __trunc__(self) -> int:
-        return math.trunc(self.guard())  # type: ignore[no-any-return]
-
-    def __hash__(self) -> int:
-        return hash(self.guard())
-
-    def __repr__(self) -> str:
-        return repr(self.guard())
-
-    def __format__(self, spec: str) -> str:
-        return format(self.guard(), spec)
-
     def __neg__(self) -> NumberProxy:
         return NumberProxy(self.tape, self.tape.apply(t.negative, self.index))
 
@@ -100,17 +87,6 @@ class NumberProxy:
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         return np.asarray(self.guard(), *args, **kwargs)
-
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        from .scalar_functions import numpy_function
-
-        return numpy_function(ufunc, method, inputs, kwargs)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from .scalar_functions import scalar_function  # which imports this module
-
-        return scalar_function(func, types, args, kwargs or {})
 
 
 def operator_index(value: Any) -> int:
@@ -127,6 +103,10 @@ def operand_index(tape: Tape, other: Any) -> int | None:
     if isinstance(other, np.number):
         return tape.constant(other.item())
     return None
+
+
+def _conversion(name: str, function: Callable[..., Any]) -> None:
+    setattr(NumberProxy, f"__{name}__", lambda self, *args: function(self.guard(), *args))
 
 
 def _arithmetic(name: str, function: Callable[..., Any]) -> None:
@@ -152,6 +132,12 @@ def _comparison(name: str, function: Callable[..., Any]) -> None:
     setattr(NumberProxy, f"__{name}__", compare)
 
 
+_function: Callable[..., Any]
+for _name, _function in (
+    ("int", int), ("float", float), ("index", operator_index), ("round", round), ("floor", math.floor),
+    ("ceil", math.ceil), ("trunc", math.trunc), ("hash", hash), ("repr", repr), ("format", format),
+):  # fmt: skip
+    _conversion(_name, _function)
 for _name, _function in (
     ("add", t.add), ("sub", t.subtract), ("mul", t.multiply), ("truediv", t.divide), ("floordiv", t.floor_divide),
     ("mod", t.remainder), ("pow", t.power),
@@ -218,7 +204,7 @@ def finite(value: Factor) -> bool:
     return type(value) is Coefficient or math.isfinite(value)  # type: ignore[arg-type]
 
 
-class ScalarTensor(Tensor):
+class ScalarTensor(_Recorded, Tensor):
     """A tensor of recorded numbers, with its shape and dtype and no data.
 
     Attributes:
@@ -243,17 +229,6 @@ class ScalarTensor(Tensor):
             scalar: ScalarTensor = torch.Tensor._make_subclass(ScalarTensor, base)
         scalar.tape, scalar.elements, scalar.array = tape, elements, array
         return scalar
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from .scalar_functions import scalar_function  # which imports this module
-
-        return scalar_function(func, types, args, kwargs or {})
-
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        from .scalar_functions import numpy_function
-
-        return numpy_function(ufunc, method, inputs, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return guarded_tensor(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]

@@ -329,10 +329,7 @@ def _split(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Affi
     proxy = args[0]
     if len(halves) != 2 or proxy.expr.single_leaf != "model_output" or halves[0].shape[1] * 2 != proxy.shape[1]:
         raise UnsupportedStep("splits a tensor other than a model's output in two halves of its channels")
-    return tuple(
-        AffineProxy.like(half, LinearExpr.of(leaf))
-        for half, leaf in zip(halves, ("model_output", "variance"), strict=True)
-    )
+    return tuple(map(AffineProxy.like, halves, map(LinearExpr.of, ("model_output", "variance"))))
 
 
 def _first_half(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> AffineProxy:

@@ -22,22 +22,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .inputs import (
-    ABSENT,
-    CONFIG,
-    HISTORY,
-    LOOKUPS,
-    TENSOR_ARGUMENTS,
-    ArgumentItem,
-    ArgumentNumber,
-    AttributeNumber,
-    Contents,
-    ItemNumber,
-    Lookup,
-    ScheduleArray,
-    StepInputs,
-    Structure,
-)  # fmt: skip
+from . import inputs as read
+from .inputs import ABSENT, CONFIG, HISTORY, LOOKUPS, TENSOR_ARGUMENTS, StepInputs
 from .overrides import overriding_class, pristine
 from .plan import Constant, Draw, NoiseSource, RecordedValue
 from .scalars import NumberProxy, ScalarTensor, guarded_tensor, scalar_of, uniform_index
@@ -73,7 +59,7 @@ Value = ExistingValue | ComputedTensor | Constant | RecordedValue
 
 @dataclass(frozen=True)
 class Trace:
-    """What one step does.
+    """The effect of one step.
 
     Attributes:
         result_type, result_names: a tuple without names, an output class of diffusers with, or None for a bare value.
@@ -152,13 +138,16 @@ class Tracer:
         if name in held:
             value = held[name]
             if name not in self._proxies and value is self.inputs.attributes.get(name, ABSENT):
-                self._refuse_shadowing(name)
+                if isinstance(pristine(self.original).get(name), FunctionType):
+                    raise UnsupportedStep(f"calls {name}, which the scheduler object replaces")
                 if name == "noise_sampler" and value is not None:
                     self.attributes_read[name] = None
                     return self._sampler_noise
                 value = held[name] = self._proxies[name] = self._attribute(name, value)
             return value
-        self._refuse_override(name)
+        owner = overriding_class(self.scheduler_class, self.original, name)
+        if owner is not None:
+            raise UnsupportedStep(f"uses {name}, which {owner.__name__} overrides")
         if name in LOOKUPS and self.recorded:
             return functools.partial(self._look_up_timestep, name)
         if name == "_threshold_sample" and hasattr(self.original, name):
@@ -169,18 +158,9 @@ class Tracer:
             self._guard_structure(name)
             raise
 
-    def _refuse_shadowing(self, name: str) -> None:
-        if isinstance(pristine(self.original).get(name), FunctionType):
-            raise UnsupportedStep(f"calls {name}, which the scheduler object replaces")
-
-    def _refuse_override(self, name: str) -> None:
-        owner = overriding_class(self.scheduler_class, self.original, name)
-        if owner is not None:
-            raise UnsupportedStep(f"uses {name}, which {owner.__name__} overrides")
-
     def _guard_structure(self, name: str) -> None:
         self.attributes_read[name] = None
-        self.tape.guard(Structure(name))
+        self.tape.guard(read.Structure(name))
 
     def _attribute(self, name: str, value: Any) -> Any:
         """Return the object that stands for an attribute."""
@@ -192,7 +172,7 @@ class Tracer:
         if type(value) is tuple and name not in HISTORY:
             return tuple(self._item(name, i, item) for i, item in enumerate(value))
         if type(value) in (int, float):
-            return self._number(AttributeNumber(name))
+            return self._number(read.AttributeNumber(name))
         if not isinstance(value, Tensor):
             return value
         if name in HISTORY:
@@ -203,22 +183,22 @@ class Tracer:
         schedule = self.inputs.schedule
         if name not in schedule.host:
             if value.numel() == 1:
-                return self._scalar(AttributeNumber(name), value)
+                return self._scalar(read.AttributeNumber(name), value)
             raise UnsupportedStep(f"reads {name}, a tensor that is neither a schedule nor like the samples")
         host = schedule.host[name]
         if self.recorded and host.dim() < 2 and not host.is_complex():
-            index = self.tape.read(ScheduleArray(name))
+            index = self.tape.read(read.ScheduleArray(name))
             if host.dim() == 0:
                 return ScalarTensor.make(self.tape, (index,), (), host.dtype)
             return ScalarTensor.make(self.tape, (), host.shape, host.dtype, index)
-        self.tape.guard(Contents(name))
+        self.tape.guard(read.Contents(name))
         with torch.inference_mode(False):
             host = host.detach().cpu()
         return host.double() if self.widened and host.is_floating_point() else host
 
     def _item(self, name: str, index: int, item: Any) -> Any:
         if type(item) in (int, float):
-            return self._number(ItemNumber(name, index))
+            return self._number(read.AttributeNumber(name, index))
         if _is_plain(item):
             return item
         input_name = f"self.{name}:{index}"
@@ -226,7 +206,7 @@ class Tracer:
             if name in HISTORY:
                 return self._tensor(item, input_name)
             if item.numel() == 1:
-                item = self._scalar(ItemNumber(name, index), item)
+                item = self._scalar(read.AttributeNumber(name, index), item)
         return self._named(item, input_name)
 
     def _argument(self, name: str, value: Any) -> Any:
@@ -235,8 +215,8 @@ class Tracer:
         if isinstance(value, Tensor):
             if name in TENSOR_ARGUMENTS:
                 return self._tensor(value, TENSOR_ARGUMENTS[name])
-            return self._named(self._scalar(ArgumentNumber(name), value, name), name)
-        return self._number(ArgumentNumber(name)) if type(value) in (int, float) else value
+            return self._named(self._scalar(read.ArgumentNumber(name), value, name), name)
+        return self._number(read.ArgumentNumber(name)) if type(value) in (int, float) else value
 
     def _number(self, reader: Callable[[StepInputs], Any]) -> Any:
         return NumberProxy(self.tape, None, reader) if self.recorded else self.tape.guard(self.tape.read(reader))
@@ -246,7 +226,7 @@ class Tracer:
         if value.numel() == 1 or self.inputs.schedule.position(value) is not None:
             elements: tuple[int, ...] = (self.tape.read(reader),)
         elif argument is not None and 0 < value.numel() <= _MOST_ELEMENTS:
-            elements = tuple(self.tape.read(ArgumentItem(argument, i)) for i in range(value.numel()))
+            elements = tuple(self.tape.read(read.ArgumentNumber(argument, i)) for i in range(value.numel()))
         else:
             raise UnsupportedStep(f"is called with a tensor of {value.numel()} numbers")
         scalar = ScalarTensor.make(self.tape, elements, value.shape, value.dtype)
@@ -273,7 +253,10 @@ class Tracer:
         return self._tensor(like, f"noise:{len(self.draws) - 1}")
 
     def _sampler_noise(self, sigma: Any, sigma_next: Any) -> AffineProxy:
-        """Stand for the scheduler's noise sampler, called with two noise levels."""
+        """Stand for the scheduler's noise sampler, called with two noise levels.
+
+        They are numbers or tensors of one, never recorded: with a sampler the mode is `ScalarMode.UNCHANGED`.
+        """
         return self.draw(self.inputs.arguments["sample"], NoiseSource.PATH, (float(sigma), float(sigma_next)))
 
     def _look_up_timestep(self, method: str, timestep: Any, schedule_timesteps: Any = None) -> Any:
@@ -285,7 +268,7 @@ class Tracer:
             if name in self.inputs.attributes:
                 self._guard_structure(name)
                 if type(self.inputs.attributes[name]) in (int, float):
-                    tape.guard(tape.read(AttributeNumber(name)))
+                    tape.guard(tape.read(read.AttributeNumber(name)))
         if isinstance(timestep, ScalarTensor):
             index, dtype, shape = uniform_index(timestep), timestep.dtype, tuple(timestep.shape)
         elif type(timestep) is NumberProxy:
@@ -294,7 +277,7 @@ class Tracer:
             raise UnsupportedStep(f"calls {method} with other than the timestep")
         if index is None:
             raise UnsupportedStep(f"calls {method} with several timesteps")
-        reader = Lookup(method, dtype, shape)
+        reader = read.Lookup(method, dtype, shape)
         example = schedule.look_up(reader, tape.values[index], self.inputs.attributes)
         found = tape.apply(called, tape.read(reader), index)
         if isinstance(example, Tensor):
@@ -354,7 +337,7 @@ class Tracer:
         def unchanged(index: int, entry: Value) -> bool:
             if isinstance(entry, RecordedValue):
                 old = type(before[index]) in (int, float)
-                return old and entry == RecordedValue((self.tape.read(ItemNumber(name, index)),))
+                return old and entry == RecordedValue((self.tape.read(read.AttributeNumber(name, index)),))
             if isinstance(entry, Constant):
                 return entry.value is before[index]
             return entry == ExistingValue(f"self.{name}:{index}")
