@@ -15,7 +15,7 @@ def renamed_attribute(old: str, new: str) -> Any:
     """Return a property that reads the attribute `new`; `old` is its former name with its class, for the warning."""
 
     def read(self: object) -> Any:
-        _warn(old, new)
+        warn_renamed(old, new)
         return getattr(self, new)
 
     return property(read, doc=f"The former name of `{new}`.")
@@ -30,7 +30,7 @@ def renamed_fields(**renamed: str) -> Callable[[type[T]], type[T]]:
         @functools.wraps(make)
         def make_by_old_names(self: T, *args: Any, **fields: Any) -> None:
             for old in renamed.keys() & fields.keys():
-                _warn(f"{cls.__name__}({old}=)", f"{renamed[old]}=")
+                warn_renamed(f"{cls.__name__}({old}=)", f"{renamed[old]}=")
                 fields[renamed[old]] = fields.pop(old)
             make(self, *args, **fields)
 
@@ -40,6 +40,6 @@ def renamed_fields(**renamed: str) -> Callable[[type[T]], type[T]]:
     return decorate
 
 
-def _warn(old: str, new: str, stacklevel: int = 3) -> None:
+def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
     """Warn about the line that uses the old name, `stacklevel` frames above."""
     warnings.warn(f"{old} is now {new}; the old name goes with the next release", DeprecationWarning, stacklevel)

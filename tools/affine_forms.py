@@ -30,8 +30,8 @@ NAMES = ("X", "M", "D", "I0", "I1", "I2", "I3", "I4")
 #: A compiled form takes 25 kB of the extension; these would be 16 more. docs/performance.md has the times of both.
 RARE = {
     "SASolver": (
-        "'predictor_order': 3", "'predictor_order': 4", "'corrector_order': 3", "'corrector_order': 4",
-        "'prediction_type': 'sample'",
+        "'predictor_order': 3", "'predictor_order': 4", "'corrector_order': 1", "'corrector_order': 3",
+        "'corrector_order': 4", "'prediction_type': 'sample'",
     ),
     "RePaint": ("'clip_sample': False", "'eta': 0.5", "'eta': 1.0"),
 }  # fmt: skip

@@ -126,7 +126,8 @@ class StepArgsBuilder {
             const int64_t row = args.rows[b];
             for (int store = kStore0; row >= 0 && store <= kStore1; ++store) {
                 const double slot = table_entry(row, store);
-                const bool there = slot < 0 || (slot < kRegisters && args.history[static_cast<int>(slot)] != nullptr);
+                const bool there = !(slot >= 0) ||  // NaN names no slot
+                                   (slot < kRegisters && args.history[static_cast<int>(slot)] != nullptr);
                 require(there, Decline::kArgument);
             }
         }

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
-from ..deprecated import renamed_attribute, renamed_fields
+from .. import row_layout
+from ..deprecated import renamed_attribute, renamed_fields, warn_renamed
 from ..device_copy import OnDevice, to_device
 from ..errors import checked_type, error_message
 from ..row_layout import (
@@ -35,6 +37,14 @@ from ..row_layout import (
     compute_dtype,
 )
 from .affine import ZERO, Affine
+
+
+def __getattr__(name: str) -> Any:
+    """Give the constants of a row, which have moved to `fastdiff.row_layout`, with a warning for one release."""
+    if name.isupper() and hasattr(row_layout, name):
+        warn_renamed(f"fastdiff.table.{name}", f"fastdiff.row_layout.{name}")
+        return getattr(row_layout, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @renamed_fields(keep="kept", store="slots")

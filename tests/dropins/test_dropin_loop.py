@@ -147,8 +147,8 @@ def test_outputs_in_another_layout_are_laid_out_in_cpp(
     assert_same_bits(ends[1:], [ends[0], ends[0]])
 
 
-def test_the_purpose_of_noise_is_the_one_that_cpp_knows() -> None:
-    assert Purpose.STEP == 1  # kStepPurpose in csrc/bindings/simple_step.h
+def test_the_purpose_of_a_steps_noise_is_fixed() -> None:
+    assert Purpose.STEP == 1  # a word of the counter: with another one every seed would give another picture
 
 
 @pytest.mark.parametrize("place", [0, 2])

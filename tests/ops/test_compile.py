@@ -117,8 +117,9 @@ def test_the_step_by_rows_passes_opcheck(slots: list[int], asked: tuple[Any, int
     table[:, 2], table[:, 6], table[:, 7] = 0.8, (slots or [-1])[0], (slots or [-1])[-1] if len(slots) > 1 else -1
     tensors = [torch.randn(2, 3, 4) for _ in range(4)]
     arguments = (
-        tensors[0], tensors[1], table, torch.tensor([2, -1]), [torch.randn(2, 3, 4) for _ in slots], slots,
-        tensors[2], torch.tensor([2.0]), None, None, None, 0, torch.tensor([1, 2]), 3, None, 1, None, *asked, backend,
+        tensors[0], tensors[1], table, torch.tensor([2, -1]), tensors[2], torch.tensor([2.0]),
+        [torch.randn(2, 3, 4) for _ in slots], slots, None, None, None, 0, torch.tensor([1, 2]), 3, None, 1, *asked,
+        None, backend,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fastdiff.step_rows.default, arguments)
 

@@ -107,3 +107,13 @@ def test_packages_have_the_names_of_the_modules_before_them() -> None:
     assert {"SAMPLERS", "BaseSampler", "check_fields", "split_fields"} <= set(fastdiff.samplers.__all__)
     assert pickle.loads(pickle.dumps(schedules.NoiseScheduleType.LINEAR)) is schedules.NoiseScheduleType.LINEAR
     assert pickle.loads(b"cfastdiff.schedules\nLinearNoiseScheduler\n.") is fastdiff.LinearNoiseScheduler
+
+
+def test_a_rows_constants_are_found_where_they_were() -> None:
+    from fastdiff import row_layout
+    from fastdiff.solvers import table
+
+    with pytest.warns(DeprecationWarning, match=r"row_layout\.KEEP_1"):
+        assert table.KEEP_1 == row_layout.KEEP_1
+    with pytest.raises(AttributeError, match="NOTHING"):
+        table.NOTHING  # noqa: B018
