@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import runpy
 from pathlib import Path
@@ -24,6 +25,64 @@ def test_readme_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
 def test_links_resolve(document: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
         assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def _anchors(document: Path) -> set[str]:
+    """Return the anchors of a document's headings, as GitHub and MkDocs spell them."""
+    text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_anchors_name_a_heading(document: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", document.read_text()):
+        assert anchor in _anchors(document.parent / target if target else document), f"{target}#{anchor}"
+
+
+def test_api_targets_exist() -> None:
+    """Each module that docs/api.md shows can be imported, and has the members listed for it."""
+    shown: dict[str, list[str]] = {}
+    for line in (ROOT / "docs" / "api.md").read_text().splitlines():
+        if target := re.fullmatch(r"::: (\S+)", line):
+            members = shown[target[1]] = []
+        elif one_line := re.fullmatch(r" +members: \[(.+)\]", line):
+            members += one_line[1].split(", ")
+        elif item := re.fullmatch(r" +- (\w+)", line):
+            members.append(item[1])
+    assert len(shown) > 15
+    missing = [
+        f"{name}.{member}"
+        for name, members in shown.items()
+        for member in members
+        if not hasattr(importlib.import_module(name), member)
+    ]
+    assert missing == []
+
+
+def test_concepts_are_defined_in_the_files_named() -> None:
+    """Each concept of docs/life_of_a_plan.md is a class of the file beside it, or described by one."""
+    text = (ROOT / "docs" / "life_of_a_plan.md").read_text()
+    rows = re.findall(r"^\| `?(\w+)`? \| [A-Z].+ \| `(\S+)` \|$", text, flags=re.MULTILINE)
+    assert 10 <= len(rows) <= 15
+    for name, file in rows:
+        source = (ROOT / file if file.startswith("csrc/") else ROOT / "fastdiff" / "diffusers" / file).read_text()
+        kind = rf"\b(class|struct) {name}\b" if name[0].isupper() else rf"(?i)\b{name}\b"
+        assert re.search(kind, source), f"{name} in {file}"
+
+
+def test_files_named_in_the_diagrams_exist() -> None:
+    """Each file and function of a diagram in docs/design.md is there."""
+    diagrams = re.findall(r"```mermaid\n(.*?)```", (ROOT / "docs" / "design.md").read_text(), flags=re.DOTALL)
+    assert len(diagrams) == 4
+    for diagram in diagrams:
+        nodes = re.findall(r'\["(\S+)<br>([^"]+)"\]', diagram)
+        assert 3 <= len(nodes) <= 5, "at most four hops"
+        for file, functions in nodes:
+            path = next(base / file for base in (ROOT, ROOT / "fastdiff") if (base / file).is_file())
+            for function in functions.split(", "):
+                name = re.split(r"\.|::", function)[-1]
+                assert re.search(rf"\b{name}\b", path.read_text()), f"{function} in {file}"
 
 
 #: What makes an example short, and what it leaves behind: a picture, or lines that it prints.
