@@ -16,7 +16,7 @@ diffusers = pytest.importorskip("diffusers")
 from fastdiff.diffusers import CLASSES  # noqa: E402
 from fastdiff.diffusers.compiler.inputs import HISTORY  # noqa: E402
 from support.dropin_cases import Case  # noqa: E402
-from support.dropin_helpers import made, quiet  # noqa: E402
+from support.dropin_helpers import make_loop, quiet  # noqa: E402
 
 HALVES = (torch.float16, torch.bfloat16)
 #: Float32 results or history beside half samples; and float32 latents with a half model, which any scheduler may get.
@@ -125,7 +125,7 @@ def test_history_of_float64_samples_has_diffusers_dtypes(name: str) -> None:
     """Each tensor that a scheduler keeps, after every step of a loop."""
     config = {"noise_sampler_seed": 3} if name == "DPMSolverSDEScheduler" else {}
     case = Case(name.removesuffix("Scheduler"), config, 5, {}).of(dtype=torch.float64)
-    loops = [made(case, cls) for cls in (CLASSES[name].original, CLASSES[name])]
+    loops = [make_loop(case, cls) for cls in (CLASSES[name].original, CLASSES[name])]
     for each in loops:
         each.start()
 
