@@ -168,7 +168,7 @@ bool Guard::check_array(PyObject* value) const {
         const at::Tensor* tensor = as_plain_tensor(value);
         if (tensor == nullptr || tensor->scalar_type() != type_ || tensor->sizes() != sizes_ || !tensor->is_cpu() ||
             tensor->is_conj() || !is_plain_eager(*tensor) || !tensor->is_contiguous() ||
-            !storage_covers(*tensor, tensor->numel()))
+            (tensor->numel() > 0 && !storage_covers(*tensor, tensor->numel())))
             return false;
         memory = tensor->const_data_ptr();
         bytes = tensor->nbytes();

@@ -86,6 +86,32 @@ def test_guards_agree_between_python_and_cpp(guard: Guard, value: Any, copied: b
     assert backends.extension.check_guard(guard, value, timestep) == guard.check(value, timestep)
 
 
+@pytest.mark.parametrize("kind", [GuardKind.TENSOR, GuardKind.TIMESTEP, GuardKind.ARRAY, GuardKind.ID, GuardKind.ANY])
+def test_guards_of_arrays_agree_for_every_pair(kind: GuardKind) -> None:
+    """Every array that a guard may hold, with every array that it may be asked about."""
+    values = [*TENSORS, *ARRAYS]
+    timesteps = [None, *(TIMESTEPS[place].data_ptr() for place in (2, 3))]
+    decided = set()
+    for of in values:
+        for offset, timestep in itertools.product((0, 8), timesteps):
+            if kind in (GuardKind.TENSOR, GuardKind.TIMESTEP):
+                if not isinstance(of, Tensor):
+                    continue
+                expected: Any = (of.dtype, tuple(of.shape), *([offset] if kind is GuardKind.TIMESTEP else []))
+            elif kind is GuardKind.ARRAY:
+                if (isinstance(of, Tensor) and of.is_conj()) or isinstance(of, np.generic):
+                    continue
+                expected = array_record(of)
+            else:
+                expected = of
+            guard = Guard("name", kind, expected)
+            for value in values:
+                in_python = guard.check(value, timestep)
+                assert backends.extension.check_guard(guard, value, timestep) == in_python, (guard, value, timestep)
+                decided.add(in_python)
+    assert decided == ({True} if kind is GuardKind.ANY else {True, False})
+
+
 def test_enumerations_agree_between_python_and_cpp() -> None:
     assert backends.extension.guard_kinds == {kind.name: kind.value for kind in GuardKind}
     assert backends.extension.noise_sources == {source.name: source.value for source in NoiseSource}
