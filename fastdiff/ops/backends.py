@@ -233,7 +233,7 @@ _raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRa
 
 def current_stream(sample: Tensor) -> int:
     """The stream that the extension launches on: CUDA's current one as a pointer, 0 elsewhere."""
-    if not sample.is_cuda:
+    if sample.is_cuda is not True:  # of a class it is a descriptor; the extension declines a class
         return 0
     if _raw_stream is None:
         return torch.cuda.current_stream(sample.device).cuda_stream

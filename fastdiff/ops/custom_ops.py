@@ -26,7 +26,7 @@ _TAGS: dict[str, Any] = {"tags": (torch.Tag.needs_exact_strides,)} if hasattr(to
 
 
 @torch.library.custom_op("fastdiff::step", mutates_args=(), schema=schema(STEP_ARGUMENTS, "Tensor[]"), **_TAGS)
-def step_op(*values: Any) -> list[Tensor]:
+def step_op(*values: Any) -> Any:  # torch 2.6 reads no list[...] here; the schema says what it returns
     """`fastdiff.ops.step`: prev_sample, the kept outputs, and the model input where a dtype is given for it.
 
     `row_indices` and `noise_steps` take the place of `row_index` and `noise_step`; an empty `backend` leaves the

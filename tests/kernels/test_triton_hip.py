@@ -57,8 +57,8 @@ def _all_cases() -> list[list[Any]]:
         tensors = {f"{n}_ptr": f"*{dtype}" for n in ("sample", "model_output", "uncond", "variance", "noise", "out")}
         tensors |= {f"history_{j}_ptr": f"*{dtype}" for j in range(4)}
         tensors |= {f"{n}_ptr": f"*{dtype}" for n in ("prev_sample", "keep_0", "keep_1", "model_input")}
-        tensors |= {f"{n}_ptr": f"*{compute}" for n in ("table", "guidance", "threshold")}
-        tensors |= {f"{n}_ptr": "*i64" for n in ("rows", "seeds", "noise_steps", "steps")}
+        tensors |= {f"{n}_ptr": f"*{compute}" for n in ("table", "guidance_scale", "threshold")}
+        tensors |= {f"{n}_ptr": "*i64" for n in ("row_indices", "seeds", "noise_steps", "steps")}
         for name, constants in CONFIGURATIONS.items():
             kind = "draw" if constants["DRAWS"] else "step"
             cases.append([f"{name}-{dtype}", "step", "_step_kernel", tensors, constants, kind, SIZES[dtype]])

@@ -37,7 +37,7 @@ def test_tensor_with_freed_or_truncated_storage_is_refused(backend: str | None, 
     tensors = {"model_output": x, "table": row, "uncond": x, "history": x, "sample": x, "out": torch.zeros_like(x)}
     tensors |= {"guidance": torch.ones(8, device=x.device), "threshold": torch.ones(8, device=x.device)}
     tensors[name] = cut_short(tensors[name], held)
-    shown = {"history": "history[0]", "out": "out[0]"}.get(name, name)
+    shown = {"history": "history[0]", "out": "out[0]", "guidance": "guidance_scale"}.get(name, name)
     message = rf"^step: {re.escape(shown)} has a storage of {4 * held} bytes, expected the "
     with pytest.raises(ValueError, match=message):
         ops.step(

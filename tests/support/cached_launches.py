@@ -383,7 +383,7 @@ def test_vendor_launchers_accept_arguments(vendor: str) -> None:
 
 
 def test_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_MOST_HELD", 3)
+    monkeypatch.setattr(launch, "_CACHE_SIZE", 3)
     for size in range(1, 9):
         x = torch.empty(1, size)
         step.launch(call_of(x, rows=1, row_index=0))
