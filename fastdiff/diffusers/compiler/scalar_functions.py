@@ -25,6 +25,7 @@ from .scalars import (
     guarded_tensor,
     operand_index,
     operator_index,
+    register_rules,
     scalar_of,
     spread,
     uniform_index,
@@ -408,3 +409,6 @@ def numpy_function(ufunc: Any, method: str, inputs: Sequence[Any], kwargs: dict[
                 return result
     plain = [_specialized(value) for value in inputs]
     return getattr(ufunc, method)(*(v.numpy() if isinstance(v, Tensor) else v for v in plain), **kwargs)
+
+
+register_rules(scalar_function, numpy_function)

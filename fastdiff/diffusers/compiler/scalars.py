@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,20 +27,23 @@ BY_SHAPE = frozenset(("shape", "dtype", "ndim", "layout", "is_cuda", "is_sparse"
 
 
 class _Recorded:
-    """Hands functions of torch and numpy to `scalar_functions`, which imports this module."""
+    """Hands functions of torch and numpy to the rules that `scalar_functions` registers."""
 
     __slots__ = ()
+    torch_rule: ClassVar[Callable[..., Any]]
+    numpy_rule: ClassVar[Callable[..., Any]]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from .scalar_functions import scalar_function
-
-        return scalar_function(func, types, args, kwargs or {})
+        return cls.torch_rule(func, types, args, kwargs or {})
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        from .scalar_functions import numpy_function
+        return self.numpy_rule(ufunc, method, inputs, kwargs)
 
-        return numpy_function(ufunc, method, inputs, kwargs)
+
+def register_rules(torch_rule: Callable[..., Any], numpy_rule: Callable[..., Any]) -> None:
+    """Set what becomes of a function of torch, and of a ufunc of numpy, that is called with recorded numbers."""
+    _Recorded.torch_rule, _Recorded.numpy_rule = staticmethod(torch_rule), staticmethod(numpy_rule)
 
 
 class NumberProxy(_Recorded):

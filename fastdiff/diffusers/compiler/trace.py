@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import inputs as read
+from . import scalar_functions  # noqa: F401 (it registers the rules of recorded numbers)
 from .inputs import ABSENT, CONFIG, HISTORY, LOOKUPS, TENSOR_ARGUMENTS, StepInputs
 from .overrides import overriding_class, pristine
 from .plan import Constant, Draw, NoiseSource, RecordedValue
