@@ -61,7 +61,7 @@ class StepCall:
         default=None, metadata=_argument("sample", "v: like sample, of any of the four dtypes")
     )
     threshold: Tensor | None = field(default=None, metadata=_argument("scalar", "s: [B] in the compute dtype"))
-    variance_kind: int = field(default=Variance.FIXED, metadata=_argument("option", "a fastdiff.table.Variance"))
+    variance_kind: int = field(default=Variance.FIXED, metadata=_argument("option", "a fastdiff.row_layout.Variance"))
     keeps: int = field(default=0, metadata=_argument("option", "kept outputs, 0 to 2"))
     seeds: Tensor | None = field(default=None, metadata=_argument("counter", "int64 [B]: noise is drawn in the step"))
     noise_step: int | Tensor = field(

@@ -323,7 +323,7 @@ def _check_variance(call: StepCall) -> None:
     if not _is_integer(kind) or kind not in _VARIANCE_KINDS:
         raise ValueError(
             _refusal(
-                "variance_kind", f"is {call.variance_kind}", "0, 1 or 2", "use a member of fastdiff.table.Variance"
+                "variance_kind", f"is {call.variance_kind}", "0, 1 or 2", "use a member of fastdiff.row_layout.Variance"
             )
         )
     if (call.variance is not None) != (kind != _FIXED):

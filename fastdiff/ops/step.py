@@ -58,7 +58,7 @@ def step(
         d    = p·x + q·m,  clamped to ±clip;  with a threshold s clamped to ±s and divided by s
         out  = a_x·x + a_m·m + a_d·d + Σ_j a_j·h_j + a_z·(std·z)
 
-    with the scalars of one row of a `fastdiff.table.StepTable`, for the previous sample and for up to two tensors
+    with the scalars of one row of a `fastdiff.StepTable`, for the previous sample and for up to two tensors
     to keep.  A tensor whose coefficient is 0 is not read; one that is absent adds nothing.
 
     Args:
@@ -80,7 +80,7 @@ def step(
         purpose: the noise's purpose, 0 to 2³² − 1; see `fastdiff.Purpose`.
         variance: the model's second output, like `sample`, where `variance_kind` is not 0.
         threshold: ``[B]`` in the table's dtype, each above 0.
-        variance_kind: how `variance` scales the noise, a `fastdiff.table.Variance`.
+        variance_kind: how `variance` scales the noise, a `fastdiff.row_layout.Variance`.
         keeps: how many tensors to keep, 0 to 2.
         out: the destination of each of the ``1 + keeps`` outputs: a tensor to write, None for a new one in the sample's
             dtype, or a dtype for a new one of it.  Tensors to write may be inputs: the step can be taken in place.
