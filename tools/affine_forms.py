@@ -41,6 +41,7 @@ HEADER = """// SPDX-License-Identifier: MIT
 // One entry per form of row: the term masks of prev_sample, keep_0 and keep_1. X is the sample, M the model output,
 // D the prediction, I0 to I4 are the other inputs of the row. The comment names the first group of calls in
 // tests/support/affine_cases.py that takes the form.
+// clang-format off
 """
 RUNTIME_HEADER = """
 // Forms of rare options, which run with run-time terms (RARE in tools/affine_forms.py).
