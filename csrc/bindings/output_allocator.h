@@ -25,6 +25,10 @@
 #include <thread>
 #include <utility>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -127,6 +131,10 @@ class FreeBlocks {
             dropped = drop_until(0, 0, &surplus);
         }
         for (size_t i = 0; i < dropped; ++i) std::free(surplus[i]->memory);
+#ifdef __GLIBC__
+        // A block may have come from a hole in malloc's heap, where it stays after `free`.
+        if (dropped > 0) malloc_trim(0);
+#endif
         return bytes;
     }
 

@@ -318,6 +318,35 @@ def test_released_memory_returns_to_system() -> None:
     assert before - resident() > 56 * MIB
 
 
+_IN_THE_HEAP = (
+    "import ctypes, os, torch, fastdiff\n"
+    "from pathlib import Path\n"
+    "from fastdiff import ops\n"
+    "from support.oracle import plain_row\n"
+    "libc = ctypes.CDLL(None)\n"
+    "libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]\n"
+    "libc.free.argtypes = [ctypes.c_void_p]\n"
+    "libc.free(libc.malloc(31 << 20))\n"  # from now on malloc takes less than this from its heap
+    "blocks = [libc.malloc(20 << 20) for _ in range(8)]\n"
+    "above = libc.malloc(1 << 20)\n"
+    "for block in blocks: libc.free(block)\n"  # a hole, which the next output fits into
+    "def resident(): return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')\n"
+    "x = torch.ones(16 << 20)\n"
+    "(made,) = ops.step(x, x, plain_row(prev_x=2.0), 0)\n"
+    "del made\n"
+    "before = resident()\n"
+    "fastdiff.release_memory()\n"
+    "print(before - resident())\n"
+)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say what a process holds")
+@pytest.mark.skipif(SANITIZED, reason="AddressSanitizer keeps what is freed in quarantine")
+def test_released_memory_from_heap_returns_to_system() -> None:
+    done = run(_IN_THE_HEAP)
+    assert int(done.stdout) > 56 * MIB, done.stderr
+
+
 # --- The switch ------------------------------------------------------------------------------------------------------
 
 _KEPT = (
