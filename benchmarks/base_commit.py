@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,7 +43,11 @@ def compare(options: Any, report: dict[str, Any]) -> None:
         checked_out(root, commit, Path(folder)) as tree,
     ):
         print(f"building {options.base} ({commit[:10]})", file=sys.stderr, flush=True)
-        build(tree)
+        extension = same_extension(root, commit)
+        if extension is not None:
+            shutil.copy2(extension, tree / "fastdiff")
+        else:
+            build(tree)
         names = Path(folder) / "names"
         names.mkdir()
         (names / ALIAS).symlink_to(Path(__file__).resolve().parent)
@@ -204,6 +209,17 @@ def checked_out(root: Path, commit: str, folder: Path) -> Iterator[Path]:
         yield tree
     finally:
         _git(root, "worktree", "remove", "--force", str(tree))
+
+
+def same_extension(root: Path, commit: str) -> Path | None:
+    """Return this checkout's extension where the commit has the same sources for it; None where it has to be built."""
+    sources = ("csrc", "setup.py")
+    unchanged = (
+        _git(root, "diff", "--quiet", commit, "--", *sources).returncode == 0
+        and not _git(root, "status", "--porcelain", "--", *sources).stdout.strip()
+    )
+    built = sorted((root / "fastdiff").glob("_C*.so"))
+    return built[0] if unchanged and len(built) == 1 else None
 
 
 def build(tree: Path) -> None:

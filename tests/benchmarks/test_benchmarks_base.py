@@ -40,6 +40,36 @@ def test_base_refuses_unknown_commit() -> None:
         base_commit.resolve(base_commit.checkout(), "no-such-rev")
 
 
+def test_base_copies_extension_of_same_sources_only(tmp_path: Path) -> None:
+    _needs_checkout()
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init", "-q")
+    for name in ("csrc/step.cpp", "setup.py", "fastdiff/step.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+    git("add", "-A")
+    git("commit", "-qm", "one")
+    one = git("rev-parse", "HEAD")
+    assert base_commit.same_extension(tmp_path, one) is None  # none has been built
+    built = tmp_path / "fastdiff" / "_C.cpython.so"
+    built.touch()
+    (tmp_path / "fastdiff" / "step.py").write_text("2")
+    assert base_commit.same_extension(tmp_path, one) == built
+    (tmp_path / "csrc" / "new.cpp").touch()
+    assert base_commit.same_extension(tmp_path, one) is None
+    (tmp_path / "csrc" / "new.cpp").unlink()
+    (tmp_path / "csrc" / "step.cpp").write_text("2")
+    assert base_commit.same_extension(tmp_path, one) is None
+    git("add", "csrc")
+    git("commit", "-qm", "two")
+    assert base_commit.same_extension(tmp_path, one) is None
+    assert base_commit.same_extension(tmp_path, "HEAD") == built
+
+
 @pytest.mark.slow
 def test_base_compares_with_last_commit_and_cleans_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _needs_checkout()
