@@ -27,7 +27,7 @@ COMPILED, RUNTIME = "FASTDIFF_AFFINE_FORM(", "// runtime ("
 #: Bits of a term mask, as affine_loop.inc names them.
 NAMES = ("X", "M", "D", "I0", "I1", "I2", "I3", "I4")
 #: Options of drop-ins that are too rare for loops of their own: a form that only they lead to runs with run-time terms.
-#: A compiled form takes 25 kB of the extension; these would be as many more as the list names. docs/performance.md has the times of both.
+#: A compiled form takes 25 kB of the extension. docs/performance.md has the times of both.
 RARE = {
     "SASolver": (
         "'predictor_order': 3", "'predictor_order': 4", "'corrector_order': 1", "'corrector_order': 3",
