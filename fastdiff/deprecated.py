@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from .errors import error_message
+
 T = TypeVar("T")
 
 
@@ -43,3 +45,22 @@ def renamed_fields(**renamed: str) -> Callable[[type[T]], type[T]]:
 def warn_renamed(old: str, new: str, stacklevel: int = 3) -> None:
     """Warn about the line that uses the old name, `stacklevel` frames above."""
     warnings.warn(f"{old} is now {new}; the old name goes with the next release", DeprecationWarning, stacklevel)
+
+
+def renamed_argument(operation: str, old: str, value: Any, new: str, given: Any) -> Any:
+    """Return the value of a renamed argument, with a warning where its former name was used.
+
+    Args:
+        value: what was passed by the former name, or None.
+        given: what was passed by the present name, or None.
+
+    Raises:
+        TypeError: both are given.
+    """
+    if value is None:
+        return given
+    if given is not None:
+        raise TypeError(error_message(operation, old, f"is given beside {new}", "one of the two", f"pass {new}= alone"))
+    message = f"{operation}: {old} is renamed to {new} and will be removed in the next release; pass {new}="
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
+    return value

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import math
 import operator
-import warnings
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from numbers import Real
@@ -177,22 +176,3 @@ def checked_type(operation: str, argument: str, value: object, kind: type[Any], 
     """
     if not isinstance(value, kind):
         raise TypeError(error_message(operation, argument, f"is a {type(value).__name__}", expected, remedy))
-
-
-def renamed(operation: str, old: str, value: Any, new: str, given: Any) -> Any:
-    """Return the value of a renamed argument, with a warning where its former name was used.
-
-    Args:
-        value: what was passed by the former name, or None.
-        given: what was passed by the present name, or None.
-
-    Raises:
-        TypeError: both are given.
-    """
-    if value is None:
-        return given
-    if given is not None:
-        raise TypeError(error_message(operation, old, f"is given beside {new}", "one of the two", f"pass {new}= alone"))
-    message = f"{operation}: {old} is renamed to {new} and will be removed in the next release; pass {new}="
-    warnings.warn(message, DeprecationWarning, stacklevel=3)
-    return value

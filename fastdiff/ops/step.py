@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import as_float, error_message, renamed
+from ..deprecated import renamed_argument
+from ..errors import as_float, error_message
 from ..philox import Purpose
 from ..row_layout import Variance
 from .backends import current_stream, direct_extension
@@ -101,8 +102,8 @@ def step(
             the table, and forward mode.
     """
     if row is not None or guidance is not None:
-        row_index = renamed("step", "row", row, "row_index", row_index)
-        guidance_scale = renamed("step", "guidance", guidance, "guidance_scale", guidance_scale)
+        row_index = renamed_argument("step", "row", row, "row_index", row_index)
+        guidance_scale = renamed_argument("step", "guidance", guidance, "guidance_scale", guidance_scale)
     extension = direct_extension() if backend is None else None
     if extension is not None:
         scale, stream = guidance_scale, 0
@@ -202,9 +203,9 @@ def step_rows(
         TypeError, ValueError, RuntimeError: as `step`.  Nothing has been written then.
     """
     if rows is not None or registers is not None or guidance is not None:
-        row_index = renamed("step_rows", "rows", rows, "row_index", row_index)
-        history = renamed("step_rows", "registers", registers, "history", history or None)
-        guidance_scale = renamed("step_rows", "guidance", guidance, "guidance_scale", guidance_scale)
+        row_index = renamed_argument("step_rows", "rows", rows, "row_index", row_index)
+        history = renamed_argument("step_rows", "registers", registers, "history", history or None)
+        guidance_scale = renamed_argument("step_rows", "guidance", guidance, "guidance_scale", guidance_scale)
     outs = None if out is None else (out,)
     extension = direct_extension() if backend is None else None
     if extension is not None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..errors import as_float, checked_float, checked_type, error_message, renamed
+from ..deprecated import renamed_argument
+from ..errors import as_float, checked_float, checked_type, error_message
 from ..noise.generators import Generators, draw
 from ..ops.call import StepCall
 from ..ops.checks import check_dtype
@@ -117,7 +118,7 @@ class Stepper:
             TypeError, ValueError: as `fastdiff.ops.step`; the stepper is then as it was.
         """
         if guidance is not None:
-            guidance_scale = renamed("step", "guidance", guidance, "guidance_scale", guidance_scale)
+            guidance_scale = renamed_argument("step", "guidance", guidance, "guidance_scale", guidance_scale)
         row = self.index
         if row == self._end:
             raise IndexError(
