@@ -127,11 +127,11 @@ class PerTokenSteps:
     """Mixin of the flow-matching Euler scheduler for calls with `per_token_timesteps`."""
 
     @staticmethod
-    def never_planned(given: Mapping[str, Any]) -> bool:
+    def never_planned(arguments: Mapping[str, Any]) -> bool:
         """Return whether each token has its own timestep: no row expresses such a step."""
-        return given.get("per_token_timesteps") is not None
+        return arguments.get("per_token_timesteps") is not None
 
-    def step_otherwise(self: Any, name: str, given: Mapping[str, Any]) -> Any:
+    def unplanned_step(self: Any, method: str, arguments: Mapping[str, Any]) -> Any:
         """Take a step that has no plan: directly with a timestep for each token, else by diffusers' own code."""
-        result = per_token_step(self, given)
-        return super().step_otherwise(name, given) if result is None else result  # type: ignore[misc]
+        result = per_token_step(self, arguments)
+        return super().unplanned_step(method, arguments) if result is None else result  # type: ignore[misc]

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff.diffusers
+from fastdiff.diffusers import FusedScheduler
 from fastdiff.diffusers.per_token import _LEVELS, per_token_step
 
 FusedFlowMatch = fastdiff.diffusers.CLASSES["FlowMatchEulerDiscreteScheduler"]
@@ -319,3 +320,20 @@ def test_per_token_step_keeps_no_scheduler_alive() -> None:
     gc.collect()
     assert gone() is None
     assert len(_LEVELS) == before - 1
+
+
+def test_step_takes_per_token_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ours = pair()
+    x, v = tensors(torch.float32)
+    given = {"model_output": v, "timestep": ours.timesteps[0], "sample": x, "return_dict": False,
+             "per_token_timesteps": torch.linspace(900.0, 100.0, 24).reshape(2, 12)}  # fmt: skip
+    wanted = per_token_step(ours.stepper(), given)[0]
+    monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "step", lambda *_, **__: pytest.fail("by diffusers' own code"))
+    assert torch.equal(ours.step(**given)[0], wanted)
+
+
+def test_every_method_of_a_mixin_overrides_one_that_is_called() -> None:
+    for kind in fastdiff.diffusers.CLASSES.values():
+        for mixin in kind.__mro__[1 : kind.__mro__.index(FusedScheduler)]:
+            defined = {name for name in vars(mixin) if not name.startswith("__")}
+            assert defined <= vars(FusedScheduler).keys(), mixin
