@@ -128,7 +128,7 @@ def check_memory(name: str, tensor: Tensor, operation: str = "step") -> None:
 
 def _check_table(call: StepCall) -> None:
     table, sample = call.table, call.sample
-    remedy = "make it with StepTable.rows_as(sample.dtype, sample.device)"
+    remedy = "make it with StepTable.coefficients_as(sample.dtype, sample.device)"
     if not isinstance(table, Tensor):
         raise TypeError(_refusal("table", f"is a {type(table).__name__}", "a torch.Tensor", remedy))
     if table.dim() != 2 or table.shape[1] != ROW_WIDTH:
@@ -144,7 +144,7 @@ def _check_table(call: StepCall) -> None:
                 next(name for name, dtype in stored.items() if dtype == torch.float64),
                 "has dtype torch.float64",
                 "float16, bfloat16 or float32 beside a float32 table",
-                "convert it, or make the table with StepTable.rows_as(torch.float64, sample.device)",
+                "convert it, or make the table with StepTable.coefficients_as(torch.float64, sample.device)",
             )
         )
     if table.dtype != wanted:

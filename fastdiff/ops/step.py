@@ -66,7 +66,7 @@ def step(
         sample: x, ``[...]`` or ``[B, ...]``; float16, bfloat16, float32 or float64, any strides.
         model_output: c, like `sample`.  (All tensors "like sample" share its shape and device; each may be of any of
             the four dtypes, and is widened as it is read.)
-        table: ``[R, 32]`` from `StepTable.rows_as(sample.dtype, sample.device)`: in float64 where any tensor is
+        table: ``[R, 32]`` from `StepTable.coefficients_as(sample.dtype, sample.device)`: in float64 where any tensor is
             float64, an output too, else in float32.
         row_index: the table's row, 0 to R − 1; or an int64 tensor ``[]`` or ``[1]``, one row for all, read on the
             device, or ``[B]``, one a sample.  A sample whose index in a tensor is negative stays as it is.
