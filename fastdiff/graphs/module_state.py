@@ -59,9 +59,7 @@ class ModuleState:
         if len(entries) != len(self._entries) or not all(map(_same, entries, self._entries)):
             return False
         try:
-            return all(map(is_, map(type, self._modules), self._classes)) and all(
-                map(eq, self._by_value, self._copies)
-            )
+            return all(map(is_, map(type, self._modules), self._classes)) and all(map(eq, self._by_value, self._copies))
         except (RuntimeError, ValueError):
             return False  # a number has become a tensor or an array
 
