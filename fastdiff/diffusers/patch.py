@@ -95,8 +95,10 @@ def patch(pipe: Any, *, cuda_graph: bool = False) -> PatchReport:
     captured = []
     if cuda_graph:
         name, model = pipeline_graphs.denoiser_of(pipe)
-        stay = {where: _why_left(type(part), originals) for where, part in found if not _is_fused(part, originals)}
-        pipeline_graphs.check_can_capture(pipe, name, model, stay)
+        scheduler = dict(found).get("scheduler")
+        fused = type(scheduler) in originals or isinstance(scheduler, FusedScheduler)
+        reason = None if fused else _why_left(type(scheduler), originals)
+        pipeline_graphs.check_can_capture(pipe, name, model, reason)
         if pipeline_graphs.capture(model):
             captured.append(Part(name, type(model).__name__))
         else:
@@ -148,11 +150,6 @@ def _fused_classes() -> list[Any]:
     from .guiders import GUIDERS
 
     return [*CLASSES.values(), *GUIDERS.values()]
-
-
-def _is_fused(part: Any, originals: Mapping[type, type]) -> bool:
-    """Return True for a part that is fused, or that `patch` makes so."""
-    return type(part) in originals or isinstance(part, FusedScheduler)
 
 
 def _why_left(kind: type, originals: Mapping[type, type]) -> str:

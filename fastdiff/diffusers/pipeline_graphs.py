@@ -20,9 +20,10 @@ from .find import walk
 
 #: The names by which pipelines know the model that a step calls.
 _DENOISERS = ("unet", "transformer", "prior")
-#: The beginnings of the names of models that run before the loop or after it.
+#: The beginnings of the names of models that run before the loop or after it, or are merged into the one of the loop.
 _BESIDE_THE_LOOP = (
-    "vae", "vqvae", "movq", "text_encoder", "image_encoder", "bert", "safety_checker", "vocoder", "connectors"
+    "vae", "vqvae", "movq", "text_encoder", "image_encoder", "bert", "language_model", "projection_model", "adapter",
+    "motion_adapter", "safety_checker", "vocoder",
 )  # fmt: skip
 
 
@@ -47,19 +48,19 @@ def denoiser_of(pipe: Any) -> tuple[str, nn.Module]:
     raise ValueError(_refusal(pipe, got, "patch it without cuda_graph"))
 
 
-def check_can_capture(pipe: Any, name: str, model: nn.Module, left: dict[str, str]) -> None:
+def check_can_capture(pipe: Any, name: str, model: nn.Module, not_fused: str | None) -> None:
     """Refuse a pipeline whose model cannot be captured, or whose scheduler stays diffusers' own.
 
     Args:
         pipe: the pipeline.
         name, model: of its denoiser.
-        left: by path, why schedulers are not fused.
+        not_fused: why its scheduler is not fused; None if it is, or will be.
 
     Raises:
         ValueError: the reason is in the message.
     """
-    if "scheduler" in left:
-        got = f"has a scheduler that is not fused ({left['scheduler']})"
+    if not_fused is not None:
+        got = f"has a scheduler that is not fused ({not_fused})"
         raise ValueError(_refusal(pipe, got, "give it one of fastdiff.diffusers, or patch it without cuda_graph"))
     reason = why_not_captured(model)
     if reason is not None:
