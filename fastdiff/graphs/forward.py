@@ -56,14 +56,14 @@ class CapturedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        first = arguments.get(self.names[0])
-        wrong = len(arguments) != len(args) + len(kwargs)
-        if wrong or not isinstance(first, Tensor) or self._takes_own_way(arguments, first.device):
-            return self._forward(self._module, *args, **kwargs)
+        given = ((path[0], leaf) for path, leaf in leaves(arguments) if isinstance(leaf, Tensor))
+        device = next((tensor.device for name, tensor in given if name != _TIMESTEP), None)
+        if device is None or len(arguments) != len(args) + len(kwargs) or self._takes_own_way(arguments, device):
+            return self._forward(self._module, *args, **kwargs)  # of wrong arguments it says what is wrong
         if _TIMESTEP in arguments:
-            arguments[_TIMESTEP] = _on_device(arguments[_TIMESTEP], first.device)
+            arguments[_TIMESTEP] = _on_device(arguments[_TIMESTEP], device)
         with self._lock, torch.no_grad():
-            return self._graph(arguments, first.device).replay(arguments)
+            return self._graph(arguments, device).replay(arguments)
 
     def _takes_own_way(self, arguments: dict[str, Any], device: torch.device) -> bool:
         if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
@@ -110,7 +110,7 @@ class _Graph:
         for path, leaf in leaves(arguments):
             if isinstance(leaf, Tensor) and leaf.device != device:
                 got = f"is given {path[0]} on {leaf.device}"
-                raise ValueError(self._refusal(got, f"all tensors on {device} like {owner.names[0]}"))
+                raise ValueError(self._refusal(got, f"all tensors on {device}, where the first is"))
             if not isinstance(leaf, (Tensor, Container, *COMPARED)):
                 got = f"is given {path[0]} with a {type(leaf).__name__}"
                 raise TypeError(self._refusal(got, "tensors, numbers, strings, and dicts, lists and tuples of them"))
@@ -158,6 +158,9 @@ def why_not_captured(module: nn.Module) -> str | None:
     """Return the reason why a module's forward is not to be captured, as a verb phrase; None if there is none."""
     if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
         return "is compiled as a whole, and torch.compile has graphs of its own (mode='reduce-overhead')"
+    kinds = {parameter.kind for parameter in inspect.signature(type(module).forward).parameters.values()}
+    if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY}:
+        return "has a forward whose arguments have no names"
     for name, each in module.named_modules():
         where = f" in {name}" if name else ""
         if getattr(each, "_hf_hook", None) is not None:

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("diffusers")
 
 import fastdiff.diffusers
-from benchmarks import end_to_end
+from benchmarks import end_to_end, end_to_end_table
 from fastdiff.graphs import recorder
 from support.graph_emulator import EmulatedGraph
 
@@ -50,6 +50,40 @@ def test_wrong_arguments_are_refused(arguments: list[str], message: str, monkeyp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=message):
         end_to_end.main(arguments)
+
+
+def _report(device: str, **more: float) -> dict[str, Any]:
+    figures = {"diffusers": 2.0, "fastdiff": 1.25, **more}
+    line = {
+        "loop": "policy", "steps": 10, "times": {"median": 1.6},
+        "milliseconds": {name: {"median": value} for name, value in figures.items()},
+        "share": {"diffusers": {"median": 0.4}, "fastdiff": {"median": 0.04}},
+    }  # fmt: skip
+    conditions = {"device": device, "cpu": "Chip", "cores": 2, "load_average": [0.5], "torch": "2", "diffusers": "1"}
+    return {"conditions": {**conditions, "date": "today"}, "threads": 1, "rounds": 9, "results": [line]}
+
+
+def test_table_is_written_between_marks(tmp_path: Path) -> None:
+    begin, end = end_to_end_table.BEGIN, end_to_end_table.END
+    document, cpu, gpu = (tmp_path / name for name in ("page.md", "cpu.json", "gpu.json"))
+    document.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    cpu.write_text(json.dumps(_report("cpu")))
+    gpu.write_text(json.dumps(_report("GPU 7", graph=0.5)))
+    for files, cells in (
+        ([cpu], "| not measured | not measured | not measured |"),
+        ([cpu, gpu], "| 2 | 1.25 | 0.5 |"),
+    ):
+        end_to_end_table.main([*map(str, files), "--documents", str(document)])
+        text = document.read_text()
+        assert f"| policy | 10 | 2 | 1.25 | 1.60 | 40.0 % | 4.0 % {cells}" in text
+        assert text.startswith(f"before\n{begin}\n| loop |")
+        assert text.endswith(f"{end}\nafter\n")
+        assert "old" not in text
+        assert ("GPU 7, 1 thread" in text) == (len(files) == 2)
+    with pytest.raises(ValueError, match="is of GPU 7, expected a run on the CPU, then one on a GPU"):
+        end_to_end_table.main([str(gpu), "--documents", str(document)])
+    with pytest.raises(ValueError, match="lacks the marks"):
+        end_to_end_table.main([str(cpu), "--documents", str(cpu)])
 
 
 #: Each kind of loop, short; the digits' model reads its labels on the CPU, which no graph could hold.

@@ -286,6 +286,25 @@ class Wrapped(nn.Module):
         return Result(sample + 1)
 
 
+class Unnamed(nn.Module):
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return tensors[0] + 1
+
+
+class Listed(nn.Module):
+    def forward(self, samples: list[Tensor], timestep: Tensor) -> list[Tensor]:
+        return [sample * timestep for sample in samples]
+
+
+def test_list_of_samples_is_captured(graphs: list[EmulatedGraph]) -> None:
+    model = captured(Listed())
+    for seed in (1, 2):
+        given = [sample(seed), sample(seed, 3, 2)]
+        with torch.no_grad():
+            assert_same_bits(model(given, torch.tensor(seed)), [each * seed for each in given])
+    assert [graph.replays for graph in graphs] == [2]
+
+
 class Result:
     def __init__(self, value: Tensor) -> None:
         self.value = value
@@ -296,10 +315,11 @@ class Result:
     [
         (Waiting(), {}, r"cuda_graph: Waiting cannot be captured as a CUDA graph \(.*not permitted"),
         (Drawing(), {}, "cuda_graph: Drawing cannot be captured as a CUDA graph .*draws from a generator"),
+        (Unnamed(), {}, "cuda_graph: Unnamed has a forward whose arguments have no names"),
         (Wrapped(), {}, "cuda_graph: Wrapped returns a Result, expected tensors"),
         (Wrapped(), {"extra": Processor()}, "cuda_graph: Wrapped is given extra with a Processor, expected tensors"),
     ],
-    ids=["waits", "draws", "result", "argument"],
+    ids=["waits", "draws", "arguments", "result", "argument"],
 )
 def test_models_that_cannot_be_captured_are_refused(
     graphs: list[EmulatedGraph], model: nn.Module, arguments: dict[str, Any], message: str
