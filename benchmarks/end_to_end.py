@@ -218,9 +218,9 @@ def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
         for _ in range(2):
             _seconds(call, device)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            seconds[name].append(_seconds(call, device))
+    for turn in range(rounds):
+        for name in list(calls) if turn % 2 == 0 else reversed(list(calls)):
+            seconds[name].append(_seconds(calls[name], device))
     return {
         "loop": case.name,
         "scheduler": case.scheduler,

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+import runpy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers", reason="diffusers has its text-to-image pipelines only beside transformers")
 
-import fastdiff  # noqa: E402
+import fastdiff.diffusers  # noqa: E402
 from fastdiff.graphs import CapturedForward, recorder  # noqa: E402
 from support.graph_emulator import EmulatedGraph  # noqa: E402
 from support.pipeline_cases import CASES, stable_diffusion, unconditional, unet, vae  # noqa: E402
@@ -311,3 +313,23 @@ def test_pipeline_on_the_cpu_is_refused() -> None:
         fastdiff.patch(pipe, cuda_graph=True)
     assert type(pipe.scheduler) is diffusers.DDPMScheduler
     assert "forward" not in vars(pipe.unet)
+
+
+# --- The example -----------------------------------------------------------------------------------------------------
+
+
+def test_captured_ways_of_the_example_agree(graphs: list[EmulatedGraph]) -> None:
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "compiled_loop.py"))
+    latents = torch.randn(example["SHAPE"], generator=torch.Generator().manual_seed(1))
+    model = example["small_unet"]("cpu")
+    with torch.no_grad():
+        scheduler = fastdiff.diffusers.DDIMScheduler(**example["SCHEDULE"])
+        expected = example["whole_loop"](model, scheduler, latents, STEPS)()
+        of_model = example["graph_of_model"](latents, STEPS)
+        for _ in range(2):
+            assert torch.equal(of_model(), expected)
+        assert [graph.replays for graph in graphs] == [2 * STEPS]
+        own = example["sampler_graph"](model, latents, STEPS)()
+    assert graphs[1].replays == 1
+    # Two ways to the same coefficients, in float64 and rounded once.
+    torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
