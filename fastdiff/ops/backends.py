@@ -6,10 +6,10 @@ choice can be forced for a call (``backend=``), a block of one thread or task (`
 (``FASTDIFF_BACKEND``), and asked for (`backend_for`).  A forced backend that cannot run raises and says why; where the
 reference answers for a compiled backend that is missing, `fastdiff.ops.fallback` warns.
 
-On a GPU the order is that of the way from Python to the kernel too.  The extension reads its arguments and launches in
-C++; Triton's kernels are launched by a `fastdiff.kernels.launch.Launcher`, which holds what was compiled and hands it
-to Triton's runner; where that cannot be (`triton_launcher` says why), they go through Triton's JIT, which classifies
-all arguments again.
+The extension reads a step's arguments and launches in C++, its own kernels and, on NVIDIA's GPUs, those that Triton
+has compiled (`fastdiff.kernels.native`).  Without the extension, and for Triton's other kernels, a
+`fastdiff.kernels.launch.Launcher` hands what was compiled to Triton's runner; where that cannot be (`triton_launcher`
+says why), launches go through Triton's JIT, which classifies all arguments again.
 """
 
 from __future__ import annotations
@@ -245,26 +245,54 @@ def direct_extension() -> ModuleType | None:
     return None if _is_compiling() or (_ever_forced and _get_forced() is not None) else extension
 
 
-def offer(call: StepCall) -> tuple[Tensor, ...] | str:
+def direct_step(backend: str | None) -> tuple[ModuleType | None, bool]:
+    """Return the extension where a step may be offered to it, and whether it is to launch Triton's kernel.
+
+    The extension is None where a compiler has to see operators, and where any backend but Triton is forced, by the call
+    or by the context.
+    """
+    if _is_compiling():
+        return None, False
+    name = _get_forced() if backend is None and _ever_forced else backend
+    if name is None:
+        return extension, False
+    return (extension, True) if name == "triton" else (None, False)
+
+
+def offer(call: StepCall, triton: bool = False) -> tuple[Tensor, ...] | str | bytes:
     """Hand a call to the extension, from the inside of an operator or without dispatch modes.
 
+    Args:
+        call: any call.
+        triton: launch Triton's kernel where the C++ one could be launched too.
+
     Returns:
-        The outputs, or, with nothing written, why the extension declined (`Decline` in csrc/bindings/step.h).
+        The outputs; or, with nothing written, why the extension declined (`Decline` in csrc/bindings/step.h), or the
+        key of the kernel that Triton has to compile first.
     """
     assert extension is not None
     fields = {name: getattr(call, name) for name in FIELDS}
-    offered: tuple[Tensor, ...] | str = extension.step(**fields, stream=current_stream(call.sample), in_operator=True)
+    offered: tuple[Tensor, ...] | str | bytes = extension.step(**fields, triton=triton, in_operator=True)
     return offered
 
 
 def _run_extension(call: StepCall) -> None:
     offered = offer(call)
-    if isinstance(offered, str):
-        raise AssertionError(f"step: the extension declined a canonical call ({offered}): {call}")
+    if not isinstance(offered, tuple):
+        reason = offered if isinstance(offered, str) else "kernel"
+        raise AssertionError(f"step: the extension declined a canonical call ({reason}): {call}")
 
 
 def _run_triton(call: StepCall) -> None:
-    triton_module("step").launch(call)
+    offered: tuple[Tensor, ...] | str | bytes = ""
+    native = None if extension is None else triton_module("native")
+    if native is not None and native.enable(extension, call):
+        offered = offer(call, triton=True)
+    if isinstance(offered, tuple):
+        return
+    kernel = triton_module("step").launch(call)
+    if native is not None and isinstance(offered, bytes) and kernel is not None:
+        native.install(extension, offered, kernel)
     # The extension does so itself: autograd has to find a tensor changed that it has saved.
     written = [*call.targets, *(call.history if call.write_history else ()), call.model_input]
     torch.autograd.graph.increment_version([t for t in written if isinstance(t, Tensor) and not t.is_inference()])
