@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,13 @@ def triton_launcher() -> str:
     if _triton_interprets():
         return "interpreted on the CPU: TRITON_INTERPRET is 1"
     reason = triton_module("launch").why_through_jit()
-    return f"through Triton's JIT: {reason}" if reason else "caches compiled kernels"
+    if reason:
+        return f"through Triton's JIT: {reason}"
+    if extension is None:
+        return "caches compiled kernels, and remembers launches of steps"
+    native = triton_module("native").why_not()
+    where = f"launches from Python: {native}" if native else "launches steps from C++"
+    return f"caches compiled kernels, and {where}"
 
 
 def why_missing(name: str) -> str:
@@ -226,6 +233,9 @@ def _open_blocks(blocks: tuple[_Block, ...]) -> None:
     forced.set(blocks[-1].name if blocks else _DEFAULT)
 
 
+#: `fastdiff.kernels.eager` once it has kept a launch: it takes steps where there is no extension.
+_eager_steps: ModuleType | None = None
+
 #: The current stream of a device as a pointer. `torch.cuda.current_stream` would make two Python objects on the way to
 #: it; a build of torch without CUDA has no such function, and no tensors to ask for.
 _raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -246,17 +256,18 @@ def direct_extension() -> ModuleType | None:
 
 
 def direct_step(backend: str | None) -> tuple[ModuleType | None, bool]:
-    """Return the extension where a step may be offered to it, and whether it is to launch Triton's kernel.
+    """Return the module that a step may be offered to, and whether it is to launch Triton's kernel.
 
-    The extension is None where a compiler has to see operators, and where any backend but Triton is forced, by the call
-    or by the context.
+    It is the extension, or without one `fastdiff.kernels.eager` once Triton has taken a step.  It is None where a
+    compiler has to see operators, and where any backend but Triton is forced, by the call or by the context.
     """
     if _is_compiling():
         return None, False
     name = _get_forced() if backend is None and _ever_forced else backend
+    takes_steps = _eager_steps if extension is None else extension
     if name is None:
-        return extension, False
-    return (extension, True) if name == "triton" else (None, False)
+        return takes_steps, False
+    return (takes_steps, True) if name == "triton" else (None, False)
 
 
 def offer(call: StepCall, triton: bool = False) -> tuple[Tensor, ...] | str | bytes:
@@ -276,6 +287,13 @@ def offer(call: StepCall, triton: bool = False) -> tuple[Tensor, ...] | str | by
     return offered
 
 
+def remember(call: StepCall, canonical: StepCall, compiled: Any) -> None:
+    """Keep a step's launch for calls like it, where there is no extension to take them."""
+    global _eager_steps
+    _eager_steps = triton_module("eager")
+    _eager_steps.remember(call, canonical, compiled)
+
+
 def _run_extension(call: StepCall) -> None:
     offered = offer(call)
     if not isinstance(offered, tuple):
@@ -283,23 +301,25 @@ def _run_extension(call: StepCall) -> None:
         raise AssertionError(f"step: the extension declined a canonical call ({reason}): {call}")
 
 
-def _run_triton(call: StepCall) -> None:
+def _run_triton(call: StepCall) -> Any:
     offered: tuple[Tensor, ...] | str | bytes = ""
     native = None if extension is None else triton_module("native")
     if native is not None and native.enable(extension, call):
         offered = offer(call, triton=True)
     if isinstance(offered, tuple):
-        return
+        return None
     kernel = triton_module("step").launch(call)
     if native is not None and isinstance(offered, bytes) and kernel is not None:
         native.install(extension, offered, kernel)
     # The extension does so itself: autograd has to find a tensor changed that it has saved.
     written = [*call.targets, *(call.history if call.write_history else ()), call.model_input]
     torch.autograd.graph.increment_version([t for t in written if isinstance(t, Tensor) and not t.is_inference()])
+    return kernel
 
 
-#: Functions that run a canonical call; the reference takes any call as it is.
-RUN: dict[str, Callable[[StepCall], None]] = {
+#: Functions that run a canonical call; the reference takes any call as it is.  Triton's returns what it compiled, where
+#: that is cached in Python.
+RUN: dict[str, Callable[[StepCall], Any]] = {
     "cpu": _run_extension,
     "cuda": _run_extension,
     "triton": _run_triton,

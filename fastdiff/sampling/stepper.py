@@ -22,6 +22,8 @@ from ..philox import as_seeds
 from ..row_layout import NUM_REGISTERS, Variance
 from ..solvers.table import StepTable
 
+_SLOTS = range(NUM_REGISTERS)
+
 
 class _NoSamples:
     """Takes the place of the last step's result before there is one: no argument of a step is this class."""
@@ -67,6 +69,7 @@ class Stepper:
         self._coefficients: Tensor | None = None
         self._shape: torch.Size
         self._dtype: torch.dtype
+        self._on_cpu: bool
         #: The last step's result: samples that come back need not be looked at again.
         self._seen: object = _NoSamples
         self._end = len(table)
@@ -153,8 +156,8 @@ class Stepper:
             outs = (out, history[slots[0]])
         else:
             outs = (out, history[slots[0]], history[slots[1]])
-        # A small step's time is the way to its loop: it is offered to the extension first, with all history slots, for
-        # one that a row does not read costs nothing there.
+        # A small step's time is the way to its loop: it is offered to the extension first. On the CPU a history slot
+        # that a row does not read costs nothing; a GPU's kernel would load it.
         extension, triton = direct_step(self.backend)
         results = None
         if extension is not None:
@@ -165,7 +168,7 @@ class Stepper:
                 row_index=row,
                 uncond=uncond,
                 guidance_scale=guidance_scale,
-                history=history,
+                history=history if self._on_cpu else [history[j] if j in reads else None for j in _SLOTS],
                 noise=noise,
                 variance=variance,
                 threshold=threshold,
@@ -233,6 +236,7 @@ class Stepper:
             self._seeds = as_seeds(self._given_seeds, sample.shape[0] if sample.dim() > 0 else 1, sample.device)
         self._prediction_table = None
         self._shape, self._dtype = sample.shape, sample.dtype
+        self._on_cpu = sample.device.type == "cpu"
         self._coefficients = self.table.shared_coefficients(sample.dtype, sample.device)
 
     def _measure(

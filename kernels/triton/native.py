@@ -26,7 +26,7 @@ _problem: str | None = None
 
 def why_not() -> str:
     """Return why steps are not launched from C++, as a clause; empty where they are or no step has been taken yet."""
-    return _problem or ""
+    return "the GPU is AMD's" if torch.version.hip is not None else _problem or ""
 
 
 def enable(extension: ModuleType, call: StepCall) -> bool:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 import triton
 import triton.language as tl
@@ -355,11 +356,26 @@ def _step_kernel(
 _step = Launcher(_step_kernel)
 
 
+class Arguments(NamedTuple):
+    """The arguments of `Launcher.__call__` for one step."""
+
+    programs: int
+    tensors: list[Tensor]
+    integers: tuple[int, ...]
+    constants: tuple[int, ...]
+    num_warps: int
+
+
 def launch(call: StepCall) -> Any:
     """Run a canonical call (see `fastdiff.ops.canonicalize`) on the current stream of its device.
 
     Returns what Triton compiled, where it is cached.
     """
+    return _step(*arguments(call))
+
+
+def arguments(call: StepCall) -> Arguments:
+    """Return the launch of a canonical call."""
     x, row, noise_step, scale = call.sample, call.row_index, call.noise_step, call.guidance_scale
     batch, inner, model_stride = call.blocks()
     draws = channels = 0
@@ -394,7 +410,7 @@ def launch(call: StepCall) -> Any:
     slots = tensors[6:10]
     mixed_history = call.write_history and any(h.dtype is not slots[0].dtype for h in slots)
     present = [h is not None for h in history]
-    return _step(
+    return Arguments(
         batch * blocks_per_sample,
         tensors,
         (
@@ -403,7 +419,7 @@ def launch(call: StepCall) -> Any:
             0 if noise_steps else as_int32(noise_step),
             as_int32(call.purpose),
             channels,
-            0 if scales or scale is None else _bits_of(scale, call.table.dtype),
+            0 if scales or scale is None else bits_of(scale, call.table.dtype),
             inner,
             model_stride,
             batch * inner,
@@ -430,7 +446,7 @@ def launch(call: StepCall) -> Any:
     )
 
 
-def _bits_of(number: float, dtype: torch.dtype) -> int:
+def bits_of(number: float, dtype: torch.dtype) -> int:
     """Return the integer with the bits of a number in float32 or float64."""
     if dtype == torch.float64:
         return int(struct.unpack("<q", struct.pack("<d", number))[0])
