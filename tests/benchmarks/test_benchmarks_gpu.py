@@ -37,7 +37,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         missing = backends.why_missing
         patch.setattr(backends, "why_missing", lambda name: "left out" if name == "triton" else missing(name))
         options = ["--rehearse", "--json", str(path)]
-        assert main(["bench", *options, "--rounds", "2", "--no-compile"]) == 0
+        assert main(["bench", "--full", *options, "--rounds", "2", "--no-compile"]) == 0
         assert main(["stage", *options, "build", "passed"]) == 0
     report: dict[str, Any] = json.loads(path.read_text())
     return report
