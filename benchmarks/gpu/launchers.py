@@ -51,10 +51,11 @@ def launchers(device: str) -> dict[str, Launcher]:
     triton = backends.why_missing("triton")
     compiled = "cuda" if device == "cuda" else "cpu"
     # The default backend takes the shortest way only if it is not forced.
-    forced = None if backends.backend_for(torch.empty(0, device=device)) == compiled else compiled
+    missing = backends.why_missing(compiled)
+    default = missing or backends.backend_for(torch.empty(0, device=device)) == compiled
     cache, not_cached = _launch_module()
     return {
-        "C++ op": Launcher(forced, backends.why_missing(compiled)),
+        "C++ op": Launcher(None if default else compiled, missing),
         "Triton, cached": Launcher("triton", triton or not_cached),
         # If kernels are cached, the JIT's launcher has to be requested.
         "Triton, JIT": Launcher("triton", triton, contextlib.nullcontext if cache is None else cache.through_jit),

@@ -28,7 +28,9 @@ ROUNDINGS = 10
 
 
 def _table(method: str, **options: Any) -> StepTable:
-    table: StepTable = fastdiff.create_sampler("linear", num_inference_steps=8, method=method, **options).stepper().table
+    table: StepTable = (
+        fastdiff.create_sampler("linear", num_inference_steps=8, method=method, **options).stepper().table
+    )
     return table
 
 
@@ -38,7 +40,14 @@ def _inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str, count: int)
 
 
 def _step(
-    method: str, shape: tuple[int, ...], dtype: torch.dtype, row: int, *, layout: str = "", drawn: bool = False, **options: Any
+    method: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    row: int,
+    *,
+    layout: str = "",
+    drawn: bool = False,
+    **options: Any,
 ) -> Call:
     """Return a guided step of a solver's row; `layout` is "odd", a view that no vector is aligned to, or "last"."""
 

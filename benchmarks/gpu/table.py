@@ -122,7 +122,8 @@ def _dropins(report: dict[str, Any]) -> str:
     if section is None or not section["classes"]:
         return ""
     shape = "×".join(map(str, section["shape"]))
-    return f"Drop-ins beside diffusers, whole time a step in loops of {section['steps']}, {shape} float32, in µs:\n\n{dropins.show(section)}"
+    loops = f"in loops of {section['steps']}, {shape} float32, in µs"
+    return f"Drop-ins beside diffusers, whole time a step {loops}:\n\n{dropins.show(section)}"
 
 
 def _pieces(report: dict[str, Any]) -> str:

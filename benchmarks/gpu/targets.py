@@ -71,7 +71,8 @@ def _device(cases: list[Line]) -> list[Line]:
     for op in ("ddim", "dpmsolver++2m"):
         line = _find(cases, op, (1, 4, 128, 128), "float32", "warm")
         for way in (_default(line), "CUDA graph"):
-            target = f"1x4x128x128, {op}, {'in a graph' if way == 'CUDA graph' else 'eager'}: at most {SMALL} µs of the device"
+            how = "in a graph" if way == "CUDA graph" else "eager"
+            target = f"1x4x128x128, {op}, {how}: at most {SMALL} µs of the device"
             lines.append(_line(target, _median(line, "elapsed", way), lambda value: value <= SMALL, "{:.2f} µs"))
     slowest = [
         (line["compiled"]["over_compiled"][_default(line)]["median"], f"{line['op']} {_dimensions(line['shape'])}")

@@ -234,7 +234,8 @@ def test_stages_of_the_script_fit_nine_minutes() -> None:
     ("lines", "expected"),
     [
         (
-            ["tests/a.py::test_x[1-a b] PASSED [ 50%]", "tests/a.py::test_z FAILED [100%]", "1 failed, 1 passed in 2.0s"],
+            ["tests/a.py::test_x[1-a b] PASSED [ 50%]", "tests/a.py::test_z FAILED [100%]",
+             "1 failed, 1 passed in 2.0s"],
             {"passed": 1, "skipped": 0, "failed": ["tests/a.py::test_z"], "whole": True},
         ),
         (
@@ -255,7 +256,17 @@ def test_log_of_tests_is_read(lines: list[str], expected: dict[str, Any], tmp_pa
 
 def test_log_of_a_real_run_is_read(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text("def test_one(): pass\ndef test_two(): assert 0\n")
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(tmp_path),
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     (tmp_path / "log").write_text(done.stdout)
     found = pytest_log.read(tmp_path / "log")
