@@ -4,7 +4,7 @@
 # nothing and needs no network: it uses the packages of that Python and builds into build/gpu. After a stage that fails the
 # next ones still run; the script ends with the names of the failed stages and status 1. Each stage has a time limit, can be
 # run alone, and stores its results as they come:
-#   build     the extension with CUDA kernels for the local GPU, and the package without an extension
+#   build     the extension with CUDA kernels for the local GPU
 #   test      the tests that need a GPU, and the parity tests on every backend
 #   bench     host time beside torch.add, device time beside a copy and torch.compile, drop-ins beside diffusers, loops end to end
 #   noise     noise of CPU and GPU, compared bit by bit
@@ -67,11 +67,9 @@ else
 fi
 
 lib=$PWD/build/gpu/$mode
-pure=$PWD/build/gpu/pure
 # The built package comes first, then the checkout with benchmarks and tests. -P keeps the current folder off the path,
 # whose fastdiff has no kernels.
-others=$PWD${PYTHONPATH:+:$PYTHONPATH}
-export PYTHONPATH=$lib:$others
+export PYTHONPATH=$lib:$PWD${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1
 python=("$PYTHON" -P)
 folder=${RESULTS:-$([[ $dry == 1 ]] && echo build/gpu || echo benchmarks/results)}
@@ -90,6 +88,8 @@ results=$folder/$name.json
 [[ $dry == 0 ]] || rm -f "$results"
 bench=("${python[@]}" -m benchmarks.gpu)
 json=("${rehearse[@]}" --json "$results")
+# The same command in a process that has no extension, like an install without a compiler.
+pure=("${python[@]}" -c 'import sys; sys.modules["fastdiff._C"] = None; import benchmarks.gpu.__main__ as b; sys.exit(b.main())')
 
 # Run a command for at most so many seconds; one that is stopped has stored what it has measured.
 limited() { timeout -k 5 "$1" "${@:2}"; }
@@ -109,10 +109,8 @@ stage_build() {
         echo "gpu: nvcc is here: the kernels are compiled to objects by tests/kernels/test_cuda_compile.py, not linked"
     fi
     # Builds of one mode share a folder, so that ninja recompiles only changed files.
-    FASTDIFF_BUILD=none "$PYTHON" setup.py --quiet build --build-base build/gpu/objects-none --build-lib "$pure" &&
-        FASTDIFF_BUILD=$mode limited "${limits[build]}" \
-            "$PYTHON" setup.py --quiet build --build-base "build/gpu/objects-$mode" --build-lib "$lib" &&
-        check_import
+    FASTDIFF_BUILD=$mode limited "${limits[build]}" \
+        "$PYTHON" setup.py --quiet build --build-base "build/gpu/objects-$mode" --build-lib "$lib" && check_import
 }
 
 check_import() {  # check that the built package is imported, with its kernels
@@ -175,7 +173,7 @@ stage_bench() {
     if [[ $dry == 1 ]]; then rounds=(--rounds 2); fi
     if [[ $full == 1 ]]; then options=(--full); fi
     limited "$host" "${bench[@]}" host "${json[@]}" "${rounds[@]}" || failed=1
-    PYTHONPATH=$pure:$others limited "$host" "${bench[@]}" host --pure "${json[@]}" "${rounds[@]}" || failed=1
+    limited "$host" "${pure[@]}" host --pure "${json[@]}" "${rounds[@]}" || failed=1
     limited "$cases" "${bench[@]}" bench "${json[@]}" "${rounds[@]}" "${options[@]}" --seconds "$((cases - 10))" || failed=1
     limited "$dropins" "${bench[@]}" dropins "${json[@]}" "${rounds[@]}" --seconds "$((dropins - 10))" || failed=1
     if [[ -f benchmarks/end_to_end.py ]]; then end_to_end "$rest" || failed=1; fi
