@@ -78,8 +78,11 @@ def _machine(report: dict[str, Any]) -> str:
 
 
 def _verdict(report: dict[str, Any]) -> str:
-    rows = [f"| {line['target']} | {line['figure']} | {line['verdict']} |" for line in report["verdict"]]
-    return "\n".join(["| target | figure | |", "|---|---|---|", *rows])
+    measured = [line for line in report["verdict"] if line["verdict"] != "not measured"]
+    rows = [f"| {line['target']} | {line['figure']} | {line['verdict']} |" for line in measured]
+    others = "; ".join(line["target"] for line in report["verdict"] if line["verdict"] == "not measured")
+    text = ["| target | figure | |", "|---|---|---|", *rows]
+    return "\n".join([*text, "", f"Targets that were not measured: {others}."] if others else text)
 
 
 def _times(report: dict[str, Any]) -> str:
