@@ -73,7 +73,7 @@ export PYTHONPATH=$lib:$PWD${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1
 python=("$PYTHON" -P)
 folder=${RESULTS:-$([[ $dry == 1 ]] && echo build/gpu || echo benchmarks/results)}
-mkdir -p "$folder" || refuse "RESULTS, '$folder', cannot be made" "a folder to write to" "name another"
+mkdir -p "$folder" build/gpu || refuse "RESULTS, '$folder', cannot be made" "a folder to write to" "name another"
 name=$("${python[@]}" - "$dry" <<'PY'
 import re
 import sys
@@ -138,7 +138,7 @@ PY
 }
 
 stage_test() {
-    local log=$folder/$name-tests.log
+    local log=${RESULTS:-build/gpu}/$name-tests.log
     local chosen=(-m "gpu or checks_backend") files
     # Collecting the other files takes longer than many of their tests. gpu: a test that needs a GPU; checks_backend: one
     # whose parameter names the backend that has to compute.
@@ -166,14 +166,14 @@ stage_noise() {
 }
 
 stage_bench() {
-    # Shares of the stage's time; no part begins within ten seconds of the end of a share.
+    # Shares of the stage's time; within each, no part begins shortly before its end.
     local all=${limits[bench]} failed=0
-    local host=$((all / 10)) cases=$((all * 40 / 100)) dropins=$((all / 4)) rest=$((all * 15 / 100))
+    local host=$((all * 16 / 100)) cases=$((all * 38 / 100)) dropins=$((all * 23 / 100)) rest=$((all * 15 / 100))
     local rounds=() options=()
     if [[ $dry == 1 ]]; then rounds=(--rounds 2); fi
     if [[ $full == 1 ]]; then options=(--full); fi
-    limited "$host" "${bench[@]}" host "${json[@]}" "${rounds[@]}" || failed=1
-    limited "$host" "${pure[@]}" host --pure "${json[@]}" "${rounds[@]}" || failed=1
+    limited "$host" "${bench[@]}" host "${json[@]}" "${rounds[@]}" --seconds "$((host - 8))" || failed=1
+    limited "$((host / 2))" "${pure[@]}" host --pure "${json[@]}" "${rounds[@]}" --seconds "$((host / 2 - 8))" || failed=1
     limited "$cases" "${bench[@]}" bench "${json[@]}" "${rounds[@]}" "${options[@]}" --seconds "$((cases - 10))" || failed=1
     limited "$dropins" "${bench[@]}" dropins "${json[@]}" "${rounds[@]}" --seconds "$((dropins - 10))" || failed=1
     if [[ -f benchmarks/end_to_end.py ]]; then end_to_end "$rest" || failed=1; fi

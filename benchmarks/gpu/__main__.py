@@ -42,7 +42,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command = commands.add_parser(name, help=about)
         command.add_argument("--rehearse", action="store_true", help="dry run without a GPU: small tensors, host clock")
         command.add_argument("--json", type=Path, metavar="OUT", help="file of the results")
-        if name in ("bench", "dropins", "noise"):
+        if name in ("bench", "host", "dropins", "noise"):
             command.add_argument("--seconds", type=float, metavar="S", help="time limit; what is beyond it is listed")
         if name in ("bench", "host", "dropins"):
             command.add_argument("--rounds", type=int, default=9, help="rounds in which all alternate")
@@ -113,7 +113,12 @@ def _bench(options: Any) -> int:
 
 def _host(options: Any) -> int:
     section = host.measure(
-        options.device, options.json, rehearse=options.rehearse, rounds=options.rounds, pure=options.pure
+        options.device,
+        options.json,
+        rehearse=options.rehearse,
+        rounds=options.rounds,
+        seconds=options.seconds or 60.0,
+        pure=options.pure,
     )
     print(host.show(section))
     return 1 if section["failed"] else 0

@@ -2,12 +2,13 @@
 """Host time of a call beside ``torch.add(x, y, out=z)``, the time of one launch, in the same run.
 
 Times are of calls in the middle of a loop that wait for nothing: operators, steppers, and drop-in schedulers with
-torch's noise and without, on the C++ and on the Triton backend. All alternate round by round, and a ratio is that of
-two times of one round. `pure` measures an install without the extension, which takes Triton.
+torch's noise and without, on the C++ and on the Triton backend. The entries of a group alternate round by round with
+the yardstick, and a ratio is that of two times of one round. `pure` measures an install without the extension.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,8 +27,8 @@ from .machine import machine
 
 YARDSTICK = "torch.add"
 SHAPE, SMALL = (1, 4, 128, 128), (1, 2, 4, 4)
-#: Calls of a unit, below the launch queue's thousand entries, and steps of a loop.
-CALLS, STEPS = 100, 100
+#: Calls of a unit, below the launch queue's thousand entries, and steps of a drop-in's loop, each planned once.
+CALLS, STEPS = 100, 30
 BACKENDS = ("C++", "Triton")
 
 
@@ -52,25 +53,26 @@ DROPINS = (
     DropIn("DPMSolverMultistepScheduler"),
     DropIn("FlowMatchEulerDiscreteScheduler"),
     DropIn("EulerDiscreteScheduler", scales=True),
-    DropIn("LMSDiscreteScheduler", scales=True),
-    DropIn("KDPM2DiscreteScheduler", scales=True),
     DropIn("DDPMScheduler", {"clip_sample": False}, draws=True),
     DropIn("EulerAncestralDiscreteScheduler", scales=True, draws=True),
+    DropIn("KDPM2DiscreteScheduler", scales=True),
+    DropIn("LMSDiscreteScheduler", scales=True),  # the last, since its coefficients are integrals
 )
 #: The drop-in whose guided step is compared with its plain one.
 GUIDED = "DDIMScheduler"
 
 
 def measure(
-    device: str, path: Path, *, rehearse: bool, rounds: int, pure: bool = False
+    device: str, path: Path, *, rehearse: bool, rounds: int, seconds: float = 60.0, pure: bool = False
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure all entries, store them, and return the section of the report.
+    """Measure all entries, store them group by group, and return the section of the report.
 
     Args:
         device: "cuda", or "cpu" in a dry run.
         path: the file of the results.
         rehearse: small tensors and few calls.
-        rounds: rounds in which all alternate.
+        rounds: rounds in which the entries of a group alternate with the yardstick.
+        seconds: no group begins later; the entries of the others are listed as not measured.
         pure: this is an install without the extension; the section is stored beside the other's.
 
     Raises:
@@ -78,30 +80,35 @@ def measure(
     """
     if pure and backends.extension is not None:
         raise RuntimeError("host: --pure measures an install without the extension, and this one has it")
-    absent: dict[str, str] = {}
-    failed: dict[str, str] = {}
-    clock = clock_for(device)
-    with torch.no_grad():
-        made = _units(device, rehearse, absent, failed)
-        taken = _in_turns(clock, made, rounds)
-    entries = {
-        name: {"microseconds": quantiles(times), "times": quantiles(ratios(times, taken[YARDSTICK]))}
-        for name, times in taken.items()
-    }
-    for backend in BACKENDS:  # a ratio of its own, since both are a multiple of the yardstick
-        step, guided = f"{GUIDED}.step, {backend}", f"{GUIDED}.guided_step, {backend}"
-        if step in taken and guided in taken:
-            entries[guided]["over_step"] = quantiles(ratios(taken[guided], taken[step]))
-    shape = SMALL if rehearse else SHAPE
-    section = {
-        "shape": list(shape),
+    deadline = time.monotonic() + seconds
+    section: dict[str, Any] = {
+        "shape": list(SMALL if rehearse else SHAPE),
         "rounds": rounds,
-        "entries": entries,
-        "absent": absent,
-        "failed": failed,
+        "entries": {},
+        "absent": {},
+        "failed": {},
         "machine": machine(device),
     }
-    results.store(path, rehearse, **{"host_pure" if pure else "host": section})
+    groups = _groups(device, rehearse, section["absent"])
+    section["not_measured"] = [name for group in groups for name in group]
+    clock = clock_for(device)
+    for group in groups:
+        if time.monotonic() > deadline:
+            break
+        with torch.no_grad():
+            made = {YARDSTICK: _yardstick(device, rehearse), **_made(group, section["absent"], section["failed"])}
+            taken = _in_turns(clock, made, rounds)
+        entries = {
+            name: {"microseconds": quantiles(times), "times": quantiles(ratios(times, taken[YARDSTICK]))}
+            for name, times in taken.items()
+        }
+        for backend in BACKENDS:  # a ratio of its own, since both are a multiple of the yardstick
+            step, guided = f"{GUIDED}.step, {backend}", f"{GUIDED}.guided_step, {backend}"
+            if step in taken and guided in taken:
+                entries[guided]["over_step"] = quantiles(ratios(taken[guided], taken[step]))
+        section["entries"] = {**entries, **section["entries"]}  # the yardstick's of the first group
+        section["not_measured"] = [name for name in section["not_measured"] if name not in group]
+        results.store(path, rehearse, **{"host_pure" if pure else "host": section})
     return section
 
 
@@ -113,31 +120,44 @@ def show(section: dict[str, Any]) -> str:
     ]
     for kind in ("absent", "failed"):
         lines += [f"{kind:>22}  {name}: {reason}" for name, reason in section[kind].items()]
+    lines += [f"{'not measured':>22}  {name}" for name in section["not_measured"]]
     return "\n".join(lines)
 
 
-def _units(device: str, rehearse: bool, absent: dict[str, str], failed: dict[str, str]) -> dict[str, Unit]:
-    """Return the warmed-up units; `absent` and `failed` receive the others and the reason."""
+def _groups(device: str, rehearse: bool, absent: dict[str, str]) -> list[dict[str, Callable[[], Unit]]]:
+    """Return what makes the units of each group, by name; `absent` receives the missing backends and the reason."""
     shape, calls = (SMALL, 2) if rehearse else (SHAPE, CALLS)
-    x, y, z = (torch.randn(shape, device=device) for _ in range(3))
-    makers: dict[str, Callable[[], Unit]] = {YARDSTICK: lambda: _repeated(lambda: torch.add(x, y, out=z), calls)}
-    default = backends.backend_for(x)
+    default = backends.backend_for(torch.empty(0, device=device))
+    groups: list[dict[str, Callable[[], Unit]]] = [{} for _ in range(2 + len(DROPINS))]
     for label, backend in (("C++", "cuda" if device == "cuda" else "cpu"), ("Triton", "triton")):
         if reason := backends.why_missing(backend):
             absent[label] = reason
             continue
         # The default is not forced: that is what users call.
         forced = None if backend == default else backend
-        makers[f"ops.step, {label}"] = partial(_operator, shape, device, forced, calls)
-        makers[f"Stepper.step, {label}"] = partial(_stepper, shape, device, forced, calls)
+        groups[0][f"ops.step, {label}"] = partial(_operator, shape, device, forced, calls)
+        groups[1][f"Stepper.step, {label}"] = partial(_stepper, shape, device, forced, calls)
         # Triton's interpreter takes a tenth of a second a step: a dry run has one drop-in on it.
-        for dropin in DROPINS[:1] if rehearse and backend == "triton" else DROPINS:
-            makers[f"{dropin.name}.step, {label}"] = partial(_dropin, dropin, shape, device, forced, rehearse)
+        measured = DROPINS[:1] if rehearse and backend == "triton" else DROPINS
+        for group, dropin in zip(groups[2:], measured, strict=False):
+            group[f"{dropin.name}.step, {label}"] = partial(_dropin, dropin, shape, device, forced, rehearse)
             if dropin.name == GUIDED:
                 name = f"{dropin.name}.guided_step, {label}"
-                makers[name] = partial(_dropin, dropin, shape, device, forced, rehearse, guided=True)
+                group[name] = partial(_dropin, dropin, shape, device, forced, rehearse, guided=True)
     theirs = DROPINS[0]
-    makers[f"diffusers' {theirs.name}.step"] = partial(_dropin, theirs, shape, device, None, rehearse, ours=False)
+    groups[2][f"diffusers' {theirs.name}.step"] = partial(_dropin, theirs, shape, device, None, rehearse, ours=False)
+    return [group for group in groups if group]
+
+
+def _yardstick(device: str, rehearse: bool) -> Unit:
+    x, y, z = (torch.randn(SMALL if rehearse else SHAPE, device=device) for _ in range(3))
+    return _repeated(lambda: torch.add(x, y, out=z), 2 if rehearse else CALLS)
+
+
+def _made(
+    makers: dict[str, Callable[[], Unit]], absent: dict[str, str], failed: dict[str, str]
+) -> dict[str, Unit]:  # fmt: skip
+    """Return the warmed-up units; `absent` and `failed` receive the others and the reason."""
     found = {}
     for name, make in makers.items():
         try:
@@ -266,7 +286,7 @@ def _in_turns(clock: Clock, made: dict[str, Unit], rounds: int) -> dict[str, lis
     taken: dict[str, list[float]] = {name: [] for name in made}
     for turn in range(rounds + 1):
         for name in made if turn % 2 == 0 else reversed(made):
-            time = clock.host(made[name])
+            microseconds = clock.host(made[name])
             if turn > 0:  # the first round is a warm-up
-                taken[name].append(time)
+                taken[name].append(microseconds)
     return taken

@@ -212,7 +212,7 @@ def test_host_yardstick_without_the_extension_takes_triton(tmp_path: Path, monke
     names: list[tuple[str, str | None]] = []
 
     def unit(shape: Any, device: str, backend: str | None, calls: int) -> Unit:
-        names.append(("ops.step", backend))
+        names.append((device, backend))
         return Unit(lambda: None, lambda: sum(range(100)), 1)
 
     def broken(*arguments: Any, **options: Any) -> Unit:
@@ -224,10 +224,13 @@ def test_host_yardstick_without_the_extension_takes_triton(tmp_path: Path, monke
     for name, stub in (("_operator", unit), ("_stepper", unit), ("_dropin", broken)):
         monkeypatch.setattr(host, name, stub)
     section = host.measure("cpu", tmp_path / "x.json", rehearse=True, rounds=1, pure=True)
-    assert names == [("ops.step", None)] * 2, "what is the default is not forced"
+    assert names == [("cpu", None)] * 2, "what is the default is not forced"
     assert section["entries"].keys() == {"torch.add", "ops.step, Triton", "Stepper.step, Triton"}
     assert section["failed"]["DDIMScheduler.step, Triton"] == "ZeroDivisionError: no such thing"
     assert "host" not in results.load(tmp_path / "x.json")
+    late = host.measure("cpu", tmp_path / "x.json", rehearse=True, rounds=1, seconds=-1.0, pure=True)
+    assert late["entries"] == {}
+    assert "ops.step, Triton" in late["not_measured"]
 
 
 @needs_extension

@@ -15,6 +15,7 @@ import torch
 from benchmarks.gpu import dropins, host, machine, pytest_log, results, table, targets, timeline
 from benchmarks.gpu.__main__ import parse
 from fastdiff.ops import backends
+from support.child_environment import child_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -219,6 +220,23 @@ def test_script_refuses_bad_input_in_one_sentence(variables: dict[str, str], wor
     done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert words in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(backends.extension is None, reason="the C++ extension was not built")
+def test_script_rehearses_a_stage_and_stores_its_outcome(tmp_path: Path) -> None:
+    variables = {"DRY": "1", "STAGES": "sanitize", "RESULTS": str(tmp_path), "PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu.sh")],
+        env=child_environment(**variables), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "reference: randn: equal" in done.stdout
+    assert "gpu: passed: sanitize" in done.stdout
+    report = results.load(tmp_path / "rehearsal.json")
+    assert report["rehearsal"] is True
+    assert re.fullmatch(r"passed after \d+ s", report["stages"]["sanitize"])
+    assert {line["verdict"] for line in report["verdict"]} == {"not measured"}
 
 
 def test_stages_of_the_script_fit_nine_minutes() -> None:
