@@ -89,10 +89,12 @@ results=$folder/$name.json
 bench=("${python[@]}" -m benchmarks.gpu)
 json=("${rehearse[@]}" --json "$results")
 # The same command in a process that has no extension, like an install without a compiler.
-pure=("${python[@]}" -c 'import sys; sys.modules["fastdiff._C"] = None; import benchmarks.gpu.__main__ as b; sys.exit(b.main())')
+without_extension=("${python[@]}" -c 'import sys; sys.modules["fastdiff._C"] = None; import benchmarks.gpu.__main__ as b; sys.exit(b.main())')
 
 # Run a command for at most so many seconds; one that is stopped has stored what it has measured.
 limited() { timeout -k 5 "$1" "${@:2}"; }
+# The option that lets no part begin in the last seconds of a limit.
+begin_before_last() { echo "--seconds $(($1 > $2 ? $1 - $2 : 1))"; }  # LIMIT LAST
 
 pytest=("${python[@]}" -m pytest -p no:cacheprovider)
 workers=()
@@ -166,25 +168,29 @@ stage_noise() {
 }
 
 stage_bench() {
-    # Shares of the stage's time; within each, no part begins shortly before its end.
+    # Shares of the stage's time.
     local all=${limits[bench]} failed=0
-    local host=$((all * 16 / 100)) cases=$((all * 38 / 100)) dropins=$((all * 23 / 100)) rest=$((all * 15 / 100))
+    local host=$((all * 16 / 100)) pure=$((all * 8 / 100)) cases=$((all * 38 / 100)) dropins=$((all * 23 / 100)) loops=$((all * 15 / 100))
     local rounds=() options=()
     if [[ $dry == 1 ]]; then rounds=(--rounds 2); fi
     if [[ $full == 1 ]]; then options=(--full); fi
-    limited "$host" "${bench[@]}" host "${json[@]}" "${rounds[@]}" --seconds "$((host - 8))" || failed=1
-    limited "$((host / 2))" "${pure[@]}" host --pure "${json[@]}" "${rounds[@]}" --seconds "$((host / 2 - 8))" || failed=1
-    limited "$cases" "${bench[@]}" bench "${json[@]}" "${rounds[@]}" "${options[@]}" --seconds "$((cases - 10))" || failed=1
-    limited "$dropins" "${bench[@]}" dropins "${json[@]}" "${rounds[@]}" --seconds "$((dropins - 10))" || failed=1
-    if [[ -f benchmarks/end_to_end.py ]]; then end_to_end "$rest" || failed=1; fi
+    limited "$host" "${bench[@]}" host "${json[@]}" "${rounds[@]}" $(begin_before_last "$host" 8) || failed=1
+    limited "$pure" "${without_extension[@]}" host --pure "${json[@]}" "${rounds[@]}" $(begin_before_last "$pure" 8) || failed=1
+    limited "$cases" "${bench[@]}" bench "${json[@]}" "${rounds[@]}" "${options[@]}" $(begin_before_last "$cases" 10) || failed=1
+    limited "$dropins" "${bench[@]}" dropins "${json[@]}" "${rounds[@]}" $(begin_before_last "$dropins" 10) || failed=1
+    # Whole loops with small models, into a file of their own.
+    options=(--device cuda --rounds 7)
+    if [[ $full == 1 ]]; then options=(--device cuda); fi
+    if [[ $dry == 1 ]]; then options=(--only policy --rounds 1); fi
+    if [[ -f benchmarks/end_to_end.py ]]; then
+        limited "$loops" "${python[@]}" -m benchmarks.end_to_end "${options[@]}" --json "$folder/$name-end-to-end.json" || failed=1
+    else
+        echo "gpu: benchmarks/end_to_end.py is not here: whole loops are not measured"
+    fi
     if [[ $full == 1 || $dry == 1 ]]; then
         limited 60 "${bench[@]}" timeline "${json[@]}" ${RESULTS:+--picture "$RESULTS/timeline.png"} || failed=1
     fi
     return $failed
-}
-
-end_to_end() {  # SECONDS
-    limited "$1" "${python[@]}" -m benchmarks.end_to_end --json "$folder/$name-end-to-end.json"
 }
 
 stage_sanitize() {
