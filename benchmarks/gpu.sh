@@ -12,7 +12,7 @@
 # Variables:
 #   STAGES="build test bench noise sanitize"
 #   FULL=1        all cases, all examples of the tests, the timeline, the tests under compute-sanitizer: an hour
-#   DRY=1         a dry run on the CPU: every stage as far as possible without a GPU, in under three minutes
+#   DRY=1         a dry run on the CPU: every stage as far as possible without a GPU; three minutes beside the first build
 #   LIMITS=       time limits that differ from the table below, in seconds: LIMITS="test=300 bench=400"
 #   PYTHON=       default: python3 if its torch sees a GPU, else .venv/bin/python
 #   WORKERS=      test processes, if pytest-xdist is installed; default: all cores but two, at most 14

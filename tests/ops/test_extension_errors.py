@@ -36,7 +36,9 @@ ERRORS: dict[str, tuple[str, str]] = {
     "c.StepCache(forced, None, c.FirstSteps()).install(1)": ("TypeError", "install: expected (plan, attributes"),
     "c.StepCache(forced, None, c.FirstSteps()).try_first_scaling(1)": ("TypeError", "try_first_scaling: expected ("),
     "c.StepCache(forced, None, 3)": ("TypeError", ""),
+    "c.install_triton_kernel(b'', 1, 1, 0, '')": ("ValueError", "install_triton_kernel: got a key of 0 bytes"),
     # Python errors that are set below a binding.
+    "c.enable_triton([()])": ("IndexError", ""),
     "c.check_guard((), 1, None)": ("IndexError", ""),
     "c.NativePlan(object())": ("AttributeError", ""),
     # pybind11's own, of arguments that do not convert.
