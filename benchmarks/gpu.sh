@@ -160,7 +160,7 @@ stage_test() {
 }
 
 stage_noise() {
-    local seconds=7
+    local seconds=4  # beside the start of Python, of torch and of the device
     [[ $full == 0 ]] || seconds=60
     local options=(--seconds "$seconds")
     [[ $dry == 0 ]] || options=()

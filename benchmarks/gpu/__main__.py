@@ -147,8 +147,12 @@ def _tests(options: Any) -> int:
 
 
 def _noise(options: Any) -> int:
-    found = noise.compare(options.device, options.seconds or (2.0 if options.rehearse else 60.0))
-    results.store(options.json, options.rehearse, noise={**found, "machine": machine.machine(options.device)})
+    conditions = machine.machine(options.device)
+    found = noise.compare(
+        options.device,
+        options.seconds or (2.0 if options.rehearse else 60.0),
+        store=lambda found: results.store(options.json, options.rehearse, noise={**found, "machine": conditions}),
+    )
     for name, figures in found["backends"].items():
         text = f"missing: {figures['missing']}" if figures["missing"] else (
             f"{figures['compared']:,} numbers compared with the CPU's, {figures['mismatches']:,} differ in a bit, by "

@@ -282,8 +282,11 @@ def test_sanitized_calls_equal_the_cpu(capsys: pytest.CaptureFixture[str], monke
 @needs_extension
 @pytest.mark.skipif(not INTERPRETED, reason="compiled Triton is held to the bit by `make gpu`, not to a bound")
 def test_noise_of_all_backends_is_compared(tmp_path: Path) -> None:
-    found = noise.compare("cpu", 0.0, least=12)
+    stored: list[dict[str, Any]] = []
+    found = noise.compare("cpu", 0.0, least=12, store=stored.append)
     assert found["requests"] == 12
+    assert [part["requests"] for part in stored] == list(range(1, 13))
+    assert stored[-1] == found
     reference = found["backends"]["reference"]
     assert reference["compared"] > 500
     assert (reference["mismatches"], reference["largest_difference"]) == (0, 0.0)

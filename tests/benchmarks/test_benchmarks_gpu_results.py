@@ -149,7 +149,9 @@ def test_table_is_written_between_its_marks(tmp_path: Path) -> None:
         table.write([report], document)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*h100*.json")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks" / "results").glob("nvidia-*-1033149*.json")), ids=lambda path: path.name
+)
 def test_stored_runs_on_gpus_have_tables_and_name_no_path(path: Path) -> None:
     report = results.load(path)
     assert report["rehearsal"] is False
