@@ -365,10 +365,11 @@ def test_triton_step_on_mixed_tensors_keeps_wide_accesses_and_registers(
 
 def test_triton_step_takes_no_float_argument(compiled: dict[str, Any]) -> None:
     # A coefficient as an argument would be double precision under Inductor, cost a launch time, and be baked into a
-    # captured graph. What is not a pointer or a compile-time choice is a count or an index.
+    # captured graph. What is not a pointer or a compile-time choice is a count, an index, or the bits of a guidance
+    # scale that the caller gave as a number.
     runtime = {n for n in compiled["names"] if not n.endswith("_ptr") and not n.isupper()}
     counts = {"row_index", "num_rows", "noise_step", "purpose", "channels"}
-    assert runtime == counts | {"inner", "model_stride", "copy_stride", "blocks_per_sample"}
+    assert runtime == counts | {"guidance_bits", "inner", "model_stride", "copy_stride", "blocks_per_sample"}
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
