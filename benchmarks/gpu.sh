@@ -154,7 +154,7 @@ stage_test() {
     fi
     # Each outcome is in the log when it is known. No test is skipped for a missing backend: the build has checked that both
     # are there.
-    HYPOTHESIS_PROFILE=$profile limited "${limits[test]}" "${pytest[@]}" -v "${workers[@]}" "${chosen[@]}" "${files[@]}" >"$log" 2>&1
+    HYPOTHESIS_PROFILE=$profile limited "${limits[test]}" "${pytest[@]}" -v --continue-on-collection-errors "${workers[@]}" "${chosen[@]}" "${files[@]}" >"$log" 2>&1
     sed -n '/= FAILURES =/,$p' "$log" | tail -n 60
     "${bench[@]}" tests "$log" "${json[@]}"
 }

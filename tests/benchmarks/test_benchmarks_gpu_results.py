@@ -276,21 +276,14 @@ def test_log_of_tests_is_read(lines: list[str], expected: dict[str, Any], tmp_pa
 
 def test_log_of_a_real_run_is_read(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text("def test_one(): pass\ndef test_two(): assert 0\n")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-v",
-        "-p",
-        "no:cacheprovider",
-        "--rootdir",
-        str(tmp_path),
-        str(tmp_path),
-    ]
+    (tmp_path / "test_other.py").write_text("import no_such_module\n")
+    options = ["-v", "-rfE", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--rootdir", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     (tmp_path / "log").write_text(done.stdout)
     found = pytest_log.read(tmp_path / "log")
-    assert (found["passed"], found["failed"], found["whole"]) == (1, ["test_it.py::test_two"], True)
+    assert (found["passed"], found["failed"]) == (1, ["test_it.py::test_two", "test_other.py"])
+    assert found["whole"]
 
 
 def test_timeline_is_drawn(tmp_path: Path) -> None:
