@@ -54,17 +54,23 @@ class NativeExecutor {
           noise_step_(noise_step),
           snapshot_(snapshot) {}
 
+    // Let the step write the model input for the next one too, if its plan and its sample allow that.
+    void ask_for_model_input() { wants_model_input_ = true; }
     // Take the step and return its result; null, with no state changed, where the Python executor has to take it.
     py::object execute();
     // The step's draws, which the Python executor must not draw again: a list, or None where nothing has been drawn.
     py::object drawn() const;
     // Whether the snapshot has recorded everything that was written.
     bool snapshot_is_complete() const { return snapshot_is_complete_; }
+    // The previous sample, where it is the first result, and the scaled one beside it, where the step has written it.
+    const at::Tensor& prev_sample() const { return prev_sample_; }
+    at::Tensor take_model_input() { return std::move(model_input_); }
 
   private:
     void gather();
     bool draw();
     bool run();
+    void set_model_input(bindings::StepCall* step);
     bool convert_layouts(bindings::StepCall* step);
     bool put_scale_on_device(bindings::StepCall* step);
     void write();
@@ -82,6 +88,8 @@ class NativeExecutor {
     c10::SmallVector<at::Tensor, 2> converted_;  // inputs in the sample's layout
     c10::SmallVector<at::Tensor, 2> draws_;
     bool noise_is_scratch_ = false;  // the sample is written over the noise
+    bool wants_model_input_ = false;
+    at::Tensor prev_sample_, model_input_;
     Slots slots_;
 };
 
