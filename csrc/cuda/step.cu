@@ -96,7 +96,8 @@ template <typename C, int V>
 __device__ __forceinline__ void prepare(const StepArgs& args, const C* __restrict__ row, int64_t b, bool learned,
                                         C (&terms)[kColumns][V], const C (&uncond)[V], const C (&variance)[V]) {
     if (args.uncond != nullptr) {
-        const C scale = static_cast<const C*>(args.guidance)[b * args.guidance_stride];
+        const C scale = args.guidance == nullptr ? static_cast<C>(args.guidance_value)
+                                                 : static_cast<const C*>(args.guidance)[b * args.guidance_stride];
 #pragma unroll
         for (int i = 0; i < V; ++i) terms[kModelOutput][i] = guide(terms[kModelOutput][i], uncond[i], scale);
     }

@@ -220,7 +220,8 @@ py::object StepCache::execute(const py::object& plan, NativePlan* native, PyObje
                                                 PyUnicode_InternFromString("sample")};
     try {
         NativeExecutor executor(*native, attributes, call, &state->executor, steps_taken, &state->snapshot);
-        if (!scales && state->next_model_input.begin_step()) executor.ask_for_model_input();
+        const bool writes_model_input = !scales && state->next_model_input.begin_step();
+        if (writes_model_input) executor.ask_for_model_input();
         py::object result = executor.execute();
         if (result.ptr() != nullptr) {
             *snapshot_is_complete = executor.snapshot_is_complete();
@@ -234,12 +235,27 @@ py::object StepCache::execute(const py::object& plan, NativePlan* native, PyObje
         for (size_t i = 0; i < names.size(); ++i) set(names[i], call.required[i]);
         for (size_t i = 0; i < call.num_extra; ++i) set(call.extra[i].first, call.extra[i].second);
         const py::object drawn = executor.drawn();
-        return own(PyObject_CallFunctionObjArgs(state->execute.ptr(), plan.ptr(), attributes, arguments.ptr(),
-                                                call.uncond, call.guidance_scale, object(), drawn.ptr(), nullptr));
+        const py::object model_inputs = writes_model_input ? own(PyList_New(0)) : py::none();
+        result = own(PyObject_CallFunctionObjArgs(state->execute.ptr(), plan.ptr(), attributes, arguments.ptr(),
+                                                  call.uncond, call.guidance_scale, object(), drawn.ptr(), Py_None,
+                                                  model_inputs.ptr(), nullptr));
+        if (!scales) record_python_step(plan, result, model_inputs);
+        return result;
     } catch (...) {
         forget();  // the snapshot may be half of a step ahead of the plan
         throw;
     }
+}
+
+void StepCache::record_python_step(const py::object& plan, const py::object& result, const py::object& model_inputs) {
+    at::Tensor sample, scaled;
+    if (!plan.attr("model_input_scale")().is_none()) {
+        const py::object first = plan.attr("result_type").is_none() ? result : py::object(result[py::int_(0)]);
+        sample = THPVariable_Unpack(first.ptr());
+    }
+    if (PyList_Check(model_inputs.ptr()) && PyList_GET_SIZE(model_inputs.ptr()) > 0)
+        scaled = THPVariable_Unpack(PyList_GET_ITEM(model_inputs.ptr(), 0));
+    state->next_model_input.record(sample, std::move(scaled));
 }
 
 namespace {

@@ -137,6 +137,8 @@ struct StepCache {
     void advance_to(py::object plan, NativePlan* native);
 
   private:
+    // Record the sample and the model inputs (a list or None) of a step that the Python executor has taken.
+    void record_python_step(const py::object& plan, const py::object& result, const py::object& model_inputs);
     // `scales`: as for `try_first_step`.
     py::object execute(const py::object& plan, NativePlan* native, PyObject* attributes, const SchedulerCall& call,
                        bool scales, bool* snapshot_is_complete);
