@@ -92,7 +92,8 @@ at::Tensor draw_from_seeds(const at::Tensor& sample, const Draw& draw, const at:
         sample.dim() == 0 || sample.numel() == 0 || seeds.numel() != sample.size(0))
         return at::Tensor();
     at::Tensor noise = at::empty(sample.sizes(), sample.options().dtype(draw.type));
-    bindings::randn(noise, seeds, std::nullopt, step, draw.purpose, bindings::current_stream(sample));
+    bindings::randn(noise, seeds, std::nullopt, step, draw.purpose,
+                    reinterpret_cast<int64_t>(bindings::current_stream(sample)));
     return noise;
 }
 
