@@ -112,13 +112,31 @@ Forced forced_in_context(PyObject* variable) {
 
 py::object NativeExecutor::execute() {
     if (!plan_.native_eligible) return py::object();
-    const at::Tensor &output = *as_tensor(call_.model_output()), &sample = *as_tensor(call_.sample());
-    // A model's output with a learned variance has twice the channels.
-    if (output.sizes() != sample.sizes()) return py::object();
+    if (!read_model_outputs()) return py::object();
     gather();
     if (!draw() || !run()) return py::object();
     write();
     return result();
+}
+
+// Find the model's outputs; one with twice the sample's channels has a learned variance in its second half.
+bool NativeExecutor::read_model_outputs() {
+    const at::Tensor& sample = *as_tensor(call_.sample());
+    model_output_ = as_tensor(call_.model_output());
+    uncond_ = as_tensor(call_.uncond);
+    if (model_output_->sizes() == sample.sizes()) return true;
+    std::vector<int64_t> doubled = sample.sizes().vec();
+    if (doubled.size() < 2) return false;
+    doubled[1] *= 2;
+    if (model_output_->sizes() != doubled || (uncond_ != nullptr && uncond_->sizes() != doubled) || !called_plainly())
+        return false;
+    halves_[0] = model_output_->narrow(1, 0, sample.size(1));
+    halves_[1] = model_output_->narrow(1, sample.size(1), sample.size(1));
+    if (uncond_ != nullptr) halves_[2] = uncond_->narrow(1, 0, sample.size(1));
+    model_output_ = &halves_[0];
+    variance_ = &halves_[1];
+    if (uncond_ != nullptr) uncond_ = &halves_[2];
+    return true;
 }
 
 py::object NativeExecutor::drawn() const {
@@ -148,7 +166,7 @@ bool NativeExecutor::draw() {
     if (!called_plainly()) return false;  // a mode has to see torch's operator
     PyObject* generator = call_.argument(generator_name());
     if (generator == nullptr) generator = Py_None;
-    const at::Tensor &output = *as_tensor(call_.model_output()), &sample = *as_tensor(call_.sample());
+    const at::Tensor &output = *model_output_, &sample = *as_tensor(call_.sample());
     for (const Draw& each : plan_.draws) {
         at::Tensor noise;
         if (each.source == NoiseSource::kSeeds)
@@ -179,9 +197,11 @@ bool NativeExecutor::run() {
     const Forced forced = forced_in_context(state_->forced_backend.ptr());
     if (forced == Forced::kOther) return false;
     step.triton = forced == Forced::kTriton;
-    step.model_output = as_tensor(call_.model_output());
+    step.model_output = model_output_;
     step.table = &plan_.table(step.sample->device());
-    step.uncond = as_tensor(call_.uncond);
+    step.uncond = uncond_;
+    step.variance = plan_.variance_kind == 0 ? nullptr : variance_;
+    step.variance_kind = plan_.variance_kind;
     if (step.uncond == nullptr && call_.guided()) return false;  // the Python executor raises the error
     if (!bindings::read_scale(call_.guidance_scale, &step.guidance_scale)) return false;
     for (size_t j = 0; j < plan_.history.size(); ++j) {
@@ -228,7 +248,7 @@ bool NativeExecutor::convert_layouts(bindings::StepCall* step) {
     const at::Tensor& sample = *step->sample;
     if (!sample.is_non_overlapping_and_dense()) return false;
     bool converted = false;
-    converted_.reserve(3 + plan_.history.size());  // pointers to its items are handed out
+    converted_.reserve(4 + plan_.history.size());  // pointers to its items are handed out
     const auto convert = [&](bindings::MaybeTensor* tensor) {
         if (*tensor == nullptr || (*tensor)->strides() == sample.strides()) return;
         if (!bindings::is_plain_eager(**tensor) || (*tensor)->sizes() != sample.sizes()) return;
@@ -239,6 +259,7 @@ bool NativeExecutor::convert_layouts(bindings::StepCall* step) {
     };
     convert(&step->model_output);
     convert(&step->uncond);
+    convert(&step->variance);
     convert(&step->noise);
     for (size_t j = 0; j < plan_.history.size(); ++j) convert(&step->history[j]);
     return converted;

@@ -64,6 +64,7 @@ class NativeExecutor {
     at::Tensor take_model_input() { return std::move(model_input_); }
 
   private:
+    bool read_model_outputs();
     void gather();
     bool draw();
     bool run();
@@ -81,6 +82,8 @@ class NativeExecutor {
     AttributeSnapshot* snapshot_;
     bool snapshot_is_complete_ = true;
     DeferredDecrefs dropped_;
+    bindings::MaybeTensor model_output_ = nullptr, uncond_ = nullptr, variance_ = nullptr;
+    std::array<at::Tensor, 3> halves_;           // of outputs with a learned variance: prediction, variance, uncond
     c10::SmallVector<at::Tensor, 2> converted_;  // inputs in the sample's layout
     c10::SmallVector<at::Tensor, 2> draws_;
     bool noise_is_scratch_ = false;  // the sample is written over the noise

@@ -73,6 +73,7 @@ NativePlan::NativePlan(const py::handle& plan) : plan(plan.ptr()) {
     }
     noise = static_cast<int>(index_or(plan.attr("noise"), -1));
     kept = plan.attr("kept").cast<int64_t>();
+    variance_kind = plan.attr("variance_kind").cast<int64_t>();
     for (const py::handle dtype : plan.attr("output_dtypes")) output_types.push_back(scalar_type_of(dtype.ptr()));
     for (const py::handle item : plan.attr("constant_writes").attr("items")()) {
         const auto pair = item.cast<py::tuple>();

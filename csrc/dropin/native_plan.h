@@ -64,7 +64,7 @@ struct NativePlan {
     int noise = -1;
     // There is one draw, in float32, that only the row reads: the sample may be written over it.
     bool noise_is_scratch = false;
-    int64_t kept;
+    int64_t kept, variance_kind;
     std::vector<at::ScalarType> output_types;
     std::vector<std::pair<py::object, py::object>> constant_writes;
     std::vector<std::pair<py::object, int>> tensor_writes;

@@ -47,13 +47,13 @@ class Loop:
         name: of the class.
         guided: by `guided_step`.
         seeded: noise from the samples' seeds.
-        scales: call `scale_model_input` before each step.
+        options: of the scheduler.
     """
 
-    def __init__(self, name: str, guided: bool, seeded: bool, *, scales: bool = True) -> None:
-        self.name, self.guided, self.scales = name, guided, scales
+    def __init__(self, name: str, guided: bool, seeded: bool, **options: Any) -> None:
+        self.name, self.guided = name, guided
         with quiet():
-            options = {"noise_sampler_seed": 0} if name == "DPMSolverSDE" else {}
+            options |= {"noise_sampler_seed": 0} if name == "DPMSolverSDE" else {}
             self.scheduler = CLASSES[f"{name}Scheduler"](**options)
         if seeded:
             self.scheduler.use_philox([5, 6])
@@ -76,10 +76,8 @@ class Loop:
             self.samples = [self.sample]
             for i, timestep in enumerate(timesteps):
                 sample = self.samples[-1]
-                if self.scales and hasattr(scheduler, "scale_model_input"):
+                if hasattr(scheduler, "scale_model_input"):
                     call("scale_model_input", i, lambda s=sample, t=timestep: scheduler.scale_model_input(s, t))
-                if hasattr(scheduler, "is_scale_input_called"):
-                    scheduler.is_scale_input_called = True  # no warning in a loop that does not scale
                 back = timesteps[i - 1] if i else None
                 self.samples.append(call("step", i, lambda s=sample, t=timestep, b=back: self._step(s, t, b))[0])
 
@@ -189,3 +187,31 @@ def test_sa_solver_keeps_its_noise_in_cpp(seeded: bool) -> None:
         with fastdiff.ops.use_backend("cpu"):  # a forced backend is for the Python executor
             twin.run(lambda method, i, call: call())
         assert all(torch.equal(a, b) for a, b in zip(loop.samples, twin.samples, strict=True))
+
+
+@pytest.mark.parametrize("seeded", [False, True], ids=["torch", "philox"])
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("DDPM", "learned"), ("DDPM", "learned_range"), ("UnCLIP", "learned_range"), ("DPMSolverMultistep", "learned")],
+)
+def test_learned_variance_stays_in_cpp(name: str, kind: str, guided: bool, seeded: bool) -> None:
+    """The model's output has twice the channels, whose second half is the variance; DPM-Solver drops it."""
+    loop, twin = (Loop(name, guided, seeded, variance_type=kind) for _ in range(2))
+    for each in (loop, twin):
+        second = each.output.abs().tanh() if kind == "learned" else each.output.tanh()
+        each.output, each.uncond = (torch.cat([half, second], 1) for half in (each.output, each.uncond))
+    for _ in range(2):
+        loop.run(lambda method, i, call: call())
+    for each in (loop, twin):
+        each.generator.manual_seed(1)
+    with fastdiff.ops.use_backend("cpu"):  # a forced backend is for the Python executor
+        twin.run(lambda method, i, call: call())
+
+    def count(method: str, i: int, call: Callable[[], Any]) -> Any:
+        result, frames = frames_of(call)
+        assert method != "step" or i == 0 or len(frames) == 1, frames
+        return result
+
+    loop.run(count)
+    assert all(torch.equal(a, b) for a, b in zip(loop.samples, twin.samples, strict=True))

@@ -198,7 +198,7 @@ class Plan:
     @functools.cached_property
     def native_eligible(self) -> bool:
         """True if the step is at most draws from generators or seeds and one call of the fused step."""
-        more = self.thresholding or self.variance_kind or self.blend or self.noise_sampler_factory
+        more = self.thresholding or self.blend or self.noise_sampler_factory
         plain_draws = all(draw.source is not NoiseSource.PATH for draw in self.draws)
         return self.accepted_dtypes and plain_draws and bool(self.output_dtypes) and not more
 
