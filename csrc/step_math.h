@@ -61,6 +61,7 @@ struct StepArgs {
     const void* guidance;   // [1] or [batch], compute dtype
     const void* threshold;  // [batch], compute dtype
     int64_t guidance_stride;  // 0 or 1
+    double guidance_value;    // of all samples; read on CUDA alone, where there is `uncond` and `guidance` is null
     NoiseArgs draw;           // instead of `noise`
     void* outputs[kMaxOutputs];
     int num_outputs;
