@@ -52,7 +52,6 @@ class StepForm(NamedTuple):
         written = self.outputs if self.row == "kByValue" else 1 + min(self.histories, 2)
         return 2 + self.guided + (self.noise == "kGiven") + self.histories + written
 
-
     @property
     def key(self) -> int:
         """The number of the form, as `key_of` in csrc/cuda/step_form.h computes it."""
@@ -67,7 +66,9 @@ class StepForm(NamedTuple):
 def listed(content: str) -> dict[StepForm, str]:
     """The forms of a list, each with the group that its comment names."""
     entries = re.findall(rf"^{re.escape(PREFIX)}(\w+), (\w+), (\w+), (\d), (\d)\)  // (.*)$", content, re.MULTILINE)
-    return {StepForm(row, noise, guided == "true", int(h), int(o)): group for row, noise, guided, h, o, group in entries}
+    return {
+        StepForm(row, noise, guided == "true", int(h), int(o)): group for row, noise, guided, h, o, group in entries
+    }
 
 
 def row_forms(histories: int, outputs: int, noisy: bool) -> set[StepForm]:
