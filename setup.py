@@ -356,7 +356,7 @@ def readme(url: str) -> str:
 
 def sources(mode: str) -> list[str]:
     """List the sources of the extension, relative to the root, sorted."""
-    patterns = ["csrc/*.cpp", "csrc/bindings/*.cpp", "csrc/dropin/*.cpp", "csrc/cpu/*.cpp"] + (
+    patterns = ["csrc/*.cpp", "csrc/bindings/*.cpp", "csrc/dropin/*.cpp", "csrc/triton/*.cpp", "csrc/cpu/*.cpp"] + (
         ["csrc/cuda/*.cu"] if mode == "cuda" else []
     )
     return [path.relative_to(ROOT).as_posix() for pattern in patterns for path in sorted(ROOT.glob(pattern))]

@@ -14,6 +14,7 @@
 #include "bindings/config.h"
 #endif
 #include "bindings/step.h"
+#include "bindings/triton.h"
 #include "dropin/dropin.h"
 #include "torch_bits/seeded_sum.h"
 #include "torch_bits/torch_normal.h"
@@ -72,6 +73,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     define_layout(m);
     define_reductions(m);
     define_seeded_sum(m);
+    define_triton(m);
     fastdiff::dropin::define(m);
     if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }

@@ -58,10 +58,10 @@ struct StepArgs {
     int64_t row;            // of all samples, where `rows` is null
     const int64_t* rows;    // [1] or [batch]; a sample with a row outside the table is skipped: its elements are copied
     int64_t rows_stride;    // 0 or 1
-    const void* guidance;   // [1] or [batch], compute dtype
+    const void* guidance;   // [1] or [batch], compute dtype; null: `guidance_value` for all samples
+    double guidance_value;  // read where `uncond` is given and `guidance` is null, never by the CPU's loops
     const void* threshold;  // [batch], compute dtype
     int64_t guidance_stride;  // 0 or 1
-    double guidance_value;    // of all samples; read on CUDA alone, where there is `uncond` and `guidance` is null
     NoiseArgs draw;           // instead of `noise`
     void* outputs[kMaxOutputs];
     int num_outputs;

@@ -9,11 +9,14 @@
 #include <ATen/Parallel.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
+#include <optional>
 #include <string>
 #include <utility>
 
+#include "current_stream.h"
 #include "output_allocator.h"
 #include "step_args_builder.h"
+#include "triton.h"
 #ifdef FASTDIFF_CUDA
 #include "../cuda/step_cuda.h"
 #endif
@@ -36,35 +39,60 @@ bool complete(const StepCall& call) {
            (call.keeps == 0 || !call.write_history);
 }
 
-void launch(const StepCall& call, const StepArgs& args) {
+enum class Launcher { kNone, kCpu, kCuda, kTriton };
+
+// Return what takes a step on the sample's device.
+Launcher launcher_of(const StepCall& call) {
+    const at::Tensor& sample = *call.sample;
+    if (sample.is_cpu() && !call.triton) return Launcher::kCpu;
+#ifdef FASTDIFF_CUDA
+    if (sample.is_cuda() && !call.triton) return Launcher::kCuda;
+#endif
+    return triton_serves(sample) ? Launcher::kTriton : Launcher::kNone;
+}
+
+void run_on_cpu(const StepCall& call, const StepArgs& args) {
     const int64_t total = args.batch * args.inner;
-    if (call.sample->is_cpu()) {
-        const auto step_range = cpu_build.step_range;
-        const int64_t grain = args.draw.seeds == nullptr ? kGrain : kDrawGrain;
-        if (total <= grain) {
-            step_range(args, 0, total);
-            return;
-        }
-        // The caller holds its arguments and the outcome what is written. A list of history slots is the caller's:
-        // without the GIL another thread may empty it, and with it go tensors that nobody else holds.
-        std::array<at::Tensor, kRegisters> held;
-        for (size_t j = 0; j < held.size(); ++j)
-            if (call.history[j] != nullptr) held[j] = *call.history[j];
-        const py::gil_scoped_release release;
-        at::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) { step_range(args, begin, end); });
+    const auto step_range = cpu_build.step_range;
+    const int64_t grain = args.draw.seeds == nullptr ? kGrain : kDrawGrain;
+    if (total <= grain) {
+        step_range(args, 0, total);
         return;
     }
-#ifdef FASTDIFF_CUDA
-    const char* error = launch_step(args, call.sample->get_device(), reinterpret_cast<void*>(call.stream));
-    if (error != nullptr) throw std::runtime_error(std::string("step: the CUDA launch failed: ") + error);
-#endif
+    // The caller holds its arguments and the outcome what is written. A list of history slots is the caller's: without
+    // the GIL another thread may empty it, and with it go tensors that nobody else holds.
+    std::array<at::Tensor, kRegisters> held;
+    for (size_t j = 0; j < held.size(); ++j)
+        if (call.history[j] != nullptr) held[j] = *call.history[j];
+    const py::gil_scoped_release release;
+    at::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) { step_range(args, begin, end); });
+}
+
+void check_launched(const char* launcher, const char* error) {
+    if (error != nullptr) throw std::runtime_error(std::string("step: the ") + launcher + " launch failed: " + error);
+}
+
+// A launch of Triton's kernel, once that has been found.
+struct TritonStep {
+    triton::StepLaunch launch;
+    const triton::StepKernel* kernel;
+};
+
+// Return the launch of a call; none where no block is set for its device and dtype.
+std::optional<TritonStep> triton_step(const StepArgs& args, const at::Tensor& sample) {
+    const int device = sample.get_device();
+    const int64_t block = triton::block_of(device, sample.element_size(), args.draw.seeds != nullptr);
+    if (block == 0) return std::nullopt;
+    const triton::StepLaunch launch(args, device, block);
+    return TritonStep{launch, triton::find_kernel(launch.key())};
 }
 
 }  // namespace
 
 const char* decline_name(Decline reason) {
-    constexpr std::array<const char*, 12> kReasons = {"",       "argument", "modes",  "wrapper", "autograd", "dtype",
-                                                      "device", "shape",    "layout", "storage", "value",    "overlap"};
+    constexpr std::array<const char*, 13> kReasons = {"",      "argument", "modes", "wrapper", "autograd",
+                                                      "dtype", "device",   "shape", "layout",  "storage",
+                                                      "value", "overlap",  "kernel"};
     return kReasons[static_cast<size_t>(reason)];
 }
 
@@ -75,10 +103,11 @@ Outcome run_step(const StepCall& call) {
         return std::move(outcome);
     };
     if (!complete(call)) return decline(Decline::kArgument);
-    if (!on_served_device(*call.sample)) return decline(Decline::kDevice);
+    const Launcher launcher = launcher_of(call);
+    if (launcher == Launcher::kNone) return decline(Decline::kDevice);
     if (!call.in_operator && c10::impl::TorchDispatchModeTLS::any_modes_set()) return decline(Decline::kModes);
     const at::Tensor& sample = *call.sample;
-    StepArgsBuilder builder(sample, *call.table);
+    StepArgsBuilder builder(sample, *call.table, launcher == Launcher::kCpu);
     StepArgs& args = builder.args;
     args.variance_kind = static_cast<Variance>(call.variance_kind);
     builder.row_index(call.row_index);
@@ -116,13 +145,33 @@ Outcome run_step(const StepCall& call) {
     builder.model_input(call.model_input);
     if (builder.good() && written_given) builder.require(!builder.overlaps_partially(), Decline::kOverlap);
     if (!builder.good()) return decline(builder.declined);
+    builder.collapse_batch();
+    std::optional<TritonStep> triton_launch;
+    if (launcher == Launcher::kTriton) {
+        triton_launch = triton_step(args, sample);
+        if (triton_launch.has_value() && triton_launch->kernel == nullptr)
+            outcome.missing_kernel = triton_launch->launch.key();
+        if (!triton_launch.has_value() || triton_launch->kernel == nullptr) return decline(Decline::kKernel);
+    }
     for (const MaybeTensor written : call.out.tensors)
         if (written != nullptr) bump_version(*written);
     for (const MaybeTensor kept : call.history)
         if (call.write_history && kept != nullptr) bump_version(*kept);
     if (call.model_input != nullptr) bump_version(*call.model_input);
-    builder.collapse_batch();
-    launch(call, args);
+    switch (launcher) {
+        case Launcher::kNone:
+        case Launcher::kCpu:
+            run_on_cpu(call, args);
+            break;
+        case Launcher::kCuda:
+#ifdef FASTDIFF_CUDA
+            check_launched("CUDA", launch_step(args, sample.get_device(), current_stream(sample)));
+#endif
+            break;
+        case Launcher::kTriton:
+            check_launched("Triton", triton_launch->launch.run(*triton_launch->kernel, current_stream(sample)));
+            break;
+    }
     return outcome;
 }
 
@@ -132,6 +181,10 @@ PyObject* step(PyObject* /*module*/, PyObject* const* values, Py_ssize_t positio
     if (!read_step_call(values, positional, names, &call))
         return PyUnicode_InternFromString(decline_name(Decline::kArgument));
     Outcome outcome = run_step(call);
+    if (outcome.missing_kernel.has_value()) {
+        const auto& bytes = outcome.missing_kernel->bytes;
+        return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+    }
     if (outcome.declined != Decline::kNone) return PyUnicode_InternFromString(decline_name(outcome.declined));
     PyObject* result = PyTuple_New(call.keeps + 1);
     if (result == nullptr) throw python_error();

@@ -4,6 +4,7 @@
 // Light: see tensors.h.
 #pragma once
 
+#include "../triton/step_kernels.h"
 #include "step_call.h"
 
 namespace fastdiff::bindings {
@@ -22,6 +23,7 @@ enum class Decline : int {
     kStorage,  // storage that was freed or resized, or has no memory
     kValue,    // a number out of range
     kOverlap,  // what is written shares memory with what is read, other than element by element
+    kKernel,   // Triton has not compiled the kernel yet, or its block is not set
 };
 
 // The name of a reason, such as "layout".
@@ -31,6 +33,8 @@ const char* decline_name(Decline reason);
 struct Outcome {
     Decline declined = Decline::kNone;
     std::array<at::Tensor, kMaxOutputs> outputs;
+    // The kernel that is missing, where `declined` is kKernel; for `install_triton_kernel`.
+    std::optional<triton::KernelKey> missing_kernel;
 };
 
 // Run a call whose tensors the loops can take as they are: each of a floating-point dtype, on one device, of one shape
@@ -38,7 +42,8 @@ struct Outcome {
 // launch fails or memory runs out. Needs the GIL, and releases it while several threads work.
 Outcome run_step(const StepCall& call);
 
-// `fastdiff._C.step(**fields)`: a tuple of 1 + keeps tensors, or the reason as a string. METH_FASTCALL | METH_KEYWORDS.
+// `fastdiff._C.step(**fields)`: a tuple of 1 + keeps tensors, the reason as a string, or the key of the missing kernel
+// as bytes. METH_FASTCALL | METH_KEYWORDS.
 PyObject* step(PyObject* module, PyObject* const* values, Py_ssize_t positional, PyObject* names);
 
 }  // namespace fastdiff::bindings

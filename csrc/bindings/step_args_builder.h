@@ -13,7 +13,9 @@ namespace fastdiff::bindings {
 // call; nothing is read after it. Members are called in the order in which they stand here.
 class StepArgsBuilder {
   public:
-    StepArgsBuilder(const at::Tensor& sample, const at::Tensor& table) : sample_(sample) {
+    // `on_host`: the loops run here, so numbers in memory may be read and checked.
+    StepArgsBuilder(const at::Tensor& sample, const at::Tensor& table, bool on_host)
+        : sample_(sample), on_host_(on_host) {
         const auto dtype = dtype_of(sample.scalar_type());
         if (!require(dtype.has_value(), Decline::kDtype) || !plain_eager(sample) ||
             !require(sample.numel() > 0, Decline::kShape) ||
@@ -51,15 +53,16 @@ class StepArgsBuilder {
             return;
         }
         args.rows = counters(*row.tensor, &args.rows_stride);
-        if (!good() || !sample_.is_cpu()) return;
+        if (!good() || !on_host_) return;
         for (int64_t b = 0; b < rows_given(); ++b) require(args.rows[b] < args.num_rows, Decline::kValue);
     }
 
-    // A number is read by the CPU from this object.
+    // A number is read by the CPU's loops from this object, and passed to a GPU's kernel by value.
     void guidance_scale(const Scale& scale) {
         if (!scale.given || !good()) return;
         if (scale.tensor == nullptr) {
-            if (!require(sample_.is_cpu(), Decline::kDevice)) return;
+            args.guidance_value = scale.value;
+            if (!on_host_) return;
             scale64_ = scale.value;
             scale32_ = static_cast<float>(scale64_);
             args.guidance = compute_type_ == at::kDouble ? static_cast<const void*>(&scale64_) : &scale32_;
@@ -121,7 +124,7 @@ class StepArgsBuilder {
     void write_history() {
         if (!require(args.rows != nullptr, Decline::kArgument)) return;
         args.scatter = true;
-        if (!sample_.is_cpu()) return;
+        if (!on_host_) return;
         for (int64_t b = 0; b < rows_given(); ++b) {
             const int64_t row = args.rows[b];
             for (int store = kStore0; row >= 0 && store <= kStore1; ++store) {
@@ -316,6 +319,7 @@ class StepArgsBuilder {
     }
 
     const at::Tensor& sample_;
+    const bool on_host_;
     at::ScalarType compute_type_ = at::kFloat;
     bool model_seen_ = false;
     unsigned seen_ = 0;  // one bit a dtype

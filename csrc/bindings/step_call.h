@@ -56,10 +56,10 @@ struct Targets {
     FIELD(bool, write_history, false)         \
     FIELD(Targets, out, {})
 
-// Launch options: a CUDA stream as a number (0 on the CPU), and whether dispatch modes need not see the call, as inside
-// a registered operator.
+// Launch options: whether Triton's kernel is launched where the C++ one could be, and whether dispatch modes need not
+// see the call, as inside a registered operator.
 #define FASTDIFF_LAUNCH_FIELDS(FIELD) \
-    FIELD(int64_t, stream, 0)         \
+    FIELD(bool, triton, false)        \
     FIELD(bool, in_operator, false)
 
 // Pointers are borrowed: whoever fills the structure keeps the tensors alive until `run_step` returns. Counters other

@@ -89,7 +89,7 @@ inline void bump_version(const at::Tensor& tensor) {
     if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
 }
 
-// Return whether this build has a kernel for the tensor's device.
+// Return whether this build has C++ kernels for the tensor's device.
 inline bool on_served_device(const at::Tensor& tensor) {
 #ifdef FASTDIFF_CUDA
     return tensor.is_cpu() || tensor.is_cuda();

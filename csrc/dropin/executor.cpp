@@ -81,23 +81,15 @@ at::Tensor draw_by_list(const at::Tensor& like, at::ScalarType type, PyObject* l
     return at::cat(parts);
 }
 
-// The current CUDA stream of the tensor's device as a number; 0 on the CPU.
-int64_t current_stream(const at::Tensor& tensor) {
-    if (!tensor.is_cuda()) return 0;
-    // torch's own function in C: the headers of c10/cuda are not part of a torch without CUDA.
-    static PyObject* const raw_stream = [] {
-        const py::object found = py::module_::import("torch._C").attr("_cuda_getCurrentRawStream");
-        return found.inc_ref().ptr();
-    }();
-    const py::object device = own(PyLong_FromLong(tensor.get_device()));
-    return py::cast<int64_t>(own(PyObject_CallOneArg(raw_stream, device.ptr())));
-}
+// The forced backend of the current context: none, Triton, or another, which the Python executor serves.
+enum class Forced { kNone, kTriton, kOther };
 
-// Whether no backend is forced in the current context.
-bool nothing_forced(PyObject* forced_backend) {
+Forced forced_in_context(PyObject* variable) {
     PyObject* name = nullptr;
-    if (PyContextVar_Get(forced_backend, nullptr, &name) != 0) throw python_error();
-    return own(name).is_none();
+    if (PyContextVar_Get(variable, nullptr, &name) != 0) throw python_error();
+    const py::object held = own(name);
+    if (held.is_none()) return Forced::kNone;
+    return PyUnicode_CompareWithASCIIString(name, "triton") == 0 ? Forced::kTriton : Forced::kOther;
 }
 
 }  // namespace
@@ -160,12 +152,14 @@ bool NativeExecutor::draw() {
 bool NativeExecutor::run() {
     bindings::StepCall step;
     step.sample = as_tensor(call_.sample());
-    if (!bindings::on_served_device(*step.sample) || !nothing_forced(state_->forced_backend.ptr())) return false;
+    const Forced forced = forced_in_context(state_->forced_backend.ptr());
+    if (forced == Forced::kOther) return false;
+    step.triton = forced == Forced::kTriton;
     step.model_output = as_tensor(call_.model_output());
     step.table = &plan_.table(step.sample->device());
     step.uncond = as_tensor(call_.uncond);
     if (step.uncond == nullptr && call_.guided()) return false;  // the Python executor raises the error
-    if (!bindings::read_scale(call_.guidance_scale, &step.guidance_scale) || !put_scale_on_device(&step)) return false;
+    if (!bindings::read_scale(call_.guidance_scale, &step.guidance_scale)) return false;
     for (size_t j = 0; j < plan_.history.size(); ++j) {
         step.history[j] = as_tensor(slots_[plan_.history[j]]);
         if (step.history[j] == nullptr) return false;
@@ -184,7 +178,6 @@ bool NativeExecutor::run() {
     step.keeps = plan_.kept;
     for (size_t o = 0; o <= static_cast<size_t>(plan_.kept); ++o)
         if (plan_.output_types[o] != step.sample->scalar_type()) step.out.dtypes[o] = plan_.output_types[o];
-    step.stream = current_stream(*step.sample);
     bindings::Outcome outcome = bindings::run_step(step);
     if (outcome.declined == bindings::Decline::kLayout && convert_layouts(&step)) outcome = bindings::run_step(step);
     if (outcome.declined != bindings::Decline::kNone) return false;
@@ -212,20 +205,6 @@ bool NativeExecutor::convert_layouts(bindings::StepCall* step) {
     convert(&step->noise);
     for (size_t j = 0; j < plan_.history.size(); ++j) convert(&step->history[j]);
     return converted;
-}
-
-// Bring a guidance scale that is a number to the samples' device: kernels there read it from memory.
-bool NativeExecutor::put_scale_on_device(bindings::StepCall* step) {
-    bindings::Scale& scale = step->guidance_scale;
-    if (!scale.given || scale.tensor != nullptr || step->sample->is_cpu()) return true;
-    at::Tensor& kept = state_->scale_on_device;
-    if (!kept.defined() || state_->scale != scale.value || kept.device() != step->table->device() ||
-        kept.scalar_type() != step->table->scalar_type()) {
-        kept = at::full({1}, scale.value, step->table->options());
-        state_->scale = scale.value;
-    }
-    scale.tensor = &kept;
-    return true;
 }
 
 void NativeExecutor::write() {

@@ -36,9 +36,6 @@ class Slots {
 struct ExecutorState {
     py::object forced_backend;  // the context variable `fastdiff.ops.backends.forced`
     at::Tensor seeds;           // one for each sample; undefined where noise is drawn by generators
-    // The latest guidance scale that was brought to a device: kernels there read it from memory.
-    double scale = 0.0;
-    at::Tensor scale_on_device;
 };
 
 class NativeExecutor {
@@ -66,7 +63,6 @@ class NativeExecutor {
     bool draw();
     bool run();
     bool convert_layouts(bindings::StepCall* step);
-    bool put_scale_on_device(bindings::StepCall* step);
     void write();
     void write_attribute(const py::object& name, PyObject* value);
     py::object result() const;

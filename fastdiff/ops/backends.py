@@ -6,10 +6,10 @@ choice can be forced for a call (``backend=``), a block of one thread or task (`
 (``FASTDIFF_BACKEND``), and asked for (`backend_for`).  A forced backend that cannot run raises and says why; where the
 reference answers for a compiled backend that is missing, `fastdiff.ops.fallback` warns.
 
-On a GPU the order is that of the way from Python to the kernel too.  The extension reads its arguments and launches in
-C++; Triton's kernels are launched by a `fastdiff.kernels.launch.Launcher`, which holds what was compiled and hands it
-to Triton's runner; where that cannot be (`triton_launcher` says why), they go through Triton's JIT, which classifies
-all arguments again.
+The extension reads a step's arguments and launches in C++, its own kernels and, on NVIDIA's GPUs, those that Triton
+has compiled (`fastdiff.kernels.native`).  Without the extension, and for Triton's other kernels, a
+`fastdiff.kernels.launch.Launcher` hands what was compiled to Triton's runner; where that cannot be (`triton_launcher`
+says why), launches go through Triton's JIT, which classifies all arguments again.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,13 @@ def triton_launcher() -> str:
     if _triton_interprets():
         return "interpreted on the CPU: TRITON_INTERPRET is 1"
     reason = triton_module("launch").why_through_jit()
-    return f"through Triton's JIT: {reason}" if reason else "caches compiled kernels"
+    if reason:
+        return f"through Triton's JIT: {reason}"
+    if extension is None:
+        return "caches compiled kernels, and remembers launches of steps"
+    native = triton_module("native").why_not()
+    where = f"launches from Python: {native}" if native else "launches steps from C++"
+    return f"caches compiled kernels, and {where}"
 
 
 def why_missing(name: str) -> str:
@@ -226,6 +233,9 @@ def _open_blocks(blocks: tuple[_Block, ...]) -> None:
     forced.set(blocks[-1].name if blocks else _DEFAULT)
 
 
+#: `fastdiff.kernels.eager` once it has kept a launch: it takes steps where there is no extension.
+_eager_steps: ModuleType | None = None
+
 #: The current stream of a device as a pointer. `torch.cuda.current_stream` would make two Python objects on the way to
 #: it; a build of torch without CUDA has no such function, and no tensors to ask for.
 _raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -245,33 +255,71 @@ def direct_extension() -> ModuleType | None:
     return None if _is_compiling() or (_ever_forced and _get_forced() is not None) else extension
 
 
-def offer(call: StepCall) -> tuple[Tensor, ...] | str:
+def direct_step(backend: str | None) -> tuple[ModuleType | None, bool]:
+    """Return the module that a step may be offered to, and whether it is to launch Triton's kernel.
+
+    It is the extension, or without one `fastdiff.kernels.eager` once Triton has taken a step.  It is None where a
+    compiler has to see operators, and where any backend but Triton is forced, by the call or by the context.
+    """
+    if _is_compiling():
+        return None, False
+    name = _get_forced() if backend is None and _ever_forced else backend
+    takes_steps = _eager_steps if extension is None else extension
+    if name is None:
+        return takes_steps, False
+    return (takes_steps, True) if name == "triton" else (None, False)
+
+
+def offer(call: StepCall, triton: bool = False) -> tuple[Tensor, ...] | str | bytes:
     """Hand a call to the extension, from the inside of an operator or without dispatch modes.
 
+    Args:
+        call: any call.
+        triton: launch Triton's kernel where the C++ one could be launched too.
+
     Returns:
-        The outputs, or, with nothing written, why the extension declined (`Decline` in csrc/bindings/step.h).
+        The outputs; or, with nothing written, why the extension declined (`Decline` in csrc/bindings/step.h), or the
+        key of the kernel that Triton has to compile first.
     """
     assert extension is not None
     fields = {name: getattr(call, name) for name in FIELDS}
-    offered: tuple[Tensor, ...] | str = extension.step(**fields, stream=current_stream(call.sample), in_operator=True)
+    offered: tuple[Tensor, ...] | str | bytes = extension.step(**fields, triton=triton, in_operator=True)
     return offered
+
+
+def remember(call: StepCall, canonical: StepCall, compiled: Any) -> None:
+    """Keep a step's launch for calls like it, where there is no extension to take them."""
+    global _eager_steps
+    _eager_steps = triton_module("eager")
+    _eager_steps.remember(call, canonical, compiled)
 
 
 def _run_extension(call: StepCall) -> None:
     offered = offer(call)
-    if isinstance(offered, str):
-        raise AssertionError(f"step: the extension declined a canonical call ({offered}): {call}")
+    if not isinstance(offered, tuple):
+        reason = offered if isinstance(offered, str) else "kernel"
+        raise AssertionError(f"step: the extension declined a canonical call ({reason}): {call}")
 
 
-def _run_triton(call: StepCall) -> None:
-    triton_module("step").launch(call)
+def _run_triton(call: StepCall) -> Any:
+    offered: tuple[Tensor, ...] | str | bytes = ""
+    native = None if extension is None else triton_module("native")
+    if native is not None and native.enable(extension, call):
+        offered = offer(call, triton=True)
+    if isinstance(offered, tuple):
+        return None
+    kernel = triton_module("step").launch(call)
+    if native is not None and isinstance(offered, bytes) and kernel is not None:
+        native.install(extension, offered, kernel)
     # The extension does so itself: autograd has to find a tensor changed that it has saved.
     written = [*call.targets, *(call.history if call.write_history else ()), call.model_input]
     torch.autograd.graph.increment_version([t for t in written if isinstance(t, Tensor) and not t.is_inference()])
+    return kernel
 
 
-#: Functions that run a canonical call; the reference takes any call as it is.
-RUN: dict[str, Callable[[StepCall], None]] = {
+#: Functions that run a canonical call; the reference takes any call as it is.  Triton's returns what it compiled, where
+#: that is cached in Python.
+RUN: dict[str, Callable[[StepCall], Any]] = {
     "cpu": _run_extension,
     "cuda": _run_extension,
     "triton": _run_triton,

@@ -37,7 +37,7 @@ def _argument(role: Role, doc: str) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class StepCall:
-    """The arguments of one step; numbers that kernels read from memory are tensors already."""
+    """The arguments of one step."""
 
     sample: Tensor = field(metadata=_argument("sample", "x: [B, ...] or [...], float16, bfloat16, float32 or float64"))
     model_output: Tensor = field(metadata=_argument("sample", "c: like sample, of any of the four dtypes"))
@@ -48,8 +48,8 @@ class StepCall:
     uncond: Tensor | None = field(
         default=None, metadata=_argument("sample", "u: like sample, of any of the four dtypes")
     )
-    guidance_scale: Tensor | None = field(
-        default=None, metadata=_argument("scalar", "g: [], [1] or [B] in the compute dtype")
+    guidance_scale: float | Tensor | None = field(
+        default=None, metadata=_argument("scalar", "g: a number, or [], [1] or [B] in the compute dtype")
     )
     history: tuple[Tensor | None, ...] = field(
         default=(), metadata=_argument("history", "h_j: like sample, of any of the four dtypes")
@@ -112,7 +112,7 @@ class StepCall:
         yield "table", self.table
         for name in SCALARS:
             tensor = getattr(self, name)
-            if tensor is not None:
+            if isinstance(tensor, Tensor):
                 yield name, tensor
 
     def counters(self) -> Iterator[tuple[str, Tensor]]:
@@ -121,6 +121,13 @@ class StepCall:
             tensor = getattr(self, name)
             if isinstance(tensor, Tensor):
                 yield name, tensor
+
+    def guidance_tensor(self) -> Tensor | None:
+        """Return the guidance scale as a tensor: a number as a new one ``[1]`` on the samples' device."""
+        scale = self.guidance_scale
+        if scale is None or isinstance(scale, Tensor):
+            return scale
+        return torch.full((1,), scale, dtype=self.table.dtype, device=self.sample.device)
 
     @property
     def model_input_copies(self) -> int:
@@ -251,6 +258,7 @@ def operator_values(call: StepCall, backend: str) -> list[Any]:
     for name, tensor in COUNTER_TENSORS.items():
         value = given[name]
         given[name], given[tensor] = (0, value) if isinstance(value, Tensor) else (value, None)
+    given["guidance_scale"] = call.guidance_tensor()
     given["variance_kind"], given["purpose"] = int(call.variance_kind), int(call.purpose)
     asked = call.model_input
     given["model_input_dtype"], given["model_input_copies"] = None, 1

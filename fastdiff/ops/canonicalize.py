@@ -48,7 +48,7 @@ def canonicalize(call: StepCall) -> StepCall:
         history=tuple(None if h is None else to_strides(h, strides) for h in call.history),
         noise=None if call.noise is None else to_strides(call.noise, strides),
         table=call.table.contiguous().resolve_neg(),
-        guidance_scale=None if scale is None else scale.contiguous().resolve_neg(),
+        guidance_scale=scale.contiguous().resolve_neg() if isinstance(scale, Tensor) else scale,
         threshold=None if threshold is None else threshold.reshape(-1).contiguous().resolve_neg(),
         model_input=None,
         **{name: tensor.reshape(-1).contiguous().resolve_neg() for name, tensor in call.counters()},  # type: ignore[arg-type]

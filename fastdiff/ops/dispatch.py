@@ -22,7 +22,9 @@ def run(call: StepCall, backend: str) -> tuple[Tensor, ...]:
         return reference.step(call)
     canonical = canonicalize(call)
     if call.sample.numel() > 0:
-        backends.RUN[backend](canonical)
+        compiled = backends.RUN[backend](canonical)
+        if compiled is not None and backends.extension is None:
+            backends.remember(call, canonical, compiled)
     copy_back(call, canonical)
     return canonical.out  # type: ignore[return-value]
 

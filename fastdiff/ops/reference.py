@@ -93,9 +93,9 @@ def _outputs(call: StepCall, coefficients: Tensor, dtypes: Sequence[torch.dtype]
     dtype = coefficients.dtype
     x, m = call.sample.to(dtype), call.model_output.to(dtype)
     scalar = _Scalars(coefficients, x)
-    if call.uncond is not None and call.guidance_scale is not None:
+    if call.uncond is not None and (scale := call.guidance_tensor()) is not None:
         u = call.uncond.to(dtype)
-        m = u + per_sample(call.guidance_scale, x) * (m - u)
+        m = u + per_sample(scale, x) * (m - u)
     maps = (PREV_SAMPLE, KEEP_0, KEEP_1)[: len(dtypes)]
     d = None
     if any(scalar.known[first + COLUMNS.index("prediction")] != 0.0 for first in maps):

@@ -7,7 +7,6 @@ What the extension declines is checked here, made canonical and run once more, o
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -19,7 +18,7 @@ from ..deprecated import renamed_argument
 from ..errors import as_float, error_message
 from ..philox import Purpose
 from ..row_layout import Variance
-from .backends import current_stream, direct_extension
+from .backends import direct_step
 from .call import StepCall
 from .checks import check
 from .custom_ops import call_operator
@@ -104,21 +103,15 @@ def step(
     if row is not None or guidance is not None:
         row_index = renamed_argument("step", "row", row, "row_index", row_index)
         guidance_scale = renamed_argument("step", "guidance", guidance, "guidance_scale", guidance_scale)
-    extension = direct_extension() if backend is None else None
+    extension, triton = direct_step(backend)
     if extension is not None:
-        scale, stream = guidance_scale, 0
-        try:
-            if not sample.is_cpu:
-                scale, stream = scale_on_device(guidance_scale, sample, table), current_stream(sample)
-        except AttributeError:  # no tensor: the extension declines it, and the checks name it
-            pass
         offered = extension.step(
             sample=sample,
             model_output=model_output,
             table=table,
             row_index=row_index,
             uncond=uncond,
-            guidance_scale=scale,
+            guidance_scale=guidance_scale,
             history=history,
             noise=noise,
             variance=variance,
@@ -130,7 +123,7 @@ def step(
             purpose=purpose,
             model_input=model_input,
             out=out,
-            stream=stream,
+            triton=triton,
         )
         if type(offered) is tuple:
             return offered
@@ -141,7 +134,7 @@ def step(
             table=table,
             row_index=row_index,  # type: ignore[arg-type]  # the checks name a missing one
             uncond=uncond,
-            guidance_scale=scale_on_device(guidance_scale, sample, table),
+            guidance_scale=number_or_tensor(guidance_scale),
             history=_entries("step", "history", history) or (),
             noise=noise,
             variance=variance,
@@ -207,21 +200,15 @@ def step_rows(
         history = renamed_argument("step_rows", "registers", registers, "history", history or None)
         guidance_scale = renamed_argument("step_rows", "guidance", guidance, "guidance_scale", guidance_scale)
     outs = None if out is None else (out,)
-    extension = direct_extension() if backend is None else None
+    extension, triton = direct_step(backend)
     if extension is not None:
-        scale, stream = guidance_scale, 0
-        try:
-            if not sample.is_cpu:
-                scale, stream = scale_on_device(guidance_scale, sample, table), current_stream(sample)
-        except AttributeError:  # no tensor: the extension declines it, and the checks name it
-            pass
         offered = extension.step(
             sample=sample,
             model_output=model_output,
             table=table,
             row_index=row_index,
             uncond=uncond,
-            guidance_scale=scale,
+            guidance_scale=guidance_scale,
             history=history,
             noise=noise,
             variance=variance,
@@ -233,7 +220,7 @@ def step_rows(
             model_input=model_input,
             write_history=True,
             out=outs,
-            stream=stream,
+            triton=triton,
         )
         if type(offered) is tuple:
             return offered[0]  # type: ignore[no-any-return]
@@ -244,7 +231,7 @@ def step_rows(
             table=table,
             row_index=row_index,  # type: ignore[arg-type]  # the checks name a missing one
             uncond=uncond,
-            guidance_scale=scale_on_device(guidance_scale, sample, table),
+            guidance_scale=number_or_tensor(guidance_scale),
             history=_entries("step_rows", "history", history) or (),
             noise=noise,
             variance=variance,
@@ -339,25 +326,8 @@ def _refuse_gradients(call: StepCall) -> None:
             )
 
 
-def scale_on_device(guidance_scale: Any, sample: object, table: object) -> Tensor | None:
-    """Return a guidance scale as a tensor; what is no number, or comes without a sample, the checks refuse."""
-    number = isinstance(guidance_scale, Real) and not isinstance(guidance_scale, bool)
-    if number and isinstance(sample, Tensor) and isinstance(table, Tensor):
-        # A tensor that a tracer made belongs to its trace: only those of eager calls are kept.
-        scalar = _cached_scalar if in_memory(sample) else _scalar
-        return scalar(as_float("step", "guidance_scale", guidance_scale), table.dtype, sample.device)
-    return guidance_scale  # type: ignore[no-any-return]
-
-
-def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full((1,), value, dtype=dtype, device=device)
-
-
-@functools.lru_cache(maxsize=256)
-def _cached_scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a number as a tensor on the samples' device; a loop asks for the same one at every step.
-
-    It must not be an inference tensor, which autograd could not save for a later call's backward.
-    """
-    with torch.inference_mode(False):
-        return _scalar(value, dtype, device)
+def number_or_tensor(guidance_scale: Any) -> Any:
+    """Return a guidance scale that is a number of any kind as a float, and anything else as it is, for the checks."""
+    if not isinstance(guidance_scale, bool) and isinstance(guidance_scale, Real):
+        return as_float("step", "guidance_scale", guidance_scale)
+    return guidance_scale

@@ -13,13 +13,16 @@ from .. import ops
 from ..deprecated import renamed_argument
 from ..errors import as_float, checked_float, checked_type, error_message
 from ..noise.generators import Generators, draw
+from ..ops.backends import direct_step
 from ..ops.call import StepCall
 from ..ops.checks import check_dtype
-from ..ops.step import complete_step, scale_on_device
+from ..ops.step import complete_step, number_or_tensor
 from ..ops.thresholding import dynamic_threshold
 from ..philox import as_seeds
 from ..row_layout import NUM_REGISTERS, Variance
 from ..solvers.table import StepTable
+
+_SLOTS = range(NUM_REGISTERS)
 
 
 class _NoSamples:
@@ -66,7 +69,7 @@ class Stepper:
         self._coefficients: Tensor | None = None
         self._shape: torch.Size
         self._dtype: torch.dtype
-        self._direct: bool
+        self._on_cpu: bool
         #: The last step's result: samples that come back need not be looked at again.
         self._seen: object = _NoSamples
         self._end = len(table)
@@ -153,9 +156,9 @@ class Stepper:
             outs = (out, history[slots[0]])
         else:
             outs = (out, history[slots[0]], history[slots[1]])
-        # A small step's time is the way to its loop: it is offered to the extension first, with all history slots, for
-        # one that a row does not read costs nothing there.
-        extension = ops.direct_extension() if self._direct else None
+        # A small step's time is the way to its loop: it is offered to the extension first. On the CPU a history slot
+        # that a row does not read costs nothing; a GPU's kernel would load it.
+        extension, triton = direct_step(self.backend)
         results = None
         if extension is not None:
             results = extension.step(
@@ -165,7 +168,7 @@ class Stepper:
                 row_index=row,
                 uncond=uncond,
                 guidance_scale=guidance_scale,
-                history=history,
+                history=history if self._on_cpu else [history[j] if j in reads else None for j in _SLOTS],
                 noise=noise,
                 variance=variance,
                 threshold=threshold,
@@ -175,6 +178,7 @@ class Stepper:
                 noise_step=row,
                 model_input=model_input,
                 out=outs,
+                triton=triton,
             )
         if type(results) is not tuple:
             if outs is not None and torch.compiler.is_compiling():
@@ -185,7 +189,7 @@ class Stepper:
                 "table": coefficients,
                 "row_index": row,
                 "uncond": uncond,
-                "guidance_scale": scale_on_device(guidance_scale, sample, coefficients),
+                "guidance_scale": number_or_tensor(guidance_scale),
                 "history": tuple([history[j] if j in reads else None for j in range(NUM_REGISTERS)]),
                 "noise": noise,
                 "variance": variance,
@@ -232,7 +236,7 @@ class Stepper:
             self._seeds = as_seeds(self._given_seeds, sample.shape[0] if sample.dim() > 0 else 1, sample.device)
         self._prediction_table = None
         self._shape, self._dtype = sample.shape, sample.dtype
-        self._direct = self.backend is None and sample.device.type == "cpu"
+        self._on_cpu = sample.device.type == "cpu"
         self._coefficients = self.table.shared_coefficients(sample.dtype, sample.device)
 
     def _measure(

@@ -67,6 +67,8 @@ FEW_WARPS = 4
 
 _chosen: dict[tuple[str, int, int], Config] = {}
 _override: dict[str, Config] = {}
+#: True inside a block of `override`: launches from C++ have the table's configuration.
+_overridden = False
 
 
 def config_for(kind: str, x: Tensor) -> Config:
@@ -104,12 +106,15 @@ def override(**configs: Config) -> Iterator[None]:
             raise ValueError(f"override: the kind is {kind!r}, expected one of {', '.join(KINDS)}; correct the name")
         if kind in ("draw", "randn") and config.block < 4:
             raise ValueError(f"override: block is {config.block} for {kind!r}, expected 4 or more; raise it")
+    global _overridden
     before = dict(_override)
     _override.update(configs)
+    _overridden = True
     _chosen.clear()
     try:
         yield
     finally:
         _override.clear()
         _override.update(before)
+        _overridden = bool(before)
         _chosen.clear()

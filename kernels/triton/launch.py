@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -90,6 +91,21 @@ def _interfered_with() -> bool:
     )
 
 
+def guards() -> list[tuple[object, str, object]]:
+    """Return what `_interfered_with` looks at and `through_jit` sets, as (owner, attribute, present value).
+
+    While each attribute is the same object, and empty where it is a list, a cached kernel may be launched.
+    """
+    knobs = triton.knobs
+    found = [(knobs.runtime, name) for name in ("launch_enter_hook", "launch_exit_hook", "debug")]
+    found += [(knobs.compilation, "instrumentation_mode"), (sys.modules[__name__], "_through_jit")]
+    if hasattr(knobs.runtime, "add_stages_inspection_hook"):
+        found.append((knobs.runtime, "add_stages_inspection_hook"))
+    hooks = [getattr(owner, name) for owner, name in found[:2]]
+    found += [(hook, "calls") for hook in hooks if hasattr(hook, "calls")]
+    return [(owner, name, getattr(owner, name)) for owner, name in found]
+
+
 @contextlib.contextmanager
 def through_jit() -> Iterator[None]:
     """Launch through Triton's JIT inside a ``with`` block: what a cached launch is compared with."""
@@ -107,7 +123,7 @@ class Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self._cached: dict[tuple[Any, ...], tuple[Callable[..., None], Any, Any]] = {}
+        self._cached: dict[tuple[Any, ...], tuple[Any, Callable[..., None], Any, Any]] = {}
         self._rules: dict[int, Callable[..., str] | None] = {}
         self._unspecialized = 0
         self._may_cache = isinstance(kernel, JITFunction) and not _unknown
@@ -127,8 +143,8 @@ class Launcher:
         integers: Sequence[int],
         constants: tuple[int, ...],
         num_warps: int,
-    ) -> None:
-        """Launch on the current stream of the tensors' device.
+    ) -> Any:
+        """Launch on the current stream of the tensors' device; return what Triton compiled, where it is cached.
 
         Args:
             programs: the grid, 1 to 2³¹ − 1.
@@ -145,10 +161,9 @@ class Launcher:
             )
         device = tensors[0].get_device()  # -1 for the CPU's, which Triton's interpreter takes
         if device < 0 or device == triton.runtime.driver.active.get_current_device():
-            self._launch(programs, tensors, integers, constants, num_warps)
-            return
+            return self._launch(programs, tensors, integers, constants, num_warps)
         with on_device(tensors[0].device):
-            self._launch(programs, tensors, integers, constants, num_warps)
+            return self._launch(programs, tensors, integers, constants, num_warps)
 
     def _launch(
         self,
@@ -157,10 +172,10 @@ class Launcher:
         integers: Sequence[int],
         constants: tuple[int, ...],
         num_warps: int,
-    ) -> None:
+    ) -> Any:
         if not self._may_cache or _through_jit or _interfered_with() or self.kernel.pre_run_hooks:
             self._ask_jit(programs, tensors, integers, constants, num_warps)
-            return
+            return None
         driver = triton.runtime.driver.active
         device = driver.get_current_device()
         # Tensors that are absent are the first one again.
@@ -170,7 +185,7 @@ class Launcher:
         if device not in self._rules:
             if _unknown_target():
                 self._ask_jit(programs, tensors, integers, constants, num_warps)
-                return
+                return None
             self._rules[device] = _own_rules()
         rules, unspecialized = self._rules[device], self._unspecialized
         key = (
@@ -184,20 +199,21 @@ class Launcher:
         )
         cached = self._cached.get(key)
         if cached is None:
-            self._cache(key, self._ask_jit(programs, tensors, integers, constants, num_warps))
-            return
-        run, function, metadata = cached
+            return self._cache(key, self._ask_jit(programs, tensors, integers, constants, num_warps))
+        kernel, run, function, metadata = cached
         # No metadata for hooks and no hooks: there are none.
         stream = driver.get_current_stream(device)
         run(programs, 1, 1, stream, function, metadata, None, None, None, *addresses, *integers, *constants)
+        return kernel
 
-    def _cache(self, key: tuple[Any, ...], kernel: Any) -> None:
+    def _cache(self, key: tuple[Any, ...], kernel: Any) -> Any:
         # The JIT returns None where a hook took over; a kernel that is still being compiled is cached by a later call.
         if not isinstance(kernel, triton.compiler.CompiledKernel):
-            return
+            return None
         if len(self._cached) >= _CACHE_SIZE:
             self._cached.clear()
-        self._cached[key] = (kernel.run, kernel.function, kernel.packed_metadata)
+        self._cached[key] = (kernel, kernel.run, kernel.function, kernel.packed_metadata)
+        return kernel
 
     def _ask_jit(
         self,

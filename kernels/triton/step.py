@@ -7,7 +7,12 @@ loaded from the table on the device: as kernel arguments they would cost a launc
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+import struct
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 import triton
 import triton.language as tl
@@ -187,8 +192,21 @@ def _write_model_input(pointer, here, copy_stride, scale, sample, mask, compute:
         tl.store(pointer + copy_stride + here, scaled, mask=mask)
 
 
+@triton.jit
+def _guidance_scale(pointer, b, bits, SCALES: tl.constexpr, compute: tl.constexpr):
+    if SCALES == 2:
+        scale = tl.load(pointer + b)
+    elif SCALES == 1:
+        scale = tl.load(pointer)
+    elif compute == tl.float64:
+        scale = bits.to(tl.int64).to(tl.float64, bitcast=True)
+    else:
+        scale = bits.to(tl.int32).to(tl.float32, bitcast=True)
+    return scale
+
+
 # Scalars that change from step to step: only their type may matter to the compiler.
-@triton.jit(do_not_specialize=["row_index", "num_rows", "noise_step", "purpose", "channels"])
+@triton.jit(do_not_specialize=["row_index", "num_rows", "noise_step", "purpose", "channels", "guidance_bits"])
 def _step_kernel(
     # The tensors of `fastdiff.ops.call.STEP_ARGUMENTS` in their order, then the outputs.
     sample_ptr,  # [batch, inner], as all tensors like the samples; each of any dtype
@@ -215,12 +233,13 @@ def _step_kernel(
     noise_step,
     purpose,
     channels,  # of channels-last memory, in which noise finds its places
+    guidance_bits,  # the guidance scale in the compute dtype, as an integer of the same bits
     inner,
     model_stride,  # elements from sample to sample in model_output, uncond and variance
     copy_stride,  # elements from one copy of the model input to the other
     blocks_per_sample,
     HAS_UNCOND: tl.constexpr,
-    SCALE_PER_SAMPLE: tl.constexpr,
+    GUIDANCE_SCALES: tl.constexpr,  # 0: `guidance_bits`; 1: one in memory for all; 2: one a sample
     HISTORY: tl.constexpr,  # bit j: slot j is there
     HAS_NOISE: tl.constexpr,
     HAS_THRESHOLD: tl.constexpr,
@@ -261,7 +280,7 @@ def _step_kernel(
     m = tl.load(model_output_ptr + there, mask=mask, other=0.0).to(compute)
     if HAS_UNCOND:
         u = tl.load(uncond_ptr + there, mask=mask, other=0.0).to(compute)
-        g = tl.load(guidance_scale_ptr + b) if SCALE_PER_SAMPLE else tl.load(guidance_scale_ptr)
+        g = _guidance_scale(guidance_scale_ptr, b, guidance_bits, GUIDANCE_SCALES, compute)
         m = tl.fma(tl.zeros_like(m) + g, m - u, u)
 
     p = tl.load(row_ptr + _PREDICTION_SAMPLE)
@@ -337,8 +356,26 @@ def _step_kernel(
 _step = Launcher(_step_kernel)
 
 
-def launch(call: StepCall) -> None:
-    """Run a canonical call (see `fastdiff.ops.canonicalize`) on the current stream of its device."""
+class Arguments(NamedTuple):
+    """The arguments of `Launcher.__call__` for one step."""
+
+    programs: int
+    tensors: list[Tensor]
+    integers: tuple[int, ...]
+    constants: tuple[int, ...]
+    num_warps: int
+
+
+def launch(call: StepCall) -> Any:
+    """Run a canonical call (see `fastdiff.ops.canonicalize`) on the current stream of its device.
+
+    Returns what Triton compiled, where it is cached.
+    """
+    return _step(*arguments(call))
+
+
+def arguments(call: StepCall) -> Arguments:
+    """Return the launch of a canonical call."""
     x, row, noise_step, scale = call.sample, call.row_index, call.noise_step, call.guidance_scale
     batch, inner, model_stride = call.blocks()
     draws = channels = 0
@@ -347,7 +384,7 @@ def launch(call: StepCall) -> None:
         draws = 1 if channels == 1 else 2
     config = config_for("draw" if draws else "step", x)
     blocks_per_sample = blocks_of(inner, config.block)
-    rows, noise_steps = how_many(row), how_many(noise_step)
+    rows, noise_steps, scales = how_many(row), how_many(noise_step), how_many(scale)
     history = (*call.history, None, None, None, None)[:4]
     outputs = (*call.targets, None, None)[:3]
     # The sample stands for what is absent: the kernel does not read it there.
@@ -359,7 +396,7 @@ def launch(call: StepCall) -> None:
             call.table,
             row if rows else None,
             call.uncond,
-            scale,
+            scale if scales else None,
             *history,
             call.noise,
             call.variance,
@@ -373,7 +410,7 @@ def launch(call: StepCall) -> None:
     slots = tensors[6:10]
     mixed_history = call.write_history and any(h.dtype is not slots[0].dtype for h in slots)
     present = [h is not None for h in history]
-    _step(
+    return Arguments(
         batch * blocks_per_sample,
         tensors,
         (
@@ -382,6 +419,7 @@ def launch(call: StepCall) -> None:
             0 if noise_steps else as_int32(noise_step),
             as_int32(call.purpose),
             channels,
+            0 if scales or scale is None else bits_of(scale, call.table.dtype),
             inner,
             model_stride,
             batch * inner,
@@ -389,7 +427,7 @@ def launch(call: StepCall) -> None:
         ),
         (
             call.uncond is not None,  # HAS_UNCOND, and so on in the kernel's order
-            scale is not None and scale.numel() > 1,
+            scales,
             present[0] + 2 * present[1] + 4 * present[2] + 8 * present[3],
             call.noise is not None,
             call.threshold is not None,
@@ -406,3 +444,13 @@ def launch(call: StepCall) -> None:
         ),
         config.num_warps,
     )
+
+
+def bits_of(number: float, dtype: torch.dtype) -> int:
+    """Return the integer with the bits of a number in float32 or float64."""
+    if dtype == torch.float64:
+        return int(struct.unpack("<q", struct.pack("<d", number))[0])
+    try:
+        return int(struct.unpack("<i", struct.pack("<f", number))[0])
+    except OverflowError:  # beyond float32
+        return int(struct.unpack("<i", struct.pack("<f", math.copysign(math.inf, number)))[0])

@@ -51,7 +51,7 @@ def test_every_field_has_role_and_documentation() -> None:
 
 @needs_extension
 def test_extension_reads_fields_and_launch_options() -> None:
-    assert backends.extension.step_fields == (*FIELDS, "stream", "in_operator")  # type: ignore[union-attr]
+    assert backends.extension.step_fields == (*FIELDS, "triton", "in_operator")  # type: ignore[union-attr]
 
 
 @needs_extension

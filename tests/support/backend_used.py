@@ -80,10 +80,12 @@ def _extension(record: Record) -> list[Any]:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             done = function(*args, **kwargs)
-            # None and a reason are refusals, except from randn, which fills a tensor. A sum's kind precedes its tensor.
-            if not (done is None or isinstance(done, str)) or function is original_randn:
+            # None, a reason and the key of a missing kernel are refusals, except from randn, which fills a tensor. A
+            # sum's kind precedes its tensor.
+            if not (done is None or isinstance(done, (str, bytes))) or function is original_randn:
                 tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-                record.note("cuda" if tensor.is_cuda else "cpu")
+                triton = tensor.is_cuda and (kwargs.get("triton") or not backends.extension.cuda)  # type: ignore[union-attr]
+                record.note("triton" if triton else "cuda" if tensor.is_cuda else "cpu")
             return done
 
         return call
@@ -95,7 +97,10 @@ def _extension(record: Record) -> list[Any]:
 def _triton(record: Record) -> list[Any]:
     if backends.why_missing("triton"):
         return []
-    return [_wrapped(_kernels(module), name, functools.partial(_recorded, record, "triton")) for module, name in TRITON]
+    found = [
+        _wrapped(_kernels(module), name, functools.partial(_recorded, record, "triton")) for module, name in TRITON
+    ]
+    return [*found, _wrapped(_kernels("eager"), "step", functools.partial(_recorded, record, "triton"))]
 
 
 def _kernels(module: str) -> ModuleType:
@@ -113,7 +118,8 @@ def _recorded(record: Record, backend: str, function: Any) -> Any:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         done = function(*args, **kwargs)
-        record.note(backend)
+        if not isinstance(done, str):  # a reason is a refusal
+            record.note(backend)
         return done
 
     return call

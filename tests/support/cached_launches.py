@@ -13,6 +13,7 @@ import dataclasses
 import importlib
 import inspect
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -87,14 +88,15 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     once = Launcher.__call__
     seen: list[tuple[Any, ...]] = []
 
-    def twice(self: Launcher, *args: Any) -> None:
+    def twice(self: Launcher, *args: Any) -> Any:
         LAUNCHES.clear()
-        once(self, *args)
+        kernel = once(self, *args)
         with launch.through_jit():
             once(self, *args)
         cached, jit = LAUNCHES
         assert cached == jit
         seen.append(cached)
+        return kernel
 
     monkeypatch.setattr(Launcher, "__call__", twice)
     return seen
@@ -119,17 +121,24 @@ def tensors(draw: Any, count: int, dtype: torch.dtype) -> Tensor:
 
 
 @st.composite
-def step_calls(draw: Any) -> Callable[[], None]:
+def step_arguments(draw: Any) -> StepCall:
     dtype, batch, inner = draw(st.sampled_from(DTYPES)), draw(BATCHES), draw(INNERS)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     shape = (batch, inner)
+    mixed = dtype != torch.float64 and draw(st.integers(0, 4)) == 0
 
     def like(there: bool = True) -> Any:
-        return draw(tensors(batch * inner, dtype)).view(shape) if there else None
+        kind = draw(st.sampled_from(DTYPES[:3])) if mixed else dtype
+        return draw(tensors(batch * inner, kind)).view(shape) if there else None
 
     def counters(wanted: int) -> Any:
         number = draw(st.sampled_from([0, 1, 16, 2**31, 2**32 - 1]))
         return number if wanted == 0 else draw(tensors(1 if wanted == 1 else batch, torch.int64))
+
+    def guidance_scale() -> Any:
+        if draw(st.booleans()):
+            return draw(st.sampled_from([0.0, 1e-45, 1.5, -7.5, 1e300, math.inf, math.nan]))
+        return draw(tensors(draw(st.sampled_from([1, batch])), compute))
 
     seeds = draw(tensors(batch, torch.int64)) if draw(st.booleans()) else None
     scatter, keeps = draw(st.booleans()), draw(st.integers(0, 2))
@@ -137,13 +146,13 @@ def step_calls(draw: Any) -> Callable[[], None]:
     rows = draw(st.integers(1 if scatter else 0, 2))
     copies = draw(st.integers(0, 2))
     other = draw(st.sampled_from(DTYPES))
-    call = StepCall(
+    return StepCall(
         sample=like(),
         model_output=like(),
         table=draw(tensors(32 * draw(st.sampled_from([1, 16, 50])), compute)).view(-1, 32),
         row_index=counters(rows),
         uncond=uncond,
-        guidance_scale=None if uncond is None else draw(tensors(draw(st.sampled_from([1, batch])), compute)),
+        guidance_scale=None if uncond is None else guidance_scale(),
         history=tuple(like(draw(st.booleans())) for _ in range(draw(st.integers(0, 4)))),
         noise=like(seeds is None and draw(st.booleans())),
         variance=like(draw(st.booleans())),
@@ -157,7 +166,10 @@ def step_calls(draw: Any) -> Callable[[], None]:
         write_history=scatter,
         out=tuple(like() for _ in range(1 if scatter else 1 + keeps)),
     )
-    return lambda: step.launch(call)
+
+
+def step_calls() -> st.SearchStrategy[Callable[[], Any]]:
+    return step_arguments().map(lambda call: lambda: step.launch(call))
 
 
 @st.composite

@@ -69,7 +69,10 @@ class NotCompiled(CompiledKernel):  # type: ignore[misc]
         device = triton.runtime.driver.active.get_current_device()
         self.function = (*map(repr, inputs), device, target, repr(sorted(options.items(), key=lambda item: item[0])))
         self.packed_metadata = (options["num_warps"], 1, 0)
-        self.metadata = SimpleNamespace(name=self.name)
+        self.metadata = SimpleNamespace(
+            name=self.name, num_warps=options["num_warps"], num_ctas=1, shared=0, global_scratch_size=0,
+            profile_scratch_size=0,
+        )  # fmt: skip
         self._run = Recorder()
 
 

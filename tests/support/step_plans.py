@@ -170,7 +170,7 @@ def call(plan: Plan, arguments: dict[str, Any]) -> Any:
             return backends.extension.step(*fields.values())
         if plan.count is not None:
             del fields[REQUIRED[plan.count % len(REQUIRED)]]
-        return backends.extension.step(**fields, stream=0)
+        return backends.extension.step(**fields)
     if plan.way == "offer":
         return backends.offer(call_module.StepCall(**fields))
     backend = "cpu" if plan.way.endswith("by cpu") else None
