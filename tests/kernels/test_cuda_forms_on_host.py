@@ -147,6 +147,12 @@ def on_host(
     return [*outputs, *written(canonical)]
 
 
+def with_number(call: StepCall) -> StepCall:
+    """Return the call with its guidance scale as a number, where it is one for all samples."""
+    scale = call.guidance_scale
+    return replace(call, guidance_scale=float(scale)) if isinstance(scale, Tensor) and scale.numel() == 1 else call
+
+
 def in_place_of(call: StepCall) -> StepCall | None:
     """Return the call with a sample of its own to be written over; None where too few histories take the kept."""
     histories = sum(h is not None for h in call.history)
@@ -162,8 +168,8 @@ def test_every_form_on_host_matches_cpu_bitwise(kernel: Kernel, form: StepForm, 
         kernel.runtime(backwards=seed % 2 == 1)
         call = some_call(seed * 1000 + form.key, form, dtype, shape)
         expected = on_cpu(call)
-        for layout in (Layout(), Layout(joined=False, scale_by_value=True)):
-            assert_same_bits(on_host(kernel, call, layout), expected)
+        for given, layout in ((call, Layout()), (with_number(call), Layout(joined=False))):
+            assert_same_bits(on_host(kernel, given, layout), expected)
             assert kernel.form == form
         own = in_place_of(call)
         if own is not None:
@@ -239,9 +245,9 @@ def general_calls() -> dict[str, tuple[StepCall, Layout]]:
 def test_other_calls_take_general_kernel(kernel: Kernel, why: str) -> None:
     kernel.runtime()
     call, layout = general_calls()[why]
-    for scale_by_value in (False, True):
-        own = replace(layout, scale_by_value=scale_by_value)
-        assert_same_bits(on_host(kernel, call, own), on_cpu(call))
+    one_scale = replace(call, guidance_scale=torch.full((1,), 3.7, dtype=call.table.dtype))
+    for given in (call, with_number(one_scale)):
+        assert_same_bits(on_host(kernel, given, layout), on_cpu(given))
         assert kernel.form is None
 
 

@@ -158,7 +158,6 @@ class Layout:
     gap: int = 0  # elements between the samples of the model's tensors
     joined: bool = True  # one run of elements where nothing differs from sample to sample, as csrc/bindings.cpp does
     in_place: Sequence[str] = field(default=())
-    scale_by_value: bool = False  # the guidance scale, where it is one for all, is an argument of the launch
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -201,10 +200,9 @@ def run_call(kernel: Kernel, call: StepCall, layout: Layout = Layout()) -> None:
     }
     outputs = [place(f"out_{o}", output) for o, output in enumerate(call.targets) if isinstance(output, Tensor)]
     copies = 0 if call.model_input is None else call.model_input.numel() // sample.numel()
-    scale, scale_value = call.guidance_scale, 0.0
-    if layout.scale_by_value and scale is not None and scale.numel() == 1:
-        scale, scale_value = None, float(scale)
     model_input = place("model_input", call.model_input, copies=copies)
+    scale = call.guidance_scale if isinstance(call.guidance_scale, Tensor) else None
+    scale_value = 0.0 if scale is not None or call.guidance_scale is None else float(call.guidance_scale)
     counters = dict(call.counters())
     scalars = [
         call.table,
@@ -231,7 +229,7 @@ def run_call(kernel: Kernel, call: StepCall, layout: Layout = Layout()) -> None:
         return 0 if isinstance(value, Tensor) else value
 
     sizes = [
-        *(batch, inner, inner + layout.gap, int(call.guidance_scale is not None and call.guidance_scale.numel() > 1)),
+        *(batch, inner, inner + layout.gap, int(scale is not None and scale.numel() > 1)),
         *(len(outputs), call.variance_kind, DTYPES.index(sample.dtype)),
         *(len(call.table), number("row_index"), stride("row_index"), int(call.write_history), copies),
         0 if call.model_input is None else DTYPES.index(call.model_input.dtype),

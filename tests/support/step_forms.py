@@ -130,9 +130,9 @@ def recorded_forms(calls: Iterable[Call]) -> dict[str, set[StepForm]]:
     found: dict[str, set[StepForm]] = {}
     run, name = backends.RUN["cpu"], ""
 
-    def record(call: StepCall) -> None:
+    def record(call: StepCall) -> object:
         found.setdefault(name, set()).update(call_forms(call))
-        run(call)
+        return run(call)
 
     # A forced backend keeps drop-ins from the native executor, which `backends.RUN` does not see.
     with mock.patch.dict(backends.RUN, cpu=record), backends.use_backend("cpu"), torch.no_grad():
