@@ -19,11 +19,28 @@ constexpr int kPhiloxRounds = 10;
 constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxKeyStep0 = 0x9E3779B9u, kPhiloxKeyStep1 = 0xBB67AE85u;
 
+struct Product {
+    uint32_t high, low;
+};
+
+// Multiply 32-bit numbers to 64 bits. nvcc multiplies uint64_t as such and adds the 0 that the upper halves give.
+FASTDIFF_INLINE Product multiply(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+    Product product;
+    asm("{.reg .u64 wide;\n mul.wide.u32 wide, %2, %3;\n mov.b64 {%1, %0}, wide;}"
+        : "=r"(product.high), "=r"(product.low)
+        : "r"(a), "r"(b));
+    return product;
+#else
+    const uint64_t wide = static_cast<uint64_t>(a) * b;
+    return {static_cast<uint32_t>(wide >> 32), static_cast<uint32_t>(wide)};
+#endif
+}
+
 FASTDIFF_INLINE Words philox_round(Words c, uint32_t key0, uint32_t key1) {
-    const uint64_t a = static_cast<uint64_t>(c.w[0]) * kPhiloxMultiplier0;
-    const uint64_t b = static_cast<uint64_t>(c.w[2]) * kPhiloxMultiplier1;
-    return {{static_cast<uint32_t>(b >> 32) ^ c.w[1] ^ key0, static_cast<uint32_t>(b),
-             static_cast<uint32_t>(a >> 32) ^ c.w[3] ^ key1, static_cast<uint32_t>(a)}};
+    const Product a = multiply(c.w[0], kPhiloxMultiplier0);
+    const Product b = multiply(c.w[2], kPhiloxMultiplier1);
+    return {{b.high ^ c.w[1] ^ key0, b.low, a.high ^ c.w[3] ^ key1, a.low}};
 }
 
 FASTDIFF_INLINE Words philox(Words counter, uint32_t key0, uint32_t key1) {
@@ -59,6 +76,21 @@ FASTDIFF_INLINE float log_of_uniform(uint32_t w) {
     return fmaf(n, 0.6931381225585938f, tail + f);
 }
 
+// √x, correctly rounded, for x from 2⁻¹⁰⁰ to 2¹²⁶. On a GPU these are the instructions that ptxas makes of sqrt.rn for
+// such x (tests/kernels/test_cuda_compile.py compares them), without its branch for all others, which would keep the
+// transforms of a thread from running side by side.
+FASTDIFF_INLINE float root_of_normal(float x) {
+#ifdef __CUDA_ARCH__
+    float inverse, root, half;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+    asm("mul.rn.ftz.f32 %0, %1, %2;" : "=f"(root) : "f"(x), "f"(inverse));
+    asm("mul.rn.ftz.f32 %0, %1, 0f3F000000;" : "=f"(half) : "f"(inverse));
+    return fmaf(fmaf(-root, root, x), half, root);
+#else
+    return sqrtf(x);
+#endif
+}
+
 struct NormalPair {
     float first, second;
 };
@@ -66,7 +98,7 @@ struct NormalPair {
 // r·cos θ and r·sin θ with r = √(−2 ln u) from `radius` and θ from `angle`: its low three bits are the octant, the
 // others the position y·π in the first octant.
 FASTDIFF_INLINE NormalPair box_muller(uint32_t radius, uint32_t angle) {
-    const float r = sqrtf(-2.0f * log_of_uniform(radius));
+    const float r = root_of_normal(-2.0f * log_of_uniform(radius));  // from 2⁻³² to 46
     const float y = fmaf(static_cast<float>(angle & ~7u), 0x1p-34f, 0x1p-32f);
     const float y2 = y * y;
     float sine = -0.5890122056f;

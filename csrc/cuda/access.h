@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <string.h>
 
 #include "../step_math.h"
 #include "launches.h"
@@ -25,6 +26,23 @@ __device__ __forceinline__ void narrow(double value, float* out) { *out = static
 // double is rounded to float and then to a half type, as in torch.
 __device__ __forceinline__ void narrow(double value, __half* out) { narrow(static_cast<float>(value), out); }
 __device__ __forceinline__ void narrow(double value, __nv_bfloat16* out) { narrow(static_cast<float>(value), out); }
+
+// Round two numbers to neighbours in memory: one instruction for half types.
+template <typename C, typename T>
+__device__ __forceinline__ void narrow_pair(C first, C second, T* out) {
+    narrow(first, &out[0]);
+    narrow(second, &out[1]);
+}
+__device__ __forceinline__ void narrow_pair(float first, float second, __half* out) {
+    const __half2 pair = __floats2half2_rn(first, second);
+    out[0] = pair.x;
+    out[1] = pair.y;
+}
+__device__ __forceinline__ void narrow_pair(float first, float second, __nv_bfloat16* out) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    out[0] = pair.x;
+    out[1] = pair.y;
+}
 
 // V consecutive elements, one access where they take 16 bytes.
 template <typename T, int V>
@@ -49,10 +67,43 @@ __device__ __forceinline__ Vec<T, V> load_vec(const void* from, int64_t offset, 
     return vec;
 }
 
-template <typename T, int V, typename C>
+// Widen the two elements of a word. The word stays whole until then: elements apart would take a register each.
+__device__ __forceinline__ void widen_word(uint32_t word, const __half*, float* to) {
+    __half2 pair;
+    memcpy(&pair, &word, sizeof pair);
+    to[0] = __low2float(pair);
+    to[1] = __high2float(pair);
+}
+// A bfloat16 is the upper half of a float.
+__device__ __forceinline__ void widen_word(uint32_t word, const __nv_bfloat16*, float* to) {
+    to[0] = float_of(word << 16);
+    to[1] = float_of(word & 0xffff0000u);
+}
+
+template <typename T, typename C, int V>
 __device__ __forceinline__ void widen_vec(const Vec<T, V>& vec, C (&to)[V]) {
+    if constexpr (sizeof(T) == 2 && V > 1) {
+        uint32_t words[V / 2];
+        memcpy(words, &vec, sizeof words);
 #pragma unroll
-    for (int i = 0; i < V; ++i) to[i] = widen(vec.values[i]);
+        for (int i = 0; i < V / 2; ++i) widen_word(words[i], vec.values, &to[2 * i]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < V; ++i) to[i] = widen(vec.values[i]);
+    }
+}
+
+// Round each element once.
+template <typename T, typename C, int V>
+__device__ __forceinline__ Vec<T, V> narrow_vec(const C (&from)[V]) {
+    Vec<T, V> vec;
+    if constexpr (V == 1) {
+        narrow(from[0], &vec.values[0]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < V; i += 2) narrow_pair(from[i], from[i + 1], &vec.values[i]);
+    }
+    return vec;
 }
 
 template <typename T, typename C, int V>

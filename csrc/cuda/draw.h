@@ -12,8 +12,7 @@ struct NoiseKey {
     uint32_t step;
     uint32_t purpose;
 
-    __device__ __forceinline__ Words words(int64_t chunk) const {
-        const uint64_t at = static_cast<uint64_t>(chunk);
+    __device__ __forceinline__ Words words(uint64_t at) const {
         const Words counter = {{static_cast<uint32_t>(at), static_cast<uint32_t>(at >> 32), step, purpose}};
         return philox(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
     }
@@ -26,7 +25,7 @@ __device__ __forceinline__ NoiseKey noise_key(const NoiseArgs& draw, int64_t b) 
 
 // Return the numbers at `place`, which is even, and `place` + 1: one transform of two words of a chunk.
 __device__ __forceinline__ NormalPair normal_pair(const NoiseKey& key, int64_t place) {
-    const Words words = key.words(place / 4);
+    const Words words = key.words(static_cast<uint64_t>(place) / 4);
     const bool second = (place & 2) != 0;
     return box_muller(second ? words.w[2] : words.w[0], second ? words.w[3] : words.w[1]);
 }
@@ -36,9 +35,9 @@ __device__ __forceinline__ float normal_at(const NoiseKey& key, int64_t place) {
     return (place & 1) != 0 ? pair.second : pair.first;
 }
 
-// Draw elements [at, at + V) of a sample in row-major order; `at` is a multiple of V.
-template <typename C, int V>
-__device__ __forceinline__ void draw_in_order(const NoiseKey& key, int64_t at, C (&z)[V]) {
+// Draw elements [at, at + V) of a sample in row-major order; `at` is a multiple of V, of 32 or 64 bits.
+template <typename Place, typename C, int V>
+__device__ __forceinline__ void draw_in_order(const NoiseKey& key, Place at, C (&z)[V]) {
     if constexpr (V == 1) {
         z[0] = static_cast<C>(normal_at(key, at));
     } else if constexpr (V == 2) {
@@ -48,7 +47,7 @@ __device__ __forceinline__ void draw_in_order(const NoiseKey& key, int64_t at, C
     } else {
 #pragma unroll
         for (int i = 0; i < V; i += 4) {
-            const Words words = key.words((at + i) / 4);
+            const Words words = key.words(static_cast<uint64_t>(at) / 4 + i / 4);
             const NormalPair a = box_muller(words.w[0], words.w[1]);
             const NormalPair b = box_muller(words.w[2], words.w[3]);
             z[i] = static_cast<C>(a.first);

@@ -48,6 +48,9 @@ inline bool override_config(const CudaConfig* config) {
     return true;
 }
 
+// The most blocks of a grid in y and in z.
+constexpr int kMostGridRows = 65535;
+
 // A sequence of launches on one device and stream; after the first failure nothing is launched. `finish` restores the
 // caller's current device.
 class Launches {
@@ -61,14 +64,19 @@ class Launches {
 
     template <typename Kernel, typename... Arguments>
     void run(Kernel kernel, int64_t blocks, int threads, const Arguments&... arguments) {
+        run_grid(kernel, blocks, 1, 1, threads, arguments...);
+    }
+
+    template <typename Kernel, typename... Arguments>
+    void run_grid(Kernel kernel, int64_t x, int64_t y, int64_t z, int threads, const Arguments&... arguments) {
         if (error_ != cudaSuccess) return;
-        // The limit of a grid. Truncated to 32 bits, a larger size would skip elements silently.
-        if (blocks > INT32_MAX) {
+        // The limits of a grid. Truncated to 32 bits, a larger size would skip elements silently.
+        if (x > INT32_MAX || y > kMostGridRows || z > kMostGridRows) {
             error_ = cudaErrorInvalidConfiguration;
             return;
         }
         cudaLaunchConfig_t launch = {};
-        launch.gridDim = dim3(static_cast<unsigned>(blocks));
+        launch.gridDim = dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
         launch.blockDim = dim3(static_cast<unsigned>(threads));
         launch.stream = stream_;
         error_ = cudaLaunchKernelEx(&launch, kernel, arguments...);

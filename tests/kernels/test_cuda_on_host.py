@@ -221,9 +221,9 @@ def taken(kernel: Kernel, config: tuple[int, ...] | None) -> bool:
 
 def last_launch(kernel: Kernel) -> list[int]:
     """Return threads per block, blocks, and the number of capability queries."""
-    values = (ctypes.c_int64 * 3)()
+    values = (ctypes.c_int64 * 6)()
     kernel.library.get_launch(values)
-    return list(values)
+    return list(values)[:3]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -282,7 +282,7 @@ def test_invalid_configurations_are_refused(kernel: Kernel, config: tuple[int, .
 def test_too_many_blocks_for_grid_are_refused(kernel: Kernel) -> None:
     # 2³² + 1 blocks: in 32 bits that would be one. Nothing is read, so the memory need not be there.
     kernel.runtime()
-    sizes = [1, 256 * 2**32 + 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, *[0] * 14]
+    sizes = [1, 256 * 2**32 + 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, *[0] * 15]
     sizes[2], sizes[4], sizes[6] = sizes[1], 1, DTYPES.index(torch.float64)
     off = torch.zeros(3, dtype=torch.float64)[1:]  # one element a thread
     pointers = [off, off, *[None] * 7, off, *[None] * 6]

@@ -98,7 +98,7 @@ def _walk(name: str, table: StepTable, *, guided: bool) -> None:
         )
 
 
-def _levels() -> Iterator[tuple[str, Levels]]:
+def named_levels() -> Iterator[tuple[str, Levels]]:
     alphas_cumprod = create_noise_scheduler("linear").alphas_cumprod
     yield "clean", levels_from_timesteps(alphas_cumprod, TIMESTEPS, final_alpha_cumprod=1.0)
     yield "noisy", levels_from_timesteps(alphas_cumprod, TIMESTEPS, final_alpha_cumprod=float(alphas_cumprod[5]))
@@ -107,7 +107,7 @@ def _levels() -> Iterator[tuple[str, Levels]]:
 
 def solver_calls() -> Iterator[Call]:
     """Every solver with every option that changes its formula, prediction type, clipping and last level."""
-    for (last, levels), kind, bound in itertools.product(_levels(), PREDICTION_TYPES, ("", "clip", "threshold")):
+    for (last, levels), kind, bound in itertools.product(named_levels(), PREDICTION_TYPES, ("", "clip", "threshold")):
         clip = {"clip_range": 1.0} if bound == "clip" else {}
         prediction = Prediction(kind, thresholding=bound == "threshold", **clip)
         clipped = {f"ddim-{eta}-clipped": partial(ddim, eta=eta, use_clipped_model_output=True) for eta in (0.5, 1.0)}
@@ -154,13 +154,13 @@ def _combinations(groups: list[list[dict[str, Any]]], most: int) -> Iterator[dic
                 yield {name: value for choice in chosen for name, value in choice.items()}
 
 
-def dropin_calls(name: str) -> Iterator[Call]:
-    """Loops of a drop-in scheduler: plain over its options, two groups of them at a time, and guided by default."""
+def dropin_calls(name: str, most: int = 2) -> Iterator[Call]:
+    """Loops of a drop-in scheduler: plain over its options, up to `most` groups at a time, and guided by default."""
     from support.dropin_cases import ARGUMENTS, OPTIONS
 
     seen = set()
-    for config in _combinations(OPTIONS[name], 2):
-        for arguments in _combinations(ARGUMENTS.get(name, []), 2):
+    for config in _combinations(OPTIONS[name], most):
+        for arguments in _combinations(ARGUMENTS.get(name, []), most):
             key = f"{name} {config} {arguments}"
             if key not in seen:
                 seen.add(key)

@@ -12,6 +12,7 @@ import ctypes
 import math
 import os
 import shutil
+import struct
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from fastdiff.ops import backends
 from fastdiff.ops.call import StepCall
 from fastdiff.row_layout import KEEP_0, KEEP_1, PREV_SAMPLE
 from support.oracle import DTYPES, Case, bits
+from support.step_forms import NOISES, ROWS, StepForm
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "tests" / "support" / "cuda_on_host"
@@ -81,6 +83,17 @@ class Kernel:
         )  # fmt: skip
         assert error is None, error.decode()
         return array
+
+    @property
+    def form(self) -> StepForm | None:
+        """The form whose kernel was launched last; None for the general kernels."""
+        key = self.library.get_form()
+        if key < 0:
+            return None
+        values = (ctypes.c_int * 5)()
+        self.library.describe_form(key, values)
+        row, noise, guided, histories, outputs = values
+        return StepForm(ROWS[row], NOISES[noise], bool(guided), histories, outputs)
 
     @property
     def state(self) -> dict[str, int]:
@@ -188,10 +201,12 @@ def run_call(kernel: Kernel, call: StepCall, layout: Layout = Layout()) -> None:
     outputs = [place(f"out_{o}", output) for o, output in enumerate(call.targets) if isinstance(output, Tensor)]
     copies = 0 if call.model_input is None else call.model_input.numel() // sample.numel()
     model_input = place("model_input", call.model_input, copies=copies)
+    scale = call.guidance_scale if isinstance(call.guidance_scale, Tensor) else None
+    scale_value = 0.0 if scale is not None or call.guidance_scale is None else float(call.guidance_scale)
     counters = dict(call.counters())
     scalars = [
         call.table,
-        call.guidance_scale,
+        scale,
         call.threshold,
         *(counters.get(n) for n in ("row_index", "seeds", "noise_step")),
     ]
@@ -214,7 +229,7 @@ def run_call(kernel: Kernel, call: StepCall, layout: Layout = Layout()) -> None:
         return 0 if isinstance(value, Tensor) else value
 
     sizes = [
-        *(batch, inner, inner + layout.gap, int(call.guidance_scale is not None and call.guidance_scale.numel() > 1)),
+        *(batch, inner, inner + layout.gap, int(scale is not None and scale.numel() > 1)),
         *(len(outputs), call.variance_kind, DTYPES.index(sample.dtype)),
         *(len(call.table), number("row_index"), stride("row_index"), int(call.write_history), copies),
         0 if call.model_input is None else DTYPES.index(call.model_input.dtype),
@@ -223,6 +238,7 @@ def run_call(kernel: Kernel, call: StepCall, layout: Layout = Layout()) -> None:
     named = [None if p is None else p.buffer.dtype for p in (*inputs.values(), *(*outputs, None, None)[:3])]
     seen = {dtype for dtype in named if dtype is not None}
     sizes += [len(seen) > 1, torch.float64 in seen, *(0 if d is None else DTYPES.index(d) for d in named)]
+    sizes += struct.unpack("q", struct.pack("d", scale_value))
     blocks = [None if p is None else p.blocks for p in inputs.values()]
     pointers = [*blocks, *scalars, None if model_input is None else model_input.blocks]
     array = kernel.run("step_on_host", spans, sizes, pointers, [p.blocks for p in outputs if p is not None])

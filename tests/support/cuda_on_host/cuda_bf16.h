@@ -27,3 +27,11 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
     if (rest > 0x8000 || (rest == 0x8000 && (kept & 1) != 0)) ++kept;
     return {static_cast<uint16_t>(kept)};
 }
+
+struct __nv_bfloat162 {
+    __nv_bfloat16 x, y;
+};
+
+inline __nv_bfloat162 __floats2bfloat162_rn(float low, float high) {
+    return {__float2bfloat16_rn(low), __float2bfloat16_rn(high)};
+}

@@ -31,3 +31,11 @@ inline __half __float2half_rn(float value) {
     const int bits = count < 1024 ? count : ((unit + 25) << 10) + (count - 1024);
     return {static_cast<uint16_t>(sign | bits)};
 }
+
+struct __half2 {
+    __half x, y;
+};
+
+inline __half2 __floats2half2_rn(float low, float high) { return {__float2half_rn(low), __float2half_rn(high)}; }
+inline float __low2float(__half2 pair) { return __half2float(pair.x); }
+inline float __high2float(__half2 pair) { return __half2float(pair.y); }

@@ -50,7 +50,9 @@ struct State {
     int launched_on = -1;
     cudaStream_t stream = nullptr;
     unsigned threads = 0, blocks = 0;  // of the last launch
-    int attributes = 0;                // how often a device was asked for one
+    dim3 grid = {0, 0, 0};
+    void (*kernel)() = nullptr;
+    int attributes = 0;  // how often a device was asked for one
 };
 inline State state;
 
@@ -103,10 +105,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     auto& state = cuda_on_host::state;
     cudaError_t error = state.next_launch;
     state.next_launch = cudaSuccess;
-    const uint64_t blocks = config->gridDim.x, threads = config->blockDim.x;
-    const bool flat =
-        config->gridDim.y == 1 && config->gridDim.z == 1 && config->blockDim.y == 1 && config->blockDim.z == 1;
-    if (!flat || blocks == 0 || blocks > INT32_MAX || threads == 0 || threads > cuda_on_host::kMostThreads)
+    const dim3 grid = config->gridDim;
+    const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z, threads = config->blockDim.x;
+    const bool fits = grid.x <= INT32_MAX && grid.y <= 65535 && grid.z <= 65535;
+    const bool flat = config->blockDim.y == 1 && config->blockDim.z == 1;
+    if (!fits || !flat || blocks == 0 || threads == 0 || threads > cuda_on_host::kMostThreads)
         error = cudaErrorInvalidConfiguration;
     if (error != cudaSuccess) return state.last_error = error;
     ++state.launches;
@@ -114,11 +117,18 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     state.stream = config->stream;
     state.threads = static_cast<unsigned>(threads);
     state.blocks = static_cast<unsigned>(blocks);
-    gridDim = config->gridDim;
+    state.grid = grid;
+    state.kernel = reinterpret_cast<void (*)()>(kernel);
+    const auto enter_block = [&](uint64_t block) {
+        blockIdx.x = static_cast<unsigned>(block % grid.x);
+        blockIdx.y = static_cast<unsigned>(block / grid.x % grid.y);
+        blockIdx.z = static_cast<unsigned>(block / grid.x / grid.y);
+    };
+    gridDim = grid;
     blockDim = config->blockDim;
 #ifdef CUDA_ON_HOST_BLOCKS
     for (uint64_t i = 0; i < blocks; ++i) {
-        blockIdx.x = static_cast<unsigned>(state.backwards ? blocks - 1 - i : i);
+        enter_block(state.backwards ? blocks - 1 - i : i);
         cuda_on_host::run_block(static_cast<unsigned>(threads), state.backwards,
                                 [&] { kernel(static_cast<Expected>(given)...); });
     }
@@ -126,7 +136,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 #endif
     for (uint64_t i = 0; i < blocks * threads; ++i) {
         const uint64_t thread = state.backwards ? blocks * threads - 1 - i : i;
-        blockIdx.x = static_cast<unsigned>(thread / threads);
+        enter_block(thread / threads);
         threadIdx.x = static_cast<unsigned>(thread % threads);
         kernel(static_cast<Expected>(given)...);
     }

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: MIT
 // csrc/cuda, compiled for the CPU against the headers beside this file, behind an interface for ctypes.
 #include "cuda/step.cu"
+#include "cuda/step_bf16.cu"
+#include "cuda/step_f16.cu"
+#include "cuda/step_f32.cu"
+#include "cuda/step_f64.cu"
 #include "cuda/randn.cu"
 
 #include "accesses.h"
@@ -39,7 +43,7 @@ UNWATCHED fastdiff::NoiseArgs noise_args(const int64_t* sizes, const void* seeds
 
 // `sizes`: batch, inner, model_stride, guidance_stride, num_outputs, variance_kind, dtype, num_rows, row, rows_stride,
 // scatter, model_input_copies, model_input_dtype; steps_stride, step, purpose, channels; mixed, wide, and the dtypes in
-// the order of StreamTypes. `inputs`: sample,
+// the order of StreamTypes; the bits of guidance_value. `inputs`: sample,
 // model_output, uncond, variance, noise, four histories, table, guidance, threshold, rows, seeds, steps, model_input.
 EXPORT UNWATCHED const char* step_on_host(const int64_t* sizes, void* const* inputs, void* const* outputs, int device,
                                           void* stream, accesses::Span* spans, int64_t num_spans) {
@@ -80,6 +84,7 @@ EXPORT UNWATCHED const char* step_on_host(const int64_t* sizes, void* const* inp
                   type(4),
                   {type(5), type(6), type(7), type(8)},
                   {type(9), type(10), type(11)}};
+    memcpy(&args.guidance_value, &sizes[31], sizeof args.guidance_value);
     return watched(spans, num_spans, __builtin_frame_address(0),
                    [&] { return fastdiff::launch_step(args, device, stream); });
 }
@@ -134,12 +139,39 @@ EXPORT void get_config(int device, int* values) {
     for (int i = 0; i < 5; ++i) values[i] = found[i];
 }
 
-// Of the last launch, threads a block and blocks; how often a device was asked for its capability.
+// Of the last launch, threads a block, blocks; how often a device was asked for its capability; the grid.
 EXPORT void get_launch(int64_t* values) {
     const auto& state = cuda_on_host::state;
     values[0] = state.threads;
     values[1] = state.blocks;
     values[2] = state.attributes;
+    values[3] = state.grid.x;
+    values[4] = state.grid.y;
+    values[5] = state.grid.z;
+}
+
+// The key of the form whose kernel was launched last; kNoForm for another kernel.
+EXPORT int get_form() {
+    for (int key = 0; key < 6 * 2 * (fastdiff::kRegisters + 1) * fastdiff::kMaxOutputs; ++key) {
+        const auto launched = [](auto kernel) {
+            return kernel != nullptr && cuda_on_host::state.kernel == reinterpret_cast<void (*)()>(kernel);
+        };
+        if (launched(fastdiff::kernel_of<__half, float>(key)) ||
+            launched(fastdiff::kernel_of<__nv_bfloat16, float>(key)) ||
+            launched(fastdiff::kernel_of<float, float>(key)))
+            return key;
+    }
+    return fastdiff::kNoForm;
+}
+
+// row, noise, guided, histories, outputs of a key.
+EXPORT void describe_form(int key, int* values) {
+    const fastdiff::StepForm form = fastdiff::form_of_key(key);
+    values[0] = static_cast<int>(form.row);
+    values[1] = static_cast<int>(form.noise);
+    values[2] = form.guided;
+    values[3] = form.histories;
+    values[4] = form.outputs;
 }
 
 // device, launches, the device launched on, the stream launched on
