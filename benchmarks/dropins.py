@@ -60,18 +60,22 @@ TIMESTEPS: dict[str, tuple[Any, ...]] = {"SCMScheduler": (2,), "ConsistencyDecod
 class Loop:
     """Timed loops of one scheduler on one set of tensors."""
 
-    def __init__(self, name: str, cls: Any, shape: tuple[int, ...], dtype: torch.dtype, guided: bool) -> None:
+    def __init__(
+        self, name: str, cls: Any, shape: tuple[int, ...], dtype: torch.dtype, guided: bool, device: str = "cpu"
+    ) -> None:
         self.name, self.guided = name, guided
+        #: Where the timesteps go, as pipelines say it.
+        self.placed: dict[str, Any] = {} if device == "cpu" else {"device": device}
         self.scheduler = cls(**OPTIONS.get(name, {}))
         generator = torch.Generator().manual_seed(0)
         self.sample, self.output, self.uncond, self.other = (
-            torch.randn(shape, generator=generator).to(dtype) * 0.1 for _ in range(4)
+            torch.randn(shape, generator=generator).to(device, dtype) * 0.1 for _ in range(4)
         )
         self.mask = (self.other > 0).to(dtype)
         self.fused = hasattr(cls, "guided_step")
         self.extra: dict[str, Any] = {"return_dict": False}
         if "generator" in inspect.signature(cls.step).parameters:
-            self.extra["generator"] = torch.Generator().manual_seed(0)
+            self.extra["generator"] = torch.Generator(device).manual_seed(0)
         if name == "RePaintScheduler":
             self.extra |= {"original_image": self.other, "mask": self.mask}
         #: The previous timestep, which CogVideoXDPMScheduler.step takes.
@@ -103,7 +107,7 @@ class Loop:
 
     def start(self, steps: int) -> list[Any]:
         """Set the timesteps of a new loop and return them."""
-        self.scheduler.set_timesteps(*TIMESTEPS.get(self.name, (steps,)))
+        self.scheduler.set_timesteps(*TIMESTEPS.get(self.name, (steps,)), **self.placed)
         timesteps = list(self.scheduler.timesteps)
         self.before = None
         if self.name in ("DDPMWuerstchenScheduler", "SCMScheduler"):
@@ -145,10 +149,10 @@ class Loop:
         first = min(2, len(timesteps) - 1)
         for timestep in timesteps[:first]:
             sample = self.step(timestep, sample)
-        seconds = self._time_steps(sample, timesteps[first:])
+        seconds = self.time_steps(sample, timesteps[first:])
         return seconds / (len(timesteps) - first) * 1e6
 
-    def _time_steps(self, sample: Tensor, timesteps: list[Any]) -> float:
+    def time_steps(self, sample: Tensor, timesteps: list[Any]) -> float:
         """Return seconds for the steps in a loop with as little overhead as a user's loop."""
         output, uncond, extra = self.output, self.uncond, self.extra
         if self.name == "CogVideoXDPMScheduler":

@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT
-# Run the GPU tests of the kernels under NVIDIA's compute-sanitizer: out-of-bounds and misaligned accesses (memcheck), races
-# in shared memory (racecheck). Needs a GPU, the CUDA toolkit and an extension built with FASTDIFF_BUILD=cuda. `make gpu`
-# calls it. Variables:
+# Run the kernels under NVIDIA's compute-sanitizer: out-of-bounds and misaligned accesses (memcheck), races in shared
+# memory (racecheck). A call of each kind of kernel (benchmarks/gpu/sanitizer_calls.py), or with FULL=1 the GPU tests.
+# Needs a GPU, the CUDA toolkit and an extension built with FASTDIFF_BUILD=cuda. `make gpu` calls it. Variables:
 #   PYTHON=.venv/bin/python       the interpreter of the tests
-#   TOOLS="memcheck racecheck"    also: initcheck, which reports torch's own kernels too; synccheck
+#   FULL=1                        the tests instead of the calls, under memcheck and racecheck
+#   TOOLS="memcheck"              also: racecheck; initcheck, which reports torch's own kernels too; synccheck
 #   LIMIT=                        time limit per tool in seconds; unlimited by default
-#   DRY=1                         without a GPU: only list the tests
+#   DRY=1                         without a GPU: make the calls on the CPU, or list the tests
 #   PYTEST_ARGS=                  more options for pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-.venv/bin/python}
-read -r -a tools <<<"${TOOLS:-memcheck racecheck}"
+full=${FULL:-0}
+read -r -a tools <<<"${TOOLS:-$([[ $full == 1 ]] && echo memcheck racecheck || echo memcheck)}"
 read -r -a pytest_args <<<"${PYTEST_ARGS:-}"
 
 refuse() {  # GOT EXPECTED REMEDY
@@ -29,12 +31,16 @@ chosen="(step_on_gpu or randn_on_gpu or noise_drawn or mixed_solvers or any_rows
 # Use -P if Python has it: the fastdiff in the current folder is not the one that `make gpu` has built.
 isolated=()
 if "$python" -P -c '' 2>/dev/null && [[ -n ${PYTHONPATH:-} ]]; then isolated=(-P); fi
-pytest=("$python" "${isolated[@]}" -m pytest -q -p no:cacheprovider -m gpu -k "$chosen" "${tests[@]}" "${pytest_args[@]}")
+if [[ $full == 1 ]]; then
+    checked=("$python" "${isolated[@]}" -m pytest -q -p no:cacheprovider -m gpu -k "$chosen" "${tests[@]}" "${pytest_args[@]}")
+else
+    checked=("$python" "${isolated[@]}" -m benchmarks.gpu.sanitizer_calls)
+fi
 
 if [[ ${DRY:-0} == 1 ]]; then
     # pytest ends with 5 if no test is selected.
-    "${pytest[@]}" --collect-only | tail -n 1
-    echo "gpu_checks: a rehearsal: these tests would run under ${tools[*]}"
+    if [[ $full == 1 ]]; then "${checked[@]}" --collect-only | tail -n 1; else "${checked[@]}" --device cpu; fi
+    echo "gpu_checks: a rehearsal: this would run under ${tools[*]}"
     exit 0
 fi
 
@@ -58,12 +64,12 @@ for tool in "${tools[@]}"; do
     # The test process only: Triton also starts ptxas and a C compiler, which do not use the GPU.
     options=(--tool "$tool" --error-exitcode 99 --launch-timeout 0 --target-processes application-only)
     status=0
-    "${limited[@]}" "$sanitizer" "${options[@]}" "${pytest[@]}" || status=$?
+    "${limited[@]}" "$sanitizer" "${options[@]}" "${checked[@]}" || status=$?
     case $status in
         0) ;;
         99) failed+=("$tool (it has something to report)") ;;
         124 | 137) failed+=("$tool (not done after $LIMIT s: no proof either way)") ;;
-        *) failed+=("$tool (the tests fail under it, status $status)") ;;
+        *) failed+=("$tool (what it checks fails under it, status $status)") ;;
     esac
 done
 if ((${#failed[@]})); then

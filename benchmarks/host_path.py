@@ -43,6 +43,8 @@ from support.fake_driver import FakeDriver  # noqa: E402
 SHAPE = (1, 4, 128, 128)
 #: Drop-in classes whose mid-loop steps are timed: scheduler, options.
 DROPINS = ("DDIM", "DPMSolverMultistep", "UniPCMultistep", "EulerDiscrete", "FlowMatchEulerDiscrete", "DEISMultistep")
+#: Those whose loops scale the model's input before each step too.
+SCALING_DROPINS = ("EulerDiscrete", "HeunDiscrete", "KDPM2Discrete", "LMSDiscrete")
 #: All parameters of the kernel are passed: 19 addresses and 10 integers.
 LAYOUT = "p" * 19 + "l" * 10
 
@@ -140,23 +142,43 @@ class DropinRow(Row):
 
     def microseconds(self, calls: int) -> float:
         """Return the mean time of a step after the third of a loop; loops are repeated for about `calls` steps."""
-        scheduler, (x, m, u) = self.scheduler, self.tensors
         total, count = 0.0, 0
         while count < calls / 4:
-            scheduler.set_timesteps(50)
-            scheduler.is_scale_input_called = True  # the model's input is not part of the step
-            timesteps = list(scheduler.timesteps)
-            sample = x
-            for i, timestep in enumerate(timesteps):
-                if i == 3:
-                    started = time.perf_counter()
-                if self.guided:
-                    sample = scheduler.guided_step(m, u, 7.5, timestep, sample, return_dict=False)[0]
-                else:
-                    sample = scheduler.step(m, timestep, sample, return_dict=False)[0]
+            self.scheduler.set_timesteps(50)
+            self.scheduler.is_scale_input_called = True  # no warning in a loop that does not scale
+            timesteps = list(self.scheduler.timesteps)
+            sample = self.take(timesteps[:3], self.tensors[0])
+            started = time.perf_counter()
+            self.take(timesteps[3:], sample)
             total += time.perf_counter() - started
             count += len(timesteps) - 3
         return total / count * 1e6
+
+    def take(self, timesteps: list[Tensor], sample: Tensor) -> Tensor:
+        """Take steps and return the last sample."""
+        scheduler, (_, m, u) = self.scheduler, self.tensors
+        for timestep in timesteps:
+            if self.guided:
+                sample = scheduler.guided_step(m, u, 7.5, timestep, sample, return_dict=False)[0]
+            else:
+                sample = scheduler.step(m, timestep, sample, return_dict=False)[0]
+        return sample
+
+
+class ScalingRow(DropinRow):
+    """Mid-loop steps of a drop-in scheduler, each with the model's input scaled before it."""
+
+    def __init__(self, name: str, x: Tensor, m: Tensor, u: Tensor) -> None:
+        super().__init__(name, False, x, m, u)
+        self.name = f"{name}, scale_model_input and step"
+
+    def take(self, timesteps: list[Tensor], sample: Tensor) -> Tensor:
+        """Scale and take steps, and return the last sample."""
+        scheduler, m = self.scheduler, self.tensors[1]
+        for timestep in timesteps:
+            scheduler.scale_model_input(sample, timestep)
+            sample = scheduler.step(m, timestep, sample, return_dict=False)[0]
+        return sample
 
 
 def rows() -> list[Row]:
@@ -172,6 +194,7 @@ def rows() -> list[Row]:
         Row("ops.step, guidance, out=", lambda: ops.step(x, m, table, 3, **guided, out=(z,))),
         StepperRow(x, m, u),
         *(DropinRow(name, guided, x, m, u) for name in DROPINS for guided in (False, True)),
+        *(ScalingRow(name, x, m, u) for name in SCALING_DROPINS),
     ]
 
 
@@ -211,7 +234,7 @@ def measured(made: list[Row], rounds: int, calls: int) -> list[float]:
 
 def show(made: list[Row], medians: list[float]) -> None:
     for row, median in zip(made, medians, strict=True):
-        print(f"{row.name:36}{median:8.2f}")
+        print(f"{row.name:44}{median:8.2f}")
 
 
 if __name__ == "__main__":

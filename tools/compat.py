@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Test the package with other versions of torch, on the CPU (``make compat``).
 
-    python tools/compat.py [--folder DIR] [--build cpu|none] [--tests "FILES"] VERSION...
+    python tools/compat.py [--folder DIR] [--build cpu|cuda|none] [--tests "FILES"] VERSION...
 
 For each version: create a virtual environment with this interpreter and that torch, build a copy of the sources against
 it, and run the checks of tools/compat_checks.py, each in its own process. One line per version reports the results; the
@@ -9,7 +9,8 @@ exit status is 1 if a check failed, 2 if a version could not be set up. Existing
 that a second run compiles only what changed; the output of failed checks goes to stderr.
 
 The wheels of most versions are built for CUDA. They are installed without the CUDA libraries; tools/cuda_stubs.py
-makes empty libraries in their place.
+makes empty libraries in their place. With ``--build cuda`` the extension gets its CUDA kernels, where nvcc is, and is
+loaded without a GPU: `--tests tests/ops/test_extension_errors.py` takes its ways to an error.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="test the package with other versions of torch")
     parser.add_argument("versions", nargs="+", metavar="VERSION")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "compat", help="folder of the environments")
-    parser.add_argument("--build", choices=("cpu", "none"), default="cpu", help="none: without the extension")
+    parser.add_argument("--build", choices=("cpu", "cuda", "none"), default="cpu", help="none: without the extension")
     parser.add_argument("--tests", default="", help="test files to run too, separated by spaces")
     options = parser.parse_args()
     status = 0

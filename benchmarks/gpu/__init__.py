@@ -10,8 +10,12 @@ counting.py          kernels, launches, copies and waits of a step, from the pro
 copy_bandwidth.py    a copy of as many bytes as a step moves
 mixed_rows.py        batches whose samples use rows of different solvers
 standalone_ops.py    noise and reductions compared with torch's
-bench.py             the whole run
+host.py              host time of a call beside torch.add
+dropins.py           loops of the drop-in schedulers beside diffusers'
+bench.py             the cases: device and host time of a step
 targets.py           the targets: met, not met, not measured
+sanitizer_calls.py   a call of each kind of kernel, for compute-sanitizer
+pytest_log.py        the outcome of the tests, from their log
 noise.py             the noise of all backends, compared bit by bit
 timeline.py          picture of host and device over a few steps
 results.py           the JSON file of results

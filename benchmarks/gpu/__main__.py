@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Command ``python -m benchmarks.gpu`` with bench, noise, timeline and table, used by `make gpu`."""
+"""Command ``python -m benchmarks.gpu``, used by `make gpu`: bench, host, dropins, noise, timeline, tests, table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from fastdiff.command import CommandParser, run_command
 from fastdiff.errors import error_message
 
-from . import machine, noise, results, table, targets
+from . import dropins, host, machine, noise, pytest_log, results, table, targets
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,19 +30,28 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser(prog="python -m benchmarks.gpu", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, about in (
-        ("bench", "measure all cases, print the targets"),
+        ("bench", "measure the cases of the targets, and print the targets; --full: all cases"),
+        ("host", "measure the host's time of a call beside torch.add"),
+        ("dropins", "measure loops of the drop-in schedulers beside diffusers'"),
         ("noise", "compare all backends' noise bit by bit"),
         ("timeline", "draw host and device over a few steps"),
+        ("tests", "store the outcome of pytest's verbose log"),
         ("stage", "store the outcome of a stage of make gpu"),
         ("show", "print the stored targets"),
     ):
         command = commands.add_parser(name, help=about)
         command.add_argument("--rehearse", action="store_true", help="dry run without a GPU: small tensors, host clock")
         command.add_argument("--json", type=Path, metavar="OUT", help="file of the results")
-        if name in ("bench", "noise"):
-            command.add_argument("--seconds", type=float, metavar="S", help="time limit; cases beyond it are listed")
+        if name in ("bench", "host", "dropins", "noise"):
+            command.add_argument("--seconds", type=float, metavar="S", help="time limit; what is beyond it is listed")
+        if name in ("bench", "host", "dropins"):
+            command.add_argument("--rounds", type=int, default=9, help="rounds in which all alternate")
+        if name == "host":
+            command.add_argument("--pure", action="store_true", help="this is an install without the extension")
+        if name == "tests":
+            command.add_argument("log", type=Path)
         if name == "bench":
-            command.add_argument("--rounds", type=int, default=15, help="rounds in which all alternate")
+            command.add_argument("--full", action="store_true", help="all cases and implementations, copies, noise")
             command.add_argument("--samplers", nargs="+", metavar="NAME", help="only these samplers")
             command.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
         if name == "timeline":
@@ -50,8 +59,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if name == "stage":
             command.add_argument("name")
             command.add_argument("outcome")
-    command = commands.add_parser("table", help="put a run's table into docs/performance.md")
-    command.add_argument("file", type=Path)
+    command = commands.add_parser("table", help="put the tables of runs into docs/performance.md")
+    command.add_argument("files", type=Path, nargs="+", metavar="file")
     command.add_argument("--document", type=Path, default=ROOT / "docs" / "performance.md")
     options = parser.parse_args(arguments)
     _check(options)
@@ -93,6 +102,7 @@ def _bench(options: Any) -> int:
         rounds=options.rounds,
         seconds=options.seconds or 480.0,
         compile_peers=not options.no_compile,
+        full=options.full,
     )
     stored = run.measure_all(options.samplers)
     _show(options)
@@ -101,9 +111,48 @@ def _bench(options: Any) -> int:
     return 1 if stored["failed"] else 0
 
 
+def _host(options: Any) -> int:
+    section = host.measure(
+        options.device,
+        options.json,
+        rehearse=options.rehearse,
+        rounds=options.rounds,
+        seconds=options.seconds or 60.0,
+        pure=options.pure,
+    )
+    print(host.show(section))
+    return 1 if section["failed"] else 0
+
+
+def _dropins(options: Any) -> int:
+    section = dropins.Run(
+        options.device,
+        options.json,
+        rehearse=options.rehearse,
+        rounds=options.rounds,
+        seconds=options.seconds or 240.0,
+    ).measure_all()
+    print(dropins.show(section))
+    return 1 if section["failed"] else 0
+
+
+def _tests(options: Any) -> int:
+    found = pytest_log.read(options.log)
+    results.store(options.json, options.rehearse, tests={**found, "machine": machine.machine(options.device)})
+    stopped = "" if found["whole"] else "; the run was stopped before its end"
+    print(f"tests: {found['passed']} passed, {len(found['failed'])} failed, {found['skipped']} skipped{stopped}")
+    for name in found["failed"]:
+        print(f"failed: {name}")
+    return 1 if found["failed"] or not found["whole"] else 0
+
+
 def _noise(options: Any) -> int:
-    found = noise.compare(options.device, options.seconds or (2.0 if options.rehearse else 60.0))
-    results.store(options.json, options.rehearse, noise={**found, "machine": machine.machine(options.device)})
+    conditions = machine.machine(options.device)
+    found = noise.compare(
+        options.device,
+        options.seconds or (2.0 if options.rehearse else 60.0),
+        store=lambda found: results.store(options.json, options.rehearse, noise={**found, "machine": conditions}),
+    )
     for name, figures in found["backends"].items():
         text = f"missing: {figures['missing']}" if figures["missing"] else (
             f"{figures['compared']:,} numbers compared with the CPU's, {figures['mismatches']:,} differ in a bit, by "
@@ -149,7 +198,7 @@ def _show(options: Any) -> int:
 
 
 def _table(options: Any) -> int:
-    table.write(results.load(options.file), options.document)
+    table.write([results.load(file) for file in options.files], options.document)
     return 0
 
 

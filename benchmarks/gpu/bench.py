@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The whole run: copies, cases, mixed rows, noise and reductions, the targets; stored after each part.
+"""Time of a step on the device and on the host: the cases of the targets, then torch.compile beside them.
 
-The implementations of a case alternate round by round, so that a change of the device's speed affects all. Parts that
-do not fit into the time limit are listed as not measured.
+A full run adds copies, further cases and implementations, mixed rows, noise and reductions. The implementations of a
+part alternate round by round, so that a change of the device's speed affects all. The results are stored after each
+part; parts that do not fit into the time limit are listed as not measured.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastdiff import ops
 
 from ..copy_bandwidth import copies_for
 from ..timing import quantiles, ratios
@@ -36,7 +39,15 @@ class Run:
     """One run: its clock, its report and its time limit."""
 
     def __init__(
-        self, device: str, path: Path, *, rehearse: bool, rounds: int, seconds: float, compile_peers: bool = True
+        self,
+        device: str,
+        path: Path,
+        *,
+        rehearse: bool,
+        rounds: int,
+        seconds: float,
+        compile_peers: bool = True,
+        full: bool = True,
     ) -> None:
         self.device, self.path, self.rehearse, self.rounds = device, path, rehearse, rounds
         self.clock: Clock = clock_for(device)
@@ -48,23 +59,29 @@ class Run:
         #: The case of each line of the report.
         self._lines: dict[int, GpuCase | mixed_rows.MixedCase] = {}
         self._deadline = time.monotonic() + seconds
-        self._compile_peers = compile_peers
+        self._compile_peers, self._full = compile_peers, full
 
     def measure_all(self, only: list[str] | None = None) -> dict[str, Any]:
         """Measure and store all parts, or only those of some samplers; return the stored report."""
-        selected = select_cases(self.device, self.rehearse, only)
+        selected = select_cases(self.device, self.rehearse, only, full=self._full)
+        mixed = self._mixed_cases() if self._full and only is None else []
         parts: list[tuple[str, Callable[[], None]]] = [
             (f"{case.name}, {cache}", lambda case=case, cache=cache: self._case(case, cache))  # type: ignore[misc]
             for case in selected
             for cache in self._caches(case.tensor_bytes)
         ]
-        if only is None:
-            # The copies and the first cases are those of the targets.
+        if self._compile_peers:
+            parts += [
+                (f"{case.name}, compiled", lambda case=case: self._compiled(case))  # type: ignore[misc]
+                for case in selected
+                if case.core
+            ]
+        if self._full and only is None:
             parts.insert(0, ("copies", self._copy_bandwidth))
-            parts += [(case.name, lambda case=case: self._mixed(case)) for case in self._mixed_cases()]  # type: ignore[misc]
+            parts += [(case.name, lambda case=case: self._mixed(case)) for case in mixed]  # type: ignore[misc]
             parts.append(("noise and reductions", self._standalone_ops))
         # Last, because the profiler may slow down launches after it has been used.
-        counted = [*selected, *(self._mixed_cases() if only is None else ())]
+        counted = [*selected, *mixed] if self._full else selected[:4]
         parts += [(f"counting {case.name}", lambda case=case: self._count(case)) for case in counted]  # type: ignore[misc]
         self.not_measured = [name for name, _ in parts]
         self.store()
@@ -120,19 +137,43 @@ class Run:
 
     def _case(self, case: GpuCase, cache: str) -> None:
         sets = case.tensors(self._copies(cache, footprint(case)))
-        made = units(case, sets, self.absent, self._implementations(case, cache))
+        made = units(case, sets, self.absent, self._implementations(case))
         copies = copy_bandwidth.copy_units(case.bytes_a_step, cache, self.device)
         line: dict[str, Any] = {
             "op": case.op,
             "shape": list(case.shape),
             "dtype": case.dtype,
             "cache": cache,
+            "default": ops.backend_for(sets[0].sample),
             "model_input": case.model_input,
             "steps": len(case.table),
             "bytes": case.bytes_a_step,
         }
         self._lines[len(self.report["cases"])] = case
         self.report["cases"].append({**line, **self._measured(made, copies)})
+
+    def _compiled(self, case: GpuCase) -> None:
+        """Measure the compiled implementations beside fastdiff's, into the case's line with the last cache state."""
+        cache = self._caches(case.tensor_bytes)[-1]
+        line = next(
+            (self.report["cases"][i] for i, found in reversed(self._lines.items()) if found == case),
+            None,
+        )
+        if line is None:
+            raise RuntimeError("the case itself was not measured")
+        dtype = "float32" if len(case.shape) == 4 else "bfloat16"
+        names = ["torch.compile of the reference"]
+        if self._full:
+            names.append("ours, torch.compile")
+            # diffusers' step compiles for each set of tensors.
+            names += ["diffusers, torch.compile"] if (cache, case.op, case.dtype) == ("warm", "ddim", dtype) else []
+        sets = case.tensors(self._copies(cache, footprint(case)))
+        times = self._in_turns(units(case, sets, self.absent, [*NAMES[:2], *names]))
+        line["compiled"] = _all_quantiles(times)
+        for way in NAMES[:2]:
+            peer = times["elapsed"].get(names[0])
+            if way in times["elapsed"] and peer is not None:
+                line["compiled"].setdefault("over_compiled", {})[way] = quantiles(ratios(times["elapsed"][way], peer))
 
     def _mixed(self, case: mixed_rows.MixedCase) -> None:
         tensor_bytes = torch.Size(case.shape).numel() * {"float32": 4, "bfloat16": 2}[case.dtype]
@@ -187,7 +228,7 @@ class Run:
         if isinstance(case, mixed_rows.MixedCase):
             made, _ = mixed_rows.units(case, 1, self.absent)
         else:
-            made = units(case, case.tensors(), self.absent, self._implementations(case, "warm"))
+            made = units(case, case.tensors(), self.absent, self._implementations(case))
         counts = line["counts"]
         for name, unit in made.items():
             unit.run()
@@ -199,16 +240,14 @@ class Run:
         if full:
             line["host_may_have_waited"] = full
 
-    def _implementations(self, case: GpuCase, cache: str) -> list[str]:
-        """Return the implementations to measure; compiling takes long, and diffusers' step compiles for each set."""
-        skip = () if self._compile_peers else COMPILING
-        dtype = "float32" if len(case.shape) == 4 else "bfloat16"
-        once = (cache, case.op, case.dtype) == ("warm", "ddim", dtype)
-        return [
-            name
-            for name in (*NAMES, "CUDA graph", *PEERS)
-            if name not in skip and (once or name != "diffusers, torch.compile")
-        ]
+    def _implementations(self, case: GpuCase) -> list[str]:
+        """Return the implementations to measure besides the compiled ones.
+
+        A run that is not full has the other libraries in DDIM at the small shape and at the first wide one.
+        """
+        everywhere = [name for name in (*NAMES, "CUDA graph", *PEERS) if name not in COMPILING]
+        first = case.op == "ddim" and case.shape in (SHAPES["image-128"], SHAPES["latents-64"])
+        return everywhere if self._full or first else [*NAMES[:2], "CUDA graph"]
 
     def _in_turns(self, made: Mapping[str, Unit], host: bool = True) -> dict[str, dict[str, list[float]]]:
         """Return for each unit microseconds per step of each round: on the host, and elapsed on the device."""
@@ -228,7 +267,9 @@ class Run:
         """Return the cache states to measure: cold only from an eighth of the cache on, where memory is the limit."""
         if self.rehearse:
             return ("warm",) if tensor_bytes > 100 else ("warm", "cold")
-        return ("warm", "cold") if tensor_bytes >= l2_bytes() // 8 else ("warm",)
+        if tensor_bytes < l2_bytes() // 8:
+            return ("warm",)
+        return ("warm", "cold") if self._full else ("cold",)
 
     def _copies(self, cache: str, of_bytes: int) -> int:
         return copies_for(cache, of_bytes, 1024 if self.rehearse else l2_bytes())

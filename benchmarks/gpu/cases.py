@@ -32,30 +32,31 @@ SHAPES: dict[str, tuple[int, ...]] = {
 #: Cases of a dry run: few steps at small sizes, because Triton's interpreter takes 10 ms per step.
 SMALL: dict[str, tuple[int, ...]] = {"image-128": (2, 2, 4, 4), "video": (1, 2, 3, 2, 2)}
 REHEARSED = (
-    ("image-128", "float32", "dpmsolver++2m", True),
-    ("video", "float32", "ddim", False),
+    ("image-128", "float32", "dpmsolver++2m", False),
+    ("video", "float32", "ddim", True),
     ("video", "bfloat16", "flow-euler", False),
     ("image-128", "float32", "ddpm (philox)", False),
 )
 REHEARSED_STEPS = 4
 
-#: Cases of all implementations. The other cases leave out torch.compile, which would take most of a run.
+#: The shapes and dtypes of the bandwidth targets: a batch of image latents and a video's latent.
+WIDE = (("latents-64", "bfloat16"), ("video", "bfloat16"), ("video", "float32"))
+#: The cases of the targets in order, measured by every run, and beside torch.compile.
 CORE = (
-    ("image-128", "float32", "ddim"),
-    ("image-128", "float32", "dpmsolver++2m"),
-    ("latents-64", "bfloat16", "ddim"),
-    ("video", "bfloat16", "ddim"),
-    ("video", "float32", "ddim"),
-    ("video", "float32", "dpmsolver++2m"),
+    *((shape, dtype, "ddim") for shape, dtype in WIDE),
+    *(("image-128", "float32", op) for op in ("ddim", "dpmsolver++2m")),
+    *((shape, dtype, op) for op in ("dpmsolver++2m", "flow-euler") for shape, dtype in WIDE),
 )
-EAGER = (
+#: Cases of the targets whose noise is drawn in the step, which torch.compile does not draw.
+DRAWN = tuple((shape, dtype, "ddpm (philox)") for shape, dtype in WIDE)
+#: Cases that a full run adds.
+FURTHER = (
     *(("image-128", "float32", op) for op in ("euler", "dpmsolver++3m", "heun", "flow-euler")),
     *(("image-128", "float32", op) for op in ("ddpm (philox)", "euler-ancestral (philox)")),
     *(("image-64", "float32", op) for op in ("ddim", "dpmsolver++2m")),
     *(("images-8", "float32", op) for op in ("ddim", "ddpm (philox)")),
     *(("images-64", "float32", op) for op in ("ddim", "dpmsolver++2m", "euler-ancestral (philox)")),
-    *(("latents-64", "bfloat16", op) for op in ("dpmsolver++2m", "ddpm (philox)", "flow-euler")),
-    *(("video", "bfloat16", op) for op in ("dpmsolver++2m", "dpmsolver++3m", "heun", "ddpm (philox)", "flow-euler")),
+    *(("video", "bfloat16", op) for op in ("dpmsolver++3m", "heun")),
     ("video", "float32", "euler-ancestral (philox)"),
 )
 
@@ -65,7 +66,7 @@ class GpuCase(Case):
     """A case whose steps may also write the next model input, doubled for guidance.
 
     Args:
-        core: measure the compiled implementations too.
+        core: measure torch.compile beside it.
         model_input: each step writes the next model input, ``[2·B, ...]`` in the samples' dtype.
     """
 
@@ -97,20 +98,20 @@ class GpuCase(Case):
         return super().name + (" + model input" if self.model_input else "")
 
 
-def select_cases(device: str, rehearse: bool, only: list[str] | None = None) -> list[GpuCase]:
-    """Return the cases of a run in order, those of the targets first.
+def select_cases(device: str, rehearse: bool, only: list[str] | None = None, *, full: bool = True) -> list[GpuCase]:
+    """Return the cases of a run in order, those of the targets first; a run that is not full has these alone.
 
     Raises:
         ValueError: `only` contains an unknown sampler.
     """
     steps = {"steps": REHEARSED_STEPS} if rehearse else {}
-    listed = [(*entry, True) for entry in CORE] + [(*entry, False) for entry in EAGER]
+    listed = [(*entry, True) for entry in CORE] + [(*entry, False) for entry in DRAWN + (FURTHER if full else ())]
     made = [
         GpuCase(op, (SMALL if rehearse else SHAPES)[shape], dtype, device=device, core=core, **steps)
         for shape, dtype, op, core in (REHEARSED if rehearse else listed)
     ]
-    inputs = [dataclasses.replace(case, model_input=True, core=False) for case in made[:4] if case.op == "ddim"]
-    made += inputs
+    if full:
+        made += [dataclasses.replace(case, model_input=True, core=False) for case in made[:4] if case.op == "ddim"]
     for name in only or ():
         if name not in {case.op for case in made}:
             raise unknown_name("gpu", "--samplers", name, {case.op for case in made})

@@ -8,11 +8,13 @@ import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
 from fastdiff.ops import backends
 
 from .clock import Unit
 
-#: Names in the results; the first is the default of the library.
+#: Names in the results.
 NAMES = ("C++ op", "Triton, cached", "Triton, JIT")
 
 
@@ -47,9 +49,13 @@ class Launcher(NamedTuple):
 def launchers(device: str) -> dict[str, Launcher]:
     """Return the launchers by the names of `NAMES`."""
     triton = backends.why_missing("triton")
+    compiled = "cuda" if device == "cuda" else "cpu"
+    # The default backend takes the shortest way only if it is not forced.
+    missing = backends.why_missing(compiled)
+    default = missing or backends.backend_for(torch.empty(0, device=device)) == compiled
     cache, not_cached = _launch_module()
     return {
-        "C++ op": Launcher(None, backends.why_missing("cuda" if device == "cuda" else "cpu")),
+        "C++ op": Launcher(None if default else compiled, missing),
         "Triton, cached": Launcher("triton", triton or not_cached),
         # If kernels are cached, the JIT's launcher has to be requested.
         "Triton, JIT": Launcher("triton", triton, contextlib.nullcontext if cache is None else cache.through_jit),

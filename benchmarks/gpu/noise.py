@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,8 +28,15 @@ _WIDTHS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 INTERPRETED_BOUND = 24 * 2.0**-24 * 6.8
 
 
-def compare(device: str, seconds: float, *, seed: int | None = None, least: int = 8) -> dict[str, Any]:
-    """Compare requests for `seconds`, and at least `least` requests.
+def compare(
+    device: str,
+    seconds: float,
+    *,
+    seed: int | None = None,
+    least: int = 8,
+    store: Callable[[dict[str, Any]], object] = lambda found: None,
+) -> dict[str, Any]:
+    """Compare requests for `seconds`, and at least `least` requests; call `store` with the result after each.
 
     Returns:
         The seed of the requests, and for each backend the count of compared numbers, the count that differ in a bit and
@@ -51,7 +59,13 @@ def compare(device: str, seconds: float, *, seed: int | None = None, least: int 
             if not tally.missing and not (device == "cpu" and name == "triton" and request["dtype"] == torch.bfloat16):
                 tally.add(expected, _draw(request, name, device))
         requests += 1
-    return {"seed": seed, "requests": requests, "backends": {name: tally.figures() for name, tally in found.items()}}
+        result = {
+            "seed": seed,
+            "requests": requests,
+            "backends": {name: tally.figures() for name, tally in found.items()},
+        }
+        store(result)
+    return result
 
 
 def failures(found: dict[str, Any], device: str) -> list[str]:

@@ -17,6 +17,7 @@ struct CachedStepMethod {
     PyObject* fallback;
     PyObject* arguments;   // the names of the positional arguments, a tuple
     PyObject* make_cache;  // gives a scheduler its cache; returns None for an object that is no such scheduler
+    int scales;            // the method scales the model's input, with the arguments sample and timestep
 };
 
 CachedStepMethod* cast(PyObject* self) { return reinterpret_cast<CachedStepMethod*>(self); }
@@ -32,14 +33,24 @@ PyObject* call(PyObject* self, PyObject* const* objects, size_t flagged, PyObjec
         py::object held = py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(attributes.ptr(), cache_name));
         StepCache* cache = step_cache_of(held.ptr());
         if (cache != nullptr) cache->last_miss_epoch = -1;
-        if (call.read(method->arguments, objects, positional, keywords)) {
+        bool known = false;
+        if (method->scales == 0) {
+            known = call.read(method->arguments, objects, positional, keywords);
+        } else if (positional == 3 && keywords == nullptr) {
+            call.required = {objects[1], objects[2], objects[1]};
+            known = true;
+        }
+        if (known) {
             if (cache == nullptr) {
                 held = own(PyObject_CallOneArg(method->make_cache, objects[0]));
                 cache = step_cache_of(held.ptr());
             }
             py::object result;
-            if (cache != nullptr) result = cache->try_next_step(objects[0], attributes.ptr(), method->name, call);
-            if (cache != nullptr && result.ptr() == nullptr)
+            if (cache != nullptr && method->scales != 0)
+                result = cache->try_scaling(objects[0], attributes.ptr(), method->name, call);
+            else if (cache != nullptr)
+                result = cache->try_next_step(objects[0], attributes.ptr(), method->name, call);
+            if (cache != nullptr && method->scales == 0 && result.ptr() == nullptr)
                 result = cache->try_first_step(objects[0], attributes.ptr(), method->name, /*scales=*/false, call);
             if (result.ptr() != nullptr) return result.release().ptr();
         }
@@ -50,7 +61,9 @@ PyObject* call(PyObject* self, PyObject* const* objects, size_t flagged, PyObjec
 
 PyObject* new_method(PyTypeObject* type, PyObject* args, PyObject* /*kwargs*/) {
     PyObject *name = nullptr, *fallback = nullptr, *arguments = nullptr, *make_cache = nullptr;
-    if (PyArg_ParseTuple(args, "UOO!O:CachedStepMethod", &name, &fallback, &PyTuple_Type, &arguments, &make_cache) == 0)
+    int scales = 0;
+    if (PyArg_ParseTuple(args, "UOO!O|p:CachedStepMethod", &name, &fallback, &PyTuple_Type, &arguments, &make_cache,
+                         &scales) == 0)
         return nullptr;
     PyObject* self = type->tp_alloc(type, 0);
     if (self == nullptr) return nullptr;
@@ -61,6 +74,7 @@ PyObject* new_method(PyTypeObject* type, PyObject* args, PyObject* /*kwargs*/) {
     method->fallback = Py_NewRef(fallback);
     method->arguments = Py_NewRef(arguments);
     method->make_cache = Py_NewRef(make_cache);
+    method->scales = scales;
     return self;
 }
 

@@ -2,14 +2,16 @@
 #include "executor.h"
 
 #include <ATen/ops/cat.h>
-#include <ATen/ops/full.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/randn.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/Generator.h>
 
 #include <optional>
 
+#include "../bindings/current_stream.h"
 #include "../bindings/output_allocator.h"
+#include "../bindings/randn.h"
 #include "../bindings/step.h"
 #include "../torch_bits/torch_normal.h"
 
@@ -39,8 +41,8 @@ std::optional<at::Device> drawing_device(const std::optional<at::Generator>& gen
     return std::nullopt;
 }
 
-// Standard normal noise like `output`, drawn by one generator or by torch's default one; undefined, with nothing drawn,
-// where Python has to draw it.
+// Standard normal noise for a tensor on `device`, drawn by one generator or by torch's default one on the generator's
+// device; undefined, with nothing drawn, where Python has to draw it.
 at::Tensor draw_normal(at::IntArrayRef sizes, int64_t numel, at::ScalarType type, const at::Device& device,
                        PyObject* object) {
     std::optional<at::Generator> generator;
@@ -58,7 +60,7 @@ at::Tensor draw_normal(at::IntArrayRef sizes, int64_t numel, at::ScalarType type
         const py::gil_scoped_release release;
         noise = at::randn(sizes, std::move(generator), at::TensorOptions().dtype(type).device(*drawn_on));
     }
-    return drawn_on->type() == device.type() ? noise : noise.to(device);
+    return noise;
 }
 
 // Standard normal noise by a list of generators, one a sample; a list of one draws for all.
@@ -69,8 +71,11 @@ at::Tensor draw_by_list(const at::Tensor& like, at::ScalarType type, PyObject* l
     const auto item = [&held](Py_ssize_t i) { return PyTuple_GET_ITEM(held.ptr(), i); };
     if (count == 1) return draw_normal(like.sizes(), like.numel(), type, like.device(), item(0));
     if (like.dim() == 0 || like.size(0) == 0 || count < like.size(0)) return at::Tensor();
+    const auto device_of = [&item](Py_ssize_t i) {
+        return reinterpret_cast<THPGenerator*>(item(i))->cdata.device().type();
+    };
     for (Py_ssize_t i = 0; i < like.size(0); ++i)
-        if (!is_generator(item(i))) return at::Tensor();
+        if (!is_generator(item(i)) || device_of(i) != device_of(0)) return at::Tensor();
     std::vector<int64_t> one = like.sizes().vec();
     one[0] = 1;
     std::vector<at::Tensor> parts;
@@ -79,6 +84,17 @@ at::Tensor draw_by_list(const at::Tensor& like, at::ScalarType type, PyObject* l
         TORCH_INTERNAL_ASSERT(parts.back().defined());
     }
     return at::cat(parts);
+}
+
+// Standard normal noise like `sample` from its samples' seeds; undefined where Python has to draw it.
+at::Tensor draw_from_seeds(const at::Tensor& sample, const Draw& draw, const at::Tensor& seeds, int64_t step) {
+    if (!seeds.defined() || seeds.device() != sample.device() || !bindings::on_served_device(sample) ||
+        sample.dim() == 0 || sample.numel() == 0 || seeds.numel() != sample.size(0))
+        return at::Tensor();
+    at::Tensor noise = at::empty(sample.sizes(), sample.options().dtype(draw.type));
+    bindings::randn(noise, seeds, std::nullopt, step, draw.purpose,
+                    reinterpret_cast<int64_t>(bindings::current_stream(sample)));
+    return noise;
 }
 
 // The forced backend of the current context: none, Triton, or another, which the Python executor serves.
@@ -96,13 +112,31 @@ Forced forced_in_context(PyObject* variable) {
 
 py::object NativeExecutor::execute() {
     if (!plan_.native_eligible) return py::object();
-    const at::Tensor &output = *as_tensor(call_.model_output()), &sample = *as_tensor(call_.sample());
-    // A model's output with a learned variance has twice the channels.
-    if (output.sizes() != sample.sizes()) return py::object();
+    if (!read_model_outputs()) return py::object();
     gather();
     if (!draw() || !run()) return py::object();
     write();
     return result();
+}
+
+// Find the model's outputs; one with twice the sample's channels has a learned variance in its second half.
+bool NativeExecutor::read_model_outputs() {
+    const at::Tensor& sample = *as_tensor(call_.sample());
+    model_output_ = as_tensor(call_.model_output());
+    uncond_ = as_tensor(call_.uncond);
+    if (model_output_->sizes() == sample.sizes()) return true;
+    std::vector<int64_t> doubled = sample.sizes().vec();
+    if (doubled.size() < 2) return false;
+    doubled[1] *= 2;
+    if (model_output_->sizes() != doubled || (uncond_ != nullptr && uncond_->sizes() != doubled) || !called_plainly())
+        return false;
+    halves_[0] = model_output_->narrow(1, 0, sample.size(1));
+    halves_[1] = model_output_->narrow(1, sample.size(1), sample.size(1));
+    if (uncond_ != nullptr) halves_[2] = uncond_->narrow(1, 0, sample.size(1));
+    model_output_ = &halves_[0];
+    variance_ = &halves_[1];
+    if (uncond_ != nullptr) uncond_ = &halves_[2];
+    return true;
 }
 
 py::object NativeExecutor::drawn() const {
@@ -132,11 +166,19 @@ bool NativeExecutor::draw() {
     if (!called_plainly()) return false;  // a mode has to see torch's operator
     PyObject* generator = call_.argument(generator_name());
     if (generator == nullptr) generator = Py_None;
-    const at::Tensor &output = *as_tensor(call_.model_output()), &sample = *as_tensor(call_.sample());
+    const at::Tensor &output = *model_output_, &sample = *as_tensor(call_.sample());
     for (const Draw& each : plan_.draws) {
-        at::Tensor noise = PyList_CheckExact(generator)
-                               ? draw_by_list(output, each.type, generator)
-                               : draw_normal(output.sizes(), output.numel(), each.type, output.device(), generator);
+        at::Tensor noise;
+        if (each.source == NoiseSource::kSeeds)
+            noise = forced_in_context(state_->forced_backend.ptr()) == Forced::kNone
+                        ? draw_from_seeds(output, each, state_->seeds, noise_step_)
+                        : at::Tensor();
+        else if (PyList_CheckExact(generator))
+            noise = draw_by_list(output, each.type, generator);
+        else
+            noise = draw_normal(output.sizes(), output.numel(), each.type, output.device(), generator);
+        if (noise.defined() && noise.device().type() != output.device().type())
+            noise = copy_to_device(noise, output.device());
         if (!noise.defined()) {
             TORCH_INTERNAL_ASSERT(draws_.empty(), "a later draw of a step was refused");
             return false;
@@ -155,9 +197,11 @@ bool NativeExecutor::run() {
     const Forced forced = forced_in_context(state_->forced_backend.ptr());
     if (forced == Forced::kOther) return false;
     step.triton = forced == Forced::kTriton;
-    step.model_output = as_tensor(call_.model_output());
+    step.model_output = model_output_;
     step.table = &plan_.table(step.sample->device());
-    step.uncond = as_tensor(call_.uncond);
+    step.uncond = uncond_;
+    step.variance = plan_.variance_kind == 0 ? nullptr : variance_;
+    step.variance_kind = plan_.variance_kind;
     if (step.uncond == nullptr && call_.guided()) return false;  // the Python executor raises the error
     if (!bindings::read_scale(call_.guidance_scale, &step.guidance_scale)) return false;
     for (size_t j = 0; j < plan_.history.size(); ++j) {
@@ -178,11 +222,24 @@ bool NativeExecutor::run() {
     step.keeps = plan_.kept;
     for (size_t o = 0; o <= static_cast<size_t>(plan_.kept); ++o)
         if (plan_.output_types[o] != step.sample->scalar_type()) step.out.dtypes[o] = plan_.output_types[o];
+    if (wants_model_input_) set_model_input(&step);
     bindings::Outcome outcome = bindings::run_step(step);
     if (outcome.declined == bindings::Decline::kLayout && convert_layouts(&step)) outcome = bindings::run_step(step);
     if (outcome.declined != bindings::Decline::kNone) return false;
+    if (plan_.table_with_model_input() != nullptr) prev_sample_ = outcome.outputs[0];
     for (int64_t o = 0; o <= plan_.kept; ++o) slots_.add(own(THPVariable_Wrap(std::move(outcome.outputs[o]))));
     return true;
+}
+
+// Have the step write the scaled sample into a new tensor, where memory is one run of elements a sample.
+void NativeExecutor::set_model_input(bindings::StepCall* step) {
+    const at::Tensor& sample = *step->sample;
+    DeviceTable* table = plan_.table_with_model_input();
+    if (table == nullptr || sample.dim() == 0 || sample.numel() == 0) return;
+    if (sample.size(0) > 1 && sample.stride(0) * sample.size(0) < sample.numel()) return;
+    model_input_ = bindings::new_output(sample, plan_.output_types[0]);
+    step->model_input = &model_input_;
+    step->table = &table->on(sample.device());
 }
 
 // Copy the inputs that have other strides than the sample: a transformer's outputs are often views in another order of
@@ -191,7 +248,7 @@ bool NativeExecutor::convert_layouts(bindings::StepCall* step) {
     const at::Tensor& sample = *step->sample;
     if (!sample.is_non_overlapping_and_dense()) return false;
     bool converted = false;
-    converted_.reserve(3 + plan_.history.size());  // pointers to its items are handed out
+    converted_.reserve(4 + plan_.history.size());  // pointers to its items are handed out
     const auto convert = [&](bindings::MaybeTensor* tensor) {
         if (*tensor == nullptr || (*tensor)->strides() == sample.strides()) return;
         if (!bindings::is_plain_eager(**tensor) || (*tensor)->sizes() != sample.sizes()) return;
@@ -202,6 +259,7 @@ bool NativeExecutor::convert_layouts(bindings::StepCall* step) {
     };
     convert(&step->model_output);
     convert(&step->uncond);
+    convert(&step->variance);
     convert(&step->noise);
     for (size_t j = 0; j < plan_.history.size(); ++j) convert(&step->history[j]);
     return converted;

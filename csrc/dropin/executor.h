@@ -51,17 +51,24 @@ class NativeExecutor {
           noise_step_(noise_step),
           snapshot_(snapshot) {}
 
+    // Let the step write the model input for the next one too, if its plan and its sample allow that.
+    void ask_for_model_input() { wants_model_input_ = true; }
     // Take the step and return its result; null, with no state changed, where the Python executor has to take it.
     py::object execute();
     // The step's draws, which the Python executor must not draw again: a list, or None where nothing has been drawn.
     py::object drawn() const;
     // Whether the snapshot has recorded everything that was written.
     bool snapshot_is_complete() const { return snapshot_is_complete_; }
+    // The previous sample, where it is the first result, and the scaled one beside it, where the step has written it.
+    const at::Tensor& prev_sample() const { return prev_sample_; }
+    at::Tensor take_model_input() { return std::move(model_input_); }
 
   private:
+    bool read_model_outputs();
     void gather();
     bool draw();
     bool run();
+    void set_model_input(bindings::StepCall* step);
     bool convert_layouts(bindings::StepCall* step);
     void write();
     void write_attribute(const py::object& name, PyObject* value);
@@ -75,9 +82,13 @@ class NativeExecutor {
     AttributeSnapshot* snapshot_;
     bool snapshot_is_complete_ = true;
     DeferredDecrefs dropped_;
+    bindings::MaybeTensor model_output_ = nullptr, uncond_ = nullptr, variance_ = nullptr;
+    std::array<at::Tensor, 3> halves_;           // of outputs with a learned variance: prediction, variance, uncond
     c10::SmallVector<at::Tensor, 2> converted_;  // inputs in the sample's layout
     c10::SmallVector<at::Tensor, 2> draws_;
     bool noise_is_scratch_ = false;  // the sample is written over the noise
+    bool wants_model_input_ = false;
+    at::Tensor prev_sample_, model_input_;
     Slots slots_;
 };
 

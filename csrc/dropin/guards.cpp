@@ -138,7 +138,15 @@ Guard::Guard(const py::handle& record) {
     }
 }
 
-bool Guard::check(PyObject* value, const void* timestep) const {
+HostCopies read_host_copies(const py::handle& copies) {
+    HostCopies found;
+    for (const py::handle copy : copies)
+        found.push_back({THPVariable_Unpack(copy.attr("tensor").ptr()), copy.attr("version").cast<int64_t>(),
+                         py::object(copy.attr("record"))[py::int_(3)]});
+    return found;
+}
+
+bool Guard::check(PyObject* value, const void* timestep, const HostCopies& copies) const {
     switch (kind) {
         case GuardKind::kAny:
             return true;
@@ -147,7 +155,7 @@ bool Guard::check(PyObject* value, const void* timestep) const {
         case GuardKind::kEquals:
             return equal_plain(expected_.ptr(), value);
         case GuardKind::kArray:
-            return check_array(value);
+            return check_array(value, copies);
         case GuardKind::kTensor:
         case GuardKind::kTimestep: {
             const at::Tensor* tensor = as_plain_tensor(value);
@@ -161,28 +169,30 @@ bool Guard::check(PyObject* value, const void* timestep) const {
     return false;
 }
 
-bool Guard::check_array(PyObject* value) const {
-    const void* memory = nullptr;
-    size_t bytes = 0;
+bool Guard::check_array(PyObject* value, const HostCopies& copies) const {
+    const auto expected = static_cast<size_t>(PyBytes_GET_SIZE(expected_.ptr()));
+    const auto holds = [&](const void* memory, size_t bytes) {
+        return bytes == expected && (bytes == 0 || std::memcmp(memory, PyBytes_AS_STRING(expected_.ptr()), bytes) == 0);
+    };
     if (array_type_.ptr() == nullptr) {
         const at::Tensor* tensor = as_plain_tensor(value);
-        if (tensor == nullptr || tensor->scalar_type() != type_ || tensor->sizes() != sizes_ || !tensor->is_cpu() ||
-            tensor->is_conj() || !is_plain_eager(*tensor) || !tensor->is_contiguous() ||
-            (tensor->numel() > 0 && !storage_covers(*tensor, tensor->numel())))
+        if (tensor == nullptr || tensor->scalar_type() != type_ || tensor->sizes() != sizes_ || tensor->is_conj() ||
+            !is_plain_eager(*tensor) || !tensor->is_contiguous())
             return false;
-        memory = tensor->const_data_ptr();
-        bytes = tensor->nbytes();
-        return bytes == static_cast<size_t>(PyBytes_GET_SIZE(expected_.ptr())) &&
-               (bytes == 0 || std::memcmp(memory, PyBytes_AS_STRING(expected_.ptr()), bytes) == 0);
+        if (tensor->is_cpu())
+            return (tensor->numel() == 0 || storage_covers(*tensor, tensor->numel())) &&
+                   holds(tensor->const_data_ptr(), tensor->nbytes());
+        const auto copy = std::find_if(copies.begin(), copies.end(), [&](const HostCopy& each) {
+            return each.tensor.is_same(*tensor) && each.version == tensor->_version();
+        });
+        return copy != copies.end() &&
+               holds(PyBytes_AS_STRING(copy->bytes.ptr()), static_cast<size_t>(PyBytes_GET_SIZE(copy->bytes.ptr())));
     }
     if (reinterpret_cast<PyObject*>(Py_TYPE(value)) != array_type_.ptr()) return false;
     const Buffer buffer(value);
     const Py_buffer& view = buffer.view;
     if (!buffer.valid || format_ != view.format || static_cast<size_t>(view.ndim) != sizes_.size()) return false;
-    bytes = static_cast<size_t>(view.len);
-    return std::equal(sizes_.begin(), sizes_.end(), view.shape) &&
-           bytes == static_cast<size_t>(PyBytes_GET_SIZE(expected_.ptr())) &&
-           (bytes == 0 || std::memcmp(view.buf, PyBytes_AS_STRING(expected_.ptr()), bytes) == 0);
+    return std::equal(sizes_.begin(), sizes_.end(), view.shape) && holds(view.buf, static_cast<size_t>(view.len));
 }
 
 int Guard::traverse(visitproc visit, void* arg) const {
@@ -207,7 +217,7 @@ bool check_arguments(const std::vector<Guard>& guards, const SchedulerCall& call
     return true;
 }
 
-bool check_attributes(const std::vector<Guard>& guards, PyObject* attributes) {
+bool check_attributes(const std::vector<Guard>& guards, PyObject* attributes, const HostCopies& copies) {
     static PyObject* const cache = PyUnicode_InternFromString("_fused");
     size_t count = 0;
     Py_ssize_t at = 0;
@@ -216,7 +226,7 @@ bool check_attributes(const std::vector<Guard>& guards, PyObject* attributes) {
         if (key == cache) continue;
         if (count == guards.size()) return false;
         const Guard& guard = guards[count++];
-        if (key != guard.name.ptr() || !guard.check(value, nullptr)) return false;
+        if (key != guard.name.ptr() || !guard.check(value, nullptr, copies)) return false;
     }
     return count == guards.size();
 }

@@ -26,7 +26,7 @@ enum class GuardKind : int {
     kId,        // the object itself
     kEquals,    // a plain value of the same type: None, bool, int, float, str, or a list, tuple or dict of such
     kTensor,    // a tensor of this dtype and shape
-    kArray,     // a tensor on the CPU or a NumPy array that holds these bytes
+    kArray,     // a tensor or a NumPy array that holds these bytes; of a tensor on a device, by a copy on the host
     kTimestep,  // a view of a timestep of the schedule, once or expanded, so many bytes from the one that is due
 };
 
@@ -37,20 +37,31 @@ unsigned int class_version(PyTypeObject* type);
 // come in between.
 bool equal_plain(PyObject* expected, PyObject* value);
 
+// An array on a device, and its bytes after so many writes (`Tensor._version`) as they were copied to the host.
+struct HostCopy {
+    at::Tensor tensor;
+    int64_t version;
+    py::object bytes;
+};
+using HostCopies = std::vector<HostCopy>;
+
+// `copies` are records of the class HostCopy of guards.py.
+HostCopies read_host_copies(const py::handle& copies);
+
 class Guard {
   public:
     // `record` is a `Guard` of guards.py: (name, kind, expected).
     explicit Guard(const py::handle& record);
 
-    // `timestep`: the address of the timestep that is due; null where none is.
-    bool check(PyObject* value, const void* timestep) const;
+    // `timestep`: the address of the timestep that is due; null where none is. `copies`: of arrays on devices.
+    bool check(PyObject* value, const void* timestep, const HostCopies& copies = {}) const;
     int traverse(visitproc visit, void* arg) const;
 
     py::object name;  // interned
     GuardKind kind;
 
   private:
-    bool check_array(PyObject* value) const;
+    bool check_array(PyObject* value, const HostCopies& copies) const;
 
     py::object expected_;  // of kId and kEquals; of kArray the bytes
     at::ScalarType type_ = at::kFloat;
@@ -63,7 +74,7 @@ class Guard {
 // Guards of a call's arguments, in the call's order: the three that every step has, then the others.
 bool check_arguments(const std::vector<Guard>& guards, const SchedulerCall& call, const void* timestep);
 // Guards of a scheduler's attributes, in the order of its dictionary; the entry of the cache itself is skipped.
-bool check_attributes(const std::vector<Guard>& guards, PyObject* attributes);
+bool check_attributes(const std::vector<Guard>& guards, PyObject* attributes, const HostCopies& copies);
 
 std::vector<Guard> read_guards(const py::handle& records);
 

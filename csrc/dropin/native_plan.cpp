@@ -1,13 +1,18 @@
 // SPDX-License-Identifier: MIT
 #include "native_plan.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
 
 #include <algorithm>
+#include <cstring>
+#include <string>
 
 #include "../bindings/tensors.h"
+#include "../row_layout.h"
 
 namespace fastdiff::dropin {
 
@@ -33,6 +38,18 @@ std::vector<SlotOrConstant> entries(const py::handle& sequence) {
     return found;
 }
 
+// Copy a table of one row with another scale of the model input; no mode of torch sees the copy.
+at::Tensor with_model_input_scale(const at::Tensor& table, double scale) {
+    const c10::InferenceMode normal_mode(false);
+    at::Tensor copy = at::detail::empty_cpu(table.sizes(), table.options());
+    std::memcpy(copy.data_ptr(), table.const_data_ptr(), table.nbytes());
+    if (table.scalar_type() == at::kDouble)
+        copy.mutable_data_ptr<double>()[kModelInputScale] = scale;
+    else
+        copy.mutable_data_ptr<float>()[kModelInputScale] = static_cast<float>(scale);
+    return copy;
+}
+
 Py_ssize_t index_or(const py::handle& index, Py_ssize_t missing) {
     return index.is_none() ? missing : index.cast<Py_ssize_t>();
 }
@@ -56,6 +73,7 @@ NativePlan::NativePlan(const py::handle& plan) : plan(plan.ptr()) {
     }
     noise = static_cast<int>(index_or(plan.attr("noise"), -1));
     kept = plan.attr("kept").cast<int64_t>();
+    variance_kind = plan.attr("variance_kind").cast<int64_t>();
     for (const py::handle dtype : plan.attr("output_dtypes")) output_types.push_back(scalar_type_of(dtype.ptr()));
     for (const py::handle item : plan.attr("constant_writes").attr("items")()) {
         const auto pair = item.cast<py::tuple>();
@@ -72,10 +90,12 @@ NativePlan::NativePlan(const py::handle& plan) : plan(plan.ptr()) {
     results = entries(plan.attr("results"));
     result_type = plan.attr("result_type");
     if (!plan.attr("result_names").is_none()) result_names = objects(plan.attr("result_names"));
-    const size_t slots = attribute_inputs.size() + argument_inputs.size() + drawn + static_cast<size_t>(kept) + 1;
+    const size_t inputs = attribute_inputs.size() + argument_inputs.size() + drawn;
+    first_output = static_cast<int>(inputs);
+    const size_t slots = inputs + static_cast<size_t>(kept) + 1;
     native_eligible = native_eligible && slots <= kMaxSlots && history.size() <= kMaxHistory && kept < kMaxStepOutputs;
     if (!native_eligible) return;
-    host_table_ = THPVariable_Unpack(plan.attr("host_table").ptr());
+    table_ = DeviceTable(THPVariable_Unpack(plan.attr("host_table").ptr()));
     const auto keeps_noise = [this](const SlotOrConstant& entry) { return entry.slot == noise; };
     noise_is_scratch = noise >= 0 && draws.size() == 1 && draws[0].type == at::kFloat &&
                        output_types[0] == at::kFloat &&
@@ -88,12 +108,27 @@ NativePlan::NativePlan(const py::handle& plan) : plan(plan.ptr()) {
                        std::none_of(results.begin(), results.end(), keeps_noise);
 }
 
-const at::Tensor& NativePlan::table(const at::Device& device) {
-    if (device.is_cpu()) return host_table_;
-    for (const at::Tensor& table : device_tables_)
-        if (table.device() == device) return table;
-    device_tables_.push_front(host_table_.to(device));
-    return device_tables_.front();
+NativePlan* NativePlan::scaling(at::ScalarType type) const {
+    for (const Scaling& each : scalings_)
+        if (each.plan->output_types[0] == type) return each.plan;
+    return nullptr;
+}
+
+void NativePlan::set_scaling(NativePlan* scaling_plan, double factor) {
+    const at::ScalarType type = scaling_plan->output_types[0];
+    // The plan's state decides the factor, so a plan that is there already scales alike.
+    if (!scaling_plan->native_eligible || scaling(type) != nullptr) return;
+    scalings_.push_front({scaling_plan, py::reinterpret_borrow<py::object>(scaling_plan->plan)});
+    // The scaled sample has the same bits from both plans only if they compute in one dtype.
+    const at::Tensor& host = table_.host();
+    if (!native_eligible || type != output_types[0] || results.empty() || results[0].slot != first_output ||
+        host.scalar_type() != scaling_plan->table_.host().scalar_type())
+        return;
+    table_with_model_input_ = DeviceTable(with_model_input_scale(host, factor));
+}
+
+DeviceTable* NativePlan::table_with_model_input() {
+    return table_with_model_input_.host().defined() ? &table_with_model_input_ : nullptr;
 }
 
 void define_native_plan(py::module_& m) {
@@ -105,7 +140,16 @@ void define_native_plan(py::module_& m) {
                 self.next_plan = &next;
                 self.next_plan_owner = py::reinterpret_borrow<py::object>(next.plan);
             },
-            py::arg("next"), "Set the plan that follows where nothing is changed.");
+            py::arg("next"), "Set the plan that follows where nothing is changed.")
+        .def(
+            "set_scaling", &NativePlan::set_scaling, py::arg("scaling"), py::arg("factor"),
+            "Set the plan by which `scale_model_input` scales the sample after this step; it multiplies by the factor.")
+        .def(
+            "table",
+            [](NativePlan& self, const std::string& device) {
+                return own(THPVariable_Wrap(self.table(at::Device(device))));
+            },
+            py::arg("device"), "The row as a table on a device, copied there once.");
 }
 
 }  // namespace fastdiff::dropin

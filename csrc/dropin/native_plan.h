@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "device_table.h"
 #include "guards.h"
 
 namespace fastdiff::dropin {
@@ -45,7 +46,13 @@ struct NativePlan {
     explicit NativePlan(const py::handle& plan);
 
     // The row as a table on a device; copied there once.
-    const at::Tensor& table(const at::Device& device);
+    const at::Tensor& table(const at::Device& device) { return table_.on(device); }
+    // The row whose model input is scaled for the next step. Null where the step cannot write that: its first result is
+    // no output of its own, or no plan is known that scales it.
+    DeviceTable* table_with_model_input();
+    // The plan by which `scale_model_input` scales samples of a dtype after this step; null where none is known.
+    NativePlan* scaling(at::ScalarType type) const;
+    void set_scaling(NativePlan* scaling, double factor);
 
     PyObject* plan;  // the owner of this object
     // The native executor takes the step. Other plans are for the Python executor.
@@ -57,12 +64,13 @@ struct NativePlan {
     int noise = -1;
     // There is one draw, in float32, that only the row reads: the sample may be written over it.
     bool noise_is_scratch = false;
-    int64_t kept;
+    int64_t kept, variance_kind;
     std::vector<at::ScalarType> output_types;
     std::vector<std::pair<py::object, py::object>> constant_writes;
     std::vector<std::pair<py::object, int>> tensor_writes;
     std::vector<ListWrite> list_writes;
     std::vector<SlotOrConstant> results;
+    int first_output;  // the slot of the previous sample
     py::object result_type;
     std::vector<py::object> result_names;
     // The plan of the same call one timestep later with nothing changed between, once one has followed. Timesteps only
@@ -71,8 +79,13 @@ struct NativePlan {
     py::object next_plan_owner;
 
   private:
-    at::Tensor host_table_;
-    std::forward_list<at::Tensor> device_tables_;  // a list: a step that runs without the GIL holds a reference
+    struct Scaling {
+        NativePlan* plan;
+        py::object owner;
+    };
+
+    DeviceTable table_, table_with_model_input_;
+    std::forward_list<Scaling> scalings_;  // one for each dtype at most
 };
 
 void define_native_plan(py::module_& m);

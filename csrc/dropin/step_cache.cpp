@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "../torch_bits/torch_normal.h"
+
 namespace fastdiff::dropin {
 
 int64_t& read_epoch() {
@@ -31,16 +33,16 @@ FirstStepEntry::FirstStepEntry(const py::handle& record)
       epoch(read_epoch()) {}
 
 bool FirstStepEntry::check(PyObject* scheduler, PyObject* now, PyObject* name, bool with_seeds,
-                           const SchedulerCall& call, const void** timestep) const {
+                           const SchedulerCall& call, const HostCopies& copies, const void** timestep) const {
     static PyObject* const timesteps_name = PyUnicode_InternFromString("timesteps");
     if (reinterpret_cast<PyObject*>(Py_TYPE(scheduler)) != scheduler_class.ptr() || name != method.ptr()) return false;
     if (version == 0 || class_version(Py_TYPE(scheduler)) != version || epoch != read_epoch()) return false;
     if (with_seeds != seeded || call.guided() != guided) return false;
     const at::Tensor* timesteps = as_tensor(PyDict_GetItemWithError(now, timesteps_name));
-    if (timesteps == nullptr || !timesteps->is_cpu() || !bindings::in_memory(*timesteps)) return false;
+    if (timesteps == nullptr || !bindings::in_memory(*timesteps)) return false;
     // The arguments first: they are few, and tell calls apart.
     const void* due = static_cast<const char*>(timesteps->const_data_ptr()) + place * step_bytes;
-    if (!check_arguments(*arguments, call, due) || !check_attributes(attributes, now)) return false;
+    if (!check_arguments(*arguments, call, due) || !check_attributes(attributes, now, copies)) return false;
     *timestep = due;
     return true;
 }
@@ -56,9 +58,10 @@ TensorVersions FirstStepEntry::versions(PyObject* now) const {
 }
 
 std::shared_ptr<const FirstStepEntry> FirstSteps::find(PyObject* scheduler, PyObject* attributes, PyObject* method,
-                                                       bool seeded, const SchedulerCall& call, const void** timestep) {
+                                                       bool seeded, const SchedulerCall& call, const HostCopies& copies,
+                                                       const void** timestep) {
     const auto found = std::find_if(entries_.begin(), entries_.end(), [&](const auto& entry) {
-        return entry->check(scheduler, attributes, method, seeded, call, timestep);
+        return entry->check(scheduler, attributes, method, seeded, call, copies, timestep);
     });
     if (found == entries_.end()) return nullptr;
     std::rotate(entries_.begin(), found, found + 1);
@@ -77,6 +80,34 @@ void FirstSteps::add(const py::handle& record) {
 }
 
 void FirstSteps::clear() { const auto dropped = std::exchange(entries_, {}); }
+
+void NextModelInput::record(const at::Tensor& sample, at::Tensor scaled) {
+    clear();
+    if (!sample.defined()) return;
+    if (sample.is_inference()) {  // writes to it are not counted
+        wanted_ = false;
+        return;
+    }
+    sample_.emplace(sample.getIntrusivePtr());
+    version_ = sample._version();
+    scaled_ = std::move(scaled);
+}
+
+bool NextModelInput::is_of(const at::Tensor& tensor) const {
+    return sample_.has_value() && sample_->_unsafe_get_target() == tensor.unsafeGetTensorImpl() &&
+           tensor._version() == version_ && bindings::is_plain_eager(tensor);
+}
+
+bool NextModelInput::begin_step() {
+    wanted_ = wanted_ && !scaled_.defined();
+    clear();
+    return wanted_;
+}
+
+void NextModelInput::clear() {
+    sample_.reset();
+    scaled_.reset();
+}
 
 bool StepCache::unchanged(PyObject* scheduler, PyObject* attributes) const {
     const StepCacheState& s = *state;
@@ -99,7 +130,7 @@ py::object StepCache::try_next_step(PyObject* scheduler, PyObject* attributes, P
     const long long begun = ++s.epoch;
     py::object plan = s.native->next_plan_owner;
     bool snapshot_is_complete = false;
-    py::object result = execute(plan, next, attributes, call, &snapshot_is_complete);
+    py::object result = execute(plan, next, attributes, call, /*scales=*/false, &snapshot_is_complete);
     ++steps_taken;
     if (++s.epoch != begun + 1) {
         forget();
@@ -119,13 +150,13 @@ py::object StepCache::try_first_step(PyObject* scheduler, PyObject* attributes, 
     StepCacheState& s = *state;
     if (steps_taken != 0 || s.first_steps->size() == 0) return py::object();
     const void* timestep = nullptr;
-    const auto entry = s.first_steps->find(scheduler, attributes, method, seeded != 0, call, &timestep);
+    const auto entry = s.first_steps->find(scheduler, attributes, method, seeded != 0, call, s.host_copies, &timestep);
     if (entry == nullptr) return py::object();
     auto versions = entry->versions(attributes);
     const py::object plan_cache_before = std::exchange(s.plan_cache, entry->plan_cache);
     const long long begun = ++s.epoch;
     bool snapshot_is_complete = false;  // the snapshot is another loop's
-    py::object result = execute(entry->plan, entry->native, attributes, call, &snapshot_is_complete);
+    py::object result = execute(entry->plan, entry->native, attributes, call, scales, &snapshot_is_complete);
     const bool alone = ++s.epoch == begun + 1;
     if (scales) return result;
     ++steps_taken;
@@ -147,6 +178,27 @@ py::object StepCache::try_first_step(PyObject* scheduler, PyObject* attributes, 
     return result;
 }
 
+py::object StepCache::try_scaling(PyObject* scheduler, PyObject* attributes, PyObject* method,
+                                  const SchedulerCall& call) {
+    StepCacheState& s = *state;
+    const at::Tensor* sample = as_tensor(call.sample());
+    if (sample == nullptr) return py::object();
+    NativePlan* scaling = s.native == nullptr ? nullptr : s.native->scaling(sample->scalar_type());
+    if (scaling == nullptr || !unchanged(scheduler, attributes))
+        return try_first_step(scheduler, attributes, method, /*scales=*/true, call);
+    if (s.next_model_input.is_of(*sample) && bindings::called_plainly()) {
+        s.next_model_input.expect_again();
+        // The second guard of a call's arguments is the timestep's.
+        if ((*s.arguments)[1].check(call.timestep(), s.timestep + s.step_bytes)) {
+            at::Tensor scaled = s.next_model_input.take();
+            if (scaled.defined()) return own(THPVariable_Wrap(std::move(scaled)));
+        }
+    }
+    bool snapshot_is_complete = false;
+    const py::object plan = py::reinterpret_borrow<py::object>(scaling->plan);
+    return execute(plan, scaling, attributes, call, /*scales=*/true, &snapshot_is_complete);
+}
+
 void StepCache::advance_to(py::object plan, NativePlan* native) {
     state->native = native;
     const py::object before = std::exchange(state->plan, std::move(plan));  // dropped when all is in order
@@ -157,19 +209,23 @@ void StepCache::forget() {
     s.native = nullptr;
     const py::object plan = std::exchange(s.plan, py::object());
     const Guards arguments = std::exchange(s.arguments, nullptr);
+    s.next_model_input.clear();
     s.snapshot.clear();
 }
 
 py::object StepCache::execute(const py::object& plan, NativePlan* native, PyObject* attributes,
-                              const SchedulerCall& call, bool* snapshot_is_complete) {
+                              const SchedulerCall& call, bool scales, bool* snapshot_is_complete) {
     static const std::array<PyObject*, 3> names{PyUnicode_InternFromString("model_output"),
                                                 PyUnicode_InternFromString("timestep"),
                                                 PyUnicode_InternFromString("sample")};
     try {
         NativeExecutor executor(*native, attributes, call, &state->executor, steps_taken, &state->snapshot);
+        const bool writes_model_input = !scales && state->next_model_input.begin_step();
+        if (writes_model_input) executor.ask_for_model_input();
         py::object result = executor.execute();
         if (result.ptr() != nullptr) {
             *snapshot_is_complete = executor.snapshot_is_complete();
+            if (!scales) state->next_model_input.record(executor.prev_sample(), executor.take_model_input());
             return result;
         }
         const py::object arguments = own(PyDict_New());
@@ -179,12 +235,27 @@ py::object StepCache::execute(const py::object& plan, NativePlan* native, PyObje
         for (size_t i = 0; i < names.size(); ++i) set(names[i], call.required[i]);
         for (size_t i = 0; i < call.num_extra; ++i) set(call.extra[i].first, call.extra[i].second);
         const py::object drawn = executor.drawn();
-        return own(PyObject_CallFunctionObjArgs(state->execute.ptr(), plan.ptr(), attributes, arguments.ptr(),
-                                                call.uncond, call.guidance_scale, object(), drawn.ptr(), nullptr));
+        const py::object model_inputs = writes_model_input ? own(PyList_New(0)) : py::none();
+        result = own(PyObject_CallFunctionObjArgs(state->execute.ptr(), plan.ptr(), attributes, arguments.ptr(),
+                                                  call.uncond, call.guidance_scale, object(), drawn.ptr(), Py_None,
+                                                  model_inputs.ptr(), nullptr));
+        if (!scales) record_python_step(plan, result, model_inputs);
+        return result;
     } catch (...) {
         forget();  // the snapshot may be half of a step ahead of the plan
         throw;
     }
+}
+
+void StepCache::record_python_step(const py::object& plan, const py::object& result, const py::object& model_inputs) {
+    at::Tensor sample, scaled;
+    if (!plan.attr("model_input_scale")().is_none()) {
+        const py::object first = plan.attr("result_type").is_none() ? result : py::object(result[py::int_(0)]);
+        sample = THPVariable_Unpack(first.ptr());
+    }
+    if (PyList_Check(model_inputs.ptr()) && PyList_GET_SIZE(model_inputs.ptr()) > 0)
+        scaled = THPVariable_Unpack(PyList_GET_ITEM(model_inputs.ptr(), 0));
+    state->next_model_input.record(sample, std::move(scaled));
 }
 
 namespace {
@@ -208,6 +279,7 @@ PyObject* install(PyObject* self, PyObject* const* objects, Py_ssize_t count) {
         const at::Tensor& unpacked = THPVariable_Unpack(tensor.ptr());
         versions.emplace_back(unpacked, unpacked._version());
     }
+    s.next_model_input.clear();
     std::swap(s.arguments, arguments);
     const py::object method_before = std::exchange(s.method, interned(objects[2]));
     s.guided = objects[3] == Py_True;
@@ -220,19 +292,6 @@ PyObject* install(PyObject* self, PyObject* const* objects, Py_ssize_t count) {
     s.read_epoch = read_epoch();
     cast(self)->advance_to(std::move(plan), native);
     Py_RETURN_NONE;
-    END_HANDLE_TH_ERRORS
-}
-
-// try_first_scaling(scheduler, method, sample, timestep)
-PyObject* try_first_scaling(PyObject* self, PyObject* const* objects, Py_ssize_t count) {
-    HANDLE_TH_ERRORS
-    TORCH_CHECK_TYPE(count == 4, "try_first_scaling: expected (scheduler, method, sample, timestep)");
-    SchedulerCall call;
-    call.required = {objects[2], objects[3], objects[2]};
-    const py::object attributes = own(PyObject_GenericGetDict(objects[0], nullptr));
-    const py::object method = interned(objects[1]);
-    py::object result = cast(self)->try_first_step(objects[0], attributes.ptr(), method.ptr(), /*scales=*/true, call);
-    return result.ptr() == nullptr ? Py_NewRef(Py_None) : result.release().ptr();
     END_HANDLE_TH_ERRORS
 }
 
@@ -256,6 +315,13 @@ PyObject* set_seeds(PyObject* self, PyObject* seeds) {
     HANDLE_TH_ERRORS
     const at::Tensor* tensor = as_tensor(seeds);
     cast(self)->state->executor.seeds = tensor == nullptr ? at::Tensor() : *tensor;
+    Py_RETURN_NONE;
+    END_HANDLE_TH_ERRORS
+}
+
+PyObject* set_host_copies(PyObject* self, PyObject* copies) {
+    HANDLE_TH_ERRORS
+    const HostCopies before = std::exchange(cast(self)->state->host_copies, read_host_copies(copies));
     Py_RETURN_NONE;
     END_HANDLE_TH_ERRORS
 }
@@ -347,13 +413,12 @@ void define_step_cache(py::module_& m) {
         {"install", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&install)), METH_FASTCALL,
          "install(plan, attributes, method, guided, arguments, timestep, step_bytes, tensors, reads, class): record a "
          "step whose plan was looked up, so that the next one can follow from it."},
-        {"try_first_scaling", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&try_first_scaling)), METH_FASTCALL,
-         "try_first_scaling(scheduler, method, sample, timestep): the scaled model input before a first step; "
-         "None, with nothing done, where no earlier loop began like this."},
         {"forget", &forget_method, METH_NOARGS, "forget(): no step follows from the last one."},
         {"advance_epoch", &advance_epoch, METH_NOARGS, "advance_epoch(): count the beginning or the end of a step."},
         {"unchanged", &unchanged_method, METH_O, "unchanged(scheduler): whether it is as the last step left it."},
         {"set_seeds", &set_seeds, METH_O, "set_seeds(seeds): the seeds as a tensor on the samples' device, or None."},
+        {"set_host_copies", &set_host_copies, METH_O,
+         "set_host_copies(copies): the copies of the scheduler's arrays on devices, by which first steps are found."},
         {nullptr, nullptr, 0, nullptr},
     };
     static PyGetSetDef properties[] = {
@@ -400,12 +465,13 @@ void define_step_cache(py::module_& m) {
         "Say that a step has read an attribute that no step of its class had read before.");
     m.def(
         "check_guard",
-        [](const py::object& record, const py::object& value, const py::object& timestep) {
+        [](const py::object& record, const py::object& value, const py::object& timestep, const py::object& copies) {
             const void* due = timestep.is_none() ? nullptr : PyLong_AsVoidPtr(timestep.ptr());
-            return Guard(record).check(value.ptr(), due);
+            return Guard(record).check(value.ptr(), due, read_host_copies(copies));
         },
-        py::arg("guard"), py::arg("value"), py::arg("timestep"),
-        "Evaluate one guard, as the cache does. `timestep`: the address of the one that is due, or None.");
+        py::arg("guard"), py::arg("value"), py::arg("timestep"), py::arg("copies") = py::tuple(),
+        "Evaluate one guard, as the cache does. `timestep`: the address of the one that is due, or None; `copies`: of "
+        "arrays on devices.");
 }
 
 }  // namespace fastdiff::dropin

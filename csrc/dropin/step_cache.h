@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "executor.h"
@@ -27,7 +28,7 @@ struct FirstStepEntry {
 
     // Whether the guards hold. `timestep` becomes the address of the timestep that is due.
     bool check(PyObject* scheduler, PyObject* attributes, PyObject* method, bool seeded, const SchedulerCall& call,
-               const void** timestep) const;
+               const HostCopies& copies, const void** timestep) const;
     TensorVersions versions(PyObject* attributes) const;
 
     py::object plan;
@@ -47,7 +48,8 @@ struct FirstStepEntry {
 class FirstSteps {
   public:
     std::shared_ptr<const FirstStepEntry> find(PyObject* scheduler, PyObject* attributes, PyObject* method, bool seeded,
-                                               const SchedulerCall& call, const void** timestep);
+                                               const SchedulerCall& call, const HostCopies& copies,
+                                               const void** timestep);
     void add(const py::handle& record);
     void clear();
     size_t size() const { return entries_.size(); }
@@ -59,12 +61,38 @@ class FirstSteps {
     std::vector<std::shared_ptr<const FirstStepEntry>> entries_;
 };
 
+// The sample that the last step returned, and the model input for the next step if that step wrote it in its own pass.
+//
+// A step writes it once a sample was scaled as the step before had returned it, and no more once it was not asked for.
+class NextModelInput {
+  public:
+    // Record the step that has been taken; `sample` is undefined where its result cannot be told from another tensor.
+    void record(const at::Tensor& sample, at::Tensor scaled);
+    // Whether a tensor is the step's sample, not written since.
+    bool is_of(const at::Tensor& tensor) const;
+    // Return the model input and keep no reference to it; undefined where there is none.
+    at::Tensor take() { return std::exchange(scaled_, at::Tensor()); }
+    // Begin a step: drop what was not asked for, and return whether to write the next model input.
+    bool begin_step();
+    void expect_again() { wanted_ = true; }
+    void clear();
+
+  private:
+    // Compared by identity; the sample's memory is not kept.
+    std::optional<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> sample_;
+    int64_t version_ = 0;
+    at::Tensor scaled_;
+    bool wanted_ = false;
+};
+
 struct StepCacheState {
     ExecutorState executor;
+    NextModelInput next_model_input;
     py::object execute;  // the Python executor, for plans and calls that the native one does not take
     py::object first_steps_owner;
     FirstSteps* first_steps = nullptr;
-    py::object plan_cache;  // fastdiff.diffusers.runtime.plan_cache.PlanCache, or None
+    HostCopies host_copies;  // of the scheduler's arrays on devices
+    py::object plan_cache;   // fastdiff.diffusers.runtime.plan_cache.PlanCache, or None
     // The last step: its plan (null where no step may follow from it) and its call.
     py::object plan;
     NativePlan* native = nullptr;
@@ -98,6 +126,9 @@ struct StepCache {
     // scales the model's input, which is no step to count or to go on from.
     py::object try_first_step(PyObject* scheduler, PyObject* attributes, PyObject* method, bool scales,
                               const SchedulerCall& call);
+    // Scale the model's input: hand out what the last step wrote, or take one pass; null, with nothing done, where the
+    // plan has to be looked up.
+    py::object try_scaling(PyObject* scheduler, PyObject* attributes, PyObject* method, const SchedulerCall& call);
     // Whether the scheduler is as the last step left it.
     bool unchanged(PyObject* scheduler, PyObject* attributes) const;
     // Forget the last step.
@@ -106,8 +137,11 @@ struct StepCache {
     void advance_to(py::object plan, NativePlan* native);
 
   private:
+    // Record the sample and the model inputs (a list or None) of a step that the Python executor has taken.
+    void record_python_step(const py::object& plan, const py::object& result, const py::object& model_inputs);
+    // `scales`: as for `try_first_step`.
     py::object execute(const py::object& plan, NativePlan* native, PyObject* attributes, const SchedulerCall& call,
-                       bool* snapshot_is_complete);
+                       bool scales, bool* snapshot_is_complete);
 };
 
 StepCache* step_cache_of(PyObject* object);  // null where the object is none

@@ -140,10 +140,11 @@ inline bool seeded_sum(const at::Tensor& out, const std::vector<at::Tensor>& bas
 }
 
 inline void define_seeded_sum(py::module_& m) {
-    m.def("spawned_seeds", &spawned_seeds, py::arg("entropy"), py::arg("keys"), py::arg("pool_size"),
+    m.def("spawned_seeds", torch::wrap_pybind_function(spawned_seeds), py::arg("entropy"), py::arg("keys"),
+          py::arg("pool_size"),
           "The first word of numpy's SeedSequence(entropy, spawn_key=key, pool_size=pool_size) for each key, a pair.");
-    m.def("seeded_sum", &seeded_sum, py::arg("out"), py::arg("bases"), py::arg("base_weights"), py::arg("seeds"),
-          py::arg("weights"),
+    m.def("seeded_sum", torch::wrap_pybind_function(seeded_sum), py::arg("out"), py::arg("bases"),
+          py::arg("base_weights"), py::arg("seeds"), py::arg("weights"),
           "Fills out with the weighted sum of bases and of torch.randn from each seed; False where it is not plain.");
 }
 

@@ -21,7 +21,7 @@ from .compiler.inputs import CACHE
 from .compiler.overrides import OWN_CLASSES, overriding_class, pristine
 from .guidance import combined, combined_by_torch, rescaling
 from .runtime.lookup import SCALING
-from .runtime.scheduler_cache import SchedulerCache, cache_of, current_cache_of, with_fast_path
+from .runtime.scheduler_cache import SchedulerCache, begin_loop, cache_of, current_cache_of, with_fast_path
 from .runtime.step import take_step
 
 #: The attribute by which a compiled function sees that there are seeds.
@@ -213,57 +213,47 @@ def _step_method(name: str, method: Any, signature: inspect.Signature) -> Any:
         _refuse_seeds(self)
         return method(self, *args)  # torch.compile fuses it
 
-    # A function with a literal signature: to collect arguments and pass them on takes a tenth of a short step.
+    return _literal_method(name, method, signature, take, compiled)
+
+
+def _scaling_method(name: str, method: Any, signature: inspect.Signature) -> Any:
+    @with_fast_path(name, tuple(signature.parameters)[1:], scales=True)
+    def take(self: Any, sample: Any, timestep: Any) -> Any:
+        cache = cache_of(self)
+        if cache.irregular and isinstance(sample, Tensor):
+            return method(self, sample, timestep)  # to look up a plan takes longer, and no step will follow this one
+        last = cache.plan
+        follows = last is not None and vars(self).get("_step_index") is not None and cache.unchanged(self)
+        result = take_step(self, name, (sample, timestep), {})
+        scaling = cache.scaling
+        if follows and cache.plan is last and scaling is not None and scaling.scale_only is not None:
+            last.set_scaling(scaling)  # while nothing changes after that step, samples are scaled by this plan
+        return result
+
+    return _literal_method(name, method, signature, take, method)
+
+
+def _literal_method(name: str, method: Any, signature: inspect.Signature, take: Any, compiled: Any) -> Any:
+    """Return a method with a literal signature that calls `take`, or `compiled` where Dynamo traces it."""
+    # To collect arguments and pass them on would take a tenth of a short step.
     names = list(signature.parameters)
     scope = {"is_compiling": _is_compiling, "compiled": compiled, "take": take}
     scope |= {f"default_{n}": p.default for n, p in signature.parameters.items() if p.default is not p.empty}
     given = ", ".join(names)
     wanted = ", ".join(f"{n}=default_{n}" if f"default_{n}" in scope else n for n in names)
     exec(f"def {name}({wanted}):\n if is_compiling():\n  return compiled({given})\n return take({given})\n", scope)
-    step: Any = functools.update_wrapper(cast(Any, scope[name]), method)
+    made: Any = functools.update_wrapper(cast(Any, scope[name]), method)
     # With the annotations of diffusers' method: pipelines look there for `eta` and `generator`.
-    step.__signature__ = signature
-    return step
-
-
-def _scaling_method(name: str, method: Any, signature: inspect.Signature) -> Any:
-    @functools.wraps(method)
-    def scale_model_input(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_compiling():
-            return method(self, *args, **kwargs)
-        attributes = self.__dict__
-        if len(args) != 2 or kwargs or not isinstance(args[0], Tensor):
-            return take_step(self, name, args, kwargs)
-        cache: SchedulerCache = attributes.get(CACHE) or cache_of(self)
-        if cache.irregular:
-            return method(self, *args)  # to look up a plan takes longer, and no step will follow this one
-        # While nothing has changed since the last step, the factor is the one that was found there before.
-        last, sample = cache.plan, args[0]
-        if last is None or attributes.get("_step_index") is None or not cache.unchanged(self):
-            result = cache.try_first_scaling(self, name, *args)
-            return take_step(self, name, args, kwargs) if result is None else result
-        if last.next_scale is not None and sample.dtype is last.next_scale[0]:
-            return sample * last.next_scale[1]
-        result = take_step(self, name, args, kwargs)
-        plan = cache.scaling
-        if plan is not None and cache.plan is last:
-            last.next_scale = None if plan.scale_only is None else (plan.dtype, plan.scale_only)
-        return result
-
-    scale_model_input.__signature__ = signature  # type: ignore[attr-defined]
-    return scale_model_input
+    made.__signature__ = signature
+    return made
 
 
 def _set_timesteps_method(method: Any) -> Any:
     @functools.wraps(method)  # with its signature: pipelines look there for `sigmas` and `timesteps`
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = method(self, *args, **kwargs)
-        if _is_compiling():
-            return result
-        cache: SchedulerCache | None = vars(self).get(CACHE)
-        if cache is not None:
-            cache.steps_taken = 0  # noise of `use_philox` starts again with its first step
-            cache.read_again = True
+        if not _is_compiling():
+            begin_loop(self)
         return result
 
     return set_timesteps

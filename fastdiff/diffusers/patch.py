@@ -9,28 +9,19 @@ state is the object's `__dict__`, so nothing is copied, in the middle of a loop 
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
-
 from ..errors import error_message
+from . import pipeline_graphs
 from .compiler.inputs import CACHE
+from .find import find_parts, guiders_loaded, may_be_empty
 from .mixin import FusedScheduler
 from .registry import CLASSES
 
 #: Attribute of an object whose class `patch` changed; `unpatch` changes no other.
 _PATCHED = "_patched"
-#: Classes that hold schedulers and guiders.  Their modules take seconds to import, so they are only looked up among the
-#: imported ones: whoever has such an object has imported its module.
-_PIPELINES = (
-    ("diffusers.pipelines.pipeline_utils", "DiffusionPipeline"),
-    ("diffusers.modular_pipelines.modular_pipeline", "ModularPipeline"),
-    ("diffusers.modular_pipelines.modular_pipeline", "ModularPipelineBlocks"),
-)
-_GUIDERS = (("diffusers.guiders.guider_utils", "BaseGuidance"),)
 
 
 @dataclass(frozen=True)
@@ -54,20 +45,28 @@ class Part:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """The result of `patch` or `unpatch`: the parts whose class was changed, and those left, each with the reason."""
+    """The result of `patch` or `unpatch`.
+
+    Attributes:
+        replaced: the parts whose class was changed.
+        left: those that were not, each with the reason.
+        captured: the models whose forward runs as a CUDA graph from now on; of `unpatch`, no longer does.
+    """
 
     operation: str
     replaced: tuple[Part, ...]
     left: tuple[Part, ...]
+    captured: tuple[Part, ...] = ()
 
     def __str__(self) -> str:
-        if not self.replaced and not self.left:
+        if not self.replaced and not self.left and not self.captured:
             return f"{self.operation}: found no scheduler and no guider"
-        groups = (("replaced", self.replaced), ("left", self.left))
+        graph = "captured" if self.operation == "patch" else "released"
+        groups = (("replaced", self.replaced), ("left", self.left), (graph, self.captured))
         return "\n".join(f"{self.operation}: {verb} {part}" for verb, parts in groups for part in parts)
 
 
-def patch(pipe: Any) -> PatchReport:
+def patch(pipe: Any, *, cuda_graph: bool = False) -> PatchReport:
     """Give the schedulers and guiders of a pipeline their fused classes, in place.
 
     Each keeps its identity, configuration and state, in the middle of a loop too, and is saved as before.  A second
@@ -75,28 +74,47 @@ def patch(pipe: Any) -> PatchReport:
     creates its own when it is constructed, so patch it after that.
 
     Args:
-        pipe: a pipeline, a modular pipeline or its blocks, a scheduler, a guider, or a dict, list or tuple of those.
-            Nested pipelines are included.  The change applies to every other holder of the same scheduler.
+        pipe: a pipeline, a modular pipeline or its blocks, a module, a scheduler, a guider, an object with an attribute
+            `scheduler` or `noise_scheduler`, or a dict, list or tuple of those.  What they hold is included.  The
+            change applies to every other holder of the same scheduler.
+        cuda_graph: also run the model of the pipeline's denoising loop as one CUDA graph, which all steps replay
+            (docs/graphs.md); for a pipeline whose step is one model, guidance and a scheduler.
 
     Raises:
-        TypeError: it is none of these, and has no scheduler and no guider.
+        TypeError: it is none of these, and has no scheduler and no guider; or no pipeline, beside `cuda_graph`.
+        ValueError: `cuda_graph` is set for a pipeline of another kind, or a model that cannot be captured.  Nothing
+            has been changed then.
     """
-    replaced, left = [], []
+    found = _parts("patch", pipe)
     originals = {fused.original: fused for fused in _fused_classes()}
-    for where, part in _parts("patch", pipe):
+    left = [
+        Part(where, type(part).__name__, _why_left(type(part), originals))
+        for where, part in found
+        if type(part) not in originals
+    ]
+    captured = []
+    if cuda_graph:
+        name, model = pipeline_graphs.denoiser_of(pipe)
+        scheduler = dict(found).get("scheduler")
+        fused = type(scheduler) in originals or isinstance(scheduler, FusedScheduler)
+        reason = None if fused else _why_left(type(scheduler), originals)
+        pipeline_graphs.check_can_capture(pipe, name, model, reason)
+        if pipeline_graphs.capture(model):
+            captured.append(Part(name, type(model).__name__))
+        else:
+            left.append(Part(name, type(model).__name__, "captured already"))
+    replaced = []
+    for where, part in found:
         kind = type(part)
-        fused = originals.get(kind)
-        if fused is None:
-            left.append(Part(where, kind.__name__, _why_left(kind, originals)))
-            continue
-        part.__class__ = fused
-        vars(part)[_PATCHED] = True
-        replaced.append(Part(where, kind.__name__))
-    return PatchReport("patch", tuple(replaced), tuple(left))
+        if kind in originals:
+            part.__class__ = originals[kind]
+            vars(part)[_PATCHED] = True
+            replaced.append(Part(where, kind.__name__))
+    return PatchReport("patch", tuple(replaced), tuple(left), tuple(captured))
 
 
 def unpatch(pipe: Any) -> PatchReport:
-    """Undo `patch`: give the same objects diffusers' classes back, with their present state.
+    """Undo `patch`: give the same objects diffusers' classes back, with their present state, and drop the graphs.
 
     A scheduler or guider that was created with a fused class keeps it.  Seeds given by `use_philox` are dropped.
 
@@ -118,21 +136,20 @@ def unpatch(pipe: Any) -> PatchReport:
             for name in (_PATCHED, CACHE):
                 vars(part).pop(name, None)
             replaced.append(Part(where, original.__name__))
-    return PatchReport("unpatch", tuple(replaced), tuple(left))
+    released = [
+        Part(name, type(model).__name__)
+        for name, model in pipeline_graphs.captured_models(pipe)
+        if pipeline_graphs.release(model)
+    ]
+    return PatchReport("unpatch", tuple(replaced), tuple(left), tuple(released))
 
 
 def _fused_classes() -> list[Any]:
-    if not _loaded(_GUIDERS):
+    if not guiders_loaded():
         return list(CLASSES.values())
     from .guiders import GUIDERS
 
     return [*CLASSES.values(), *GUIDERS.values()]
-
-
-def _loaded(names: tuple[tuple[str, str], ...]) -> tuple[type, ...]:
-    """Return those classes whose modules have been imported."""
-    found = (getattr(sys.modules.get(module), name, None) for module, name in names)
-    return tuple(kind for kind in found if kind is not None)
 
 
 def _why_left(kind: type, originals: Mapping[type, type]) -> str:
@@ -146,38 +163,17 @@ def _why_left(kind: type, originals: Mapping[type, type]) -> str:
     return "no fused class of that name; see docs/diffusers.md"
 
 
-def _parts(operation: str, pipe: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the schedulers and guiders of a pipeline, each once, with its path."""
-    parts, pipelines = (SchedulerMixin, *_loaded(_GUIDERS)), _loaded(_PIPELINES)
-    seen: set[int] = set()
-
-    def walk(where: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if id(value) in seen:
-            return
-        seen.add(id(value))
-        if isinstance(value, parts):
-            yield where, value
-            return
-        inner: list[tuple[Any, Any]] = []
-        if isinstance(value, Mapping):
-            inner = list(value.items())
-        elif isinstance(value, (list, tuple)):
-            inner = list(enumerate(value))
-        elif isinstance(value, pipelines) or not where:
-            inner = list(getattr(value, "__dict__", {}).items())
-        for name, item in inner:
-            if isinstance(item, (*parts, *pipelines, Mapping, list, tuple)):
-                yield from walk(f"{where}.{name}" if where else str(name), item)
-
-    found = list(walk("", pipe))
-    if not found and not isinstance(pipe, (*pipelines, Mapping, list, tuple)):
+def _parts(operation: str, holder: Any) -> list[tuple[str, Any]]:
+    """Return the schedulers and guiders of an object, each once, with its path; refuse one that has none."""
+    found = find_parts(holder)
+    if not found and not may_be_empty(holder):
         raise TypeError(
             error_message(
                 operation,
                 "pipe",
-                f"is a {type(pipe).__name__} without a scheduler or a guider",
+                f"is a {type(holder).__name__} without a scheduler or a guider",
                 "a diffusers pipeline, scheduler or guider",
-                "pass the pipeline itself",
+                "pass the pipeline itself, or the object that holds the scheduler",
             )
         )
-    return iter(found)
+    return found

@@ -77,7 +77,7 @@ def _form(model: GuidedModel) -> tuple[Any, ...]:
     conditions = signature(model.prompt_embeds), signature(negative)
     scale_a_sample = guided and isinstance(model.guidance_scale, Tensor)
     flags = guided, scale_a_sample, model.mode, model.channels, model.model_dtype
-    return _identity(model.model), _weights(model.model), conditions, kwargs, flags, _autocast()
+    return _identity(model.model), _weights(model.model), conditions, kwargs, flags, autocast_state()
 
 
 def _identity(model: Model) -> tuple[int, ...]:
@@ -95,7 +95,8 @@ def _weights(model: Model) -> tuple[int, ...] | None:
     return module.training, *(tensor.data_ptr() for tensor in held)
 
 
-def _autocast() -> tuple[bool, torch.dtype]:
+def autocast_state() -> tuple[bool, torch.dtype]:
+    """Return whether autocast is enabled on CUDA devices, and its dtype: a graph holds the conversions."""
     return torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
 
 

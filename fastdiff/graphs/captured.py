@@ -26,14 +26,8 @@ from ..row_layout import NUM_REGISTERS, Variance, compute_dtype
 from ..sampling.config import check_guidance_scale
 from ..sampling.loop import Callback, StepInfo, checked_samples, progress_bar
 from ..solvers.table import StepTable
-from .recorder import RECORDERS, check_can_capture, check_can_show, without_autocast_cache
+from .recorder import ONE_CAPTURE, RECORDERS, WARM_UPS, check_can_capture, check_can_show, without_autocast_cache
 from .static_inputs import StaticInput, StaticTree
-
-#: torch's recommendation: so often does a body run on a side stream before it is captured.
-WARM_UPS = 3
-
-#: Two captures at a time would see each other's allocations and synchronisations.
-_ONE_CAPTURE = threading.RLock()
 
 
 class CapturedLoop:
@@ -338,7 +332,7 @@ class CapturedLoop:
             for _ in range(len(self.table) if self.mode == "loop" else 1):
                 self._take_row()
 
-        with _ONE_CAPTURE, without_autocast_cache(), self._recorder.turn(self._buffers):
+        with ONE_CAPTURE, without_autocast_cache(), self._recorder.turn(self._buffers):
             first = self._x.clone()
             for _ in range(WARM_UPS):
                 self._begin(first)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
@@ -14,6 +15,10 @@ from ..errors import error_message, unknown_name
 
 #: "loop": all rows in one graph, one launch a loop.  "step": one row in a graph, launched once a row.
 GRAPH_MODES = ("loop", "step")
+#: torch's recommendation: so often does a body run on a side stream before it is captured.
+WARM_UPS = 3
+#: Two captures at a time would see each other's allocations and synchronisations.
+ONE_CAPTURE = threading.RLock()
 
 Body = Callable[[], None]
 
@@ -95,6 +100,11 @@ def without_autocast_cache() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(before)
+
+
+def can_capture_on(device: torch.device) -> bool:
+    """Return True for a device that has graphs."""
+    return device.type in RECORDERS
 
 
 def check_can_capture(mode: object, latents: Tensor) -> None:

@@ -14,7 +14,8 @@ from ..errors import error_message
 #: Keys and indices that lead to a value, from the outside in.
 Path = tuple[Any, ...]
 
-_COMPARED = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
+#: Values that are compared by value; a graph holds them.
+COMPARED = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 
 
 class StaticInput:
@@ -159,7 +160,7 @@ def signature(value: Any) -> Any:
     """
     if isinstance(value, Tensor):
         return Tensor, tuple(value.shape), value.stride(), value.dtype, value.device
-    if isinstance(value, (*_COMPARED, Container)):
+    if isinstance(value, (*COMPARED, Container)):
         return type(value), value
     return type(value), id(value)
 
@@ -175,7 +176,7 @@ def _rebuilt(value: Any, path: Path, buffers: dict[Path, Tensor]) -> Any:
 
 
 def _same(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is type(b) and isinstance(a, (*_COMPARED, Container)) and bool(a == b))
+    return a is b or (type(a) is type(b) and isinstance(a, (*COMPARED, Container)) and bool(a == b))
 
 
 def _described(tensor: Tensor) -> str:
@@ -183,4 +184,4 @@ def _described(tensor: Tensor) -> str:
 
 
 def _short(value: Any) -> str:
-    return repr(value) if isinstance(value, (*_COMPARED, Container)) else f"another {type(value).__name__}"
+    return repr(value) if isinstance(value, (*COMPARED, Container)) else f"another {type(value).__name__}"

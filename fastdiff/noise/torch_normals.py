@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..device_copy import to_device
 from ..extension import cpu_build, extension, extension_error
 
 #: Sizes of the draws that are compared: multiples of 16 and others, below and above the 624 words of a generator's
@@ -115,7 +116,7 @@ def randn_like_diffusers(
             raise ValueError(f"Cannot generate a {device} tensor from a generator of type {drawn_by}.")
     if isinstance(generator, list) and len(generator) == 1:
         generator = generator[0]
-    return batched_randn(shape, generator, device=drawn_on, dtype=dtype).to(device)
+    return to_device(batched_randn(shape, generator, device=drawn_on, dtype=dtype), device)
 
 
 def why_by_torch() -> str:

@@ -16,7 +16,20 @@ import torch
 from torch.autograd import DeviceType
 
 from benchmarks import dispatches
-from benchmarks.gpu import cases, counting, implementations, launchers, mixed_rows, noise, results, table, timeline
+from benchmarks.gpu import (
+    cases,
+    counting,
+    dropins,
+    host,
+    implementations,
+    launchers,
+    mixed_rows,
+    noise,
+    results,
+    sanitizer_calls,
+    table,
+    timeline,
+)
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.clock import HostClock, Unit
 from benchmarks.peers import RepeatingLoop
@@ -37,7 +50,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         missing = backends.why_missing
         patch.setattr(backends, "why_missing", lambda name: "left out" if name == "triton" else missing(name))
         options = ["--rehearse", "--json", str(path)]
-        assert main(["bench", *options, "--rounds", "2", "--no-compile"]) == 0
+        assert main(["bench", "--full", *options, "--rounds", "2", "--no-compile"]) == 0
         assert main(["stage", *options, "build", "passed"]) == 0
     report: dict[str, Any] = json.loads(path.read_text())
     return report
@@ -88,7 +101,7 @@ def test_table_refuses_rehearsal(rehearsal: dict[str, Any], tmp_path: Path) -> N
     with pytest.raises(
         ValueError, match=r"^table: the report is a rehearsal's, expected a run on a GPU; run `make gpu`"
     ):
-        table.write(rehearsal, document)
+        table.write([rehearsal], document)
     assert "old" in document.read_text()
 
 
@@ -136,11 +149,144 @@ def test_killed_run_keeps_results_and_lists_unmeasured_parts(tmp_path: Path, mon
     assert "copies" not in stored["not_measured"]
 
 
+def test_quick_run_measures_the_cases_of_the_targets(tmp_path: Path) -> None:
+    bench = importlib.import_module("benchmarks.gpu.bench")
+    run = bench.Run("cpu", tmp_path / "x.json", rehearse=True, rounds=1, seconds=-1.0, full=False)
+    names = run.measure_all()["not_measured"]
+    assert names[0] == "dpmsolver++2m 2x2x4x4 float32, warm"
+    assert "ddim 1x2x3x2x2 float32, compiled" in names
+    assert not any(word in name for name in names for word in ("copies", "mixed rows", "noise and", "model input"))
+    chosen = cases.select_cases("cuda", rehearse=False, full=False)
+    assert len(chosen) == len(cases.CORE) + len(cases.DRAWN)
+    names = [bench.Run._implementations(SimpleNamespace(_full=False), case) for case in chosen]
+    assert {len(found) for found in names} == {3, 7}, "the other libraries are beside two cases"
+
+
+@needs_extension
+def test_compiled_peer_is_measured_into_the_line_of_its_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = importlib.import_module("benchmarks.gpu.bench")
+    asked: list[list[str]] = []
+
+    def made(case: Any, sets: Any, absent: Any, only: list[str]) -> dict[str, Unit]:
+        asked.append(only)
+        unit = Unit(lambda: None, lambda: sum(range(1000)), 1)
+        return {name: unit for name in ("C++ op", "torch.compile of the reference", "Triton, cached") if name in only}
+
+    monkeypatch.setattr(bench, "units", made)
+    run = bench.Run("cpu", tmp_path / "x.json", rehearse=True, rounds=3, seconds=60.0, full=False)
+    case = next(case for case in cases.select_cases("cpu", rehearse=True, full=False) if case.core)
+    with pytest.raises(RuntimeError, match="the case itself was not measured"):
+        run._compiled(case)
+    for cache in run._caches(case.tensor_bytes):
+        run._case(case, cache)
+    run._compiled(case)
+    line = run.report["cases"][-1]
+    assert asked[-1] == ["C++ op", "Triton, cached", "torch.compile of the reference"]
+    assert line["compiled"]["elapsed"].keys() == set(asked[-1])
+    assert line["compiled"]["over_compiled"].keys() == {"C++ op", "Triton, cached"}
+    assert "compiled" not in run.report["cases"][0]
+
+
+# ------------------------------------------------------------------------------------------- the host, and the drop-ins
+
+
+@needs_extension
+def test_host_yardstick_measures_every_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    missing = backends.why_missing
+    monkeypatch.setattr(backends, "why_missing", lambda name: "left out" if name == "triton" else missing(name))
+    path = tmp_path / "x.json"
+    section = host.measure("cpu", path, rehearse=True, rounds=2)
+    assert section["failed"] == {}
+    assert section["absent"] == {"Triton": "left out"}
+    calls = {"ops.step", "Stepper.step", "DDIMScheduler.guided_step", *(f"{d.name}.step" for d in host.DROPINS)}
+    assert section["entries"].keys() == {host.YARDSTICK, "diffusers' DDIMScheduler.step", *(f"{c}, C++" for c in calls)}
+    assert section["entries"][host.YARDSTICK]["times"]["median"] == 1.0
+    assert section["entries"]["DDIMScheduler.guided_step, C++"]["over_step"]["median"] > 0
+    assert results.load(path)["host"] == json.loads(json.dumps(section))
+    with pytest.raises(RuntimeError, match="--pure measures an install without the extension"):
+        host.measure("cpu", path, rehearse=True, rounds=1, pure=True)
+
+
+def test_host_yardstick_without_the_extension_takes_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[tuple[str, str | None]] = []
+
+    def unit(shape: Any, device: str, backend: str | None, calls: int) -> Unit:
+        names.append((device, backend))
+        return Unit(lambda: None, lambda: sum(range(100)), 1)
+
+    def broken(*arguments: Any, **options: Any) -> Unit:
+        raise ZeroDivisionError("no such thing")
+
+    monkeypatch.setattr(backends, "extension", None)
+    monkeypatch.setattr(backends, "why_missing", lambda name: "" if name == "triton" else "not built")
+    monkeypatch.setattr(backends, "backend_for", lambda x: "triton")
+    for name, stub in (("_operator", unit), ("_stepper", unit), ("_dropin", broken)):
+        monkeypatch.setattr(host, name, stub)
+    section = host.measure("cpu", tmp_path / "x.json", rehearse=True, rounds=1, pure=True)
+    assert names == [("cpu", None)] * 2, "what is the default is not forced"
+    assert section["entries"].keys() == {"torch.add", "ops.step, Triton", "Stepper.step, Triton"}
+    assert section["failed"]["DDIMScheduler.step, Triton"] == "ZeroDivisionError: no such thing"
+    assert "host" not in results.load(tmp_path / "x.json")
+    late = host.measure("cpu", tmp_path / "x.json", rehearse=True, rounds=1, seconds=-1.0, pure=True)
+    assert late["entries"] == {}
+    assert "ops.step, Triton" in late["not_measured"]
+
+
+@needs_extension
+def test_dropins_are_measured_beside_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    chosen = ("DDIMScheduler", "EulerAncestralDiscreteScheduler", "TCDScheduler")
+    monkeypatch.setattr(dropins, "CLASSES", chosen)
+    timed = dropins.Run._time
+
+    def failing(self: Any, loop: Any) -> float:
+        if loop.name == "TCDScheduler":
+            raise ZeroDivisionError("no such thing")
+        return timed(self, loop)
+
+    monkeypatch.setattr(dropins.Run, "_time", failing)
+    path = tmp_path / "x.json"
+    section = dropins.Run("cpu", path, rehearse=True, rounds=2, seconds=60.0).measure_all()
+    assert section["failed"] == {"TCDScheduler": "ZeroDivisionError: no such thing"}
+    assert section["not_measured"] == []
+    for line in section["classes"].values():
+        figures = [line[kind][what] for kind in dropins.KINDS for what in ("diffusers", "fastdiff", "times")]
+        assert all(figure["median"] > 0 for figure in figures)
+        assert line["counts"]["diffusers"]["operators"] > line["counts"]["fastdiff"]["operators"]
+    assert results.load(path)["dropins"] == json.loads(json.dumps(section))
+    assert "- failed: TCDScheduler" in dropins.show(section)
+    late = dropins.Run("cpu", path, rehearse=True, rounds=2, seconds=-1.0).measure_all()
+    assert late["not_measured"] == list(chosen)
+    assert "- not measured, for want of time: DDIMScheduler, " in dropins.show(late)
+
+
+def test_drop_ins_of_the_host_and_of_the_device_are_classes_of_the_package() -> None:
+    pytest.importorskip("diffusers")
+    from fastdiff.diffusers import CLASSES
+
+    assert len(dropins.CLASSES) == len(set(dropins.CLASSES)) == 16
+    assert {*dropins.CLASSES, *(dropin.name for dropin in host.DROPINS)} <= CLASSES.keys()
+
+
+@needs_extension
+def test_sanitized_calls_equal_the_cpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sanitizer_calls.main(["--device", "cpu"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(sanitizer_calls.CALLS) >= 12
+    randn = sanitizer_calls._randn
+    wrong = {"randn": lambda device, backend: [randn(device, backend)[0] + (backend == "reference")]}
+    monkeypatch.setattr(sanitizer_calls, "CALLS", wrong)
+    assert sanitizer_calls.main(["--device", "cpu"]) == 1
+
+
 @needs_extension
 @pytest.mark.skipif(not INTERPRETED, reason="compiled Triton is held to the bit by `make gpu`, not to a bound")
 def test_noise_of_all_backends_is_compared(tmp_path: Path) -> None:
-    found = noise.compare("cpu", 0.0, least=12)
+    stored: list[dict[str, Any]] = []
+    found = noise.compare("cpu", 0.0, least=12, store=stored.append)
     assert found["requests"] == 12
+    assert [part["requests"] for part in stored] == list(range(1, 13))
+    assert stored[-1] == found
     reference = found["backends"]["reference"]
     assert reference["compared"] > 500
     assert (reference["mismatches"], reference["largest_difference"]) == (0, 0.0)

@@ -22,7 +22,7 @@ from fastdiff import ops
 from fastdiff.diffusers import mixin
 from fastdiff.diffusers.compiler.plan import NoiseSource
 from fastdiff.diffusers.runtime import scheduler_cache, step_cache
-from fastdiff.diffusers.runtime.guards import Guard, GuardKind, array_record
+from fastdiff.diffusers.runtime.guards import Guard, GuardKind, HostCopy, array_record
 from fastdiff.noise import torch_normals
 from fastdiff.ops import backends
 from support.dropin_helpers import forget_plans, quiet
@@ -112,6 +112,31 @@ def test_guards_of_arrays_agree_for_every_pair(kind: GuardKind) -> None:
     assert decided == ({True} if kind is GuardKind.ANY else {True, False})
 
 
+def test_arrays_on_devices_are_compared_by_their_copies() -> None:
+    """Without a device here: a tensor without memory is one that the host cannot read."""
+    values = torch.arange(6.0).reshape(2, 3)
+    there = torch.empty(2, 3, device="meta")
+
+    def copy_of(tensor: Tensor, host: Tensor) -> HostCopy:
+        return HostCopy(tensor, tensor._version, host, array_record(host))
+
+    right, wrong = copy_of(there, values), copy_of(there, values + 1)
+    other = copy_of(torch.empty(2, 3, device="meta"), values)
+    guard = Guard("name", GuardKind.ARRAY, array_record(values))
+    found = []
+    for copies in ([], [right], [wrong], [other], [other, right]):
+        for value in (there, values, values + 1):
+            in_python = guard.check(value, None, copies)
+            assert backends.extension.check_guard(guard, value, None, copies) == in_python
+            found.append(in_python)
+    assert found[0::3] == [False, True, False, False, True]
+    assert found[1::3] == [True] * 5
+    assert found[2::3] == [False] * 5
+    there.add_(1)  # the copy is not of what it holds now
+    assert not guard.check(there, None, [right])
+    assert not backends.extension.check_guard(guard, there, None, [right])
+
+
 def test_enumerations_agree_between_python_and_cpp() -> None:
     assert backends.extension.guard_kinds == {kind.name: kind.value for kind in GuardKind}
     assert backends.extension.noise_sources == {source.name: source.value for source in NoiseSource}
@@ -156,6 +181,12 @@ class Pair:
         in_python = module.with_fast_path("step", kind.arguments["step"])(
             lambda scheduler, *args, **kwargs: take_in_python(scheduler, "step", args, kwargs)
         )
+        if "scale_model_input" in kind.stepping:
+            # The method is made from a string, whose `take` is the cached method around the one that looks plans up.
+            look_up = kind.scale_model_input.__globals__["take"].__wrapped__
+            scale_in_python = module.with_fast_path("scale_model_input", ("sample", "timestep"), scales=True)(look_up)
+            self.scales = [self.schedulers[0].scale_model_input,
+                           lambda sample, timestep: scale_in_python(self.schedulers[1], sample, timestep)]  # fmt: skip
         self.steps = [lambda *args, **kwargs: self.schedulers[0].step(*args, **kwargs),
                       lambda *args, **kwargs: in_python(self.schedulers[1], *args, **kwargs)]  # fmt: skip
 
@@ -266,6 +297,47 @@ def test_executors_agree_between_python_and_cpp(name: str, monkeypatch: pytest.M
             sample = laid[-1] if layout == 2 else outputs[-1]
             for place in range(STEPS):
                 sample, _ = pair.step(place, laid[place], sample, seed=9 if name == "DDPM" and layout else None)
+
+
+@pytest.mark.parametrize("name", ["EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete",
+                                  "LMSDiscrete", "EDMEuler"])  # fmt: skip
+def test_model_inputs_agree_between_python_and_cpp(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both write the next model input with the same steps, hand it out to the same calls, and give the same bits."""
+    pair = Pair(name, monkeypatch)
+    outputs = torch.randn(20, 2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    handed_out: list[list[bool]] = [[], []]
+    for loop in range(4):
+        pair.each(lambda scheduler: scheduler.set_timesteps(STEPS))
+        samples = [outputs[-1].clone(), outputs[-1].clone()]
+        for place in range(len(pair.schedulers[0].timesteps)):
+            found = []
+            for which, scale in enumerate(pair.scales):
+                sample, timestep = samples[which], pair.schedulers[which].timesteps[place]
+                if loop == 3 and place == 2:
+                    continue  # what the step before wrote is not asked for
+                if loop == 3 and place == 6:
+                    sample.mul_(0.5)
+                if loop < 2:  # the two share plans, and so one finds what the other has looked up
+                    scale(sample, timestep)
+                    continue
+                sample.data.mul_(2)  # unnoticed by torch: what was computed before is another result
+                first = scale(sample, timestep)
+                sample.data.mul_(0.5)
+                second = scale(sample, timestep)
+                handed_out[which].append(torch.equal(first, second))
+                found.append([first, second])
+            if found:
+                assert_same_bits(*found)
+            for which, step in enumerate(pair.steps):
+                torch.manual_seed(place)
+                with quiet():
+                    pair.schedulers[which].is_scale_input_called = True
+                    timestep = pair.schedulers[which].timesteps[place]
+                    samples[which] = step(outputs[place], timestep, samples[which], return_dict=False)[0]
+            assert_same_bits([samples[0]], [samples[1]])
+    assert handed_out[0] == handed_out[1]
+    assert set(handed_out[0]) == {True, False}
+    assert sum(handed_out[0]) >= 2 * (STEPS - 2)
 
 
 GENERATORS: dict[str, Callable[[], Any]] = {

@@ -160,6 +160,125 @@ def test_user_pipeline_is_searched():
     assert isinstance(policy.noise_scheduler, FusedScheduler)
 
 
+class Diffusion(torch.nn.Module):
+    """The model of a robot's policy, which holds its scheduler as LeRobot's does."""
+
+    def __init__(self):
+        super().__init__()
+        self.unet = torch.nn.Linear(2, 2)
+        self.noise_scheduler = diffusers.DDPMScheduler()
+
+
+class NestedPolicy(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.heads = torch.nn.ModuleList([torch.nn.Identity(), Diffusion()])
+        self.diffusion = Diffusion()
+        self.lr_scheduler = None
+
+
+def test_nested_modules_are_searched():
+    policy = NestedPolicy()
+    report = fastdiff.patch(policy)
+    assert [str(part) for part in report.replaced] == [
+        "heads.1.noise_scheduler: DDPMScheduler", "diffusion.noise_scheduler: DDPMScheduler",
+    ]  # fmt: skip
+    assert isinstance(policy.diffusion.noise_scheduler, FusedScheduler)
+    assert len(fastdiff.unpatch({"policy": policy}).replaced) == 2
+    assert type(policy.diffusion.noise_scheduler) is diffusers.DDPMScheduler
+
+
+class Agent:
+    """Plain object with a scheduler, and one that is no diffusers scheduler."""
+
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+        self.optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters())
+        self.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(self.optimizer)
+
+
+class Slotted:
+    __slots__ = ("noise_scheduler",)
+
+    def __init__(self, scheduler):
+        self.noise_scheduler = scheduler
+
+
+class Computed:
+    def __init__(self, scheduler):
+        self._all = (scheduler,)
+
+    @property
+    def scheduler(self):
+        return self._all[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"), [(Agent, "scheduler"), (Slotted, "noise_scheduler"), (Computed, "scheduler")]
+)
+def test_objects_with_a_scheduler_are_searched(kind, path):
+    alone, within = kind(diffusers.DDIMScheduler()), kind(diffusers.EulerDiscreteScheduler())
+
+    class Robot:
+        def __init__(self):
+            self.policy = {"arm": [within]}
+            self.itself = self
+
+    (part,) = fastdiff.patch(alone).replaced
+    assert (part.where, part.name) == ("_all.0" if kind is Computed else path, "DDIMScheduler")
+    (part,) = fastdiff.patch(Robot()).replaced
+    assert (part.where, part.name) == (f"policy.arm.0.{path}", "EulerDiscreteScheduler")
+    assert isinstance(getattr(within, path), FusedScheduler)
+    assert [part.where for part in fastdiff.unpatch([alone, within]).replaced] == [f"0.{path}", f"1.{path}"]
+
+
+def test_object_within_without_a_scheduler_is_not_searched():
+    class Box:
+        def __init__(self):
+            self.other = diffusers.DDIMScheduler()
+
+    class Holder:
+        def __init__(self):
+            self.box = Box()
+            self.scheduler = diffusers.DDPMScheduler()
+
+    holder = Holder()
+    assert [part.where for part in fastdiff.patch(holder).replaced] == ["scheduler"]
+    assert type(holder.box.other) is diffusers.DDIMScheduler
+
+
+def test_lerobot_policy_is_searched():
+    pytest.importorskip("lerobot", reason="lerobot 0.4 is not installed")
+    from lerobot.configs.types import FeatureType, PolicyFeature
+    from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
+    from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
+
+    config = DiffusionConfig(
+        input_features={
+            "observation.state": PolicyFeature(FeatureType.STATE, (4,)),
+            "observation.environment_state": PolicyFeature(FeatureType.ENV, (3,)),
+        },
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (2,))},
+        down_dims=(16, 32, 64), n_groups=4, device="cpu",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    policy = DiffusionPolicy(config).eval()
+    batch = {"observation.state": torch.zeros(1, 4), "observation.environment_state": torch.ones(1, 3)}
+
+    def actions():
+        torch.manual_seed(1)
+        policy.reset()
+        return torch.stack([policy.select_action(dict(batch)) for _ in range(3)])
+
+    expected = actions()
+    report = fastdiff.patch(policy)
+    assert [str(part) for part in report.replaced] == ["diffusion.noise_scheduler: DDPMScheduler"]
+    # The promise of the drop-ins, over a loop of 100 steps.
+    assert float((actions() - expected).abs().max()) < 3e-4
+    fastdiff.unpatch(policy)
+    assert torch.equal(actions(), expected)
+
+
 @pytest.mark.parametrize("operation", [fastdiff.patch, fastdiff.unpatch])
 @pytest.mark.parametrize("thing", [3, "pipe", None, torch.nn.Linear(1, 1)])
 def test_non_pipeline_is_refused(operation, thing):

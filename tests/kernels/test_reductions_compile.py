@@ -8,7 +8,6 @@ the number of additions that ``csrc/reduce_math.h`` specifies.
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -18,7 +17,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from support.child_environment import child_environment
+
 ARCHITECTURES = (80, 90, 100)
 DTYPES = ("fp16", "bf16", "fp32", "fp64")
 KINDS = {"mean": 0, "std": 1, "norm": 2, "dot": 3}
@@ -90,9 +90,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         pytest.skip("needs a build of triton that can compile for NVIDIA GPUs")
     folder = tmp_path_factory.mktemp("triton_reductions")
     # A process of its own: with TRITON_INTERPRET=1 `triton.jit` makes no function that could be compiled.
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    environ = {name: value for name, value in child_environment().items() if not name.startswith("TRITON_")}
     environ["TRITON_CACHE_DIR"] = str(folder / "cache")
-    environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), environ.get("PYTHONPATH", "")])
     answer = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         input=json.dumps([str(folder), _cases()]),

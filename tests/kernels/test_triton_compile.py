@@ -29,7 +29,7 @@ DTYPES = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}  # bytes an element
 #: Configurations: what a call has, and so how many tensors the kernel reads and writes and how many terms it adds.
 PLAIN = {
     "HAS_UNCOND": True,
-    "SCALE_PER_SAMPLE": False,
+    "GUIDANCE_SCALES": 0,
     "HISTORY": 0,
     "HAS_NOISE": False,
     "HAS_THRESHOLD": False,
@@ -45,7 +45,7 @@ PLAIN = {
 FULL = {
     **PLAIN,
     "HAS_UNCOND": True,
-    "SCALE_PER_SAMPLE": True,
+    "GUIDANCE_SCALES": 2,
     "HISTORY": 15,
     "HAS_NOISE": True,
     "HAS_THRESHOLD": True,
@@ -54,7 +54,7 @@ FULL = {
 }
 ROWS = {
     **PLAIN,
-    "SCALE_PER_SAMPLE": True,
+    "GUIDANCE_SCALES": 2,
     "HISTORY": 15,
     "ROWS": 2,
     "WRITE_HISTORY": True,
@@ -66,7 +66,7 @@ CONFIGURATIONS = {
     "full": FULL,
     "sqrt": {**FULL, "VARIANCE": 2},
     "rows": ROWS,
-    "drawn": {**PLAIN, "DRAWS": 1},
+    "drawn": {**PLAIN, "DRAWS": 1, "GUIDANCE_SCALES": 1},
     "channels-last": {**PLAIN, "DRAWS": 2},
     "next": {**PLAIN, "MODEL_INPUTS": 2},
 }
@@ -365,10 +365,11 @@ def test_triton_step_on_mixed_tensors_keeps_wide_accesses_and_registers(
 
 def test_triton_step_takes_no_float_argument(compiled: dict[str, Any]) -> None:
     # A coefficient as an argument would be double precision under Inductor, cost a launch time, and be baked into a
-    # captured graph. What is not a pointer or a compile-time choice is a count or an index.
+    # captured graph. What is not a pointer or a compile-time choice is a count, an index, or the bits of a guidance
+    # scale that the caller gave as a number.
     runtime = {n for n in compiled["names"] if not n.endswith("_ptr") and not n.isupper()}
     counts = {"row_index", "num_rows", "noise_step", "purpose", "channels"}
-    assert runtime == counts | {"inner", "model_stride", "copy_stride", "blocks_per_sample"}
+    assert runtime == counts | {"guidance_bits", "inner", "model_stride", "copy_stride", "blocks_per_sample"}
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,7 +15,8 @@ import pytest
 from test_reductions_compile import _cases
 from test_triton_compile import CONFIGURATIONS, _tensors_read
 
-ROOT = Path(__file__).resolve().parents[2]
+from support.child_environment import child_environment
+
 CHIP = "gfx942"
 DTYPES = ("fp16", "bf16", "fp32", "fp64")
 #: Threads of a warp on this chip.
@@ -74,9 +74,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     triton = pytest.importorskip("triton", reason="needs the triton package")
     if not (Path(triton.__file__).parent / "backends" / "amd").is_dir():
         pytest.skip("needs a build of triton that can compile for AMD GPUs")
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    environ = {name: value for name, value in child_environment().items() if not name.startswith("TRITON_")}
     environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton_hip"))
-    environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), environ.get("PYTHONPATH", "")])
     answer = subprocess.run(
         [sys.executable, "-c", PROGRAM], input=json.dumps([CHIP, WARP, _all_cases()]), env=environ,
         capture_output=True, text=True, check=False,

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastdiff
 from fastdiff import ops
@@ -442,3 +443,22 @@ def test_sources_do_not_compare_enum_members() -> None:
     assert torch.equal(fastdiff.randn((2, 3), [1, 2], purpose=purpose), fastdiff.randn((2, 3), [1, 2], purpose=1))
     with pytest.raises(ValueError, match="purpose is -1, expected 0 to"):
         checks.check(StepCall(**fields, purpose=-1))
+
+
+@pytest.mark.parametrize("call", ["step", "step_rows", "randn"])
+def test_calls_on_a_gpu_are_traced_without_one(call: str) -> None:
+    def run(x: Tensor, table: Tensor, rows: Tensor, seeds: Tensor) -> list[Tensor]:
+        if call == "step":
+            return list(ops.step(x, x, table, 1, uncond=x, guidance_scale=3.0, seeds=seeds, noise_step=2, keeps=1))
+        if call == "step_rows":
+            return [ops.step_rows(x, x, table, rows, seeds=seeds, noise_step=rows)]
+        return [fastdiff.randn(x.shape, seeds, 3, device=x.device)]
+
+    device = torch.device("cuda:0")
+    # Fake tensors have a device and no memory; what Dynamo cannot trace it names here as on a GPU.
+    with FakeTensorMode():
+        x, table = torch.empty((2, 3, 4), device=device), torch.empty(TABLE.coefficients.shape, device=device)
+        rows, seeds = (torch.empty(2, dtype=torch.int64, device=device) for _ in range(2))
+        outputs = torch.compile(run, backend="eager", fullgraph=True, dynamic=False)(x, table, rows, seeds)
+    assert {output.device for output in outputs} == {device}
+    assert graphs() == 1

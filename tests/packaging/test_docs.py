@@ -88,6 +88,7 @@ def test_files_named_in_the_diagrams_exist() -> None:
 #: What makes an example short, and what it leaves behind: a picture, or lines that it prints.
 EXAMPLES = {
     "own_loop.py": ([], "*.png"),
+    "compiled_loop.py": (["--steps", "3", "--rounds", "1", "--device", "cpu", "--without-compile"], "eager, fastdiff"),
     "diffusion_policy.py": (["--iterations", "2", "--steps", "3", "--rounds", "1"], "DDPMScheduler"),
 }
 

@@ -72,13 +72,24 @@ class _Recording(RefuseSyncs):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if _draws(func, args, kwargs):
             raise RefusedError(f"operation not permitted when stream is capturing: {func} draws from a generator")
         if "lift_fresh" in str(func):
             raise RefusedError(f"operation not permitted when stream is capturing: {func} brings values from the host")
         result = super().__torch_dispatch__(func, types, args, kwargs)
         self._calls.append(_Call(func, args, kwargs, result))
         return result
+
+
+def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return True for an operator that draws from a generator; attention does for a dropout alone."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            given = args[place] if place < len(args) else kwargs.get("dropout_p", argument.default_value)
+            return bool(given != 0)
+    return True
 
 
 class _Call:

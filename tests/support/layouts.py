@@ -18,11 +18,13 @@ Layout = Callable[[Tensor], Tensor]
 def examples_for(backend: str, examples: int) -> settings:
     """Return the settings of a property-based test.
 
-    A call of Triton's interpreter takes 10 ms or more: use few examples, and do not shrink a failing one.
+    A call of Triton's interpreter takes 10 ms or more: use few examples, and do not shrink a failing one. The profile
+    "sanitize" has fewer examples of every test.
     """
     if backend == "triton" and INTERPRETED:
         return settings(max_examples=15, phases=[Phase.explicit, Phase.reuse, Phase.generate])
-    return settings(max_examples=examples)
+    few = settings.get_profile("sanitize").max_examples
+    return settings(max_examples=few if settings.default.max_examples == few else examples)
 
 
 # --- Layouts: each returns a tensor with the same values in another layout -------------------------------------------

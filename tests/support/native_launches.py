@@ -22,6 +22,8 @@ import triton.compiler
 from hypothesis import given, settings
 from torch import Tensor
 
+import fastdiff.diffusers
+from fastdiff.benchmarks import host_path
 from fastdiff.kernels import config, launch, native, step
 from fastdiff.ops import backends
 from fastdiff.ops.call import FIELDS, StepCall
@@ -210,3 +212,26 @@ def test_ptx_has_parameters_of_layout(monkeypatch: pytest.MonkeyPatch, extension
     widths = [64 if ".u64" in line or ".b64" in line else 32 for line in declared]
     layout = native.layout_of(kernel)
     assert widths == [32 if form == "i" else 64 for form in layout if form != "-"] + [64, 64]
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["step", "guided_step"])
+@pytest.mark.parametrize("name", ["EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete",
+                                  "KDPM2AncestralDiscrete", "LMSDiscrete", "EDMEuler"])  # fmt: skip
+def test_dropin_step_and_its_model_input_are_one_launch(extension: ModuleType, name: str, guided: bool) -> None:
+    scheduler = fastdiff.diffusers.CLASSES[f"{name}Scheduler"]()
+    x, m, u = torch.randn(3, 2, 4, 8, 8)
+    with host_path.launches_from_c() as driver:
+        for _ in range(4):  # plans, what scales after them, kernels, and a loop that has all
+            scheduler.set_timesteps(8)
+            sample, counts = x, []
+            for timestep in scheduler.timesteps:
+                before = driver.launches
+                scheduler.scale_model_input(sample, timestep)
+                if guided:
+                    sample = scheduler.guided_step(u, m, 3.0, timestep, sample, return_dict=False)[0]
+                else:
+                    sample = scheduler.step(m, timestep, sample, return_dict=False)[0]
+                counts.append(driver.launches - before)
+        # No step comes before the first one, which is looked up where a backend is forced and writes no model input.
+        assert counts[2:] == [1] * (len(counts) - 2)
+        assert counts[:2] == [2, 2]

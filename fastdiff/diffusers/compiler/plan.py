@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...device_copy import OnDevice
 from ...ops import backends
 from ...ops.checks import DTYPES
-from ...row_layout import CLIP, PREV_SAMPLE, compute_dtype
+from ...row_layout import CLIP, MODEL_INPUT_SCALE, PREV_SAMPLE, compute_dtype
 from ...solvers.table import prediction_rows
 from .lower import UNBOUNDED_COEFFICIENT
 from .symbolic import UnsupportedStep
@@ -130,7 +131,7 @@ class Plan:
         accepted_dtypes: whether the fused step accepts the dtype of each.
         noise_sampler_factory: makes the scheduler's noise sampler before the step, or None.
         next_plan: set by the runtime: the plan that follows where nothing is changed.
-        next_scale: set by the runtime: after this step, `scale_model_input` multiplies samples of this dtype by this.
+        scalings: set by the runtime: the plans by which `scale_model_input` scales samples after this step, by dtype.
     """
 
     row: list[Any]
@@ -153,9 +154,9 @@ class Plan:
     uniform: bool
     accepted_dtypes: bool
     noise_sampler_factory: SamplerFactory | None = None
-    next_scale: tuple[torch.dtype, float] | None = field(default=None, init=False, repr=False)
+    scalings: dict[torch.dtype, Plan] = field(default_factory=dict, init=False, repr=False)
     next_plan: Plan | None = field(default=None, init=False, repr=False)
-    _tables: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _tables: dict[Any, OnDevice] = field(default_factory=dict, init=False, repr=False)
 
     def with_values(self, values: Sequence[Any]) -> Plan:
         """Return the template's plan for these values of its tape.
@@ -167,7 +168,7 @@ class Plan:
         if not all(map(math.isfinite, row[:CLIP] + row[CLIP + 1 :])):
             raise UnsupportedStep(UNBOUNDED_COEFFICIENT)
         plan = object.__new__(Plan)
-        own: dict[str, Any] = {"row": row, "next_scale": None, "next_plan": None, "_tables": {}}
+        own: dict[str, Any] = {"row": row, "scalings": {}, "next_plan": None, "_tables": {}}
         if self._writes_recorded:
             own["results"] = tuple(_with_value(value, values) for value in self.results)
             own["attribute_writes"] = tuple((name, _with_value(v, values)) for name, v in self.attribute_writes)
@@ -181,7 +182,9 @@ class Plan:
     @functools.cached_property
     def _shared(self) -> dict[str, Any]:
         """The attributes that do not depend on the values."""
-        for name in ("native_eligible", "new_output_dtypes", "converts", "tensor_writes", "fused_draw"):
+        for name in (
+            "native_eligible", "new_output_dtypes", "converts", "tensor_writes", "fused_draw", "_first_output",
+        ):  # fmt: skip
             getattr(self, name)
         return dict(vars(self))
 
@@ -194,9 +197,9 @@ class Plan:
 
     @functools.cached_property
     def native_eligible(self) -> bool:
-        """True if the step is at most draws from torch's generators and one call of the fused step."""
-        more = self.thresholding or self.variance_kind or self.blend or self.noise_sampler_factory
-        plain_draws = all(draw.fused or draw.source is NoiseSource.TORCH for draw in self.draws)
+        """True if the step is at most draws from generators or seeds and one call of the fused step."""
+        more = self.thresholding or self.blend or self.noise_sampler_factory
+        plain_draws = all(draw.source is not NoiseSource.PATH for draw in self.draws)
         return self.accepted_dtypes and plain_draws and bool(self.output_dtypes) and not more
 
     @functools.cached_property
@@ -237,6 +240,33 @@ class Plan:
         if self.native is not None:
             self.native.set_next(plan.native)
 
+    def set_scaling(self, plan: Plan) -> None:
+        """Set the plan by which `scale_model_input` scales samples of its dtype after this step.
+
+        It multiplies by one factor and writes nothing (`scale_only`).  This step's state decides the factor, so a plan
+        that is there already stays.
+        """
+        factor = plan.scale_only
+        assert factor is not None
+        self.scalings.setdefault(plan.dtype, plan)
+        if self.native is not None:
+            self.native.set_scaling(plan.native, factor)
+
+    def model_input_scale(self) -> float | None:
+        """Return the factor of the model input that the fused step can write beside its sample; None if it cannot.
+
+        The sample has to be the first result, and its scaled copy must have the bits of a pass of its own.
+        """
+        scaling = self.scalings.get(self.output_dtypes[0]) if self.output_dtypes else None
+        if scaling is None or self.blend is not None or self.converts or self.results[0] != self._first_output:
+            return None
+        return scaling.scale_only if compute_dtype(scaling.dtype) is compute_dtype(self.dtype) else None
+
+    @functools.cached_property
+    def _first_output(self) -> int:
+        """The slot of the first computed tensor."""
+        return len(self.attribute_inputs) + len(self.argument_inputs) + sum(not draw.fused for draw in self.draws)
+
     @functools.cached_property
     def constant_writes(self) -> dict[str, Any]:
         """The attributes that are set to constants."""
@@ -259,28 +289,45 @@ class Plan:
         """The row as a table on the CPU."""
         return self.table(_CPU)
 
-    def table(self, device: torch.device) -> Tensor:
-        """Return the row as a table on the samples' device, copied there once."""
-        table = self._tables.get(device)
-        if table is None:
-            table = self._tables[device] = _table([self.row], compute_dtype(self.dtype), device)
-        return table
+    def table(self, device: torch.device, model_input_scale: float | None = None) -> Tensor:
+        """Return the row as a table on the samples' device, copied there once without waiting.
+
+        Args:
+            device: of the samples.
+            model_input_scale: of the row, for a step that writes the next model input.
+        """
+        key = device, model_input_scale
+        if key not in self._tables:
+            row = list(self.row)
+            if model_input_scale is not None:
+                row[MODEL_INPUT_SCALE] = model_input_scale
+            self._tables[key] = _on_device(lambda: torch.tensor([row], dtype=self._table_dtype, device="cpu"), device)
+        return self._tables[key].get()
 
     def prediction_table(self, device: torch.device) -> Tensor:
         """Return a table whose step gives the prediction itself, unclipped: the input of dynamic thresholding."""
         key = device, "prediction"
         if key not in self._tables:
-            rows = prediction_rows(torch.tensor([self.row], dtype=torch.float64, device="cpu"))
-            self._tables[key] = rows.to(device=device, dtype=compute_dtype(self.dtype))
-        return self._tables[key]
+
+            def make() -> Tensor:
+                return prediction_rows(torch.tensor([self.row], dtype=torch.float64, device="cpu")).to(
+                    self._table_dtype
+                )
+
+            self._tables[key] = _on_device(make, device)
+        return self._tables[key].get()
+
+    @property
+    def _table_dtype(self) -> torch.dtype:
+        return compute_dtype(self.dtype)
 
 
-def _table(rows: list[list[float]], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return rows as a tensor that autograd may save for a backward."""
+def _on_device(make: Callable[[], Tensor], device: torch.device) -> OnDevice:
+    """Return a table on a device, as a tensor that autograd may save for a backward."""
     if not torch.is_inference_mode_enabled():
-        return torch.tensor(rows, dtype=dtype, device=device)
+        return OnDevice(make(), device)
     with torch.inference_mode(False):
-        return torch.tensor(rows, dtype=dtype, device=device)
+        return OnDevice(make(), device)
 
 
 def _with_value(value: Any, values: Sequence[Any]) -> Any:

@@ -39,6 +39,7 @@ def execute(
     cache: Any,
     drawn: list[Tensor] | None = None,
     output_scale: Tensor | None = None,
+    model_inputs: list[Tensor] | None = None,
 ) -> Any:
     """Take a step and return what the scheduler's method returns.
 
@@ -50,6 +51,7 @@ def execute(
         cache: the scheduler's `SchedulerCache`, for its seeds and its number of steps taken.
         drawn: the plan's draws, where they have been drawn.
         output_scale: what each sample's model output is multiplied by, ``[B]``.
+        model_inputs: where given, the step writes the next model input too if its plan can, and appends it here.
     """
     sample = arguments["sample"]
     output = arguments.get("model_output", sample)
@@ -83,7 +85,11 @@ def execute(
         config = attributes[CONFIG]
         ratio, largest = config["dynamic_thresholding_ratio"], config["sample_max_value"]
         threshold = dynamic_threshold(x0, ratio, largest, keep_nan=True)
-    table, row_index = _rows(plan.table(sample.device), output_scale)
+    scale = None if model_inputs is None else plan.model_input_scale()
+    if model_inputs is not None and scale is not None:
+        tensors["model_input"] = torch.empty_like(sample, dtype=plan.output_dtypes[0])
+        model_inputs.append(tensors["model_input"])
+    table, row_index = _rows(plan.table(sample.device, scale), output_scale)
     if fused_draw is not None:
         tensors |= {"seeds": seeds, "noise_step": cache.steps_taken, "purpose": fused_draw.purpose}
     computed = ops.step(

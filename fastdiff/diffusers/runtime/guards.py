@@ -35,10 +35,36 @@ class GuardKind(IntEnum):
     EQUALS = 2
     #: A tensor of this dtype and shape.
     TENSOR = 3
-    #: A tensor on the CPU or a NumPy array that holds these bytes.
+    #: A tensor or a NumPy array that holds these bytes; of a tensor on a device, by a copy on the host.
     ARRAY = 4
     #: A view of a timestep of the schedule, once or expanded, so many bytes from the one that is due.
     TIMESTEP = 5
+
+
+class HostCopy(NamedTuple):
+    """An array on a device as it was copied to the host.
+
+    Attributes:
+        tensor: the array on the device.
+        version: how often it had been written (`Tensor._version`).
+        host: the copy.
+        record: the copy as an ARRAY guard holds it.
+    """
+
+    tensor: Tensor
+    version: int
+    host: Tensor
+    record: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> HostCopy:
+        """Copy an array; the host waits for what writes it."""
+        host = tensor.detach().cpu()
+        return cls(tensor, tensor._version, host, array_record(host))
+
+    def holds(self, value: object) -> bool:
+        """Return whether a value is the array, not written since."""
+        return value is self.tensor and self.tensor._version == self.version
 
 
 class Guard(NamedTuple):
@@ -55,12 +81,13 @@ class Guard(NamedTuple):
     kind: GuardKind
     expected: Any = None
 
-    def check(self, value: Any, timestep: int | None = None) -> bool:
+    def check(self, value: Any, timestep: int | None = None, copies: Sequence[HostCopy] = ()) -> bool:
         """Return whether the guard holds for a value.
 
         Args:
             value: of the attribute or argument now.
             timestep: the address of the schedule's timestep that is due, for TIMESTEP.
+            copies: of arrays on devices, for ARRAY, which holds for no other array on a device.
         """
         if self.kind is GuardKind.ANY:
             return True
@@ -69,7 +96,7 @@ class Guard(NamedTuple):
         if self.kind is GuardKind.EQUALS:
             return equal_plain(self.expected, value)
         if self.kind is GuardKind.ARRAY:
-            return bool(_array_record(value) == self.expected)
+            return bool(_array_record(value, copies) == self.expected)
         if not isinstance(value, Tensor) or not has_plain_sizes(value):
             return False
         if (value.dtype, tuple(value.shape)) != self.expected[:2]:
@@ -215,10 +242,12 @@ def _tensor_guard(name: str, value: Any) -> Guard | None:
     return Guard(name, GuardKind.TENSOR, (value.dtype, tuple(value.shape)))
 
 
-def _array_record(value: Any) -> tuple[Any, ...] | None:
-    """Return an array as an ARRAY guard holds it; None where it is no contiguous array in memory."""
+def _array_record(value: Any, copies: Sequence[HostCopy] = ()) -> tuple[Any, ...] | None:
+    """Return an array as an ARRAY guard holds it; None where it is no contiguous array that the host can read."""
     if isinstance(value, Tensor):
-        plain = has_plain_sizes(value) and value.is_cpu and value.is_contiguous() and not value.requires_grad
+        plain = has_plain_sizes(value) and value.is_contiguous() and not value.requires_grad
+        if plain and not value.is_cpu:
+            return next((copy.record for copy in copies if copy.holds(value)), None)
         return array_record(value) if plain and not (value.is_neg() or value.is_conj()) else None
     plain = type(value) is np.ndarray and value.flags.c_contiguous and not value.dtype.hasobject
     return array_record(value) if plain else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,15 @@ from ...ops import backends
 from ..compiler.inputs import CACHE, CONFIG, HISTORY, SCALARS_OF_STATE, Lookup
 from ..compiler.overrides import names_in_code
 from ..compiler.plan import Fallback, Plan
-from .guards import array_record, has_plain_sizes
+from .guards import HostCopy, array_record, has_plain_sizes
 from .reads import attributes_read
 
 #: Schedules whose plans are kept, and plans in all; those used longest ago are dropped first.
 MOST_SCHEDULES = 128
 MOST_PLANS = 4096
 
+#: Types of devices whose tensors take no wait to read, or cannot be read.
+_HOST = ("cpu", "meta")
 #: The plans of one schedule by `fastdiff.diffusers.runtime.lookup.PlanKey`.
 Plans = OrderedDict[Any, Plan | Fallback]
 
@@ -73,17 +76,20 @@ class PlanCache:
         plans: by key; shared with other schedulers of the same class, configuration and contents.
     """
 
-    def __init__(self, scheduler: Any, before: PlanCache | None = None) -> None:
-        """Read a scheduler's arrays; those that are as they were in the cache `before` are not copied again."""
+    def __init__(
+        self, scheduler: Any, before: PlanCache | None = None, copies: Mapping[str, HostCopy] = MappingProxyType({})
+    ) -> None:
+        """Read a scheduler's arrays.
+
+        Args:
+            scheduler: the scheduler.
+            before: arrays that are as they were in this cache are not copied again.
+            copies: of arrays on devices, by attribute.
+        """
         attributes = vars(scheduler)
         self.config = attributes[CONFIG]
         self._class = type(scheduler).original
-        own = names_in_code(self._class)
-        arrays = {
-            name: value
-            for name, value in attributes.items()
-            if isinstance(value, (np.ndarray, Tensor)) and name in own and not _is_state(name)
-        }
+        arrays = arrays_of(scheduler)
         self.tensors = tuple((n, t, version_of(t)) for n, t in arrays.items() if isinstance(t, Tensor))
         self.arrays = tuple((n, a) for n, a in arrays.items() if isinstance(a, np.ndarray))
         self.names = frozenset(arrays) | {CONFIG, CACHE}
@@ -92,7 +98,10 @@ class PlanCache:
         self.contents: dict[str, tuple[Any, ...]] = {}
         with torch.inference_mode(False):
             for name, tensor, version in self.tensors:
-                if before is not None and (name, id(tensor), version) in seen and not tensor.is_inference():
+                copy = copies.get(name)
+                if copy is not None and copy.holds(tensor):
+                    self.host[name], self.contents[name] = copy.host, copy.record
+                elif before is not None and (name, id(tensor), version) in seen and not tensor.is_inference():
                     self.host[name], self.contents[name] = before.host[name], before.contents[name]
                 else:
                     self.host[name] = tensor.detach().cpu()
@@ -177,9 +186,34 @@ class PlanCache:
 
     def array_guards(self) -> dict[str, tuple[Any, ...] | None]:
         """Return the arrays as ARRAY guards hold them; None for one that cannot be compared at once."""
-        comparable = {n: t.is_cpu and t.is_contiguous() and has_plain_sizes(t) for n, t, _ in self.tensors}
+        comparable = {n: t.is_contiguous() and has_plain_sizes(t) for n, t, _ in self.tensors}
         comparable |= {n: type(a) is np.ndarray and a.flags.c_contiguous for n, a in self.arrays}
         return {name: self.contents[name] if comparable[name] else None for name in comparable}
+
+
+def arrays_of(scheduler: Any) -> dict[str, np.ndarray[Any, Any] | Tensor]:
+    """Return the attributes of a scheduler that are arrays of its schedule."""
+    own = names_in_code(type(scheduler).original)
+    return {
+        name: value
+        for name, value in vars(scheduler).items()
+        if isinstance(value, (np.ndarray, Tensor)) and name in own and not _is_state(name)
+    }
+
+
+def copies_of_device_arrays(scheduler: Any, before: Mapping[str, HostCopy]) -> dict[str, HostCopy]:
+    """Copy the scheduler's arrays that are on a device to the host, except those that are in `before` unwritten.
+
+    The host waits for the copies.  Inference tensors are left out: writes to them are not counted.
+    """
+    copies = {}
+    for name, value in arrays_of(scheduler).items():
+        if not isinstance(value, Tensor) or value.device.type in _HOST or value.is_inference():
+            continue
+        if has_plain_sizes(value):
+            kept = before.get(name)
+            copies[name] = kept if kept is not None and kept.holds(value) else HostCopy.of(value)
+    return copies
 
 
 def class_version(kind: type) -> Any:

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from ...ops import backends
@@ -15,8 +16,8 @@ from ..compiler.inputs import CACHE
 from ..compiler.plan import Fallback, Plan
 from . import step_cache as in_python
 from .execute import execute
-from .guards import FirstStep, Guard, GuardKind, argument_guards, attribute_guards
-from .plan_cache import PlanCache
+from .guards import FirstStep, Guard, GuardKind, HostCopy, argument_guards, attribute_guards
+from .plan_cache import PlanCache, arrays_of, copies_of_device_arrays
 from .reads import attributes_read
 
 #: In C++ where there is an extension, else in Python.
@@ -64,12 +65,15 @@ class SchedulerCache(_StepCache):  # type: ignore[misc]
         self.irregular = False
         self.scaling: Plan | None = None
         self._seeds_tensor: Tensor | None = None
+        #: Of the scheduler's arrays on a device, by attribute.
+        self._copies: dict[str, HostCopy] = {}
         #: Of the last step that was looked up: the number of steps taken, the timestep's index, the call's numbers.
         self._last: tuple[int, int | None, list[Any]] = (-1, None, [])
 
     def share_from(self, other: SchedulerCache) -> None:
         """Continue with the seeds and the plans of another scheduler's cache."""
         self.plan_cache = other.plan_cache
+        self._set_copies(other._copies)
         self.use_seeds(other.seeds)
         self.steps_taken = other.steps_taken
 
@@ -100,7 +104,29 @@ class SchedulerCache(_StepCache):  # type: ignore[misc]
     def invalidate(self) -> None:
         """Read the arrays anew before the next step."""
         self.read_again = True
+        self._set_copies({})
         self.forget()
+
+    def begin_loop(self, scheduler: Any) -> None:
+        """Take note of new timesteps, and copy arrays that are on a device to the host.
+
+        A scheduler's own `set_timesteps` has waited for the device; before the first step, the model is at work there.
+        """
+        self.steps_taken = 0  # noise of `use_philox` starts again with its first step
+        self.read_again = True
+        if torch._C._len_torch_dispatch_stack() == 0:
+            self._set_copies(copies_of_device_arrays(scheduler, self._copies))
+
+    def read_arrays(self, scheduler: Any) -> None:
+        """Bring the plan cache up to date with the scheduler's arrays."""
+        before = None if self.read_again else self.plan_cache
+        self.plan_cache = PlanCache(scheduler, before, self._copies)
+        self.read_again = False
+
+    def _set_copies(self, copies: dict[str, HostCopy]) -> None:
+        if copies or self._copies:
+            self._copies = copies
+            self.set_host_copies(list(copies.values()))
 
     def is_regular(self, arguments: Mapping[str, Any]) -> bool:
         """Return whether a step is one of a loop: one timestep on from the last, with the same numbers.
@@ -164,8 +190,7 @@ class SchedulerCache(_StepCache):  # type: ignore[misc]
 
     def first_step_guards(self, attributes: Mapping[str, Any], original: type) -> list[Guard] | None:
         """Emit the guards of a scheduler's attributes before a first step; None where they cannot be compared later."""
-        timesteps = attributes.get("timesteps")
-        if not isinstance(timesteps, Tensor) or not timesteps.is_cpu:
+        if not isinstance(attributes.get("timesteps"), Tensor):
             return None
         return attribute_guards(attributes, attributes_read(original), self.plan_cache.array_guards())
 
@@ -182,31 +207,38 @@ def current_cache_of(scheduler: Any) -> SchedulerCache:
     """Return the cache of a scheduler, with a plan cache for the arrays that the scheduler has now."""
     cache, attributes = cache_of(scheduler), vars(scheduler)
     before = cache.plan_cache
-    if before is None:
-        cache.plan_cache = PlanCache(scheduler)
-    elif cache.read_again or not before.matches(attributes):
-        cache.plan_cache = PlanCache(scheduler, None if cache.read_again else before)
+    if before is None or cache.read_again or not before.matches(attributes):
+        cache.read_arrays(scheduler)
         # A loop that began like an earlier one has read nothing, and goes on where the numbers are the same.
-        if cache.plan_cache.plans is not before.plans:
+        if before is not None and cache.plan_cache.plans is not before.plans:
             cache.forget()
-    cache.read_again = False
     return cache
 
 
-def with_fast_path(method: str, arguments: Sequence[str]) -> Callable[[_Method], _Method]:
+def begin_loop(scheduler: Any) -> None:
+    """Take note of a scheduler's new timesteps; one without a cache gets one where it has arrays on a device."""
+    cache: SchedulerCache | None = vars(scheduler).get(CACHE)
+    if cache is None and any(isinstance(a, Tensor) and not a.is_cpu for a in arrays_of(scheduler).values()):
+        cache = cache_of(scheduler)
+    if cache is not None:
+        cache.begin_loop(scheduler)
+
+
+def with_fast_path(method: str, arguments: Sequence[str], *, scales: bool = False) -> Callable[[_Method], _Method]:
     """Make a step method try the scheduler's step cache before its own body.
 
     Args:
         method: the name of the scheduler's method that the step belongs to.
         arguments: the names of the positional arguments.
+        scales: the method scales the model's input; it is called with a sample and a timestep.
     """
 
     def decorate(fallback: _Method) -> _Method:
         if _StepCache is in_python.StepCache:
-            fast = _in_python(method, fallback, tuple(arguments))
+            fast = (_scaling_in_python if scales else _in_python)(method, fallback, tuple(arguments))
         else:
             assert backends.extension is not None
-            fast = backends.extension.CachedStepMethod(method, fallback, tuple(arguments), _cache_or_none)
+            fast = backends.extension.CachedStepMethod(method, fallback, tuple(arguments), _cache_or_none, scales)
         return cast(_Method, functools.update_wrapper(fast, fallback))
 
     return decorate
@@ -229,3 +261,12 @@ def _in_python(method: str, fallback: Callable[..., Any], names: tuple[str, ...]
         return fallback(scheduler, *args, **kwargs) if result is in_python.MISS else result
 
     return step
+
+
+def _scaling_in_python(method: str, fallback: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
+    def scale(scheduler: Any, sample: Any, timestep: Any) -> Any:
+        cache = _cache_or_none(scheduler)
+        result = in_python.MISS if cache is None else cache.try_scaling(scheduler, method, sample, timestep)
+        return fallback(scheduler, sample, timestep) if result is in_python.MISS else result
+
+    return scale

@@ -6,15 +6,17 @@ It takes the next step of a loop, and the first step of a loop like an earlier o
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..compiler.inputs import CACHE, USUAL_ARGUMENTS
 from ..compiler.plan import Plan
-from .guards import FirstStep, Guard, GuardKind
+from .guards import FirstStep, Guard, GuardKind, HostCopy
 from .plan_cache import class_version, version_of
 
 #: First steps kept for each class: those of a few configurations, sizes, numbers of steps and methods in turn.
@@ -41,11 +43,13 @@ class FirstSteps:
         """Drop all of them."""
         self._entries = []
 
-    def find(self, scheduler: Any, method: str, seeded: bool, call: Call) -> FirstStep | None:
-        """Return the first step whose guards hold."""
+    def find(
+        self, scheduler: Any, method: str, seeded: bool, call: Call, copies: Sequence[HostCopy]
+    ) -> FirstStep | None:
+        """Return the first step whose guards hold; `copies`: of the scheduler's arrays on devices."""
         attributes = vars(scheduler)
         timesteps = attributes.get("timesteps")
-        if not isinstance(timesteps, Tensor) or not timesteps.is_cpu:
+        if not isinstance(timesteps, Tensor):
             return None
         wanted = type(scheduler), class_version(type(scheduler)), method, call.uncond is not None, seeded
         for version, entry in self._entries:
@@ -53,7 +57,7 @@ class FirstSteps:
             if (
                 (entry.scheduler_class, version, entry.method, entry.guided, entry.seeded) == wanted
                 and check_arguments(entry.arguments, call, due)
-                and check_attributes(entry.attributes, attributes)
+                and check_attributes(entry.attributes, attributes, copies)
             ):
                 self._entries.remove((version, entry))
                 self._entries.insert(0, (version, entry))
@@ -121,6 +125,57 @@ class _Snapshot:
         )
 
 
+class _NextModelInput:
+    """The sample that the last step returned, and the model input for the next step if that step wrote it in its pass.
+
+    A step writes it once a sample was scaled as the step before had returned it, and no more once it was not asked for.
+    """
+
+    def __init__(self) -> None:
+        self._sample: weakref.ref[Tensor] | None = None
+        self._version = 0
+        self._scaled: Tensor | None = None
+        self._wanted = False
+
+    def record(self, sample: Tensor | None, scaled: Tensor | None) -> None:
+        """Record the step that has been taken; None for a sample that cannot be told from another tensor."""
+        self.clear()
+        if sample is None:
+            return
+        if sample.is_inference():  # writes to it are not counted
+            self._wanted = False
+            return
+        self._sample, self._version, self._scaled = weakref.ref(sample), sample._version, scaled
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is the step's sample, not written since."""
+        return (
+            self._sample is not None
+            and self._sample() is tensor
+            and tensor._version == self._version
+            and not (tensor.requires_grad and torch.is_grad_enabled())
+        )
+
+    def take(self) -> Tensor | None:
+        """Return the model input, and keep no reference to it."""
+        scaled, self._scaled = self._scaled, None
+        return scaled
+
+    def begin_step(self) -> bool:
+        """Drop what was not asked for, and return whether to write the next model input."""
+        self._wanted = self._wanted and self._scaled is None
+        self.clear()
+        return self._wanted
+
+    def expect_again(self) -> None:
+        """Have the next steps write their model inputs."""
+        self._wanted = True
+
+    def clear(self) -> None:
+        """Forget the last step's sample."""
+        self._sample = self._scaled = None
+
+
 class StepCache:
     """Knowledge of a scheduler's last step, by which the next one is taken.
 
@@ -144,6 +199,8 @@ class StepCache:
         self.plan: Plan | None = None
         self.plan_cache: Any = None
         self._snapshot: _Snapshot | None = None
+        self._next_model_input = _NextModelInput()
+        self._host_copies: Sequence[HostCopy] = ()
 
     def install(
         self, plan: Plan, attributes: Mapping[str, Any], method: str, guided: bool, arguments: Sequence[Guard],
@@ -162,6 +219,15 @@ class StepCache:
             reads: the attributes that steps of the class read.
             scheduler_class: the scheduler's.
         """
+        self._next_model_input.clear()
+        self._record(
+            plan, attributes, method, guided, arguments, timestep, step_bytes, tensors, reads, scheduler_class,
+        )  # fmt: skip
+
+    def _record(
+        self, plan: Plan, attributes: Mapping[str, Any], method: str, guided: bool, arguments: Sequence[Guard],
+        timestep: Tensor, step_bytes: int, tensors: Sequence[Tensor], reads: Mapping[str, None], scheduler_class: type,
+    ) -> None:  # fmt: skip
         self._method, self._guided, self._arguments = method, guided, arguments
         self._timestep, self._step_bytes = timestep.data_ptr(), step_bytes
         self._class_version = class_version(scheduler_class)
@@ -180,7 +246,7 @@ class StepCache:
         if plan is None:
             self.last_miss_epoch = self._epoch
             return MISS
-        result, alone = self._run(plan, scheduler, call)
+        result, alone = self._run(plan, scheduler, call, scales=False)
         self.steps_taken += 1
         if alone:
             assert self._snapshot is not None
@@ -195,13 +261,13 @@ class StepCache:
         found = self._find(scheduler, method, call)
         if found is None:
             return MISS
-        result, alone = self._run(found.plan, scheduler, call)
+        result, alone = self._run(found.plan, scheduler, call, scales=False)
         self.steps_taken += 1
         if alone:
             attributes = vars(scheduler)
             arrays = (attributes.get(guard.name) for guard in found.attributes if guard.kind is GuardKind.ARRAY)
             tensors = [array for array in arrays if isinstance(array, Tensor) and not array.is_inference()]
-            self.install(
+            self._record(
                 found.plan, attributes, method, found.guided, found.arguments, call.arguments["timestep"],
                 found.step_bytes, tensors, found.reads, found.scheduler_class,
             )  # fmt: skip
@@ -209,11 +275,27 @@ class StepCache:
             self.forget()
         return result
 
-    def try_first_scaling(self, scheduler: Any, method: str, sample: Tensor, timestep: Any) -> Any:
-        """Scale the model's input before a first step; None, with nothing done, where no earlier loop began so."""
+    def try_scaling(self, scheduler: Any, method: str, sample: Any, timestep: Any) -> Any:
+        """Scale the model's input: hand out what the last step wrote, or take one pass.
+
+        Returns:
+            The scaled sample; `MISS`, with nothing done, where the plan has to be looked up.
+        """
+        if not isinstance(sample, Tensor):
+            return MISS
         call = Call({"model_output": sample, "timestep": timestep, "sample": sample})
-        found = self._find(scheduler, method, call)
-        return None if found is None else self._run(found.plan, scheduler, call)[0]
+        plan = None if self.plan is None else self.plan.scalings.get(sample.dtype)
+        if plan is None or not self.unchanged(scheduler):
+            found = self._find(scheduler, method, call)
+            return MISS if found is None else self._run(found.plan, scheduler, call, scales=True)[0]
+        if self._next_model_input.is_of(sample) and _called_plainly():
+            self._next_model_input.expect_again()
+            guard = self._arguments[USUAL_ARGUMENTS.index("timestep")]
+            if guard.check(timestep, self._timestep + self._step_bytes):
+                scaled = self._next_model_input.take()
+                if scaled is not None:
+                    return scaled
+        return self._run(plan, scheduler, call, scales=True)[0]
 
     def unchanged(self, scheduler: Any) -> bool:
         """Return whether the scheduler is as the last step left it."""
@@ -227,6 +309,7 @@ class StepCache:
     def forget(self) -> None:
         """Forget the last step."""
         self.plan = self._snapshot = None
+        self._next_model_input.clear()
 
     def advance_epoch(self) -> int:
         """Count the beginning or the end of a step."""
@@ -236,23 +319,48 @@ class StepCache:
     def set_seeds(self, seeds: Tensor | None) -> None:
         """Take note of the seeds; the Python executor asks for them itself."""
 
+    def set_host_copies(self, copies: Sequence[HostCopy]) -> None:
+        """Take note of the copies of the scheduler's arrays on devices, by which first steps are found."""
+        self._host_copies = copies
+
     def _find(self, scheduler: Any, method: str, call: Call) -> FirstStep | None:
         if self.steps_taken or not len(self._first_steps):
             return None
-        found: FirstStep | None = self._first_steps.find(scheduler, method, self.seeded, call)
+        found: FirstStep | None = self._first_steps.find(scheduler, method, self.seeded, call, self._host_copies)
         if found is not None:
             self.plan_cache = found.plan_cache
         return found
 
-    def _run(self, plan: Plan, scheduler: Any, call: Call) -> tuple[Any, bool]:
-        """Execute a plan; also return whether no other thread stepped meanwhile."""
+    def _run(self, plan: Plan, scheduler: Any, call: Call, *, scales: bool) -> tuple[Any, bool]:
+        """Execute a plan; also return whether no other thread stepped meanwhile.
+
+        `scales`: the method scales the model's input.
+        """
         begun = self.advance_epoch()
+        written: list[Tensor] = []
+        writes = not scales and self._next_model_input.begin_step()
         try:
-            result = self._execute(plan, vars(scheduler), call.arguments, call.uncond, call.guidance_scale, self, None)
+            result = self._execute(
+                plan, vars(scheduler), call.arguments, call.uncond, call.guidance_scale, self, None, None,
+                written if writes else None,
+            )  # fmt: skip
         except BaseException:
             self.forget()
             raise
+        if not scales:
+            known = plan.model_input_scale() is not None
+            sample = (result if plan.result_type is None else result[0]) if known else None
+            self._next_model_input.record(sample, written[0] if written else None)
         return result, self.advance_epoch() == begun + 1
+
+
+def _called_plainly() -> bool:
+    """Return whether no mode or transform of torch has to see an operator that is called here."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.maybe_current_level() is None
+    )
 
 
 def check_arguments(guards: Sequence[Guard], call: Call, timestep: int | None) -> bool:
@@ -264,11 +372,13 @@ def check_arguments(guards: Sequence[Guard], call: Call, timestep: int | None) -
     return all(guard.name == name and guard.check(call.arguments[name], timestep) for guard, name in pairs)
 
 
-def check_attributes(guards: Sequence[Guard], attributes: Mapping[str, Any]) -> bool:
-    """Return whether the guards of a scheduler's attributes hold."""
+def check_attributes(guards: Sequence[Guard], attributes: Mapping[str, Any], copies: Sequence[HostCopy] = ()) -> bool:
+    """Return whether the guards of a scheduler's attributes hold; `copies`: of its arrays on devices."""
     items = [(name, value) for name, value in attributes.items() if name != CACHE]
     pairs = zip(guards, items, strict=False)
-    return len(guards) == len(items) and all(g.name == name and g.check(value) for g, (name, value) in pairs)
+    return len(guards) == len(items) and all(
+        guard.name == name and guard.check(value, copies=copies) for guard, (name, value) in pairs
+    )
 
 
 def _same_items(items: list[Any], now: list[Any]) -> bool:
