@@ -18,9 +18,23 @@ struct NoiseKey {
     }
 };
 
+// Load a number here. An ordinary load whose value only a branch needs is moved into it by ptxas, behind the loads on
+// which the branch depends; a relaxed one is not, and may come from the first-level cache like it.
+__device__ __forceinline__ int64_t load_here(const int64_t* from) {
+#ifdef __CUDA_ARCH__
+    int64_t value;
+    asm volatile("ld.relaxed.cta.global.b64 %0, [%1];" : "=l"(value) : "l"(__cvta_generic_to_global(from)));
+    return value;
+#else
+    return *from;
+#endif
+}
+
 __device__ __forceinline__ NoiseKey noise_key(const NoiseArgs& draw, int64_t b) {
-    const uint32_t step = draw.steps == nullptr ? draw.step : static_cast<uint32_t>(draw.steps[b * draw.steps_stride]);
-    return {static_cast<uint64_t>(draw.seeds[b]), step, draw.purpose};
+    const uint64_t seed = static_cast<uint64_t>(load_here(draw.seeds + b));
+    const uint32_t step =
+        draw.steps == nullptr ? draw.step : static_cast<uint32_t>(load_here(draw.steps + b * draw.steps_stride));
+    return {seed, step, draw.purpose};
 }
 
 // Return the numbers at `place`, which is even, and `place` + 1: one transform of two words of a chunk.

@@ -256,6 +256,16 @@ def test_kernels_of_forms_load_their_tensors_and_row_alone(compiled: Compiled) -
         assert _count(code[name], r"LDG\b.*\.U?(8|16)\b") == 0, form
 
 
+@needs_nvcc
+def test_kernels_of_forms_load_before_they_branch(compiled: Compiled) -> None:
+    # A load behind a branch on the row would begin when the row has come.
+    _machine_code(compiled)
+    for form, name in _forms(compiled).items():
+        order = compiled.functions["sm_90", name].order
+        last = max(i for i, opcode in enumerate(order) if opcode.startswith("LDG"))
+        assert last < order.index("BRA"), form
+
+
 #: The most instructions an element of steps in bfloat16 that takes every branch: terms, a finite clip, drawn noise,
 #: but no model input. docs/performance.md has the counts.
 MOST_INSTRUCTIONS = {
