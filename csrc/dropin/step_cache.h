@@ -5,85 +5,14 @@
 
 #include <pybind11/pybind11.h>
 
-#include <memory>
-#include <optional>
-#include <vector>
-
 #include "executor.h"
+#include "first_steps.h"
 #include "guards.h"
 #include "native_plan.h"
+#include "next_model_input.h"
 #include "scheduler_call.h"
 
 namespace fastdiff::dropin {
-
-// The number of times that a step has read an attribute that no step of its class had read before. Guards and snapshots
-// made before lack that attribute.
-int64_t& read_epoch();
-
-using Guards = std::shared_ptr<const std::vector<Guard>>;
-
-// The first step of a loop: its plan, and the guards of the scheduler and the call under which it is the plan again.
-struct FirstStepEntry {
-    explicit FirstStepEntry(const py::handle& record);  // a `FirstStep` of fastdiff/diffusers/runtime/guards.py
-
-    // Whether the guards hold. `timestep` becomes the address of the timestep that is due.
-    bool check(PyObject* scheduler, PyObject* attributes, PyObject* method, bool seeded, const SchedulerCall& call,
-               const HostCopies& copies, const void** timestep) const;
-    TensorVersions versions(PyObject* attributes) const;
-
-    py::object plan;
-    NativePlan* native;
-    py::object scheduler_class, method;
-    bool guided, seeded;
-    std::vector<Guard> attributes;
-    Guards arguments;
-    Py_ssize_t place;  // of the timestep in the schedule
-    int64_t step_bytes;
-    py::object plan_cache, reads;
-    unsigned int version;
-    int64_t epoch;
-};
-
-// The first steps of all schedulers of one diffusers class, the latest first.
-class FirstSteps {
-  public:
-    std::shared_ptr<const FirstStepEntry> find(PyObject* scheduler, PyObject* attributes, PyObject* method, bool seeded,
-                                               const SchedulerCall& call, const HostCopies& copies,
-                                               const void** timestep);
-    void add(const py::handle& record);
-    void clear();
-    size_t size() const { return entries_.size(); }
-
-    // Entries kept: those of a few configurations, sizes, numbers of steps and methods in turn.
-    static constexpr size_t kMost = 32;
-
-  private:
-    std::vector<std::shared_ptr<const FirstStepEntry>> entries_;
-};
-
-// The sample that the last step returned, and the model input for the next step if that step wrote it in its own pass.
-//
-// A step writes it once a sample was scaled as the step before had returned it, and no more once it was not asked for.
-class NextModelInput {
-  public:
-    // Record the step that has been taken; `sample` is undefined where its result cannot be told from another tensor.
-    void record(const at::Tensor& sample, at::Tensor scaled);
-    // Whether a tensor is the step's sample, not written since.
-    bool is_of(const at::Tensor& tensor) const;
-    // Return the model input and keep no reference to it; undefined where there is none.
-    at::Tensor take() { return std::exchange(scaled_, at::Tensor()); }
-    // Begin a step: drop what was not asked for, and return whether to write the next model input.
-    bool begin_step();
-    void expect_again() { wanted_ = true; }
-    void clear();
-
-  private:
-    // Compared by identity; the sample's memory is not kept.
-    std::optional<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> sample_;
-    int64_t version_ = 0;
-    at::Tensor scaled_;
-    bool wanted_ = false;
-};
 
 struct StepCacheState {
     ExecutorState executor;
