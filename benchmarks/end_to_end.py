@@ -270,7 +270,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise unknown_name("end_to_end", "--only", name, {case.name for case in CASES})
     cases = [case for case in CASES if not names or any(case.name.startswith(name) for name in names)]
     print(f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}")
-    lines = []
+    lines: list[dict[str, Any]] = []
+    found = {**conditions(), "device": _device_name(device)}
     threads = torch.get_num_threads()
     torch.set_num_threads(chosen.threads)
     try:
@@ -279,14 +280,13 @@ def main(arguments: list[str] | None = None) -> None:
             for case in cases:
                 lines.append(measure(case, device, chosen.rounds))
                 print(row(lines[-1]), flush=True)
+                if chosen.json is not None:  # after each loop: a run that is stopped keeps what it has measured
+                    report = {"schema": 1, "conditions": found, "threads": chosen.threads, "rounds": chosen.rounds}
+                    text = json.dumps({**report, "results": lines}, indent=1) + "\n"
+                    write_whole(chosen.json, text.encode(), operation="end_to_end", argument="--json")
     finally:
         torch.set_num_threads(threads)
-    found = {**conditions(), "device": _device_name(device)}
     print(", ".join(f"{name} {value}" for name, value in found.items()))
-    if chosen.json is not None:
-        report = {"schema": 1, "conditions": found, "threads": chosen.threads, "rounds": chosen.rounds}
-        text = json.dumps({**report, "results": lines}, indent=1) + "\n"
-        write_whole(chosen.json, text.encode(), operation="end_to_end", argument="--json")
 
 
 def _device_name(device: torch.device) -> str:

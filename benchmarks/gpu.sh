@@ -182,11 +182,7 @@ stage_bench() {
     options=(--device cuda --rounds 7)
     if [[ $full == 1 ]]; then options=(--device cuda); fi
     if [[ $dry == 1 ]]; then options=(--only policy --rounds 1); fi
-    if [[ -f benchmarks/end_to_end.py ]]; then
-        limited "$loops" "${python[@]}" -m benchmarks.end_to_end "${options[@]}" --json "$folder/$name-end-to-end.json" || failed=1
-    else
-        echo "gpu: benchmarks/end_to_end.py is not here: whole loops are not measured"
-    fi
+    limited "$loops" "${python[@]}" -m benchmarks.end_to_end "${options[@]}" --json "$folder/$name-end-to-end.json" || failed=1
     if [[ $full == 1 || $dry == 1 ]]; then
         limited 60 "${bench[@]}" timeline "${json[@]}" ${RESULTS:+--picture "$RESULTS/timeline.png"} || failed=1
     fi

@@ -73,7 +73,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     define_layout(m);
     define_reductions(m);
     define_seeded_sum(m);
-    define_triton(m);
+    m.def("enable_triton", torch::wrap_pybind_function(enable_triton), py::arg("guards"),
+          py::arg("driver") = py::none(), py::arg("host_memory") = false,
+          "Launch Triton's compiled step kernels from C++; see csrc/bindings/triton.h.");
+    m.def("disable_triton", torch::wrap_pybind_function(disable_triton));
+    m.def("set_triton_block", torch::wrap_pybind_function(fastdiff::triton::set_block), py::arg("device"),
+          py::arg("element_size"), py::arg("draws"), py::arg("block"), "Set how many elements a program takes.");
+    m.def("install_triton_kernel", torch::wrap_pybind_function(install_triton_kernel), py::arg("key"),
+          py::arg("function"), py::arg("threads"), py::arg("shared_bytes"), py::arg("layout"),
+          "Keep a compiled kernel for calls of a key that step() returned.");
+    m.def("clear_triton_kernels", torch::wrap_pybind_function(fastdiff::triton::clear_kernels),
+          "Forget all kernels and blocks.");
     fastdiff::dropin::define(m);
     if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include "triton.h"
 
-#include <pybind11/stl.h>
-
 #include <cstring>
 #include <optional>
 #include <string>
@@ -43,7 +41,8 @@ TritonState& state() {
     return *made;
 }
 
-// Launch compiled kernels from now on; returns why that cannot be, or an empty string.
+}  // namespace
+
 std::string enable_triton(const py::list& guards, const std::optional<std::string>& driver, bool host_memory) {
     const std::string problem = triton::load_driver(driver.has_value() ? driver->c_str() : nullptr);
     TritonState next;
@@ -57,15 +56,14 @@ std::string enable_triton(const py::list& guards, const std::optional<std::strin
     return problem;
 }
 
-void install(const py::bytes& key, uintptr_t function, unsigned threads, unsigned shared_bytes,
-             const std::string& layout) {
+void install_triton_kernel(const py::bytes& key, uintptr_t function, unsigned threads, unsigned shared_bytes,
+                           const std::string& layout) {
     const std::string bytes = key;
     triton::KernelKey found;
-    if (bytes.size() != found.bytes.size() || layout.size() != size_t{triton::kParameters})
-        throw py::value_error("install_triton_kernel: got a key of " + std::to_string(bytes.size()) +
-                              " bytes and a layout of " + std::to_string(layout.size()) + " parameters, expected " +
-                              std::to_string(found.bytes.size()) + " and " + std::to_string(triton::kParameters) +
-                              "; pass the key that step() returned");
+    TORCH_CHECK_VALUE(bytes.size() == found.bytes.size() && layout.size() == size_t{triton::kParameters},
+                      "install_triton_kernel: got a key of ", bytes.size(), " bytes and a layout of ", layout.size(),
+                      " parameters, expected ", found.bytes.size(), " and ", triton::kParameters,
+                      "; pass the key that step() returned");
     std::memcpy(found.bytes.data(), bytes.data(), bytes.size());
     triton::StepKernel kernel;
     kernel.function = reinterpret_cast<void*>(function);
@@ -75,7 +73,7 @@ void install(const py::bytes& key, uintptr_t function, unsigned threads, unsigne
     triton::install_kernel(found, kernel);
 }
 
-}  // namespace
+void disable_triton() { state() = TritonState(); }
 
 bool triton_serves(const at::Tensor& sample) {
     const TritonState& now = state();
@@ -84,20 +82,6 @@ bool triton_serves(const at::Tensor& sample) {
         if (!guard.holds()) return false;
     // Kernels are loaded into one device's context.
     return sample.is_cpu() || triton::current_device() == sample.get_device();
-}
-
-void define_triton(py::module_& module) {
-    module.def("enable_triton", &enable_triton, py::arg("guards"), py::arg("driver") = py::none(),
-               py::arg("host_memory") = false,
-               "Launch Triton's compiled step kernels from C++ while each (owner, attribute, expected) of the guards "
-               "holds; returns why that cannot be, or an empty string. `driver` and `host_memory`: for tests.");
-    module.def("disable_triton", [] { state() = TritonState(); }, "Launch no kernel of Triton's from C++ any more.");
-    module.def("set_triton_block", &triton::set_block, py::arg("device"), py::arg("element_size"), py::arg("draws"),
-               py::arg("block"), "Set how many elements a program takes.");
-    module.def("install_triton_kernel", &install, py::arg("key"), py::arg("function"), py::arg("threads"),
-               py::arg("shared_bytes"), py::arg("layout"),
-               "Keep a compiled kernel for calls of a key that step() returned; see csrc/triton/step_kernels.h.");
-    module.def("clear_triton_kernels", &triton::clear_kernels, "Forget all kernels and blocks.");
 }
 
 }  // namespace fastdiff::bindings

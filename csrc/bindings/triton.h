@@ -4,6 +4,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <optional>
+#include <string>
+
 #include "../triton/step_kernels.h"
 #include "tensors.h"
 
@@ -13,8 +16,14 @@ namespace fastdiff::bindings {
 // such as a launch hook of a profiler.
 bool triton_serves(const at::Tensor& sample);
 
-// Define enable_triton, set_triton_block, install_triton_kernel and clear_triton_kernels, which
-// fastdiff/ops/triton_launch.py calls.
-void define_triton(pybind11::module_& module);
+// Launch compiled kernels from now on while each (owner, attribute, expected value) of the guards holds: the attribute
+// is that object, and empty where it is a list. Return why that cannot be, or an empty string. For tests: the path of
+// the driver's library, and whether it takes CPU tensors.
+std::string enable_triton(const pybind11::list& guards, const std::optional<std::string>& driver, bool host_memory);
+void disable_triton();
+
+// Keep a compiled kernel for calls of a key that `step` returned; see csrc/triton/step_kernels.h.
+void install_triton_kernel(const pybind11::bytes& key, uintptr_t function, unsigned threads, unsigned shared_bytes,
+                           const std::string& layout);
 
 }  // namespace fastdiff::bindings

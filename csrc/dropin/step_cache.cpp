@@ -220,7 +220,8 @@ py::object StepCache::execute(const py::object& plan, NativePlan* native, PyObje
                                                 PyUnicode_InternFromString("sample")};
     try {
         NativeExecutor executor(*native, attributes, call, &state->executor, steps_taken, &state->snapshot);
-        const bool writes_model_input = !scales && state->next_model_input.begin_step();
+        // Under a mode the step is an operator, whose model input would be copied into the tensor.
+        const bool writes_model_input = !scales && state->next_model_input.begin_step() && bindings::called_plainly();
         if (writes_model_input) executor.ask_for_model_input();
         py::object result = executor.execute();
         if (result.ptr() != nullptr) {

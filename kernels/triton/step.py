@@ -20,189 +20,34 @@ import triton.language as tl
 from .config import config_for
 from .launch import Launcher, blocks_of
 from .philox import as_int32, how_many, normals, normals_at, step_of
+from .step_math import (
+    CLIP,
+    KEEP_0,
+    KEEP_1,
+    MODEL_INPUT_SCALE,
+    NOISE,
+    PREDICTION_OUTPUT,
+    PREDICTION_SAMPLE,
+    PREV_SAMPLE,
+    ROW_WIDTH,
+    STORE_0,
+    STORE_1,
+    add_term,
+    as_stored,
+    clamp_to,
+    divide,
+    guidance_scale,
+    history_slot,
+    learned_std,
+    reads,
+    store_kept,
+    store_kept_mixed,
+    weighted_sum,
+    write_model_input,
+)
 
 if TYPE_CHECKING:
     from fastdiff.ops.call import StepCall
-
-# The layout of a row; fastdiff/row_layout.py holds the same numbers.
-_PREDICTION_SAMPLE = tl.constexpr(0)
-_PREDICTION_OUTPUT = tl.constexpr(1)
-_CLIP = tl.constexpr(2)
-_VARIANCE_OFFSET = tl.constexpr(3)
-_VARIANCE_SLOPE = tl.constexpr(4)
-_MODEL_INPUT_SCALE = tl.constexpr(5)
-_STORE_0 = tl.constexpr(6)
-_STORE_1 = tl.constexpr(7)
-_PREV_SAMPLE = tl.constexpr(8)
-_KEEP_0 = tl.constexpr(16)
-_KEEP_1 = tl.constexpr(24)
-_HISTORY_0 = tl.constexpr(3)  # columns of a map
-_NOISE = tl.constexpr(7)
-_ROW_WIDTH = tl.constexpr(32)
-
-_LEARNED_RANGE = tl.constexpr(1)
-
-
-@triton.jit
-def _divide(a, b):
-    """Return a/b, rounded once; Triton's plain float32 division is approximate."""
-    if a.dtype == tl.float32:  # noqa: SIM108 (Triton compiles only the branch taken)
-        result = tl.div_rn(a, tl.zeros_like(a) + b)
-    else:
-        result = a / b
-    return result
-
-
-@triton.jit
-def _clamp_to(value, bound):
-    """Clamp to ±bound by comparisons, which keep NaN; the upper bound last, as torch.clamp has it."""
-    value = tl.where(value < -bound, -bound, value)
-    return tl.where(value > bound, bound, value)
-
-
-@triton.jit
-def _exp(x):
-    """Return e^x to a few units in the last place; Triton's float32 exp multiplies by log2(e) and loses |x| of them."""
-    if x.dtype == tl.float32:
-        n = tl.floor(x * 1.4426950408889634 + 0.5)
-        # ln 2 in two parts, the first with few enough bits that n times it is exact.
-        r = tl.fma(n, tl.full(n.shape, -0.693145751953125, n.dtype), x)
-        r = tl.fma(n, tl.full(n.shape, -1.42860682030941723e-6, n.dtype), r)
-        result = tl.exp2(n) * tl.exp(r)
-    else:
-        result = tl.exp(x)
-    return result
-
-
-@triton.jit
-def _learned_std(v, row_ptr, VARIANCE: tl.constexpr):
-    if VARIANCE == _LEARNED_RANGE:
-        slope = tl.load(row_ptr + _VARIANCE_SLOPE)
-        std = _exp(tl.fma(tl.zeros_like(v) + slope, v, tl.load(row_ptr + _VARIANCE_OFFSET)))
-    elif v.dtype == tl.float32:
-        std = tl.sqrt_rn(v)
-    else:
-        std = tl.sqrt(v)
-    return std
-
-
-@triton.jit
-def _add_term(total, weight_ptr, term):
-    """Return total + weight·term, without the term where its weight is 0."""
-    weight = tl.load(weight_ptr)
-    return tl.where(weight != 0, tl.fma(tl.zeros_like(term) + weight, term, total), total)
-
-
-@triton.jit
-def _weighted_sum(map_ptr, x, m, d, h0, h1, h2, h3, z, HISTORY: tl.constexpr, HAS_NOISE: tl.constexpr):
-    """Return one affine map; `map_ptr` points at its eight weights."""
-    total = tl.zeros_like(x)
-    total = _add_term(total, map_ptr, x)
-    total = _add_term(total, map_ptr + 1, m)
-    total = _add_term(total, map_ptr + 2, d)
-    if HISTORY & 1:
-        total = _add_term(total, map_ptr + 3, h0)
-    if HISTORY & 2:
-        total = _add_term(total, map_ptr + 4, h1)
-    if HISTORY & 4:
-        total = _add_term(total, map_ptr + 5, h2)
-    if HISTORY & 8:
-        total = _add_term(total, map_ptr + 6, h3)
-    if HAS_NOISE:
-        total = _add_term(total, map_ptr + 7, z)
-    return total
-
-
-@triton.jit
-def _reads(row_ptr, column, zero, MAPS: tl.constexpr):
-    """Return whether one of the row's first maps has a coefficient in this column, in the shape of `zero`."""
-    reads = zero + tl.load(row_ptr + _PREV_SAMPLE + column) != 0
-    if MAPS >= 2:
-        reads = reads | (zero + tl.load(row_ptr + _KEEP_0 + column) != 0)
-    if MAPS >= 3:
-        reads = reads | (zero + tl.load(row_ptr + _KEEP_1 + column) != 0)
-    return reads
-
-
-@triton.jit
-def _history_slot(
-    pointer, here, mask, like, row_ptr, j: tl.constexpr, PRESENT: tl.constexpr, WRITE_HISTORY: tl.constexpr,
-    MAPS: tl.constexpr,
-):  # fmt: skip
-    """Load history slot j; `like`, which no sum will read, where it is absent."""
-    value = like
-    if PRESENT:
-        if WRITE_HISTORY:  # the slots serve all solvers, and most rows read few of them
-            mask = mask & _reads(row_ptr, _HISTORY_0 + j, tl.zeros_like(like), MAPS)
-        value = tl.load(pointer + here, mask=mask, other=0.0).to(like.dtype)
-    return value
-
-
-@triton.jit
-def _as_stored(value, pointer):
-    """Round a value to a tensor's dtype; double goes to a half type by way of float, as in torch."""
-    if pointer.dtype.element_ty.primitive_bitwidth == 16:
-        value = value.to(tl.float32)
-    return value.to(pointer.dtype.element_ty)
-
-
-@triton.jit
-def _store_kept(
-    value, slot, here, mask, history_0_ptr, history_1_ptr, history_2_ptr, history_3_ptr, HISTORY: tl.constexpr
-):  # fmt: skip
-    """Store to the history slot that the row names, of four of one dtype; to none if it is negative or absent."""
-    pointer = tl.where(slot == 0, history_0_ptr, history_1_ptr)
-    pointer = tl.where(slot == 2, history_2_ptr, pointer)
-    pointer = tl.where(slot == 3, history_3_ptr, pointer)
-    slot = tl.zeros_like(value) + slot
-    there = slot != slot  # false, for a slot number is no NaN
-    if HISTORY & 1:
-        there = there | (slot == 0)
-    if HISTORY & 2:
-        there = there | (slot == 1)
-    if HISTORY & 4:
-        there = there | (slot == 2)
-    if HISTORY & 8:
-        there = there | (slot == 3)
-    tl.store(pointer + here, _as_stored(value, history_0_ptr), mask=mask & there)
-
-
-@triton.jit
-def _store_kept_mixed(
-    value, slot, here, mask, history_0_ptr, history_1_ptr, history_2_ptr, history_3_ptr, HISTORY: tl.constexpr
-):  # fmt: skip
-    """Store as `_store_kept` to slots with dtypes of their own: a store for each, of which one or none is done."""
-    slot = tl.zeros_like(value) + slot
-    if HISTORY & 1:
-        tl.store(history_0_ptr + here, _as_stored(value, history_0_ptr), mask=mask & (slot == 0))
-    if HISTORY & 2:
-        tl.store(history_1_ptr + here, _as_stored(value, history_1_ptr), mask=mask & (slot == 1))
-    if HISTORY & 4:
-        tl.store(history_2_ptr + here, _as_stored(value, history_2_ptr), mask=mask & (slot == 2))
-    if HISTORY & 8:
-        tl.store(history_3_ptr + here, _as_stored(value, history_3_ptr), mask=mask & (slot == 3))
-
-
-@triton.jit
-def _write_model_input(pointer, here, copy_stride, scale, sample, mask, compute: tl.constexpr, COPIES: tl.constexpr):
-    """Store the next model input: scale times the sample as it has been rounded."""
-    scaled = _as_stored(scale * sample.to(compute), pointer)
-    tl.store(pointer + here, scaled, mask=mask)
-    if COPIES == 2:
-        tl.store(pointer + copy_stride + here, scaled, mask=mask)
-
-
-@triton.jit
-def _guidance_scale(pointer, b, bits, SCALES: tl.constexpr, compute: tl.constexpr):
-    if SCALES == 2:
-        scale = tl.load(pointer + b)
-    elif SCALES == 1:
-        scale = tl.load(pointer)
-    elif compute == tl.float64:
-        scale = bits.to(tl.int64).to(tl.float64, bitcast=True)
-    else:
-        scale = bits.to(tl.int32).to(tl.float32, bitcast=True)
-    return scale
 
 
 # Scalars that change from step to step: only their type may matter to the compiler.
@@ -268,39 +113,39 @@ def _step_kernel(
         if (index < 0) | (index >= num_rows):  # the sample is skipped
             stays = tl.load(sample_ptr + here, mask=mask, other=0.0)
             if prev_sample_ptr.dtype != sample_ptr.dtype:
-                stays = _as_stored(stays, prev_sample_ptr)
+                stays = as_stored(stays, prev_sample_ptr)
             tl.store(prev_sample_ptr + here, stays, mask=mask)
             if MODEL_INPUTS:
-                _write_model_input(model_input_ptr, here, copy_stride, 1.0, stays, mask, compute, MODEL_INPUTS)
+                write_model_input(model_input_ptr, here, copy_stride, 1.0, stays, mask, compute, MODEL_INPUTS)
             return
-    row_ptr = table_ptr + index * _ROW_WIDTH
+    row_ptr = table_ptr + index * ROW_WIDTH
     MAPS: tl.constexpr = 3 if WRITE_HISTORY else 1 + KEEPS
 
     x = tl.load(sample_ptr + here, mask=mask, other=0.0).to(compute)
     m = tl.load(model_output_ptr + there, mask=mask, other=0.0).to(compute)
     if HAS_UNCOND:
         u = tl.load(uncond_ptr + there, mask=mask, other=0.0).to(compute)
-        g = _guidance_scale(guidance_scale_ptr, b, guidance_bits, GUIDANCE_SCALES, compute)
+        g = guidance_scale(guidance_scale_ptr, b, guidance_bits, GUIDANCE_SCALES, compute)
         m = tl.fma(tl.zeros_like(m) + g, m - u, u)
 
-    p = tl.load(row_ptr + _PREDICTION_SAMPLE)
+    p = tl.load(row_ptr + PREDICTION_SAMPLE)
     d = tl.where(p != 0, p * x, 0.0)
-    d = _add_term(d, row_ptr + _PREDICTION_OUTPUT, m)
-    d = _clamp_to(d, tl.load(row_ptr + _CLIP))
+    d = add_term(d, row_ptr + PREDICTION_OUTPUT, m)
+    d = clamp_to(d, tl.load(row_ptr + CLIP))
     if HAS_THRESHOLD:
         threshold = tl.load(threshold_ptr + b)
-        d = _divide(_clamp_to(d, threshold), threshold)
+        d = divide(clamp_to(d, threshold), threshold)
 
-    h0 = _history_slot(history_0_ptr, here, mask, x, row_ptr, 0, HISTORY & 1, WRITE_HISTORY, MAPS)
-    h1 = _history_slot(history_1_ptr, here, mask, x, row_ptr, 1, HISTORY & 2, WRITE_HISTORY, MAPS)
-    h2 = _history_slot(history_2_ptr, here, mask, x, row_ptr, 2, HISTORY & 4, WRITE_HISTORY, MAPS)
-    h3 = _history_slot(history_3_ptr, here, mask, x, row_ptr, 3, HISTORY & 8, WRITE_HISTORY, MAPS)
+    h0 = history_slot(history_0_ptr, here, mask, x, row_ptr, 0, HISTORY & 1, WRITE_HISTORY, MAPS)
+    h1 = history_slot(history_1_ptr, here, mask, x, row_ptr, 1, HISTORY & 2, WRITE_HISTORY, MAPS)
+    h2 = history_slot(history_2_ptr, here, mask, x, row_ptr, 2, HISTORY & 4, WRITE_HISTORY, MAPS)
+    h3 = history_slot(history_3_ptr, here, mask, x, row_ptr, 3, HISTORY & 8, WRITE_HISTORY, MAPS)
     z = x
     if HAS_NOISE:
         z = tl.load(noise_ptr + here, mask=mask, other=0.0).to(compute)
     if DRAWS:
         z = tl.zeros_like(x)
-        if _reads(row_ptr, _NOISE, 0.0, MAPS):
+        if reads(row_ptr, NOISE, 0.0, MAPS):
             seed = tl.load(seeds_ptr + b)
             step = step_of(noise_steps_ptr, b, noise_step, NOISE_STEPS)
             if DRAWS == 2:
@@ -313,44 +158,44 @@ def _step_kernel(
                 z = normals(first, seed, step, purpose.to(tl.uint32), BLOCK).to(compute)
     if VARIANCE:
         v = tl.load(variance_ptr + there, mask=mask, other=1.0).to(compute)
-        z = z * _learned_std(v, row_ptr, VARIANCE)
+        z = z * learned_std(v, row_ptr, VARIANCE)
 
     # Outputs may be inputs: everything is loaded above before the first store.
     HAS_Z: tl.constexpr = HAS_NOISE or DRAWS > 0
-    prev = _weighted_sum(row_ptr + _PREV_SAMPLE, x, m, d, h0, h1, h2, h3, z, HISTORY, HAS_Z)
-    prev = _as_stored(prev, prev_sample_ptr)
+    prev = weighted_sum(row_ptr + PREV_SAMPLE, x, m, d, h0, h1, h2, h3, z, HISTORY, HAS_Z)
+    prev = as_stored(prev, prev_sample_ptr)
     if MAPS >= 2:
-        keep_0 = _weighted_sum(row_ptr + _KEEP_0, x, m, d, h0, h1, h2, h3, z, HISTORY, HAS_Z)
+        keep_0 = weighted_sum(row_ptr + KEEP_0, x, m, d, h0, h1, h2, h3, z, HISTORY, HAS_Z)
         if WRITE_HISTORY:
-            slot = tl.load(row_ptr + _STORE_0)
+            slot = tl.load(row_ptr + STORE_0)
             if MIXED_HISTORY:
-                _store_kept_mixed(
+                store_kept_mixed(
                     keep_0, slot, here, mask, history_0_ptr, history_1_ptr, history_2_ptr, history_3_ptr, HISTORY
                 )
             else:
-                _store_kept(
+                store_kept(
                     keep_0, slot, here, mask, history_0_ptr, history_1_ptr, history_2_ptr, history_3_ptr, HISTORY
                 )
         else:
-            tl.store(keep_0_ptr + here, _as_stored(keep_0, keep_0_ptr), mask=mask)
+            tl.store(keep_0_ptr + here, as_stored(keep_0, keep_0_ptr), mask=mask)
     if MAPS >= 3:
-        keep_1 = _weighted_sum(row_ptr + _KEEP_1, x, m, d, h0, h1, h2, h3, z, HISTORY, HAS_Z)
+        keep_1 = weighted_sum(row_ptr + KEEP_1, x, m, d, h0, h1, h2, h3, z, HISTORY, HAS_Z)
         if WRITE_HISTORY:
-            slot = tl.load(row_ptr + _STORE_1)
+            slot = tl.load(row_ptr + STORE_1)
             if MIXED_HISTORY:
-                _store_kept_mixed(
+                store_kept_mixed(
                     keep_1, slot, here, mask, history_0_ptr, history_1_ptr, history_2_ptr, history_3_ptr, HISTORY
                 )
             else:
-                _store_kept(
+                store_kept(
                     keep_1, slot, here, mask, history_0_ptr, history_1_ptr, history_2_ptr, history_3_ptr, HISTORY
                 )
         else:
-            tl.store(keep_1_ptr + here, _as_stored(keep_1, keep_1_ptr), mask=mask)
+            tl.store(keep_1_ptr + here, as_stored(keep_1, keep_1_ptr), mask=mask)
     tl.store(prev_sample_ptr + here, prev, mask=mask)
     if MODEL_INPUTS:
-        scale = tl.load(row_ptr + _MODEL_INPUT_SCALE)
-        _write_model_input(model_input_ptr, here, copy_stride, scale, prev, mask, compute, MODEL_INPUTS)
+        scale = tl.load(row_ptr + MODEL_INPUT_SCALE)
+        write_model_input(model_input_ptr, here, copy_stride, scale, prev, mask, compute, MODEL_INPUTS)
 
 
 _step = Launcher(_step_kernel)

@@ -106,3 +106,17 @@ def test_whole_loop_is_captured(case: Any, monkeypatch: pytest.MonkeyPatch) -> N
             graph.poison()
             replay()
             assert torch.equal(loop.result, expected)
+
+
+def test_stopped_run_keeps_the_loops_that_it_has_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(case: Any, device: Any, rounds: int) -> dict[str, Any]:
+        if case is not end_to_end.CASES[0]:
+            raise SystemExit  # as a signal would
+        return {"loop": case.name}
+
+    monkeypatch.setattr(end_to_end, "measure", measured)
+    monkeypatch.setattr(end_to_end, "row", str)
+    path = tmp_path / "loops.json"
+    with pytest.raises(SystemExit):
+        end_to_end.main(["--json", str(path)])
+    assert json.loads(path.read_text())["results"] == [{"loop": end_to_end.CASES[0].name}]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers", reason="diffusers has its text-to-image pipelines only beside transformers")
@@ -82,6 +83,52 @@ def test_one_graph_serves_all_steps(graphs: list[EmulatedGraph], case: str) -> N
     calls = graphs[0].replays
     assert calls % 2 == 0
     assert calls // 2 >= 3  # an image to image pipeline leaves out the first step
+
+
+_WITHOUT_LAUNCH = "aten::detach", "aten::_unsafe_view", "aten::empty", "aten::empty_like"
+
+
+class _Launches(TorchDispatchMode):
+    """Counts operators that launch something on a GPU, and the replays of a graph as one each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view and func.name().split(".")[0] not in _WITHOUT_LAUNCH
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("case", "launches"),
+    [
+        # A copy in for the latents and the timestep, the replay, a copy out, the step.
+        ("DDIM", 2 + 1 + 1 + 1),
+        # Before it doubling the latents and their scale; three copies more for conditions; three for the guidance.
+        ("StableDiffusionXL Euler", 1 + 1 + 5 + 1 + 1 + 3 + 1),
+    ],
+)
+def test_launches_a_step(
+    graphs: list[EmulatedGraph], case: str, launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replay = EmulatedGraph.replay
+
+    def counted(graph: EmulatedGraph) -> None:
+        with _disable_current_modes():
+            replay(graph)
+        counter.count += 1
+
+    monkeypatch.setattr(EmulatedGraph, "replay", counted)
+    pipe, arguments = make(case)
+    fastdiff.patch(pipe, cuda_graph=True)
+    found = []
+    for steps in (6, 10, 6, 10):  # the first loops make plans
+        counter = _Launches()
+        with counter:
+            pictures(pipe, arguments, num_inference_steps=steps)
+        found.append(counter.count)
+    assert found[3] - found[2] == 4 * launches
 
 
 def test_dit_with_a_schedule_on_the_cpu(graphs: list[EmulatedGraph]) -> None:

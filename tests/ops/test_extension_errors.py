@@ -34,10 +34,11 @@ ERRORS: dict[str, tuple[str, str]] = {
     "c.randn(x.int(), seeds, None, 0, 0, 0)": ("RuntimeError", "randn"),
     "c.randn(x, torch.arange(3), None, 0, 0, 0)": ("RuntimeError", "randn"),
     "c.StepCache(forced, None, c.FirstSteps()).install(1)": ("TypeError", "install: expected (plan, attributes"),
-    "c.StepCache(forced, None, c.FirstSteps()).try_first_scaling(1)": ("TypeError", "try_first_scaling: expected ("),
     "c.StepCache(forced, None, 3)": ("TypeError", ""),
     "c.install_triton_kernel(b'', 1, 1, 0, '')": ("ValueError", "install_triton_kernel: got a key of 0 bytes"),
     # Python errors that are set below a binding.
+    "c.StepCache(forced, None, c.FirstSteps()).set_host_copies(3)": ("TypeError", "iterable"),
+    "c.StepCache(forced, None, c.FirstSteps()).unchanged(1)": ("AttributeError", ""),
     "c.enable_triton([()])": ("IndexError", ""),
     "c.check_guard((), 1, None)": ("IndexError", ""),
     "c.NativePlan(object())": ("AttributeError", ""),

@@ -308,8 +308,8 @@ def test_constants_of_extension_match_python() -> None:
 
 
 def test_layout_of_triton_kernel_matches_table() -> None:
-    source = (ROOT / "kernels" / "triton" / "step.py").read_text(encoding="utf-8")
-    found = _numbers(r"^_([A-Z0-9_]+)(?:: tl\.constexpr)? = tl\.constexpr\((\d+)\)", source)
+    source = (ROOT / "kernels" / "triton" / "step_math.py").read_text(encoding="utf-8")
+    found = _numbers(r"^([A-Z0-9_]+)(?:: tl\.constexpr)? = tl\.constexpr\((\d+)\)", source)
     assert {name: found[name] for name in LAYOUT} == LAYOUT
     assert found["LEARNED_RANGE"] == Variance.LEARNED_RANGE
 

@@ -338,7 +338,8 @@ class StepCache:
         """
         begun = self.advance_epoch()
         written: list[Tensor] = []
-        writes = not scales and self._next_model_input.begin_step()
+        # Under a mode the step is an operator, whose model input would be copied into the tensor.
+        writes = not scales and self._next_model_input.begin_step() and _called_plainly()
         try:
             result = self._execute(
                 plan, vars(scheduler), call.arguments, call.uncond, call.guidance_scale, self, None, None,
