@@ -31,6 +31,12 @@ __device__ __forceinline__ int64_t load_here(const int64_t* from) {
 }
 
 __device__ __forceinline__ NoiseKey noise_key(const NoiseArgs& draw, int64_t b) {
+    const uint32_t step = draw.steps == nullptr ? draw.step : static_cast<uint32_t>(draw.steps[b * draw.steps_stride]);
+    return {static_cast<uint64_t>(draw.seeds[b]), step, draw.purpose};
+}
+
+// Return the key of `noise_key` by loads that stay where they are.
+__device__ __forceinline__ NoiseKey noise_key_here(const NoiseArgs& draw, int64_t b) {
     const uint64_t seed = static_cast<uint64_t>(load_here(draw.seeds + b));
     const uint32_t step =
         draw.steps == nullptr ? draw.step : static_cast<uint32_t>(load_here(draw.steps + b * draw.steps_stride));

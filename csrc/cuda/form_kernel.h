@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kFormThreads, form_of_key(kKey).resident_block
     C scale = args.guidance_value;
     if (kGuided && args.guidance != nullptr) scale = args.guidance[b * args.guidance_stride];
     NoiseKey key;
-    if (kDrawn) key = noise_key(args.draw, b);
+    if (kDrawn) key = noise_key_here(args.draw, b);
 
     C head[4], weights[kOutputs][4], of_history[kOutputs][kHistories + 1], of_noise[kOutputs];
     load_scalars(row, head);
