@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Replacement for the CUDA driver's library: records each launch, or does nothing. Built by tests/support/fake_driver.py.
+// Replacement for the CUDA driver's library: records each launch. Built by tests/support/fake_driver.py.
 #include <stdint.h>
 
 struct Config {
