@@ -3,7 +3,7 @@
 //
 // Triton's JIT compiles a kernel for the dtypes of the tensors, which addresses and sizes are multiples of 16, which
 // integers are 1, and the compile-time constants. `StepLaunch` computes all of that from a call's StepArgs, as the JIT
-// does from the arguments that `launch` of kernels/triton/step.py passes; tests/kernels/test_triton_driver.py compares
+// does from the arguments that `launch` of kernels/triton/step.py passes; tests/kernels/test_triton_launch.py compares
 // the two.
 #pragma once
 

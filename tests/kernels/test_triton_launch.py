@@ -13,6 +13,7 @@ import torch
 
 from fastdiff import ops
 from fastdiff.ops import backends
+from support import fake_driver
 from support.child_environment import child_environment
 from support.oracle import DTYPES, assert_same_bits, plain_row
 
@@ -27,15 +28,25 @@ needs_interpreter = pytest.mark.skipif(
 )
 
 
-def test_cached_launches_pass_driver_same_arguments_as_jit(tmp_path: Path) -> None:
+needs_driver = (
+    pytest.mark.skipif(backends.extension is None, reason="the C++ extension was not built"),
+    pytest.mark.skipif(fake_driver.COMPILER is None, reason="needs a C++ compiler for a fake driver library"),
+)
+
+
+@pytest.mark.parametrize(
+    "tests", ["cached_launches", pytest.param("native_launches", marks=needs_driver), "eager_launches"]
+)
+def test_launches_pass_driver_what_jit_passes(tests: str, tmp_path: Path) -> None:
+    """Run the tests of one way to a launch in a process in which Triton compiles: cached, from C++, remembered."""
     if launch._unknown:
         pytest.skip(launch._unknown)
     environ = {n: value for n, value in child_environment().items() if not n.startswith(("TRITON_", "FASTDIFF_"))}
     # Set, since conftest.py would turn the interpreter on.
     environ |= {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    tests = ROOT / "tests" / "support" / "cached_launches.py"
+    path = ROOT / "tests" / "support" / f"{tests}.py"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)],
         env=environ, cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

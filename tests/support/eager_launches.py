@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Steps without the extension pass the driver what a checked call passes; run by test_triton_eager.py in a separate
+"""Steps without the extension pass the driver what a checked call passes; run by test_triton_launch.py in a separate
 process, in which `triton.jit` makes compiled kernels.
 
 CPU tensors stand for a GPU's, and Triton's driver records each launch.
@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.compiler
 from hypothesis import given, settings
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff import ops
@@ -25,7 +24,7 @@ from fastdiff.kernels import config, eager, launch
 from fastdiff.ops import backends, dispatch
 from fastdiff.ops.call import FIELDS, StepCall
 from support import recording_driver
-from support.cached_launches import call_of, forget, step_arguments
+from support.cached_launches import accepted, call_of, forget, step_arguments
 from support.recording_driver import LAUNCHES
 
 
@@ -55,13 +54,7 @@ def test_every_remembered_step_is_launched_as_when_checked() -> None:
     @settings(max_examples=400, deadline=None)
     @given(call=step_arguments())
     def check(call: StepCall) -> None:
-        # Calls that the checks refuse are not run.
-        call = dataclasses.replace(
-            call,
-            variance=call.variance if call.variance_kind else None,
-            variance_kind=call.variance_kind if call.variance is not None else 0,
-            row_index=call.row_index if isinstance(call.row_index, Tensor) else call.row_index % len(call.table),
-        )
+        call = accepted(call)
         LAUNCHES.clear()
         results = dispatch.run(call, "triton")
         checked = LAUNCHES[-1]

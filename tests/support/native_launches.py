@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Steps launched from C++ pass the driver what Triton's JIT passes; run by test_triton_native.py in a separate process,
+"""Steps launched from C++ pass the driver what Triton's JIT passes; run by test_triton_launch.py in a separate process,
 in which `triton.jit` makes compiled kernels.
 
 Triton's own launches go to a driver that records them, those of the extension to a fake driver library.
@@ -20,7 +20,6 @@ import torch
 import triton
 import triton.compiler
 from hypothesis import given, settings
-from torch import Tensor
 
 import fastdiff.diffusers
 from fastdiff.benchmarks import host_path
@@ -29,7 +28,7 @@ from fastdiff.ops import backends
 from fastdiff.ops.call import FIELDS, StepCall
 from fastdiff.ops.canonicalize import canonicalize
 from support import recording_driver
-from support.cached_launches import call_of, forget, step_arguments
+from support.cached_launches import accepted, call_of, forget, step_arguments
 from support.fake_driver import FakeDriver, parameters_by_layout
 from support.recording_driver import LAUNCHES
 
@@ -77,14 +76,7 @@ def test_every_step_is_launched_as_by_jit(extension: ModuleType, fake: FakeDrive
     @settings(max_examples=600, deadline=None)
     @given(call=step_arguments())
     def check(call: StepCall) -> None:
-        # Triton's launch takes a variance that its kind says is not there, and rows beyond the table.
-        call = dataclasses.replace(
-            call,
-            variance=call.variance if call.variance_kind else None,
-            variance_kind=call.variance_kind if call.variance is not None else 0,
-            row_index=call.row_index if isinstance(call.row_index, Tensor) else call.row_index % len(call.table),
-        )
-        canonical = canonicalize(call)
+        canonical = canonicalize(accepted(call))
         key = offered(extension, canonical)
         if isinstance(key, str):
             outcomes[key] += 1
