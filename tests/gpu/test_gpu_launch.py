@@ -106,6 +106,24 @@ def test_cached_launches_are_captured_in_graph() -> None:
 
 
 @pytest.mark.usefixtures("holds")
+@pytest.mark.skipif(backends.extension is None, reason="the C++ extension was not built")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_triton_steps_are_launched_from_c_with_bits_of_jit(dtype: torch.dtype) -> None:
+    x, m, u = torch.randn(3, 2, 70_001, device="cuda").to(dtype).unbind()
+    table = plain_row(dtype, prev_x=0.5, prev_m=0.25).cuda()
+    call = StepCall(
+        sample=x, model_output=m, table=table, row_index=0, uncond=u, guidance_scale=7.3, out=(torch.empty_like(x),)
+    )
+    ops.step(x, m, table, 0, uncond=u, guidance_scale=7.3, out=(torch.empty_like(x),), backend="triton")  # compiles
+    offered = backends.offer(call, triton=True)
+    assert isinstance(offered, tuple), f"{offered!r}: {ops.triton_launcher()}"
+    with launch.through_jit():
+        assert backends.offer(call, triton=True) == "device"
+        (expected,) = ops.step(x, m, table, 0, uncond=u, guidance_scale=7.3, backend="triton")
+    assert_same_bits(on_host([*offered]), on_host([expected]))
+
+
+@pytest.mark.usefixtures("holds")
 def test_host_time_of_cached_launch_on_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     step = backends.triton_module("step")
     x, m, u = torch.randn(3, 1, 4, 64, 64, device="cuda").unbind()
