@@ -316,7 +316,8 @@ def test_emulation_detects_constant_guidance_scale(
     got = loop.replay(inputs.latents, *inputs.conditions, guidance_scale=inputs.scale)
     assert not torch.equal(got, _eager(sampler, model, inputs))
     assert_same_bits([got], [_eager(sampler, model, inputs, guidance_scale=first.scale)])
-    assert not storages(emulated[-1].reads()) <= storages(loop._buffers) | storages(
+    # A number is an argument of the step: the graph reads no memory of anyone else's for it.
+    assert storages(emulated[-1].reads()) <= storages(loop._buffers) | storages(
         [loop._coefficients, *model.parameters()]
     )
 
