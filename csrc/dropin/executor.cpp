@@ -143,7 +143,7 @@ py::object NativeExecutor::drawn() const {
     if (draws_.empty()) return py::none();
     py::list list;
     for (const at::Tensor& each : draws_) list.append(own(THPVariable_Wrap(each)));
-    return std::move(list);
+    return list;
 }
 
 void NativeExecutor::gather() {
