@@ -23,6 +23,7 @@ from fastdiff import ops
 from fastdiff.kernels import config, eager, launch
 from fastdiff.ops import backends, dispatch
 from fastdiff.ops.call import FIELDS, StepCall
+from fastdiff.ops.canonicalize import canonicalize
 from support import recording_driver
 from support.cached_launches import accepted, call_of, forget, step_arguments
 from support.recording_driver import LAUNCHES
@@ -61,6 +62,10 @@ def test_every_remembered_step_is_launched_as_when_checked() -> None:
         again = offered(call)
         if isinstance(again, str):
             outcomes[again] += 1
+            return
+        if any(a is not b for (_, a), (_, b) in zip(call.inputs(), canonicalize(call).inputs(), strict=True)):
+            # History that is another input too, element by element: a checked call writes a copy and copies it back.
+            outcomes["copied"] += 1
             return
         outcomes["launched"] += 1
         function, grid, stream, metadata, values = LAUNCHES[-1]
