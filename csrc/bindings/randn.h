@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MIT
-// The binding of seeded normal numbers.
+// The binding of seeded normal numbers. Light: see tensors.h.
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <pybind11/pybind11.h>
 
 #include <string>
 
-#include "common.h"
+#include "tensors.h"
 #ifdef FASTDIFF_CUDA
 #include "../cuda/randn_cuda.h"
 #endif
@@ -36,7 +37,7 @@ inline void randn(const at::Tensor& out, const at::Tensor& seeds, const std::opt
     args.out = out.data_ptr();
     args.dtype = *dtype_of(out.scalar_type());
     if (out.is_cpu()) {
-        const py::gil_scoped_release release;
+        const pybind11::gil_scoped_release release;
         at::parallel_for(0, out.numel(), kDrawGrain,
                          [&](int64_t begin, int64_t end) { cpu_build.randn_range(args, begin, end); });
         return;

@@ -149,9 +149,11 @@ Outcome run_step(const StepCall& call) {
     std::optional<TritonStep> triton_launch;
     if (launcher == Launcher::kTriton) {
         triton_launch = triton_step(args, sample);
-        if (triton_launch.has_value() && triton_launch->kernel == nullptr)
+        if (!triton_launch.has_value()) return decline(Decline::kKernel);
+        if (triton_launch->kernel == nullptr) {
             outcome.missing_kernel = triton_launch->launch.key();
-        if (!triton_launch.has_value() || triton_launch->kernel == nullptr) return decline(Decline::kKernel);
+            return decline(Decline::kKernel);
+        }
     }
     for (const MaybeTensor written : call.out.tensors)
         if (written != nullptr) bump_version(*written);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Predicates of tensors that every binding shares.
 //
-// Light: no torch/extension.h. This file, output_allocator.h, step_call.h and step.h are what csrc/dropin/ may include,
+// Light: no torch/extension.h. This file and the others here that say so are what csrc/dropin/ may include,
 // beside headers of ATen/core, ATen/ops, c10 and torch/csrc/{Dtype,Exceptions,Generator}.h and
 // torch/csrc/autograd/python_variable.h. Everything that these headers define is inline.
 #pragma once

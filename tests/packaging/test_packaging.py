@@ -533,3 +533,19 @@ def test_wheel_contains_every_module_and_data(released: Released) -> None:
     packaged = {path for path in in_wheel if ".dist-info/" not in path}
     assert packaged == needed
     assert any(path.endswith(".dist-info/licenses/LICENSE") for path in in_wheel)
+
+
+def test_one_translation_unit_includes_torch_extension() -> None:
+    """torch/extension.h takes 50 s to compile: only csrc/bindings.cpp reaches it, through headers too."""
+    csrc = ROOT / "csrc"
+
+    def reaches(path: Path, seen: set[Path]) -> bool:
+        if path in seen:
+            return False
+        seen.add(path)
+        included = re.findall(r"^\s*#\s*include\s*[<\"]([^>\"]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        own = [found.resolve() for name in included for found in (path.parent / name, csrc / name) if found.is_file()]
+        return "torch/extension.h" in included or any(reaches(header, seen) for header in own)
+
+    heavy = {path.relative_to(csrc).as_posix() for path in csrc.rglob("*.cpp") if reaches(path.resolve(), set())}
+    assert heavy == {"bindings.cpp"}
