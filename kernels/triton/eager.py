@@ -10,7 +10,7 @@ in each call: memory that was freed, tensors that overlap, gradients, modes of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -237,7 +237,7 @@ _OUTPUTS = (15, 16, 17, 18)
 
 
 def _overlap(
-    tensors: Sequence[Tensor | None], addresses: Sequence[int], needed: Sequence[int], written: Iterable[int]
+    tensors: Sequence[Tensor | None], addresses: Sequence[int], needed: Sequence[int], written: Sequence[int]
 ) -> bool:
     """Return whether a written tensor has memory in common with another one, other than element by element."""
     ends = [address + size for address, size in zip(addresses, needed, strict=True)]
@@ -248,7 +248,7 @@ def _overlap(
             if other is None or i == w or addresses[w] >= ends[i] or addresses[i] >= ends[w]:
                 continue
             same = addresses[w] == addresses[i] and target.dtype is other.dtype and target.stride() == other.stride()
-            if not (same and i in _SAMPLES and w != _OUTPUTS[3]):
+            if not (same and i in _SAMPLES and i not in written and w != _OUTPUTS[3]):
                 return True
     return False
 
