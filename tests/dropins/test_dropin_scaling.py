@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff.diffusers
 from fastdiff.diffusers.compiler.plan import Fallback
 from fastdiff.ops import backends
 from support.oracle import assert_same_bits
+from support.recorded_operators import RecordedOperators
 
 NAMES = ("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete",
          "LMSDiscrete", "EDMEuler", "EDMDPMSolverMultistep", "CMStochasticIterative")  # fmt: skip
@@ -234,19 +234,9 @@ def test_model_input_is_recorded_by_autograd_and_seen_by_modes() -> None:
     walk.sample.requires_grad_(False)
     walk.sample = walk.sample.detach()
     walk.step()
-    with _Operators() as seen:
+    with RecordedOperators() as seen:
         walk.scaled()
     assert seen.names, "the mode has seen no operator"
-
-
-class _Operators(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @in_cpp

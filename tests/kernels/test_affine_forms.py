@@ -3,17 +3,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 
 from fastdiff import extension
 from support.affine_cases import Runs, groups, record
-
-ROOT = Path(__file__).resolve().parents[2]
+from support.load_tool import load_tool
 
 pytestmark = [
     pytest.mark.skipif(extension.extension is None, reason="needs the compiled extension"),
@@ -21,17 +15,7 @@ pytestmark = [
 ]
 
 
-def _tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("affine_forms", ROOT / "tools" / "affine_forms.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = _tool()
+tool = load_tool("affine_forms")
 CONTENT = tool.TARGET.read_text(encoding="utf-8")
 COMPILED, RUNTIME = tool.listed(CONTENT, tool.COMPILED), tool.listed(CONTENT, tool.RUNTIME)
 REMEDY = "run `python tools/affine_forms.py` and build the extension again"

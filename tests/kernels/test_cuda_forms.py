@@ -3,33 +3,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 
 from fastdiff import extension
+from support.load_tool import load_tool
 from support.step_forms import LIST, MOST_TENSORS, StepForm, groups, listed
 
-ROOT = Path(__file__).resolve().parents[2]
 REMEDY = "run `python tools/cuda_forms.py` and build the extension again"
 LISTED = listed(LIST.read_text(encoding="utf-8"))
 GROUPS = groups()
 
 
-def _tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cuda_forms", ROOT / "tools" / "cuda_forms.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = _tool()
+tool = load_tool("cuda_forms")
 
 
 @pytest.mark.slow

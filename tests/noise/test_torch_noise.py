@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff import ops
 from fastdiff.noise import torch_normals as torch_noise
@@ -27,6 +26,7 @@ from fastdiff.noise.generators import draw
 from fastdiff.noise.torch_normals import randn_like_diffusers, torch_randn, why_by_torch
 from support.child_environment import child_environment
 from support.generator_states import differing, numbers_of, one_of_radius_one, with_counters
+from support.recorded_operators import RecordedOperators
 
 extension = ops.backends.extension
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE")
@@ -240,18 +240,6 @@ def test_errors_equal_torchs(shape: Any, generator: Any, device: Any, dtype: Any
     assert outcome(lambda: torch_randn(shape, given_generator(), device=device, dtype=dtype)) == expected
 
 
-class Seen(TorchDispatchMode):
-    """Dispatch mode that records operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 class SeenFunctions(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
@@ -262,7 +250,7 @@ class SeenFunctions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("make", [Seen, SeenFunctions])
+@pytest.mark.parametrize("make", [RecordedOperators, SeenFunctions])
 def test_dispatch_mode_sees_torch_operator(make: Any) -> None:
     with make() as seen:
         drawn = torch_randn((40,), seeded(1), dtype=torch.float32)
@@ -274,7 +262,7 @@ def test_first_draw_within_mode_does_not_decide_trial(monkeypatch: pytest.Monkey
     trial = torch_noise._Trial()
     monkeypatch.setattr(torch_noise, "_trial", trial)
     impossible = trial.problem
-    with Seen():
+    with RecordedOperators():
         torch_randn((40,), seeded(1), dtype=torch.float32)
         assert not trial.passed
         assert trial.problem == impossible

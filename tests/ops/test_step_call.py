@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
 from fastdiff import ops
@@ -32,6 +31,7 @@ from fastdiff.ops.call import (
     schema,
 )
 from support.oracle import assert_same_bits, plain_row
+from support.recorded_operators import RecordedOperators
 
 needs_extension = pytest.mark.skipif(backends.extension is None, reason="the C++ extension was not built")
 
@@ -165,18 +165,6 @@ def offers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return answers
 
 
-class Mode(TorchDispatchMode):
-    """A dispatch mode that sees operators and lets them run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 X = torch.randn(2, 3, 5)
 TABLE = plain_row(prev_x=0.5, prev_m=0.25, k0_x=1.0)
 
@@ -186,9 +174,9 @@ def transposed(tensor: Tensor) -> Tensor:
 
 
 def under_a_mode(x: Tensor) -> Any:
-    with Mode() as mode:
+    with RecordedOperators() as mode:
         result = ops.step(x, x, TABLE, 0)
-    assert mode.seen.count("fastdiff.step.default") == 1
+    assert mode.names.count("fastdiff.step.default") == 1
     return result
 
 
