@@ -158,6 +158,17 @@ def test_written_tensors_may_be_inputs_and_not_overlap_them() -> None:
     assert offered(ahead) == "overlap"
 
 
+def test_history_slots_that_are_written_lie_apart() -> None:
+    x, a, b = torch.zeros(3, 2, 64).unbind()
+    call = StepCall(
+        sample=x, model_output=x, table=torch.zeros(3, 32), row_index=torch.tensor([0, 1]), history=(a, b),
+        write_history=True, out=(torch.zeros(2, 64),),
+    )  # fmt: skip
+    dispatch.run(call, "triton")
+    assert isinstance(offered(call), tuple)
+    assert offered(dataclasses.replace(call, history=(a, a))) == "overlap"
+
+
 @pytest.mark.parametrize("how", ["hook", "jit", "config"])
 def test_launches_of_jit_are_respected(how: str) -> None:
     call, _ = plain()
