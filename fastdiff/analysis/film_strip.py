@@ -37,14 +37,11 @@ def visualize_trajectory(
     operation = "visualize_trajectory"
     checked_integer(operation, "frames", frames, 1)
     checked_integer(operation, "samples", samples, 1)
-    shapes = {tuple(frame.shape) if isinstance(frame, Tensor) else None for frame in trajectory}
-    shape = next(iter(shapes), None) if len(shapes) == 1 else None
-    images = shape is not None and len(shape) == 4 and shape[1] in (1, 3) and 0 not in shape
-    points = shape is not None and len(shape) == 2 and shape[1] == 2 and shape[0] > 0
+    shapes = {tuple(getattr(frame, "shape", ())) for frame in trajectory}
+    images = len(shapes) == 1 and all(len(s) == 4 and s[1] in (1, 3) and 0 not in s for s in shapes)
+    points = len(shapes) == 1 and all(len(s) == 2 and s[1] == 2 and s[0] > 0 for s in shapes)
     if not (images or points):
-        got = (
-            f"holds {len(trajectory)} frames of {len(shapes)} shapes" if shape is None else f"has frames {list(shape)}"
-        )
+        got = f"holds {len(trajectory)} frames of the shapes {sorted(map(list, shapes))}"
         expected = "tensors of one shape, [B, 1 or 3, H, W] or [B, 2]"
         raise ValueError(
             error_message(operation, "trajectory", got, expected, "pass the list of return_trajectory=True")

@@ -50,8 +50,8 @@ def test_sharpness_falls_when_an_image_is_blurred_and_is_zero_without_contrast()
         (lambda: compute_sharpness(torch.randn(2, 9)), "3 by 3 pixels"),
         (lambda: compute_sharpness([1.0]), "floating-point tensor"),  # type: ignore[arg-type]
         (lambda: visualize_trajectory([]), "holds 0 frames"),
-        (lambda: visualize_trajectory([torch.zeros(2, 2), torch.zeros(3, 2)]), "2 shapes"),
-        (lambda: visualize_trajectory([torch.zeros(2, 5)]), r"frames \[2, 5\]"),
+        (lambda: visualize_trajectory([torch.zeros(2, 2), torch.zeros(3, 2)]), r"shapes \[\[2, 2\], \[3, 2\]\]"),
+        (lambda: visualize_trajectory([torch.zeros(2, 5)]), r"shapes \[\[2, 5\]\]"),
     ],
 )
 def test_refusals_are_one_sentence(call: object, message: str) -> None:

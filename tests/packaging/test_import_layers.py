@@ -23,6 +23,7 @@ LAYERS = (
     ("graphs",),
     ("samplers",),
     ("analysis",),
+    ("classroom",),
     ("digits",),
     ("diffusers",),
     ("cli", "__main__", "__init__"),
