@@ -95,6 +95,10 @@ def model(noise_scheduler: Any) -> Denoiser:
     return Denoiser(noise_scheduler.alphas_cumprod).eval()
 
 
+def scratch_model() -> Denoiser:
+    return Denoiser((1 - torch.linspace(1e-4, 0.02, T)).cumprod(0)).eval()
+
+
 def evenly(count: int) -> list[int]:
     """Timesteps from T − 1 to 0, evenly spaced and rounded."""
     return [round((T - 1) * (count - 1 - i) / (count - 1)) for i in range(count)]
@@ -169,7 +173,8 @@ def test_comparison_starts_each_setting_from_the_same_noise(noise_scheduler: Any
     assert compute_sharpness(samples[0]) > 0
 
 
-def test_ddpm_from_scratch(noise_scheduler: Any, model: Denoiser) -> None:
+def test_ddpm_from_scratch() -> None:
+    model = scratch_model()
     sampler = DDPMSampler(model, n_timesteps=100, beta_start=1e-4, beta_end=0.02, device=device)
     betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
     signal = (1 - betas).cumprod(0)
@@ -196,7 +201,8 @@ def test_ddpm_from_scratch(noise_scheduler: Any, model: Denoiser) -> None:
 
 
 @pytest.mark.parametrize("clip_denoised", [True, False])
-def test_p_sample_takes_one_timestep_or_one_a_sample(model: Denoiser, clip_denoised: bool) -> None:
+def test_p_sample_takes_one_timestep_or_one_a_sample(clip_denoised: bool) -> None:
+    model = scratch_model()
     sampler = DDPMSampler(model, n_timesteps=100, beta_start=1e-4, beta_end=0.02, device=device)
     signal = sampler.alphas_cumprod.double()
     generator = torch.Generator().manual_seed(5)
@@ -217,8 +223,9 @@ def test_p_sample_takes_one_timestep_or_one_a_sample(model: Denoiser, clip_denoi
     assert torch.equal(same, every)
 
 
-def test_guidance_shifts_each_mean_by_scale_variance_gradient(model: Denoiser) -> None:
+def test_guidance_shifts_each_mean_by_scale_variance_gradient() -> None:
     """arXiv 2105.05233, algorithm 1, with the gradient of −3·|x − (t/100)|² written out."""
+    model = scratch_model()
     sampler = DDPMSampler(model, n_timesteps=100, beta_start=1e-4, beta_end=0.02, device=device)
 
     def guidance_fn(x: Tensor, t: Tensor) -> Tensor:
