@@ -52,6 +52,7 @@ PACKAGES = [
     "fastdiff.analysis",
     "fastdiff.benchmarks",
     "fastdiff.benchmarks.gpu",
+    "fastdiff.cli",
     "fastdiff.diffusers",
     "fastdiff.diffusers.compiler",
     "fastdiff.diffusers.runtime",
