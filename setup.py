@@ -53,6 +53,7 @@ PACKAGES = [
     "fastdiff.benchmarks",
     "fastdiff.benchmarks.gpu",
     "fastdiff.classroom",
+    "fastdiff.cli",
     "fastdiff.diffusers",
     "fastdiff.diffusers.compiler",
     "fastdiff.diffusers.runtime",
