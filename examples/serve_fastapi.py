@@ -35,7 +35,7 @@ def draw(
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
         )
-        seeds = fastdiff.as_seeds(seed, 1)
+        seeds = fastdiff.spawn_seeds(seed, 1)
         result = manager.sample(
             model,
             fastdiff.randn((1, *IMAGE_SHAPE), seeds),
