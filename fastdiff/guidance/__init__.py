@@ -8,13 +8,14 @@ The modules::
 """
 
 from .guided_model import GuidanceMode, GuidedModel, Model, unwrap, write_model_input
-from .rescale import rescaling_of
+from .rescale import rescaling_of, rows_with_scaled_output
 
 __all__ = [
     "GuidanceMode",
     "GuidedModel",
     "Model",
     "rescaling_of",
+    "rows_with_scaled_output",
     "unwrap",
     "write_model_input",
 ]
