@@ -77,9 +77,10 @@ class BaseSampler(CompiledSampler):
     ) -> SamplingResult:
         """Run the whole loop.
 
-        Ctrl-C ends the loop after the step that is under way, and a second one at once; the result then has the samples
-        of the steps taken and is not ``complete``, and the generators are put back, as where a callback stops the loop.
-        That holds in the main thread, for Python's own handler of Ctrl-C, and without `cuda_graph`.
+        Ctrl-C ends the loop after the step that is under way; the result then has the samples of the steps taken and is
+        not ``complete``, and the generators are put back, as where a callback stops the loop.  A second Ctrl-C during
+        that step raises KeyboardInterrupt at once.  That holds in the main thread, for Python's own handler of Ctrl-C,
+        and without `cuda_graph`.
 
         Args:
             model: any callable ``(x, t)`` or ``(x, t, encoder_hidden_states)`` that returns a tensor, a tuple, a dict
