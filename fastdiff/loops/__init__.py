@@ -31,6 +31,7 @@ The modules::
     run.py         the loop
 """
 
+from .adaptive import sample_dpm_adaptive
 from .cfg_pp import (
     sample_dpmpp_2m_cfg_pp,
     sample_dpmpp_2s_ancestral_cfg_pp,
@@ -62,4 +63,5 @@ from .exponential import (
 )
 from .first_order import sample_ddim, sample_ddpm, sample_euler, sample_euler_ancestral
 from .multistep import sample_gradient_estimation, sample_ipndm_v
+from .noise import BrownianTreeNoiseSampler
 from .runge_kutta import sample_dpm_fast, sample_heun, sample_heunpp2, sample_restart

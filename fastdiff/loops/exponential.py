@@ -63,7 +63,7 @@ def sample_res_2s(
     """RES with two stages (arXiv 2308.02157, section 3.1); two model calls a step.  η adds the noise of SEEDS."""
     return run(
         res_2s, model, x, sigmas, extra_args, callback, disable,
-        options={"c2": c2, "eta": eta, "s_noise": s_noise}, calls=2, noise_by_stage=True,
+        options={"c2": c2, "eta": eta, "s_noise": s_noise}, calls=2, noise_by="stage",
         noise_sampler=noise_sampler, seeds=seeds,
     )  # fmt: skip
 
@@ -86,7 +86,7 @@ def sample_res_3s(
     """RES with three stages (arXiv 2308.02157); three model calls a step.  η adds the noise of SEEDS."""
     return run(
         res_3s, model, x, sigmas, extra_args, callback, disable,
-        options={"c2": c2, "c3": c3, "eta": eta, "s_noise": s_noise}, calls=3, noise_by_stage=True,
+        options={"c2": c2, "c3": c3, "eta": eta, "s_noise": s_noise}, calls=3, noise_by="stage",
         noise_sampler=noise_sampler, seeds=seeds,
     )  # fmt: skip
 
@@ -109,7 +109,7 @@ def sample_seeds_2(
     """SEEDS-2 (arXiv 2305.14267, algorithm 2); two model calls a step, each with noise."""
     return run(
         seeds_2, model, x, sigmas, extra_args, callback, disable,
-        options={"eta": eta, "s_noise": s_noise, "r": r, "solver_type": solver_type}, calls=2, noise_by_stage=True,
+        options={"eta": eta, "s_noise": s_noise, "r": r, "solver_type": solver_type}, calls=2, noise_by="stage",
         noise_sampler=noise_sampler, seeds=seeds,
     )  # fmt: skip
 
@@ -132,7 +132,7 @@ def sample_seeds_3(
     """SEEDS-3 (arXiv 2305.14267, algorithm 3); three model calls a step, each with noise."""
     return run(
         seeds_3, model, x, sigmas, extra_args, callback, disable,
-        options={"eta": eta, "s_noise": s_noise, "r_1": r_1, "r_2": r_2}, calls=3, noise_by_stage=True,
+        options={"eta": eta, "s_noise": s_noise, "r_1": r_1, "r_2": r_2}, calls=3, noise_by="stage",
         noise_sampler=noise_sampler, seeds=seeds,
     )  # fmt: skip
 

@@ -37,7 +37,7 @@ def sample_euler(
     churn = ChurnOptions(s_churn, s_tmin, s_tmax, s_noise)
     return run(
         euler, model, x, sigmas, extra_args, callback, disable,
-        options={"churn": churn}, noise_sampler=noise_sampler, seeds=seeds,
+        options={"churn": churn}, noise_by="rise", noise_sampler=noise_sampler, seeds=seeds,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import error_message
 from ..schedules.levels import Level, Levels
@@ -18,6 +18,8 @@ from .denoisers import Parametrization
 
 #: Compiled programs that are kept: a table of 20 rows takes 20 KiB.
 CACHED_PROGRAMS = 256
+
+NoiseBy = Literal["step", "stage", "rise"]
 
 #: Model calls in each step, for sigmas and the solver's options: a number, or a function of both.
 Calls = int | Callable[[Sequence[float], dict[str, Any]], Sequence[int]]
@@ -73,7 +75,7 @@ def compiled(
     sigmas: tuple[float, ...],
     options: tuple[tuple[str, Hashable], ...],
     calls: Calls,
-    noise_by_stage: bool,
+    noise_by: NoiseBy,
     parametrization: Parametrization | None,
 ) -> Program:
     """Compile a solver for the levels of `sigmas`.
@@ -83,8 +85,9 @@ def compiled(
         sigmas: n + 1 levels, descending.
         options: the solver's, as pairs; the four of `Churn`, where it takes them, are made into one.
         calls: model calls in each step.
-        noise_by_stage: the noise of a row belongs to the interval from its own model call to the next; else to the
-            interval from the start of its step.
+        noise_by: the interval that the noise of a row belongs to: from the start of its ``step`` to the next model call;
+            from its own model call to the next, ``stage``; or the ``rise`` from the end of its step to the start of the
+            next, which churn and restarts make.
         parametrization: of the model's raw output and input; None for a model that takes x and returns x0.
 
     Raises:
@@ -101,15 +104,15 @@ def compiled(
     described: list[Call] = []
     if lift:
         rows.insert(0, Row(sigmas[0], SAMPLE + lift * NOISE, (0.0, 1.0)))
-        described.append(Call(None, 0, False, sigmas[0], sigmas[0]))
+        described.append(Call(None, 0, False, sigmas[0], rows[1].timestep))
     first = len(described)
     for step, count in enumerate(counts):
         starts_at = rows[first].timestep
         for row in range(first, first + count):
-            last = row + 1 == first + count
-            following = rows[first + count].timestep if first + count < len(rows) else sigmas[-1]
-            begin = rows[row].timestep if noise_by_stage else starts_at
-            end = following if last else rows[row + 1].timestep
+            begin = rows[row].timestep if noise_by == "stage" else starts_at
+            if noise_by == "rise":
+                begin = rows[row].timestep if churn is None else sigmas[step + 1]
+            end = rows[row + 1].timestep if row + 1 < len(rows) else sigmas[-1]
             described.append(Call(rows[row].timestep, step, row == first, begin, end))
         first += count
     model_sigmas = tuple(row.timestep for row in rows)

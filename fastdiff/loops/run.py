@@ -18,7 +18,7 @@ from ..sampling.stepper import Stepper
 from ..solvers.registry import Solver
 from ..solvers.sigma_steps import UNCOND_SLOT
 from .denoisers import Denoiser
-from .program import Calls, Program, compiled
+from .program import Calls, NoiseBy, Program, compiled
 
 #: ``model(x, sigma, **extra_args)`` with x ``[B, ...]`` and σ ``[B]``; returns the denoised samples like x.
 Model = Callable[..., Any]
@@ -49,7 +49,7 @@ def run(
     *,
     options: Mapping[str, Hashable] | None = None,
     calls: Calls = 1,
-    noise_by_stage: bool = False,
+    noise_by: NoiseBy = "step",
     brownian: bool = False,
     noise_sampler: NoiseSampler | None = None,
     seeds: Seeds = None,
@@ -57,7 +57,7 @@ def run(
     """Walk a solver's table over `sigmas`.
 
     Args:
-        solver, options, calls, noise_by_stage: as in `program.compiled`.
+        solver, options, calls, noise_by: as in `program.compiled`.
         model, x, sigmas, extra_args, callback, disable: as in `fastdiff.loops`.
         brownian: noise is the increments of one Brownian path a sample, unless there is a noise sampler.
         noise_sampler: draws the noise.
@@ -84,7 +84,7 @@ def run(
         values,
         tuple((options or {}).items()),
         calls,
-        noise_by_stage,
+        noise_by,
         None if inside is None else inside.parametrization,
     )
     if not any(program.table.draws_noise):
@@ -112,7 +112,7 @@ def _walk(
     bar: Any,
 ) -> Tensor:
     """Walk with a model that takes x and returns the denoised samples, and the unconditional ones for CFG++."""
-    sigmas = _arguments(program.sigmas, x)
+    sigmas = arguments(program.sigmas, x)
     with_uncond = bool(program.table.provided_slots)
     # The first samples are the caller's. Later ones are written over, unless a callback gets them or the model has
     # kept them.
@@ -155,7 +155,7 @@ def _walk_inside(
     bar: Any,
 ) -> Tensor:
     """Walk with the model inside a denoiser: the step takes its raw output and writes its next input."""
-    times = _arguments(denoiser.times(program.sigmas), x)
+    times = arguments(denoiser.times(program.sigmas), x)
     scale = denoiser.parametrization.input_scale(program.sigmas[0])
     prepared, own, last = x * scale, False, len(program.calls) - 1
     for row, call in enumerate(program.calls):
@@ -178,7 +178,7 @@ def _walk_inside(
     return x
 
 
-def _arguments(values: Sequence[float], x: Tensor) -> tuple[Tensor, ...]:
+def arguments(values: Sequence[float], x: Tensor) -> tuple[Tensor, ...]:
     """Return a tensor ``[B]`` in the dtype of x for each value; new ones, since a model may write to its arguments."""
     column = torch.tensor(values, dtype=x.dtype).to(x.device, non_blocking=True)
     return column.repeat_interleave(x.shape[0]).split(x.shape[0])

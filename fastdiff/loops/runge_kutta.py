@@ -40,7 +40,7 @@ def sample_heun(
     churn = ChurnOptions(s_churn, s_tmin, s_tmax, s_noise)
     return run(
         heun, model, x, sigmas, extra_args, callback, disable,
-        options={"churn": churn}, calls=2, noise_sampler=noise_sampler, seeds=seeds,
+        options={"churn": churn}, calls=2, noise_by="rise", noise_sampler=noise_sampler, seeds=seeds,
     )  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def sample_heunpp2(
     churn = ChurnOptions(s_churn, s_tmin, s_tmax, s_noise)
     return run(
         heunpp2, model, x, sigmas, extra_args, callback, disable,
-        options={"churn": churn}, calls=_heunpp2_calls, noise_sampler=noise_sampler, seeds=seeds,
+        options={"churn": churn}, calls=_heunpp2_calls, noise_by="rise", noise_sampler=noise_sampler, seeds=seeds,
     )  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def sample_restart(
             restarts.append((low, tuple(walk), int(times)))
     return run(
         restart, model, x, values, extra_args, callback, disable,
-        options={"restarts": tuple(restarts), "s_noise": s_noise}, calls=_restart_calls,
+        options={"restarts": tuple(restarts), "s_noise": s_noise}, calls=_restart_calls, noise_by="rise",
         noise_sampler=noise_sampler, seeds=seeds,
     )  # fmt: skip
 
