@@ -20,6 +20,7 @@ LAYERS = (
     ("noise",),
     ("guidance",),
     ("sampling",),
+    ("loops",),
     ("graphs",),
     ("samplers",),
     ("analysis",),
