@@ -4,6 +4,7 @@
 The modules::
 
     stepper.py           walks the rows of a step table
+    guided_stepper.py    walks them under a guidance method
     loop.py              calls the model in between
     config.py            the configuration of a sampler and its checks
     single_steps.py      one step of a solver, for people who bring their own loop
@@ -12,11 +13,13 @@ The modules::
 """
 
 from .config import SamplingConfig, SamplingMethod
+from .guided_stepper import GuidedStepper
 from .loop import SamplingResult, StepInfo
 from .single_steps import cfg_combine, ddim_step, ddpm_step, dpm_solver_step, euler_step
 from .stepper import Stepper
 
 __all__ = [
+    "GuidedStepper",
     "SamplingConfig",
     "SamplingMethod",
     "SamplingResult",
