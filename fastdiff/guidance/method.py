@@ -179,7 +179,7 @@ class Guidance:
         if not self.is_on(place) or (scale is not None and scale == self.neutral_scale):
             return first
         names = self.branches_at(place)
-        if scale is None or self.reduces:
+        if scale is None or self.reduces or not self.is_affine:
             return names
         weights = self.combination(self._symbols(names, None), scale, place).weights
         return tuple(

@@ -121,7 +121,7 @@ def guided_row(
         terms: the weights of the extra terms in the previous sample.
     """
     found: list[Scalar] = list(row)
-    *of_branches, of_sample = weights
+    of_branches, of_sample = weights[:-1], weights[-1]
     scale: Scalar = 1.0
     if placement.paired:
         first, scale = scaled_pair(of_branches[0], of_branches[1])

@@ -43,7 +43,8 @@ class Vector:
         return Vector([a - b for a, b in zip(self.weights, other.weights, strict=True)], self.products)
 
     def __mul__(self, factor: Scalar) -> Vector:
-        return Vector([a * factor for a in self.weights], self.products)
+        # A branch without weight keeps the number 0, also where the factor is a tensor: it is in no product.
+        return Vector([0.0 if _is_zero(a) else a * factor for a in self.weights], self.products)
 
     __rmul__ = __mul__
 
