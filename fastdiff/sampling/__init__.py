@@ -5,6 +5,7 @@ The modules::
 
     stepper.py           walks the rows of a step table
     guided_stepper.py    walks them under a guidance method
+    cached_calls.py      walks them with fewer model calls
     loop.py              calls the model in between
     config.py            the configuration of a sampler and its checks
     single_steps.py      one step of a solver, for people who bring their own loop
@@ -12,6 +13,7 @@ The modules::
     reference_counts.py  who holds a tensor
 """
 
+from .cached_calls import CachedCalls, CachedStepper
 from .config import SamplingConfig, SamplingMethod
 from .guided_stepper import GuidedStepper
 from .loop import SamplingResult, StepInfo
@@ -19,6 +21,8 @@ from .single_steps import cfg_combine, ddim_step, ddpm_step, dpm_solver_step, eu
 from .stepper import Stepper
 
 __all__ = [
+    "CachedCalls",
+    "CachedStepper",
     "GuidedStepper",
     "SamplingConfig",
     "SamplingMethod",
