@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: MIT
+"""The command line.  Each module registers its commands with `app`; a new command is a new module, imported here.
+
+The modules::
+
+    app.py          the application
+    sample.py       ``fastdiff sample`` draws digits with the packaged model
+    environment.py  ``fastdiff env`` prints versions and backends
+    bench.py        ``fastdiff bench`` measures steps
+"""
+
+from __future__ import annotations
+
+from . import bench as bench
+from .app import app
+from .environment import print_environment
+from .sample import ALIASES, SAMPLERS, check_device, draw_digits, parse_classes, sample, sampler_fields
+
+__all__ = [
+    "ALIASES",
+    "SAMPLERS",
+    "app",
+    "check_device",
+    "draw_digits",
+    "parse_classes",
+    "print_environment",
+    "sample",
+    "sampler_fields",
+]
