@@ -18,6 +18,7 @@ from .perpendicular import PerpendicularGuidance
 from .perturbed import PerturbedGuidance
 from .plain import AutoGuidance, PlainGuidance
 from .projected import ProjectedGuidance
+from .rescale import rescaling_of, rows_with_scaled_output
 from .residual import ResidualGuidance
 from .tangential import TangentialGuidance
 from .zero_star import ZeroStarGuidance
@@ -45,6 +46,8 @@ __all__ = [
     "TangentialGuidance",
     "ZeroStarGuidance",
     "cfg_plus_plus",
+    "rescaling_of",
+    "rows_with_scaled_output",
     "unwrap",
     "write_model_input",
 ]
