@@ -18,6 +18,7 @@ The modules::
     reference.py             the step in plain torch: the specification
     reductions.py            quantile, mean, std, norm, dot: one scalar a sample
     reductions_reference.py  the same in plain torch
+    gram.py                  all scalar products and norms of a few tensors from one pass
     thresholding.py          the threshold of a sample, from a quantile
     memory.py                the memory that the extension keeps for new outputs
 """
@@ -34,6 +35,7 @@ from .backends import (
     use_backend,
 )
 from .fallback import FallbackWarning
+from .gram import gram
 from .random import randn
 from .reductions import dot, mean, norm, quantile, std
 from .step import step, step_rows
@@ -46,6 +48,7 @@ __all__ = [
     "cpu_build",
     "direct_extension",
     "dot",
+    "gram",
     "mean",
     "norm",
     "quantile",
