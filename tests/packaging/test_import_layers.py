@@ -23,6 +23,7 @@ LAYERS = (
     ("loops",),
     ("graphs",),
     ("samplers",),
+    ("rl",),
     ("analysis",),
     ("classroom",),
     ("digits",),
