@@ -3,9 +3,10 @@
 
 The modules::
 
-    base.py      what all samplers share
-    samplers.py  one class a solver
-    manager.py   several samplers under one configuration
+    base.py           what all samplers share
+    samplers.py       one class a solver
+    table_sampler.py  a sampler whose table is given
+    manager.py        several samplers under one configuration
 """
 
 from .base import BaseSampler, check_fields
@@ -21,6 +22,7 @@ from .samplers import (
     create_sampler,
     split_fields,
 )
+from .table_sampler import TableSampler
 
 __all__ = [
     "SAMPLERS",
@@ -32,6 +34,7 @@ __all__ = [
     "EulerAncestralSampler",
     "EulerSampler",
     "HeunSampler",
+    "TableSampler",
     "check_fields",
     "create_advanced_sampling_manager",
     "create_sampler",

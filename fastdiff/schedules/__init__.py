@@ -8,6 +8,7 @@ The modules::
     config.py            the configuration and its checks
     timesteps.py         which timesteps or noise levels a loop visits
     levels.py            α and σ there
+    schedule_file.py     the numbers of a schedule as a file
 """
 
 from .betas import rescale_zero_terminal_snr
@@ -26,6 +27,7 @@ from .noise_schedulers import (
     SigmoidNoiseScheduler,
     create_noise_scheduler,
 )
+from .schedule_file import ScheduleKind, ScheduleValues
 
 __all__ = [
     "BaseNoiseScheduler",
@@ -40,6 +42,8 @@ __all__ = [
     "NoiseSchedulerConfig",
     "QuadraticNoiseScheduler",
     "ScaledLinearNoiseScheduler",
+    "ScheduleKind",
+    "ScheduleValues",
     "SigmoidNoiseScheduler",
     "create_noise_scheduler",
     "rescale_zero_terminal_snr",
