@@ -13,9 +13,9 @@ from .. import ops
 from ..errors import checked_float, error_message
 from ..noise.generators import draw
 from ..philox import as_seeds
-from ..row_layout import NUM_REGISTERS
+from ..row_layout import NUM_REGISTERS, compute_dtype
 from ..solvers.affine import NOISE, SAMPLE
-from ..solvers.dpm_fast import LOW_ORDER, StepSizeController, noisy_step, step_rows
+from ..solvers.dpm_fast import DIFFERENCE, LOW_ORDER, StepSizeController, noisy_step, step_rows
 from ..solvers.prediction import Prediction, PredictionType
 from ..solvers.table import Row, StepTable
 from .first_order import ExtraArgs
@@ -49,8 +49,8 @@ def sample_dpm_adaptive(
 ) -> Any:
     """DPM-Solver-12 and 23: each step estimates its error by a step of one order less, from the same model calls.
 
-    The error is ‖(x_low − x)/δ‖/√numel over the whole batch, δ = max(atol, rtol·max(|x_low|, |x_low of the last step|)),
-    so that a step waits for the device once, and a sample's steps depend on its batch.
+    The error is ‖(x_low − x)/δ‖/√numel over the whole batch, with δ the larger of atol and rtol·max(|x_low|, |x_low of
+    the last step|).  A step therefore waits for the device once, and a sample's steps depend on its batch.
 
     Args:
         model, x, extra_args, disable, noise_sampler, seeds: as in `fastdiff.loops`.
@@ -89,7 +89,7 @@ def sample_dpm_adaptive(
     )  # fmt: skip
     keys = None if seeds is None else as_seeds(seeds, x.shape[0], x.device)
     now, end = -math.log(sigma_max), -math.log(sigma_min)
-    last_low = x
+    last_size = x.detach().abs()
     info: dict[str, Any] = {"steps": 0, "nfe": 0, "n_accept": 0, "n_reject": 0}
     with torch.no_grad(), progress_bar(0, disable) as bar:
         while now < end - 1e-5:
@@ -109,13 +109,14 @@ def sample_dpm_adaptive(
             rows = step_rows(
                 levels.locate(sigma), levels.locate(down), order, prediction, levels.locate, with_low_order=True
             )
-            high, low, denoised = _take(model, x, rows, extra_args or {}, bar)
-            scale = torch.maximum(low.abs(), last_low.abs()).mul_(rtol).clamp_(min=atol)
-            error = float(torch.linalg.vector_norm((low - high).div_(scale))) / x.numel() ** 0.5
+            high, low, difference, denoised = _take(model, x, rows, extra_args or {}, bar)
+            size = low.abs_()
+            scale = torch.maximum(size, last_size).mul_(rtol).clamp_(min=atol)
+            error = float(torch.linalg.vector_norm(difference.div_(scale))) / x.numel() ** 0.5
             if controller.accepts(error):
                 if up:
                     high = _with_noise(high, up * s_noise, sigma, sigma_next, noise_sampler, keys, info["n_accept"])
-                x, last_low, now = high, low, ahead
+                x, last_size, now = high, size, ahead
                 info["n_accept"] += 1
             else:
                 info["n_reject"] += 1
@@ -138,11 +139,9 @@ def sample_dpm_adaptive(
     return (x, info) if return_info else x
 
 
-def _take(
-    model: Model, x: Tensor, rows: list[Row], extra_args: Any, bar: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Take one step; return its result, that of lower order, and the denoised samples at its start."""
-    table = StepTable(tuple(rows), drop_unread=False).coefficients_as(x.dtype, x.device)
+def _take(model: Model, x: Tensor, rows: list[Row], extra_args: Any, bar: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Take one step; return its result, that of lower order, their difference, and the denoised samples at its start."""
+    table = torch.tensor([row.scalars() for row in rows], dtype=compute_dtype(x.dtype)).to(x.device)
     history: list[Tensor | None] = [None] * NUM_REGISTERS
     first: Tensor | None = None
     current = x
@@ -153,10 +152,11 @@ def _take(
         current, *kept = ops.step(current, denoised, table, index, history=history, keeps=len(row.kept))
         for slot, tensor in zip(row.slots, kept, strict=True):
             history[slot] = tensor
-    low = history[LOW_ORDER]
+    low, difference = history[LOW_ORDER], history[DIFFERENCE]
     assert low is not None
+    assert difference is not None
     assert first is not None
-    return current, low, first
+    return current, low, difference, first
 
 
 def _with_noise(

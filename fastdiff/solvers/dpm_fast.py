@@ -14,12 +14,13 @@ from ..errors import as_float, error_message
 from ..schedules.levels import Level, Levels, Locate
 from .affine import HISTORY, NOISE, SAMPLE, ZERO, Affine
 from .exponential import phi1
-from .prediction import Prediction
+from .prediction import Denoised, Prediction
 from .sigma_steps import ancestral_split, between, noise_ratios, scaled
 from .table import Row, StepTable
 
-#: History slots of a step: ε at its start, the sample there, and the result of lower order.
-START_NOISE, START, LOW_ORDER = 0, 1, 2
+#: History slots of a step: ε at its start, the sample there, the result of lower order, and its difference from the
+#: result itself.
+START_NOISE, START, LOW_ORDER, DIFFERENCE = 0, 1, 2, 3
 
 
 def fast_orders(calls: int) -> tuple[int, ...]:
@@ -82,8 +83,8 @@ def step_rows(
         order: 1, 2 (r = ½) or 3 (r = ⅓ and ⅔).
         prediction: how to read the model.
         locate: finds the levels inside.
-        with_low_order: keep the step of one order less in the slot `LOW_ORDER`, for an estimate of the error: from
-            order 1 beside 2, and from order 2 with r = ⅓ beside 3.
+        with_low_order: keep the step of one order less in the slot `LOW_ORDER`, order 1 beside 2 and order 2 with
+            r = ⅓ beside 3, and its difference from the result in `DIFFERENCE`, for an estimate of the error.
     """
     sigma, target = t.noise_ratio, s.noise_ratio
     h = math.log(sigma / target)
@@ -107,7 +108,7 @@ def step_rows(
         start = SAMPLE / near.alpha - first_order(ZERO, kept_noise, near)
         low = (first_order(x, noise, s) * s.alpha,) if with_low_order else ()
         rows = [first.row(inner, kept=(noise, *low), slots=(START_NOISE, LOW_ORDER)[: 1 + len(low)])]
-        rows.append(second.row(s.alpha * second_order(start, kept_noise, second.consistent_noise, 0.5)))
+        rows.append(_last(second, s.alpha * second_order(start, kept_noise, second.consistent_noise, 0.5), low))
         return rows
     if order != 3:
         raise ValueError(error_message("dpm_fast", "order", f"is {order}", "1, 2 or 3", "choose one of those orders"))
@@ -120,8 +121,16 @@ def step_rows(
     rows.append(second.row(far.alpha * outer, kept=low, slots=(LOW_ORDER,)[: len(low)]))
     third = prediction.at(far)
     bend = third.consistent_noise - kept_noise
-    rows.append(third.row(s.alpha * (first_order(kept_x, kept_noise, s) - (1.5 * target * (phi1(h) - 1.0)) * bend)))
+    prev = s.alpha * (first_order(kept_x, kept_noise, s) - (1.5 * target * (phi1(h) - 1.0)) * bend)
+    rows.append(_last(third, prev, low))
     return rows
+
+
+def _last(model: Denoised, prev: Affine, low: tuple[Affine, ...]) -> Row:
+    """Return the last row of a step; beside a result of lower order it keeps the difference."""
+    if not low:
+        return model.row(prev)
+    return model.row(prev, kept=(HISTORY[LOW_ORDER] - prev,), slots=(DIFFERENCE,))
 
 
 class StepSizeController:
