@@ -25,6 +25,7 @@ The modules::
 
     first_order.py, runge_kutta.py, multistep.py, dpm_solvers.py, exponential.py, cfg_pp.py   the functions
     adaptive.py    DPM-Solver with a step size that the error chooses
+    likelihood.py  log-likelihoods by the probability-flow ODE
     denoisers.py   wrappers for models
     noise.py       torchsde's Brownian tree as a noise sampler
     program.py     a table with the facts of each model call
@@ -78,6 +79,7 @@ from .first_order import (
     sample_lcm,
     sample_tcd,
 )
+from .likelihood import log_likelihood
 from .multistep import (
     sample_deis,
     sample_gradient_estimation,
@@ -108,6 +110,7 @@ __all__ = [
     "FlowPathDenoiser",
     "SampleDenoiser",
     "VDenoiser",
+    "log_likelihood",
     "sample_ddim",
     "sample_ddpm",
     "sample_deis",
