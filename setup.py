@@ -52,6 +52,8 @@ PACKAGES = [
     "fastdiff.analysis",
     "fastdiff.benchmarks",
     "fastdiff.benchmarks.gpu",
+    "fastdiff.classroom",
+    "fastdiff.cli",
     "fastdiff.diffusers",
     "fastdiff.diffusers.compiler",
     "fastdiff.diffusers.runtime",

@@ -17,26 +17,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import row_layout
+from ..data_files import MalformedError, malformed_in_one_sentence
 from ..deprecated import renamed_attribute, renamed_fields, warn_renamed
 from ..device_copy import OnDevice, to_device
 from ..errors import checked_type, error_message
 from ..row_layout import (
     CLIP,
     COLUMNS,
+    KEEP_0,
+    KEEP_1,
+    MODEL_INPUT_SCALE,
     NUM_REGISTERS,
     PREDICTION_OUTPUT,
     PREDICTION_SAMPLE,
     PREV_SAMPLE,
+    STORE_0,
+    STORE_1,
+    VARIANCE_OFFSET,
+    VARIANCE_SLOPE,
     Variance,
     blank_row,
     compute_dtype,
 )
 from .affine import ZERO, Affine
+from .table_file import StoredTable, read_table, write_table
 
 
 def __getattr__(name: str) -> Any:
@@ -79,6 +89,24 @@ class Row:
         slots = [float(slot) for slot in (*self.slots, -1, -1)[:2]]  # -1: nothing is kept
         head = [*self.prediction, self.clip, self.variance_offset, self.variance_slope, self.model_input_scale, *slots]
         return [*head, *self.prev_sample.coefficients, *kept_0.coefficients, *kept_1.coefficients]
+
+    @classmethod
+    def from_scalars(cls, timestep: float, scalars: Sequence[float]) -> Row:
+        """Return the row of a timestep that has these `ROW_WIDTH` numbers: the inverse of `scalars`."""
+        width = len(COLUMNS)
+        maps = [Affine(scalars[first : first + width]) for first in (PREV_SAMPLE, KEEP_0, KEEP_1)]
+        slots = tuple(int(slot) for slot in (scalars[STORE_0], scalars[STORE_1]) if slot >= 0)
+        return cls(
+            timestep,
+            maps[0],
+            (scalars[PREDICTION_SAMPLE], scalars[PREDICTION_OUTPUT]),
+            scalars[CLIP],
+            tuple(maps[1 : 1 + len(slots)]),
+            slots,
+            scalars[VARIANCE_OFFSET],
+            scalars[VARIANCE_SLOPE],
+            scalars[MODEL_INPUT_SCALE],
+        )
 
     @property
     def slots_read(self) -> tuple[int, ...]:
@@ -207,6 +235,43 @@ class StepTable:
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.source)
+
+    def save(self, path: str | Path) -> None:
+        """Write the table to a file, whole: JSON to read and edit, or safetensors; `load` gives it back to the bit.
+
+        Args:
+            path: a file ending in ``.json`` or ``.safetensors``; see `fastdiff.solvers.table_file` for both forms.
+
+        Raises:
+            ValueError: another ending.
+            OSError: the file cannot be written; an existing one is then unchanged.
+            ImportError: safetensors is missing.
+        """
+        write_table(
+            path,
+            StoredTable(
+                self.coefficients.tolist(), list(self.timesteps), self.initial_scale, self.variance, self.thresholding
+            ),
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> StepTable:
+        """Read a table from a file that `save` wrote, or that somebody else did.  It holds numbers and no code.
+
+        Kept outputs that no row reads stay in the table.
+
+        Raises:
+            ValueError: the file is malformed, of another version, or misuses a slot; one sentence says where.
+            OSError: the file cannot be read.
+            ImportError: safetensors is missing.
+        """
+        stored = read_table(path)
+        with malformed_in_one_sentence("StepTable.load", path, "rows that fit each other"):
+            try:
+                rows = map(Row.from_scalars, stored.timesteps, stored.rows)
+                return cls(tuple(rows), stored.initial_scale, stored.variance, stored.thresholding, drop_unread=False)
+            except ValueError as error:
+                raise MalformedError(str(error).removeprefix("StepTable: ")) from None
 
     def coefficients_as(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return the coefficients for samples of `dtype`: float64 for float64, else float32; rounded once."""
