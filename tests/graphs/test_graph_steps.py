@@ -80,3 +80,20 @@ def test_captured_steps_say_what_they_do_not_know() -> None:
     assert_same_bits([again.samples], [result.samples])
     with pytest.raises(ValueError, match="return_trajectory is given beside cuda_graph"):
         sampler.sample(model, inputs.latents, cuda_graph=True, return_trajectory=2)
+
+
+@pytest.mark.parametrize("mode", ["loop", "step"])
+def test_loop_captured_with_zeros_for_negative_condition_takes_them_again(mode: str) -> None:
+    sampler, model = sampler_of("ddim-0.0", "batched"), model_of("ddim-0.0")
+    inputs, other = Inputs(1, "batched"), Inputs(2, "batched")
+    prompt = inputs.conditions[0]
+    loop = sampler.capture(model, inputs.latents, prompt, guidance_scale=3.0, mode=mode)
+    given = model, other.latents, other.conditions[0]
+    zeros = torch.zeros_like(prompt)
+    expected = sampler.sample(*given, zeros, guidance_scale=3.0, progress=False).samples
+    assert_same_bits([loop.replay(*given[1:]), loop.replay(*given[1:], zeros)], [expected] * 2)
+    found = sampler.sample(*given, guidance_scale=3.0, cuda_graph=mode).samples
+    assert_same_bits([found], [expected])
+    strict = sampler.capture(model, inputs.latents, *inputs.conditions, guidance_scale=3.0, mode=mode)
+    with pytest.raises((TypeError, ValueError), match="negative_prompt_embeds"):
+        strict.replay(*given[1:])
