@@ -133,7 +133,7 @@ class CompiledSampler:
     def _prediction(self) -> Prediction:
         schedule, config = self.scheduler.config, self.config
         clip = schedule.clip_sample_range if schedule.clip_sample and not config.thresholding else float("inf")
-        return Prediction(config.prediction_type, clip, config.thresholding)  # type: ignore[arg-type]
+        return Prediction(config.prediction_type, clip, config.thresholding, config.sigma_data)  # type: ignore[arg-type]
 
     def levels(self, num_inference_steps: int) -> Levels:
         """Return the noise levels that a loop of so many steps visits.
@@ -148,10 +148,12 @@ class CompiledSampler:
             low, high = path.ratio_range
             sigmas = sigma_schedule(spacing, num_inference_steps, low, high).tolist()
             self._check_end(0.0)
-            return Levels(tuple(path.at_ratio(float(sigma)) for sigma in (*sigmas, 0.0)), path.at_ratio)
+            points = tuple(path.at_ratio(float(sigma)) for sigma in (*sigmas, 0.0))
+            return Levels(points, path.at_ratio, path.at_timestep)
         timesteps = self.scheduler.inference_timesteps(num_inference_steps)
         self._check_end(timesteps[-1])
-        return Levels((*(path.at_timestep(timestep) for timestep in timesteps), self._end), path.at_ratio)
+        points = *(path.at_timestep(timestep) for timestep in timesteps), self._end
+        return Levels(points, path.at_ratio, path.at_timestep)
 
     @property
     def _end(self) -> Level:

@@ -84,7 +84,7 @@ def given_levels(operation: str, path: Path, end: Level, timesteps: Numbers | No
         )
     if timesteps is not None:
         values = numbers(operation, "timesteps", timesteps)
-        return Levels((*(path.at_timestep(t) for t in values), end), path.at_ratio)
+        return Levels((*(path.at_timestep(t) for t in values), end), path.at_ratio, path.at_timestep)
     values = numbers(operation, "sigmas", sigmas)
     if len(values) > 1 and values[-1] == 0.0:
         values.pop()
@@ -92,7 +92,8 @@ def given_levels(operation: str, path: Path, end: Level, timesteps: Numbers | No
         if not value > 0.0:
             got, expected = f"holds {value}", "levels above 0, and at most a last 0 for the end"
             raise ValueError(error_message(operation, "sigmas", got, expected, "leave out what is below"))
-    return Levels((*(path.at_sigma(sigma) for sigma in values), path.at_ratio(0.0)), path.at_ratio)
+    points = *(path.at_sigma(sigma) for sigma in values), path.at_ratio(0.0)
+    return Levels(points, path.at_ratio, path.at_timestep)
 
 
 def from_step(operation: str, levels: Levels, start_step: int) -> Levels:
@@ -105,7 +106,7 @@ def from_step(operation: str, levels: Levels, start_step: int) -> Levels:
     if first >= len(levels):
         got, expected = f"is {first}", f"0 to {len(levels) - 1} for {len(levels)} steps"
         raise ValueError(error_message(operation, "start_step", got, expected, "start earlier, or take more steps"))
-    return Levels(levels.points[first:], levels.locate) if first else levels
+    return replace(levels, points=levels.points[first:]) if first else levels
 
 
 def numbers(operation: str, argument: str, values: Any) -> list[float]:

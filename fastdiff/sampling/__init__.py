@@ -4,6 +4,8 @@
 The modules::
 
     stepper.py           walks the rows of a step table
+    guided_stepper.py    walks them under a guidance method
+    cached_calls.py      walks them with fewer model calls
     loop.py              calls the model in between
     stream.py            a loop as an iterator
     result.py            what a loop tells after each step and at its end
@@ -16,13 +18,18 @@ The modules::
     reference_counts.py  who holds a tensor
 """
 
+from .cached_calls import CachedCalls, CachedStepper
 from .config import SamplingConfig, SamplingMethod
+from .guided_stepper import GuidedStepper
 from .loop import SamplingResult, StepInfo
 from .single_steps import cfg_combine, ddim_step, ddpm_step, dpm_solver_step, euler_step
 from .stepper import Stepper
 from .stream import SampleStream
 
 __all__ = [
+    "CachedCalls",
+    "CachedStepper",
+    "GuidedStepper",
     "SampleStream",
     "SamplingConfig",
     "SamplingMethod",

@@ -97,6 +97,23 @@ class Stepper:
     def done(self) -> bool:
         return self.index == self._end
 
+    def provide(self, slot: int, tensor: Tensor) -> None:
+        """Set one of the table's `provided_slots` for the next step; the stepper reads the tensor only.
+
+        Args:
+            slot: a history slot.
+            tensor: like the samples.
+
+        Raises:
+            ValueError: the table's rows do not leave the slot to the caller.
+        """
+        if slot not in self.table.provided_slots:
+            slots = list(self.table.provided_slots)
+            raise ValueError(
+                error_message("provide", "slot", f"is {slot}", f"one of {slots}", "use a table with provided_slots")
+            )
+        self._history[slot] = tensor
+
     def step(
         self,
         sample: Tensor,
