@@ -152,6 +152,9 @@ class EDMEulerSampler(BaseSampler):
         """Return the levels of `BaseSampler.levels` in EDM's coordinates and time."""
         return with_edm_coordinates(super().levels(*args, **kwargs), self.config.sigma_data)
 
+    def _given_levels(self, *args: Any) -> Levels:
+        return with_edm_coordinates(super()._given_levels(*args), self.config.sigma_data)
+
 
 class FlowEulerSampler(BaseSampler):
     """Euler's method of rectified flow (arXiv 2209.03003), in the time σ/(α + σ)."""
