@@ -61,6 +61,7 @@ PACKAGES = [
     "fastdiff.kernels",
     "fastdiff.noise",
     "fastdiff.ops",
+    "fastdiff.rl",
     "fastdiff.samplers",
     "fastdiff.sampling",
     "fastdiff.schedules",
