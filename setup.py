@@ -64,6 +64,7 @@ PACKAGES = [
     "fastdiff.loops",
     "fastdiff.noise",
     "fastdiff.ops",
+    "fastdiff.rl",
     "fastdiff.samplers",
     "fastdiff.sampling",
     "fastdiff.schedules",
