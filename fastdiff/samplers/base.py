@@ -94,7 +94,7 @@ class BaseSampler:
     def _prediction(self) -> Prediction:
         schedule, config = self.scheduler.config, self.config
         clip = schedule.clip_sample_range if schedule.clip_sample and not config.thresholding else float("inf")
-        return Prediction(config.prediction_type, clip, config.thresholding)  # type: ignore[arg-type]
+        return Prediction(config.prediction_type, clip, config.thresholding, config.sigma_data)  # type: ignore[arg-type]
 
     def levels(self, num_inference_steps: int) -> Levels:
         """Return the noise levels that a loop of so many steps visits.
