@@ -116,9 +116,10 @@ $(PY):
 	  echo "make: $(PYTHON) cannot make a virtual environment with pip, expected the modules venv and ensurepip;" \
 	       "install them (on Debian and Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
 
-$(PACKAGES): requirements-dev.txt | $(PY)
+$(PACKAGES): requirements-dev.txt requirements-no-deps.txt | $(PY)
 	@echo "installing requirements-dev.txt into $(VENV): a minute or two"
 	@$(PY) -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -r requirements-dev.txt
+	@$(PY) -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --no-deps -r requirements-no-deps.txt
 	@touch $@
 
 # Installing and compiling are separate: pip compiles in a new folder each time, while an in-place build lets ninja

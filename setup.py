@@ -61,6 +61,7 @@ PACKAGES = [
     "fastdiff.graphs",
     "fastdiff.guidance",
     "fastdiff.kernels",
+    "fastdiff.loops",
     "fastdiff.noise",
     "fastdiff.ops",
     "fastdiff.samplers",

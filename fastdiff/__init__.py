@@ -16,7 +16,8 @@ The way of the data::
 From bottom to top: the modules beside the packages, ops, schedules, solvers, noise, guidance, sampling, graphs,
 samplers, analysis, digits, diffusers, and the command line; nothing below knows what is above it.
 
-`fastdiff.diffusers`, `fastdiff.patch` and `fastdiff.unpatch` need diffusers: they are imported when they are asked for.
+`fastdiff.diffusers`, `fastdiff.patch` and `fastdiff.unpatch` need diffusers: they are imported when they are asked for,
+and ``from fastdiff import *`` asks for none of them.
 """
 
 from __future__ import annotations
@@ -55,11 +56,13 @@ from .samplers.manager import AdvancedSamplingManager, create_advanced_sampling_
 from .sampling.config import SamplingConfig
 from .sampling.loop import SamplingResult, StepInfo
 from .sampling.stepper import Stepper
+from .sampling.stream import SampleStream
 from .schedules import (
     BaseNoiseScheduler,
     CosineNoiseScheduler,
     CustomNoiseScheduler,
     ExponentialNoiseScheduler,
+    FlowNoiseScheduler,
     KarrasNoiseScheduler,
     LaplaceNoiseScheduler,
     LinearNoiseScheduler,
@@ -75,8 +78,9 @@ from .solvers import SamplingMethod
 from .solvers.table import StepTable
 
 if TYPE_CHECKING:
-    from . import diffusers
-    from .diffusers.patch import patch, unpatch
+    from . import diffusers as diffusers
+    from .diffusers.patch import patch as patch
+    from .diffusers.patch import unpatch as unpatch
 
 __version__ = "0.1.0"
 
@@ -101,6 +105,7 @@ __all__ = [
     "FallbackWarning",
     "FlowEulerSampler",
     "FlowHeunSampler",
+    "FlowNoiseScheduler",
     "HeunSampler",
     "IPNDMSampler",
     "KDPM2AncestralSampler",
@@ -117,6 +122,7 @@ __all__ = [
     "Purpose",
     "QuadraticNoiseScheduler",
     "SASolverSampler",
+    "SampleStream",
     "SamplingConfig",
     "SamplingMethod",
     "SamplingResult",
@@ -131,13 +137,10 @@ __all__ = [
     "create_advanced_sampling_manager",
     "create_noise_scheduler",
     "create_sampler",
-    "diffusers",
     "ops",
-    "patch",
     "randn",
     "release_memory",
     "spawn_seeds",
-    "unpatch",
 ]
 
 

@@ -20,12 +20,13 @@ from ..guidance.guided_model import Model, unwrap
 from ..noise.generators import Generators, draw
 from ..row_layout import COLUMNS, PREV_SAMPLE, Variance
 from ..sampling.loop import progress_bar
+from ..sampling.model_mode import evaluating
 from ..schedules import LinearNoiseScheduler
 from ..schedules.levels import Levels, levels_from_timesteps
 from ..schedules.timesteps import timestep_schedule
 from ..solvers import Prediction, PredictionType, VarianceType, ddpm
 from ..solvers.table import StepTable
-from .models import device_of, evaluating, gradient, is_noise_scheduler, restored_on_error, shape_of
+from .models import device_of, gradient, is_noise_scheduler, restored_on_error, shape_of
 
 #: Timestep spacings by their names in the classroom.
 SCHEDULES = {"linear": "linspace", "cosine": "cosine"}
@@ -232,9 +233,9 @@ class DDPMSampler:
         Raises:
             TypeError, ValueError: as `step`; or the sampler was made from a noise scheduler.
         """
-        row = self._row("p_sample", t)
+        row, model = self._row("p_sample", t), self._own_model("p_sample")
         times = torch.as_tensor(t, dtype=torch.int64, device=x_t.device).expand(len(x_t))
-        with evaluating(self._own_model("p_sample")) as model:
+        with evaluating(model):
             return self._step(x_t, unwrap(model(x_t, times)), row, 1.0 if clip_denoised else math.inf, generator)
 
     def sample(
@@ -364,7 +365,7 @@ class DDPMSampler:
     ) -> Any:
         """Walk from noise to samples; see `sample`."""
         bar = progress_bar(len(self.timesteps), None if show_progress else False)
-        with restored_on_error(generator), evaluating(model), bar:
+        with restored_on_error(generator, device), evaluating(model), bar:
             x = draw(shape, generator, dtype=torch.float32, device=device)
             trajectory = [x.cpu()]
             for row, t in enumerate(to_device(self.timesteps, device)):

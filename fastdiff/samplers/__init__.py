@@ -3,7 +3,9 @@
 
 The modules::
 
-    base.py           what all samplers share
+    grid.py           the steps of a loop: its levels, and the table compiled for them
+    compiled.py       a schedule and a configuration, compiled to a table
+    base.py           the loops over a table
     samplers.py       one class a solver
     table_sampler.py  a sampler whose table is given
     manager.py        several samplers under one configuration

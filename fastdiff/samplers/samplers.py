@@ -39,6 +39,7 @@ __all__ = [
     "check_fields",
     "create_sampler",
     "split_fields",
+    "with_prediction_type",
 ]
 
 
@@ -186,7 +187,8 @@ def create_sampler(
     Args:
         schedule_type: a name of `NoiseScheduleType`, a configuration, or a scheduler.
         method: a `SamplingMethod` or its name.
-        fields: fields of `NoiseSchedulerConfig` and `SamplingConfig`, distinguished by name.
+        fields: fields of `NoiseSchedulerConfig` and `SamplingConfig`, distinguished by name.  On a flow schedule the
+            prediction type is ``flow_prediction`` where none is given.
 
     Raises:
         ValueError: an unknown name or field, or a value out of range.
@@ -198,7 +200,14 @@ def create_sampler(
         scheduler = schedule_type
     else:
         scheduler = create_noise_scheduler(schedule_type, **schedule_fields)
+    sampling_fields = with_prediction_type(scheduler.config, sampling_fields)
     return SAMPLERS[chosen](scheduler, SamplingConfig(method=chosen, **sampling_fields))
+
+
+def with_prediction_type(schedule: NoiseSchedulerConfig, sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields of `SamplingConfig` with the prediction type of flow models where a flow schedule has none."""
+    usual = {"prediction_type": "flow_prediction"} if schedule.schedule_type == "flow" else {}
+    return {**usual, **sampling}
 
 
 def split_fields(operation: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -3,7 +3,9 @@
 
 The modules::
 
+    base.py              the arrays of a schedule and its forward process
     noise_schedulers.py  betas and ᾱ of each schedule, from a configuration
+    flow.py              the schedule of flow matching
     betas.py             the formulas
     config.py            the configuration and its checks
     timesteps.py         which timesteps or noise levels a loop visits
@@ -13,6 +15,7 @@ The modules::
 
 from .betas import rescale_zero_terminal_snr
 from .config import NoiseSchedulerConfig, NoiseScheduleType
+from .flow import FlowNoiseScheduler, flow_mu
 from .noise_schedulers import (
     BaseNoiseScheduler,
     CosineNoiseScheduler,
@@ -34,6 +37,7 @@ __all__ = [
     "CosineNoiseScheduler",
     "CustomNoiseScheduler",
     "ExponentialNoiseScheduler",
+    "FlowNoiseScheduler",
     "KarrasNoiseScheduler",
     "LaplaceNoiseScheduler",
     "LinearNoiseScheduler",
@@ -46,5 +50,6 @@ __all__ = [
     "ScheduleValues",
     "SigmoidNoiseScheduler",
     "create_noise_scheduler",
+    "flow_mu",
     "rescale_zero_terminal_snr",
 ]

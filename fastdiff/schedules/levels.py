@@ -183,6 +183,86 @@ class VariancePreservingPath:
         finite = [r for r in self._log_ratios if math.isfinite(r)]
         return math.exp(finite[0]), math.exp(finite[-1])
 
+    @property
+    def lowest(self) -> Level:
+        """The level of the first training timestep."""
+        alpha_cumprod = self.alphas_cumprod[0]
+        return Level(0.0, math.sqrt(alpha_cumprod), math.sqrt(1.0 - alpha_cumprod))
+
+    def at_sigma(self, sigma: float) -> Level:
+        """The level of a noise level as people name it on this path: σ̂ = σ/α."""
+        return self.at_ratio(sigma)
+
+    def sigma_of(self, level: Level) -> float:
+        """The inverse of `at_sigma`."""
+        return level.noise_ratio
+
+
+class FlowPath:
+    """The straight path α = 1 − t, σ = t of flow matching (arXiv 2209.03003); the time argument is t·T.
+
+    Args:
+        times: t of the training levels, float64 ``[T]``, ascending, the last one 1.
+    """
+
+    def __init__(self, times: torch.Tensor) -> None:
+        self.times: list[float] = times.double().tolist()
+
+    def at_timestep(self, timestep: float) -> Level:
+        """The level of a timestep in [0, T]."""
+        total = len(self.times)
+        if not 0.0 <= timestep <= total:
+            raise ValueError(
+                error_message(
+                    "Levels", "timesteps", f"holds {timestep}", f"values from 0 to {total}", "stay on the schedule"
+                )
+            )
+        return flow_level(timestep / total, total)
+
+    def at_ratio(self, ratio: float) -> Level:
+        """The level of σ̂ = σ/α = t/(1 − t)."""
+        return flow_level(1.0 if math.isinf(ratio) else ratio / (1.0 + ratio), len(self.times))
+
+    @property
+    def ratio_range(self) -> tuple[float, float]:
+        """The smallest and the largest finite σ̂ of the training levels."""
+        if len(self.times) < 2:
+            raise ValueError(
+                error_message(
+                    "Levels", "num_train_timesteps", "is 1", "2 or more on a flow schedule", "raise num_train_timesteps"
+                )
+            )
+        low, high = self.times[0], self.times[-2]
+        return low / (1.0 - low), high / (1.0 - high)
+
+    @property
+    def lowest(self) -> Level:
+        """The level of the first training timestep."""
+        return flow_level(self.times[0], len(self.times))
+
+    def at_sigma(self, sigma: float) -> Level:
+        """The level of a noise level as people name it on this path: σ = t, 0 to 1."""
+        if not 0.0 <= sigma <= 1.0:
+            raise ValueError(
+                error_message(
+                    "Levels", "sigmas", f"holds {sigma}", "values from 0 to 1", "give the times t = σ of a flow"
+                )
+            )
+        return flow_level(sigma, len(self.times))
+
+    def sigma_of(self, level: Level) -> float:
+        """The inverse of `at_sigma`."""
+        return level.sigma
+
+
+#: The path of a training schedule through its noise levels.
+Path = VariancePreservingPath | FlowPath
+
+
+def flow_level(time: float, num_train_timesteps: int) -> Level:
+    """The level of a time t of flow matching."""
+    return Level(time * num_train_timesteps, 1.0 - time, time)
+
 
 def variance_preserving(ratio: float, timestep: float) -> Level:
     """The level with α² + σ² = 1 and σ/α = `ratio`."""
@@ -228,14 +308,12 @@ def levels_from_flow_times(times: Sequence[float], *, num_train_timesteps: int =
     """
 
     def locate(ratio: float) -> Level:
-        time = 1.0 if math.isinf(ratio) else ratio / (1.0 + ratio)
-        return Level(time * num_train_timesteps, 1.0 - time, time)
+        return flow_level(1.0 if math.isinf(ratio) else ratio / (1.0 + ratio), num_train_timesteps)
 
     def locate_timestep(timestep: float) -> Level:
-        time = timestep / num_train_timesteps
-        return Level(timestep, 1.0 - time, time)
+        return flow_level(timestep / num_train_timesteps, num_train_timesteps)
 
-    points = tuple(Level(float(t) * num_train_timesteps, 1.0 - float(t), float(t)) for t in times)
+    points = tuple(flow_level(float(t), num_train_timesteps) for t in times)
     return Levels(points, locate, locate_timestep)
 
 

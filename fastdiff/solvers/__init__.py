@@ -114,6 +114,12 @@ class SamplingMethod(str, Enum):
     def parse(cls, value: str | SamplingMethod) -> SamplingMethod:
         return parse_choice(cls, "SamplingConfig", "method", value)
 
+    # A member equals its name, so that it has to have its hash: dictionaries find it by either.
+    __hash__ = str.__hash__
+
+    def __str__(self) -> str:
+        return str(self.value)
+
     @property
     def entry(self) -> SolverEntry:
         return ENTRIES[self]

@@ -130,6 +130,8 @@ class StepTable:
         thresholding: the loop computes a threshold for d a sample (dynamic thresholding).
         drop_unread: leave out of the rows the kept outputs that no later row reads, each a pass over memory; False for
             a caller that reads them itself.
+        provided_slots: history slots that the caller fills before each step with a tensor of its own, see
+            `Stepper.provide`; no row writes to them.
 
     Attributes:
         coefficients: float64 ``[R, 32]`` on the CPU.
@@ -147,6 +149,7 @@ class StepTable:
     variance: Variance = Variance.FIXED
     thresholding: bool = False
     drop_unread: bool = field(default=True, compare=False, repr=False)
+    provided_slots: tuple[int, ...] = ()
     coefficients: torch.Tensor = field(init=False, compare=False, repr=False)
     timesteps: tuple[float, ...] = field(init=False, compare=False, repr=False)
     kept_slots: tuple[tuple[int, ...], ...] = field(init=False, compare=False, repr=False)
@@ -200,16 +203,17 @@ class StepTable:
             )
 
     def _check_slots(self) -> None:
-        written: set[int] = set()
+        written: set[int] = set(self.provided_slots)
+        own = set(range(NUM_REGISTERS)) - written
         for i, row in enumerate(self.source):
             one_each = len(row.slots) == len(row.kept) <= 2 and len(set(row.slots)) == len(row.slots)
-            if not one_each or not set(row.slots) <= set(range(NUM_REGISTERS)):
+            if not one_each or not set(row.slots) <= own:
                 raise ValueError(
                     error_message(
                         "StepTable",
                         f"source[{i}].slots",
                         f"is {row.slots} for {len(row.kept)} kept outputs",
-                        f"a different history slot from 0 to {NUM_REGISTERS - 1} for each, two at most",
+                        f"a different history slot of {sorted(own)} for each, two at most",
                         "name one slot a kept output",
                     )
                 )

@@ -191,8 +191,6 @@ class _FailsAt:
             return _model(x, t)
         if self.how == "exception":
             raise RuntimeError("out of memory")
-        if self.how == "interrupt":
-            raise KeyboardInterrupt
         return x[:1] if self.how == "shape" else torch.full_like(x, math.nan if self.how == "nan" else math.inf)
 
 
@@ -201,7 +199,6 @@ class _FailsAt:
     ("how", "error", "message"),
     [
         ("exception", RuntimeError, "out of memory"),
-        ("interrupt", KeyboardInterrupt, None),
         ("shape", ValueError, r"sample: model returned shape \[1, 6\], expected \[2, 6\]; return one output like"),
         ("nan", ValueError, r"sample: model returned NaN at timestep \d+, expected finite numbers; check the model"),
         ("infinity", ValueError, r"sample: model returned infinity at timestep \d+"),

@@ -316,7 +316,7 @@ def test_sampler_guidance_of_one_condition_needs_sequential_calls() -> None:
     with pytest.raises(
         ValueError, match=r"sample: negative_prompt_embeds is missing, expected .*guidance_mode='sequential'"
     ):
-        _sample(_sampler(guidance_scale=2.0), _model, torch.ones(3))
+        _sample(_sampler(guidance_scale=2.0), _model, torch.ones(3, dtype=torch.int64))
     alone = _sample(_sampler(guidance_scale=2.0, guidance_mode="sequential"), _model, torch.ones(3))
     assert torch.equal(alone, _sample(_sampler(guidance_scale=2.0), _model, torch.ones(3), torch.zeros(3)))
     with pytest.raises(ValueError, match=r"negative_prompt_embeds has shape \[2\], expected \[3\] like prompt_embeds"):

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: MIT
+"""Tables with the weights of guidance, and the pass that combines branches alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..errors import error_message
+from ..row_layout import compute_dtype
+from .rows import COMBINING_ROW, MOST_BRANCHES, Placement, combining_placement, guided_row, table_of
+from .scalars import Scalar
+from .weights import RowWeights
+
+
+def table_and_scale(
+    base: Sequence[float], placement: Placement, rows: Sequence[RowWeights], terms: Sequence[Scalar], like: Tensor
+) -> tuple[Tensor, float | Tensor]:
+    """Return the table of a step, ``[1, 32]`` or ``[B, 32]``, and its guidance scale, a float or ``[B]``.
+
+    Args:
+        base: the solver's row, or `COMBINING_ROW`.
+        placement: where the branches are.
+        rows: their weights, for all samples, for each, or with scalars ``[B]``.
+        terms: the weights of the extra terms.
+        like: the samples, ``[B, ...]``.
+    """
+    made = [guided_row(base, placement, weights, kept, terms) for weights, kept in rows]
+    dtype = compute_dtype(like.dtype)
+    table = table_of([row for row, _ in made], like.shape[0], dtype, like.device)
+    scales = [scale for _, scale in made]
+    first = scales[0]
+    if isinstance(first, Tensor):
+        return table, first.to(dtype)
+    if len(scales) == 1:
+        return table, first
+    return table, torch.tensor(scales, dtype=dtype).to(like.device)
+
+
+def row_index(table: Tensor) -> int | Tensor:
+    """Return the row of each sample in a table of one row, or of one a sample."""
+    return 0 if table.shape[0] == 1 else _count(table.shape[0], table.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _count(number: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(number, device=device)
+
+
+def as_tokens(tensor: Tensor, dims: int | None) -> Tensor:
+    """Return a tensor with a sample for each token of the last `dims` dimensions; itself for None."""
+    return tensor if dims is None else tensor.reshape(-1, *tensor.shape[tensor.dim() - dims :])
+
+
+def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """Return a tensor to write: the given one, or a new one."""
+    return torch.empty_like(like) if tensor is None else tensor
+
+
+def combine(
+    sample: Tensor, tensors: Sequence[Tensor], rows: Sequence[RowWeights], *, token_dims: int | None = None,
+    state: Tensor | None = None, backend: str | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Combine branches in one pass.
+
+    Args:
+        sample: x, whose weight is the last of each row.
+        tensors: the branches, ``[B, ...]``, six at most.
+        rows: their weights, and those of a second sum.
+        token_dims: the trailing dimensions of a token, where the rows are for tokens.
+        state: a tensor to write the second sum to; may be one of `tensors`.
+        backend: forces one, as in `fastdiff.ops.step`.
+
+    Returns:
+        The guided output, and the second sum where the rows have one.
+
+    Raises:
+        ValueError: there are more tensors than one pass reads.
+    """
+    keeps = rows[0][1] is not None
+    if len(tensors) > MOST_BRANCHES - keeps:
+        got, expected = f"are {len(tensors)}", f"at most {MOST_BRANCHES - keeps} in one pass"
+        raise ValueError(error_message("combine", "branches", got, expected, "combine some of them before"))
+    placement = combining_placement(len(tensors), keeps=keeps)
+    shape = sample.shape
+    x, *branches = (as_tokens(tensor, token_dims) for tensor in (sample, *tensors))
+    table, scale = table_and_scale(COMBINING_ROW, placement, rows, (), x)
+    outs = [torch.empty_like(x), *([or_empty(state, x)] if keeps else [])]
+    graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *branches))
+    results = ops.step(
+        x,
+        branches[0],
+        table,
+        row_index(table),
+        uncond=branches[1] if placement.paired else None,
+        guidance_scale=scale if placement.paired else None,
+        history=branches[1 + placement.paired :],
+        keeps=len(outs) - 1,
+        out=None if graph else outs,
+        backend=backend,
+    )
+    return results if token_dims is None else tuple(result.reshape(shape) for result in results)
+
+
+def weighted_sum(sample: Tensor, tensors: Sequence[Tensor], rows: Sequence[RowWeights]) -> Tensor:
+    """Return the guided output by torch's operators, inside autograd's graph."""
+    total = torch.zeros_like(sample)
+    for j, tensor in enumerate((*tensors, sample)):
+        weights = [row[j] for row, _ in rows]
+        first = weights[0]
+        if not isinstance(first, Tensor):
+            first = torch.tensor(weights, dtype=torch.float64, device=sample.device)
+        weight = first.reshape(-1, *[1] * (sample.dim() - 1)).to(compute_dtype(sample.dtype))
+        if len(weights) > 1 or isinstance(weights[0], Tensor) or weights[0] != 0.0:
+            total = total + weight * tensor
+    return total
