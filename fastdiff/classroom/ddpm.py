@@ -213,7 +213,8 @@ class DDPMSampler:
         Raises:
             TypeError, ValueError: a tensor does not fit, or the timestep is not visited.
         """
-        return self._step(sample, model_output, self._row("step", timestep), self.clip_range, generator)
+        row = self._row("step", timestep, sample.device)
+        return self._step(sample, model_output, row, self.clip_range, generator)
 
     @torch.no_grad()
     def p_sample(
@@ -233,7 +234,7 @@ class DDPMSampler:
         Raises:
             TypeError, ValueError: as `step`; or the sampler was made from a noise scheduler.
         """
-        row, model = self._row("p_sample", t), self._own_model("p_sample")
+        row, model = self._row("p_sample", t, x_t.device), self._own_model("p_sample")
         times = torch.as_tensor(t, dtype=torch.int64, device=x_t.device).expand(len(x_t))
         with evaluating(model):
             return self._step(x_t, unwrap(model(x_t, times)), row, 1.0 if clip_denoised else math.inf, generator)
@@ -405,7 +406,7 @@ class DDPMSampler:
             x, output, coefficients, row, noise=noise, variance=variance, variance_kind=kind, history=history
         )[0]
 
-    def _row(self, operation: str, timestep: int | Tensor) -> int | Tensor:
+    def _row(self, operation: str, timestep: int | Tensor, device: torch.device) -> int | Tensor:
         """Return the table's row of a visited timestep, or one row a sample."""
         asked = torch.as_tensor(timestep).reshape(-1).tolist()
         for t in asked:
@@ -414,7 +415,7 @@ class DDPMSampler:
                 remedy = "take them from sampler.timesteps, or call set_timesteps"
                 raise ValueError(error_message(operation, "timestep", got, expected, remedy))
         rows = [self._rows[t] for t in asked]
-        return rows[0] if len(rows) == 1 else torch.tensor(rows, device=timestep.device)  # type: ignore[union-attr]
+        return rows[0] if len(rows) == 1 else torch.tensor(rows, dtype=torch.int64, device=device)
 
     def _own_model(self, operation: str) -> Model:
         if self.model is None:

@@ -126,7 +126,8 @@ def refused_calls() -> list[tuple[Any, str]]:
         (lambda: scratch.sample_with_guidance((2, 3), None), "guidance_fn"),  # type: ignore[arg-type]
         (lambda: scratch.sample_with_guidance((2, 3), lambda x, t: x), "one number a sample"),
         (lambda: scratch.sample_with_guidance((2, 3), lambda x, t: t.float()), "depends on x"),
-        (lambda: SamplingComparison(SchedulerModule()), "num_inference_steps is 50"),
+        (lambda: SamplingComparison(SchedulerModule()).compare_schedules(model, T + 1), "at most"),
+        (lambda: SamplingComparison(model), "noise_scheduler is a function"),
     ]
 
 
