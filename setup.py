@@ -50,6 +50,7 @@ MODES = ("auto", "cpu", "cuda", "none")
 PACKAGES = [
     "fastdiff",
     "fastdiff.analysis",
+    "fastdiff.analysis.plots",
     "fastdiff.benchmarks",
     "fastdiff.benchmarks.gpu",
     "fastdiff.classroom",
@@ -64,6 +65,7 @@ PACKAGES = [
     "fastdiff.loops",
     "fastdiff.noise",
     "fastdiff.ops",
+    "fastdiff.rl",
     "fastdiff.samplers",
     "fastdiff.sampling",
     "fastdiff.schedules",
