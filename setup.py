@@ -50,6 +50,7 @@ MODES = ("auto", "cpu", "cuda", "none")
 PACKAGES = [
     "fastdiff",
     "fastdiff.analysis",
+    "fastdiff.analysis.plots",
     "fastdiff.benchmarks",
     "fastdiff.benchmarks.gpu",
     "fastdiff.classroom",
