@@ -38,6 +38,7 @@ body {{ font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; 
   padding: 0 1rem; }}
 h1 {{ font-size: 1.6rem; margin-bottom: .2rem; }} h2 {{ font-size: 1.2rem; margin-top: 2rem; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+td {{ white-space: nowrap; }}
 th, td {{ padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: right; }}
 th:first-child, td:first-child {{ text-align: left; }}
 th {{ border-bottom: 2px solid #888; vertical-align: bottom; }}
@@ -158,9 +159,9 @@ def _table(rows: list[ComparisonRow]) -> Iterator[str]:
         "steps": lambda row: str(row.steps),
         "model calls": lambda row: str(row.model_calls),
         "ms an image": lambda row: f"{row.milliseconds_per_image:.2f}",
-        "distance": lambda row: f"{row.distance.mean:.4f} ± {row.distance.error:.4f}",
-        "variance": lambda row: f"{row.variance:.4f}",
-        "sharpness": lambda row: _number(row.sharpness, ".4f"),
+        "distance": lambda row: f"{row.distance.mean:.4f} ± {row.distance.error:.1g}",
+        "variance": lambda row: f"{row.variance:.4g}",
+        "sharpness": lambda row: _number(row.sharpness, ".4g"),
         "Fréchet": lambda row: _number(row.frechet, ".3f"),
         "inception-style": lambda row: _number(row.inception, ".3f"),
         "precision": lambda row: _number(row.precision, ".3f"),
