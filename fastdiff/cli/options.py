@@ -82,10 +82,9 @@ def load_workload(
         return digits_workload(n, guidance_scale=guidance_scale, seed=seed, features=features)
     made = _function(model, operation)()
     if not isinstance(made, Workload):
-        got, expected = f"is {model!r}, which returned a value of type {type(made).__name__}", "a fastdiff.analysis.Workload"
-        raise TypeError(
-            error_message(operation, "--model", got, expected, "return Workload(model, scheduler, latents)")
-        )
+        got = f"is {model!r}, which returned a value of type {type(made).__name__}"
+        remedy = "return Workload(model, scheduler, latents)"
+        raise TypeError(error_message(operation, "--model", got, "a fastdiff.analysis.Workload", remedy))
     return made
 
 

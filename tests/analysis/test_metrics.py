@@ -107,7 +107,7 @@ def test_reference_distance_and_estimate_match_formula() -> None:
 def test_metrics_refuse_bad_input(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()  # type: ignore[operator]
-    with pytest.raises(TypeError, match="has dtype torch.int64"):
+    with pytest.raises(TypeError, match=r"has dtype torch\.int64"):
         frechet_distance(torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4, 3))
 
 

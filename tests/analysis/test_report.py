@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -115,6 +116,18 @@ def test_report_folder_is_made_or_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"^compare: --out is .*file"):
         check_report_folder(tmp_path / "file", operation="compare", argument="--out")
+
+
+def test_examples_of_the_documentation_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "analysis.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(blocks), {})
+    assert "Take dpmsolver++" in capsys.readouterr().out
+    assert (tmp_path / "ring.html").stat().st_size > 50_000
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian's package is chromium)")
