@@ -22,6 +22,7 @@ LAYERS = (
     ("sampling",),
     ("graphs",),
     ("samplers",),
+    ("editing",),
     ("analysis",),
     ("digits",),
     ("diffusers",),
