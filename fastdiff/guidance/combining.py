@@ -12,9 +12,9 @@ from torch import Tensor
 from .. import ops
 from ..errors import error_message
 from ..row_layout import compute_dtype
+from .method import RowWeights
 from .rows import COMBINING_ROW, MOST_BRANCHES, Placement, combining_placement, guided_row, table_of
 from .scalars import Scalar
-from .weights import RowWeights
 
 
 def table_and_scale(

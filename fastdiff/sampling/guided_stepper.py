@@ -15,12 +15,12 @@ from ..errors import checked_type, error_message
 from ..guidance.combining import as_tokens, combine, or_empty, row_index, table_and_scale, weighted_sum
 from ..guidance.frequency import FrequencyDecoupledGuidance
 from ..guidance.gradients import ClassifierGuidance, LossGuidance
-from ..guidance.method import STATE, Guidance, Place
+from ..guidance.method import STATE, Guidance, Place, RowWeights
 from ..guidance.mixed import MixedGuidance
 from ..guidance.per_token_norm import PerTokenNormGuidance
 from ..guidance.rows import Placement, place_branches
 from ..guidance.scalars import Scalar
-from ..guidance.weights import RowWeights, step_weights
+from ..guidance.weights import step_weights
 from ..noise.generators import Generators, draw
 from ..ops.thresholding import dynamic_threshold
 from ..philox import Purpose
