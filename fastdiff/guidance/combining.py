@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..device_copy import to_device
 from ..errors import error_message
 from ..row_layout import compute_dtype
 from .method import RowWeights
@@ -30,15 +31,13 @@ def table_and_scale(
         like: the samples, ``[B, ...]``.
     """
     made = [guided_row(base, placement, weights, kept, terms) for weights, kept in rows]
-    dtype = compute_dtype(like.dtype)
-    table = table_of([row for row, _ in made], like.shape[0], dtype, like.device)
-    scales = [scale for _, scale in made]
-    first = scales[0]
+    table = table_of([row for row, _ in made], like.shape[0], like)
+    first = made[0][1]
     if isinstance(first, Tensor):
-        return table, first.to(dtype)
-    if len(scales) == 1:
+        return table, first.to(table.dtype)
+    if len(made) == 1:
         return table, first
-    return table, torch.tensor(scales, dtype=dtype).to(like.device)
+    return table, to_device(torch.tensor([scale for _, scale in made], dtype=table.dtype), like.device)
 
 
 def row_index(table: Tensor) -> int | Tensor:

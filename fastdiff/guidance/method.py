@@ -8,7 +8,7 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -27,8 +27,7 @@ ZERO_PHASE = "zero"
 RowWeights = tuple[Sequence[Scalar], Sequence[Scalar] | None]
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """The step at which a scale is asked for.
 
     Attributes:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,7 +66,7 @@ def step_weights(
     on_host = sample.device.type == "cpu" and batch <= MOST_ON_HOST
     scales = host_scales(methods, place, batch) if on_host or not reduces else None
     elements = float(given[0].numel() // batch) if given and batch else 0.0
-    places = [replace(place, has_state=True) if has else place for has in with_state]
+    places = [place._replace(has_state=True) if has else place for has in with_state]
     if scales is not None:
         rows = batch if reduces else max(len(scales), len(methods))
         products: list[Any] = [None] * rows

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +17,10 @@ from ..guidance.gradients import ClassifierGuidance, LossGuidance
 from ..guidance.method import STATE, Guidance, Place, RowWeights
 from ..guidance.mixed import MixedGuidance
 from ..guidance.per_token_norm import PerTokenNormGuidance
-from ..guidance.rows import Placement, place_branches
+from ..guidance.rows import Placement, place_branches, uses_bounded_x0
 from ..guidance.scalars import Scalar
-from ..guidance.weights import step_weights
+from ..guidance.tracing import Formula
+from ..guidance.weights import MOST_ON_HOST, step_weights
 from ..noise.generators import Generators, draw
 from ..ops.thresholding import dynamic_threshold
 from ..philox import Purpose
@@ -34,6 +34,22 @@ Term = ClassifierGuidance | LossGuidance
 
 #: The weights of a tensor that is the model's output by itself.
 _ALONE: list[RowWeights] = [((1.0, 0.0), None)]
+
+
+class _Kind(NamedTuple):
+    """A step of one method with one scale for all samples, seen often in a loop.
+
+    Attributes:
+        names: the branches it needs.
+        scale: the scale with which plain guidance is the whole combination; None for other steps.
+        formula: the weights of the branches from their scalar products; None where they need none.
+        guidance_scale: the scale of the formula.
+    """
+
+    names: tuple[str, ...]
+    scale: float | None
+    formula: Formula | None
+    guidance_scale: float
 
 
 class GuidedStepper:
@@ -89,6 +105,9 @@ class GuidedStepper:
         self._with_state = [False] * len(self.methods)
         self._place: Place | None = None
         self._needed: list[tuple[str, ...]] = []
+        self._kind: _Kind | None = None
+        self._kinds: dict[Hashable, _Kind] = {}
+        self._placements: dict[Hashable, Placement | None] = {}
 
     @property
     def index(self) -> int:
@@ -147,10 +166,15 @@ class GuidedStepper:
         ratio = None
         if self.levels is not None and not self.done:
             ratio = self.levels[index].noise_ratio
-        place = self._place = Place(index, len(self.table), row.timestep, row.prediction, ratio)
+        state = self._with_state[0] if len(self.methods) == 1 else False
+        place = self._place = Place(index, len(self.table), row.timestep, row.prediction, ratio, state)
+        self._kind = self._known_kind(place)
+        if self._kind is not None:
+            self._needed = [self._kind.names]
+            return place
         self._needed = []
         for method, has_state in zip(self.methods, self._with_state, strict=True):
-            at = replace(place, has_state=True) if has_state else place
+            at = place._replace(has_state=True) if has_state else place
             scales = method.host_scales(at)
             if scales is None:
                 self._needed.append(method.needed(at, None))
@@ -159,6 +183,20 @@ class GuidedStepper:
             else:
                 self._needed = [method.needed(at, scale) for scale in scales]
         return place
+
+    def _known_kind(self, place: Place) -> _Kind | None:
+        """Return the kind of a step; None for a scale or a method a sample, tokens and frequencies."""
+        method = self.methods[0]
+        if len(self.methods) > 1 or self._token_dims is not None or not method.is_affine:
+            return None
+        scale = method.scale_at(place)
+        if isinstance(scale, Tensor):
+            return None
+        key = (scale, method.kind(place))
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._kinds[key] = _kind_of(method, place, scale)
+        return kind
 
     # --- The step ---------------------------------------------------------------------------------------------------
 
@@ -199,6 +237,10 @@ class GuidedStepper:
         if self.done:
             return self.stepper.step(sample, sample, **given)  # raises
         place = self._look_ahead()
+        if self._kind is not None and not self.terms:
+            result = self._quick(self._kind, sample, outputs, given)
+            if result is not None:
+                return result
         names, tensors = self._tensors(place, sample, outputs)
         moves: list[tuple[Tensor, Scalar]] = []
         if not self.terms and names == self.methods[0].branches[:1]:
@@ -232,6 +274,43 @@ class GuidedStepper:
         if kept:
             self._keep(kept[0])
         return result
+
+    def _quick(
+        self, kind: _Kind, sample: Tensor, outputs: Mapping[str, Tensor], given: Mapping[str, Any]
+    ) -> Tensor | None:
+        """Take a step of a known kind on few samples; None where there is more to look at."""
+        if not isinstance(sample, Tensor) or not isinstance(outputs, Mapping):
+            return None
+        tensors = [outputs.get(name) for name in kind.names]
+        for tensor in tensors:
+            if not isinstance(tensor, Tensor) or tensor.shape != sample.shape:
+                return None
+        c: Any = tensors[0] if tensors else sample
+        if kind.scale is not None:
+            if len(tensors) == 1:
+                return self.stepper.step(sample, c, **given)
+            return self.stepper.step(sample, c, uncond=tensors[1], guidance_scale=kind.scale, **given)
+        batch = sample.shape[0] if sample.dim() > 0 else 0
+        if kind.formula is None or sample.device.type != "cpu" or not 0 < batch <= MOST_ON_HOST:
+            return None
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (sample, *tensors)):  # type: ignore[union-attr]
+            return None
+        if self._state is not None:
+            tensors.append(self._state)
+        products, sums = ops.gram(tensors, sums=True)  # type: ignore[arg-type]
+        elements = float(sample.numel() // batch)
+        of_samples = zip(products.tolist(), sums.tolist(), strict=True)
+        rows: list[RowWeights] = [
+            kind.formula(matrix, total, elements, kind.guidance_scale) for matrix, total in of_samples
+        ]
+        keeps = rows[0][1] is not None
+        scale = None if keeps else _plain_scale(rows, sample)
+        if scale is not None and len(tensors) == 2:
+            return self.stepper.step(sample, c, uncond=tensors[1], guidance_scale=scale, **given)
+        placement = self._placement(len(tensors), keeps, 0)
+        if placement is None:
+            return None
+        return self._fused(sample, tensors, rows, placement, (), None, given)  # type: ignore[arg-type]
 
     def _tensors(
         self, place: Place, sample: Tensor, outputs: Mapping[str, Tensor]
@@ -284,10 +363,13 @@ class GuidedStepper:
     def _placement(self, branches: int, keeps: bool, moves: int) -> Placement | None:
         index = min(self.stepper.index, len(self.table) - 1)
         reads, kept, _ = self.stepper._plan[index]
-        return place_branches(
-            self._rows[index], reads, len(kept), branches,
-            keeps=keeps, terms=moves, thresholding=self.table.thresholding,
-        )  # fmt: skip
+        row = self._rows[index]
+        bounded = uses_bounded_x0(row, self.table.thresholding)
+        key = (reads, len(kept), bounded, branches, keeps, moves)
+        if key not in self._placements:
+            found = place_branches(reads, len(kept), branches, keeps=keeps, terms=moves, bounded=bounded)
+            self._placements[key] = found
+        return self._placements[key]
 
     def _fused(
         self, sample: Tensor, tensors: Sequence[Tensor], rows: Sequence[RowWeights], placement: Placement,
@@ -313,7 +395,7 @@ class GuidedStepper:
         keeps = rows[0][1] is not None
         out = or_empty(given["out"], sample)
         outs = [out, *(or_empty(stepper._history[slot], sample) for slot in slots)]
-        outs += [or_empty(self._state, sample)] if keeps else []
+        outs += [torch.empty_like(sample)] if keeps else []  # not in place: x0 may be asked for after the step
         inputs: dict[str, Any] = {
             "sample": sample,
             "model_output": tensors[0],
@@ -348,7 +430,7 @@ class GuidedStepper:
             row_index=row_index(table),
             history=history,
             threshold=threshold,
-            variance_kind=stepper._variance_kind(given["variance"]),
+            variance_kind=stepper._variance_kind(given["variance"]) if stepper._measures else 0,
             keeps=len(outs) - 1,
             seeds=seeds,
             noise_step=index,
@@ -395,6 +477,23 @@ class GuidedStepper:
             rows = [((*w[:-1], weight, w[-1]), k and (*k[:-1], 0.0, k[-1])) for w, k in rows]
             tensors.append(gradient)
         return sample, tensors, rows, moves
+
+
+def _kind_of(method: Guidance, place: Place, scale: float) -> _Kind:
+    """Return the kind of a step with one scale for all samples."""
+    names = method.needed(place, scale)
+    if len(names) < 2 and not method.uses_sample:
+        alone = names == method.branches[:1]
+        return _Kind(names, 1.0 if alone else None, None, scale)
+    if method.uses_sample:
+        return _Kind(names, None, None, scale)
+    if method.uses_reduction(place):
+        with_state = (*names, STATE) if place.has_state else names
+        return _Kind(names, None, method.formula(with_state, place), scale)
+    weights, kept = method.formula(names, place)(None, None, 0.0, scale)
+    first, second = weights[0], weights[1]
+    plain = len(names) == 2 and kept is None and abs(first + second - 1.0) <= 1e-15 * (abs(first) + abs(second))
+    return _Kind(names, first if plain else None, None, scale)
 
 
 def _viewed(tensor: Tensor, token_dims: int) -> Tensor:
