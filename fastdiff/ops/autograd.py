@@ -88,6 +88,21 @@ def backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, .
     return tuple(found.get(name) if wanted[name] else None for name in wanted)
 
 
+def gradients(
+    given: dict[str, Any], wanted: dict[str, bool], grads: Sequence[Tensor | None]
+) -> dict[str, Tensor | None]:
+    """Return the gradients of a step's arguments from those of its outputs.
+
+    Args:
+        given: the operator's arguments by the names of its schema.
+        wanted: which of them want a gradient.
+        grads: the gradient of each output, or None.
+    """
+    clips = given["threshold"] is not None or _may_clip(given["table"], given["row_index"], given["row_indices"])
+    dtypes = {name: given[name].dtype for name in _TENSORS if given[name] is not None}
+    return _Pullback(given, wanted, clips, dtypes, grads).run()
+
+
 def _wanted(ctx: Any) -> dict[str, bool]:
     """Return which arguments want a gradient, by their names in the schema."""
     return {argument.name: bool(want) for argument, want in zip(STEP_ARGUMENTS, ctx.needs_input_grad, strict=False)}
@@ -163,7 +178,7 @@ class _Pullback:
     ) -> None:
         self.saved, self.wanted, self.dtypes = saved, wanted, dtypes
         self.compute = dtypes["table"]
-        self.coefficients = _coefficients(saved["table"], saved["row_index"], saved["row_indices"])
+        self.coefficients = coefficients_of(saved["table"], saved["row_index"], saved["row_indices"])
         maps = self.coefficients[:, PREV_SAMPLE:]
         self.columns = maps.reshape(len(maps), _MAPS, len(COLUMNS))
         self.through_d = clips and any(
@@ -333,7 +348,7 @@ class _Pullback:
         return None if tensor is None else tensor.to(self.compute)
 
 
-def _coefficients(table: Tensor, row_index: int, row_indices: Tensor | None) -> Tensor:
+def coefficients_of(table: Tensor, row_index: int, row_indices: Tensor | None) -> Tensor:
     """Return the rows of a call, float64 ``[N, 32]``; a skipped sample's row leaves it as it is."""
     if row_indices is None:
         return table[row_index][None].double()

@@ -76,8 +76,6 @@ def _direct(tensors: list[Tensor], sums: bool) -> Tensor | None:
     x = tensors[0]
     if not isinstance(x, Tensor) or x.dim() == 0 or x.numel() == 0:
         return None
-    if not hasattr(extension, "gram"):
-        return None
     done: Tensor | None = extension.gram(tensors, bool(sums), backends.current_stream(x))
     return done
 
@@ -137,7 +135,7 @@ def _gram_op(tensors: Sequence[Tensor], sums: bool, backend: str) -> Tensor:
         return torch.zeros((first.shape[0], count, count + sums), dtype=compute_dtype(first.dtype), device=first.device)
     strides = block_strides(first)
     laid_out = [to_strides(tensor.detach(), strides) for tensor in tensors]
-    if name == "reference" or (name == "cpu" and not hasattr(backends.extension, "gram")):
+    if name == "reference":
         return reference.gram(laid_out, sums)
     if name == "triton":
         return backends.triton_module("gram").gram(laid_out, sums)  # type: ignore[no-any-return]

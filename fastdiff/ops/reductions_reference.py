@@ -105,6 +105,12 @@ def gram(tensors: Sequence[Tensor], sums: bool) -> Tensor:
     return torch.stack(rows, 1).to(compute_dtype(tensors[0].dtype))
 
 
+def sum_of_squares(x: Tensor) -> Tensor:
+    """The sum of the squares a sample, ``[B]`` float64, before the last rounding."""
+    blocks = _blocks(x)
+    return _total(_block_sums(blocks * blocks))
+
+
 def memory_order(x: Tensor) -> Tensor:
     """A view of `x` whose dimensions after the first are in the order of memory, the slowest first."""
     order = sorted(range(1, x.dim()), key=lambda d: x.stride(d), reverse=True)

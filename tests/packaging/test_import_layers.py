@@ -22,6 +22,7 @@ LAYERS = (
     ("sampling",),
     ("graphs",),
     ("samplers",),
+    ("rl",),
     ("analysis",),
     ("classroom",),
     ("digits",),
