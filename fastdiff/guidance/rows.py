@@ -38,7 +38,7 @@ _SAMPLE, _OUTPUT, _PREDICTION, _HISTORY = (
 )
 _MAPS = (PREV_SAMPLE, KEEP_0, KEEP_1)
 #: The columns that multiply the model's output.
-_OUTPUT_COLUMNS = (PREDICTION_OUTPUT, *(first + _OUTPUT for first in _MAPS))
+OUTPUT_COLUMNS = (PREDICTION_OUTPUT, *(first + _OUTPUT for first in _MAPS))
 #: A sum of weights below this share of the weights is replaced by it: its error is far below rounding.
 _TINY = 1e-20
 #: The most tensors that one pass combines: two by their pair, four in history slots.
@@ -135,7 +135,7 @@ def guided_row(
     if placement.paired and len(weights) == 3 and kept is None and not terms and _is_zero(weights[2]):
         factor, scale = scaled_pair(weights[0], weights[1])
         if not _is_one(factor):
-            for column in _OUTPUT_COLUMNS:
+            for column in OUTPUT_COLUMNS:
                 if row[column] != 0.0:
                     found[column] = row[column] * factor
         return found, scale

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import checked_type, error_message
-from ..guidance.combining import as_tokens, combine, or_empty, row_index, table_and_scale, weighted_sum
+from ..guidance.combining import HostTable, as_tokens, combine, or_empty, row_index, table_and_scale, weighted_sum
 from ..guidance.frequency import FrequencyDecoupledGuidance
 from ..guidance.gradients import ClassifierGuidance, LossGuidance
 from ..guidance.method import STATE, Guidance, Place, RowWeights
 from ..guidance.mixed import MixedGuidance
 from ..guidance.per_token_norm import PerTokenNormGuidance
-from ..guidance.rows import Placement, place_branches, uses_bounded_x0
+from ..guidance.rows import Placement, guided_row, place_branches, table_of, uses_bounded_x0
 from ..guidance.scalars import Scalar
 from ..guidance.tracing import Formula
 from ..guidance.weights import MOST_ON_HOST, step_weights
@@ -42,12 +42,14 @@ class _Kind(NamedTuple):
     Attributes:
         names: the branches it needs.
         scale: the scale with which plain guidance is the whole combination; None for other steps.
-        formula: the weights of the branches from their scalar products; None where they need none.
+        weights: the weights of the branches and the sample where they are known before the loop; else None.
+        formula: the weights from the scalar products of the branches; None where they need none.
         guidance_scale: the scale of the formula.
     """
 
     names: tuple[str, ...]
     scale: float | None
+    weights: Sequence[float] | None
     formula: Formula | None
     guidance_scale: float
 
@@ -107,6 +109,8 @@ class GuidedStepper:
         self._needed: list[tuple[str, ...]] = []
         self._kind: _Kind | None = None
         self._kinds: dict[Hashable, _Kind] = {}
+        self._table: HostTable | None = None
+        self._tables: dict[Hashable, tuple[Tensor, list[Any], list[Placement | None]]] = {}
         self._placements: dict[Hashable, Placement | None] = {}
 
     @property
@@ -290,27 +294,111 @@ class GuidedStepper:
             if len(tensors) == 1:
                 return self.stepper.step(sample, c, **given)
             return self.stepper.step(sample, c, uncond=tensors[1], guidance_scale=kind.scale, **given)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (sample, *tensors)):  # type: ignore[union-attr]
+            return None
+        if kind.weights is not None:
+            return self._constant(kind.weights, sample, tensors, given)  # type: ignore[arg-type]
         batch = sample.shape[0] if sample.dim() > 0 else 0
         if kind.formula is None or sample.device.type != "cpu" or not 0 < batch <= MOST_ON_HOST:
             return None
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (sample, *tensors)):  # type: ignore[union-attr]
-            return None
         if self._state is not None:
             tensors.append(self._state)
+        keeps = self.methods[0].keeps_state
+        placement = self._placement(len(tensors), keeps, 0)
+        if placement is None:
+            return None
         products, sums = ops.gram(tensors, sums=True)  # type: ignore[arg-type]
         elements = float(sample.numel() // batch)
         of_samples = zip(products.tolist(), sums.tolist(), strict=True)
         rows: list[RowWeights] = [
             kind.formula(matrix, total, elements, kind.guidance_scale) for matrix, total in of_samples
         ]
-        keeps = rows[0][1] is not None
-        scale = None if keeps else _plain_scale(rows, sample)
-        if scale is not None and len(tensors) == 2:
+        if keeps or len(tensors) > 2 or self.table.thresholding:
+            return self._fused(sample, tensors, rows, placement, (), None, given)  # type: ignore[arg-type]
+        scale = _plain_scale(rows, sample)
+        if scale is not None:
             return self.stepper.step(sample, c, uncond=tensors[1], guidance_scale=scale, **given)
-        placement = self._placement(len(tensors), keeps, 0)
+        if self._table is None or len(self._table) != batch:
+            self._table = HostTable(batch, sample)
+        scale = self._table.write(self._rows[self.stepper.index], rows)
+        table = self._table.tensor
+        return self._call(sample, c, tensors[1], (None,) * NUM_REGISTERS, table, row_index(table), scale, given)
+
+    def _constant(
+        self, weights: Sequence[float], sample: Tensor, tensors: Sequence[Tensor], given: Mapping[str, Any]
+    ) -> Tensor | None:
+        """Take a step with weights that are known before the loop: from a table of all steps, made once."""
+        if self.table.thresholding:
+            return None
+        key = (tuple(weights), sample.dtype, sample.device)
+        if key not in self._tables:
+            placements = [self._placement(len(tensors), False, 0, index) for index in range(len(self.table))]
+            made = [
+                (base, 1.0) if placement is None else guided_row(base, placement, weights, None)
+                for base, placement in zip(self._rows, placements, strict=True)
+            ]
+            table = table_of([row for row, _ in made], 0, sample)
+            self._tables[key] = table, [scale for _, scale in made], placements
+        table, scales, placements = self._tables[key]
+        index = self.stepper.index
+        placement = placements[index]
         if placement is None:
             return None
-        return self._fused(sample, tensors, rows, placement, (), None, given)  # type: ignore[arg-type]
+        history: list[Tensor | None] = [None] * NUM_REGISTERS
+        for slot, tensor in zip(placement.slots, tensors[2:], strict=True):
+            history[slot] = tensor
+        return self._call(sample, tensors[0], tensors[1], history, table, index, scales[index], given)
+
+    def _call(
+        self, sample: Tensor, cond: Tensor, uncond: Tensor, others: Sequence[Tensor | None], table: Tensor,
+        row: int | Tensor, scale: float | Tensor, given: Mapping[str, Any],
+    ) -> Tensor:  # fmt: skip
+        """Take a step with a table of guided rows.
+
+        Args:
+            sample, given: as in `step`.
+            cond, uncond, scale: the first two branches and the scale that goes with them.
+            others: further branches by history slot.
+            table, row: the rows, and the index of the step's or of each sample's.
+        """
+        stepper, index = self.stepper, self.stepper.index
+        if sample is not stepper._seen:
+            stepper._look_at(sample)
+        reads, slots, draws = stepper._plan[index]
+        noise, seeds = given["noise"], None
+        if draws and noise is None:
+            seeds = stepper._seeds
+            if seeds is None:
+                noise = draw(sample.shape, given["generator"], dtype=sample.dtype, device=sample.device)
+        kept, out, history = len(slots), given["out"], stepper._history
+        outs: list[Tensor | None] | None = None
+        if kept or out is not None:
+            if out is None and isinstance(row, Tensor):  # rows in a tensor could leave samples unwritten
+                out = torch.empty_like(sample)
+            outs = [out, *(or_empty(history[slot], sample) for slot in slots)]
+        results = ops.step(
+            sample,
+            cond,
+            table,
+            row,
+            uncond=uncond,
+            guidance_scale=scale,
+            history=[history[j] if j in reads else others[j] for j in range(NUM_REGISTERS)],
+            noise=noise,
+            variance=given["variance"],
+            variance_kind=stepper._variance_kind(given["variance"]) if stepper._measures else 0,
+            keeps=kept,
+            seeds=seeds,
+            noise_step=index,
+            model_input=given["model_input"],
+            out=outs,
+            backend=stepper.backend,
+        )
+        for slot, result in zip(slots, results[1:], strict=True):
+            history[slot] = result
+        stepper.index = index + 1
+        stepper._seen = results[0]
+        return results[0]
 
     def _tensors(
         self, place: Place, sample: Tensor, outputs: Mapping[str, Tensor]
@@ -360,8 +448,10 @@ class GuidedStepper:
         x, *branches = (as_tokens(tensor, self._token_dims) for tensor in (sample, *tensors))
         return step_weights(self.methods, place, names, branches, x, self._with_state)
 
-    def _placement(self, branches: int, keeps: bool, moves: int) -> Placement | None:
-        index = min(self.stepper.index, len(self.table) - 1)
+    def _placement(self, branches: int, keeps: bool, moves: int, index: int | None = None) -> Placement | None:
+        """Return the placement of branches in a row, the next one where `index` is None."""
+        if index is None:
+            index = min(self.stepper.index, len(self.table) - 1)
         reads, kept, _ = self.stepper._plan[index]
         row = self._rows[index]
         bounded = uses_bounded_x0(row, self.table.thresholding)
@@ -484,16 +574,16 @@ def _kind_of(method: Guidance, place: Place, scale: float) -> _Kind:
     names = method.needed(place, scale)
     if len(names) < 2 and not method.uses_sample:
         alone = names == method.branches[:1]
-        return _Kind(names, 1.0 if alone else None, None, scale)
+        return _Kind(names, 1.0 if alone else None, None, None, scale)
     if method.uses_sample:
-        return _Kind(names, None, None, scale)
+        return _Kind(names, None, None, None, scale)
     if method.uses_reduction(place):
         with_state = (*names, STATE) if place.has_state else names
-        return _Kind(names, None, method.formula(with_state, place), scale)
+        return _Kind(names, None, None, method.formula(with_state, place), scale)
     weights, kept = method.formula(names, place)(None, None, 0.0, scale)
     first, second = weights[0], weights[1]
     plain = len(names) == 2 and kept is None and abs(first + second - 1.0) <= 1e-15 * (abs(first) + abs(second))
-    return _Kind(names, first if plain else None, None, scale)
+    return _Kind(names, first if plain else None, weights if kept is None else None, None, scale)
 
 
 def _viewed(tensor: Tensor, token_dims: int) -> Tensor:
