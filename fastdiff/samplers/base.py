@@ -252,6 +252,7 @@ class BaseSampler(CompiledSampler):
         mode: str = "loop",
         model_kwargs: Mapping[str, Any] | None = None,
         model_dtype: torch.dtype | None = None,
+        keep_mode: bool = False,
         backend: str | None = None,
     ) -> CapturedLoop:
         """Capture the loop as a CUDA graph, to replay it with other inputs.
@@ -266,7 +267,7 @@ class BaseSampler(CompiledSampler):
         check_latents(latents)
         conditions = prompt_embeds, negative_prompt_embeds
         guided = self._guided(model, *conditions, guidance_scale, model_kwargs, model_dtype, check_finite=False)
-        with evaluating(model):
+        with evaluating(model, keep_mode):
             return self._captured(guided, self._grid, latents, mode, backend, self.config.guidance_rescale)
 
     def clear_graphs(self) -> None:
