@@ -65,7 +65,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
                     remedy,
                 )
             )
-    clips = given["threshold"] is not None or _may_clip(given["table"], given["row_index"], given["row_indices"])
+    clips = given["threshold"] is not None or may_clip(given["table"], given["row_index"], given["row_indices"])
     kept = {"table", "row_indices", "guidance_scale", "mask"}
     if clips:
         kept |= {"sample", "model_output", "uncond", "threshold"}
@@ -100,7 +100,7 @@ def gradients(
         wanted: which of them want a gradient.
         grads: the gradient of each output, or None.
     """
-    clips = given["threshold"] is not None or _may_clip(given["table"], given["row_index"], given["row_indices"])
+    clips = given["threshold"] is not None or may_clip(given["table"], given["row_index"], given["row_indices"])
     dtypes = {name: given[name].dtype for name in _TENSORS if given[name] is not None}
     return _Pullback(given, wanted, clips, dtypes, grads).run()
 
@@ -157,7 +157,8 @@ def apply_operator(*arguments: Any) -> Sequence[Tensor]:
     return results
 
 
-def _may_clip(table: Tensor, row_index: int, row_indices: Tensor | None) -> bool:
+def may_clip(table: Tensor, row_index: int, row_indices: Tensor | None) -> bool:
+    """Return whether a row may clip the prediction: looked up where that is no host sync, else True."""
     if not readable_without_sync(table):
         return True
     clips = table[row_index, CLIP] if row_indices is None else table[:, CLIP]
