@@ -65,6 +65,7 @@ PACKAGES = [
     "fastdiff.loops",
     "fastdiff.noise",
     "fastdiff.ops",
+    "fastdiff.rl",
     "fastdiff.samplers",
     "fastdiff.sampling",
     "fastdiff.schedules",

@@ -129,16 +129,16 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        out, dims = fold_step(info, in_dims, *arguments, apply=_apply)
+        out, dims = fold_step(info, in_dims, *arguments, apply=apply_operator)
         return tuple(out), tuple(dims)
 
 
 def apply_step(call: StepCall, backend: str) -> Sequence[Tensor]:
     """Run ``fastdiff::step`` so that autograd, torch.func and compilers see it; the model input comes last."""
-    return _apply(*operator_values(call, backend))
+    return apply_operator(*operator_values(call, backend))
 
 
-def _apply(*arguments: Any) -> Sequence[Tensor]:
+def apply_operator(*arguments: Any) -> Sequence[Tensor]:
     """Run ``fastdiff::step`` with its schema's arguments."""
     tensors = [a for a in arguments if isinstance(a, Tensor)]
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0

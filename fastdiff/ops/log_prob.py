@@ -24,12 +24,12 @@ from ..errors import error_message, unknown_name
 from ..philox import Purpose
 from ..row_layout import COLUMNS, PREV_SAMPLE, ROW_WIDTH, Variance
 from . import backends, reductions_reference, reference
-from .autograd import coefficients_of, gradients
+from .autograd import apply_operator, coefficients_of, gradients
 from .call import FIELDS, STEP_ARGUMENTS, OperatorArgument, StepCall, call_of, named, operator_values, schema
 from .canonicalize import canonicalize
 from .checks import _check_like_sample, check, readable_without_sync
 from .fallback import backend_to_run
-from .layout import block_strides, output_strides, to_strides
+from .layout import block_strides, in_memory, output_strides, to_strides
 from .step import _entries, number_or_tensor
 
 REDUCTIONS = ("sum", "mean")
@@ -224,7 +224,7 @@ def _refuse_gradients(call: StepCall) -> None:
 
 def _run(call: StepCall, replay: bool, mean: bool, backend: str | None) -> tuple[Tensor, ...]:
     name = backend_to_run(call.sample, backend, "log_prob" if replay else "step_log_prob")
-    results = torch.ops.fastdiff.step_log_prob(*operator_values(call, name), replay, mean)
+    results = _apply(*operator_values(call, name), replay, mean)
     if replay or call.out is None:
         return tuple(results)
     written = [
@@ -244,6 +244,11 @@ def _execute(call: StepCall, replay: bool, mean: bool, backend: str) -> list[Ten
     elif backend == "reference":
         found, outputs = _by_reference(blocks, replay, mean)
     else:
+        fields = {name: getattr(call, name) for name in FIELDS}
+        if backend != "triton":
+            offered = backends.extension.log_prob(replay, mean, **fields, in_operator=True)  # type: ignore[union-attr]
+            if isinstance(offered, tuple):
+                return list(offered)
         canonical = canonicalize(blocks)
         outputs = [] if replay else [target for target in canonical.targets if isinstance(target, Tensor)]
         if backend == "triton":
@@ -297,6 +302,11 @@ _TAGS: dict[str, Any] = {"tags": (torch.Tag.needs_exact_strides,)} if hasattr(to
 @torch.library.custom_op("fastdiff::step_log_prob", mutates_args=(), schema=schema(_ARGUMENTS, "Tensor[]"), **_TAGS)
 def _log_prob_op(*values: Any) -> Any:
     """`step_log_prob`, or with `replay` `log_prob`, whose previous sample is in the noise's place."""
+    return _forward(*values)
+
+
+def _forward(*values: Any) -> list[Tensor]:
+    """Run the operator with its schema's arguments, on the backend that it names or, if it is empty, the chosen one."""
     given = named(_ARGUMENTS, values)
     replay, mean, backend = given.pop("replay"), given.pop("mean"), given["backend"]
     with torch.no_grad():
@@ -364,8 +374,36 @@ def _score(given: dict[str, Any], grad: Tensor) -> Tensor:
         "variance_kind": int(Variance.FIXED),
         "prev_sample_dtype": given["table"].dtype,
     }
-    (score,) = torch.ops.fastdiff.step(*(values[a.name] for a in STEP_ARGUMENTS))
-    return score  # type: ignore[no-any-return]
+    (score,) = apply_operator(*(values[a.name] for a in STEP_ARGUMENTS))
+    return score
+
+
+class _Function(torch.autograd.Function):
+    """The operator in eager calls that want gradients, without the dispatcher, which takes longer than small steps."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        # With a setup_context of its own, torch would inspect the signature at each call.
+        _setup_context(ctx, arguments, None)
+        return tuple(_forward(*arguments))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _backward(ctx, grads)
+
+
+def _apply(*arguments: Any) -> Sequence[Tensor]:
+    """Run ``fastdiff::step_log_prob`` so that autograd, torch.func and compilers see it."""
+    tensors = [a for a in arguments if isinstance(a, Tensor)]
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if traced or not all(in_memory(a) for a in tensors):
+        results: Sequence[Tensor] = torch.ops.fastdiff.step_log_prob(*arguments)
+    elif torch.is_grad_enabled() and any(a.requires_grad for a in tensors):
+        results = _Function.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        results = _forward(*arguments)
+    return results
 
 
 torch.library.register_autograd(_log_prob_op, _backward, setup_context=_setup_context)

@@ -11,7 +11,7 @@ from ..errors import unknown_name
 from ..sampling.config import SamplingConfig
 from ..schedules import BaseNoiseScheduler, NoiseSchedulerConfig, create_noise_scheduler
 from ..schedules.levels import Levels, with_edm_coordinates
-from ..solvers import SamplingMethod
+from ..solvers import PredictionType, SamplingMethod
 from .base import BaseSampler, check_fields
 
 __all__ = [
@@ -140,17 +140,23 @@ class KDPM2AncestralSampler(BaseSampler):
 
 
 class EDMEulerSampler(BaseSampler):
-    """Euler's method for networks with EDM's preconditioning (arXiv 2206.00364); set ``prediction_type="edm"``.
+    """Euler's method for networks with EDM's preconditioning (arXiv 2206.00364): ``prediction_type="edm"``.
 
-    Samples are held as the network is shown them, c_in·x/α, and its time is c_noise = ¼·log(σ/α).  The end is the sample
-    itself.
+    With that type samples are held as the network is shown them, c_in·x/α, and its time is c_noise = ¼·log(σ/α).  The
+    end is the sample itself.  With other types this is `EulerSampler`.
     """
 
     method = SamplingMethod.EDM_EULER
 
     def levels(self, *args: Any, **kwargs: Any) -> Levels:
-        """Return the levels of `BaseSampler.levels` in EDM's coordinates and time."""
-        return with_edm_coordinates(super().levels(*args, **kwargs), self.config.sigma_data)
+        """Return the levels of `BaseSampler.levels`, for EDM networks in their coordinates and time."""
+        levels = super().levels(*args, **kwargs)
+        if self.config.prediction_type is not PredictionType.EDM:
+            return levels
+        return with_edm_coordinates(levels, self.config.sigma_data)
+
+    def _given_levels(self, *args: Any) -> Levels:
+        return with_edm_coordinates(super()._given_levels(*args), self.config.sigma_data)
 
 
 class FlowEulerSampler(BaseSampler):

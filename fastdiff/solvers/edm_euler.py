@@ -17,8 +17,8 @@ def edm_euler(
     """Compile the table of Euler's method for an EDM network (arXiv 2206.00364, algorithm 2 and table 1).
 
     The network's output F is read by ``prediction_type="edm"`` as x0 = c_skip·x/α + c_out·F; the other types are read
-    as everywhere.  On levels of `fastdiff.schedules.levels.with_edm_coordinates` samples are c_in·x̂, which the network is
-    shown as they are, and its time is c_noise; the end is x̂ itself.
+    as everywhere.  On levels of `fastdiff.schedules.levels.with_edm_coordinates` samples are c_in·x̂, which the network
+    is shown as they are, and its time is c_noise; the end is x̂ itself.
 
     Args:
         levels: the levels to visit.

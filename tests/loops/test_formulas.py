@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -23,11 +24,11 @@ TOLERANCE = 1e-10
 LEVELS: list[float] = SIGMAS.double().tolist()
 
 
-def D(x: Tensor, sigma: float) -> Tensor:
+def denoise(x: Tensor, sigma: float) -> Tensor:
     return mixture(x, torch.full((len(x),), sigma, dtype=torch.float64))
 
 
-def U(x: Tensor, sigma: float) -> Tensor:
+def unguided(x: Tensor, sigma: float) -> Tensor:
     return uncond_mixture(x, torch.full((len(x),), sigma, dtype=torch.float64))
 
 
@@ -41,7 +42,7 @@ def split(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
 
 
 def pairs(levels: list[float]) -> list[tuple[int, float, float]]:
-    return [(i, a, b) for i, (a, b) in enumerate(zip(levels, levels[1:], strict=False))]
+    return [(i, a, b) for i, (a, b) in enumerate(itertools.pairwise(levels))]
 
 
 Reference = Callable[[Tensor, list[float], LevelNoise], Tensor]
@@ -52,7 +53,7 @@ def ddim(eta: float) -> Reference:
         """Eq. 12 and 16 on x/√(1 + σ²), with ᾱ = 1/(1 + σ²)."""
         for _, a, b in pairs(levels):
             bar, bar_next = 1 / (1 + a**2), 1 / (1 + b**2)
-            x0, y = D(x, a), x * bar**0.5
+            x0, y = denoise(x, a), x * bar**0.5
             noise = (y - bar**0.5 * x0) / (1 - bar) ** 0.5
             std = eta * ((1 - bar_next) / (1 - bar)) ** 0.5 * (1 - bar / bar_next) ** 0.5
             y = bar_next**0.5 * x0 + (max(1 - bar_next - std**2, 0.0)) ** 0.5 * noise
@@ -69,7 +70,8 @@ def ddpm(x: Tensor, levels: list[float], z: LevelNoise) -> Tensor:
     for _, a, b in pairs(levels):
         bar, bar_next = 1 / (1 + a**2), 1 / (1 + b**2)
         beta = 1 - bar / bar_next
-        y = bar_next**0.5 * beta / (1 - bar) * D(x, a) + (1 - beta) ** 0.5 * (1 - bar_next) / (1 - bar) * x * bar**0.5
+        y = bar_next**0.5 * beta / (1 - bar) * denoise(x, a)
+        y = y + (1 - beta) ** 0.5 * (1 - bar_next) / (1 - bar) * x * bar**0.5
         if b:
             y = y + (beta * (1 - bar_next) / (1 - bar)) ** 0.5 * z(a, b)
         x = y / bar_next**0.5
@@ -79,19 +81,19 @@ def ddpm(x: Tensor, levels: list[float], z: LevelNoise) -> Tensor:
 def heunpp2(x: Tensor, levels: list[float], z: LevelNoise) -> Tensor:
     n = len(levels) - 1
     for i, a, b in pairs(levels):
-        d = (x - D(x, a)) / a
+        d = (x - denoise(x, a)) / a
         if i == n - 1:
             x = x + (b - a) * d
             continue
         second = x + (b - a) * d
-        d2 = (second - D(second, b)) / b
+        d2 = (second - denoise(second, b)) / b
         if i == n - 2:
             w2 = b / (2 * levels[0])
             x = x + (b - a) * ((1 - w2) * d + w2 * d2)
             continue
         c = levels[i + 2]
         third = second + (c - b) * d2
-        d3 = (third - D(third, c)) / c
+        d3 = (third - denoise(third, c)) / c
         w2, w3 = b / (3 * levels[0]), c / (3 * levels[0])
         x = x + (b - a) * ((1 - w2 - w3) * d + w2 * d2 + w3 * d3)
     return x
@@ -102,9 +104,9 @@ def heun_steps(x: Tensor, steps: list[tuple[float, float]], z: LevelNoise) -> Te
     for a, b in steps:
         if a > level:
             x = x + (a**2 - level**2) ** 0.5 * z(level, a)
-        d = (x - D(x, a)) / a
+        d = (x - denoise(x, a)) / a
         end = x + (b - a) * d
-        x = end if b == 0 else x + (b - a) * 0.5 * (d + (end - D(end, b)) / b)
+        x = end if b == 0 else x + (b - a) * 0.5 * (d + (end - denoise(end, b)) / b)
         level = b
     return x
 
@@ -112,7 +114,7 @@ def heun_steps(x: Tensor, steps: list[tuple[float, float]], z: LevelNoise) -> Te
 def ipndm_v(x: Tensor, levels: list[float], z: LevelNoise) -> Tensor:
     slopes: list[tuple[float, Tensor]] = []
     for _, a, b in pairs(levels):
-        x0 = D(x, a)
+        x0 = denoise(x, a)
         slopes = [*slopes[-3:], (a, (x - x0) / a)]
         if b == 0:
             return x0
@@ -128,8 +130,8 @@ def gradient_estimation(gamma: float, cfg_pp: bool = False) -> Reference:
     def run(x: Tensor, levels: list[float], z: LevelNoise) -> Tensor:
         last = None
         for _, a, b in pairs(levels):
-            x0 = D(x, a)
-            d = (x - (U(x, a) if cfg_pp else x0)) / a
+            x0 = denoise(x, a)
+            d = (x - (unguided(x, a) if cfg_pp else x0)) / a
             if b == 0:
                 return x0
             x = x0 + b * d
@@ -145,8 +147,8 @@ def res_multistep(eta: float, s_noise: float = 1.0, cfg_pp: bool = False) -> Ref
     def run(x: Tensor, levels: list[float], z: LevelNoise) -> Tensor:
         last, last_down = None, 0.0
         for i, a, b in pairs(levels):
-            x0 = D(x, a)
-            base = U(x, a) if cfg_pp else x0
+            x0 = denoise(x, a)
+            base = unguided(x, a) if cfg_pp else x0
             down, up = split(a, b, eta)
             if down == 0 or last is None:
                 x = x0 + down * (x - base) / a
@@ -174,12 +176,12 @@ def exponential_rk(
     def run(x: Tensor, levels: list[float], z: LevelNoise) -> Tensor:
         for _, a, b in pairs(levels):
             if b == 0:
-                return D(x, a)
+                return denoise(x, a)
             h = math.log(a / b)
             outputs, current, level = [], x, a
             process, last = torch.zeros_like(x), 0.0
             for c, row in zip([*nodes, 1.0], weights(h * (1 + eta)), strict=True):
-                outputs.append(D(current, level))
+                outputs.append(denoise(current, level))
                 target = a * (b / a) ** c if c < 1 else b
                 current = target / a * math.exp(-c * h * eta) * x
                 for weight, output in zip(row, outputs, strict=True):
@@ -237,7 +239,7 @@ def er_sde(stages: int, s_noise: float = 1.0) -> Reference:
         outputs: list[Tensor] = []
         slopes: list[Tensor | None] = []
         for i, a, b in pairs(levels):
-            x0 = D(x, a)
+            x0 = denoise(x, a)
             outputs.append(x0)
             if b == 0:
                 return x0
@@ -262,7 +264,7 @@ def euler_ancestral_cfg_pp(eta: float) -> Reference:
     def run(x: Tensor, levels: list[float], z: LevelNoise) -> Tensor:
         for _, a, b in pairs(levels):
             down, up = split(a, b, eta)
-            x = D(x, a) + down * (x - U(x, a)) / a
+            x = denoise(x, a) + down * (x - unguided(x, a)) / a
             if up:
                 x = x + up * z(a, b)
         return x
@@ -273,7 +275,7 @@ def euler_ancestral_cfg_pp(eta: float) -> Reference:
 def dpmpp_2m_cfg_pp(x: Tensor, levels: list[float], z: LevelNoise) -> Tensor:
     last, last_h = None, 0.0
     for _, a, b in pairs(levels):
-        x0, u = D(x, a), U(x, a)
+        x0, u = denoise(x, a), unguided(x, a)
         h = math.log(a / b) if b else math.inf
         e = math.exp(-h)
         change = -e * u
@@ -287,14 +289,14 @@ def dpmpp_2m_cfg_pp(x: Tensor, levels: list[float], z: LevelNoise) -> Tensor:
 def dpmpp_2s_ancestral_cfg_pp(eta: float) -> Reference:
     def run(x: Tensor, levels: list[float], z: LevelNoise) -> Tensor:
         for _, a, b in pairs(levels):
-            x0, u = D(x, a), U(x, a)
+            x0, u = denoise(x, a), unguided(x, a)
             down, up = split(a, b, eta)
             if down == 0:
                 x = x0
             else:
                 middle = (a * down) ** 0.5
                 inner = middle / a * (x + x0 - u) + (1 - middle / a) * x0
-                x = down / a * (x + x0 - U(inner, middle)) + (1 - down / a) * D(inner, middle)
+                x = down / a * (x + x0 - unguided(inner, middle)) + (1 - down / a) * denoise(inner, middle)
             if up:
                 x = x + up * z(a, b)
         return x

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdiff import ops
+from fastdiff.ops.log_prob import log_prob as unrecorded_log_prob  # the record of backends cannot be compiled
 from fastdiff.row_layout import CLIP, COLUMNS, KEEP_0, PREDICTION_OUTPUT, PREDICTION_SAMPLE, PREV_SAMPLE, blank_row
 from support.oracle import DTYPES, INTERPRETED, assert_same_bits, available_backends, device_of
 from support.reduction_cases import with_layout
@@ -146,21 +147,16 @@ def test_bits_are_independent_of_batch_and_threads(seed: int, dtype: torch.dtype
     assert_same_bits(ops.step_log_prob(**alone, **noise), [value[1:2] for value in results[0]])
 
 
-def test_tensors_may_have_dtypes_of_their_own() -> None:
-    one = case(1, (2, 3, 40), torch.float32)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tensors_may_have_dtypes_of_their_own(backend: str) -> None:
+    one = case(1, (2, 3, 40), torch.float32, device=device_of(backend))
     one.tensors["c"], one.tensors["u"] = one.tensors["c"].bfloat16(), one.tensors["u"].half()
-    for backend in [b for b in BACKENDS if not (b == "triton" and INTERPRETED)]:
-        device = device_of(backend)
-        arguments = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in one.arguments.items()}
-        arguments["history"] = (one.tensors["h"].to(device),)
-        log_prob, prev = ops.step_log_prob(
-            **arguments, noise=one.tensors["z"].to(device), out=(torch.bfloat16,), backend=backend
-        )
-        assert prev.dtype == torch.bfloat16
-        assert_same_bits([ops.log_prob(prev, **arguments, backend=backend)], [log_prob])
-        mean, std = one.mean()
-        expected = torch.distributions.Normal(mean, std).log_prob(prev.cpu().double()).flatten(1).sum(1)
-        torch.testing.assert_close(log_prob.cpu().double(), expected, rtol=1e-5, atol=1e-2)
+    log_prob, prev = ops.step_log_prob(**one.arguments, **one.noise, out=(torch.bfloat16,), backend=backend)
+    assert prev.dtype == torch.bfloat16
+    assert_same_bits([ops.log_prob(prev, **one.arguments, backend=backend)], [log_prob])
+    mean, std = one.mean()
+    expected = torch.distributions.Normal(mean, std).log_prob(prev.double()).flatten(1).sum(1)
+    torch.testing.assert_close(log_prob.double(), expected, rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -242,7 +238,7 @@ def test_operator_passes_opcheck_and_compiles_to_one_graph() -> None:
     _, prev = ops.step_log_prob(**one.arguments, **one.noise)
 
     def loss(c: Tensor) -> Tensor:
-        return ops.log_prob(prev, **{**one.arguments, "model_output": c})
+        return unrecorded_log_prob(prev, **{**one.arguments, "model_output": c})
 
     c = one.tensors["c"].detach().requires_grad_()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -285,6 +281,7 @@ def test_invalid_replay_is_refused_with_one_sentence() -> None:
 
 def test_samples_without_elements_have_a_sum_of_zero() -> None:
     empty = torch.empty(2, 0)
-    arguments = {"sample": empty, "model_output": empty, "table": ONE.table, "row_index": 0}
-    assert ops.step_log_prob(**arguments, noise=empty)[0].tolist() == [0.0, 0.0]  # type: ignore[arg-type]
-    assert math.isnan(ops.log_prob(empty, **arguments, reduction="mean")[0].item())  # type: ignore[arg-type]
+    found = ops.step_log_prob(empty, empty, ONE.table, 0, noise=empty)
+    assert found[0].tolist() == [0.0, 0.0]
+    assert found[1].shape == (2, 0)
+    assert math.isnan(ops.log_prob(empty, empty, empty, ONE.table, 0, reduction="mean")[0].item())

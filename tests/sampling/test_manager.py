@@ -147,7 +147,9 @@ def test_loop_draws_only_used_noise(method: str) -> None:
     manager = create_advanced_sampling_manager("linear", method, num_inference_steps=5)
     given, counted = _seeded(), _seeded()
     manager.sample(_model, _latents(), generator=given, progress=False)
-    for _ in range(0 if method in DETERMINISTIC else 4):
+    # TCD adds nothing in its step to timestep 0, where no level is below; diffusers draws there and multiplies by 0.
+    draws = {"tcd": 3}.get(method, 4)
+    for _ in range(0 if method in DETERMINISTIC else draws):
         torch.randn(2, 6, generator=counted)
     assert torch.equal(given.get_state(), counted.get_state())
 

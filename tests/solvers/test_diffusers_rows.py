@@ -125,7 +125,7 @@ def _sa(orders: tuple[int, int], tau: float, data: bool) -> Twin:
     table = sa_solver(
         NOISY_END, Prediction(), predictor_order=predictor, corrector_order=corrector, tau=tau, predict_x0=data
     )
-    config = {"predictor_order": predictor, "corrector_order": corrector, "tau_func": lambda t: torch.tensor(tau, dtype=torch.float64),
+    config = {"predictor_order": predictor, "corrector_order": corrector, "tau_func": lambda t: doubles([tau])[0],
               "algorithm_type": "data_prediction" if data else "noise_prediction"}  # fmt: skip
     return Twin("SASolver", table, config, by_sigmas(NOISY_END))
 
