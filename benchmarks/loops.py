@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Overhead a step of own loops beside k-diffusion's functions and skrample's, with a model that returns a ready tensor.
+"""Overhead a step of own loops beside k-diffusion's functions, with a model that returns a ready tensor.
 
 All take turns, loop by loop, on one thread; a figure is the median over the rounds, and a ratio the median of the
 rounds' ratios.  Run it with ``python -m benchmarks.loops``.
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -64,36 +63,7 @@ def peers(method: str, shape: tuple[int, ...]) -> dict[str, Run]:
         ready = {"noise_sampler": lambda sigma, sigma_next: noise}
         found["fastdiff, ready noise"] = call(loops, **ready)
         found["k-diffusion, ready noise"] = call(k_diffusion_peer.load_sampling(), **ready)
-    made = _skrample(method, x, denoised)
-    if made is not None:
-        found["skrample"] = made
     return found
-
-
-def _skrample(method: str, x: Tensor, denoised: Tensor) -> Run | None:
-    """Return skrample's loop of a method that it has; None without skrample."""
-    if importlib.util.find_spec("skrample") is None:
-        return None
-    from skrample.sampling import models, structured
-    from skrample.scheduling import Karras, Scaled
-
-    samplers = {"euler": structured.Euler(), "dpmpp_2m": structured.DPM(order=2)}
-    sampler = samplers.get(method)
-    if sampler is None:
-        return None
-    schedule = Karras(Scaled())
-    points = schedule.schedule(STEPS)
-
-    def run() -> Tensor:
-        sample, previous = x, []
-        for step in range(STEPS):
-            result = sampler.sample(sample, denoised, step, schedule, models.DataModel(), None, tuple(previous))
-            previous.append(result)
-            sample = result.final
-        return sample
-
-    assert len(points) == STEPS
-    return run
 
 
 def measure(method: str, shape: tuple[int, ...], rounds: int) -> dict[str, list[float]]:
@@ -119,7 +89,7 @@ def measure(method: str, shape: tuple[int, ...], rounds: int) -> dict[str, list[
 
 def table(methods: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], rounds: int) -> str:
     """Measure, and return the lines of a Markdown table."""
-    lines = ["| loop | shape | fastdiff | k-diffusion | times | seeds= | ready noise | skrample |", "|---" * 8 + "|"]
+    lines = ["| loop | shape | fastdiff | k-diffusion | times | seeds= | ready noise |", "|---" * 7 + "|"]
     for shape in shapes:
         for method in methods:
             times = measure(method, shape, rounds)
@@ -131,11 +101,13 @@ def table(methods: tuple[str, ...], shapes: tuple[tuple[int, ...], ...], rounds:
             def shown(name: str, times: dict[str, list[float]] = times) -> str:
                 return f"{statistics.median(times[name]):.1f}" if name in times else ""
 
-            seeded = f"{shown('fastdiff, seeds')} ({over('k-diffusion', 'fastdiff, seeds')})" if method in STOCHASTIC else ""
-            ready = over("k-diffusion, ready noise", "fastdiff, ready noise") if method in STOCHASTIC else ""
+            seeded = ready = ""
+            if method in STOCHASTIC:
+                seeded = f"{shown('fastdiff, seeds')} ({over('k-diffusion', 'fastdiff, seeds')})"
+                ready = over("k-diffusion, ready noise", "fastdiff, ready noise")
             lines.append(
                 f"| {method} | {'×'.join(map(str, shape))} | {statistics.median(ours):.1f} | {shown('k-diffusion')} | "
-                f"{over('k-diffusion')} | {seeded} | {ready} | {over('skrample')} |"
+                f"{over('k-diffusion')} | {seeded} | {ready} |"
             )
             print(lines[-1], flush=True)
     return "\n".join(lines)

@@ -9,12 +9,13 @@ The way of the data::
     guidance/   the model under classifier-free guidance
     noise/      noise that is drawn outside the step
     sampling/   walks the rows of a table and calls the model in between; single steps
+    loops/      one function a method in k-diffusion's manner
     graphs/     captures both as CUDA graphs
     ops/        the one fused operation, its checks, and the choice among its implementations:
                 ops/reference.py, kernels/ and csrc/, which extension.py loads
 
-From bottom to top: the modules beside the packages, ops, schedules, solvers, noise, guidance, sampling, graphs,
-samplers, analysis, digits, diffusers, and the command line; nothing below knows what is above it.
+From bottom to top: the modules beside the packages, ops, schedules, solvers, noise, guidance, sampling, loops, graphs,
+samplers, rl, editing, analysis, classroom, digits, diffusers, and the command line; nothing below knows what is above.
 
 `fastdiff.diffusers`, `fastdiff.patch` and `fastdiff.unpatch` need diffusers: they are imported when they are asked for,
 and ``from fastdiff import *`` asks for none of them.

@@ -171,14 +171,18 @@ def compare_methods(
         first.setdefault(key, result.samples.cpu())
         times.setdefault(key, []).append(result.processing_time)
     measured = _Metrics(workload, solutions[0])
+    conditions = describe_conditions(workload)
+    if workload.real is not None:
+        real = (
+            f"variance {compute_sample_variance(workload.real):.4g}, sharpness {compute_sharpness(workload.real):.4g}"
+        )
+        conditions["real images"] = real
     rows = [
         measured.row(spec, count, sampler, first[spec.label, count], times[spec.label, count])
         for spec, count, sampler in samplers
     ]
     resolution = float(reference_distance(solutions[1], solutions[0]).mean())
-    return Comparison(
-        rows, against.label, many, solutions[0], resolution, rounds, describe_conditions(workload), workload
-    )
+    return Comparison(rows, against.label, many, solutions[0], resolution, rounds, conditions, workload)
 
 
 def checked_methods(operation: str, methods: Sequence[str | SamplingMethod | MethodSpec]) -> list[MethodSpec]:

@@ -38,6 +38,7 @@ body {{ font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; 
   padding: 0 1rem; }}
 h1 {{ font-size: 1.6rem; margin-bottom: .2rem; }} h2 {{ font-size: 1.2rem; margin-top: 2rem; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+td {{ white-space: nowrap; }}
 th, td {{ padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: right; }}
 th:first-child, td:first-child {{ text-align: left; }}
 th {{ border-bottom: 2px solid #888; vertical-align: bottom; }}
@@ -49,6 +50,7 @@ dt {{ color: #555; }} dd {{ margin: 0; }}
 figure {{ margin: 1rem 0; }} figcaption {{ color: #444; font-size: .9rem; }}
 img {{ max-width: 100%; height: auto; }}
 .strips td {{ text-align: center; vertical-align: top; border: 0; }}
+.strips td:first-child {{ text-align: left; vertical-align: middle; }}
 .strips img {{ image-rendering: pixelated; max-width: none; }}
 .note {{ color: #444; max-width: 60rem; }}
 </style>
@@ -158,9 +160,9 @@ def _table(rows: list[ComparisonRow]) -> Iterator[str]:
         "steps": lambda row: str(row.steps),
         "model calls": lambda row: str(row.model_calls),
         "ms an image": lambda row: f"{row.milliseconds_per_image:.2f}",
-        "distance": lambda row: f"{row.distance.mean:.4f} ± {row.distance.error:.4f}",
-        "variance": lambda row: f"{row.variance:.4f}",
-        "sharpness": lambda row: _number(row.sharpness, ".4f"),
+        "distance": lambda row: f"{row.distance.mean:.4f} ± {row.distance.error:.1g}",
+        "variance": lambda row: f"{row.variance:.4g}",
+        "sharpness": lambda row: _number(row.sharpness, ".4g"),
         "Fréchet": lambda row: _number(row.frechet, ".3f"),
         "inception-style": lambda row: _number(row.inception, ".3f"),
         "precision": lambda row: _number(row.precision, ".3f"),
@@ -180,7 +182,12 @@ def _table(rows: list[ComparisonRow]) -> Iterator[str]:
             yield f"<td{marked}>{text(row)}</td>"
         yield "</tr>"
     yield "</table></div>"
-    yield '<p class="note">Bold: the best of its number of steps.</p>'
+    note = "Bold: the best of its number of steps."
+    if any(_shows(row, "frechet") for row in rows):
+        count = len(rows[0].distances)
+        note += f" Fréchet distance, precision, recall and inception-style score are of {count} samples: "
+        note += "few make them rough, and they fall or rise with the number."
+    yield f'<p class="note">{note}</p>'
 
 
 def _best(rows: list[ComparisonRow]) -> set[tuple[str, int, str]]:
@@ -240,7 +247,7 @@ def _strip(comparison: Comparison, samples: Tensor, images: int) -> str | None:
     # Spread over the batch, whose conditions usually come in blocks.
     index = torch.linspace(0, len(shown) - 1, min(images, len(shown))).round().long()
     if shown.dim() == 4 and shown.shape[1] in (1, 3):
-        scale = max(1, round(24 / shown.shape[-1]))
+        scale = max(1, round(40 / shown.shape[-1]))
         data = grid_bytes(shown[index], columns=min(5, len(index)), scale=scale)
     elif shown.dim() == 2 and shown.shape[1] == 2:
         data = figure_bytes(plot_cloud([shown], paths=0, frames=1), dpi=60)

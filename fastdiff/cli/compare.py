@@ -39,7 +39,8 @@ def compare(
 ) -> None:
     """Compare sampling methods at several numbers of steps, and write one HTML file that opens without a network."""
     from ..analysis import compare_methods, write_report
-    from ..analysis.report import check_report_folder
+    from ..analysis.compare import checked_methods
+    from ..analysis.report import check_report_folder, closest_to_baseline
     from ..errors import require
 
     operation = "compare"
@@ -49,6 +50,10 @@ def compare(
     workload = options.load_workload(
         model, operation, n=n, guidance_scale=guidance_scale, seed=seed, features=features and model == "digits"
     )
+    # All that can be refused is refused here, before the folder is made and anything is sampled.
+    for spec in checked_methods(operation, [*names, reference]):
+        for count in counts:
+            spec.sampler(workload, count)
     page = check_report_folder(out, operation=operation, argument="--out")
     comparison = compare_methods(
         workload,
@@ -62,8 +67,6 @@ def compare(
     write_report(comparison, page)
     text = json.dumps(comparison.figures(), indent=1) + "\n"
     write_whole(page.with_name("figures.json"), text.encode(), operation=operation, argument="--out")
-    from ..analysis.report import closest_to_baseline
-
     baseline = "ddim" if "ddim" in comparison.methods else comparison.reference
     if baseline in comparison.methods:
         for sentence in closest_to_baseline(comparison, baseline):

@@ -82,10 +82,9 @@ def load_workload(
         return digits_workload(n, guidance_scale=guidance_scale, seed=seed, features=features)
     made = _function(model, operation)()
     if not isinstance(made, Workload):
-        got, expected = f"is {model!r}, which returned a {type(made).__name__}", "a fastdiff.analysis.Workload"
-        raise TypeError(
-            error_message(operation, "--model", got, expected, "return Workload(model, scheduler, latents)")
-        )
+        got = f"is {model!r}, which returned a value of type {type(made).__name__}"
+        remedy = "return Workload(model, scheduler, latents)"
+        raise TypeError(error_message(operation, "--model", got, "a fastdiff.analysis.Workload", remedy))
     return made
 
 
@@ -106,7 +105,7 @@ def _function(name: str, operation: str) -> Callable[[], Any]:
         got, remedy = f"is {name!r}, which cannot be imported ({error})", "call from the folder of the module"
         raise ValueError(error_message(operation, "--model", got, expected, remedy)) from error
     if not callable(found):
-        got = f"is {name!r}, a {type(found).__name__}"
+        got = f"is {name!r}, a value of type {type(found).__name__}"
         raise ValueError(error_message(operation, "--model", got, expected, "name a function without arguments"))
     function: Callable[[], Any] = found
     return function

@@ -13,13 +13,11 @@ from .. import ops
 from ..errors import checked_float, error_message
 from ..noise.generators import draw
 from ..philox import as_seeds
-from ..row_layout import NUM_REGISTERS
+from ..row_layout import NUM_REGISTERS, compute_dtype
 from ..solvers.affine import NOISE, SAMPLE
-from ..solvers.dpm_fast import LOW_ORDER, StepSizeController, noisy_step, step_rows
-from ..solvers.prediction import Prediction, PredictionType
+from ..solvers.dpm_fast import DIFFERENCE, LOW_ORDER, StepSizeController, noisy_step, step_with_error
 from ..solvers.table import Row, StepTable
 from .first_order import ExtraArgs
-from .program import sigma_levels
 from .run import Callback, Model, NoiseSampler, Seeds, arguments, progress_bar
 from .runge_kutta import check_range
 
@@ -49,8 +47,8 @@ def sample_dpm_adaptive(
 ) -> Any:
     """DPM-Solver-12 and 23: each step estimates its error by a step of one order less, from the same model calls.
 
-    The error is ‖(x_low − x)/δ‖/√numel over the whole batch, δ = max(atol, rtol·max(|x_low|, |x_low of the last step|)),
-    so that a step waits for the device once, and a sample's steps depend on its batch.
+    The error is ‖(x_low − x)/δ‖/√numel over the whole batch, with δ the larger of atol and rtol·max(|x_low|, |x_low of
+    the last step|).  A step therefore waits for the device once, and a sample's steps depend on its batch.
 
     Args:
         model, x, extra_args, disable, noise_sampler, seeds: as in `fastdiff.loops`.
@@ -75,21 +73,23 @@ def sample_dpm_adaptive(
     check_range(operation, sigma_min, sigma_max)
     if order not in (2, 3):
         raise ValueError(error_message(operation, "order", f"is {order}", "2 or 3", "choose one of those orders"))
-    for name, value in (("rtol", rtol), ("atol", atol), ("eta", eta)):
-        checked_float(operation, name, value, 0.0)
+    checked_float(operation, "rtol", rtol, 0.0)
+    checked_float(operation, "atol", atol, 0.0, strict=True)
+    checked_float(operation, "eta", eta, 0.0)
     if noise_sampler is not None and seeds is not None:
         raise ValueError(
             error_message(operation, "seeds", "is given beside noise_sampler", "one of the two", "leave one out")
         )
-    levels = sigma_levels([float(sigma_max), float(sigma_min)])
-    prediction = Prediction(PredictionType.SAMPLE)
     controller = StepSizeController(
         checked_float(operation, "h_init", h_init, 0.0, strict=True),
         pcoeff, icoeff, dcoeff, 1.5 if eta else order, accept_safety,
     )  # fmt: skip
     keys = None if seeds is None else as_seeds(seeds, x.shape[0], x.device)
     now, end = -math.log(sigma_max), -math.log(sigma_min)
-    last_low = x
+    # δ/rtol = max(atol/rtol, |x_low|, |x_low of the last step|), with a tiny rtol in place of 0.
+    tiny = 1e-12 * atol
+    floor = atol / max(rtol, tiny)
+    last_size = x.detach().abs().clamp_(min=floor)
     info: dict[str, Any] = {"steps": 0, "nfe": 0, "n_accept": 0, "n_reject": 0}
     with torch.no_grad(), progress_bar(0, disable) as bar:
         while now < end - 1e-5:
@@ -106,16 +106,14 @@ def sample_dpm_adaptive(
                     )
                 )
             down, up = noisy_step(operation, sigma, sigma_next, sigma_min, eta)
-            rows = step_rows(
-                levels.locate(sigma), levels.locate(down), order, prediction, levels.locate, with_low_order=True
-            )
-            high, low, denoised = _take(model, x, rows, extra_args or {}, bar)
-            scale = torch.maximum(low.abs(), last_low.abs()).mul_(rtol).clamp_(min=atol)
-            error = float(torch.linalg.vector_norm((low - high).div_(scale))) / x.numel() ** 0.5
+            high, low, difference, denoised = _take(model, x, sigma, down, order, extra_args or {}, bar)
+            size = low.abs_().clamp_(min=floor)
+            difference.div_(torch.maximum(size, last_size))
+            error = float(torch.linalg.vector_norm(difference)) / (max(rtol, tiny) * x.numel() ** 0.5)
             if controller.accepts(error):
                 if up:
                     high = _with_noise(high, up * s_noise, sigma, sigma_next, noise_sampler, keys, info["n_accept"])
-                x, last_low, now = high, low, ahead
+                x, last_size, now = high, size, ahead
                 info["n_accept"] += 1
             else:
                 info["n_reject"] += 1
@@ -139,24 +137,26 @@ def sample_dpm_adaptive(
 
 
 def _take(
-    model: Model, x: Tensor, rows: list[Row], extra_args: Any, bar: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Take one step; return its result, that of lower order, and the denoised samples at its start."""
-    table = StepTable(tuple(rows), drop_unread=False).coefficients_as(x.dtype, x.device)
+    model: Model, x: Tensor, sigma: float, target: float, order: int, extra_args: Any, bar: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Take one step; return its result, that of lower order, their difference, and the first denoised samples."""
+    rows, levels, slots = step_with_error(sigma, target, order)
+    table = torch.tensor(rows, dtype=compute_dtype(x.dtype)).to(x.device)
     history: list[Tensor | None] = [None] * NUM_REGISTERS
     first: Tensor | None = None
     current = x
-    for index, (row, sigma) in enumerate(zip(rows, arguments([row.timestep for row in rows], x), strict=True)):
-        denoised = model(current, sigma, **extra_args)
+    for index, level in enumerate(arguments(levels, x)):
+        denoised = model(current, level, **extra_args)
         bar.update()
         first = denoised if first is None else first
-        current, *kept = ops.step(current, denoised, table, index, history=history, keeps=len(row.kept))
-        for slot, tensor in zip(row.slots, kept, strict=True):
+        current, *kept = ops.step(current, denoised, table, index, history=history, keeps=len(slots[index]))
+        for slot, tensor in zip(slots[index], kept, strict=True):
             history[slot] = tensor
-    low = history[LOW_ORDER]
+    low, difference = history[LOW_ORDER], history[DIFFERENCE]
     assert low is not None
+    assert difference is not None
     assert first is not None
-    return current, low, first
+    return current, low, difference, first
 
 
 def _with_noise(

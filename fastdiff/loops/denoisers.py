@@ -11,7 +11,7 @@ import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,19 +25,28 @@ from ..solvers.scaled_velocity import ScaledVelocity
 
 @dataclass(frozen=True)
 class Parametrization:
-    """The input and the output of a model, as functions of the level of x = x0 + σ·ε.
+    """The input and the output of a model, as functions of the level.
 
     Attributes:
         prediction: the output.
-        flow: True where the model takes x/(1 + σ), the sample of a straight path; else it takes x/√(1 + σ²).
+        model_input: ``preserving`` where the model takes x/√(1 + σ²), ``flow`` where it takes x/(1 + σ), the sample of
+            a straight path, ``same`` where it takes x itself.
+        flow: samples are (1 − σ)·x0 + σ·ε, those of the loops for flow models; else x0 + σ·ε.
     """
 
     prediction: Prediction
+    model_input: Literal["preserving", "flow", "same"] = "preserving"
     flow: bool = False
+
+    def level(self, sigma: float) -> Level:
+        """Return the level of the samples at σ."""
+        return Level(sigma, 1.0 - sigma if self.flow else 1.0, sigma)
 
     def input_scale(self, sigma: float) -> float:
         """Return c_in."""
-        return 1.0 / (1.0 + sigma) if self.flow else 1.0 / math.hypot(1.0, sigma)
+        if self.model_input == "same":
+            return 1.0
+        return 1.0 / (1.0 + sigma) if self.model_input == "flow" else 1.0 / math.hypot(1.0, sigma)
 
 
 #: Timesteps that a denoiser keeps, one tuple for each sigmas that a loop visits.
@@ -87,8 +96,7 @@ class Denoiser(torch.nn.Module):
                     "Denoiser", "sigma", f"has shape {list(sigma.shape)}", f"[{x.shape[0]}]", "give one σ a sample"
                 )
             )
-        levels = [Level(value, 1.0, value) for value in sigmas]
-        scalars = [self.parametrization.prediction.at(level).scalars for level in levels]
+        scalars = [self.parametrization.prediction.at(self.parametrization.level(value)).scalars for value in sigmas]
         scales = [self.parametrization.input_scale(value) for value in sigmas]
 
         def column(values: Sequence[float]) -> Tensor:
@@ -96,7 +104,8 @@ class Denoiser(torch.nn.Module):
 
         t = torch.tensor([self.sigma_to_t(value) for value in sigmas], dtype=x.dtype, device=x.device)
         output = self.inner_model(x * column(scales), t.expand(x.shape[0]), **kwargs)
-        return column([p for p, _ in scalars]) * x + column([q for _, q in scalars]) * output
+        denoised: Tensor = column([p for p, _ in scalars]) * x + column([q for _, q in scalars]) * output
+        return denoised
 
 
 class _DiscreteDenoiser(Denoiser):
@@ -116,7 +125,7 @@ class _DiscreteDenoiser(Denoiser):
                 error_message(
                     type(self).__name__,
                     "alphas_cumprod",
-                    f"has shape {list(alphas.shape)} and values from {float(alphas.min()):g} to {float(alphas.max()):g}",
+                    f"has shape {list(alphas.shape)}, from {float(alphas.max()):g} to {float(alphas.min()):g}",
                     "[T] numbers between 0 and 1, decreasing",
                     "pass scheduler.alphas_cumprod of a schedule without zero terminal SNR",
                 )
@@ -198,7 +207,7 @@ class FlowDenoiser(Denoiser):
         num_train_timesteps: the model's time argument is t times this.
     """
 
-    parametrization = Parametrization(Prediction(PredictionType.FLOW_PREDICTION), flow=True)
+    parametrization = Parametrization(Prediction(PredictionType.FLOW_PREDICTION), "flow")
 
     def __init__(self, model: Any, num_train_timesteps: float = 1000.0) -> None:
         super().__init__(model)
@@ -210,3 +219,26 @@ class FlowDenoiser(Denoiser):
     def t_to_sigma(self, t: float) -> float:
         time = t / self.num_train_timesteps
         return time / (1.0 - time)
+
+
+class FlowPathDenoiser(Denoiser):
+    """A model that predicts the velocity ε − x0, for `sample_flow_euler` and `sample_flow_heun`.
+
+    Their samples are (1 − σ)·x0 + σ·ε with σ the time from 1 to 0, which the model takes as they are.
+
+    Args:
+        model: ``model(x, t, **kwargs)``.
+        num_train_timesteps: the model's time argument is σ times this.
+    """
+
+    parametrization = Parametrization(Prediction(PredictionType.FLOW_PREDICTION), "same", flow=True)
+
+    def __init__(self, model: Any, num_train_timesteps: float = 1000.0) -> None:
+        super().__init__(model)
+        self.num_train_timesteps = num_train_timesteps
+
+    def sigma_to_t(self, sigma: float) -> float:
+        return sigma * self.num_train_timesteps
+
+    def t_to_sigma(self, t: float) -> float:
+        return t / self.num_train_timesteps

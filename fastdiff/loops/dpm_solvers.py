@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from .run import Callback, Model, NoiseSampler, Seeds, run
 def ancestral_calls(sigmas: Sequence[float], options: Mapping[str, Any]) -> list[int]:
     """Return two model calls for each step down to some noise, one for a step with σ_down = 0."""
     eta = options["eta"]
-    downs = [ancestral_split("loops", a, b, eta)[0] for a, b in zip(sigmas, sigmas[1:], strict=False)]
+    downs = [ancestral_split("loops", a, b, eta)[0] for a, b in itertools.pairwise(sigmas)]
     return [2 if down > 0.0 else 1 for down in downs]
 
 
@@ -52,9 +53,7 @@ def sample_dpmpp_2m(
     disable: bool | None = None,
 ) -> Tensor:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2)."""
-    return run(
-        dpm_multistep, model, x, sigmas, extra_args, callback, disable, options={"lower_order_final": False}
-    )
+    return run(dpm_multistep, model, x, sigmas, extra_args, callback, disable, options={"lower_order_final": False})
 
 
 def sample_dpmpp_sde(

@@ -17,9 +17,9 @@ from ..noise.brownian_tree import Tree, is_supported, why_by_torchsde
 class BrownianTreeNoiseSampler:
     """The noise sampler of k-diffusion's name: normalized increments of torchsde's Brownian tree.
 
-    With one seed for the batch, or with the seeds of a list, it gives the numbers of k-diffusion's class to rounding.  A
-    sample's increments depend on its seed, the shape of one sample and the range; those of `fastdiff.noise.BrownianPath`
-    do not depend on the range, and need no torchsde.
+    With one seed for the batch, or with the seeds of a list, it gives the numbers of k-diffusion's class to rounding.
+    A sample's increments depend on its seed, its shape and the range; those of `fastdiff.noise.BrownianPath` do not
+    depend on the range, and need no torchsde.
 
     Args:
         x: samples, whose shape, dtype and device the noise has.
@@ -42,9 +42,7 @@ class BrownianTreeNoiseSampler:
     ) -> None:
         torchsde = require("torchsde", "test", "BrownianTreeNoiseSampler")
         self.transform = transform
-        start, end = sorted(
-            (transform(torch.as_tensor(sigma_min)), transform(torch.as_tensor(sigma_max))), key=float
-        )
+        start, end = sorted((transform(torch.as_tensor(sigma_min)), transform(torch.as_tensor(sigma_max))), key=float)
         self._decreases = float(transform(torch.as_tensor(sigma_min))) > float(transform(torch.as_tensor(sigma_max)))
         self._batched = isinstance(seed, Sequence)
         if seed is None:

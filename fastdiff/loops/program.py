@@ -69,6 +69,16 @@ def sigma_levels(sigmas: Sequence[float]) -> Levels:
     return Levels(tuple(locate(sigma) for sigma in sigmas), locate)
 
 
+def flow_levels(times: Sequence[float]) -> Levels:
+    """Return the levels (1 − σ)·x0 + σ·ε of descending times, with σ as the timestep."""
+
+    def locate(ratio: float) -> Level:
+        time = ratio / (1.0 + ratio)
+        return Level(time, 1.0 - time, time)
+
+    return Levels(tuple(Level(time, 1.0 - time, time) for time in times), locate)
+
+
 @functools.lru_cache(CACHED_PROGRAMS)
 def compiled(
     solver: Solver,
@@ -77,6 +87,7 @@ def compiled(
     calls: Calls,
     noise_by: NoiseBy,
     parametrization: Parametrization | None,
+    flow: bool = False,
 ) -> Program:
     """Compile a solver for the levels of `sigmas`.
 
@@ -85,15 +96,16 @@ def compiled(
         sigmas: n + 1 levels, descending.
         options: the solver's, as pairs; the four of `Churn`, where it takes them, are made into one.
         calls: model calls in each step.
-        noise_by: the interval that the noise of a row belongs to: from the start of its ``step`` to the next model call;
-            from its own model call to the next, ``stage``; or the ``rise`` from the end of its step to the start of the
-            next, which churn and restarts make.
+        noise_by: the interval that the noise of a row belongs to: from the start of its ``step`` to the next model
+            call; from its own model call to the next, ``stage``; or the ``rise`` from the end of its step to the start
+            of the next, which churn and restarts make.
         parametrization: of the model's raw output and input; None for a model that takes x and returns x0.
+        flow: samples are (1 − σ)·x0 + σ·ε, not x0 + σ·ε.
 
     Raises:
         ValueError: as the solver.
     """
-    levels = sigma_levels(sigmas)
+    levels = flow_levels(sigmas) if flow else sigma_levels(sigmas)
     prediction = Prediction(PredictionType.SAMPLE) if parametrization is None else parametrization.prediction
     named = dict(options)
     churn = Churn(**named.pop("churn")._asdict()) if "churn" in named else None  # type: ignore[attr-defined]
@@ -126,10 +138,7 @@ def compiled(
 
 def _counts(calls: Calls, sigmas: Sequence[float], options: dict[str, Any], rows: int) -> Sequence[int]:
     """Return the number of model calls of each step."""
-    if callable(calls):
-        counts = calls(sigmas, options)
-    else:
-        counts = [calls if sigma > 0.0 else 1 for sigma in sigmas[1:]]
+    counts = calls(sigmas, options) if callable(calls) else [calls if sigma > 0.0 else 1 for sigma in sigmas[1:]]
     if sum(counts) != rows:
         raise ValueError(
             error_message(

@@ -51,13 +51,14 @@ def run(
     calls: Calls = 1,
     noise_by: NoiseBy = "step",
     brownian: bool = False,
+    flow: bool = False,
     noise_sampler: NoiseSampler | None = None,
     seeds: Seeds = None,
 ) -> Tensor:
     """Walk a solver's table over `sigmas`.
 
     Args:
-        solver, options, calls, noise_by: as in `program.compiled`.
+        solver, options, calls, noise_by, flow: as in `program.compiled`.
         model, x, sigmas, extra_args, callback, disable: as in `fastdiff.loops`.
         brownian: noise is the increments of one Brownian path a sample, unless there is a noise sampler.
         noise_sampler: draws the noise.
@@ -75,9 +76,13 @@ def run(
         raise ValueError(
             error_message(operation, "seeds", "is given beside noise_sampler", "one of the two", "leave one out")
         )
-    values = tuple(sigmas.tolist() if isinstance(sigmas, Tensor) else map(float, sigmas))
+    values = tuple(sigmas.tolist()) if isinstance(sigmas, Tensor) else tuple(map(float, sigmas))
     if len(values) < 2:
         return x
+    if isinstance(model, Denoiser) and model.parametrization.flow != flow:
+        expected = "a FlowPathDenoiser" if flow else "a denoiser of x0 + σ·ε, such as FlowDenoiser"
+        got, remedy = f"is a {type(model).__name__}", "wrap the model in that"
+        raise TypeError(error_message(operation, "model", got, expected, remedy))
     inside = model if isinstance(model, Denoiser) and callback is None else None
     program = compiled(
         solver,
@@ -86,6 +91,7 @@ def run(
         calls,
         noise_by,
         None if inside is None else inside.parametrization,
+        flow,
     )
     if not any(program.table.draws_noise):
         noise_sampler = seeds = None
@@ -116,29 +122,23 @@ def _walk(
     with_uncond = bool(program.table.provided_slots)
     # The first samples are the caller's. Later ones are written over, unless a callback gets them or the model has
     # kept them.
-    own, shown, counts = False, x, None
+    own, measured, counts = False, None, None
     for row, call in enumerate(program.calls):
-        kept = True
-        if call.sigma is None:
-            denoised: Any = x  # not read: the row adds noise alone
-        else:
-            if own and x is not shown:
-                shown, counts = x, None
-            before = counts if counts is not None else reference_counts(x)
+        out = None
+        denoised: Any = x  # not read where the row adds noise alone
+        if call.sigma is not None:
+            if x is not measured:
+                measured = x
+                counts = reference_counts(x)
             denoised = model(x, sigmas[row], **extra_args)
             if with_uncond:
                 denoised, uncond = _pair(denoised)
                 stepper.provide(UNCOND_SLOT, uncond)
-                del uncond
-            kept = before is None or reference_counts(x) != before
             if report is not None and call.begins:
                 report(x, call.step, call.sigma, denoised)
-        x = stepper.step(
-            x,
-            denoised,
-            noise=None if noise is None else noise(row),
-            out=x if own and not kept and report is None else None,
-        )
+            if own and report is None and counts is not None and reference_counts(x) == counts:
+                out = x
+        x = stepper.step(x, denoised, noise=None if noise is None else noise(row), out=out)
         own = True
         if call.begins:
             bar.update()
@@ -181,7 +181,7 @@ def _walk_inside(
 def arguments(values: Sequence[float], x: Tensor) -> tuple[Tensor, ...]:
     """Return a tensor ``[B]`` in the dtype of x for each value; new ones, since a model may write to its arguments."""
     column = torch.tensor(values, dtype=x.dtype).to(x.device, non_blocking=True)
-    return column.repeat_interleave(x.shape[0]).split(x.shape[0])
+    return column.repeat_interleave(x.shape[0]).view(len(values), -1).unbind()
 
 
 def _pair(returned: Any) -> tuple[Any, Any]:

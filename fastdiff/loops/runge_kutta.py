@@ -13,9 +13,13 @@ from torch import Tensor
 from ..errors import error_message
 from ..schedules.sigmas import get_sigmas_karras
 from ..solvers.dpm_fast import dpm_fast, fast_orders
+from ..solvers.flow_heun import flow_heun
 from ..solvers.heun import heun
 from ..solvers.heunpp import heunpp2
+from ..solvers.kdpm2 import kdpm2
+from ..solvers.kdpm2_ancestral import kdpm2_ancestral
 from ..solvers.restart import restart, restart_steps
+from .dpm_solvers import ancestral_calls
 from .first_order import ExtraArgs, Sigmas
 from .program import sigma_levels
 from .run import Callback, ChurnOptions, Model, NoiseSampler, Seeds, run
@@ -70,6 +74,65 @@ def sample_heunpp2(
 def _heunpp2_calls(sigmas: Sequence[float], options: Mapping[str, Any]) -> list[int]:
     n = len(sigmas) - 1
     return [min(3, n - i) for i in range(n)]
+
+
+def sample_dpm_2(
+    model: Model,
+    x: Tensor,
+    sigmas: Sigmas,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = float("inf"),
+    s_noise: float = 1.0,
+    *,
+    noise_sampler: NoiseSampler | None = None,
+    seeds: Seeds = None,
+) -> Tensor:
+    """DPM-Solver-2 in the form of algorithm 2 of arXiv 2206.00364 (k-diffusion), with churn; two model calls a step."""
+    churn = ChurnOptions(s_churn, s_tmin, s_tmax, s_noise)
+    return run(
+        kdpm2, model, x, sigmas, extra_args, callback, disable,
+        options={"churn": churn}, calls=2, noise_by="rise", noise_sampler=noise_sampler, seeds=seeds,
+    )  # fmt: skip
+
+
+def sample_dpm_2_ancestral(
+    model: Model,
+    x: Tensor,
+    sigmas: Sigmas,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+    *,
+    seeds: Seeds = None,
+) -> Tensor:
+    """DPM-Solver-2 steps with ancestral noise (k-diffusion); two model calls a step."""
+    return run(
+        kdpm2_ancestral, model, x, sigmas, extra_args, callback, disable,
+        options={"eta": eta, "s_noise": s_noise}, calls=ancestral_calls, noise_sampler=noise_sampler, seeds=seeds,
+    )  # fmt: skip
+
+
+def sample_flow_heun(
+    model: Model,
+    x: Tensor,
+    sigmas: Sigmas,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+) -> Tensor:
+    """Heun's method for rectified flow (arXiv 2209.03003); two model calls a step.
+
+    Args:
+        model, x, sigmas, extra_args, callback, disable: as in `sample_flow_euler`.
+    """
+    return run(flow_heun, model, x, sigmas, extra_args, callback, disable, calls=2, flow=True)
 
 
 def sample_restart(

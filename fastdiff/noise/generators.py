@@ -67,8 +67,7 @@ def generator_states(generator: Generators, default_of: torch.device | None = No
         if kind == "cpu":
             generator = torch.default_generator
         elif kind == "cuda" and default_of is not None:
-            index = torch.cuda.current_device() if default_of.index is None else default_of.index
-            generator = torch.cuda.default_generators[index]
+            generator = torch.cuda.default_generators[default_of.index]
         else:
             return []
     listed = [generator] if isinstance(generator, torch.Generator) else _as_list(generator)

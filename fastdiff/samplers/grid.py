@@ -55,9 +55,9 @@ def step_grid(levels: Levels, table: StepTable, path: Path, *, from_noise: bool)
 
 
 def row_sigmas(levels: Levels, table: StepTable, path: Path) -> tuple[float, ...]:
-    """Return the noise level of each row's model call and of the end of the loop."""
+    """Return the noise level of each row's model call, churn left out, and of the end of the loop."""
     points = levels.points
-    if len(table) == len(levels) and all(a == b for a, b in zip(table.timesteps, levels.timesteps, strict=True)):
+    if len(table) == len(levels):
         return tuple(path.sigma_of(point) for point in points)
     # Solvers with several calls a step, which are at levels of their own or at the next one.
     known = {point.timestep: point for point in points[:-1]}

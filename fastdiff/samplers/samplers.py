@@ -155,6 +155,9 @@ class EDMEulerSampler(BaseSampler):
             return levels
         return with_edm_coordinates(levels, self.config.sigma_data)
 
+    def _given_levels(self, *args: Any) -> Levels:
+        return with_edm_coordinates(super()._given_levels(*args), self.config.sigma_data)
+
 
 class FlowEulerSampler(BaseSampler):
     """Euler's method of rectified flow (arXiv 2209.03003), in the time σ/(α + σ)."""

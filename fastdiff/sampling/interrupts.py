@@ -11,7 +11,7 @@ from types import FrameType, TracebackType
 class DeferredInterrupt:
     """A block in which the first Ctrl-C sets `pending`, and the second raises KeyboardInterrupt as usual.
 
-    KeyboardInterrupt that something else raises is not touched here.  In the main thread alone, where Python handles signals, and only in place of Python's own handler: a program that
+    In the main thread alone, where Python handles signals, and only in place of Python's own handler: a program that
     has installed one of its own keeps it.
     """
 

@@ -244,7 +244,11 @@ def get_sigmas_linear_quadratic(
         device, dtype: of the result.
     """
     checked_integer("get_sigmas_linear_quadratic", "n", n, 1)
-    linear = n // 2 if linear_steps is None else checked_integer("get_sigmas_linear_quadratic", "linear_steps", linear_steps, 1)
+    linear = (
+        n // 2
+        if linear_steps is None
+        else checked_integer("get_sigmas_linear_quadratic", "linear_steps", linear_steps, 1)
+    )
     if n == 1:
         return torch.tensor([sigma_max, 0.0], dtype=dtype, device=device)
     slope = threshold_noise / linear
@@ -323,7 +327,7 @@ def get_sigmas_flow(
 
 
 def flow_shift(sigmas: Tensor, shift: float) -> Tensor:
-    """Return ``shift·σ/(1 + (shift − 1)·σ)``, more steps at high noise for a shift above 1 (arXiv 2403.03206, eq. 23)."""
+    """Return ``shift·σ/(1 + (shift − 1)·σ)``, more steps at high noise for a shift above 1 (2403.03206, eq. 23)."""
     checked_float("flow_shift", "shift", shift, 0.0, strict=True)
     return shift * sigmas / (1.0 + (shift - 1.0) * sigmas)
 

@@ -11,15 +11,17 @@ import math
 from collections.abc import Sequence
 
 from ..errors import as_float, error_message
+from ..row_layout import COLUMNS, KEEP_0, KEEP_1, PREDICTION_OUTPUT, PREV_SAMPLE, STORE_0, blank_row
 from ..schedules.levels import Level, Levels, Locate
-from .affine import HISTORY, NOISE, SAMPLE, ZERO, Affine
+from .affine import HISTORY, NOISE
 from .exponential import phi1
 from .prediction import Prediction
 from .sigma_steps import ancestral_split, between, noise_ratios, scaled
 from .table import Row, StepTable
 
-#: History slots of a step: ε at its start, the sample there, and the result of lower order.
-START_NOISE, START, LOW_ORDER = 0, 1, 2
+#: History slots of a step: ε at its start, the sample there, the result of lower order, and its difference from the
+#: result itself.
+START_NOISE, START, LOW_ORDER, DIFFERENCE = 0, 1, 2, 3
 
 
 def fast_orders(calls: int) -> tuple[int, ...]:
@@ -57,7 +59,7 @@ def dpm_fast(
     for i, order in enumerate(orders):
         down, up = noisy_step("dpm_fast", sigmas[i], sigmas[i + 1], sigmas[-1], eta)
         end = levels[i + 1]
-        step = step_rows(levels[i], levels.locate(down), order, prediction, levels.locate, with_low_order=False)
+        step = step_rows(levels[i], levels.locate(down), order, prediction, levels.locate)
         last = step[-1]
         prev = (end.alpha / levels.locate(down).alpha) * last.prev_sample + (end.alpha * s_noise * up) * NOISE
         rows += [*step[:-1], Row(last.timestep, prev, last.prediction, last.clip)]
@@ -72,9 +74,7 @@ def noisy_step(operation: str, sigma: float, sigma_next: float, sigma_end: float
     return down, math.sqrt(max(sigma_next**2 - down**2, 0.0))
 
 
-def step_rows(
-    t: Level, s: Level, order: int, prediction: Prediction, locate: Locate, *, with_low_order: bool
-) -> list[Row]:
+def step_rows(t: Level, s: Level, order: int, prediction: Prediction, locate: Locate) -> list[Row]:
     """Return the rows of one step from t to s with σ̂_s > 0: `order` model calls.
 
     Args:
@@ -82,46 +82,89 @@ def step_rows(
         order: 1, 2 (r = ½) or 3 (r = ⅓ and ⅔).
         prediction: how to read the model.
         locate: finds the levels inside.
-        with_low_order: keep the step of one order less in the slot `LOW_ORDER`, for an estimate of the error: from
-            order 1 beside 2, and from order 2 with r = ⅓ beside 3.
     """
     sigma, target = t.noise_ratio, s.noise_ratio
-    h = math.log(sigma / target)
     first = prediction.at(t)
     x, noise = scaled(t), first.consistent_noise
-
-    def first_order(start: Affine, slope: Affine, level: Level) -> Affine:
-        return start - (level.noise_ratio * math.expm1(math.log(sigma / level.noise_ratio))) * slope
-
-    def second_order(start: Affine, slope: Affine, inner: Affine, r: float) -> Affine:
-        return first_order(start, slope, s) - (target * math.expm1(h) / (2.0 * r)) * (inner - slope)
-
     if order == 1:
-        return [first.row(s.alpha * first_order(x, noise, s))]
-    kept_noise, kept_x = HISTORY[START_NOISE], HISTORY[START]
+        return [first.row(s.alpha * (x - (sigma - target) * noise))]
+    kept_noise, start = HISTORY[START_NOISE], HISTORY[START]
     near = locate(between(sigma, target, 1.0 / order))
-    inner = near.alpha * first_order(x, noise, near)
+    inner = x - (sigma - near.noise_ratio) * noise
+    rows = [first.row(near.alpha * inner, kept=(noise, x), slots=(START_NOISE, START))]
     second = prediction.at(near)
+    slope = second.consistent_noise - kept_noise
+    whole = start - (sigma - target) * kept_noise
     if order == 2:
-        # The sample at the inner level and ε give the sample at the start: no slot for it.
-        start = SAMPLE / near.alpha - first_order(ZERO, kept_noise, near)
-        low = (first_order(x, noise, s) * s.alpha,) if with_low_order else ()
-        rows = [first.row(inner, kept=(noise, *low), slots=(START_NOISE, LOW_ORDER)[: 1 + len(low)])]
-        rows.append(second.row(s.alpha * second_order(start, kept_noise, second.consistent_noise, 0.5)))
+        rows.append(second.row(s.alpha * (whole - (sigma - target) * slope)))
         return rows
     if order != 3:
         raise ValueError(error_message("dpm_fast", "order", f"is {order}", "1, 2 or 3", "choose one of those orders"))
     far = locate(between(sigma, target, 2.0 / 3.0))
-    far_h = math.log(sigma / far.noise_ratio)
-    rows = [first.row(inner, kept=(noise, x), slots=(START_NOISE, START))]
-    slope = second.consistent_noise - kept_noise
-    outer = first_order(kept_x, kept_noise, far) - (2.0 * far.noise_ratio * (phi1(far_h) - 1.0)) * slope
-    low = (s.alpha * second_order(kept_x, kept_noise, second.consistent_noise, 1.0 / 3.0),) if with_low_order else ()
-    rows.append(second.row(far.alpha * outer, kept=low, slots=(LOW_ORDER,)[: len(low)]))
+    outer = start - (sigma - far.noise_ratio) * kept_noise - _bend(far.noise_ratio, sigma, 2.0) * slope
+    rows.append(second.row(far.alpha * outer))
     third = prediction.at(far)
-    bend = third.consistent_noise - kept_noise
-    rows.append(third.row(s.alpha * (first_order(kept_x, kept_noise, s) - (1.5 * target * (phi1(h) - 1.0)) * bend)))
+    rows.append(third.row(s.alpha * (whole - _bend(target, sigma, 1.5) * (third.consistent_noise - kept_noise))))
     return rows
+
+
+def _bend(target: float, sigma: float, weight: float) -> float:
+    """Return the weight of the difference of two ε in a step to `target`: weight·σ̂_s·((e^h − 1)/h − 1)."""
+    return weight * target * (phi1(math.log(sigma / target)) - 1.0)
+
+
+def step_with_error(sigma: float, target: float, order: int) -> tuple[list[list[float]], list[float], list[list[int]]]:
+    """Return the step of `step_rows` with an estimate of its error, for x = x0 + σ·ε and a model that predicts x0.
+
+    The estimate is the step of one order less from the same outputs: order 1 beside 2, and order 2 with r = ⅓ beside 3.
+    It goes to the slot `LOW_ORDER`, and its difference from the result to `DIFFERENCE`.  A loop that chooses its steps
+    makes these rows at each of them, so that they are written as numbers, without symbols.
+
+    Args:
+        sigma, target: the levels, above 0.
+        order: 2 or 3.
+
+    Returns:
+        The rows' numbers, the model's level of each, and the slots that each writes.
+    """
+    span, near = sigma - target, between(sigma, target, 1.0 / order)
+    first, second = blank_row(), blank_row()
+    _fill(first, PREV_SAMPLE, {_X: near / sigma, _M: 1.0 - near / sigma})
+    _fill(first, KEEP_0, {_X: 1.0 / sigma, _M: -1.0 / sigma})
+    kept = [[START_NOISE, START]]
+    rows, levels = [first, second], [sigma, near]
+    if order == 2:
+        # The sample at the inner level and ε give the sample at the start.
+        _fill(first, KEEP_1, {_X: target / sigma, _M: 1.0 - target / sigma})
+        kept = [[START_NOISE, LOW_ORDER], [DIFFERENCE]]
+        result = {_X: 1.0 - span / near, _M: span / near, _H + START_NOISE: sigma - near}
+        last = second
+    else:
+        _fill(first, KEEP_1, {_X: 1.0})
+        far, last = between(sigma, target, 2.0 / 3.0), blank_row()
+        outer, low = _bend(far, sigma, 2.0), 1.5 * span
+        for at, weight, whole in ((PREV_SAMPLE, outer, sigma - far), (KEEP_0, low, span)):
+            _fill(
+                second, at, {_X: -weight / near, _M: weight / near, _H + START_NOISE: weight - whole, _H + START: 1.0}
+            )
+        bend = _bend(target, sigma, 1.5)
+        result = {_X: -bend / far, _M: bend / far, _H + START_NOISE: bend - span, _H + START: 1.0}
+        kept += [[LOW_ORDER], [DIFFERENCE]]
+        rows, levels = [*rows, last], [*levels, far]
+    _fill(last, PREV_SAMPLE, result)
+    _fill(last, KEEP_0, {column: -value for column, value in result.items()} | {_H + LOW_ORDER: 1.0})
+    for row, slots in zip(rows, kept, strict=True):
+        row[PREDICTION_OUTPUT] = 1.0
+        row[STORE_0 : STORE_0 + len(slots)] = map(float, slots)
+    return rows, levels, kept
+
+
+_X, _M, _H = COLUMNS.index("sample"), COLUMNS.index("model_output"), COLUMNS.index("history_0")
+
+
+def _fill(row: list[float], start: int, coefficients: dict[int, float]) -> None:
+    for column, value in coefficients.items():
+        row[start + column] = value
 
 
 class StepSizeController:

@@ -103,7 +103,9 @@ def _second(z: float) -> float:
     return z * phi2(-z)
 
 
-def res_2s(levels: Levels, prediction: Prediction, *, c2: float = 0.5, eta: float = 0.0, s_noise: float = 1.0) -> StepTable:
+def res_2s(
+    levels: Levels, prediction: Prediction, *, c2: float = 0.5, eta: float = 0.0, s_noise: float = 1.0
+) -> StepTable:
     """Compile the table of the two-stage RES method (arXiv 2308.02157, section 3.1): b₂ = φ₂/c₂, b₁ = φ₁ − b₂.
 
     Args:

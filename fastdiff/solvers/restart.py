@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 
 from ..errors import as_float
@@ -58,7 +60,7 @@ def restart_steps(levels: Levels, restarts: Sequence[tuple[int, Sequence[float],
         steps.append((levels[i], levels[i + 1]))
         sigmas, times = walks.get(i + 1, ((), 0))
         walk = [levels.locate(sigma) for sigma in sigmas[:-1]] + [levels[i + 1]]
-        steps += list(zip(walk, walk[1:], strict=False)) * times
+        steps += list(itertools.pairwise(walk)) * times
     return steps
 
 
@@ -66,5 +68,5 @@ def _up(sample: Affine, level: Level, start: Level, s_noise: float) -> Affine:
     """Add noise to a sample at `level` up to a noisier one; return it as it is where the next step starts here."""
     if start is level:
         return sample
-    extra = (start.noise_ratio**2 - level.noise_ratio**2) ** 0.5
+    extra = math.sqrt(start.noise_ratio**2 - level.noise_ratio**2)
     return (start.alpha / level.alpha) * sample + (start.alpha * s_noise * extra) * NOISE

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from ..errors import error_message
-from ..schedules.levels import Levels
+from ..schedules.levels import Level, Levels
 from .affine import NOISE
 from .ddim import check_eta
 from .prediction import Prediction
@@ -30,10 +31,14 @@ def tcd(levels: Levels, prediction: Prediction, *, eta: float = 0.3) -> StepTabl
     check_eta("tcd", eta)
     if eta > 1.0:
         raise ValueError(error_message("tcd", "eta", f"is {eta}", "a number from 0 to 1", "0.3 is the usual one"))
+    return tcd_through(levels, prediction, [levels.at_fraction(s, 1.0 - eta) for s in levels.points[1:]])
+
+
+def tcd_through(levels: Levels, prediction: Prediction, below_levels: Sequence[Level]) -> StepTable:
+    """Compile the table of `tcd` for given levels r, one for each step, none with more noise than the step's end."""
     rows = []
-    for i in range(len(levels)):
+    for i, below in enumerate(below_levels):
         t, s = levels[i], levels[i + 1]
-        below = levels.at_fraction(s, 1.0 - eta)
         model = prediction.at(t)
         back = s.alpha / below.alpha if below is not s else 1.0
         std = math.sqrt(max(s.sigma**2 - (back * below.sigma) ** 2, 0.0))

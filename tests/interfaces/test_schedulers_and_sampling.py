@@ -174,9 +174,7 @@ def test_missing_negative_condition_is_zeros_with_one_warning(monkeypatch: pytes
         num_inference_steps=20,
         guidance_scale=7.5,
     )
-    with pytest.warns(
-        UserWarning, match=r"^sample: negative_prompt_embeds is missing at guidance_scale 7.5, and zeros"
-    ):
+    with pytest.warns(UserWarning, match=r"^sample: negative_prompt_embeds is missing at guidance_scale 7.5, and"):
         result = manager.sample(model=model, latents=LATENTS, prompt_embeds=TEXT)
     given = manager.sample(model, LATENTS, TEXT, torch.zeros_like(TEXT))
     assert torch.equal(result.samples, given.samples)
@@ -188,9 +186,7 @@ def test_missing_negative_condition_is_zeros_with_one_warning(monkeypatch: pytes
 
 def test_labels_have_no_default_negative_condition() -> None:
     sampler = create_sampler("cosine", "ddim", num_inference_steps=2)
-    with pytest.raises(
-        ValueError, match=r"negative_prompt_embeds is missing, expected a condition .* guidance_scale 7.5"
-    ):
+    with pytest.raises(ValueError, match=r"negative_prompt_embeds is missing, expected a .* guidance_scale 7.5"):
         sampler.sample(lambda x, t, y: x, LATENTS, torch.tensor([1, 2]))
 
 

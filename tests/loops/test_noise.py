@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -68,14 +69,14 @@ def test_sde_noise_is_the_path_of_the_seed(name: str) -> None:
 
 def test_loop_on_a_path_converges_to_one_result() -> None:
     """With one Brownian path, more steps change the result less; independent noise would keep it changing."""
-    x = start(SEED, (1, 1, 16, 16), torch.float64) * (5.0 / 14.6)
+    x = start(SEED, (1, 1, 8, 8), torch.float64) * (5.0 / 14.6)
 
     def run(steps: int) -> Tensor:
         sigmas = torch.logspace(0.7, -1.0, steps + 1, dtype=torch.float64)
         return loops.sample_dpmpp_2m_sde(mixture, x, sigmas, disable=True, seeds=[SEED])
 
-    ends = [run(steps) for steps in (32, 64, 128, 256)]
-    changes = [float((a - b).square().mean().sqrt()) for a, b in zip(ends, ends[1:], strict=False)]
+    ends = [run(steps) for steps in (16, 32, 64, 128)]
+    changes = [float((a - b).square().mean().sqrt()) for a, b in itertools.pairwise(ends)]
     assert changes[2] < 0.75 * changes[0]
     assert changes[2] < 0.1
 
@@ -138,7 +139,9 @@ def test_nothing_that_others_hold_is_written(name: str) -> None:
     assert torch.equal(x, given)
     assert all(torch.equal(tensor, copy) for tensor, copy in kept)
     seen: list[tuple[Tensor, Tensor]] = []
-    again = function(mixture, x, SIGMAS, disable=True, callback=lambda info: seen.append((info["x"], info["x"].clone())))
+    again = function(
+        mixture, x, SIGMAS, disable=True, callback=lambda info: seen.append((info["x"], info["x"].clone()))
+    )
     assert torch.equal(again, want)
     assert all(torch.equal(tensor, copy) for tensor, copy in seen)
     same = function(lambda x, sigma: x, x, SIGMAS, disable=True)

@@ -83,12 +83,13 @@ CASES: dict[str, tuple[Callable[[int], Tensor], Callable[[int], np.ndarray]]] = 
     ),
     "kl_optimal": (
         lambda n: module.get_sigmas_kl_optimal(n, LOW, HIGH),
-        lambda n: np.tan(
-            [i / (n - 1) * math.atan(LOW) + (1 - i / (n - 1)) * math.atan(HIGH) for i in range(n)]
-        ),
+        lambda n: np.tan([i / (n - 1) * math.atan(LOW) + (1 - i / (n - 1)) * math.atan(HIGH) for i in range(n)]),
     ),
     "normal": (lambda n: module.get_sigmas_normal(n, TRAINING), lambda n: _at(np.linspace(999, 0, n))),
-    "sgm_uniform": (lambda n: module.get_sigmas_sgm_uniform(n, TRAINING), lambda n: _at(np.linspace(999, 0, n + 1)[:-1])),
+    "sgm_uniform": (
+        lambda n: module.get_sigmas_sgm_uniform(n, TRAINING),
+        lambda n: _at(np.linspace(999, 0, n + 1)[:-1]),
+    ),
     "simple": (
         lambda n: module.get_sigmas_simple(n, TRAINING),
         lambda n: np.array([TRAINING[-(1 + int(i * (1000 / n)))] for i in range(n)]),
@@ -193,6 +194,9 @@ def test_errors_name_the_argument() -> None:
 
 
 def test_device_and_dtype() -> None:
-    for function in (lambda **k: module.get_sigmas_karras(3, 0.1, 1.0, **k), lambda **k: module.get_sigmas_flow(3, **k)):
+    for function in (
+        lambda **k: module.get_sigmas_karras(3, 0.1, 1.0, **k),
+        lambda **k: module.get_sigmas_flow(3, **k),
+    ):
         assert function(dtype=torch.float32).dtype == torch.float32
         assert function(device="meta").is_meta

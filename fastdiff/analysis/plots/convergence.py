@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 def plot_convergence(curves: Sequence[Convergence]) -> Figure:
-    """Draw the errors of `measure_convergence` on logarithmic axes; the legend has the slope of each method.
+    """Draw the errors of `measure_convergence` on logarithmic axes; the legend has the slope of each method
+    between its last two numbers of steps.
 
     Raises:
         ValueError: there is no curve.
@@ -32,7 +33,7 @@ def plot_convergence(curves: Sequence[Convergence]) -> Figure:
         label = f"{curve.method}: order {curve.slope:.2f}"
         axis.plot(curve.steps, curve.errors, label=label, **series_style(i))
     axis.set(xscale="log", yscale="log", xlabel="steps", ylabel="root mean square error at the end")
-    axis.set_title("Probability-flow ODE of a mixture of Gaussians; order between the last two points", fontsize=10)
+    axis.set_title("probability-flow ODE of a mixture of Gaussians", fontsize=10)
     axis.set_xticks(curves[0].steps, [str(count) for count in curves[0].steps])
     axis.minorticks_off()
     axis.grid(alpha=0.3, which="both")

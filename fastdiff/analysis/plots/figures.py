@@ -47,6 +47,14 @@ def legend_beside(figure: Figure, axis: Any) -> None:
     figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False, ncols=1 + len(labels) // 25)
 
 
+def plain_numbers(axis: Any) -> None:
+    """Label a logarithmic axis with plain numbers instead of powers of ten, at minor ticks too where there is room."""
+    low, high = axis.get_view_interval()
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}" if high < 30 * low else "")
+    axis.set_tick_params(which="minor", labelsize=7)
+
+
 def figure_bytes(figure: Figure, file_format: str = "png", dpi: int = 120) -> bytes:
     """Return a figure as the bytes of a file: ``png``, ``svg`` or ``pdf``."""
     buffer = io.BytesIO()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import error_message, unknown_name
 from ..compare import Comparison, ComparisonRow
-from .figures import legend_beside, new_figure, series_style
+from .figures import legend_beside, new_figure, plain_numbers, series_style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,10 +68,13 @@ def plot_quality(comparison: Comparison, metric: str = "distance") -> Figure:
     for axis, label in zip(axes, ("model calls", "milliseconds an image"), strict=True):
         axis.set(xscale="log", xlabel=label, yscale="log" if metric in ("distance", "frechet") else "linear")
         axis.grid(alpha=0.3, which="both")
+    plain_numbers(axes[1].xaxis)
+    if metric == "frechet":
+        plain_numbers(axes[0].yaxis)
     calls = sorted({row.model_calls for row in shown})
     ticks = [call for i, call in enumerate(calls) if i == 0 or call >= 1.25 * calls[i - 1]]
     axes[0].set_xticks(ticks, [str(call) for call in ticks])
-    axes[0].minorticks_off()
+    axes[0].xaxis.minorticks_off()
     axes[0].set_ylabel(METRICS[metric])
     legend_beside(figure, axes[0])
     return figure
