@@ -6,7 +6,9 @@
 #include <utility>
 
 #include "bench/copy_binding.h"
+#include "bindings/gram.h"
 #include "bindings/layout.h"
+#include "bindings/log_prob.h"
 #include "bindings/output_allocator.h"
 #include "bindings/randn.h"
 #include "bindings/reduce.h"
@@ -26,6 +28,9 @@ using namespace fastdiff::bindings;
 PyMethodDef methods[] = {
     {"step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&step)), METH_FASTCALL | METH_KEYWORDS,
      "step(**fields): the fused step's tensors, or the reason why it was declined (see csrc/bindings/step.h)."},
+    {"log_prob", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&log_prob)), METH_FASTCALL | METH_KEYWORDS,
+     "log_prob(replay, mean, **fields): a step with its log-probability, or the reason why it was declined (see "
+     "csrc/bindings/log_prob.h)."},
     {"torch_randn", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&torch_randn)), METH_FASTCALL,
      "torch's normal numbers as a new tensor; None where torch has to draw them (see csrc/torch_bits/torch_normal.h)."},
     {"torch_randn_", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&torch_randn_)), METH_FASTCALL,
@@ -72,6 +77,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "before.");
     define_layout(m);
     define_reductions(m);
+    define_gram(m);
     define_seeded_sum(m);
     m.def("enable_triton", torch::wrap_pybind_function(enable_triton), py::arg("guards"),
           py::arg("driver") = py::none(), py::arg("host_memory") = false,

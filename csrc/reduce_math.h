@@ -38,6 +38,37 @@ struct SumArgs {
     DType dtype;
 };
 
+constexpr int kMostGram = 6;  // tensors of one Gram matrix
+
+// Partial results of a block: one per pair of `count` tensors, i ≤ j row by row, then their sums if those are wanted.
+FASTDIFF_INLINE constexpr int gram_parts(int count, bool sums) { return count * (count + 1) / 2 + (sums ? count : 0); }
+
+// All scalar products of a few tensors. Samples are blocks of memory, one after another, alike in all tensors.
+struct GramArgs {
+    int64_t batch;
+    int64_t inner;  // elements per sample, 1 or more
+    int count;      // tensors, 2 to kMostGram
+    bool sums;      // the sums of the tensors too
+    const void* x[kMostGram];
+    void* partials;  // [batch, blocks, gram_parts], compute dtype
+    void* out;       // [batch, count, count + sums], compute dtype
+    DType dtype;
+};
+
+// Write the total of part `part` of a sample to its one or two places in `out`, that sample's [count, count + sums].
+template <typename C>
+FASTDIFF_INLINE void store_gram(const GramArgs& args, int part, double total, C* out) {
+    const int width = args.count + (args.sums ? 1 : 0);
+    int i = 0, left = part;
+    while (i < args.count && left >= args.count - i) left -= args.count - i++;
+    if (i == args.count) {  // a sum
+        out[left * width + args.count] = static_cast<C>(total);
+        return;
+    }
+    const int j = i + left;
+    out[i * width + j] = out[j * width + i] = static_cast<C>(total);
+}
+
 FASTDIFF_INLINE int64_t blocks_of(int64_t inner) { return (inner + kBlock - 1) / kBlock; }
 
 // Number of elements of block j.

@@ -38,6 +38,19 @@ void share(int64_t count, int64_t elements, Work work) {
     at::parallel_for(0, count, std::max<int64_t>(1, kReduceGrain / elements), work);
 }
 
+// Memory for partial results, on the stack for a small call.
+class CpuPartials {
+  public:
+    explicit CpuPartials(int64_t count) {
+        if (count > static_cast<int64_t>(few_.size())) many_.reset(new double[count]);
+    }
+    void* get() const { return many_ ? many_.get() : few_.data(); }
+
+  private:
+    mutable std::array<double, 192> few_;
+    std::unique_ptr<double[]> many_;
+};
+
 inline py::object sum(int64_t kind, const at::Tensor& x, const std::optional<at::Tensor>& y, double correction,
                       int64_t stream) {
     if (!samples_are_blocks(x)) return py::none();
@@ -59,11 +72,8 @@ inline py::object sum(int64_t kind, const at::Tensor& x, const std::optional<at:
     args.out = out.data_ptr();
     const int64_t blocks = blocks_of(args.inner), parts = args.batch * blocks * parts_of(args.kind);
     if (x.is_cpu()) {
-        // A small call's partials are on the stack.
-        std::array<double, 192> few;
-        std::unique_ptr<double[]> many;
-        if (parts > static_cast<int64_t>(few.size())) many.reset(new double[parts]);
-        args.partials = many ? many.get() : few.data();
+        const CpuPartials partials(parts);
+        args.partials = partials.get();
         const auto run = [&] {
             share(args.batch * blocks, std::min<int64_t>(args.inner, kBlock),
                   [&](int64_t begin, int64_t end) { cpu_build.sum_blocks(args, begin, end); });

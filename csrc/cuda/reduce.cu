@@ -3,6 +3,7 @@
 //
 // A block of 1024 elements is read by as many threads as hold its 64 lanes at 16 bytes each. The second pass of the
 // standard deviation reads it from the first-level cache. A second launch combines the blocks.
+#include "fold.h"
 #include "reduce_device.h"
 
 namespace fastdiff {
@@ -121,22 +122,6 @@ __global__ void __launch_bounds__(kMostThreads) sum_kernel(const SumArgs args, i
     parts[0] = center;
     parts[1] = rest;
     parts[2] = square;
-}
-
-// Fold one sample's blocks: thread i is lane i.
-template <typename Term>
-__device__ __forceinline__ double fold_blocks(double* lanes, int64_t blocks, Term term) {
-    const int lane = static_cast<int>(threadIdx.x);
-    double sum = 0;
-    for (int64_t j = lane; j < blocks; j += kLanes) sum += term(j);
-    __syncthreads();  // until all have read the previous total
-    lanes[lane] = sum;
-    __syncthreads();
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-        if (lane < half) lanes[lane] += lanes[lane + half];
-        __syncthreads();
-    }
-    return lanes[0];
 }
 
 template <typename T, typename C, int K>

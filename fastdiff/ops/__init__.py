@@ -18,6 +18,8 @@ The modules::
     reference.py             the step in plain torch: the specification
     reductions.py            quantile, mean, std, norm, dot: one scalar a sample
     reductions_reference.py  the same in plain torch
+    gram.py                  all scalar products and norms of a few tensors from one pass
+    log_prob.py              the log-probability of a stochastic step, and its replay
     thresholding.py          the threshold of a sample, from a quantile
     memory.py                the memory that the extension keeps for new outputs
 """
@@ -34,6 +36,8 @@ from .backends import (
     use_backend,
 )
 from .fallback import FallbackWarning
+from .gram import gram
+from .log_prob import log_prob, step_log_prob
 from .random import randn
 from .reductions import dot, mean, norm, quantile, std
 from .step import step, step_rows
@@ -46,12 +50,15 @@ __all__ = [
     "cpu_build",
     "direct_extension",
     "dot",
+    "gram",
+    "log_prob",
     "mean",
     "norm",
     "quantile",
     "randn",
     "std",
     "step",
+    "step_log_prob",
     "step_rows",
     "triton_launcher",
     "use_backend",

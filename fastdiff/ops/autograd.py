@@ -65,7 +65,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
                     remedy,
                 )
             )
-    clips = given["threshold"] is not None or _may_clip(given["table"], given["row_index"], given["row_indices"])
+    clips = given["threshold"] is not None or may_clip(given["table"], given["row_index"], given["row_indices"])
     kept = {"table", "row_indices", "guidance_scale", "mask"}
     if clips:
         kept |= {"sample", "model_output", "uncond", "threshold"}
@@ -88,6 +88,21 @@ def backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, .
         saved = {**ctx.numbers, **dict(zip(_TENSORS, ctx.saved_tensors, strict=True))}
         found = _Pullback(saved, wanted, ctx.clips, ctx.dtypes, grads).run()
     return tuple(found.get(name) if wanted[name] else None for name in wanted)
+
+
+def gradients(
+    given: dict[str, Any], wanted: dict[str, bool], grads: Sequence[Tensor | None]
+) -> dict[str, Tensor | None]:
+    """Return the gradients of a step's arguments from those of its outputs.
+
+    Args:
+        given: the operator's arguments by the names of its schema.
+        wanted: which of them want a gradient.
+        grads: the gradient of each output, or None.
+    """
+    clips = given["threshold"] is not None or may_clip(given["table"], given["row_index"], given["row_indices"])
+    dtypes = {name: given[name].dtype for name in _TENSORS if given[name] is not None}
+    return _Pullback(given, wanted, clips, dtypes, grads).run()
 
 
 def _wanted(ctx: Any) -> dict[str, bool]:
@@ -116,16 +131,16 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        out, dims = fold_step(info, in_dims, *arguments, apply=_apply)
+        out, dims = fold_step(info, in_dims, *arguments, apply=apply_operator)
         return tuple(out), tuple(dims)
 
 
 def apply_step(call: StepCall, backend: str) -> Sequence[Tensor]:
     """Run ``fastdiff::step`` so that autograd, torch.func and compilers see it; the model input comes last."""
-    return _apply(*operator_values(call, backend))
+    return apply_operator(*operator_values(call, backend))
 
 
-def _apply(*arguments: Any) -> Sequence[Tensor]:
+def apply_operator(*arguments: Any) -> Sequence[Tensor]:
     """Run ``fastdiff::step`` with its schema's arguments."""
     tensors = [a for a in arguments if isinstance(a, Tensor)]
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
@@ -142,7 +157,8 @@ def _apply(*arguments: Any) -> Sequence[Tensor]:
     return results
 
 
-def _may_clip(table: Tensor, row_index: int, row_indices: Tensor | None) -> bool:
+def may_clip(table: Tensor, row_index: int, row_indices: Tensor | None) -> bool:
+    """Return whether a row may clip the prediction: looked up where that is no host sync, else True."""
     if not readable_without_sync(table):
         return True
     clips = table[row_index, CLIP] if row_indices is None else table[:, CLIP]
@@ -166,7 +182,7 @@ class _Pullback:
         self.saved, self.wanted, self.dtypes = saved, wanted, dtypes
         self.compute = dtypes["table"]
         mask = self._wide("mask")
-        self.coefficients = _coefficients(
+        self.coefficients = coefficients_of(
             saved["table"], saved["row_index"], saved["row_indices"], blended=mask is not None
         )
         maps = self.coefficients[:, PREV_SAMPLE:]
@@ -351,7 +367,7 @@ class _Pullback:
         return None if tensor is None else tensor.to(self.compute)
 
 
-def _coefficients(table: Tensor, row_index: int, row_indices: Tensor | None, *, blended: bool) -> Tensor:
+def coefficients_of(table: Tensor, row_index: int, row_indices: Tensor | None, *, blended: bool = False) -> Tensor:
     """Return the rows of a call, float64 ``[N, 32]``; a skipped sample's row leaves it as it is, blended or not."""
     if row_indices is None:
         return table[row_index][None].double()

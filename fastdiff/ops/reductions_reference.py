@@ -11,6 +11,8 @@ others to rounding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -86,6 +88,27 @@ def norm(x: Tensor) -> Tensor:
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """The scalar product a sample; see `fastdiff.ops.dot`."""
     return _total(_block_sums(_blocks(x) * _blocks(y))).to(compute_dtype(x.dtype))
+
+
+def gram(tensors: Sequence[Tensor], sums: bool) -> Tensor:
+    """All scalar products a sample, ``[B, K, K]``, with the sums as one more column; see `fastdiff.ops.gram`."""
+    blocks = [_blocks(x) for x in tensors]
+    pairs = {
+        (i, j): _total(_block_sums(blocks[i] * blocks[j])) for i in range(len(blocks)) for j in range(i, len(blocks))
+    }
+    rows = []
+    for i in range(len(blocks)):
+        row = [pairs[min(i, j), max(i, j)] for j in range(len(blocks))]
+        if sums:
+            row.append(_total(_block_sums(blocks[i])))
+        rows.append(torch.stack(row, 1))
+    return torch.stack(rows, 1).to(compute_dtype(tensors[0].dtype))
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """The sum of the squares a sample, ``[B]`` float64, before the last rounding."""
+    blocks = _blocks(x)
+    return _total(_block_sums(blocks * blocks))
 
 
 def memory_order(x: Tensor) -> Tensor:

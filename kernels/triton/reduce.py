@@ -44,7 +44,8 @@ def _halve(lanes, N: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def _fold(lanes, N: tl.constexpr):
+def fold(lanes, N: tl.constexpr):
+    """Fold the 64 lanes of each of N blocks in halves."""
     lanes = _halve(lanes, N, 32)
     lanes = _halve(lanes, N, 16)
     lanes = _halve(lanes, N, 8)
@@ -81,7 +82,7 @@ def _sum_kernel(
             lanes = tl.fma(x, x, lanes)
         else:
             lanes += x
-    total = _fold(lanes, BLOCKS)
+    total = fold(lanes, BLOCKS)
     there = j < blocks
     if KIND != _STD:
         tl.store(partials_ptr + b * blocks + j, total, mask=there)
@@ -100,8 +101,8 @@ def _sum_kernel(
             squares = tl.fma(away, away, squares)
         parts = partials_ptr + (b * blocks + j) * 3
         tl.store(parts, center, mask=there)
-        tl.store(parts + 1, _fold(rests, BLOCKS), mask=there)
-        tl.store(parts + 2, _fold(squares, BLOCKS), mask=there)
+        tl.store(parts + 1, fold(rests, BLOCKS), mask=there)
+        tl.store(parts + 2, fold(squares, BLOCKS), mask=there)
 
 
 @triton.jit
@@ -139,7 +140,7 @@ def _finish_kernel(
             j = start + tl.arange(0, _LANES)
             lanes += tl.load(partials_ptr + b * blocks + j, mask=j < blocks, other=0.0).to(tl.float64)
         start += _LANES
-    value = _fold(tl.reshape(lanes, (1, _LANES)), 1)
+    value = fold(tl.reshape(lanes, (1, _LANES)), 1)
     if KIND == _MEAN:
         value = value / count
     elif KIND == _NORM:
@@ -156,7 +157,7 @@ def _finish_kernel(
             away = tl.fma(tl.fma(n, center, rest), share, tl.zeros_like(n) - mean)
             lanes += tl.where(there, tl.fma(n * away, away, own), 0.0)
             start += _LANES
-        spread = _fold(tl.reshape(lanes, (1, _LANES)), 1)
+        spread = fold(tl.reshape(lanes, (1, _LANES)), 1)
         spread = tl.where(spread < 0.0, 0.0, spread)
         freedom = count - correction_bits.to(tl.int64).to(tl.float64, bitcast=True)
         value = tl.sqrt(spread / tl.where(freedom < 0.0, 0.0, freedom))

@@ -29,9 +29,11 @@ from fastdiff.ops import random as noise
 
 #: The public operations, and the position of the tensor argument that determines the backend.
 OPERATIONS = {"step": 0, "step_rows": 0, "randn": 1, "quantile": 0, "mean": 0, "std": 0, "norm": 0, "dot": 0}
+OPERATIONS |= {"gram": 0, "step_log_prob": 0, "log_prob": 0}
 #: Triton's launch functions: module of kernels/triton, function.
 TRITON = (("step", "launch"), ("philox", "randn"), ("select", "quantile"), ("reduce", "reduce"))
-EXTENSION = ("step", "randn", "quantile", "sum")
+TRITON += (("gram", "gram"), ("log_prob", "launch"))
+EXTENSION = ("step", "randn", "quantile", "sum", "gram", "log_prob")
 
 
 @dataclass
@@ -83,7 +85,9 @@ def _extension(record: Record) -> list[Any]:
             # None, a reason and the key of a missing kernel are refusals, except from randn, which fills a tensor. A
             # sum's kind precedes its tensor.
             if not (done is None or isinstance(done, (str, bytes))) or function is original_randn:
-                tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+                given = [*args, *kwargs.values()]
+                given += [item for value in given if isinstance(value, list) for item in value]  # gram's tensors
+                tensor = next(value for value in given if isinstance(value, Tensor))
                 triton = tensor.is_cuda and (kwargs.get("triton") or not backends.extension.cuda)  # type: ignore[union-attr]
                 record.note("triton" if triton else "cuda" if tensor.is_cuda else "cpu")
             return done
@@ -109,8 +113,9 @@ def _kernels(module: str) -> ModuleType:
 
 def _reference(record: Record) -> list[Any]:
     recorded = functools.partial(_recorded, record, "reference")
-    names = ("quantile", "mean", "std", "norm", "dot")
+    names = ("quantile", "mean", "std", "norm", "dot", "gram")
     found = [_wrapped(reductions.reference, name, recorded) for name in names]
+    found.append(_wrapped(importlib.import_module("fastdiff.ops.log_prob"), "_by_reference", recorded))
     return [*found, _wrapped(reference, "step", recorded), _wrapped(noise, "normals", recorded)]
 
 
@@ -151,5 +156,7 @@ def _checked(record: Record, name: str, function: Any) -> Any:
 def _is_empty(name: str, args: tuple[Any, ...], result: Tensor) -> bool:
     """Return True if there is nothing to compute: the result, or a reduction's input, is empty."""
     given = args[OPERATIONS[name]] if len(args) > OPERATIONS[name] else None
+    if name == "gram":
+        given = given[0]  # type: ignore[index]
     reduced = name not in ("step", "step_rows", "randn") and isinstance(given, Tensor) and given.numel() == 0
     return result.numel() == 0 or reduced

@@ -129,6 +129,7 @@ def results_of(seed: int) -> list[Tensor]:
         for inner in (1, 7, 64, 1000, 1024, 1025, 5000, 70_001):
             x, y = (numbers(rng.randrange(2**32), (2, inner), dtype, rng.choice(("normal", "wide"))) for _ in range(2))
             results += [call(kind, x, y, 0.5, backend="cpu") for kind in KINDS]
+            results += ops.gram([x, y, x], sums=True, backend="cpu")
             results += [ops.quantile(x, q, q > 0.9, backend="cpu") for q in (0.0, rng.random(), 0.995)]
     return results
 

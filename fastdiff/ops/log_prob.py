@@ -1,0 +1,476 @@
+# SPDX-License-Identifier: MIT
+"""The log-probability of a stochastic step, from the pass over memory that takes the step, and its replay.
+
+A row with a noise coefficient a_z is a Gaussian policy: the previous sample has the mean of the row without its noise
+term, and the standard deviation σ = |a_z| (DDPO, arXiv 2305.13301, section 4.3).  Both functions measure the previous
+sample **as it is stored**, rounded to its dtype, against that mean, by the same operations in the order of
+``csrc/reduce_math.h``.  So the replay of a stored step has the bits of the step that was taken.
+
+The gradient of the replay is the step again: the score (prev − mean)/σ² is one fused step with the previous sample in
+the noise's place, and its pullback through the mean is that of ops/autograd.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import error_message, unknown_name
+from ..philox import Purpose
+from ..row_layout import COLUMNS, PREDICTION_OUTPUT, PREDICTION_SAMPLE, PREV_SAMPLE
+from . import backends, reductions_reference, reference
+from .autograd import apply_operator, coefficients_of, gradients, may_clip
+from .call import (
+    FIELDS,
+    HISTORY_SLOTS,
+    RESULT_DTYPES,
+    STEP_ARGUMENTS,
+    OperatorArgument,
+    StepCall,
+    call_of,
+    named,
+    operator_values,
+    schema,
+)
+from .canonicalize import canonicalize
+from .checks import _check_like_sample, check, readable_without_sync
+from .fallback import backend_to_run
+from .layout import block_strides, in_memory, output_strides, to_strides
+from .step import _entries, number_or_tensor
+
+REDUCTIONS = ("sum", "mean")
+_NOISE = PREV_SAMPLE + COLUMNS.index("noise")
+
+
+def step_log_prob(
+    sample: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row_index: int | Tensor,
+    *,
+    uncond: Tensor | None = None,
+    guidance_scale: float | Tensor | None = None,
+    history: Sequence[Tensor | None] | None = (),
+    noise: Tensor | None = None,
+    seeds: Tensor | None = None,
+    noise_step: int | Tensor = 0,
+    purpose: int = Purpose.STEP,
+    threshold: Tensor | None = None,
+    keeps: int = 0,
+    out: Sequence[Tensor | torch.dtype | None] | None = None,
+    reduction: str = "sum",
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """Take a step and give the log-probability of the sample that it drew, in one pass over memory.
+
+    ``log p = Σ_i log N(prev_i; mean_i, σ²)`` over the elements of a sample, with ``mean`` the row's map without its
+    noise term and ``σ = |a_z|``.  prev_sample has the bits of `step` with the same arguments.
+
+    Args:
+        sample, model_output, table, row_index, uncond, guidance_scale, history, noise, seeds, noise_step, purpose,
+        threshold, keeps, out, backend: as in `step`; the sample is ``[B, ...]``, and one of noise and seeds is given.
+        reduction: "sum" over the elements, the density of the whole sample, or "mean", as common training code for
+            DDPO and Flow-GRPO has it.
+
+    Returns:
+        log p, ``[B]``, float32 (float64 where any tensor is float64); prev_sample; the kept tensors.  A sample that a
+        negative row skips, or whose row of a ``[B]`` tensor adds no noise, has no density: its log p is 0.
+
+    Raises:
+        TypeError, ValueError: as `step`; the one row of all samples adds no noise.
+        RuntimeError: a tensor requires grad (the gradient is that of `log_prob`); a forced backend is missing.
+    """
+    fields: dict[str, Any] = {
+        "sample": sample,
+        "model_output": model_output,
+        "table": table,
+        "row_index": row_index,
+        "uncond": uncond,
+        "guidance_scale": guidance_scale,
+        "history": history,
+        "noise": noise,
+        "threshold": threshold,
+        "keeps": keeps,
+        "seeds": seeds,
+        "noise_step": noise_step,
+        "purpose": purpose,
+        "out": out,
+    }
+    mean = _checked_reduction("step_log_prob", reduction)
+    offered = _offer(fields, False, mean, backend)
+    if offered is not None:
+        return offered
+    call = _call("step_log_prob", fields)
+    if (noise is None) == (seeds is None):
+        got = "and seeds are both missing" if noise is None else "is given beside seeds"
+        remedy = "pass noise=torch.randn_like(sample), or seeds=fastdiff.as_seeds(...)"
+        raise ValueError(error_message("step_log_prob", "noise", got, "one of noise and seeds", remedy))
+    check(call)
+    _check_row("step_log_prob", call)
+    _refuse_gradients(call)
+    return _run(call, False, mean, backend)
+
+
+def log_prob(
+    prev_sample: Tensor,
+    sample: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    row_index: int | Tensor,
+    *,
+    uncond: Tensor | None = None,
+    guidance_scale: float | Tensor | None = None,
+    history: Sequence[Tensor | None] | None = (),
+    threshold: Tensor | None = None,
+    reduction: str = "sum",
+    backend: str | None = None,
+) -> Tensor:
+    """Give the log-probability of a stored step: the replay of `step_log_prob`, to the bit.
+
+    It is differentiable in prev_sample, sample, model_output, uncond, guidance_scale, history and threshold, once.
+
+    Args:
+        prev_sample: what the step gave, like `sample` in shape and device, in the dtype in which it was stored.
+        sample, model_output, table, row_index, uncond, guidance_scale, history, threshold, reduction, backend: as in
+            `step_log_prob`.
+
+    Returns:
+        log p, ``[B]``, float32 (float64 where any tensor is float64).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `step_log_prob`.
+    """
+    # The previous sample is in the noise's place, from where it is read in the samples' layout and any dtype.
+    fields: dict[str, Any] = {
+        "sample": sample,
+        "model_output": model_output,
+        "table": table,
+        "row_index": row_index,
+        "uncond": uncond,
+        "guidance_scale": guidance_scale,
+        "history": history,
+        "noise": prev_sample,
+        "threshold": threshold,
+    }
+    mean = _checked_reduction("log_prob", reduction)
+    offered = _offer(fields, True, mean, backend)
+    if offered is not None:
+        return offered[0]
+    call = _call("log_prob", fields)
+    if isinstance(sample, Tensor):
+        _check_like_sample("prev_sample", prev_sample, sample)
+    check(call)
+    _check_row("log_prob", call)
+    return _run(call, True, mean, backend)[0]
+
+
+def _offer(fields: dict[str, Any], replay: bool, mean: bool, backend: str | None) -> tuple[Tensor, ...] | None:
+    """Offer a call to the extension as it is; None where it declines or where torch has to see an operator."""
+    extension = backends.direct_extension() if backend is None else None
+    if extension is None:
+        return None
+    offered = extension.log_prob(replay, mean, **fields)
+    return offered if isinstance(offered, tuple) else None
+
+
+def _call(operation: str, fields: dict[str, Any]) -> StepCall:
+    lists: dict[str, Any] = {
+        name: _entries(operation, name, fields[name]) for name in ("history", "out") if name in fields
+    }
+    lists["history"] = lists["history"] or ()
+    lists["guidance_scale"] = number_or_tensor(fields["guidance_scale"])
+    return StepCall(**(fields | lists))
+
+
+# --- Checks ----------------------------------------------------------------------------------------------------------
+
+
+def _checked_reduction(operation: str, reduction: object) -> bool:
+    """Return whether the mean is asked for."""
+    if reduction not in REDUCTIONS:
+        raise unknown_name(operation, "reduction", reduction, REDUCTIONS)
+    return reduction == "mean"
+
+
+def _check_row(operation: str, call: StepCall) -> None:
+    """Check what a log-probability needs beyond a step: samples, and noise in a row that all of them share."""
+    if call.sample.dim() == 0:
+        remedy = "add a dimension of samples with sample[None]"
+        raise ValueError(error_message(operation, "sample", "has no dimension", "[B, ...]", remedy))
+    index = call.row_index
+    if isinstance(index, Tensor) or not readable_without_sync(call.table) or torch.compiler.is_compiling():
+        return
+    if float(call.table[index, _NOISE]) == 0.0:
+        raise ValueError(
+            error_message(
+                operation,
+                "row_index",
+                f"is {index}, a row that adds no noise",
+                "a row with a noise coefficient: a deterministic step has no density",
+                "take it with ops.step, or mask samples by a row_index tensor [B]",
+            )
+        )
+
+
+def _refuse_gradients(call: StepCall) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for argument, tensor in (*call.inputs(), *call.scalars()):
+        if tensor.requires_grad:
+            raise RuntimeError(
+                error_message(
+                    "step_log_prob",
+                    argument,
+                    "requires grad and a step that is drawn has no gradient",
+                    "a tensor outside autograd's graph",
+                    "use torch.no_grad() here, and ops.log_prob for the gradient",
+                )
+            )
+
+
+# --- Execution -------------------------------------------------------------------------------------------------------
+
+
+def _run(call: StepCall, replay: bool, mean: bool, backend: str | None) -> tuple[Tensor, ...]:
+    name = backend_to_run(call.sample, backend, "log_prob" if replay else "step_log_prob")
+    results = _apply(*operator_values(call, name), replay, mean)
+    if replay or call.out is None:
+        return tuple(results)
+    written = [
+        target.copy_(value) if isinstance(target, Tensor) else value
+        for target, value in zip(call.out, results[1:], strict=True)
+    ]
+    return (results[0], *written)
+
+
+def _execute(call: StepCall, replay: bool, mean: bool, backend: str) -> list[Tensor]:
+    """Run a checked call of the operator on a backend, to new tensors."""
+    strides = output_strides(call.sample)
+    # Each sample is a block of memory, whose order is that of the sum.
+    blocks = replace(call, sample=to_strides(call.sample, block_strides(call.sample)))
+    if call.sample.numel() == 0:
+        found, outputs = _of_nothing(call, replay, mean)
+    elif backend == "reference":
+        found, outputs = _by_reference(blocks, replay, mean)
+    else:
+        fields = {name: getattr(call, name) for name in FIELDS}
+        if backend != "triton":
+            offered = backends.extension.log_prob(replay, mean, **fields, in_operator=True)  # type: ignore[union-attr]
+            if isinstance(offered, tuple):
+                return list(offered)
+        canonical = canonicalize(blocks)
+        outputs = [] if replay else [target for target in canonical.targets if isinstance(target, Tensor)]
+        if backend == "triton":
+            found = backends.triton_module("log_prob").launch(canonical, replay, mean)
+        else:
+            fields = {name: getattr(canonical, name) for name in FIELDS}
+            offered = backends.extension.log_prob(replay, mean, **fields, in_operator=True)  # type: ignore[union-attr]
+            if not isinstance(offered, tuple):
+                raise AssertionError(f"step_log_prob: the extension declined a canonical call ({offered}): {canonical}")
+            found = offered[0]
+    return [found, *(to_strides(value, strides) for value in outputs)]
+
+
+def _of_nothing(call: StepCall, replay: bool, mean: bool) -> tuple[Tensor, list[Tensor]]:
+    """Return the results of samples without elements: a sum of 0, and no mean."""
+    value = math.nan if mean else 0.0
+    found = torch.full(call.sample.shape[:1], value, dtype=call.table.dtype, device=call.sample.device)
+    outputs = [] if replay else [torch.empty_like(call.sample, dtype=dtype) for dtype in call.output_dtypes]
+    return found, outputs
+
+
+def _by_reference(call: StepCall, replay: bool, mean: bool) -> tuple[Tensor, list[Tensor]]:
+    """Return the log-probabilities and outputs by plain torch: the specification of the kernels."""
+    compute = call.table.dtype
+    (center,) = reference.step(replace(call, noise=None, seeds=None, keeps=0, out=(compute,)))
+    outputs = [] if replay else list(reference.step(call))
+    prev = call.noise if replay else outputs[0]
+    assert prev is not None
+    inner = math.prod(call.sample.shape[1:])
+    squares = reductions_reference.sum_of_squares(to_strides(prev.to(compute) - center, call.sample.stride()))
+    index = call.row_index
+    if isinstance(index, Tensor):
+        rows, taken = reference.select_rows(call.table, index)
+        sigma = torch.where(taken, rows[:, _NOISE].double().abs(), 0.0)
+    else:
+        sigma = call.table[index, _NOISE].double().abs()[None]
+    noisy = sigma > 0
+    divisor = torch.where(noisy, sigma, 1.0)
+    value = -0.5 * (squares / (divisor * divisor))
+    constant = divisor.log() + 0.5 * math.log(2.0 * math.pi)
+    value = value / inner - constant if mean else value - inner * constant
+    return torch.where(noisy, value, sigma).to(compute), outputs
+
+
+# --- The operator of the dispatcher ----------------------------------------------------------------------------------
+
+_ARGUMENTS = (*STEP_ARGUMENTS, OperatorArgument("replay", "bool", None), OperatorArgument("mean", "bool", None))
+_TAGS: dict[str, Any] = {"tags": (torch.Tag.needs_exact_strides,)} if hasattr(torch.Tag, "needs_exact_strides") else {}
+
+
+@torch.library.custom_op("fastdiff::step_log_prob", mutates_args=(), schema=schema(_ARGUMENTS, "Tensor[]"), **_TAGS)
+def _log_prob_op(*values: Any) -> Any:
+    """`step_log_prob`, or with `replay` `log_prob`, whose previous sample is in the noise's place."""
+    return _forward(*values)
+
+
+def _forward(*values: Any) -> list[Tensor]:
+    """Run the operator with its schema's arguments, on the backend that it names or, if it is empty, the chosen one."""
+    given = named(_ARGUMENTS, values)
+    replay, mean, backend = given.pop("replay"), given.pop("mean"), given["backend"]
+    with torch.no_grad():
+        call = call_of(given)
+        return _execute(call, replay, mean, backend or backend_to_run(call.sample, None, "step_log_prob"))
+
+
+@_log_prob_op.register_fake
+def _(*values: Any) -> list[Tensor]:
+    given = named(_ARGUMENTS, values)
+    sample, table = given["sample"], given["table"]
+    found = [sample.new_empty((sample.shape[0],), dtype=table.dtype)]
+    if given["replay"]:
+        return found
+    dtypes = [given[f"{name}_dtype"] for name in ("prev_sample", "keep_0", "keep_1")][: given["keeps"] + 1]
+    strides = output_strides(sample)
+    return found + [sample.new_empty_strided(sample.shape, strides, dtype=dtype or sample.dtype) for dtype in dtypes]
+
+
+_TENSORS = tuple(argument.name for argument in _ARGUMENTS if argument.type in ("Tensor", "Tensor?"))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    given = named(_ARGUMENTS, inputs)
+    ctx.numbers = {name: value for name, value in given.items() if name not in _TENSORS}
+    ctx.save_for_backward(*(given[name] for name in _TENSORS))
+
+
+def _backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Return the gradient of each argument: g·(prev − mean)/σ² times the derivative of prev − mean, with its sign."""
+    given: dict[str, Any] = {**ctx.numbers, **dict(zip(_TENSORS, ctx.saved_tensors, strict=True))}
+    wanted = {a.name: bool(want) for a, want in zip(_ARGUMENTS, ctx.needs_input_grad, strict=True)}
+    if wanted["table"]:
+        raise RuntimeError(
+            error_message("log_prob", "table", "requires grad", "a table outside autograd's graph", "detach it")
+        )
+    rows, factor = _factors(given, grads[0].detach())
+    asked = [name for name, want in wanted.items() if want]
+    if set(asked) <= _DIRECT and len(asked) <= _MAPS and not _bounds_prediction(given):
+        direct = dict(zip(asked, _of_linear_row(given, rows, factor, asked), strict=True))
+        return tuple(direct.get(a.name) for a in _ARGUMENTS)
+    score = _score(given, rows, factor)
+    found: dict[str, Tensor | None] = {}
+    if wanted["noise"]:
+        found["noise"] = (-score).to(given["noise"].dtype)
+    of_mean = {name: given[name] for name in given if name not in ("replay", "mean")}
+    of_mean |= {"noise": None, "prev_sample_dtype": None}
+    found |= gradients(of_mean, {**wanted, "noise": False}, [score])
+    return tuple(found.get(a.name) if wanted[a.name] else None for a in _ARGUMENTS)
+
+
+def _factors(given: dict[str, Any], grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows ``[1, 32]`` or ``[B, 32]`` and g/σ² a sample, ``[B]``, 0 where a row adds no noise; float64."""
+    rows = coefficients_of(given["table"], given["row_index"], given["row_indices"])
+    weights = rows[:, _NOISE]
+    variance = torch.where(weights == 0, torch.inf, weights * weights)
+    count = math.prod(given["sample"].shape[1:]) if given["mean"] else 1
+    return rows, grad.double() / (variance * count)
+
+
+def _score(given: dict[str, Any], rows: Tensor, factor: Tensor) -> Tensor:
+    """Return g·(prev − mean)/σ², the gradient of the mean, as one step with the coefficients of each sample."""
+    ones = torch.ones(1, 1, dtype=torch.float64, device=rows.device)
+    (score,) = _scaled_distances(given, rows, factor, ones, [given["table"].dtype])
+    return score
+
+
+#: Arguments whose gradient is a multiple of the score where the row is linear; three fit into one step.
+_DIRECT = {"sample", "model_output", "uncond", *HISTORY_SLOTS}
+_MAPS = 3
+
+
+def _bounds_prediction(given: dict[str, Any]) -> bool:
+    table = given["table"]
+    return given["threshold"] is not None or may_clip(table, given["row_index"], given["row_indices"])
+
+
+def _of_linear_row(given: dict[str, Any], rows: Tensor, factor: Tensor, names: list[str]) -> Sequence[Tensor]:
+    """Return the gradients of up to three arguments by one step: the score times each one's weight in the mean."""
+    maps = rows[:, PREV_SAMPLE:]
+    of_d = maps[:, COLUMNS.index("prediction")]
+    of_m = maps[:, COLUMNS.index("model_output")] + rows[:, PREDICTION_OUTPUT] * of_d
+    scale = given["guidance_scale"]
+    scale = None if scale is None else scale.double().reshape(-1)
+    weights = []
+    for name in names:
+        if name == "sample":
+            weights.append(maps[:, 0] + rows[:, PREDICTION_SAMPLE] * of_d)
+        elif name in HISTORY_SLOTS:
+            weights.append(maps[:, COLUMNS.index(name)])
+        elif scale is None:
+            weights.append(of_m)
+        else:
+            weights.append(of_m * (scale if name == "model_output" else 1.0 - scale))
+    count = max(len(weight) for weight in weights)
+    together = torch.stack([weight.expand(count) for weight in weights], 1)
+    return _scaled_distances(given, rows, factor, together, [given[name].dtype for name in names])
+
+
+def _scaled_distances(
+    given: dict[str, Any], rows: Tensor, factor: Tensor, weights: Tensor, dtypes: list[torch.dtype]
+) -> Sequence[Tensor]:
+    """Return (prev − mean) times `factor` and each of up to three `weights` ``[1 or B, maps]``, in one step.
+
+    The previous sample is the step's noise, so that the row's map with its signs turned is the distance.
+    """
+    distance = -rows[:, PREV_SAMPLE : PREV_SAMPLE + len(COLUMNS)]
+    distance[:, -1] = 1.0
+    maps = (factor[:, None] * weights)[:, :, None] * distance[:, None, :]
+    batch, keeps = len(factor), weights.shape[1] - 1
+    maps = torch.nn.functional.pad(maps.flatten(1), (0, (_MAPS - keeps - 1) * len(COLUMNS)))
+    table = torch.cat([rows[:, :PREV_SAMPLE].expand(batch, -1), maps], 1).to(given["table"].dtype)
+    targets = dict(zip(RESULT_DTYPES, [*dtypes, None, None], strict=False))
+    values = {
+        **{name: given[name] for name in given if name not in ("replay", "mean")},
+        **targets,
+        "table": table,
+        "keeps": keeps,
+        "row_index": 0,
+        "row_indices": torch.arange(batch, device=table.device) if batch > 1 else None,
+    }
+    return apply_operator(*(values[a.name] for a in STEP_ARGUMENTS))
+
+
+class _Function(torch.autograd.Function):
+    """The operator in eager calls that want gradients, without the dispatcher, which takes longer than small steps."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        # With a setup_context of its own, torch would inspect the signature at each call.
+        _setup_context(ctx, arguments, None)
+        return tuple(_forward(*arguments))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _backward(ctx, grads)
+
+
+def _apply(*arguments: Any) -> Sequence[Tensor]:
+    """Run ``fastdiff::step_log_prob`` so that autograd, torch.func and compilers see it."""
+    tensors = [a for a in arguments if isinstance(a, Tensor)]
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if traced or not all(in_memory(a) for a in tensors):
+        results: Sequence[Tensor] = torch.ops.fastdiff.step_log_prob(*arguments)
+    elif torch.is_grad_enabled() and any(a.requires_grad for a in tensors):
+        results = _Function.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        results = _forward(*arguments)
+    return results
+
+
+torch.library.register_autograd(_log_prob_op, _backward, setup_context=_setup_context)
