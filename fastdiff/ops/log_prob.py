@@ -202,6 +202,9 @@ def _check_row(operation: str, call: StepCall) -> None:
     if call.sample.dim() == 0:
         remedy = "add a dimension of samples with sample[None]"
         raise ValueError(error_message(operation, "sample", "has no dimension", "[B, ...]", remedy))
+    if call.has_parts:
+        remedy = "merge the parts into the batch, and sum their log-probabilities"
+        raise ValueError(error_message(operation, "row_index", "is [B, T]", "numbers a sample", remedy))
     index = call.row_index
     if isinstance(index, Tensor) or not readable_without_sync(call.table) or torch.compiler.is_compiling():
         return
