@@ -32,7 +32,7 @@ BUILD := $(VENV)/.stamp-build-$(FASTDIFF_BUILD)
 # The extension with sanitizers is built into a separate folder, with a copy of the package. SANITIZE_TESTS: the tests that
 # run the C++ code on every kind of call; files that do not exist are left out.
 SANITIZED := build/sanitize
-SANITIZE_TESTS ?= $(sort $(shell find tests -false $(patsubst %,-o -name 'test_%.py',step_parity step_layout step_overlap \
+SANITIZE_TESTS ?= $(sort $(shell find tests -false $(patsubst %,-o -name 'test_%.py',step_parity step_layout step_overlap step_mask step_parts \
   step_functional step_checks step_dtypes step_properties step_memory step_allocation step_streaming blocks binding_fuzz* \
   reductions reductions_ops philox* rows seeds copy_kernel torch_noise dropin_loop \
   dropin_beginnings dropin_brownian)))
@@ -44,7 +44,7 @@ CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.in
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup versions sample test fuzz sanitize lint format bench soak gpu gpu-full compat wheels clean
+.PHONY: help setup versions sample test fuzz sanitize lint format docs bench soak gpu gpu-full compat wheels clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-9s %s\n", $$1, $$2 }'
@@ -73,6 +73,10 @@ format: $(PACKAGES)  ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 	$(if $(CSRC),$(BIN)/clang-format -i $(CSRC))
+
+# Uses the notebooks' figures as they come out: both are executed, and an error in one fails the build, as a broken link does.
+docs: $(BUILD)  ## build the documentation into build/site, notebooks executed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(BUILD)  ## print the time of a step, compared with its peers
 	$(PY) -m benchmarks $(BENCH_ARGS)
@@ -112,9 +116,10 @@ $(PY):
 	  echo "make: $(PYTHON) cannot make a virtual environment with pip, expected the modules venv and ensurepip;" \
 	       "install them (on Debian and Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
 
-$(PACKAGES): requirements-dev.txt | $(PY)
+$(PACKAGES): requirements-dev.txt requirements-no-deps.txt | $(PY)
 	@echo "installing requirements-dev.txt into $(VENV): a minute or two"
 	@$(PY) -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -r requirements-dev.txt
+	@$(PY) -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --no-deps -r requirements-no-deps.txt
 	@touch $@
 
 # Installing and compiling are separate: pip compiles in a new folder each time, while an in-place build lets ninja

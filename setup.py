@@ -50,8 +50,11 @@ MODES = ("auto", "cpu", "cuda", "none")
 PACKAGES = [
     "fastdiff",
     "fastdiff.analysis",
+    "fastdiff.analysis.plots",
     "fastdiff.benchmarks",
     "fastdiff.benchmarks.gpu",
+    "fastdiff.classroom",
+    "fastdiff.cli",
     "fastdiff.diffusers",
     "fastdiff.diffusers.compiler",
     "fastdiff.diffusers.runtime",
@@ -59,6 +62,7 @@ PACKAGES = [
     "fastdiff.graphs",
     "fastdiff.guidance",
     "fastdiff.kernels",
+    "fastdiff.loops",
     "fastdiff.noise",
     "fastdiff.ops",
     "fastdiff.rl",
@@ -72,7 +76,7 @@ PACKAGE_DIR = {
     "fastdiff.benchmarks.gpu": "benchmarks/gpu",
     "fastdiff.kernels": "kernels/triton",
 }
-PACKAGE_DATA = {"fastdiff": ["py.typed"], "fastdiff.digits": ["weights.safetensors", "figures.json"]}
+PACKAGE_DATA = {"fastdiff": ["py.typed"], "fastdiff.digits": ["*.safetensors", "figures.json"]}
 
 # The commands that build the extension, and dist_info, from which pip reads the wheel's requirements in advance. Other
 # commands (sdist, egg_info, clean, …) need no compiler.

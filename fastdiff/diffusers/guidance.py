@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import ops
+from ..guidance.rescale import rescaling_of
 from ..sampling.single_steps import cfg_combine
 
 
@@ -25,11 +25,6 @@ def rescaling(uncond: Tensor, cond: Tensor, scale: float | Tensor, share: float,
     if cond.shape != sample.shape:
         uncond, cond = uncond[:, : sample.shape[1]], cond[:, : sample.shape[1]]
     return rescaling_of(cfg_combine(cond, uncond, scale), cond, share)
-
-
-def rescaling_of(guided: Tensor, cond: Tensor, share: float) -> Tensor:
-    """Return the factor for a guided output ``[B, ...]`` that is computed already."""
-    return share * (ops.std(cond) / ops.std(guided)) + (1.0 - share)
 
 
 def combined(uncond: Tensor, cond: Tensor, scale: float | Tensor, factor: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..guidance.rescale import rescaling_of
 from ..row_layout import (
     COLUMNS,
     KEEP_0,
@@ -25,7 +26,6 @@ from ..row_layout import (
     compute_dtype,
 )
 from ..sampling.single_steps import cfg_combine
-from .guidance import rescaling_of
 
 try:
     from diffusers import guiders as _originals

@@ -7,6 +7,7 @@ depends on is in tensors that the graph reads, the index of the row too, so that
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,13 +19,14 @@ from torch import Tensor
 from .. import ops
 from ..device_copy import to_device
 from ..errors import error_message
-from ..guidance import GuidanceMode, GuidedModel, write_model_input
+from ..guidance import GuidanceMode, GuidedModel, rescaling_of, rows_with_scaled_output, write_model_input
 from ..ops.fallback import backend_to_run
 from ..ops.thresholding import dynamic_threshold
 from ..philox import as_seeds
 from ..row_layout import NUM_REGISTERS, Variance, compute_dtype
 from ..sampling.config import check_guidance_scale
 from ..sampling.loop import Callback, StepInfo, checked_samples, progress_bar
+from ..sampling.single_steps import cfg_combine
 from ..solvers.table import StepTable
 from .recorder import ONE_CAPTURE, RECORDERS, WARM_UPS, check_can_capture, check_can_show, without_autocast_cache
 from .static_inputs import StaticInput, StaticTree
@@ -47,6 +49,8 @@ class CapturedLoop:
         mode: one of `fastdiff.graphs.GRAPH_MODES`.
         ratio, max_value: of `fastdiff.ops.thresholding.dynamic_threshold`.
         backend: forces one, as in `fastdiff.ops.step`.
+        guidance_rescale: as in `fastdiff.Stepper`.
+        sigmas: the noise level of each row, for callbacks.
 
     Raises:
         ValueError: there are no graphs on this device, or an argument does not fit.
@@ -64,11 +68,16 @@ class CapturedLoop:
         ratio: float = 0.995,
         max_value: float = 1.0,
         backend: str | None = None,
+        guidance_rescale: float = 0.0,
+        sigmas: tuple[float, ...] = (),
     ) -> None:
         check_can_capture(mode, latents)
         self.mode = mode
         self.table = table
         self._threshold_options = ratio, max_value
+        self._rescale = guidance_rescale
+        self._negative_is_zeros = model.negative_is_zeros
+        self._sigmas = sigmas
         self._backend = backend_to_run(latents, backend)
         self._lock = threading.RLock()
         self._replaying = False
@@ -141,10 +150,12 @@ class CapturedLoop:
         self._check_guidance(guidance_scale)
         if not self.guided:
             negative_prompt_embeds = None  # as in a loop without graphs: there is no call that would take it
+        elif negative_prompt_embeds is None and self._negative_is_zeros and isinstance(prompt_embeds, Tensor):
+            negative_prompt_embeds = torch.zeros_like(prompt_embeds)  # as at the capture
         conditions = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         self._conditions.check(conditions)
         self._kwargs.check(dict(model_kwargs or {}))
-        given_seeds = None if self._seeds is None else self._seeds_for(seeds)
+        given_seeds = self.drawn_seeds(seeds)
         with self._lock:
             if self._replaying:
                 raise RuntimeError(
@@ -183,7 +194,8 @@ class CapturedLoop:
                     continue
                 assert self._output is not None
                 row, shown = self.table.source[index], self._x.clone()
-                answer = callback(StepInfo(index, total, row.timestep, shown, self._output.clone()))
+                sigma = self._sigmas[index] if self._sigmas else math.nan
+                answer = callback(StepInfo(index, total, row.timestep, shown, self._output.clone(), sigma))
                 # The graph continues from its own memory, which has to hold the values that the callback has left.
                 self._x.copy_(checked_samples(answer, shown) if isinstance(answer, Tensor) else shown)
                 if self._prepared is not None:
@@ -290,7 +302,13 @@ class CapturedLoop:
         else:
             self._guidance.fill_(scale)
 
-    def _seeds_for(self, seeds: int | Sequence[int] | Tensor | None) -> Tensor:
+    def drawn_seeds(self, seeds: int | Sequence[int] | Tensor | None) -> Tensor | None:
+        """Return the seeds of a replay, int64 ``[B]`` on its device, drawn where there are none.
+
+        None for a table that adds no noise.
+        """
+        if self._seeds is None:
+            return None
         batch = self._x.shape[0]
         if seeds is None:
             seeds = torch.randint(-(2**63), 2**63 - 1, (batch,), dtype=torch.int64, device="cpu")
@@ -306,15 +324,19 @@ class CapturedLoop:
         if self.mode == "step":  # for callbacks: held, lest the graph put something else there
             self._output = output.clone() if _share_storage(output, self._x, self._prepared) else output
         guided: dict[str, Any] = {"uncond": uncond, "guidance_scale": self._guidance, "backend": self._backend}
-        threshold = None
+        threshold, factor = None, None
+        if self._rescale and uncond is not None:
+            assert self._guidance is not None
+            whole = cfg_combine(output, uncond, self._guidance, backend=self._backend)
+            factor = rescaling_of(whole, output, self._rescale)
         if self._prediction_coefficients is not None:
-            (x0,) = ops.step(self._x, output, self._prediction_coefficients, self._row_index, **guided)
+            rows = self._rows(self._prediction_coefficients, factor)
+            (x0,) = ops.step(self._x, output, *rows, **guided)
             threshold = dynamic_threshold(x0, *self._threshold_options)
         ops.step_rows(
             self._x,
             output,
-            self._coefficients,
-            self._row_index,
+            *self._rows(self._coefficients, factor),
             self._history,
             seeds=self._seeds,
             noise_step=self._row_index,
@@ -326,6 +348,12 @@ class CapturedLoop:
             **guided,
         )
         self._row_index.add_(1)
+
+    def _rows(self, coefficients: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return coefficients and row index of this row, with the model's output multiplied by a factor a sample."""
+        if factor is None:
+            return coefficients, self._row_index
+        return rows_with_scaled_output(coefficients.index_select(0, self._row_index), factor)
 
     def _record(self) -> None:
         def body() -> None:

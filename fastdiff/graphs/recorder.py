@@ -123,8 +123,12 @@ def check_can_capture(mode: object, latents: Tensor) -> None:
         )
 
 
-def check_graph_options(generator: object, check_finite: bool | None) -> None:
+def check_graph_options(generator: object, check_finite: bool | None, every: int = 0) -> None:
     """Refuse options of `sample` that a graph cannot have."""
+    if every:
+        got, expected = "is given beside cuda_graph, whose replays keep no frames", "no trajectory"
+        remedy = "leave cuda_graph out, or copy the frames in a callback with cuda_graph='step'"
+        raise ValueError(error_message("sample", "return_trajectory", got, expected, remedy))
     if generator is not None:
         remedy = "pass a seed for each sample, such as seeds=fastdiff.spawn_seeds(seed, batch)"
         raise ValueError(

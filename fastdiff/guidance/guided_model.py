@@ -7,6 +7,7 @@ The two outputs of guidance are combined in the fused step; here they are only o
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -17,7 +18,11 @@ from torch import Tensor
 
 from ..errors import checked_callable, checked_type, error_message, parse_choice
 from ..ops.checks import DTYPES
+from ..ops.fallback import callers_level
 from ..row_layout import compute_dtype
+
+#: Not empty after the warning that zeros are taken for a missing negative condition.
+_warned: set[str] = set()
 
 #: (x, t[, encoder_hidden_states]) -> a tensor, a tuple, a dict with "sample" or an object with .sample
 Model = Callable[..., Any]
@@ -43,7 +48,8 @@ class GuidedModel:
     Args:
         model: any callable ``(x, t)`` or ``(x, t, encoder_hidden_states)``; t has shape ``[B]``.
         prompt_embeds: the condition, ``[B, ...]`` of any dtype, or None for a model without one.
-        negative_prompt_embeds: the condition of the unconditional output, like `prompt_embeds`.
+        negative_prompt_embeds: the condition of the unconditional output, like `prompt_embeds`.  None in a doubled
+            batch: zeros for embeddings, with one warning a process; labels have no such default.
         guidance_scale: 1 (or no `prompt_embeds`) asks for no unconditional output; a tensor ``[B]``, a scale a sample,
             asks for it without being looked at.
         mode: one doubled batch or two calls.
@@ -54,6 +60,7 @@ class GuidedModel:
 
     Raises:
         ValueError: guidance needs a negative condition that is missing or does not match.
+        UserWarning: where the caller's filters turn the warning into an error.
     """
 
     model: Model
@@ -65,24 +72,17 @@ class GuidedModel:
     check_finite: bool = True
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     model_dtype: torch.dtype | None = None
+    #: True where zeros were taken for a missing negative condition.
+    negative_is_zeros: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._check_types()
-        negative = self.negative_prompt_embeds
         if not self.guided or self.prompt_embeds is None:
             return
-        if self.mode is GuidanceMode.BATCHED and negative is None:
-            scale = self.guidance_scale
-            at_scale = "with a guidance_scale a sample" if isinstance(scale, Tensor) else f"at guidance_scale {scale:g}"
-            raise ValueError(
-                error_message(
-                    "sample",
-                    "negative_prompt_embeds",
-                    "is missing",
-                    f"a condition for the unconditional half {at_scale}",
-                    "pass it, or set guidance_mode='sequential' to call the model without one",
-                )
-            )
+        if self.mode is GuidanceMode.BATCHED and self.negative_prompt_embeds is None:
+            object.__setattr__(self, "negative_prompt_embeds", self._zeros())
+            object.__setattr__(self, "negative_is_zeros", True)
+        negative = self.negative_prompt_embeds
         if negative is not None and negative.shape != self.prompt_embeds.shape:
             raise ValueError(
                 error_message(
@@ -93,6 +93,41 @@ class GuidedModel:
                     "expand or pad it to match",
                 )
             )
+
+    def _zeros(self) -> Tensor:
+        """Return zeros in place of a negative condition, and warn once a process.
+
+        Raises:
+            ValueError: the condition is labels, among which zero is one like any other.
+        """
+        assert self.prompt_embeds is not None
+        scale = self.guidance_scale
+        at_scale = "with a guidance_scale a sample" if isinstance(scale, Tensor) else f"at guidance_scale {scale:g}"
+        if not self.prompt_embeds.is_floating_point():
+            raise ValueError(
+                error_message(
+                    "sample",
+                    "negative_prompt_embeds",
+                    "is missing",
+                    f"a condition for the unconditional half {at_scale}",
+                    "pass it, or set guidance_mode='sequential' to call the model without one",
+                )
+            )
+        if not _warned:
+            _warned.add("zeros")  # first, so that another thread does not warn as well
+            message = error_message(
+                "sample",
+                "negative_prompt_embeds",
+                f"is missing {at_scale}, and zeros are taken",
+                "a condition for the unconditional half",
+                "pass it, pass zeros to say so, or set guidance_scale=1 for no guidance",
+            )
+            try:
+                warnings.warn(message, UserWarning, stacklevel=callers_level())
+            except UserWarning:
+                _warned.clear()  # an error that is passed over once stays an error
+                raise
+        return torch.zeros_like(self.prompt_embeds)
 
     def _check_types(self) -> None:
         expected = "a callable (x, t[, encoder_hidden_states])"

@@ -14,6 +14,8 @@ from .torch_normals import batched_randn
 
 #: One generator for the whole batch, one for each sample, or torch's default.
 Generators = torch.Generator | Sequence[torch.Generator] | None
+#: Generators with a state each.
+GeneratorStates = list[tuple[torch.Generator, Tensor]]
 
 
 def draw(shape: Sequence[int], generator: Generators = None, *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -52,12 +54,30 @@ def draw(shape: Sequence[int], generator: Generators = None, *, dtype: torch.dty
     return torch.cat([draw((1, *shape[1:]), g, dtype=dtype, device=device) for g in generator])
 
 
-def generator_states(generator: Generators) -> list[tuple[torch.Generator, Tensor]]:
-    """Return each generator with its current state, to be restored if a loop fails."""
+def generator_states(generator: Generators, default_of: torch.device | None = None) -> GeneratorStates:
+    """Return each generator with its current state, to be restored if a loop fails or stops early.
+
+    Args:
+        generator: one for the batch, one per sample, or None.
+        default_of: where `generator` is None, the CPU or CUDA device whose default generator of torch is meant; None
+            for no generator.
+    """
     if generator is None:
-        return []
+        kind = "" if default_of is None else default_of.type
+        if kind == "cpu":
+            generator = torch.default_generator
+        elif kind == "cuda" and default_of is not None:
+            generator = torch.cuda.default_generators[default_of.index]
+        else:
+            return []
     listed = [generator] if isinstance(generator, torch.Generator) else _as_list(generator)
     return [(g, g.get_state()) for g in listed]
+
+
+def restore_generators(states: GeneratorStates) -> None:
+    """Put generators back to the states that `generator_states` gave."""
+    for generator, state in states:
+        generator.set_state(state)
 
 
 def _as_list(generators: object) -> list[torch.Generator]:

@@ -79,7 +79,7 @@ def _warn_once(operation: str, device_type: str) -> None:
         f"{reason}; set FASTDIFF_BACKEND=reference if the reference is what you want",
     )
     try:
-        warnings.warn(message, FallbackWarning, stacklevel=_callers_level())
+        warnings.warn(message, FallbackWarning, stacklevel=callers_level())
     except FallbackWarning:
         _warned.discard(device_type)  # an error that is passed over once stays an error
         raise
@@ -90,7 +90,7 @@ def _warn_once(operation: str, device_type: str) -> None:
 _warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _callers_level() -> int:
+def callers_level() -> int:
     """Return the `stacklevel` with which `_warn_once` names the line of the caller's own code."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED_OVER:

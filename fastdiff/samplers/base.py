@@ -1,169 +1,53 @@
 # SPDX-License-Identifier: MIT
-"""The base of all samplers: a noise schedule and a configuration, compiled to a table, and the loops over it.
+"""The base of all samplers: the loops over a compiled table.
 
-A sampler compiles its table when it is made and again in `set_timesteps`; `sample` walks it with a new stepper, or
-replays a captured loop.  A sampler can be shared: a loop that fails or stops leaves it unchanged.
+`sample` walks the table with a new stepper, or replays a captured loop.  A sampler can be shared: a loop that fails or
+stops leaves it unchanged.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import checked_callable, checked_type, error_message, unknown_name
-from ..graphs import CapturedLoop, GraphCache, check_can_capture, check_can_show, check_graph_options
+from ..errors import checked_callable, error_message
+from ..graphs import CapturedLoop, check_can_capture, check_can_show, check_graph_options
 from ..graphs.static_inputs import signature
 from ..guidance import GuidedModel, Model
-from ..noise.generators import Generators, generator_states
+from ..noise.generators import Generators, GeneratorStates, generator_states, restore_generators
 from ..ops import backend_for
 from ..philox import as_seeds
 from ..row_layout import Variance
-from ..sampling.config import SamplingConfig, check_guidance_scale
-from ..sampling.loop import Callback, SamplingResult, check_latents, finish, run_loop, start_measuring
-from ..sampling.stepper import Stepper
-from ..schedules import BaseNoiseScheduler
-from ..schedules.levels import Levels, VariancePreservingPath, levels_from_sigmas, levels_from_timesteps
-from ..schedules.timesteps import sigma_schedule, timestep_schedule
-from ..solvers import Prediction, SamplingMethod
-from ..solvers.table import StepTable
+from ..sampling.config import check_guidance_rescale, check_guidance_scale
+from ..sampling.interrupts import DeferredInterrupt
+from ..sampling.loop import (
+    Callback,
+    SamplingLoop,
+    SamplingResult,
+    check_latents,
+    finish,
+    run_loop,
+    start_measuring,
+)
+from ..sampling.model_mode import evaluating
+from ..sampling.stream import SampleStream
+from ..sampling.trajectory import frames_every
+from .compiled import LOG, CompiledSampler, check_fields
+from .grid import Numbers, StepGrid
+
+__all__ = ["BaseSampler", "check_fields"]
 
 
-class BaseSampler:
-    """A noise scheduler and a configuration, compiled to a step table; subclasses name their `method`.
+class BaseSampler(CompiledSampler):
+    """A compiled sampler with its loops; subclasses name their `method`.
 
-    Args:
-        scheduler: the training noise schedule.
-        config: how to sample; its method must be the class's own.
-        fields: fields of `SamplingConfig`, which take precedence over `config`.
-
-    Raises:
-        TypeError, ValueError: a configuration that cannot be compiled; the message names the field.
+    Arguments, fields and errors are those of `CompiledSampler`.
     """
-
-    method: ClassVar[SamplingMethod]
-
-    def __init__(self, scheduler: BaseNoiseScheduler, config: SamplingConfig | None = None, **fields: Any) -> None:
-        if not hasattr(self, "method"):
-            raise TypeError(
-                error_message(
-                    type(self).__name__, "method", "is missing", "a SamplingMethod", "use create_sampler, or a subclass"
-                )
-            )
-        if not isinstance(scheduler, BaseNoiseScheduler):
-            raise TypeError(
-                error_message(
-                    type(self).__name__,
-                    "scheduler",
-                    f"is a {type(scheduler).__name__}",
-                    "a noise scheduler",
-                    "make one with create_noise_scheduler",
-                )
-            )
-        check_fields(type(self).__name__, fields, SamplingConfig)
-        if config is not None:
-            remedy = "pass SamplingConfig(...), or its fields by name"
-            checked_type(type(self).__name__, "config", config, SamplingConfig, "a SamplingConfig or None", remedy)
-        self.scheduler = scheduler
-        config = replace(config, **fields) if config else SamplingConfig(**{"method": self.method, **fields})
-        if config.method is not self.method:
-            raise ValueError(
-                error_message(
-                    type(self).__name__,
-                    "method",
-                    f"is {SamplingMethod.parse(config.method).value!r}",
-                    repr(self.method.value),
-                    "use create_sampler to choose the class by method",
-                )
-            )
-        self.config = config
-        self.table = self._compile(config.num_inference_steps)
-        self._graphs = GraphCache()
-
-    def _solve(self, levels: Levels, prediction: Prediction) -> StepTable:
-        """Compile the table of this sampler for the given levels."""
-        entry = self.method.entry
-        return entry.table(levels, prediction, **{name: getattr(self.config, name) for name in entry.options})
-
-    def _compile(self, num_inference_steps: int) -> StepTable:
-        return self._solve(self.levels(num_inference_steps), self._prediction())
-
-    def _prediction(self) -> Prediction:
-        schedule, config = self.scheduler.config, self.config
-        clip = schedule.clip_sample_range if schedule.clip_sample and not config.thresholding else float("inf")
-        return Prediction(config.prediction_type, clip, config.thresholding)  # type: ignore[arg-type]
-
-    def levels(self, num_inference_steps: int) -> Levels:
-        """Return the noise levels that a loop of so many steps visits.
-
-        Raises:
-            ValueError: fewer than 1 step, or more than the schedule has timesteps.
-        """
-        schedule, config = self.scheduler.config, self.config
-        alphas_cumprod = self.scheduler.alphas_cumprod
-        spacing = config.noise_spacing
-        if spacing is not None:
-            # For the bounds on the number of steps, which are those of timesteps.
-            timestep_schedule("linspace", num_inference_steps, len(alphas_cumprod))
-            low, high = VariancePreservingPath(alphas_cumprod).ratio_range
-            sigmas = sigma_schedule(spacing, num_inference_steps, low, high).tolist()
-            self._check_end(0.0)
-            return levels_from_sigmas(alphas_cumprod, sigmas)
-        timesteps = timestep_schedule(
-            schedule.timestep_spacing, num_inference_steps, len(alphas_cumprod), schedule.steps_offset
-        ).tolist()
-        self._check_end(timesteps[-1])
-        final = 1.0 if config.set_alpha_to_one else float(alphas_cumprod[0])
-        return levels_from_timesteps(alphas_cumprod, timesteps, final_alpha_cumprod=final)
-
-    def _check_end(self, last_timestep: float) -> None:
-        """With `set_alpha_to_one=False` a loop ends at timestep 0, so its last model call must be above it."""
-        if not self.config.set_alpha_to_one and last_timestep == 0:
-            raise ValueError(
-                error_message(
-                    type(self).__name__,
-                    "set_alpha_to_one",
-                    "is False, and the last timestep is 0 already",
-                    "a last timestep above the one where the loop ends",
-                    "set steps_offset=1 with leading timesteps, or leave set_alpha_to_one at True",
-                )
-            )
-
-    def set_timesteps(self, num_inference_steps: int) -> None:
-        """Compile the table again for another number of steps; on an error the sampler stays as it was.
-
-        Loops that were captured for the one before are dropped.
-        """
-        config = replace(self.config, num_inference_steps=num_inference_steps)
-        self.table = self._compile(num_inference_steps)
-        self.config = config
-        self.clear_graphs()
-
-    @property
-    def timesteps(self) -> Tensor:
-        """The model's time argument, one a model call: int64 where all are whole, else float32."""
-        whole = all(timestep.is_integer() for timestep in self.table.timesteps)
-        # In one conversion from float64: int64 cannot be read from numbers that are no ints.
-        values = torch.tensor(self.table.timesteps, dtype=torch.float64, device="cpu")
-        return values.to(torch.int64 if whole else torch.float32)
-
-    @property
-    def init_noise_sigma(self) -> float:
-        """The standard deviation of the first sample; samples stay in the model's coordinates, so 1 as a rule."""
-        return self.table.initial_scale
-
-    def stepper(self, backend: str | None = None, *, seeds: int | Sequence[int] | Tensor | None = None) -> Stepper:
-        """Return a new stepper over the table, for a loop of one's own; `seeds` as in `sample`."""
-        return Stepper(
-            self.table,
-            dynamic_thresholding_ratio=self.config.dynamic_thresholding_ratio,
-            sample_max_value=self.scheduler.config.sample_max_value,
-            seeds=seeds,
-            backend=backend,
-        )
 
     @torch.no_grad()
     def sample(
@@ -174,38 +58,60 @@ class BaseSampler:
         negative_prompt_embeds: Tensor | None = None,
         *,
         guidance_scale: float | Tensor | None = None,
+        guidance_rescale: float | None = None,
         generator: Generators = None,
         seeds: int | Sequence[int] | Tensor | None = None,
+        timesteps: Numbers | None = None,
+        sigmas: Numbers | None = None,
+        start_step: int = 0,
         callback: Callback | None = None,
         progress: bool | None = None,
+        return_trajectory: bool | int = False,
+        trajectory_device: torch.device | str | None = None,
         check_finite: bool | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         model_dtype: torch.dtype | None = None,
+        keep_mode: bool = False,
         backend: str | None = None,
         cuda_graph: bool | str = False,
     ) -> SamplingResult:
         """Run the whole loop.
 
+        Ctrl-C ends the loop after the step that is under way; the result then has the samples of the steps taken and is
+        not ``complete``, and the generators are put back, as where a callback stops the loop.  A second Ctrl-C during
+        that step raises KeyboardInterrupt at once.  That holds in the main thread, for Python's own handler of Ctrl-C,
+        and without `cuda_graph`.
+
         Args:
             model: any callable ``(x, t)`` or ``(x, t, encoder_hidden_states)`` that returns a tensor, a tuple, a dict
                 with "sample" or an object with ``.sample``; t has shape ``[B]``.
-            latents: standard normal noise, ``[B, ...]``, any floating dtype and strides.  It is not written to.
-            prompt_embeds: the condition, ``[B, ...]`` of any dtype (class labels, embeddings), or None.
-            negative_prompt_embeds: the condition of the unconditional call of guidance, like `prompt_embeds`.
+            latents: standard normal noise, ``[B, ...]``, any floating dtype and strides.  It is not written to.  With
+                `timesteps`, `sigmas` or `start_step`: the noisy sample at the first level (see `add_noise`).
+            prompt_embeds: the condition, ``[B, ...]`` of any dtype (class labels, embeddings), or None, which means no
+                guidance.
+            negative_prompt_embeds: the condition of the unconditional call of guidance, like `prompt_embeds`.  None
+                means zeros for embeddings, said once by a warning; labels have no such default.
             guidance_scale: instead of the configuration's; or a scale a sample, as in `fastdiff.ops.step`.
+            guidance_rescale: instead of the configuration's.
             generator: of the noise that stochastic samplers add: one, or one a sample.
             seeds: instead of a generator, a seed for each sample (see `fastdiff.randn`): the step draws the noise
                 itself, several times faster, and a sample comes out the same alone or in any batch.  Latents of the
                 same kind are ``fastdiff.randn(shape, seeds)``.
+            timesteps, sigmas, start_step: other steps for this loop, as in `set_timesteps`; the sampler keeps its own.
             callback: called with a `StepInfo` after each step.  It may edit ``info.sample`` in place or return a tensor
                 like it, which becomes the samples: the loop continues from them.  Returning False stops the loop.
             progress: show a progress bar; None shows it where tqdm is installed.
+            return_trajectory: keep a frame every so many model calls, True for every one: ``result.trajectory``.  The
+                memory of all frames is allocated before the loop.
+            trajectory_device: where the frames are kept, for example "cpu"; None for the device of the latents.
             check_finite: look at every model output for NaN and infinity.  None: on the CPU; on a GPU looking is a
                 host sync.  The finished samples are looked at too, unless it is False: the loop then has no host sync
                 at all, and may return before a GPU has finished (see `SamplingResult`).
             model_kwargs: passed on with every model call.
             model_dtype: what the model is called in, the latents' own where None: a half model may so work on
                 latents in float32.  Its input is written by the step, with no conversion of its own.
+            keep_mode: leave a torch.nn.Module in the mode it is in; else it is in evaluation mode during the loop, and
+                each of its modules is put back afterwards, also after an error.
             backend: forces one, as in `fastdiff.ops.step`.
             cuda_graph: run the loop as a CUDA graph, captured at the first call and kept for later ones of the same
                 form (docs/graphs.md): "loop" or True, all steps in one launch; "step", a launch a step.  Noise then
@@ -216,53 +122,123 @@ class BaseSampler:
                 the latents and the generators are then as they were.
             RuntimeError: the model does what a CUDA graph cannot hold.
         """
-        check_latents(latents)
         if callback is not None:
             checked_callable("sample", "callback", callback, "a callable or None", "pass a function of a StepInfo")
-        if seeds is not None:
-            if generator is not None:
-                raise ValueError(
-                    error_message(
-                        "sample", "generator", "is given beside seeds", "one source of noise", "leave out one"
-                    )
-                )
-            seeds = as_seeds(seeds, latents.shape[0], latents.device)
+        seeds = checked_noise(latents, generator, seeds)
+        every = frames_every(return_trajectory)
+        grid = self._grid_for("sample", timesteps, sigmas, start_step)
+        rescale = self._rescale(guidance_rescale)
         look = not cuda_graph and (latents.device.type == "cpu" if check_finite is None else check_finite)
         conditions = prompt_embeds, negative_prompt_embeds
         guided = self._guided(model, *conditions, guidance_scale, model_kwargs, model_dtype, check_finite=look)
+        started = self._log_start(grid, guided, latents, generator, seeds, backend, cuda_graph)
         if cuda_graph:
             mode = "loop" if cuda_graph is True else cuda_graph
-            check_graph_options(generator, check_finite)
+            check_graph_options(generator, check_finite, every)
             check_can_show(mode, callback, progress)
-            loop = self._kept_loop(guided, latents, mode, backend)
-            stopwatch = start_measuring(latents.device)
-            with stopwatch.part("loop"):
-                samples, steps = loop.run(
-                    latents,
-                    *conditions,
-                    guidance_scale=guided.guidance_scale,
+            with evaluating(model, keep_mode):
+                loop = self._kept_loop(guided, grid, latents, mode, backend, rescale)
+                seeds = loop.drawn_seeds(seeds)
+                stopwatch = start_measuring(latents.device)
+                with stopwatch.part("loop"):
+                    samples, steps = loop.run(
+                        latents,
+                        guided.prompt_embeds,
+                        guided.negative_prompt_embeds,
+                        guidance_scale=guided.guidance_scale,
+                        seeds=seeds,
+                        model_kwargs=model_kwargs,
+                        callback=callback,
+                        progress=progress,
+                    )
+                result = finish(
+                    samples,
+                    steps,
+                    stopwatch,
+                    check_finite is not False,
+                    complete=steps == len(grid.table),
+                    sigmas=grid.sigmas,
+                    timesteps=grid.table.timesteps,
                     seeds=seeds,
-                    model_kwargs=model_kwargs,
+                )
+            _log_end(result, started)
+            return result
+        with DeferredInterrupt() as interrupt, evaluating(model, keep_mode):
+            states = self._generator_states(grid, latents, generator, seeds)
+            try:
+                result = run_loop(
+                    guided,
+                    self._stepper(grid.table, backend, seeds, rescale),
+                    grid.timesteps,
+                    latents,
+                    generator=generator,
                     callback=callback,
                     progress=progress,
+                    check_finite=check_finite is not False,
+                    sigmas=grid.sigmas,
+                    every=every,
+                    trajectory_device=trajectory_device,
+                    seeds=seeds,
+                    interrupt=interrupt,
                 )
-            return finish(samples, steps, stopwatch, check_finite is not False)
-        states = generator_states(generator)
-        try:
-            return run_loop(
-                guided,
-                self.stepper(backend, seeds=seeds),
-                self.timesteps,
-                latents,
-                generator=generator,
-                callback=callback,
-                progress=progress,
-                check_finite=check_finite is not False,
-            )
-        except BaseException:
-            for one, state in states:
-                one.set_state(state)
-            raise
+            except BaseException:
+                restore_generators(states)
+                raise
+            if not result.complete:
+                restore_generators(states)
+        _log_end(result, started)
+        return result
+
+    @torch.no_grad()
+    def stream(
+        self,
+        model: Model,
+        latents: Tensor,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        *,
+        guidance_scale: float | Tensor | None = None,
+        guidance_rescale: float | None = None,
+        generator: Generators = None,
+        seeds: int | Sequence[int] | Tensor | None = None,
+        timesteps: Numbers | None = None,
+        sigmas: Numbers | None = None,
+        start_step: int = 0,
+        return_trajectory: bool | int = False,
+        trajectory_device: torch.device | str | None = None,
+        check_finite: bool | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        model_dtype: torch.dtype | None = None,
+        keep_mode: bool = False,
+        backend: str | None = None,
+    ) -> SampleStream:
+        """Return the loop as an iterator of `StepInfo`, one a step, taken when it is asked for.
+
+        Arguments and errors as in `sample`; they are checked here, and the first step is taken by the first ``next``.
+        `SampleStream.result` gives the result of the steps taken.  Ctrl-C raises KeyboardInterrupt as usual: closing
+        the stream puts the generators back.
+        """
+        seeds = checked_noise(latents, generator, seeds)
+        grid = self._grid_for("stream", timesteps, sigmas, start_step)
+        rescale = self._rescale(guidance_rescale)
+        look = latents.device.type == "cpu" if check_finite is None else check_finite
+        conditions = prompt_embeds, negative_prompt_embeds
+        guided = self._guided(model, *conditions, guidance_scale, model_kwargs, model_dtype, check_finite=look)
+        self._log_start(grid, guided, latents, generator, seeds, backend, False)
+        loop = SamplingLoop(
+            guided,
+            self._stepper(grid.table, backend, seeds, rescale),
+            grid.timesteps,
+            latents,
+            generator=generator,
+            sigmas=grid.sigmas,
+            watched=True,
+            every=frames_every(return_trajectory),
+            trajectory_device=trajectory_device,
+        )
+        states = self._generator_states(grid, latents, generator, seeds)
+        finite = check_finite is not False
+        return SampleStream(loop, model, states, keep_mode=keep_mode, seeds=seeds, check_finite=finite)
 
     @torch.no_grad()
     def capture(
@@ -290,7 +266,8 @@ class BaseSampler:
         check_latents(latents)
         conditions = prompt_embeds, negative_prompt_embeds
         guided = self._guided(model, *conditions, guidance_scale, model_kwargs, model_dtype, check_finite=False)
-        return self._captured(guided, latents, mode, backend)
+        with evaluating(model):
+            return self._captured(guided, self._grid, latents, mode, backend, self.config.guidance_rescale)
 
     def clear_graphs(self) -> None:
         """Drop the loops that `sample` has captured, and their memory."""
@@ -323,28 +300,91 @@ class BaseSampler:
             model_dtype=model_dtype,
         )
 
-    def _captured(self, guided: GuidedModel, latents: Tensor, mode: str, backend: str | None) -> CapturedLoop:
-        return CapturedLoop(
+    def _rescale(self, guidance_rescale: float | None) -> float:
+        if guidance_rescale is None:
+            return self.config.guidance_rescale
+        check_guidance_rescale("sample", guidance_rescale)
+        return guidance_rescale
+
+    def _generator_states(
+        self, grid: StepGrid, latents: Tensor, generator: Generators, seeds: Tensor | None
+    ) -> GeneratorStates:
+        """Return the states of the generators that a loop draws from."""
+        draws = seeds is None and any(grid.table.draws_noise)
+        return generator_states(generator, latents.device if draws else None)
+
+    def _captured(
+        self, guided: GuidedModel, grid: StepGrid, latents: Tensor, mode: str, backend: str | None, rescale: float
+    ) -> CapturedLoop:
+        started = time.perf_counter()
+        loop = CapturedLoop(
             guided,
-            self.table,
-            self.timesteps,
+            grid.table,
+            grid.timesteps,
             latents,
             mode=mode,
             ratio=self.config.dynamic_thresholding_ratio,
             max_value=self.scheduler.config.sample_max_value,
             backend=backend,
+            guidance_rescale=rescale,
+            sigmas=grid.sigmas,
         )
+        LOG.debug("capture: %d rows, mode %s, in %.6f s", len(grid.table), mode, time.perf_counter() - started)
+        return loop
 
-    def _kept_loop(self, guided: GuidedModel, latents: Tensor, mode: str, backend: str | None) -> CapturedLoop:
+    def _kept_loop(
+        self, guided: GuidedModel, grid: StepGrid, latents: Tensor, mode: str, backend: str | None, rescale: float
+    ) -> CapturedLoop:
         check_can_capture(mode, latents)
-        bounds = self.config.dynamic_thresholding_ratio, self.scheduler.config.sample_max_value
-        fixed = mode, id(self.table), bounds, signature(latents), backend_for(latents, backend)
-        return self._graphs.get(guided, fixed, lambda: self._captured(guided, latents, mode, backend))
+        bounds = self.config.dynamic_thresholding_ratio, self.scheduler.config.sample_max_value, rescale
+        fixed = mode, id(grid.table), bounds, signature(latents), backend_for(latents, backend)
+        return self._graphs.get(guided, fixed, lambda: self._captured(guided, grid, latents, mode, backend, rescale))
+
+    def _log_start(
+        self,
+        grid: StepGrid,
+        guided: GuidedModel,
+        latents: Tensor,
+        generator: Generators,
+        seeds: Tensor | None,
+        backend: str | None,
+        cuda_graph: bool | str,
+    ) -> float:
+        """Log what runs where, at DEBUG; return the time on the clock."""
+        if LOG.isEnabledFor(logging.DEBUG):
+            LOG.debug(
+                "%s: %d model calls on %s %s on %s, %s backend, guidance %s, noise from %s, cuda_graph %s",
+                type(self).__name__,
+                len(grid.table),
+                list(latents.shape),
+                latents.dtype,
+                latents.device,
+                backend_for(latents, backend),
+                guided.mode.value if guided.guided else "off",
+                "seeds" if seeds is not None else "torch" if generator is None else "a generator",
+                cuda_graph,
+            )
+        return time.perf_counter()
 
 
-def check_fields(operation: str, given: Mapping[str, Any], config: type[Any]) -> None:
-    """Refuse fields that a configuration does not have."""
-    known = [field.name for field in fields(config)]
-    for name in given:
-        if name not in known:
-            raise unknown_name(operation, "field", name, known)
+def _log_end(result: SamplingResult, started: float) -> None:
+    """Log how far a loop went and how long the host took, at DEBUG; waits for no device."""
+    if LOG.isEnabledFor(logging.DEBUG):
+        planned, spent = len(result.timesteps), time.perf_counter() - started
+        LOG.debug("sample: %d of %d steps, %.6f s on the host", result.steps, planned, spent)
+
+
+def checked_noise(latents: Tensor, generator: Generators, seeds: int | Sequence[int] | Tensor | None) -> Tensor | None:
+    """Check latents and sources of noise; return the seeds as a tensor on the device of the latents, or None.
+
+    Raises:
+        TypeError, ValueError: the latents cannot be a first sample, the seeds do not fit, or both sources are given.
+    """
+    check_latents(latents)
+    if seeds is None:
+        return None
+    if generator is not None:
+        raise ValueError(
+            error_message("sample", "generator", "is given beside seeds", "one source of noise", "leave out one")
+        )
+    return as_seeds(seeds, latents.shape[0], latents.device)

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -17,72 +18,143 @@ from ..errors import error_message, require
 from ..guidance import GuidedModel, write_model_input
 from ..noise.generators import Generators
 from ..ops.checks import DTYPES
+from .interrupts import DeferredInterrupt
 from .reference_counts import reference_counts
+from .result import Callback, SamplingResult, StepContext, StepInfo
 from .stepper import Stepper
 from .timing import Stopwatch, peak_memory
+from .trajectory import Trajectory
+
+__all__ = [
+    "Callback",
+    "SamplingLoop",
+    "SamplingResult",
+    "StepInfo",
+    "check_latents",
+    "checked_samples",
+    "finish",
+    "progress_bar",
+    "run_loop",
+    "start_measuring",
+]
 
 
-@dataclass(frozen=True)
-class StepInfo:
-    """The argument of a callback, after each step.
+class SamplingLoop:
+    """One run over a stepper's table.  Iterating takes the steps: it calls the model, takes the step, and yields.
+
+    Between two steps the consumer may edit or replace `sample`, where the loop is `watched`.
+
+    Args:
+        model: the model with its conditions.
+        stepper: a fresh one.
+        timesteps: the model's time arguments, one a row, int64 or float32.
+        latents: standard normal noise, ``[B, ...]``; not written to.
+        generator: as in `fastdiff.samplers.BaseSampler.sample`.
+        sigmas: the noise level of each row and of the end, for `StepInfo` and the result.
+        watched: yield a `StepInfo` and leave its tensors to the consumer; else yield None and write over the sample.
+        every: the number of steps between the frames of a trajectory, 0 for none.
+        trajectory_device: where the frames are kept; None for the device of the latents.
 
     Attributes:
-        index: the index of the step, from 0, of `total` steps.
-        timestep: the model's time argument.
-        sample: the sample after the step, ``[B, ...]``.  The loop does not write to it later and continues
-            from the values that the callback leaves in it.
-        model_output: the conditional output of the step; the loop does not write to it.
+        sample: the sample after the last finished step, ``[B, ...]``.
     """
 
-    index: int
-    total: int
-    timestep: float
-    sample: Tensor
-    model_output: Tensor
+    def __init__(
+        self,
+        model: GuidedModel,
+        stepper: Stepper,
+        timesteps: Tensor,
+        latents: Tensor,
+        *,
+        generator: Generators = None,
+        sigmas: tuple[float, ...] = (),
+        watched: bool = False,
+        every: int = 0,
+        trajectory_device: torch.device | str | None = None,
+    ) -> None:
+        self.stopwatch = start_measuring(latents.device)
+        self.stepper = stepper
+        self.sigmas = sigmas
+        self._model = model
+        self._timesteps = timesteps
+        self._generator = generator
+        self._watched = watched
+        scale = stepper.table.initial_scale
+        self.sample = latents.clone() if scale == 1.0 else latents * scale
+        self.recorded: Trajectory | None = None
+        if every:
+            self.recorded = Trajectory(latents, every, len(stepper.table), trajectory_device)
+            self.recorded.add(0, self.sample)
 
+    def __iter__(self) -> Generator[StepInfo | None, None, None]:
+        model, stepper, stopwatch, watched = self._model, self.stepper, self.stopwatch, self._watched
+        table = stepper.table
+        total = len(table)
+        scale = model.guidance_scale if model.guided else None
+        sample = self.sample
+        in_model, in_step = stopwatch.part("model"), stopwatch.part("step")
+        started = stopwatch.now() if watched else None
+        prepared = model.prepare(sample)
+        shown: Tensor | None = None
+        for index, timestep in enumerate(to_device(self._timesteps, sample.device)):
+            current = sample if prepared is None else prepared
+            if current is not shown or index == 1:  # from its first step on, the stepper holds the sample too
+                shown = current
+                counts = reference_counts(current)
+            with in_model:
+                output, uncond, variance = model(sample, timestep, prepared)
+            kept = counts is None or reference_counts(current) != counts
+            if kept and prepared is not None:
+                prepared = torch.empty_like(prepared)
+            # The loop writes over its own sample, unless a consumer gets it or the model has kept it.
+            overwrite = not watched and not (kept and prepared is None)
+            last = index + 1 == total
+            before = sample
+            with in_step:
+                sample = stepper.step(
+                    sample,
+                    output,
+                    uncond=uncond,
+                    guidance_scale=scale,
+                    variance=variance,
+                    generator=self._generator,
+                    out=sample if overwrite else None,
+                    # A consumer may edit the sample: the input is written below.
+                    model_input=None if last or watched else prepared,
+                )
+            self.sample = sample
+            if not watched:
+                del before
+                yield None
+                continue
+            predict = functools.partial(stepper.predict, index, before, output, uncond=uncond, guidance_scale=scale)
+            context = StepContext(stopwatch, started, predict)
+            sigma = self.sigmas[index] if self.sigmas else math.nan
+            yield StepInfo(index, total, table.timesteps[index], sample, output, sigma, context)
+            del before, predict, context
+            sample = self.sample
+            if prepared is not None and not last:
+                write_model_input(prepared, sample, table.source[index].model_input_scale)
 
-#: Called after each step.  Returning False stops the loop, returning a tensor makes it the samples.
-Callback = Callable[[StepInfo], object]
+    def record(self, *, last: bool = False) -> None:
+        """Copy the sample into the trajectory where it is one of its frames; `last` after the loop's last step."""
+        if self.recorded is not None:
+            self.recorded.add(self.stepper.index, self.sample, last=last)
 
-
-@dataclass(frozen=True)
-class SamplingResult:
-    """The result of `sample`.
-
-    Where the finished samples were not checked (``check_finite=False``), a GPU may still be computing them: use them on
-    the same stream.  The times below wait for it when they are first read.
-
-    Attributes:
-        samples: ``[B, ...]``, dtype and device of the latents.
-        peak_memory: bytes; see `fastdiff.sampling.timing.peak_memory`.
-        steps: the number of steps taken, fewer than planned where a callback stopped the loop.
-        stopwatch: the source of the times: the clock on the CPU, the device's own on a GPU.
-    """
-
-    samples: Tensor
-    peak_memory: int
-    steps: int
-    stopwatch: Stopwatch = field(repr=False, compare=False)
-
-    @property
-    def processing_time(self) -> float:
-        """Seconds of the whole loop."""
-        return self.stopwatch.seconds()["loop"]
-
-    @property
-    def model_time(self) -> float:
-        """Seconds spent in the model; NaN for a loop that ran as a CUDA graph, which times them together."""
-        return self.stopwatch.seconds().get("model", math.nan)
-
-    @property
-    def step_time(self) -> float:
-        """Seconds spent in the step; NaN likewise."""
-        return self.stopwatch.seconds().get("step", math.nan)
-
-    @property
-    def step_share(self) -> float:
-        """The step's share of the whole time."""
-        return self.step_time / self.processing_time if self.processing_time else 0.0
+    def result(self, *, check_finite: bool, seeds: Tensor | None = None) -> SamplingResult:
+        """Return the result of the steps taken so far; check the samples where `check_finite` is set."""
+        self.record(last=True)
+        return finish(
+            self.sample,
+            self.stepper.index,
+            self.stopwatch,
+            check_finite,
+            complete=self.stepper.done,
+            sigmas=self.sigmas,
+            timesteps=self.stepper.table.timesteps,
+            seeds=seeds,
+            recorded=self.recorded,
+        )
 
 
 def run_loop(
@@ -95,59 +167,59 @@ def run_loop(
     callback: Callback | None = None,
     progress: bool | None = None,
     check_finite: bool = True,
+    sigmas: tuple[float, ...] = (),
+    every: int = 0,
+    trajectory_device: torch.device | str | None = None,
+    seeds: Tensor | None = None,
+    interrupt: DeferredInterrupt | None = None,
 ) -> SamplingResult:
-    """Walk a stepper's table to its end, or until the callback returns False.
+    """Walk a stepper's table to its end, or until the callback returns False or Ctrl-C is pressed.
 
     Args:
-        model: the model with its conditions.
-        stepper: a fresh one.
-        timesteps: the model's time arguments, one a row, int64 or float32.
-        latents: standard normal noise, ``[B, ...]``; not written to.
+        model, stepper, timesteps, latents, sigmas, every, trajectory_device: as in `SamplingLoop`.
         generator, callback, progress: as in `fastdiff.samplers.BaseSampler.sample`.
         check_finite: check the finished samples, which waits for a GPU; nothing else here does.
+        seeds: of the stepper, for the result.
+        interrupt: the block that defers Ctrl-C, which the caller has entered; None leaves Ctrl-C alone.
+
+    Returns:
+        The result; after Ctrl-C, or a KeyboardInterrupt in `interrupt`, that of the steps taken before, unchecked.
+
+    Raises:
+        KeyboardInterrupt: at a second Ctrl-C, or without `interrupt`.
     """
-    stopwatch = start_measuring(latents.device)
-    total = len(stepper.table)
-    scale = model.guidance_scale if model.guided else None
-    with stopwatch.part("loop"), progress_bar(total, progress) as bar:
-        sample = latents.clone() if stepper.table.initial_scale == 1.0 else latents * stepper.table.initial_scale
-        prepared = model.prepare(sample)
-        shown: Tensor | None = None
-        for index, timestep in enumerate(to_device(timesteps, latents.device)):
-            current = sample if prepared is None else prepared
-            if current is not shown or index == 1:  # from its first step on, the stepper holds the sample too
-                shown = current
-                counts = reference_counts(current)
-            with stopwatch.part("model"):
-                output, uncond, variance = model(sample, timestep, prepared)
-            kept = counts is None or reference_counts(current) != counts
-            if kept and prepared is not None:
-                prepared = torch.empty_like(prepared)
-            # The loop writes over its own sample, unless a callback gets it or the model has kept it.
-            overwrite = callback is None and not (kept and prepared is None)
-            last = index + 1 == total
-            with stopwatch.part("step"):
-                sample = stepper.step(
-                    sample,
-                    output,
-                    uncond=uncond,
-                    guidance_scale=scale,
-                    variance=variance,
-                    generator=generator,
-                    out=sample if overwrite else None,
-                    # After a callback, which may edit the sample, the input is written below.
-                    model_input=None if last or callback is not None else prepared,
-                )
-            bar.update()
-            if callback is not None:
-                answer = callback(StepInfo(index, total, stepper.table.timesteps[index], sample, output))
-                if answer is False:
-                    break
-                if answer is not None and isinstance(answer, Tensor):
-                    sample = checked_samples(answer, sample)
-                if prepared is not None and not last:
-                    write_model_input(prepared, sample, stepper.table.source[index].model_input_scale)
-    return finish(sample, stepper.index, stopwatch, check_finite)
+    loop = SamplingLoop(
+        model,
+        stepper,
+        timesteps,
+        latents,
+        generator=generator,
+        sigmas=sigmas,
+        watched=callback is not None,
+        every=every,
+        trajectory_device=trajectory_device,
+    )
+    with loop.stopwatch.part("loop"), progress_bar(len(stepper.table), progress) as bar:
+        try:
+            with contextlib.closing(iter(loop)) as steps:
+                for info in steps:
+                    bar.update()
+                    if callback is not None and info is not None:
+                        answer = callback(info)
+                        if isinstance(answer, Tensor):
+                            loop.sample = checked_samples(answer, loop.sample)
+                        elif answer is False:
+                            break
+                    if every:
+                        loop.record()
+                    if interrupt is not None and interrupt.pending:
+                        check_finite = check_finite and stepper.done
+                        break
+        except KeyboardInterrupt:
+            if interrupt is None or interrupt.pending:  # a second Ctrl-C ends more than this loop
+                raise
+            check_finite = False
+    return loop.result(check_finite=check_finite, seeds=seeds)
 
 
 def checked_samples(returned: Tensor, sample: Tensor) -> Tensor:
@@ -185,8 +257,14 @@ def start_measuring(device: torch.device) -> Stopwatch:
     return Stopwatch(device)
 
 
-def finish(samples: Tensor, steps: int, stopwatch: Stopwatch, check_finite: bool) -> SamplingResult:
-    """Return the result of a loop whose last step is enqueued; check it where `check_finite` is set."""
+def finish(samples: Tensor, steps: int, stopwatch: Stopwatch, check_finite: bool, **facts: Any) -> SamplingResult:
+    """Return the result of a loop whose last step is enqueued; check it where `check_finite` is set.
+
+    Args:
+        samples, steps, stopwatch: of the result.
+        check_finite: refuse samples that are NaN or infinite, which waits for a GPU.
+        facts: other fields of the result.
+    """
     if check_finite and not bool(torch.isfinite(samples).all()):
         raise ValueError(
             error_message(
@@ -197,7 +275,7 @@ def finish(samples: Tensor, steps: int, stopwatch: Stopwatch, check_finite: bool
                 "pass check_finite=True to see whether the model did it; else half precision has overflowed",
             )
         )
-    return SamplingResult(samples, peak_memory(samples.device), steps, stopwatch)
+    return SamplingResult(samples, peak_memory(samples.device), steps, stopwatch, **facts)
 
 
 def check_latents(latents: object) -> None:

@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import checked_bool, checked_float, checked_integer, error_message, parse_choice, unknown_name
+from ..json_fields import fields_from_json, fields_to_json, parsed_object
 from .betas import check_alphas_cumprod
-from .timesteps import TIMESTEP_SPACINGS
+from .timesteps import FLOW_SPACINGS, TIMESTEP_SPACINGS
 
 _DEFAULT_NUM_TRAIN_TIMESTEPS = 1000
 _ALIASES = {"squaredcos_cap_v2": "cosine", "squaredcos": "cosine"}
@@ -34,6 +38,9 @@ class NoiseScheduleType(str, Enum):
     EXPONENTIAL = "exponential"
     LAPLACE = "laplace"
     KARRAS = "karras"
+    FLOW = "flow"
+    #: ``custom_betas`` or ``custom_alphas_cumprod``, whichever is given: a configuration settles it.
+    CUSTOM = "custom"
     CUSTOM_BETAS = "custom_betas"
     CUSTOM_ALPHAS_CUMPROD = "custom_alphas_cumprod"
 
@@ -95,13 +102,16 @@ class NoiseSchedulerConfig:
         clip_sample_range: above 0.
         sample_max_value: upper bound of the threshold in dynamic thresholding, at least 1. The drop-ins take
             smaller ones, as diffusers does, which are then the threshold of every sample; here they are refused.
-        timestep_spacing: which timesteps samplers visit, one of :data:`fastdiff.schedules.timesteps.TIMESTEP_SPACINGS`.
+        timestep_spacing: which timesteps samplers visit, one of :data:`fastdiff.schedules.timesteps.TIMESTEP_SPACINGS`;
+            None takes ``"leading"``, and ``"trailing"`` for a flow schedule, which has ``"linspace"`` besides.
         rescale_betas_zero_snr: rescale so that the last timestep is pure noise, see
             :func:`fastdiff.schedules.betas.rescale_zero_terminal_snr`.
         custom_betas: 1-D tensor or sequence ``[T]`` of β in [0, 1), kept as a tuple of floats.
         custom_alphas_cumprod: 1-D tensor or sequence ``[T]`` of ᾱ in (0, 1] that never rises; the last may be 0. Kept
             as a tuple of floats.
         steps_offset: added to the timesteps of ``"leading"`` spacing, at least 0.
+        shift: of a flow schedule, above 0: the times t become shift·t/(1 + (shift − 1)·t) (arXiv 2403.03206, eq. 23).
+        shift_mu: μ of a flow schedule's dynamic shift, which is shift = e^μ; see :func:`fastdiff.schedules.flow_mu`.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -115,11 +125,13 @@ class NoiseSchedulerConfig:
     clip_sample: bool = False
     clip_sample_range: float = 1.0
     sample_max_value: float = 1.0
-    timestep_spacing: str = "leading"
+    timestep_spacing: str | None = None
     rescale_betas_zero_snr: bool = False
     custom_betas: Tensor | Sequence[float] | None = None
     custom_alphas_cumprod: Tensor | Sequence[float] | None = None
     steps_offset: int = 0
+    shift: float = 1.0
+    shift_mu: float | None = None
 
     def __post_init__(self) -> None:
         operation = "NoiseSchedulerConfig"
@@ -138,12 +150,47 @@ class NoiseSchedulerConfig:
             raise ValueError(
                 error_message(operation, "beta_start", f"is {self.beta_start!r}", expected, "swap the two")
             )
-        if self.timestep_spacing not in TIMESTEP_SPACINGS:
-            raise unknown_name(operation, "timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
         self._check_custom(operation)
+        flow = self.schedule_type == NoiseScheduleType.FLOW.value
+        if self.timestep_spacing is None:
+            self._set("timestep_spacing", "trailing" if flow else "leading")
+        spacings = FLOW_SPACINGS if flow else TIMESTEP_SPACINGS
+        if self.timestep_spacing not in spacings:
+            raise unknown_name(operation, "timestep_spacing", self.timestep_spacing, spacings)
+        self._check_shift(operation, flow)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+
+    def _check_shift(self, operation: str, flow: bool) -> None:
+        self._set("shift", checked_float(operation, "shift", self.shift, 0.0, strict=True))
+        if self.shift_mu is not None:
+            self._set("shift_mu", checked_float(operation, "shift_mu", self.shift_mu, -math.inf))
+            if self.shift != 1.0:
+                expected, remedy = "one of the two", "leave one of them out: shift_mu is the logarithm of shift"
+                raise ValueError(error_message(operation, "shift_mu", "is given beside shift", expected, remedy))
+        if not flow and (self.shift != 1.0 or self.shift_mu is not None):
+            name = "shift" if self.shift_mu is None else "shift_mu"
+            got, remedy = f"is given with schedule_type {self.schedule_type!r}", "set schedule_type='flow'"
+            raise ValueError(error_message(operation, name, got, "a flow schedule", remedy))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as values of standard JSON; `from_dict` makes an equal configuration of them."""
+        return fields_to_json(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> NoiseSchedulerConfig:
+        """Make a configuration of what `to_dict` gave, checked like any other."""
+        return cls(**fields_from_json(cls, values))
+
+    def to_json(self) -> str:
+        """Return the fields as one object of standard JSON (RFC 8259)."""
+        return json.dumps(self.to_dict(), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> NoiseSchedulerConfig:
+        """Make a configuration of what `to_json` gave."""
+        return cls.from_dict(parsed_object(cls.__name__, text))
 
     def _check_custom(self, operation: str) -> None:
         """Settle which custom field belongs to the schedule type, and T with it."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import checked_float, checked_integer, error_message, require, unknown_name
 
 TIMESTEP_SPACINGS: tuple[str, ...] = ("leading", "linspace", "trailing", "cosine")
+FLOW_SPACINGS: tuple[str, ...] = ("linspace", "trailing")
 SIGMA_SPACINGS: tuple[str, ...] = ("karras", "exponential", "beta", "lu")
 
 _COSINE_OFFSET = 0.008

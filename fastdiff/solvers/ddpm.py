@@ -24,6 +24,8 @@ class VarianceType(str, Enum):
     FIXED_LARGE_LOG = "fixed_large_log"
     LEARNED = "learned"
     LEARNED_RANGE = "learned_range"
+    #: Not one of diffusers': a model whose v lies in [0, 1].
+    LEARNED_UNIT_RANGE = "learned_unit_range"
 
     @classmethod
     def parse(cls, value: str | VarianceType) -> VarianceType:
@@ -32,6 +34,8 @@ class VarianceType(str, Enum):
 
 #: The floor of the posterior variance, as in diffusers: that of the last step is 0 and has no logarithm.
 SMALLEST_VARIANCE = 1e-20
+
+_RANGES = (VarianceType.LEARNED_RANGE, VarianceType.LEARNED_UNIT_RANGE)
 
 
 def ddpm(
@@ -49,7 +53,8 @@ def ddpm(
         variance_type: `fixed_small` and `fixed_small_log` (the posterior variance), `fixed_large` and
             `fixed_large_log` (β; diffusers' own fixed_large_log takes the root of a negative logarithm, ours
             the variance that it means), `learned` (the model's second output is the variance), `learned_range`
-            (it interpolates between the two logarithms, arXiv 2102.09672, eq. 15).
+            (v in [−1, 1] interpolates between the two logarithms, as in the code of arXiv 2102.09672 and in
+            diffusers), `learned_unit_range` (v in [0, 1], as in that paper's eq. 15).
     """
     kind = VarianceType.parse(variance_type)
     rows = []
@@ -71,11 +76,13 @@ def ddpm(
                 # v in [-1, 1] spans [log small, log large]; half of it is the log of the standard deviation.
                 offset = 0.25 * (math.log(beta) + math.log(small))
                 slope = 0.25 * (math.log(beta) - math.log(small))
+                if kind is VarianceType.LEARNED_UNIT_RANGE:  # 2v − 1 in place of v
+                    offset, slope = offset - slope, 2.0 * slope
         row = model.row(prev)
-        if kind is VarianceType.LEARNED_RANGE:
+        if kind in _RANGES:
             row = replace(row, variance_offset=offset, variance_slope=slope)
         rows.append(row)
-    variance = {VarianceType.LEARNED: Variance.LEARNED, VarianceType.LEARNED_RANGE: Variance.LEARNED_RANGE}
-    return StepTable(
-        tuple(rows), levels.initial_scale, variance.get(kind, Variance.FIXED), thresholding=prediction.thresholding
-    )
+    variance = Variance.LEARNED_RANGE if kind in _RANGES else Variance.FIXED
+    if kind is VarianceType.LEARNED:
+        variance = Variance.LEARNED
+    return StepTable(tuple(rows), levels.initial_scale, variance, thresholding=prediction.thresholding)

@@ -95,14 +95,14 @@ def test_env_lists_backends_with_reasons() -> None:
 def test_env_reports_who_draws_torch_noise(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reason: str, line: str
 ) -> None:
-    monkeypatch.setattr("fastdiff.cli.why_by_torch", lambda: reason)
+    monkeypatch.setattr("fastdiff.cli.environment.why_by_torch", lambda: reason)
     print_environment()
     assert line in capsys.readouterr().out
 
 
 def test_env_names_missing_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Square brackets are markup in rich and have to be printed literally."""
-    monkeypatch.setattr("fastdiff.cli.ops.backend_status", lambda: {"triton": "pip install 'x[triton]'"})
+    monkeypatch.setattr("fastdiff.ops.backend_status", lambda: {"triton": "pip install 'x[triton]'"})
     print_environment()
     assert "pip install 'x[triton]'" in capsys.readouterr().out
 

@@ -85,19 +85,29 @@ def test_files_named_in_the_diagrams_exist() -> None:
                 assert re.search(rf"\b{name}\b", path.read_text()), f"{function} in {file}"
 
 
+#: Examples that do not end by themselves, with the test that runs each.
+SERVERS = {"serve_fastapi.py": "test_example_server.py"}
+
 #: What makes an example short, and what it leaves behind: a picture, or lines that it prints.
 EXAMPLES = {
     "own_loop.py": ([], "*.png"),
     "compiled_loop.py": (["--steps", "3", "--rounds", "1", "--device", "cpu", "--without-compile"], "eager, fastdiff"),
+    "lightning_module.py": (["--max-steps", "2"], "validation loss"),
     "diffusion_policy.py": (["--iterations", "2", "--steps", "3", "--rounds", "1"], "DDPMScheduler"),
 }
 
 
-@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_every_example_is_run() -> None:
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == EXAMPLES.keys() | SERVERS.keys()
+    assert all(Path(__file__).with_name(test).is_file() for test in SERVERS.values())
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_run(
-    example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments, left = EXAMPLES[example.name]
+    arguments, left = EXAMPLES[name]
+    example = ROOT / "examples" / name
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [str(example), *arguments])
     runpy.run_path(str(example), run_name="__main__")

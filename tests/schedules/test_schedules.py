@@ -27,7 +27,7 @@ from fastdiff.schedules import (
     rescale_zero_terminal_snr,
 )
 
-NAMES = [kind.value for kind in NoiseScheduleType if not kind.value.startswith("custom")]
+NAMES = [kind.value for kind in NoiseScheduleType if not kind.value.startswith(("custom", "flow"))]
 CLASSES = {
     "linear": "LinearNoiseScheduler",
     "scaled_linear": "ScaledLinearNoiseScheduler",

@@ -17,13 +17,22 @@ from support.solver_loops import PREDICTION_TYPES
 
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
 @pytest.mark.parametrize(
-    "variance_type", ["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
+    "variance_type",
+    [
+        "fixed_small",
+        "fixed_small_log",
+        "fixed_large",
+        "fixed_large_log",
+        "learned",
+        "learned_range",
+        "learned_unit_range",
+    ],
 )
 @pytest.mark.parametrize("clip", [math.inf, 0.6])
 def test_ddpm_is_equations_6_and_7(variance_type: str, kind: PredictionType, clip: float) -> None:
-    """arXiv 2006.11239, eq. 6 and 7 in β_t and ᾱ, as diffusers writes them; 2102.09672, eq. 15 for learned_range."""
+    """arXiv 2006.11239, eq. 6 and 7 in β_t and ᾱ, as diffusers writes them; 2102.09672, eq. 15 for the ranges."""
     levels = levels_from_half_log_snr(CLEAN)
-    v = np.array([0.2, 0.5, 0.9, 0.01]) if variance_type == "learned" else np.array([-1.0, -0.3, 0.4, 1.0])
+    v = np.array([-1.0, -0.3, 0.4, 1.0]) if variance_type == "learned_range" else np.array([0.2, 0.5, 0.9, 0.01])
     x = START
     for i in range(len(levels)):
         t, s = levels[i], levels[i + 1]
@@ -41,6 +50,7 @@ def test_ddpm_is_equations_6_and_7(variance_type: str, kind: PredictionType, cli
             "fixed_large_log": math.exp(math.log(beta)),
             "learned": v,
             "learned_range": np.exp((v + 1) / 2 * math.log(beta) + (1 - v) / 2 * math.log(small)),
+            "learned_unit_range": np.exp(v * math.log(beta) + (1 - v) * math.log(small)),
         }[variance_type]
         x = mean + (np.sqrt(variance) * NOISE[i] if i + 1 < len(levels) else 0.0)
     table = ddpm(levels, Prediction(kind, clip), variance_type=variance_type)

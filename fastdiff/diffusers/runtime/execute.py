@@ -14,20 +14,15 @@ import torch
 from torch import Tensor
 
 from ... import ops
+from ...guidance.rescale import rows_with_scaled_output
 from ...noise.brownian_tree import sampled
 from ...noise.torch_normals import randn_like_diffusers
 from ...ops.thresholding import dynamic_threshold
-from ...row_layout import COLUMNS, KEEP_0, KEEP_1, PREDICTION_OUTPUT, PREV_SAMPLE
 from ..compiler.inputs import CONFIG
 from ..compiler.plan import Draw, NoiseSource, Plan
 
 #: Dtypes that the fused step takes beside a table of either compute dtype.
 _NARROW = (torch.float16, torch.bfloat16, torch.float32)
-#: The columns of a row that multiply the model's output, directly or within the prediction.
-_OUTPUT_COLUMNS = [
-    PREDICTION_OUTPUT,
-    *(first + COLUMNS.index("model_output") for first in (PREV_SAMPLE, KEEP_0, KEEP_1)),
-]
 
 
 def execute(
@@ -134,9 +129,7 @@ def _rows(table: Tensor, output_scale: Tensor | None) -> tuple[Tensor, int | Ten
     """Return the table and row index for all samples, or a row for each with the output's coefficients scaled."""
     if output_scale is None:
         return table, 0
-    rows = table.repeat(len(output_scale), 1)
-    rows[:, _OUTPUT_COLUMNS] *= output_scale[:, None].to(table.dtype)
-    return rows, torch.arange(len(output_scale), device=table.device)
+    return rows_with_scaled_output(table, output_scale)
 
 
 def _write(plan: Plan, attributes: dict[str, Any], values: list[Any]) -> None:

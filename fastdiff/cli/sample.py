@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The command line: ``fastdiff sample`` draws digits with the packaged model, ``fastdiff env`` prints versions and
-backends, ``fastdiff bench`` measures steps."""
+"""``fastdiff sample``: a grid of digits by the model that ships."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
-import platform
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,15 +10,13 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from . import __version__, ops
-from .errors import error_message, require, unknown_name
-from .noise.torch_normals import why_by_torch
-from .ops import randn
-from .ops.fallback import why_reference
-from .ops.memory import held_memory, kept_memory_limit
-from .philox import spawn_seeds
-from .schedules import create_noise_scheduler
-from .solvers import SamplingMethod
+from .. import ops
+from ..errors import error_message, unknown_name
+from ..ops import randn
+from ..philox import spawn_seeds
+from ..schedules import create_noise_scheduler
+from ..solvers import SamplingMethod
+from .app import app
 
 #: Fields of SamplingConfig by the names of samplers: those of the registry, and the values of `SamplingMethod` besides.
 SAMPLERS: dict[str, dict[str, Any]] = {
@@ -34,10 +28,6 @@ ALIASES: dict[str, dict[str, Any]] = {
 
 #: Images that one call draws at most: they are one batch, of about 0.2 MiB an image.
 MOST_IMAGES = 10_000
-
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Diffusion sampling steps as one fused pass.")
-
-_PACKAGES = ("torch", "triton", "diffusers", "numpy", "scipy", "scikit-learn", "safetensors")
 
 
 def parse_classes(text: str, count: int) -> list[int]:
@@ -120,33 +110,6 @@ def sample(
     )
 
 
-@app.command()
-def env() -> None:
-    """Print versions, backends, and why a missing one is missing."""
-    print_environment()
-
-
-# The benchmarks read their arguments themselves: they run from a checkout without typer as well.
-@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(context: typer.Context) -> None:
-    """Measure a step beside its peers and beside a copy; `fastdiff bench --help` lists the options."""
-    try:
-        benchmarks = importlib.import_module("fastdiff.benchmarks.__main__")
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("fastdiff.benchmarks"):
-            raise
-        raise RuntimeError(
-            error_message(
-                "bench",
-                "fastdiff.benchmarks",
-                "cannot be imported",
-                "an installation that knows of it",
-                "install it again, or run python -m benchmarks in the checkout",
-            )
-        ) from error
-    benchmarks.main(context.args, prog="fastdiff bench")
-
-
 def draw_digits(
     sampling: dict[str, Any],
     *,
@@ -160,9 +123,9 @@ def draw_digits(
     progress: bool,
 ) -> None:
     """Sample digits and write them as a grid; see ``fastdiff sample --help``."""
-    from .analysis.images import check_grid_path, save_grid
-    from .digits import IMAGE_SHAPE, NULL_CLASS, NUM_CLASSES, load_digit_unet
-    from .samplers import create_sampler
+    from ..analysis.images import check_grid_path, save_grid
+    from ..digits import IMAGE_SHAPE, NULL_CLASS, NUM_CLASSES, load_digit_unet
+    from ..samplers import create_sampler
 
     # All that can be refused is refused here, before anything is drawn.
     labels = parse_classes(classes, NUM_CLASSES)
@@ -200,53 +163,3 @@ def draw_digits(
         f"{100 * result.step_share:.2f} % of the time in the step ({ops.backend_for(latents, backend)} backend), "
         f"{result.steps} steps; {out}"
     )
-
-
-def print_environment() -> None:
-    """Versions of what matters here, and each backend with the reason where it is missing."""
-    table_class = require("rich.table", "cli", "fastdiff env").Table
-    plain = require("rich.text", "cli", "fastdiff env").Text  # a remedy such as 'x[extra]' is no markup
-    console = require("rich.console", "cli", "fastdiff env").Console()
-    versions = table_class("package", "version", title=f"fastdiff {__version__}", title_justify="left")
-    versions.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    for name in _PACKAGES:
-        versions.add_row(name, _version(name))
-    versions.add_row("CUDA of torch", torch.version.cuda or "none: a CPU build")
-    backends = table_class("backend", "status", title="backends", title_justify="left")
-    for name, status in ops.backend_status().items():
-        detail = f" ({ops.cpu_build()} build)" if name == "cpu" and status == "available" else ""
-        backends.add_row(name, plain(status + detail))
-    backends.add_row("triton launches", plain(ops.triton_launcher()))
-    console.print(versions)
-    console.print(backends)
-    threads = torch.get_num_threads()
-    console.print(plain(_answered_by("the CPU", torch.empty(0), f", with {threads} threads")))
-    by_torch = why_by_torch()
-    drawn = f"by torch: {by_torch}" if by_torch else "drawn by fastdiff's loop"
-    console.print(plain(f"torch's noise: {drawn}"))
-    console.print(
-        f"kept for new outputs on the CPU: {held_memory() / 2**20:.1f} of at most {kept_memory_limit() / 2**20:.0f} MiB"
-    )
-    if torch.accelerator.is_available():
-        on_gpu = torch.empty(0, device=torch.accelerator.current_accelerator())
-        module = torch.get_device_module(on_gpu.device)
-        name = module.get_device_name() if hasattr(module, "get_device_name") else str(on_gpu.device)
-        console.print(plain(_answered_by(name, on_gpu)))
-
-
-def _answered_by(name: str, tensor: torch.Tensor, details: str = "") -> str:
-    """Return who answers on a device, and why no compiled backend does where one is to be expected."""
-    try:
-        backend = ops.backend_for(tensor)
-    except (RuntimeError, ValueError) as error:  # the backend that FASTDIFF_BACKEND names
-        return f"a step on {name} is refused: {error}"
-    reason = why_reference(tensor.device.type)
-    missing = f"; a compiled backend is missing: {reason}" if reason else ""
-    return f"a step on {name} is answered by {backend}{details}{missing}"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

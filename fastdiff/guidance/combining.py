@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: MIT
+"""Tables with the weights of guidance, and the pass that combines branches alone."""
+
+from __future__ import annotations
+
+import functools
+from array import array
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..device_copy import to_device
+from ..errors import error_message
+from ..row_layout import ROW_WIDTH, compute_dtype
+from .method import RowWeights
+from .rows import (
+    COMBINING_ROW,
+    MOST_BRANCHES,
+    OUTPUT_COLUMNS,
+    Placement,
+    combining_placement,
+    guided_row,
+    scaled_pair,
+    table_of,
+)
+from .scalars import Scalar
+
+
+def table_and_scale(
+    base: Sequence[float], placement: Placement, rows: Sequence[RowWeights], terms: Sequence[Scalar], like: Tensor
+) -> tuple[Tensor, float | Tensor]:
+    """Return the table of a step, ``[1, 32]`` or ``[B, 32]``, and its guidance scale, a float or ``[B]``.
+
+    Args:
+        base: the solver's row, or `COMBINING_ROW`.
+        placement: where the branches are.
+        rows: their weights, for all samples, for each, or with scalars ``[B]``.
+        terms: the weights of the extra terms.
+        like: the samples, ``[B, ...]``.
+    """
+    made = [guided_row(base, placement, weights, kept, terms) for weights, kept in rows]
+    table = table_of([row for row, _ in made], like.shape[0], like)
+    first = made[0][1]
+    if isinstance(first, Tensor):
+        return table, first.to(table.dtype)
+    if len(made) == 1:
+        return table, first
+    return table, to_device(torch.tensor([scale for _, scale in made], dtype=table.dtype), like.device)
+
+
+class HostTable:
+    """A table on the CPU for steps of two branches, written anew for each step in half a microsecond.
+
+    Args:
+        rows: 1, or one a sample.
+        like: the samples.
+    """
+
+    def __init__(self, rows: int, like: Tensor) -> None:
+        self.dtype = compute_dtype(like.dtype)
+        code = "d" if self.dtype is torch.float64 else "f"
+        self._code = code
+        self._numbers = array(code, bytes(rows * ROW_WIDTH * like.new_empty((), dtype=self.dtype).element_size()))
+        self._scales = array(code, [1.0] * rows)
+        with torch.inference_mode(False):
+            self.tensor = torch.frombuffer(self._numbers, dtype=self.dtype).view(rows, ROW_WIDTH)
+            self.scales = torch.frombuffer(self._scales, dtype=self.dtype)
+
+    def __len__(self) -> int:
+        return self.tensor.shape[0]
+
+    def write(self, base: Sequence[float], rows: Sequence[RowWeights]) -> float | Tensor:
+        """Write the solver's row with each row's weights of the two branches; return the guidance scale or scales."""
+        numbers, row = self._numbers, array(self._code, base)
+        scale = 1.0
+        for i, ((first, second, *_), _kept) in enumerate(rows):
+            factor, scale = scaled_pair(first, second)
+            start = i * ROW_WIDTH
+            numbers[start : start + ROW_WIDTH] = row
+            for column in OUTPUT_COLUMNS:
+                if base[column] != 0.0:
+                    numbers[start + column] = base[column] * factor
+            self._scales[i] = scale
+        return scale if len(rows) == 1 else self.scales
+
+
+def row_index(table: Tensor) -> int | Tensor:
+    """Return the row of each sample in a table of one row, or of one a sample."""
+    return 0 if table.shape[0] == 1 else _count(table.shape[0], table.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _count(number: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(number, device=device)
+
+
+def as_tokens(tensor: Tensor, dims: int | None) -> Tensor:
+    """Return a tensor with a sample for each token of the last `dims` dimensions; itself for None."""
+    return tensor if dims is None else tensor.reshape(-1, *tensor.shape[tensor.dim() - dims :])
+
+
+def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """Return a tensor to write: the given one, or a new one."""
+    return torch.empty_like(like) if tensor is None else tensor
+
+
+def combine(
+    sample: Tensor, tensors: Sequence[Tensor], rows: Sequence[RowWeights], *, token_dims: int | None = None,
+    state: Tensor | None = None, backend: str | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Combine branches in one pass.
+
+    Args:
+        sample: x, whose weight is the last of each row.
+        tensors: the branches, ``[B, ...]``, six at most.
+        rows: their weights, and those of a second sum.
+        token_dims: the trailing dimensions of a token, where the rows are for tokens.
+        state: a tensor to write the second sum to; may be one of `tensors`.
+        backend: forces one, as in `fastdiff.ops.step`.
+
+    Returns:
+        The guided output, and the second sum where the rows have one.
+
+    Raises:
+        ValueError: there are more tensors than one pass reads.
+    """
+    keeps = rows[0][1] is not None
+    if len(tensors) > MOST_BRANCHES - keeps:
+        got, expected = f"are {len(tensors)}", f"at most {MOST_BRANCHES - keeps} in one pass"
+        raise ValueError(error_message("combine", "branches", got, expected, "combine some of them before"))
+    placement = combining_placement(len(tensors), keeps=keeps)
+    shape = sample.shape
+    x, *branches = (as_tokens(tensor, token_dims) for tensor in (sample, *tensors))
+    table, scale = table_and_scale(COMBINING_ROW, placement, rows, (), x)
+    outs = [torch.empty_like(x), *([or_empty(state, x)] if keeps else [])]
+    graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *branches))
+    results = ops.step(
+        x,
+        branches[0],
+        table,
+        row_index(table),
+        uncond=branches[1] if placement.paired else None,
+        guidance_scale=scale if placement.paired else None,
+        history=branches[1 + placement.paired :],
+        keeps=len(outs) - 1,
+        out=None if graph else outs,
+        backend=backend,
+    )
+    return results if token_dims is None else tuple(result.reshape(shape) for result in results)
+
+
+def weighted_sum(sample: Tensor, tensors: Sequence[Tensor], rows: Sequence[RowWeights]) -> Tensor:
+    """Return the guided output by torch's operators, inside autograd's graph."""
+    total = torch.zeros_like(sample)
+    for j, tensor in enumerate((*tensors, sample)):
+        weights = [row[j] for row, _ in rows]
+        first = weights[0]
+        if not isinstance(first, Tensor):
+            first = torch.tensor(weights, dtype=torch.float64, device=sample.device)
+        weight = first.reshape(-1, *[1] * (sample.dim() - 1)).to(compute_dtype(sample.dtype))
+        if len(weights) > 1 or isinstance(weights[0], Tensor) or weights[0] != 0.0:
+            total = total + weight * tensor
+    return total

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: MIT
+"""The weights of a step's branches: one reduction, then scalars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..errors import error_message
+from .method import SAMPLE, STATE, Guidance, Place, RowWeights
+from .scalars import Scalar
+
+#: Up to this many samples on the CPU, scalars are Python floats: a tensor operation costs as much as a formula.
+MOST_ON_HOST = 16
+
+
+def host_scales(methods: Sequence[Guidance], place: Place, batch: int) -> list[float] | None:
+    """Return the scale of each row of a step on the host: one for all, or one a sample; None if one is on a GPU.
+
+    Raises:
+        ValueError: a tensor of scales is for another number of samples.
+    """
+    found: list[float] = []
+    for i, method in enumerate(methods):
+        scales = method.host_scales(place)
+        if scales is None:
+            return None
+        _check_batch(method, len(scales), batch)
+        if len(methods) == 1:
+            return scales
+        found.append(scales[i if len(scales) > 1 else 0])
+    return found
+
+
+def _check_batch(method: Guidance, number: int, batch: int) -> None:
+    if number not in (1, batch):
+        got, remedy = f"has {number} numbers", "pass one scale, or one a sample"
+        message = error_message(type(method).__name__, "scale", got, f"1 or {batch}", remedy)
+        raise ValueError(message)
+
+
+def step_weights(
+    methods: Sequence[Guidance], place: Place, names: Sequence[str], tensors: Sequence[Tensor], sample: Tensor,
+    with_state: Sequence[bool],
+) -> list[RowWeights]:  # fmt: skip
+    """Return the weights of a step's branches.
+
+    Args:
+        methods: one for all samples, or one a sample.
+        place: the step.
+        names: the branches at hand, ``state`` included where there is one.
+        tensors: their tensors, ``[B, ...]``.
+        sample: x, like them.
+        with_state: for each method, True if it has kept a tensor in an earlier step.
+
+    Returns:
+        One entry for all samples, or one a sample; or one whose scalars are tensors ``[B]``.
+    """
+    batch = sample.shape[0]
+    reduces = any(method.uses_reduction(place) for method in methods)
+    given = [*tensors, sample] if any(method.uses_sample for method in methods) else list(tensors)
+    on_host = sample.device.type == "cpu" and batch <= MOST_ON_HOST
+    scales = host_scales(methods, place, batch) if on_host or not reduces else None
+    elements = float(given[0].numel() // batch) if given and batch else 0.0
+    places = [place._replace(has_state=True) if has else place for has in with_state]
+    if scales is not None:
+        rows = batch if reduces else max(len(scales), len(methods))
+        products: list[Any] = [None] * rows
+        sums: list[Any] = products
+        if reduces:
+            matrices, totals = ops.gram(given, sums=True)
+            products, sums = matrices.tolist(), totals.tolist()
+        found = []
+        for i in range(rows):
+            own = i if len(methods) > 1 else 0
+            scale = scales[i if len(scales) > 1 else 0]
+            found.append(methods[own].weights(names, places[own], products[i], sums[i], elements, scale))
+        return found if len(found) == 1 else _complete_kept(found, names)
+    of_all: tuple[Any, Any] = (None, None)
+    if reduces:
+        matrices, totals = (tensor.double() for tensor in ops.gram(given, sums=True))
+        numbers = range(len(given))
+        of_all = [[matrices[:, i, j] for j in numbers] for i in numbers], [totals[:, i] for i in numbers]
+    like = torch.empty((), dtype=torch.float64, device=sample.device)
+    of_method = {
+        method: method.weights(names, at, *of_all, elements, method.device_scale(at, batch, like))
+        for method, at in dict(zip(methods, places, strict=True)).items()
+    }
+    if len(methods) == 1:
+        return list(of_method.values())
+    return [_mixed_row(methods, of_method, names, batch, like)]
+
+
+def _mixed_row(
+    methods: Sequence[Guidance], of_method: Mapping[Guidance, RowWeights], names: Sequence[str], batch: int,
+    like: Tensor,
+) -> RowWeights:  # fmt: skip
+    """Return weights ``[B]`` for a method a sample: each method's are computed for all, used for its own."""
+    width = len(names) + 1
+    weights: list[Scalar] = [torch.zeros_like(like).expand(batch)] * width
+    kept: list[Scalar] = list(weights)
+    keeps = False
+    for method, (row, row_kept) in of_method.items():
+        own = torch.tensor([other is method for other in methods], device=like.device)
+        weights = [torch.where(own, new, old) for new, old in zip(row, weights, strict=True)]
+        if row_kept is not None:
+            keeps = True
+            kept = [torch.where(own, new, old) for new, old in zip(row_kept, kept, strict=True)]
+        elif STATE in names:
+            kept[names.index(STATE)] = torch.where(own, 1.0, kept[names.index(STATE)])
+    return weights, kept if keeps else None
+
+
+def _complete_kept(rows: list[RowWeights], names: Sequence[str]) -> list[RowWeights]:
+    """Return the rows with something to keep in all of them, if there is in one: the others keep what was kept."""
+    if all(kept is None for _, kept in rows):
+        return rows
+    same = [1.0 if name == STATE else 0.0 for name in (*names, SAMPLE)]
+    return [(weights, same if kept is None else kept) for weights, kept in rows]
