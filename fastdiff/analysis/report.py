@@ -185,8 +185,8 @@ def _table(rows: list[ComparisonRow]) -> Iterator[str]:
     note = "Bold: the best of its number of steps."
     if any(_shows(row, "frechet") for row in rows):
         count = len(rows[0].distances)
-        note += f" Fréchet distance, precision, recall and inception-style score are those of {count} samples: few make "
-        note += "them rough, and they fall or rise with the number."
+        note += f" Fréchet distance, precision, recall and inception-style score are of {count} samples: "
+        note += "few make them rough, and they fall or rise with the number."
     yield f'<p class="note">{note}</p>'
 
 

@@ -299,11 +299,12 @@ class DDPMSampler:
         clip_range = 1.0 if clip_denoised else math.inf
         coefficients = self._table(clip_range).coefficients.clone()
         coefficients[:, _SHIFT] = guidance_scale * coefficients[:, _NOISE] ** 2
+        coefficients = coefficients.to(self.device, torch.float32)
 
         def guided_step(x: Tensor, output: Tensor, row: int) -> Tensor:
             times = self.timesteps[row].expand(len(x))
             shift = gradient(guidance_fn, x, times)
-            return self._step(x, output, row, clip_range, generator, coefficients.to(x.device, x.dtype), shift)
+            return self._step(x, output, row, clip_range, generator, coefficients, shift)
 
         model = self._own_model("sample_with_guidance")
         return self._loop(
@@ -368,7 +369,7 @@ class DDPMSampler:
         bar = progress_bar(len(self.timesteps), None if show_progress else False)
         with restored_on_error(generator, device), evaluating(model), bar:
             x = draw(shape, generator, dtype=torch.float32, device=device)
-            trajectory = [x.cpu()]
+            trajectory = [x.cpu()] if return_trajectory else []
             for row, t in enumerate(to_device(self.timesteps, device)):
                 output = unwrap(model(x, t.expand(len(x))))
                 x = step(x, output, row) if step else self._step(x, output, row, clip_range, generator)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 from array import array
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -60,10 +61,9 @@ class HostTable:
 
     def __init__(self, rows: int, like: Tensor) -> None:
         self.dtype = compute_dtype(like.dtype)
-        code = "d" if self.dtype is torch.float64 else "f"
-        self._code = code
-        self._numbers = array(code, bytes(rows * ROW_WIDTH * like.new_empty((), dtype=self.dtype).element_size()))
-        self._scales = array(code, [1.0] * rows)
+        self._code: Literal["d", "f"] = "d" if self.dtype is torch.float64 else "f"
+        self._numbers = array(self._code, [0.0] * (rows * ROW_WIDTH))
+        self._scales = array(self._code, [1.0] * rows)
         with torch.inference_mode(False):
             self.tensor = torch.frombuffer(self._numbers, dtype=self.dtype).view(rows, ROW_WIDTH)
             self.scales = torch.frombuffer(self._scales, dtype=self.dtype)

@@ -38,7 +38,7 @@ class Place(NamedTuple):
         has_state: the method has kept a tensor in an earlier step.
     """
 
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # as a tuple has a method of that name
     total: int = 1
     timestep: float = 0.0
     prediction: tuple[float, float] = (0.0, 1.0)

@@ -47,7 +47,7 @@ class PerturbedGuidance(Guidance):
     def combination(self, branches: Mapping[str, Vector], scale: Scalar, place: Place) -> Vector:
         """Return u + g·(c − u) + s·(c − p)."""
         cond, uncond = branches["cond"], branches["uncond"]
-        guided = uncond + scale * (cond - uncond)
-        if self.phase(place):
+        guided = uncond + (cond - uncond) * scale
+        if self.phase(place) is True:
             guided = guided + self.perturbed_scale * (cond - branches["perturbed"])
         return guided

@@ -130,6 +130,7 @@ def guided_row(
         terms: the weights of the extra terms in the previous sample.
     """
     found: list[Scalar] = list(row)
+    scale: Scalar = 1.0
     for j in range(placement.kept):
         found[STORE_0 + j] = float(j)
     if placement.paired and len(weights) == 3 and kept is None and not terms and _is_zero(weights[2]):
@@ -140,7 +141,6 @@ def guided_row(
                     found[column] = row[column] * factor
         return found, scale
     of_branches, of_sample = weights[:-1], weights[-1]
-    scale: Scalar = 1.0
     if placement.paired:
         first, scale = scaled_pair(of_branches[0], of_branches[1])
         others = of_branches[2:]

@@ -15,7 +15,7 @@ from .vectors import Vector
 
 def fitted(uncond: Vector, cond: Vector) -> Vector:
     """Return α·u with α = ⟨c, u⟩/(‖u‖² + 1e-8), the least-squares fit to c."""
-    return divide(cond.dot(uncond), uncond.dot(uncond) + 1e-8) * uncond
+    return uncond * divide(cond.dot(uncond), uncond.dot(uncond) + 1e-8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,4 +53,4 @@ class ZeroStarGuidance(Guidance):
         if place.index < self.zero_init_steps:
             return 0.0 * cond
         uncond = fitted(branches["uncond"], cond)
-        return uncond + scale * (cond - uncond)
+        return uncond + (cond - uncond) * scale

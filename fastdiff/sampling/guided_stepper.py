@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -105,6 +106,7 @@ class GuidedStepper:
         self._rows: list[list[float]] = table.coefficients.tolist()
         self._state: Tensor | None = None
         self._with_state = [False] * len(self.methods)
+        self._before: tuple[Tensor | None, list[bool]] = None, self._with_state
         self._place: Place | None = None
         self._needed: list[tuple[str, ...]] = []
         self._kind: _Kind | None = None
@@ -241,6 +243,7 @@ class GuidedStepper:
         if self.done:
             return self.stepper.step(sample, sample, **given)  # raises
         place = self._look_ahead()
+        self._before = self._state, self._with_state
         if self._kind is not None and not self.terms:
             result = self._quick(self._kind, sample, outputs, given)
             if result is not None:
@@ -279,25 +282,46 @@ class GuidedStepper:
             self._keep(kept[0])
         return result
 
+    def combined(self, sample: Tensor, outputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the guided output of the step that was taken last, in a pass of its own; the stepper is as it was.
+
+        Args:
+            sample, outputs: of that step.
+        """
+        at = copy.copy(self)
+        at.stepper = copy.copy(self.stepper)
+        at.stepper.index = self.stepper.index - 1
+        at._state, at._with_state = self._before
+        at._place = None
+        place = at._look_ahead()
+        names, tensors = at._tensors(place, sample, outputs)
+        tensors = [tensor.detach() for tensor in tensors]
+        if len(tensors) > 1 and isinstance(self.guidance, FrequencyDecoupledGuidance):
+            return self.guidance.output(*tensors)
+        rows = at._weights(place, names, tensors, sample)
+        tensors, rows = _without_zeros(sample, tensors, rows)
+        return combine(sample, tensors, rows, token_dims=self._token_dims, backend=self.stepper.backend)[0]
+
     def _quick(
         self, kind: _Kind, sample: Tensor, outputs: Mapping[str, Tensor], given: Mapping[str, Any]
     ) -> Tensor | None:
         """Take a step of a known kind on few samples; None where there is more to look at."""
-        if not isinstance(sample, Tensor) or not isinstance(outputs, Mapping):
-            return None
-        tensors = [outputs.get(name) for name in kind.names]
-        for tensor in tensors:
-            if not isinstance(tensor, Tensor) or tensor.shape != sample.shape:
+        try:
+            tensors = [outputs[name] for name in kind.names]
+            shape = sample.shape
+            if not all(tensor.shape == shape for tensor in tensors):
                 return None
-        c: Any = tensors[0] if tensors else sample
+        except (AttributeError, LookupError, TypeError):
+            return None  # the checks name what is wrong
+        c = tensors[0] if tensors else sample
         if kind.scale is not None:
             if len(tensors) == 1:
                 return self.stepper.step(sample, c, **given)
             return self.stepper.step(sample, c, uncond=tensors[1], guidance_scale=kind.scale, **given)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (sample, *tensors)):  # type: ignore[union-attr]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (sample, *tensors)):
             return None
         if kind.weights is not None:
-            return self._constant(kind.weights, sample, tensors, given)  # type: ignore[arg-type]
+            return self._constant(kind.weights, sample, tensors, given)
         batch = sample.shape[0] if sample.dim() > 0 else 0
         if kind.formula is None or sample.device.type != "cpu" or not 0 < batch <= MOST_ON_HOST:
             return None
@@ -307,14 +331,14 @@ class GuidedStepper:
         placement = self._placement(len(tensors), keeps, 0)
         if placement is None:
             return None
-        products, sums = ops.gram(tensors, sums=True)  # type: ignore[arg-type]
+        products, sums = ops.gram(tensors, sums=True)
         elements = float(sample.numel() // batch)
         of_samples = zip(products.tolist(), sums.tolist(), strict=True)
         rows: list[RowWeights] = [
             kind.formula(matrix, total, elements, kind.guidance_scale) for matrix, total in of_samples
         ]
         if keeps or len(tensors) > 2 or self.table.thresholding:
-            return self._fused(sample, tensors, rows, placement, (), None, given)  # type: ignore[arg-type]
+            return self._fused(sample, tensors, rows, placement, (), None, given)
         scale = _plain_scale(rows, sample)
         if scale is not None:
             return self.stepper.step(sample, c, uncond=tensors[1], guidance_scale=scale, **given)
@@ -539,8 +563,9 @@ class GuidedStepper:
     def _keep(self, state: Tensor) -> None:
         """Remember what guidance has kept in a step."""
         self._state = state
-        for i, method in enumerate(self.methods):
-            self._with_state[i] = self._with_state[i] or method.keeps_state
+        self._with_state = [
+            has or method.keeps_state for has, method in zip(self._with_state, self.methods, strict=True)
+        ]
 
     def _with_terms(
         self, sample: Tensor, tensors: list[Tensor], rows: list[RowWeights]

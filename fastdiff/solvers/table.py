@@ -236,10 +236,13 @@ class StepTable:
             path: a file ending in ``.json`` or ``.safetensors``; see `fastdiff.solvers.table_file` for both forms.
 
         Raises:
-            ValueError: another ending.
+            ValueError: another ending, or the table has `provided_slots`, which a file does not hold.
             OSError: the file cannot be written; an existing one is then unchanged.
             ImportError: safetensors is missing.
         """
+        if self.provided_slots:
+            got, remedy = f"is {self.provided_slots}", "compile the table again where it is used"
+            raise ValueError(error_message("StepTable.save", "provided_slots", got, "no such slots", remedy))
         write_table(
             path,
             StoredTable(
