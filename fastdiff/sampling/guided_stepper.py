@@ -306,6 +306,8 @@ class GuidedStepper:
         self, kind: _Kind, sample: Tensor, outputs: Mapping[str, Tensor], given: Mapping[str, Any]
     ) -> Tensor | None:
         """Take a step of a known kind on few samples; None where there is more to look at."""
+        if isinstance(outputs, Tensor):
+            return None
         try:
             tensors = [outputs[name] for name in kind.names]
             shape = sample.shape
@@ -645,7 +647,7 @@ def _plain_scale(rows: Sequence[RowWeights], sample: Tensor) -> float | Tensor |
         if len(others) > 2 or isinstance(first, Tensor) or any(isinstance(w, Tensor) for w in others):
             return None
         second = others[0] if len(others) == 2 else 0.0
-        if others[-1] != 0.0 or abs(first + second - 1.0) > 1e-15 * (abs(first) + abs(second)):  # type: ignore[operator]
+        if others[-1] != 0.0 or abs(first + second - 1.0) > 1e-15 * (abs(first) + abs(second)):
             return None
         scales.append(first)
     if all(scale == scales[0] for scale in scales):
