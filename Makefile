@@ -32,7 +32,7 @@ BUILD := $(VENV)/.stamp-build-$(FASTDIFF_BUILD)
 # The extension with sanitizers is built into a separate folder, with a copy of the package. SANITIZE_TESTS: the tests that
 # run the C++ code on every kind of call; files that do not exist are left out.
 SANITIZED := build/sanitize
-SANITIZE_TESTS ?= $(sort $(shell find tests -false $(patsubst %,-o -name 'test_%.py',step_parity step_layout step_overlap \
+SANITIZE_TESTS ?= $(sort $(shell find tests -false $(patsubst %,-o -name 'test_%.py',step_parity step_layout step_overlap step_mask step_parts \
   step_functional step_checks step_dtypes step_properties step_memory step_allocation step_streaming blocks binding_fuzz* \
   reductions reductions_ops philox* rows seeds copy_kernel torch_noise dropin_loop \
   dropin_beginnings dropin_brownian)))
@@ -116,9 +116,10 @@ $(PY):
 	  echo "make: $(PYTHON) cannot make a virtual environment with pip, expected the modules venv and ensurepip;" \
 	       "install them (on Debian and Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
 
-$(PACKAGES): requirements-dev.txt | $(PY)
+$(PACKAGES): requirements-dev.txt requirements-no-deps.txt | $(PY)
 	@echo "installing requirements-dev.txt into $(VENV): a minute or two"
 	@$(PY) -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) -r requirements-dev.txt
+	@$(PY) -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --no-deps -r requirements-no-deps.txt
 	@touch $@
 
 # Installing and compiling are separate: pip compiles in a new folder each time, while an in-place build lets ninja

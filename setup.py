@@ -50,6 +50,7 @@ MODES = ("auto", "cpu", "cuda", "none")
 PACKAGES = [
     "fastdiff",
     "fastdiff.analysis",
+    "fastdiff.analysis.plots",
     "fastdiff.benchmarks",
     "fastdiff.benchmarks.gpu",
     "fastdiff.classroom",
@@ -61,8 +62,10 @@ PACKAGES = [
     "fastdiff.graphs",
     "fastdiff.guidance",
     "fastdiff.kernels",
+    "fastdiff.loops",
     "fastdiff.noise",
     "fastdiff.ops",
+    "fastdiff.rl",
     "fastdiff.samplers",
     "fastdiff.sampling",
     "fastdiff.schedules",
@@ -73,7 +76,7 @@ PACKAGE_DIR = {
     "fastdiff.benchmarks.gpu": "benchmarks/gpu",
     "fastdiff.kernels": "kernels/triton",
 }
-PACKAGE_DATA = {"fastdiff": ["py.typed"], "fastdiff.digits": ["weights.safetensors", "figures.json"]}
+PACKAGE_DATA = {"fastdiff": ["py.typed"], "fastdiff.digits": ["*.safetensors", "figures.json"]}
 
 # The commands that build the extension, and dist_info, from which pip reads the wheel's requirements in advance. Other
 # commands (sdist, egg_info, clean, …) need no compiler.

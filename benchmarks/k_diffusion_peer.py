@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import importlib.util
 import itertools
 import sys
@@ -33,28 +34,38 @@ def load_sampling() -> ModuleType:
     Raises:
         ImportError: k-diffusion, or a package that its sampling.py imports, is not installed.
     """
+    return load("sampling")
+
+
+def load(module: str) -> ModuleType:
+    """Import a module of k-diffusion that needs its sampling.py and parts of its utils.py at most.
+
+    Raises:
+        ImportError: k-diffusion, or a package that the module imports, is not installed.
+    """
     found = importlib.util.find_spec("k_diffusion")
     if found is None or not found.submodule_search_locations:
         raise ImportError("k-diffusion is not installed")
     folder = Path(found.submodule_search_locations[0])
-    path = folder / "sampling.py"
-    used = {
-        node.attr
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "utils"
-    }
-    source = ast.parse((folder / "utils.py").read_text())
-    source.body = [node for node in source.body if isinstance(node, ast.FunctionDef) and node.name in used]
-    package, utils = ModuleType(_ALONE), ModuleType(f"{_ALONE}.utils")
-    exec(compile(source, str(folder / "utils.py"), "exec"), vars(utils))
-    vars(package).update(__path__=[], utils=utils)
-    spec = importlib.util.spec_from_file_location(f"{_ALONE}.sampling", path)
-    assert spec is not None
-    assert spec.loader is not None
-    sampling = importlib.util.module_from_spec(spec)
-    sys.modules[_ALONE] = package
-    spec.loader.exec_module(sampling)
-    return sampling
+    if _ALONE not in sys.modules:
+        used = {
+            node.attr
+            for name in ("sampling", "external")
+            for node in ast.walk(ast.parse((folder / f"{name}.py").read_text()))
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "utils"
+        }
+        source = ast.parse((folder / "utils.py").read_text())
+        source.body = [node for node in source.body if isinstance(node, ast.FunctionDef) and node.name in used]
+        package, utils = ModuleType(_ALONE), ModuleType(f"{_ALONE}.utils")
+        exec(compile(source, str(folder / "utils.py"), "exec"), vars(utils))
+        vars(package).update(__path__=[str(folder)], utils=utils)
+        sys.modules[_ALONE] = package
+        sys.modules[utils.__name__] = utils
+    try:
+        return importlib.import_module(f"{_ALONE}.{module}")
+    except ImportError:
+        del sys.modules[_ALONE]
+        raise
 
 
 def repeating_loops(case: Case, sets: Sequence[Tensors]) -> list[RepeatingLoop]:

@@ -9,12 +9,13 @@ The way of the data::
     guidance/   the model under classifier-free guidance
     noise/      noise that is drawn outside the step
     sampling/   walks the rows of a table and calls the model in between; single steps
+    loops/      one function a method in k-diffusion's manner
     graphs/     captures both as CUDA graphs
     ops/        the one fused operation, its checks, and the choice among its implementations:
                 ops/reference.py, kernels/ and csrc/, which extension.py loads
 
-From bottom to top: the modules beside the packages, ops, schedules, solvers, noise, guidance, sampling, graphs,
-samplers, analysis, digits, diffusers, and the command line; nothing below knows what is above it.
+From bottom to top: the modules beside the packages, ops, schedules, solvers, noise, guidance, sampling, loops, graphs,
+samplers, rl, editing, analysis, classroom, digits, diffusers, and the command line; nothing below knows what is above.
 
 `fastdiff.diffusers`, `fastdiff.patch` and `fastdiff.unpatch` need diffusers: they are imported when they are asked for,
 and ``from fastdiff import *`` asks for none of them.
@@ -33,10 +34,23 @@ from .samplers import (
     BaseSampler,
     DDIMSampler,
     DDPMSampler,
+    DEISSampler,
     DPMSolverSampler,
+    EDMEulerSampler,
     EulerAncestralSampler,
     EulerSampler,
+    FlowEulerSampler,
+    FlowHeunSampler,
     HeunSampler,
+    IPNDMSampler,
+    KDPM2AncestralSampler,
+    KDPM2Sampler,
+    LCMSampler,
+    LMSSampler,
+    PNDMSampler,
+    SASolverSampler,
+    TCDSampler,
+    UniPCSampler,
     create_sampler,
 )
 from .samplers.manager import AdvancedSamplingManager, create_advanced_sampling_manager
@@ -83,21 +97,32 @@ __all__ = [
     "CustomNoiseScheduler",
     "DDIMSampler",
     "DDPMSampler",
+    "DEISSampler",
     "DPMSolverSampler",
+    "EDMEulerSampler",
     "EulerAncestralSampler",
     "EulerSampler",
     "ExponentialNoiseScheduler",
     "FallbackWarning",
+    "FlowEulerSampler",
+    "FlowHeunSampler",
     "FlowNoiseScheduler",
     "HeunSampler",
+    "IPNDMSampler",
+    "KDPM2AncestralSampler",
+    "KDPM2Sampler",
     "KarrasNoiseScheduler",
+    "LCMSampler",
+    "LMSSampler",
     "LaplaceNoiseScheduler",
     "LinearNoiseScheduler",
     "LinearRescaledNoiseScheduler",
     "NoiseScheduleType",
     "NoiseSchedulerConfig",
+    "PNDMSampler",
     "Purpose",
     "QuadraticNoiseScheduler",
+    "SASolverSampler",
     "SampleStream",
     "SamplingConfig",
     "SamplingMethod",
@@ -107,6 +132,8 @@ __all__ = [
     "StepInfo",
     "StepTable",
     "Stepper",
+    "TCDSampler",
+    "UniPCSampler",
     "as_seeds",
     "create_advanced_sampling_manager",
     "create_noise_scheduler",

@@ -44,6 +44,28 @@ def write_whole(path: str | Path, data: bytes, *, operation: str, argument: str 
         raise explained from error
 
 
+def read_whole(path: str | Path, limit: int, *, operation: str, argument: str = "the file") -> bytes:
+    """Return the content of a file, or its first bytes.
+
+    Args:
+        path: path of the file.
+        limit: the number of bytes to read at most.
+        operation, argument: the operation and the name of the path argument, for error messages.
+
+    Raises:
+        OSError: the file cannot be read; `errno` has the reason, and the message is one sentence.
+    """
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(limit)
+    except OSError as error:
+        got = f"is {str(path)!r}, which cannot be read: {error.strerror or error}"
+        message = error_message(operation, argument, got, "a readable file", "check the path and its permissions")
+        explained = type(error)(message)
+        explained.errno = error.errno
+        raise explained from error
+
+
 def check_writable(path: str | Path, *, operation: str, argument: str) -> None:
     """Check that `write_whole` could write a path, before the work whose result it will hold.
 

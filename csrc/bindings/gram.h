@@ -31,8 +31,7 @@ inline py::object gram(const py::list& tensors, bool sums, int64_t stream) {
         args.x[i] = y.const_data_ptr();
     }
     const auto compute = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    const at::Tensor out =
-        at::empty({args.batch, args.count, args.count + (sums ? 1 : 0)}, x.options().dtype(compute));
+    const at::Tensor out = at::empty({args.batch, args.count, args.count + (sums ? 1 : 0)}, x.options().dtype(compute));
     args.out = out.data_ptr();
     const int64_t blocks = blocks_of(args.inner), parts = args.batch * blocks * gram_parts(args.count, sums);
     if (x.is_cpu()) {

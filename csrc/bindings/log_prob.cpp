@@ -37,6 +37,14 @@ bool complete(const StepCall& call, bool replay) {
            noisy && !(replay && (call.noise == nullptr || call.keeps != 0));
 }
 
+// Return whether the one row of all samples adds noise, where that can be read here; Python names the mistake if not.
+bool may_add_noise(const StepCall& call, const StepArgs& step) {
+    if (call.row_index.tensor != nullptr || !call.sample->is_cpu()) return true;
+    const int64_t at = step.row * kRowWidth + kPrevSample + kNoise;
+    return call.table->scalar_type() == at::kDouble ? static_cast<const double*>(step.table)[at] != 0.0
+                                                    : static_cast<const float*>(step.table)[at] != 0.0F;
+}
+
 struct Result {
     at::Tensor log_prob;
     std::array<at::Tensor, kMaxOutputs> outputs;
@@ -54,7 +62,8 @@ void run_on_cpu(LogProbArgs args) {
     }
     const py::gil_scoped_release release;
     const int64_t share = std::max<int64_t>(1, grain / std::min<int64_t>(args.step.inner, kBlock));
-    at::parallel_for(0, blocks, share, [&](int64_t begin, int64_t end) { cpu_build.log_prob_blocks(args, begin, end); });
+    at::parallel_for(0, blocks, share,
+                     [&](int64_t begin, int64_t end) { cpu_build.log_prob_blocks(args, begin, end); });
     cpu_build.finish_log_prob(args, 0, args.step.batch);
 }
 
@@ -88,6 +97,7 @@ Decline run_log_prob(const StepCall& call, bool replay, bool mean, Result* resul
         builder.require(type == at::ScalarType::Undefined || dtype_of(type).has_value(), Decline::kDtype);
     }
     if (!builder.good()) return builder.declined;
+    if (!may_add_noise(call, step)) return Decline::kValue;
     for (int64_t o = 0; !replay && o <= call.keeps; ++o) {
         const auto slot = static_cast<size_t>(o);
         const MaybeTensor given = call.out.tensors[slot];

@@ -32,11 +32,25 @@ def save_grid(samples: Tensor, path: str | Path, *, columns: int, scale: int = 1
         OSError: the file cannot be written.  One that was there is as it was.
         ImportError: Pillow is missing.
     """
+    picture = _grid(samples, columns, scale, "save_grid")
     pillow = _pillow("save_grid")
+    write_whole(path, _encoded(pillow, picture, path, "save_grid", "path"), operation="save_grid", argument="path")
+
+
+def grid_bytes(samples: Tensor, *, columns: int, scale: int = 1) -> bytes:
+    """Return the grid of `save_grid` as the bytes of a PNG file; arguments and errors as there."""
+    buffer = io.BytesIO()
+    _grid(samples, columns, scale, "grid_bytes").save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _grid(samples: Tensor, columns: int, scale: int, operation: str) -> Any:
+    """Return a grid of images as a picture of Pillow."""
+    pillow = _pillow(operation)
     if samples.dim() != 4 or samples.shape[1] not in (1, 3) or samples.shape[0] == 0 or columns < 1:
         raise ValueError(
             error_message(
-                "save_grid",
+                operation,
                 "samples",
                 f"has shape {list(samples.shape)} for {columns} columns",
                 "[N, 1 or 3, H, W] with N of 1 or more, in 1 column or more",
@@ -56,8 +70,7 @@ def save_grid(samples: Tensor, path: str | Path, *, columns: int, scale: int = 1
     mode, data = ("L", grid[0]) if channels == 1 else ("RGB", grid.permute(1, 2, 0))
     size = (grid.shape[2], grid.shape[1])
     # Bytes rather than numpy: torch alone is what fastdiff may count on.
-    picture = pillow.frombytes(mode, size, bytes(data.contiguous().flatten().tolist()))
-    write_whole(path, _encoded(pillow, picture, path, "save_grid", "path"), operation="save_grid", argument="path")
+    return pillow.frombytes(mode, size, bytes(data.contiguous().flatten().tolist()))
 
 
 def check_grid_path(

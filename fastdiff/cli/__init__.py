@@ -7,11 +7,20 @@ The modules::
     sample.py       ``fastdiff sample`` draws digits with the packaged model
     environment.py  ``fastdiff env`` prints versions and backends
     bench.py        ``fastdiff bench`` measures steps
+    compare.py      ``fastdiff compare`` writes a report on sampling methods
+    recommend.py    ``fastdiff recommend`` chooses solver, spacing and steps
+    plot.py         ``fastdiff plot`` draws schedules, trajectories, comparisons and orders
+    options.py      options of several commands
+    table.py        ``fastdiff table`` prints step tables and schedules that are files
 """
 
 from __future__ import annotations
 
 from . import bench as bench
+from . import compare as compare
+from . import plot as plot
+from . import recommend as recommend
+from . import table as table
 from .app import app
 from .environment import print_environment
 from .sample import ALIASES, SAMPLERS, check_device, draw_digits, parse_classes, sample, sampler_fields

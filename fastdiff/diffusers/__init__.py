@@ -7,6 +7,8 @@ A class here is a subclass of diffusers' own: configuration, timesteps, state an
 diffusers.  Only `step` is replaced: the first time that a scheduler is in some state the step is compiled to a plan
 (`compiler`), which is run from then on (`running`).
 
+`TableScheduler` walks a step table, such as one from a file, inside a pipeline.
+
 `patch` and `unpatch` do the same to a whole pipeline, in place; `guiders` has the guiders of modular pipelines;
 `explain` reports how each step of a scheduler is taken.
 """
@@ -23,6 +25,7 @@ from .explain import ExplainedStep, Explanation, explain  # noqa: E402
 from .mixin import FusedScheduler  # noqa: E402
 from .patch import Part, PatchReport, patch, unpatch  # noqa: E402
 from .registry import ABSENT, CLASSES  # noqa: E402
+from .table_scheduler import TableScheduler  # noqa: E402
 
 __all__ = [
     "ExplainedStep",
@@ -30,6 +33,7 @@ __all__ = [
     "FusedScheduler",
     "Part",
     "PatchReport",
+    "TableScheduler",
     "explain",
     "patch",
     "unpatch",

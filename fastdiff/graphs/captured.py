@@ -76,6 +76,7 @@ class CapturedLoop:
         self.table = table
         self._threshold_options = ratio, max_value
         self._rescale = guidance_rescale
+        self._negative_is_zeros = model.negative_is_zeros
         self._sigmas = sigmas
         self._backend = backend_to_run(latents, backend)
         self._lock = threading.RLock()
@@ -149,6 +150,8 @@ class CapturedLoop:
         self._check_guidance(guidance_scale)
         if not self.guided:
             negative_prompt_embeds = None  # as in a loop without graphs: there is no call that would take it
+        elif negative_prompt_embeds is None and self._negative_is_zeros and isinstance(prompt_embeds, Tensor):
+            negative_prompt_embeds = torch.zeros_like(prompt_embeds)  # as at the capture
         conditions = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
         self._conditions.check(conditions)
         self._kwargs.check(dict(model_kwargs or {}))

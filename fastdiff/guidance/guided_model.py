@@ -72,6 +72,8 @@ class GuidedModel:
     check_finite: bool = True
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     model_dtype: torch.dtype | None = None
+    #: True where zeros were taken for a missing negative condition.
+    negative_is_zeros: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -79,6 +81,7 @@ class GuidedModel:
             return
         if self.mode is GuidanceMode.BATCHED and self.negative_prompt_embeds is None:
             object.__setattr__(self, "negative_prompt_embeds", self._zeros())
+            object.__setattr__(self, "negative_is_zeros", True)
         negative = self.negative_prompt_embeds
         if negative is not None and negative.shape != self.prompt_embeds.shape:
             raise ValueError(

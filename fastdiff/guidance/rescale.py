@@ -7,13 +7,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..row_layout import COLUMNS, KEEP_0, KEEP_1, PREDICTION_OUTPUT, PREV_SAMPLE
+from ..row_layout import COLUMNS, PREDICTION_OUTPUT, PREV_SAMPLE
 
-#: The columns of a row that multiply the model's output, directly or within the prediction.
-OUTPUT_COLUMNS = [
-    PREDICTION_OUTPUT,
-    *(first + COLUMNS.index("model_output") for first in (PREV_SAMPLE, KEEP_0, KEEP_1)),
-]
+#: The columns of a row that multiply the model's output, in its three maps. PREDICTION_OUTPUT does in the prediction.
+_IN_MAPS = slice(PREV_SAMPLE + COLUMNS.index("model_output"), None, len(COLUMNS))
 
 
 def rescaling_of(guided: Tensor, cond: Tensor, share: float) -> Tensor:
@@ -41,5 +38,8 @@ def rows_with_scaled_output(row: Tensor, factor: Tensor) -> tuple[Tensor, Tensor
         The coefficients ``[B, 32]`` and the row index ``[B]`` of each sample.
     """
     rows = row.repeat(len(factor), 1)
-    rows[:, OUTPUT_COLUMNS] *= factor[:, None].to(row.dtype)
+    scale = factor.to(row.dtype)[:, None]
+    # By slices, which a CUDA graph can hold: a list of columns would come from the host.
+    rows[:, PREDICTION_OUTPUT : PREDICTION_OUTPUT + 1] *= scale
+    rows[:, _IN_MAPS] *= scale
     return rows, torch.arange(len(factor), device=row.device)

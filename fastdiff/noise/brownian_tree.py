@@ -214,13 +214,13 @@ def _trees_of(sampler: Any) -> list[Tree] | None:
     trees = _TREES.get(sampler.tree)
     if trees is None:
         intervals = sampler.tree.trees
-        if not all(map(_is_supported, intervals)) or why_by_torchsde():
+        if not all(map(is_supported, intervals)) or why_by_torchsde():
             return None
         trees = _TREES[sampler.tree] = [Tree(interval) for interval in intervals]
     return trees
 
 
-def _is_supported(interval: Any) -> bool:
+def is_supported(interval: Any) -> bool:
     """Return True for an interval with the options that diffusers uses, float32 on the CPU."""
     total = interval._w_h[0]
     return bool(

@@ -63,12 +63,13 @@ def generator_states(generator: Generators, default_of: torch.device | None = No
             for no generator.
     """
     if generator is None:
-        if default_of is None or default_of.type not in ("cpu", "cuda"):
+        kind = "" if default_of is None else default_of.type
+        if kind == "cpu":
+            generator = torch.default_generator
+        elif kind == "cuda" and default_of is not None:
+            generator = torch.cuda.default_generators[default_of.index]
+        else:
             return []
-        generator = torch.default_generator
-        if default_of.type == "cuda":
-            index = torch.cuda.current_device() if default_of.index is None else default_of.index
-            generator = torch.cuda.default_generators[index]
     listed = [generator] if isinstance(generator, torch.Generator) else _as_list(generator)
     return [(g, g.get_state()) for g in listed]
 

@@ -82,9 +82,10 @@ class BaseSampler(CompiledSampler):
     ) -> SamplingResult:
         """Run the whole loop.
 
-        Ctrl-C ends the loop after the step that is under way, and a second one at once; the result then has the samples
-        of the steps taken and is not ``complete``, and the generators are put back, as where a callback stops the loop.
-        That holds in the main thread, for Python's own handler of Ctrl-C, and without `cuda_graph`.
+        Ctrl-C ends the loop after the step that is under way; the result then has the samples of the steps taken and is
+        not ``complete``, and the generators are put back, as where a callback stops the loop.  A second Ctrl-C during
+        that step raises KeyboardInterrupt at once.  That holds in the main thread, for Python's own handler of Ctrl-C,
+        and without `cuda_graph`.
 
         Args:
             model: any callable ``(x, t)`` or ``(x, t, encoder_hidden_states)`` that returns a tensor, a tuple, a dict
@@ -273,6 +274,7 @@ class BaseSampler(CompiledSampler):
         mode: str = "loop",
         model_kwargs: Mapping[str, Any] | None = None,
         model_dtype: torch.dtype | None = None,
+        keep_mode: bool = False,
         backend: str | None = None,
     ) -> CapturedLoop:
         """Capture the loop as a CUDA graph, to replay it with other inputs.
@@ -287,7 +289,7 @@ class BaseSampler(CompiledSampler):
         check_latents(latents)
         conditions = prompt_embeds, negative_prompt_embeds
         guided = self._guided(model, *conditions, guidance_scale, model_kwargs, model_dtype, check_finite=False)
-        with evaluating(model):
+        with evaluating(model, keep_mode):
             return self._captured(guided, self._grid, latents, mode, backend, self.config.guidance_rescale)
 
     def clear_graphs(self) -> None:

@@ -123,7 +123,7 @@ class CompiledSampler:
         if grid is None:
             levels = self._grid.levels
             if timesteps is not None or sigmas is not None:
-                levels = given_levels(operation, self.scheduler.path, self._end, *given)
+                levels = self._given_levels(operation, *given)
             grid = self._compile(from_step(operation, levels, start_step), from_noise=False)
             while len(self._other_grids) >= _GRIDS:
                 self._other_grids.pop(next(iter(self._other_grids)))
@@ -133,7 +133,7 @@ class CompiledSampler:
     def _prediction(self) -> Prediction:
         schedule, config = self.scheduler.config, self.config
         clip = schedule.clip_sample_range if schedule.clip_sample and not config.thresholding else float("inf")
-        return Prediction(config.prediction_type, clip, config.thresholding)  # type: ignore[arg-type]
+        return Prediction(config.prediction_type, clip, config.thresholding, config.sigma_data)  # type: ignore[arg-type]
 
     def levels(self, num_inference_steps: int) -> Levels:
         """Return the noise levels that a loop of so many steps visits.
@@ -148,10 +148,16 @@ class CompiledSampler:
             low, high = path.ratio_range
             sigmas = sigma_schedule(spacing, num_inference_steps, low, high).tolist()
             self._check_end(0.0)
-            return Levels(tuple(path.at_ratio(float(sigma)) for sigma in (*sigmas, 0.0)), path.at_ratio)
+            points = tuple(path.at_ratio(float(sigma)) for sigma in (*sigmas, 0.0))
+            return Levels(points, path.at_ratio, path.at_timestep)
         timesteps = self.scheduler.inference_timesteps(num_inference_steps)
         self._check_end(timesteps[-1])
-        return Levels((*(path.at_timestep(timestep) for timestep in timesteps), self._end), path.at_ratio)
+        points = *(path.at_timestep(timestep) for timestep in timesteps), self._end
+        return Levels(points, path.at_ratio, path.at_timestep)
+
+    def _given_levels(self, operation: str, timesteps: Numbers | None, sigmas: Numbers | None) -> Levels:
+        """Return the levels of timesteps or sigmas that a caller gives."""
+        return given_levels(operation, self.scheduler.path, self._end, timesteps, sigmas)
 
     @property
     def _end(self) -> Level:
@@ -203,7 +209,7 @@ class CompiledSampler:
             config = replace(self.config, num_inference_steps=num_inference_steps)  # type: ignore[arg-type]
             levels = self.levels(config.num_inference_steps)
         else:
-            levels = given_levels(operation, self.scheduler.path, self._end, timesteps, sigmas)
+            levels = self._given_levels(operation, timesteps, sigmas)
             if num_inference_steps not in (None, len(levels)):
                 got, expected = f"is {num_inference_steps}", f"{len(levels)}, the number of steps given"
                 raise ValueError(error_message(operation, "num_inference_steps", got, expected, "leave it out"))

@@ -55,9 +55,9 @@ def step_grid(levels: Levels, table: StepTable, path: Path, *, from_noise: bool)
 
 
 def row_sigmas(levels: Levels, table: StepTable, path: Path) -> tuple[float, ...]:
-    """Return the noise level of each row's model call and of the end of the loop."""
+    """Return the noise level of each row's model call, churn left out, and of the end of the loop."""
     points = levels.points
-    if len(table) == len(levels) and all(a == b for a, b in zip(table.timesteps, levels.timesteps, strict=True)):
+    if len(table) == len(levels):
         return tuple(path.sigma_of(point) for point in points)
     # Solvers with several calls a step, which are at levels of their own or at the next one.
     known = {point.timestep: point for point in points[:-1]}
@@ -84,7 +84,7 @@ def given_levels(operation: str, path: Path, end: Level, timesteps: Numbers | No
         )
     if timesteps is not None:
         values = numbers(operation, "timesteps", timesteps)
-        return Levels((*(path.at_timestep(t) for t in values), end), path.at_ratio)
+        return Levels((*(path.at_timestep(t) for t in values), end), path.at_ratio, path.at_timestep)
     values = numbers(operation, "sigmas", sigmas)
     if len(values) > 1 and values[-1] == 0.0:
         values.pop()
@@ -92,7 +92,8 @@ def given_levels(operation: str, path: Path, end: Level, timesteps: Numbers | No
         if not value > 0.0:
             got, expected = f"holds {value}", "levels above 0, and at most a last 0 for the end"
             raise ValueError(error_message(operation, "sigmas", got, expected, "leave out what is below"))
-    return Levels((*(path.at_sigma(sigma) for sigma in values), path.at_ratio(0.0)), path.at_ratio)
+    points = *(path.at_sigma(sigma) for sigma in values), path.at_ratio(0.0)
+    return Levels(points, path.at_ratio, path.at_timestep)
 
 
 def from_step(operation: str, levels: Levels, start_step: int) -> Levels:
@@ -105,7 +106,7 @@ def from_step(operation: str, levels: Levels, start_step: int) -> Levels:
     if first >= len(levels):
         got, expected = f"is {first}", f"0 to {len(levels) - 1} for {len(levels)} steps"
         raise ValueError(error_message(operation, "start_step", got, expected, "start earlier, or take more steps"))
-    return Levels(levels.points[first:], levels.locate) if first else levels
+    return replace(levels, points=levels.points[first:]) if first else levels
 
 
 def numbers(operation: str, argument: str, values: Any) -> list[float]:

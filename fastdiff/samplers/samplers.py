@@ -10,7 +10,8 @@ from typing import Any
 from ..errors import unknown_name
 from ..sampling.config import SamplingConfig
 from ..schedules import BaseNoiseScheduler, NoiseSchedulerConfig, create_noise_scheduler
-from ..solvers import SamplingMethod
+from ..schedules.levels import Levels, with_edm_coordinates
+from ..solvers import PredictionType, SamplingMethod
 from .base import BaseSampler, check_fields
 
 __all__ = [
@@ -18,10 +19,23 @@ __all__ = [
     "BaseSampler",
     "DDIMSampler",
     "DDPMSampler",
+    "DEISSampler",
     "DPMSolverSampler",
+    "EDMEulerSampler",
     "EulerAncestralSampler",
     "EulerSampler",
+    "FlowEulerSampler",
+    "FlowHeunSampler",
     "HeunSampler",
+    "IPNDMSampler",
+    "KDPM2AncestralSampler",
+    "KDPM2Sampler",
+    "LCMSampler",
+    "LMSSampler",
+    "PNDMSampler",
+    "SASolverSampler",
+    "TCDSampler",
+    "UniPCSampler",
     "check_fields",
     "create_sampler",
     "split_fields",
@@ -63,6 +77,98 @@ class HeunSampler(BaseSampler):
     """Heun's method in σ/α (arXiv 2206.00364): two model calls a step, one in the last."""
 
     method = SamplingMethod.HEUN
+
+
+class UniPCSampler(BaseSampler):
+    """UniPC (arXiv 2302.04867): predictor and corrector of any order from 1 to 3, one model call a step."""
+
+    method = SamplingMethod.UNIPC
+
+
+class DEISSampler(BaseSampler):
+    """DEIS (arXiv 2204.13902): ε extrapolated in log σ/α."""
+
+    method = SamplingMethod.DEIS
+
+
+class SASolverSampler(BaseSampler):
+    """SA-Solver (arXiv 2309.05019): stochastic Adams steps; `tau` sets the noise, 0 for none."""
+
+    method = SamplingMethod.SA_SOLVER
+
+
+class LMSSampler(BaseSampler):
+    """Linear multistep sampling of k-diffusion: Adams-Bashforth in σ/α."""
+
+    method = SamplingMethod.LMS
+
+
+class PNDMSampler(BaseSampler):
+    """PNDM (arXiv 2202.09778): pseudo linear multistep, with or without its Runge-Kutta start."""
+
+    method = SamplingMethod.PNDM
+
+
+class IPNDMSampler(BaseSampler):
+    """IPNDM: PNDM that starts at the order the history allows (arXiv 2204.13902, appendix)."""
+
+    method = SamplingMethod.IPNDM
+
+
+class LCMSampler(BaseSampler):
+    """Multistep sampling of latent consistency models (arXiv 2310.04378)."""
+
+    method = SamplingMethod.LCM
+
+
+class TCDSampler(BaseSampler):
+    """Strategic stochastic sampling of trajectory consistency models (arXiv 2402.19159); `eta` is its γ."""
+
+    method = SamplingMethod.TCD
+
+
+class KDPM2Sampler(BaseSampler):
+    """The midpoint method in log σ/α, k-diffusion's `dpm_2`: two model calls a step, one in the last."""
+
+    method = SamplingMethod.KDPM2
+
+
+class KDPM2AncestralSampler(BaseSampler):
+    """`KDPM2Sampler` with ancestral noise, in proportion to `eta` (1 unless set)."""
+
+    method = SamplingMethod.KDPM2_ANCESTRAL
+
+
+class EDMEulerSampler(BaseSampler):
+    """Euler's method for networks with EDM's preconditioning (arXiv 2206.00364): ``prediction_type="edm"``.
+
+    With that type samples are held as the network is shown them, c_in·x/α, and its time is c_noise = ¼·log(σ/α).  The
+    end is the sample itself.  With other types this is `EulerSampler`.
+    """
+
+    method = SamplingMethod.EDM_EULER
+
+    def levels(self, *args: Any, **kwargs: Any) -> Levels:
+        """Return the levels of `BaseSampler.levels`, for EDM networks in their coordinates and time."""
+        levels = super().levels(*args, **kwargs)
+        if self.config.prediction_type is not PredictionType.EDM:
+            return levels
+        return with_edm_coordinates(levels, self.config.sigma_data)
+
+    def _given_levels(self, *args: Any) -> Levels:
+        return with_edm_coordinates(super()._given_levels(*args), self.config.sigma_data)
+
+
+class FlowEulerSampler(BaseSampler):
+    """Euler's method of rectified flow (arXiv 2209.03003), in the time σ/(α + σ)."""
+
+    method = SamplingMethod.FLOW_EULER
+
+
+class FlowHeunSampler(BaseSampler):
+    """Heun's method of rectified flow: two model calls a step, one in the last."""
+
+    method = SamplingMethod.FLOW_HEUN
 
 
 def _sampler_class(method: SamplingMethod) -> type[BaseSampler]:

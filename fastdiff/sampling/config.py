@@ -13,7 +13,8 @@ from ..errors import checked_bool, checked_float, checked_integer, error_message
 from ..guidance import GuidanceMode
 from ..json_fields import fields_from_json, fields_to_json, parsed_object
 from ..schedules.timesteps import SIGMA_SPACINGS
-from ..solvers import SOLVER_MODES, Algorithm, PredictionType, SamplingMethod, SolverType, VarianceType
+from ..solvers import SOLVER_MODES, UNIPC_TYPES, Algorithm, PredictionType, SamplingMethod, SolverType, VarianceType
+from ..solvers.adams import checked_order
 from ..solvers.dpm_multistep import THIRD_ORDERS, check_order
 
 __all__ = ["METHOD_ETA", "SamplingConfig", "SamplingMethod", "check_guidance_rescale", "check_guidance_scale"]
@@ -42,7 +43,7 @@ class SamplingConfig:
         guidance_rescale: φ of arXiv 2305.08891, section 3.4, 0 to 1: the guided output is scaled by
             φ·std(c)/std(guided) + 1 − φ, a sample; c is the conditional output.
         use_clipped_model_output: DDIM derives ε again from the clipped x0.
-        prediction_type: ``epsilon``, ``v_prediction``, ``sample`` or ``flow_prediction``.
+        prediction_type: ``epsilon``, ``v_prediction``, ``sample``, ``flow_prediction`` or ``edm``.
         thresholding: dynamic thresholding of x0, instead of clip_sample.
         dynamic_thresholding_ratio: the quantile of |x0| that it takes, in (0, 1]. The threshold is held to 1 or more
             and to the schedule's ``sample_max_value``, 1 or more, or less.
@@ -61,6 +62,16 @@ class SamplingConfig:
         s_churn, s_tmin, s_tmax, s_noise: of Euler and Heun, see `fastdiff.solvers.Churn`; s_noise of
             Euler-ancestral too.
         guidance_mode: ``batched`` or ``sequential``, see `fastdiff.guidance.GuidanceMode`.
+        unipc_type: ``bh1`` or ``bh2``, see `fastdiff.solvers.unipc`.
+        predict_x0: UniPC and SA-Solver interpolate x0; False: ε.
+        use_corrector: of UniPC.
+        predictor_order, corrector_order: of SA-Solver, 1 to 4; 0 for no corrector.
+        tau: how much noise SA-Solver adds, 0 for none; in the range of σ̂ from s_tmin to s_tmax.
+        multistep_order: 1 to 4, of LMS and IPNDM.
+        skip_prk_steps: PNDM starts with one step of two model calls instead of three of four.
+        timestep_scaling: of LCM.
+        sigma_data: the standard deviation of the data, of LCM, EDM Euler and the prediction type ``edm``.
+        stochastic_sampling: flow Euler steps to fresh noise.
 
     Raises:
         ValueError, TypeError: a field is out of range or of the wrong type; the message names it.
@@ -90,6 +101,17 @@ class SamplingConfig:
     s_tmax: float = math.inf
     s_noise: float = 1.0
     guidance_mode: GuidanceMode | str = GuidanceMode.BATCHED
+    unipc_type: str = "bh2"
+    predict_x0: bool = True
+    use_corrector: bool = True
+    predictor_order: int = 2
+    corrector_order: int = 2
+    tau: float = 1.0
+    multistep_order: int = 4
+    skip_prk_steps: bool = True
+    timestep_scaling: float = 10.0
+    sigma_data: float = 0.5
+    stochastic_sampling: bool = False
     guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
@@ -107,7 +129,7 @@ class SamplingConfig:
         for name, value in parsed.items():
             object.__setattr__(self, name, value)
         check_order(self.solver_order)
-        for name, known in (("solver_mode", SOLVER_MODES), ("third_order", THIRD_ORDERS)):
+        for name, known in (("solver_mode", SOLVER_MODES), ("third_order", THIRD_ORDERS), ("unipc_type", UNIPC_TYPES)):
             if getattr(self, name) not in known:
                 raise unknown_name("SamplingConfig", name, getattr(self, name), known)
         if self.sigma_spacing is not None and self.sigma_spacing not in SIGMA_SPACINGS:
@@ -119,6 +141,10 @@ class SamplingConfig:
             "use_karras_sigmas",
             "euler_at_final",
             "set_alpha_to_one",
+            "predict_x0",
+            "use_corrector",
+            "skip_prk_steps",
+            "stochastic_sampling",
         ):
             checked_bool("SamplingConfig", name, getattr(self, name))
         self._check_numbers()
@@ -132,6 +158,12 @@ class SamplingConfig:
             checked_float(operation, name, getattr(self, name), 0.0)
         if self.s_tmax != math.inf:
             checked_float(operation, "s_tmax", self.s_tmax, 0.0)
+        checked_order(operation, "predictor_order", self.predictor_order, 1, 4)
+        checked_order(operation, "corrector_order", self.corrector_order, 0, 4)
+        checked_order(operation, "multistep_order", self.multistep_order, 1, 4)
+        for name in ("tau", "timestep_scaling"):
+            checked_float(operation, name, getattr(self, name), 0.0)
+        checked_float(operation, "sigma_data", self.sigma_data, 0.0, strict=True)
         check_guidance_scale(operation, self.guidance_scale)
         check_guidance_rescale(operation, self.guidance_rescale)
         if (

@@ -184,7 +184,10 @@ def run_loop(
         interrupt: the block that defers Ctrl-C, which the caller has entered; None leaves Ctrl-C alone.
 
     Returns:
-        The result; after KeyboardInterrupt, that of the steps taken before, unchecked.
+        The result; after Ctrl-C, or a KeyboardInterrupt in `interrupt`, that of the steps taken before, unchecked.
+
+    Raises:
+        KeyboardInterrupt: at a second Ctrl-C, or without `interrupt`.
     """
     loop = SamplingLoop(
         model,
@@ -214,6 +217,8 @@ def run_loop(
                         check_finite = check_finite and stepper.done
                         break
         except KeyboardInterrupt:
+            if interrupt is None or interrupt.pending:  # a second Ctrl-C ends more than this loop
+                raise
             check_finite = False
     return loop.result(check_finite=check_finite, seeds=seeds)
 

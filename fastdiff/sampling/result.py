@@ -29,7 +29,7 @@ class StepContext:
     __slots__ = ("_ended", "_latest", "_predict", "_started", "_x0")
 
     def __init__(self, stopwatch: Stopwatch, started: Any, predict: Callable[[], Tensor]) -> None:
-        self._latest = dict(stopwatch.latest)
+        self._latest = stopwatch.latest()
         self._started = started
         self._ended = stopwatch.now()
         self._predict: Callable[[], Tensor] | None = predict

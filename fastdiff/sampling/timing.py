@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+_clock = time.perf_counter
+
 #: Seconds on the CPU; on a GPU the events at the start and the end of a part.
 Span = float | tuple[torch.cuda.Event, torch.cuda.Event]
 
@@ -20,26 +22,18 @@ class Stopwatch:
 
     On the CPU it reads the clock.  On a GPU it records events on the current stream and reads them when it is asked for
     the sums, so that timing adds no sync to the loop, and none after it where nobody asks.
-
-    Attributes:
-        latest: the last span of each part.
-        started: the start of the part that began last, for each name.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._on_gpu = device.type == "cuda"
-        self._seconds: dict[str, float] = {}
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        self._parts: dict[str, _Part] = {}
-        self.latest: dict[str, Span] = {}
-        self.started: dict[str, Any] = {}
+        self._parts: dict[str, _ClockPart | _EventPart] = {}
 
-    def part(self, name: str) -> _Part:
+    def part(self, name: str) -> _ClockPart | _EventPart:
         """Return a block that counts its time under `name`; blocks of different names may contain one another."""
         found = self._parts.get(name)
         if found is None:
-            found = self._parts[name] = _Part(self, name)
+            found = self._parts[name] = _EventPart(self) if self._on_gpu else _ClockPart()
         return found
 
     def now(self) -> Any:
@@ -50,46 +44,67 @@ class Stopwatch:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def add(self, name: str, start: Any, end: Any) -> None:
-        """Count the time between two moments that `now` gave."""
-        if self._on_gpu:
-            self._events.append((name, start, end))
-            self.latest[name] = start, end
-        else:
-            spent = end - start
-            self._seconds[name] = self._seconds.get(name, 0.0) + spent
-            self.latest[name] = spent
+    def latest(self) -> dict[str, Span]:
+        """Return the last span of each part."""
+        return {name: part.last for name, part in self._parts.items() if part.last is not None}
 
     def seconds(self) -> dict[str, float]:
         """The sums in seconds; on a GPU the first call waits for the device to have finished the parts."""
-        while self._events:
-            name, start, end = self._events[-1]
-            self._seconds[name] = self._seconds.get(name, 0.0) + span_seconds((start, end))
-            self._events.pop()
-        return dict(self._seconds)
+        return {name: part.seconds() for name, part in self._parts.items() if part.last is not None}
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or a pickle, has the times themselves: events belong to this process."""
-        kept = {"_device": self._device, "_on_gpu": self._on_gpu, "_seconds": self.seconds(), "_events": []}
-        return {**kept, "_parts": {}, "latest": {}, "started": {}}
+        parts = {name: _ClockPart(seconds) for name, seconds in self.seconds().items()}
+        return {"_device": self._device, "_on_gpu": self._on_gpu, "_parts": parts}
 
 
-class _Part:
-    """A block of a stopwatch."""
+class _ClockPart:
+    """A block that is timed by the clock."""
 
-    __slots__ = ("_name", "_watch")
+    __slots__ = ("_begun", "_total", "last")
 
-    def __init__(self, watch: Stopwatch, name: str) -> None:
-        self._watch = watch
-        self._name = name
+    def __init__(self, total: float | None = None) -> None:
+        self._begun = 0.0
+        self._total = total or 0.0
+        self.last: Span | None = total
 
     def __enter__(self) -> None:
-        self._watch.started[self._name] = self._watch.now()
+        self._begun = _clock()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is None:
-            watch = self._watch
-            watch.add(self._name, watch.started[self._name], watch.now())
+            self.last = spent = _clock() - self._begun
+            self._total += spent
+
+    def seconds(self) -> float:
+        return self._total
+
+
+class _EventPart:
+    """A block that is timed by events on a GPU's stream."""
+
+    __slots__ = ("_begun", "_spans", "_total", "_watch", "last")
+
+    def __init__(self, watch: Stopwatch) -> None:
+        self._watch = watch
+        self._begun: Any = None
+        self._spans: list[Span] = []
+        self._total = 0.0
+        self.last: Span | None = None
+
+    def __enter__(self) -> None:
+        self._begun = self._watch.now()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self.last = self._begun, self._watch.now()
+            self._spans.append(self.last)
+
+    def seconds(self) -> float:
+        while self._spans:
+            self._total += span_seconds(self._spans[-1])
+            self._spans.pop()
+        return self._total
 
 
 def span_seconds(span: Span) -> float:

@@ -10,6 +10,7 @@ The modules::
     config.py            the configuration and its checks
     timesteps.py         which timesteps or noise levels a loop visits
     levels.py            α and σ there
+    schedule_file.py     the numbers of a schedule as a file
 """
 
 from .betas import rescale_zero_terminal_snr
@@ -29,6 +30,7 @@ from .noise_schedulers import (
     SigmoidNoiseScheduler,
     create_noise_scheduler,
 )
+from .schedule_file import ScheduleKind, ScheduleValues
 
 __all__ = [
     "BaseNoiseScheduler",
@@ -44,6 +46,8 @@ __all__ = [
     "NoiseSchedulerConfig",
     "QuadraticNoiseScheduler",
     "ScaledLinearNoiseScheduler",
+    "ScheduleKind",
+    "ScheduleValues",
     "SigmoidNoiseScheduler",
     "create_noise_scheduler",
     "flow_mu",

@@ -53,7 +53,7 @@ class FlowNoiseScheduler(BaseNoiseScheduler):
         return torch.stack([1 - self.times, self.times])
 
     def _shifted(self, times: Tensor) -> Tensor:
-        return self.shift * times / (1 + (self.shift - 1) * times)
+        return self.shift * times / (1 - times + self.shift * times)  # exactly 1 at 1
 
     @property
     def path(self) -> Path:

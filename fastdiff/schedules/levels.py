@@ -40,7 +40,7 @@ class Level:
         return self.sigma / self.alpha if self.alpha > 0.0 else math.inf
 
 
-#: Finds the level of a given σ̂ = σ/α on the path.
+#: Finds the level of a given σ̂ = σ/α on the path, or of a given timestep.
 Locate = Callable[[float], Level]
 
 
@@ -48,12 +48,19 @@ Locate = Callable[[float], Level]
 class Levels:
     """n model calls' levels and the level where the loop ends, noise decreasing strictly.
 
+    Args:
+        points: the n + 1 levels.
+        locate: finds the level of a σ̂ on their path.
+        locate_timestep: finds the level of a timestep, where timesteps are a clock that runs down to 0 at the clean
+            end; None where they are not.
+
     Raises:
         ValueError: there is no step, a level is not finite, or the noise does not fall from level to level.
     """
 
     points: tuple[Level, ...]
     locate: Locate
+    locate_timestep: Locate | None = None
 
     def __post_init__(self) -> None:
         if len(self.points) < 2:
@@ -92,6 +99,23 @@ class Levels:
 
     def __getitem__(self, index: int) -> Level:
         return self.points[index]
+
+    def middle(self, t: Level, s: Level) -> Level:
+        """Return the level halfway from t to s: halfway in the timestep, or in log σ̂ where timesteps are no clock."""
+        if self.locate_timestep is not None:
+            return self.locate_timestep(0.5 * (t.timestep + s.timestep))
+        return self.locate(math.sqrt(t.noise_ratio * s.noise_ratio))
+
+    def at_fraction(self, level: Level, fraction: float) -> Level:
+        """Return the level at `fraction` of the time of `level`: of its timestep, or of σ̂ where timesteps are no clock.
+
+        The clean level has time 0 and is returned itself.
+        """
+        if level.sigma == 0.0 or fraction == 1.0:
+            return level
+        if self.locate_timestep is not None:
+            return self.locate_timestep(fraction * level.timestep)
+        return self.locate(fraction * level.noise_ratio)
 
     @property
     def timesteps(self) -> list[float]:
@@ -258,13 +282,14 @@ def levels_from_timesteps(
     """
     path = VariancePreservingPath(alphas_cumprod)
     end = Level(0.0, math.sqrt(final_alpha_cumprod), math.sqrt(1.0 - final_alpha_cumprod))
-    return Levels((*(path.at_timestep(float(t)) for t in timesteps), end), path.at_ratio)
+    return Levels((*(path.at_timestep(float(t)) for t in timesteps), end), path.at_ratio, path.at_timestep)
 
 
 def levels_from_sigmas(alphas_cumprod: torch.Tensor, sigmas: Sequence[float], *, final_sigma: float = 0.0) -> Levels:
     """The levels of descending σ̂ = σ/α, each with the timestep of that level on the schedule."""
     path = VariancePreservingPath(alphas_cumprod)
-    return Levels(tuple(path.at_ratio(float(sigma)) for sigma in (*sigmas, final_sigma)), path.at_ratio)
+    points = tuple(path.at_ratio(float(sigma)) for sigma in (*sigmas, final_sigma))
+    return Levels(points, path.at_ratio, path.at_timestep)
 
 
 def levels_from_half_log_snr(half_log_snr: Sequence[float]) -> Levels:
@@ -285,7 +310,41 @@ def levels_from_flow_times(times: Sequence[float], *, num_train_timesteps: int =
     def locate(ratio: float) -> Level:
         return flow_level(1.0 if math.isinf(ratio) else ratio / (1.0 + ratio), num_train_timesteps)
 
-    return Levels(tuple(flow_level(float(t), num_train_timesteps) for t in times), locate)
+    def locate_timestep(timestep: float) -> Level:
+        return flow_level(timestep / num_train_timesteps, num_train_timesteps)
+
+    points = tuple(flow_level(float(t), num_train_timesteps) for t in times)
+    return Levels(points, locate, locate_timestep)
+
+
+def with_edm_coordinates(levels: Levels, sigma_data: float) -> Levels:
+    """Return the levels in the coordinates and the time of EDM networks (arXiv 2206.00364, table 1).
+
+    A network is shown c_in·x̂ with c_in = 1/√(σ̂² + σ_data²), and c_noise = ¼·log σ̂ for its timestep: α is c_in and σ
+    is σ̂·c_in.  The last level, where the loop ends, has α = 1: the end is a sample, not a network's input.
+
+    Args:
+        levels: levels of finite σ̂, in any coordinates.
+        sigma_data: the standard deviation of the data.
+
+    Raises:
+        ValueError: the first level has no signal, so that its σ̂ is infinite.
+    """
+    if levels[0].alpha == 0.0:
+        raise ValueError(
+            error_message(
+                "EDM", "levels[0]", "has no signal", "a finite noise level", "leave rescale_betas_zero_snr at False"
+            )
+        )
+
+    def locate(ratio: float) -> Level:
+        if ratio == 0.0:
+            return Level(0.0, 1.0, 0.0)
+        alpha = 1.0 / math.hypot(ratio, sigma_data)
+        return Level(0.25 * math.log(ratio), alpha, ratio * alpha)
+
+    *visited, end = (level.noise_ratio for level in levels.points)
+    return Levels((*(locate(ratio) for ratio in visited), Level(0.0, 1.0, end)), locate)
 
 
 def with_intermediate_levels(levels: Levels, fractions: Sequence[float]) -> Levels:
@@ -301,4 +360,4 @@ def with_intermediate_levels(levels: Levels, fractions: Sequence[float]) -> Leve
         if math.isfinite(span):
             points += [levels.locate(math.exp(-(start.half_log_snr + r * span))) for r in fractions]
         points.append(end)
-    return Levels(tuple(points), levels.locate)
+    return Levels(tuple(points), levels.locate, levels.locate_timestep)

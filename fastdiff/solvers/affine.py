@@ -11,7 +11,8 @@ and what comes out *is* the row of coefficients that the fused step reads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable
 
 from ..row_layout import COLUMNS
 
@@ -21,14 +22,14 @@ class Affine:
 
     __slots__ = ("coefficients",)
 
-    def __init__(self, coefficients: Sequence[float]) -> None:
+    def __init__(self, coefficients: Iterable[float]) -> None:
         self.coefficients = tuple(coefficients)
 
     def __add__(self, other: Affine) -> Affine:
-        return Affine([a + b for a, b in zip(self.coefficients, other.coefficients, strict=True)])
+        return Affine(map(operator.add, self.coefficients, other.coefficients))
 
     def __sub__(self, other: Affine) -> Affine:
-        return Affine([a - b for a, b in zip(self.coefficients, other.coefficients, strict=True)])
+        return Affine(map(operator.sub, self.coefficients, other.coefficients))
 
     def __mul__(self, factor: float) -> Affine:
         return Affine([a * factor for a in self.coefficients])

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 
 from ..errors import as_float
-from ..schedules.levels import Levels
+from ..schedules.levels import Level, Levels
 from .affine import NOISE
 from .ddim import check_eta
 from .prediction import Prediction
@@ -32,9 +32,14 @@ def euler_ancestral(levels: Levels, prediction: Prediction, *, eta: float = 1.0,
     for i in range(len(levels)):
         t, s = levels[i], levels[i + 1]
         model = prediction.at(t)
-        target, fraction = s.noise_ratio, s.noise_ratio / t.noise_ratio
-        up = min(target, eta * target * math.sqrt(1.0 - fraction**2))
-        down = math.sqrt(target**2 - up**2)
+        down, up = ancestral_ratios(t, s, eta)
         prev = s.alpha * (model.x0 + down * model.consistent_noise + up * s_noise * NOISE)
         rows.append(model.row(prev))
     return StepTable(tuple(rows), levels.initial_scale, thresholding=prediction.thresholding)
+
+
+def ancestral_ratios(t: Level, s: Level, eta: float) -> tuple[float, float]:
+    """Return σ̂_down and σ̂_up of an ancestral step from t to s."""
+    target, fraction = s.noise_ratio, s.noise_ratio / t.noise_ratio
+    up = min(target, eta * target * math.sqrt(1.0 - fraction**2))
+    return math.sqrt(target**2 - up**2), up

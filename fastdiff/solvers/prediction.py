@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-from ..errors import as_float, error_message, parse_choice
+from ..errors import as_float, checked_float, error_message, parse_choice
 from ..schedules.levels import Level
 from .affine import MODEL_OUTPUT, PREDICTION, SAMPLE, Affine
 from .table import Row
@@ -20,6 +20,7 @@ class PredictionType(str, Enum):
     V_PREDICTION = "v_prediction"
     SAMPLE = "sample"
     FLOW_PREDICTION = "flow_prediction"
+    EDM = "edm"
 
     @classmethod
     def parse(cls, value: str | PredictionType) -> PredictionType:
@@ -56,14 +57,17 @@ class Prediction:
 
     Args:
         prediction_type: ``epsilon``; ``v_prediction``, v = α·ε − σ·x0 (arXiv 2202.00512, section 4); ``sample``, x0;
-            ``flow_prediction``, ε − x0 (arXiv 2209.03003).
+            ``flow_prediction``, ε − x0 (arXiv 2209.03003); ``edm``, the network F of x0 = c_skip·x/α + c_out·F with
+            c_skip = σ_data²/(σ̂² + σ_data²) and c_out = σ̂·σ_data/√(σ̂² + σ_data²) (arXiv 2206.00364, table 1).
         clip_range: x0 is clamped to ±clip_range; inf leaves it as it is.
         thresholding: x0 is clamped to a quantile a sample and divided by it (arXiv 2205.11487, section 2.3).
+        sigma_data: the standard deviation of the data, of ``edm``.
     """
 
     prediction_type: PredictionType = PredictionType.EPSILON
     clip_range: float = math.inf
     thresholding: bool = False
+    sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prediction_type", PredictionType.parse(self.prediction_type))
@@ -73,6 +77,7 @@ class Prediction:
                     "Prediction", "clip_range", f"is {self.clip_range}", "a number above 0", "use inf for no clipping"
                 )
             )
+        checked_float("Prediction", "sigma_data", self.sigma_data, 0.0, strict=True)
 
     @property
     def bounds_x0(self) -> bool:
@@ -106,6 +111,10 @@ class Prediction:
         if kind is PredictionType.V_PREDICTION:
             norm = alpha * alpha + sigma * sigma
             return (alpha / norm, -sigma / norm), (sigma * x + alpha * m) / norm
+        if kind is PredictionType.EDM:
+            norm = math.hypot(sigma, self.sigma_data * alpha)
+            of_sample, of_output = self.sigma_data**2 * alpha / norm**2, self.sigma_data * sigma / norm
+            return (of_sample, of_output), (sigma / norm**2) * x - (self.sigma_data * alpha / norm) * m
         total = alpha + sigma
         return (1.0 / total, -sigma / total), (x + alpha * m) / total
 

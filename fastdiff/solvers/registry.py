@@ -28,6 +28,8 @@ class SolverEntry:
         presets: names that the command line takes and the options that each sets; where empty, the method's own name.
         order: the order of accuracy without options.
         calls_per_step: model calls in every step but the last, which makes one.
+        extra_calls: model calls besides, in a loop of two steps or more.
+        distilled: the solver is for models distilled for it: with others it does not converge to the data.
     """
 
     sampler_class: str
@@ -38,6 +40,8 @@ class SolverEntry:
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     order: int = 1
     calls_per_step: int = 1
+    extra_calls: int = 0
+    distilled: bool = False
 
     def table(self, levels: Levels, prediction: Prediction, **options: Any) -> StepTable:
         """Compile the table; an option that is None takes the solver's own default."""

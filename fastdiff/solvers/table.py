@@ -17,11 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import row_layout
+from ..data_files import MalformedError, malformed_in_one_sentence
 from ..deprecated import renamed_attribute, renamed_fields, warn_renamed
 from ..device_copy import OnDevice, to_device
 from ..errors import checked_type, error_message
@@ -37,6 +39,7 @@ from ..row_layout import (
     compute_dtype,
 )
 from .affine import ZERO, Affine
+from .table_file import StoredTable, read_table, write_table
 
 
 def __getattr__(name: str) -> Any:
@@ -80,6 +83,24 @@ class Row:
         head = [*self.prediction, self.clip, self.variance_offset, self.variance_slope, self.model_input_scale, *slots]
         return [*head, *self.prev_sample.coefficients, *kept_0.coefficients, *kept_1.coefficients]
 
+    @classmethod
+    def from_scalars(cls, timestep: float, scalars: Sequence[float]) -> Row:
+        """Return the row of a timestep that has these `ROW_WIDTH` numbers: the inverse of `scalars`."""
+        width, layout = len(COLUMNS), row_layout
+        maps = [Affine(scalars[at : at + width]) for at in (layout.PREV_SAMPLE, layout.KEEP_0, layout.KEEP_1)]
+        slots = tuple(int(slot) for slot in (scalars[layout.STORE_0], scalars[layout.STORE_1]) if slot >= 0)
+        return cls(
+            timestep,
+            maps[0],
+            (scalars[layout.PREDICTION_SAMPLE], scalars[layout.PREDICTION_OUTPUT]),
+            scalars[layout.CLIP],
+            tuple(maps[1 : 1 + len(slots)]),
+            slots,
+            scalars[layout.VARIANCE_OFFSET],
+            scalars[layout.VARIANCE_SLOPE],
+            scalars[layout.MODEL_INPUT_SCALE],
+        )
+
     @property
     def slots_read(self) -> tuple[int, ...]:
         """The history slots with a coefficient in one of the maps."""
@@ -102,6 +123,8 @@ class StepTable:
         thresholding: the loop computes a threshold for d a sample (dynamic thresholding).
         drop_unread: leave out of the rows the kept outputs that no later row reads, each a pass over memory; False for
             a caller that reads them itself.
+        provided_slots: history slots that the caller fills before each step with a tensor of its own, see
+            `Stepper.provide`; no row writes to them.
 
     Attributes:
         coefficients: float64 ``[R, 32]`` on the CPU.
@@ -119,6 +142,7 @@ class StepTable:
     variance: Variance = Variance.FIXED
     thresholding: bool = False
     drop_unread: bool = field(default=True, compare=False, repr=False)
+    provided_slots: tuple[int, ...] = ()
     coefficients: torch.Tensor = field(init=False, compare=False, repr=False)
     timesteps: tuple[float, ...] = field(init=False, compare=False, repr=False)
     kept_slots: tuple[tuple[int, ...], ...] = field(init=False, compare=False, repr=False)
@@ -172,16 +196,17 @@ class StepTable:
             )
 
     def _check_slots(self) -> None:
-        written: set[int] = set()
+        written: set[int] = set(self.provided_slots)
+        own = set(range(NUM_REGISTERS)) - written
         for i, row in enumerate(self.source):
             one_each = len(row.slots) == len(row.kept) <= 2 and len(set(row.slots)) == len(row.slots)
-            if not one_each or not set(row.slots) <= set(range(NUM_REGISTERS)):
+            if not one_each or not set(row.slots) <= own:
                 raise ValueError(
                     error_message(
                         "StepTable",
                         f"source[{i}].slots",
                         f"is {row.slots} for {len(row.kept)} kept outputs",
-                        f"a different history slot from 0 to {NUM_REGISTERS - 1} for each, two at most",
+                        f"a different history slot of {sorted(own)} for each, two at most",
                         "name one slot a kept output",
                     )
                 )
@@ -203,6 +228,46 @@ class StepTable:
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.source)
+
+    def save(self, path: str | Path) -> None:
+        """Write the table to a file, whole: JSON to read and edit, or safetensors; `load` gives it back to the bit.
+
+        Args:
+            path: a file ending in ``.json`` or ``.safetensors``; see `fastdiff.solvers.table_file` for both forms.
+
+        Raises:
+            ValueError: another ending, or the table has `provided_slots`, which a file does not hold.
+            OSError: the file cannot be written; an existing one is then unchanged.
+            ImportError: safetensors is missing.
+        """
+        if self.provided_slots:
+            got, remedy = f"is {self.provided_slots}", "compile the table again where it is used"
+            raise ValueError(error_message("StepTable.save", "provided_slots", got, "no such slots", remedy))
+        write_table(
+            path,
+            StoredTable(
+                self.coefficients.tolist(), list(self.timesteps), self.initial_scale, self.variance, self.thresholding
+            ),
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> StepTable:
+        """Read a table from a file that `save` wrote, or that somebody else did.  It holds numbers and no code.
+
+        Kept outputs that no row reads stay in the table.
+
+        Raises:
+            ValueError: the file is malformed, of another version, or misuses a slot; one sentence says where.
+            OSError: the file cannot be read.
+            ImportError: safetensors is missing.
+        """
+        stored = read_table(path)
+        with malformed_in_one_sentence("StepTable.load", path, "rows that fit each other"):
+            try:
+                rows = map(Row.from_scalars, stored.timesteps, stored.rows)
+                return cls(tuple(rows), stored.initial_scale, stored.variance, stored.thresholding, drop_unread=False)
+            except ValueError as error:
+                raise MalformedError(str(error).removeprefix("StepTable: ")) from None
 
     def coefficients_as(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return the coefficients for samples of `dtype`: float64 for float64, else float32; rounded once."""

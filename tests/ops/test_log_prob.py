@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,10 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastdiff import ops
+from fastdiff.ops.log_prob import log_prob as unrecorded_log_prob  # the record of backends cannot be compiled
 from fastdiff.row_layout import CLIP, COLUMNS, KEEP_0, PREDICTION_OUTPUT, PREDICTION_SAMPLE, PREV_SAMPLE, blank_row
 from support.oracle import DTYPES, INTERPRETED, assert_same_bits, available_backends, device_of
 from support.reduction_cases import with_layout
 
+log_prob_module = importlib.import_module("fastdiff.ops.log_prob")
 pytestmark = pytest.mark.checks_backend
 BACKENDS = available_backends()
 SEEDS = st.integers(0, 2**31 - 1)
@@ -146,21 +150,16 @@ def test_bits_are_independent_of_batch_and_threads(seed: int, dtype: torch.dtype
     assert_same_bits(ops.step_log_prob(**alone, **noise), [value[1:2] for value in results[0]])
 
 
-def test_tensors_may_have_dtypes_of_their_own() -> None:
-    one = case(1, (2, 3, 40), torch.float32)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tensors_may_have_dtypes_of_their_own(backend: str) -> None:
+    one = case(1, (2, 3, 40), torch.float32, device=device_of(backend))
     one.tensors["c"], one.tensors["u"] = one.tensors["c"].bfloat16(), one.tensors["u"].half()
-    for backend in [b for b in BACKENDS if not (b == "triton" and INTERPRETED)]:
-        device = device_of(backend)
-        arguments = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in one.arguments.items()}
-        arguments["history"] = (one.tensors["h"].to(device),)
-        log_prob, prev = ops.step_log_prob(
-            **arguments, noise=one.tensors["z"].to(device), out=(torch.bfloat16,), backend=backend
-        )
-        assert prev.dtype == torch.bfloat16
-        assert_same_bits([ops.log_prob(prev, **arguments, backend=backend)], [log_prob])
-        mean, std = one.mean()
-        expected = torch.distributions.Normal(mean, std).log_prob(prev.cpu().double()).flatten(1).sum(1)
-        torch.testing.assert_close(log_prob.cpu().double(), expected, rtol=1e-5, atol=1e-2)
+    log_prob, prev = ops.step_log_prob(**one.arguments, **one.noise, out=(torch.bfloat16,), backend=backend)
+    assert prev.dtype == torch.bfloat16
+    assert_same_bits([ops.log_prob(prev, **one.arguments, backend=backend)], [log_prob])
+    mean, std = one.mean()
+    expected = torch.distributions.Normal(mean, std).log_prob(prev.double()).flatten(1).sum(1)
+    torch.testing.assert_close(log_prob.double(), expected, rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -197,7 +196,7 @@ def _plain(one: Case, tensors: dict[str, Tensor], prev: Tensor, scale: Tensor, r
         .T.reshape(one.table.shape[1], -1, *[1] * (x.dim() - 1))
     )
     m = u + scale.reshape(-1, *[1] * (x.dim() - 1)) * (c - u)
-    d = (column[PREDICTION_SAMPLE] * x + column[PREDICTION_OUTPUT] * m).clamp(-1.5, 1.5)
+    d = (column[PREDICTION_SAMPLE] * x + column[PREDICTION_OUTPUT] * m).clamp(-column[CLIP], column[CLIP])
     a = column[PREV_SAMPLE:]
     each = torch.distributions.Normal(a[0] * x + a[1] * m + a[2] * d + a[3] * h, a[7].abs()).log_prob(prev).flatten(1)
     return each.mean(1) if reduction == "mean" else each.sum(1)
@@ -209,8 +208,9 @@ def _plain(one: Case, tensors: dict[str, Tensor], prev: Tensor, scale: Tensor, r
 def test_gradient_matches_plain_formula_in_float64(backend: str, per_sample: bool, dtype: torch.dtype) -> None:
     if backend not in BACKENDS:
         pytest.skip("the C++ extension was not built")
-    for reduction in ("sum", "mean"):
+    for reduction, bound in (("sum", 1.5), ("mean", 1.5), ("sum", math.inf)):
         one = case(5, (3, 2, 30), dtype, per_sample=per_sample)
+        one.table[:, CLIP] = bound
         _, prev = ops.step_log_prob(**one.arguments, **one.noise, backend=backend)
         weights = torch.tensor([1.0, -2.0, 0.5], dtype=one.table.dtype)
         names = ("x", "c", "u", "h")
@@ -237,12 +237,32 @@ def test_gradient_matches_plain_formula_in_float64(backend: str, per_sample: boo
             assert (mine.double() - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
+@pytest.mark.parametrize("names", ["c", "cu", "xcu", "ch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_gradient_of_linear_row_is_one_step(names: str, dtype: torch.dtype) -> None:
+    one = case(7, (2, 3, 40), dtype, per_sample=True)
+    one.table[:, CLIP] = math.inf
+    _, prev = ops.step_log_prob(**one.arguments, **one.noise)
+    one.tensors |= {name: one.tensors[name].detach().requires_grad_() for name in names}
+    loss = ops.log_prob(prev, **one.arguments, reduction="mean").sum()
+    with mock.patch.object(log_prob_module, "gradients", side_effect=AssertionError("a second step")):
+        got = torch.autograd.grad(loss, [one.tensors[name] for name in names])
+    wide = {name: one.tensors[name].detach().double().requires_grad_() for name in "xcuh"}
+    scale = torch.full((2,), 3.0, dtype=torch.float64)
+    expected = torch.autograd.grad(
+        _plain(one, wide, prev.double(), scale, "mean").sum(), [wide[name] for name in names]
+    )
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine.dtype == dtype
+        assert (mine.double() - theirs).abs().max() <= 2e-3 * theirs.abs().max()
+
+
 def test_operator_passes_opcheck_and_compiles_to_one_graph() -> None:
     one = case(2, (2, 3, 8), torch.float32)
     _, prev = ops.step_log_prob(**one.arguments, **one.noise)
 
     def loss(c: Tensor) -> Tensor:
-        return ops.log_prob(prev, **{**one.arguments, "model_output": c})
+        return unrecorded_log_prob(prev, **{**one.arguments, "model_output": c})
 
     c = one.tensors["c"].detach().requires_grad_()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -285,6 +305,7 @@ def test_invalid_replay_is_refused_with_one_sentence() -> None:
 
 def test_samples_without_elements_have_a_sum_of_zero() -> None:
     empty = torch.empty(2, 0)
-    arguments = {"sample": empty, "model_output": empty, "table": ONE.table, "row_index": 0}
-    assert ops.step_log_prob(**arguments, noise=empty)[0].tolist() == [0.0, 0.0]  # type: ignore[arg-type]
-    assert math.isnan(ops.log_prob(empty, **arguments, reduction="mean")[0].item())  # type: ignore[arg-type]
+    found = ops.step_log_prob(empty, empty, ONE.table, 0, noise=empty)
+    assert found[0].tolist() == [0.0, 0.0]
+    assert found[1].shape == (2, 0)
+    assert math.isnan(ops.log_prob(empty, empty, empty, ONE.table, 0, reduction="mean")[0].item())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -266,3 +267,8 @@ def test_unfit_rollouts_and_replays_are_refused() -> None:
         replay_log_prob(trajectory, policy(0), steps=[last])
     with pytest.raises(ValueError, match="a row that adds no noise"):
         trajectory.log_prob(last, latents)
+
+
+def test_code_of_the_documentation_runs() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "rl.md").read_text()
+    exec("\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)), {})

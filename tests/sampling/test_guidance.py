@@ -187,9 +187,9 @@ def test_output_of_other_precision_is_converted() -> None:
 # --- What guidance needs ----------------------------------------------------------------------------------------------
 
 
-def test_batched_mode_needs_negative_condition() -> None:
+def test_batched_mode_needs_negative_condition_for_labels() -> None:
     with pytest.raises(ValueError, match=r"^sample: negative_prompt_embeds is missing, expected .+; pass it, or "):
-        guided(Recorder(), negative_prompt_embeds=None)
+        guided(Recorder(), prompt_embeds=torch.ones(3, 5, dtype=torch.int64), negative_prompt_embeds=None)
 
 
 @pytest.mark.parametrize("mode", GuidanceMode)

@@ -147,7 +147,9 @@ def test_loop_draws_only_used_noise(method: str) -> None:
     manager = create_advanced_sampling_manager("linear", method, num_inference_steps=5)
     given, counted = _seeded(), _seeded()
     manager.sample(_model, _latents(), generator=given, progress=False)
-    for _ in range(0 if method in DETERMINISTIC else 4):
+    # TCD adds nothing in its step to timestep 0, where no level is below; diffusers draws there and multiplies by 0.
+    draws = {"tcd": 3}.get(method, 4)
+    for _ in range(0 if method in DETERMINISTIC else draws):
         torch.randn(2, 6, generator=counted)
     assert torch.equal(given.get_state(), counted.get_state())
 
@@ -191,8 +193,6 @@ class _FailsAt:
             return _model(x, t)
         if self.how == "exception":
             raise RuntimeError("out of memory")
-        if self.how == "interrupt":
-            raise KeyboardInterrupt
         return x[:1] if self.how == "shape" else torch.full_like(x, math.nan if self.how == "nan" else math.inf)
 
 
@@ -201,7 +201,6 @@ class _FailsAt:
     ("how", "error", "message"),
     [
         ("exception", RuntimeError, "out of memory"),
-        ("interrupt", KeyboardInterrupt, None),
         ("shape", ValueError, r"sample: model returned shape \[1, 6\], expected \[2, 6\]; return one output like"),
         ("nan", ValueError, r"sample: model returned NaN at timestep \d+, expected finite numbers; check the model"),
         ("infinity", ValueError, r"sample: model returned infinity at timestep \d+"),

@@ -20,6 +20,7 @@ from fastdiff import (
     create_sampler,
     ops,
 )
+from fastdiff.schedules.levels import VariancePreservingPath
 from fastdiff.schedules.timesteps import sigma_schedule, timestep_schedule
 from support.solver_cases import DETERMINISTIC, METHODS, model_calls
 
@@ -184,16 +185,17 @@ def test_sampler_starts_from_pure_noise_with_v_prediction(method: str, fields: d
     end = _sample(sampler)
     assert torch.isfinite(end).all()
     # A model that is sure of x0 = 1/2 leads there: v = α·ε − σ·x0 with ε = (x − α/2)/σ; at σ = 0 nothing is left.
-    path = {t: float(sampler.scheduler.alphas_cumprod[int(t)]) for t in sampler.table.timesteps}
+    path = VariancePreservingPath(sampler.scheduler.alphas_cumprod)
 
     def sure(x: Tensor, t: Tensor) -> Tensor:
-        ac = path[float(t[0])]
-        alpha, sigma = math.sqrt(ac), math.sqrt(1 - ac)
+        level = path.at_timestep(float(t[0]))
+        alpha, sigma = level.alpha, level.sigma
         return alpha * (x - alpha * 0.5) / sigma - sigma * 0.5
 
     end = _sample(sampler, sure, latents=_latents(torch.float64))
-    # Ending at x0 takes away all but the rounding of the last step.
-    torch.testing.assert_close(end, torch.full_like(end, 0.5), rtol=0, atol=1e-9)
+    # Ending at x0 takes away all but the rounding of the last step; LCM's c_skip keeps (0.05/142)² of the sample.
+    tolerance = 1e-6 if method == "lcm" else 1e-9
+    torch.testing.assert_close(end, torch.full_like(end, 0.5), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -254,11 +256,13 @@ def test_sampler_clips_x0(method: str) -> None:
         return torch.zeros_like(x)
 
     clipped = _sample(_sampler(method, clip_sample=True, clip_sample_range=0.7), zero)
-    assert float(clipped.abs().max()) == pytest.approx(0.7, rel=1e-6)
+    # PNDM and IPNDM add up differences of ε times α_s·σ̂_t, 20 in the first step: ε is 4 at most, a rounding 6e-8.
+    tolerance = 2e-5 if method in ("pndm", "ipndm") else 1e-6
+    assert float(clipped.abs().max()) == pytest.approx(0.7, rel=tolerance)
     assert float(_sample(_sampler(method), zero).abs().max()) > 0.8
     # 0.7 is clip_sample's; thresholding takes its place, divides by the bound, and so ends at 1.
     bounded = _sample(_sampler(method, clip_sample=True, clip_sample_range=0.7, thresholding=True), zero)
-    assert float(bounded.abs().max()) == pytest.approx(1.0, rel=1e-6)
+    assert float(bounded.abs().max()) == pytest.approx(1.0, rel=tolerance)
 
 
 def test_sampler_thresholds_by_quantile() -> None:
@@ -316,7 +320,7 @@ def test_sampler_guidance_of_one_condition_needs_sequential_calls() -> None:
     with pytest.raises(
         ValueError, match=r"sample: negative_prompt_embeds is missing, expected .*guidance_mode='sequential'"
     ):
-        _sample(_sampler(guidance_scale=2.0), _model, torch.ones(3))
+        _sample(_sampler(guidance_scale=2.0), _model, torch.ones(3, dtype=torch.int64))
     alone = _sample(_sampler(guidance_scale=2.0, guidance_mode="sequential"), _model, torch.ones(3))
     assert torch.equal(alone, _sample(_sampler(guidance_scale=2.0), _model, torch.ones(3), torch.zeros(3)))
     with pytest.raises(ValueError, match=r"negative_prompt_embeds has shape \[2\], expected \[3\] like prompt_embeds"):

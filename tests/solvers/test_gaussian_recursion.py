@@ -15,7 +15,7 @@ from fastdiff.schedules.levels import Level, Levels, levels_from_half_log_snr, l
 from fastdiff.solvers import Prediction, ddim, ddpm, euler_ancestral
 from fastdiff.solvers.affine import Affine
 from fastdiff.solvers.table import StepTable
-from support.solver_cases import CHURN, FORMS, Form
+from support.solver_cases import CHURN, FORMS, NOT_CONVERGING, ORDERS, Form
 from support.solver_loops import Array, MakeTable, level_of
 
 MEAN, VARIANCE = 0.7, 0.25
@@ -129,7 +129,7 @@ def _weak_order(name: str) -> float:
             # The weight in common use loses an order, and in the data SDE, where its sign is wrong too, two.
             return 1.0 if "sde-dpmsolver++" in name else 2.0
         return float(order)
-    return float(CONVERGING[name].method.entry.order)
+    return float(ORDERS.get(name, CONVERGING[name].method.entry.order))
 
 
 def _variance_error(make: MakeTable, steps: int) -> float:
@@ -146,9 +146,14 @@ def _variance_error(make: MakeTable, steps: int) -> float:
 SMOOTH = {**CHURN, "s_noise": 1.0}
 #: All but those that need a learned variance; churn without the surplus of s_noise = 1.01, which the data do not have.
 CONVERGING: dict[str, Form] = {
-    **{name: form for name, form in FORMS.items() if not name.startswith("ddpm-learned") and "churn" not in name},
+    **{
+        name: form
+        for name, form in FORMS.items()
+        if not name.startswith("ddpm-learned") and "churn" not in name and name not in NOT_CONVERGING
+    },
     "euler with churn": Form(SamplingMethod.EULER, SMOOTH),
     "heun with churn": Form(SamplingMethod.HEUN, SMOOTH),
+    "kdpm2 with churn": Form(SamplingMethod.KDPM2, SMOOTH),
 }
 
 

@@ -16,7 +16,22 @@ import pytest
 
 from fastdiff import SamplingMethod
 from fastdiff.schedules.levels import Levels, levels_from_half_log_snr, with_intermediate_levels
-from fastdiff.solvers import Prediction, ddim, ddpm, dpm_multistep, dpm_singlestep, euler, euler_ancestral, heun
+from fastdiff.solvers import (
+    Prediction,
+    ddim,
+    ddpm,
+    deis,
+    dpm_multistep,
+    dpm_singlestep,
+    euler,
+    euler_ancestral,
+    heun,
+    ipndm,
+    lms,
+    pndm,
+    sa_solver,
+    unipc,
+)
 from fastdiff.solvers.table import StepTable
 from support.solver_cases import DETERMINISTIC, Form
 from support.solver_loops import Array, Outputs, level_of, run_loop
@@ -68,8 +83,23 @@ def _singlestep(order: int, **options: object) -> Callable[[int], StepTable]:
     return make
 
 
+def _graded(steps: int) -> Levels:
+    """Return levels whose first step is cut into halves of halves.
+
+    A method of order p that starts with Euler's step makes an error of its square there, which on even steps hides p.
+    """
+    start, first, *others = (level.half_log_snr for level in _levels(steps).points)
+    return levels_from_half_log_snr([start, *(start + (first - start) / 2**j for j in range(12, -1, -1)), *others])
+
+
+def _unipc(**options: object) -> Callable[[int], StepTable]:
+    return lambda n: unipc(_levels(n), Prediction(), lower_order_final=False, **options)  # type: ignore[arg-type]
+
+
 def _registered(method: SamplingMethod) -> Callable[[int], StepTable]:
-    return lambda n: Form(method)(_levels(n), Prediction())
+    options = {"lower_order_final": False} if "lower_order_final" in method.entry.options else {}
+    grid = _graded if method is SamplingMethod.LMS else _levels
+    return lambda n: Form(method, options)(grid(n), Prediction())
 
 
 #: Name: (table of n steps, slope, RMSE at 20 steps where the literature's code was measured).
@@ -95,6 +125,18 @@ CASES: dict[str, tuple[Callable[[int], StepTable], float, float | None]] = {
     "DPM-Solver++3M exact": (_multistep(solver_order=3, third_order="exact"), 3.0, 2.71e-3),
     "DPM-Solver-3M compatible": (_multistep(algorithm_type="dpmsolver", solver_order=3), 2.0, None),
     "DPM-Solver-3M exact": (_multistep(algorithm_type="dpmsolver", solver_order=3, third_order="exact"), 3.0, None),
+    "UniPC-1 bh2": (_unipc(solver_order=1), 2.0, None),
+    "UniPC-2 bh1": (_unipc(unipc_type="bh1"), 3.0, None),
+    "UniPC-2 bh2": (_unipc(), 3.0, None),
+    "UniPC-2 bh2, noise": (_unipc(predict_x0=False), 3.0, None),
+    "UniPC-3 bh2": (_unipc(solver_order=3), 4.0, None),
+    "UniPC-3 bh1, noise": (_unipc(solver_order=3, unipc_type="bh1", predict_x0=False), 4.0, None),
+    "UniP-3": (_unipc(solver_order=3, use_corrector=False), 3.0, None),
+    "DEIS-3": (lambda n: deis(_levels(n), Prediction(), solver_order=3), 3.0, None),
+    "SA-Solver, tau 0": (lambda n: sa_solver(_levels(n), Prediction(), tau=0.0, lower_order_final=False), 2.0, None),
+    "LMS-3": (lambda n: lms(_graded(n), Prediction(), multistep_order=3), 3.0, None),
+    "IPNDM-2": (lambda n: ipndm(_levels(n), Prediction(), multistep_order=2), 2.0, None),
+    "PNDM, Runge-Kutta start": (lambda n: pndm(_levels(n), Prediction(), skip_prk_steps=False), 2.0, None),
 }
 
 CASES |= {

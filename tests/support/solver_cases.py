@@ -22,6 +22,9 @@ CHURN = {"s_churn": 1.5, "s_tmin": 0.05, "s_tmax": 30.0, "s_noise": 1.01}
 
 Options = dict[str, Any]
 
+#: No lower order in the last steps, for solvers that lower it at any number of steps.
+WHOLE_ORDER: Options = {"lower_order_final": False}
+
 
 @dataclass(frozen=True)
 class Form:
@@ -70,7 +73,25 @@ VARIANTS: dict[SamplingMethod, dict[str, Options]] = {
     SamplingMethod.EULER: {"euler": {}, "euler-churn": CHURN},
     SamplingMethod.HEUN: {"heun": {}, "heun-churn": CHURN},
     SamplingMethod.EULER_ANCESTRAL: {f"ancestral-{eta}": {"eta": eta} for eta in (0.5, 1.0)},
+    SamplingMethod.UNIPC: {
+        "unipc": WHOLE_ORDER,
+        "unipc-3": {"solver_order": 3, **WHOLE_ORDER},
+        "unipc-3-noise": {"solver_order": 3, "predict_x0": False, **WHOLE_ORDER},
+    },
+    SamplingMethod.DEIS: {"deis-3": {"solver_order": 3, **WHOLE_ORDER}},
+    SamplingMethod.SA_SOLVER: {
+        "sa": WHOLE_ORDER,
+        "sa-ode-noise": {"tau": 0.0, "predictor_order": 3, "predict_x0": False, **WHOLE_ORDER},
+    },
+    SamplingMethod.PNDM: {"pndm": {}, "pndm-prk": {"skip_prk_steps": False}},
+    SamplingMethod.KDPM2: {"kdpm2": {}, "kdpm2-churn": CHURN},
+    SamplingMethod.FLOW_EULER: {"flow_euler": {}, "flow_euler-stochastic": {"stochastic_sampling": True}},
 }
+
+#: Forms whose loops do not converge to the data of a model that predicts the mean of x0.
+NOT_CONVERGING = ("lcm", "tcd", "flow_euler-stochastic")
+#: Orders of forms that differ from that of the method's default.
+ORDERS = {"unipc-3": 4, "unipc-3-noise": 4, "deis-3": 3}
 
 
 def _forms(method: SamplingMethod) -> dict[str, Form]:
@@ -100,5 +121,5 @@ STOCHASTIC = _stochastic()
 
 def model_calls(method: str, steps: int) -> int:
     """The number of model calls of a loop that ends at the clean sample."""
-    calls = SamplingMethod(method).entry.calls_per_step
-    return calls * (steps - 1) + 1
+    entry = SamplingMethod(method).entry
+    return entry.calls_per_step * (steps - 1) + 1 + (entry.extra_calls if steps > 1 else 0)

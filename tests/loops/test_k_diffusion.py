@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: MIT
+"""Whole loops against k-diffusion's functions: the same model, levels and noise, in float32."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from fastdiff import loops
+from support.loop_cases import SIGMAS, LevelNoise, k_diffusion, mixture, start
+
+#: Name and options. 2M SDE with r = ½ … are k-diffusion's defaults.
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("euler", {}),
+    ("euler", {"s_churn": 3.0}),
+    ("euler_ancestral", {}),
+    ("euler_ancestral", {"eta": 0.6, "s_noise": 1.1}),
+    ("heun", {}),
+    ("heun", {"s_churn": 3.0, "s_noise": 1.05}),
+    ("dpm_2", {}),
+    ("dpm_2", {"s_churn": 3.0}),
+    ("dpm_2_ancestral", {}),
+    ("dpm_2_ancestral", {"eta": 0.6}),
+    ("lms", {}),
+    ("lms", {"order": 3}),
+    ("dpmpp_2s_ancestral", {}),
+    ("dpmpp_2s_ancestral", {"eta": 0.0}),
+    ("dpmpp_sde", {}),
+    ("dpmpp_sde", {"eta": 0.7, "s_noise": 0.9, "r": 0.6}),
+    ("dpmpp_2m", {}),
+    ("dpmpp_2m_sde", {}),
+    ("dpmpp_2m_sde", {"eta": 0.5, "solver_type": "heun"}),
+    ("dpmpp_3m_sde", {}),
+    ("dpmpp_3m_sde", {"eta": 0.0}),
+]
+#: k-diffusion computes scalars in float32, with rounding errors of about 1e-6 of numbers that the loop brings from 14.6
+#: down to 1; the promise is 1e-5.
+TOLERANCE = 1e-5
+SEED = random.randrange(2**31)
+
+
+def _noise(x: torch.Tensor) -> LevelNoise:
+    return LevelNoise(SEED, tuple(x.shape), x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "ends_at_zero"),
+    [(*case, True) for case in CASES] + [(name, options, False) for name, options in CASES if not options],
+    ids=str,
+)
+def test_whole_loop_equals_k_diffusion(
+    name: str, options: dict[str, Any], ends_at_zero: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, sigmas = start(SEED), SIGMAS if ends_at_zero else SIGMAS[:-1]
+    ours, theirs = getattr(loops, f"sample_{name}"), getattr(k_diffusion(), f"sample_{name}")
+    if "s_churn" in options:
+        # k-diffusion draws these with torch.randn_like at every step: the same draws, one after another.
+        draws = [torch.randn(x.shape, generator=torch.Generator().manual_seed(SEED + i)) for i in range(len(sigmas))]
+        noises, others = iter(draws), iter(draws)
+        mine = ours(mixture, x, sigmas, disable=True, noise_sampler=lambda a, b: next(noises), **options)
+        monkeypatch.setattr(torch, "randn_like", lambda tensor: next(others))
+        want = theirs(mixture, x, sigmas, disable=True, **options)
+    else:
+        stochastic = "ancestral" in name or "sde" in name
+        first, second = ({"noise_sampler": noise} if stochastic else {} for noise in (_noise(x), _noise(x)))
+        mine = ours(mixture, x, sigmas, disable=True, **first, **options)
+        want = theirs(mixture, x, sigmas, disable=True, **second, **options)
+        if stochastic:
+            drawn = first["noise_sampler"].calls
+            expected = second["noise_sampler"].calls
+            # No draw where its coefficient is 0.
+            assert [pytest.approx(call, rel=1e-5) for call in drawn] == (expected if options.get("eta", 1.0) else [])
+    torch.testing.assert_close(mine, want, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("calls", [1, 5, 6, 7, 12])
+@pytest.mark.parametrize("eta", [0.0, 0.8])
+def test_dpm_fast_equals_k_diffusion(calls: int, eta: float) -> None:
+    x, options = start(SEED), {"eta": 0.0 if calls == 1 else eta}
+    mine = loops.sample_dpm_fast(mixture, x, 0.05, 14.6, calls, disable=True, noise_sampler=_noise(x), **options)
+    want = k_diffusion().sample_dpm_fast(
+        mixture, x, 0.05, 14.6, calls, disable=True, noise_sampler=_noise(x), **options
+    )
+    # One call alone subtracts two numbers of size 60, whose rounding errors in float32 are not brought down again.
+    torch.testing.assert_close(mine, want, rtol=TOLERANCE, atol=1e-4 if calls == 1 else TOLERANCE)
+
+
+@pytest.mark.parametrize("options", [{}, {"order": 2, "rtol": 0.02}, {"eta": 0.5, "rtol": 0.1}], ids=str)
+def test_dpm_adaptive_equals_k_diffusion(options: dict[str, Any]) -> None:
+    """The steps, their number and the result; a step size that rounding changes moves the result by its square."""
+    x = start(SEED, (1, 3, 4, 5))
+    seen: list[tuple[list[float], list[float]]] = []
+    results = []
+    for function in (loops.sample_dpm_adaptive, k_diffusion().sample_dpm_adaptive):
+        levels: list[float] = []
+        errors: list[float] = []
+
+        def record(info: dict[str, Any], levels: list[float] = levels, errors: list[float] = errors) -> None:
+            levels.append(float(info["sigma"]))
+            errors.append(float(info["error"]))
+
+        white = torch.Generator().manual_seed(SEED)
+        draw = lambda a, b, white=white: torch.randn(x.shape, generator=white)  # noqa: E731
+        result, info = function(
+            mixture, x, 0.05, 14.6, callback=record, disable=True, noise_sampler=draw, return_info=True, **options
+        )
+        results.append((result, {key: info[key] for key in ("steps", "nfe", "n_accept", "n_reject")}))
+        seen.append((levels, errors))
+    assert results[0][1] == results[1][1]
+    assert seen[0][0] == pytest.approx(seen[1][0], rel=1e-3)
+    # Errors are differences of two solutions of size 14.6 in float32.
+    assert seen[0][1] == pytest.approx(seen[1][1], rel=1e-2, abs=1e-3)
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpm_2_ancestral", "dpmpp_2m"])
+def test_callback_gets_k_diffusions_dict(name: str) -> None:
+    x = start(SEED)
+    dicts: list[list[dict[str, Any]]] = []
+    for module in (loops, k_diffusion()):
+        seen: list[dict[str, Any]] = []
+        options = {"noise_sampler": _noise(x)} if "ancestral" in name else {}
+        getattr(module, f"sample_{name}")(mixture, x, SIGMAS, callback=seen.append, disable=True, **options)
+        dicts.append(seen)
+    assert len(dicts[0]) == len(dicts[1]) == len(SIGMAS) - 1
+    for mine, want in zip(*dicts, strict=True):
+        assert set(mine) == set(want) == {"x", "i", "sigma", "sigma_hat", "denoised"}
+        for key, value in want.items():
+            torch.testing.assert_close(
+                torch.as_tensor(mine[key]), torch.as_tensor(value), rtol=TOLERANCE, atol=TOLERANCE
+            )
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v", "continuous v"])
+@pytest.mark.parametrize("quantize", [False, True])
+def test_denoisers_equal_k_diffusions(kind: str, quantize: bool) -> None:
+    alphas = (1.0 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+
+    class Inner(torch.nn.Module):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(x) + 0.001 * t.view(-1, 1, 1, 1)
+
+    inner = Inner()
+    external = k_diffusion("external")
+    if kind == "continuous v":
+        mine, want = loops.ContinuousVDenoiser(inner), external.VDenoiser(inner)
+    else:
+        mine = (loops.EpsilonDenoiser if kind == "epsilon" else loops.VDenoiser)(inner, alphas, quantize)
+        wrapper = external.DiscreteEpsDDPMDenoiser if kind == "epsilon" else external.DiscreteVDDPMDenoiser
+        want = wrapper(inner, alphas, quantize)
+        torch.testing.assert_close(mine.get_sigmas(9), want.get_sigmas(9).double(), rtol=1e-5, atol=0.0)
+        torch.testing.assert_close(mine.get_sigmas(), want.get_sigmas().double(), rtol=1e-5, atol=0.0)
+    x = start(SEED)
+    for sigma in (0.02, 0.9, 14.0):
+        level = torch.full((2,), sigma)
+        # t is interpolated between levels in float32: 1000 steps of 1e-7 relative error.
+        torch.testing.assert_close(mine(x, level), want(x, level).float(), rtol=1e-4, atol=1e-4)
+    # The loop folds the wrapper into its rows; as a plain function it is called.
+    folded = loops.sample_dpmpp_2m(mine, x, SIGMAS, disable=True)
+    called = loops.sample_dpmpp_2m(lambda x, sigma: mine(x, sigma), x, SIGMAS, disable=True)
+    torch.testing.assert_close(folded, called, rtol=TOLERANCE, atol=TOLERANCE)
+    theirs = k_diffusion().sample_dpmpp_2m(want, x, SIGMAS, disable=True)
+    torch.testing.assert_close(folded, theirs.float(), rtol=2e-4, atol=2e-4)
