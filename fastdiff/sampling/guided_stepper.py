@@ -118,7 +118,13 @@ class GuidedStepper:
     def __getstate__(self) -> dict[str, object]:
         """Copy stepper and state, which either copy would write; leave out what a step makes again."""
         state = None if self._state is None else self._state.clone()
-        new = {"stepper": copy.copy(self.stepper), "_state": state, "_table": None, "_tables": {}, "_kinds": {}}
+        new: dict[str, object] = {
+            "stepper": copy.copy(self.stepper),
+            "_state": state,
+            "_table": None,
+            "_tables": {},
+            "_kinds": {},
+        }
         return {**self.__dict__, **new, "_kind": None, "_place": None, "_before": (state, self._with_state)}
 
     @property
