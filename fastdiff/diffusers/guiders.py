@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The guiders of diffusers' modular pipelines under their own names, each combination one fused pass.
 
-Each is a weighted sum of u, c and for some a running average, with a weight for each sample.  The weights come from
-reductions of `fastdiff.ops`; the sum is one call of the fused step with a row for each sample.  Only `forward` is
+Each is a weighted sum of u, c and for some a running average, with weights a sample.  The weights are those of
+`fastdiff.guidance`: one reduction where they need it; the sum is one call of the fused step.  Only `forward` is
 replaced.  diffusers' own `forward` runs outside the guider's interval of steps, if gradients are needed, for tensors of
 different shapes or dtypes, and for norms over some of a sample's dimensions.
 """
@@ -10,21 +10,27 @@ different shapes or dtypes, and for norms over some of a sample's dimensions.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..guidance.rescale import rescaling_of
-from ..row_layout import (
-    COLUMNS,
-    KEEP_0,
-    PREV_SAMPLE,
-    STORE_0,
-    blank_row,
-    compute_dtype,
+from ..guidance import (
+    Guidance,
+    LateProjectedGuidance,
+    MagnitudeAwareGuidance,
+    Place,
+    PlainGuidance,
+    ProjectedGuidance,
+    TangentialGuidance,
+    ZeroStarGuidance,
 )
+from ..guidance.combining import combine
+from ..guidance.method import STATE
+from ..guidance.vectors import Vector
+from ..guidance.weights import step_weights
+from ..guidance.zero_star import fitted
 from ..sampling.single_steps import cfg_combine
 
 try:
@@ -32,10 +38,6 @@ try:
     from diffusers.guiders.guider_utils import GuiderOutput
 except ImportError:  # diffusers 0.35 has guiders that return something else
     _originals = None  # type: ignore[assignment]
-
-#: A weight of a sum: one number, or one for each sample.
-Weight = float | Tensor
-_SAMPLE, _OUTPUT, _HISTORY = (COLUMNS.index(name) for name in ("sample", "model_output", "history_0"))
 
 
 class FusedGuider:
@@ -93,8 +95,17 @@ class _ClassifierFree(FusedGuider):
     """u + g·(c − u), or c + g·(c − u)."""
 
     def _combined(self: Any, cond: Tensor, uncond: Tensor, rescale: float) -> tuple[Tensor, Tensor]:
-        scale = _extrapolation(self, self.guidance_scale)
-        return _extrapolated(cond, uncond, scale, rescale), uncond
+        scale = _extrapolation(self)
+        if rescale <= 0.0:
+            return cfg_combine(cond, uncond, scale), uncond
+        return _guided(_method(PlainGuidance, scale=scale, rescale=rescale), cond, uncond)[0], uncond
+
+
+class _FittedZeroStar(ZeroStarGuidance):
+    """CFG-Zero* that also returns the scaled unconditional output."""
+
+    def kept(self, branches: Mapping[str, Vector], place: Place) -> Vector | None:
+        return fitted(branches["uncond"], branches["cond"])
 
 
 class _ZeroStar(FusedGuider):
@@ -104,43 +115,25 @@ class _ZeroStar(FusedGuider):
         return super()._fuses(cond, uncond) and self._step >= self.zero_init_steps
 
     def _combined(self: Any, cond: Tensor, uncond: Tensor, rescale: float) -> tuple[Tensor, Tensor]:
-        alpha = ops.dot(cond, uncond) / (ops.dot(uncond, uncond) + 1e-8)
-        scale = _extrapolation(self, self.guidance_scale)
-        pred, scaled = _sum(cond, uncond, (scale, alpha * (1.0 - scale)), kept=(0.0, alpha))
-        return _rescaled(pred, cond, rescale), scaled
+        method = _method(_FittedZeroStar, scale=_extrapolation(self), rescale=rescale, zero_init_steps=0)
+        pred, scaled = _guided(method, cond, uncond)
+        return pred, scaled
 
 
 class _Tangential(FusedGuider):
-    """Guidance with u projected on the first right singular vector of the two rows c and u (arXiv 2503.18137).
-
-    The left singular vectors are those of the Gram matrix [[⟨c,c⟩, ⟨c,u⟩], [⟨c,u⟩, ⟨u,u⟩]]; the first is (cos θ, sin θ)
-    with tan 2θ = 2⟨c,u⟩ / (⟨c,c⟩ − ⟨u,u⟩), and the projection of u is sin θ·(cos θ·c + sin θ·u).
-    """
+    """Guidance with u projected on the first right singular vector of the two rows c and u (arXiv 2503.18137)."""
 
     def _combined(self: Any, cond: Tensor, uncond: Tensor, rescale: float) -> tuple[Tensor, Tensor]:
-        difference = ops.dot(cond, cond) - ops.dot(uncond, uncond)
-        twice = 2.0 * ops.dot(cond, uncond)
-        length = torch.hypot(difference, twice)
-        # For orthogonal rows of equal length every direction is a first one: take c, which is orthogonal to u.
-        none = length == 0.0
-        sine = torch.where(none, 0.0, twice / length)
-        cosine = torch.where(none, 1.0, difference / length)
-        of_cond, of_uncond = 0.5 * sine, 0.5 * (1.0 - cosine)
-        scale = _extrapolation(self, self.guidance_scale)
-        rest = 1.0 - scale
-        (pred,) = _sum(cond, uncond, (scale + rest * of_cond, rest * of_uncond))
-        return _rescaled(pred, cond, rescale), uncond
+        method = _method(TangentialGuidance, scale=_extrapolation(self), rescale=rescale)
+        return _guided(method, cond, uncond)[0], uncond
 
 
 class _MagnitudeAware(FusedGuider):
     """Guidance whose scale falls with the size of the difference, e^(−α·‖c − u‖/‖u‖) (arXiv 2508.03442)."""
 
     def _combined(self: Any, cond: Tensor, uncond: Tensor, rescale: float) -> tuple[Tensor, Tensor]:
-        (difference,) = _sum(cond, uncond, (1.0, -1.0))
-        falling = torch.exp(-self.alpha * ops.norm(difference) / ops.norm(uncond))
-        scale = self.guidance_scale
-        scale = 1.0 + (scale * falling if self.use_original_formulation else (scale - 1.0) * falling)
-        return _extrapolated(cond, uncond, scale, rescale), uncond
+        method = _method(MagnitudeAwareGuidance, scale=_extrapolation(self), rescale=rescale, alpha=float(self.alpha))
+        return _guided(method, cond, uncond)[0], uncond
 
 
 class _Projected(FusedGuider):
@@ -158,123 +151,60 @@ class _Projected(FusedGuider):
         return not isinstance(running, Tensor) or super()._fuses(cond, running)
 
     def _combined(self: Any, cond: Tensor, uncond: Tensor, rescale: float) -> tuple[Tensor, Tensor]:
-        return self._projected(cond, uncond, self.guidance_scale, rescale), uncond
+        return self._averaged(cond, uncond, ProjectedGuidance, self.guidance_scale, rescale), uncond
 
-    def _projected(self: Any, cond: Tensor, uncond: Tensor, scale: float, rescale: float) -> Tensor:
+    def _averaged(self: Any, cond: Tensor, uncond: Tensor, kind: type, scale: float, rescale: float, **own: Any) -> Any:
         buffer = self.momentum_buffer
-        running, momentum = _running(buffer)
-        (average,) = _sum(cond, uncond, (1.0, -1.0, momentum), running)
+        original = bool(self.use_original_formulation)
+        method = _method(
+            kind,
+            scale=scale + 1.0 if original else float(scale),
+            rescale=rescale,
+            momentum=0.0 if buffer is None else float(buffer.momentum),
+            limit=float(self.adaptive_projected_guidance_rescale),
+            eta=float(self.eta),
+            around="cond" if original else "uncond",
+            **own,
+        )
+        running = None if buffer is None else buffer.running_average
+        pred, *average = _guided(method, cond, uncond, running if isinstance(running, Tensor) else None, self._step)
         if buffer is not None:
-            buffer.running_average = average
-        limit = self.adaptive_projected_guidance_rescale
-        shrunk: Weight = torch.clamp(limit / ops.norm(average), max=1.0) if limit > 0 else 1.0
-        # d⊥ + η·d∥ = d + (η − 1)·d∥, and d∥ = ⟨d, c⟩/‖c‖²·c with the norm that torch's normalize divides by.
-        along = ops.dot(average, cond) / ops.norm(cond).clamp(min=1e-12).square()
-        across = scale * shrunk
-        of_cond = across * (self.eta - 1.0) * along
-        if self.use_original_formulation:
-            weights: tuple[Weight, ...] = (1.0 + of_cond, 0.0, across)
-        else:
-            weights = (of_cond, 1.0, across)
-        (pred,) = _sum(cond, uncond, weights, average)
-        return _rescaled(pred, cond, rescale)
+            # With a momentum of 0 the average is the difference of this step.
+            buffer.running_average = average[0] if average else cond - uncond
+        return pred
 
 
 class _ProjectedMix(_Projected):
     """Plain guidance in the first steps, with the average updated; projected guidance after them."""
 
     def _combined(self: Any, cond: Tensor, uncond: Tensor, rescale: float) -> tuple[Tensor, Tensor]:
-        if self._is_apg_enabled():
-            return self._projected(cond, uncond, self.adaptive_projected_guidance_scale, rescale), uncond
-        scale = _extrapolation(self, self.guidance_scale)
-        buffer = self.momentum_buffer
-        if buffer is None:
-            return _extrapolated(cond, uncond, scale, rescale), uncond
-        running, momentum = _running(buffer)
-        pred, buffer.running_average = _sum(cond, uncond, (scale, 1.0 - scale), running, kept=(1.0, -1.0, momentum))
-        return _rescaled(pred, cond, rescale), uncond
+        last = -1 if self._is_apg_enabled() else self._step
+        plain = _extrapolation(self)
+        scale = self.adaptive_projected_guidance_scale
+        own = {"plain_scale": plain, "last_plain_step": last}
+        return self._averaged(cond, uncond, LateProjectedGuidance, scale, rescale, **own), uncond
 
 
-def _running(buffer: Any) -> tuple[Tensor | None, float]:
-    """Return the running average and its weight; None and 0 in the first step."""
-    if buffer is None or not isinstance(buffer.running_average, Tensor):
-        return None, 0.0
-    return buffer.running_average, float(buffer.momentum)
-
-
-def _extrapolation(guider: Any, scale: float) -> float:
+def _extrapolation(guider: Any) -> float:
     """Return g of u + g·(c − u); the original formulation c + (g − 1)·(c − u) is the same map."""
-    return scale + 1.0 if guider.use_original_formulation else float(scale)
+    return float(guider.guidance_scale) + (1.0 if guider.use_original_formulation else 0.0)
 
 
-def _extrapolated(cond: Tensor, uncond: Tensor, scale: Weight, rescale: float) -> Tensor:
-    pred = cfg_combine(cond, uncond, scale)
-    if rescale <= 0.0:
-        return pred
-    # Computed from the model's outputs, not from `pred`, so that half types are rounded once.
-    factor = rescaling_of(pred, cond, rescale)
-    return _step(cond, cond, [(_OUTPUT, factor)], [], uncond=uncond, guidance_scale=scale, out=pred)[0]
+@functools.lru_cache(maxsize=256)
+def _method(kind: type, **options: Any) -> Any:
+    return kind(**options)
 
 
-def _rescaled(pred: Tensor, cond: Tensor, rescale: float) -> Tensor:
-    if rescale <= 0.0:
-        return pred
-    return _step(pred, pred, [(_SAMPLE, rescaling_of(pred, cond, rescale))], [], out=pred)[0]
-
-
-def _sum(
-    cond: Tensor, uncond: Tensor, weights: tuple[Weight, ...], running: Tensor | None = None,
-    kept: tuple[Weight, ...] = (),
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return one or two weighted sums of c, u and a running average, in one pass.
-
-    Args:
-        cond, uncond, running: ``[B, ...]``.
-        weights: of these three, each a number or ``[B]``.
-        kept: the weights of a second sum.
-    """
-    columns = (_SAMPLE, _OUTPUT, _HISTORY)
-    first, second = (list(zip(columns, given, strict=False)) for given in (weights, kept))
-    return _step(cond, uncond, first, second, history=() if running is None else (running,))
-
-
-def _step(
-    sample: Tensor, output: Tensor, first: list[tuple[int, Weight]], second: list[tuple[int, Weight]],
-    out: Tensor | None = None, **tensors: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Call the fused step with a row for each sample, or one for all if the weights are numbers."""
-    entries = [(PREV_SAMPLE + c, w) for c, w in first] + [(KEEP_0 + c, w) for c, w in second]
-    numbers = tuple((c, float(w)) for c, w in entries if not isinstance(w, Tensor))
-    dtype, keeps = compute_dtype(sample.dtype), 1 if second else 0
-    table = _fixed_row(numbers, keeps, dtype, sample.device)
-    rows: int | Tensor = 0
-    outs: tuple[Tensor | None, ...] | None = None if out is None else (out,)
-    if len(numbers) < len(entries):
-        table = table.repeat(len(sample), 1)
-        for column, weight in entries:
-            if isinstance(weight, Tensor):
-                table[:, column] = weight
-        if len(sample) > 1:
-            rows = _count(len(sample), sample.device)
-            if keeps:  # the direct call needs them: rows in a tensor could leave samples unwritten
-                outs = torch.empty_like(sample), torch.empty_like(sample)
-    return ops.step(sample, output, table, rows, keeps=keeps, out=outs, **tensors)
-
-
-@functools.lru_cache(maxsize=1024)
-def _fixed_row(numbers: tuple[tuple[int, float], ...], keeps: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    row = torch.tensor([blank_row()], dtype=torch.float64, device="cpu")
-    row[0, STORE_0] = 0.0 if keeps else -1.0
-    for column, number in numbers:
-        row[0, column] = number
-    with torch.inference_mode(False):
-        return row.to(device=device, dtype=dtype).clone()
-
-
-@functools.lru_cache(maxsize=64)
-def _count(number: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.arange(number, device=device)
+def _guided(
+    method: Guidance, cond: Tensor, uncond: Tensor, state: Tensor | None = None, step: int = 0
+) -> tuple[Tensor, ...]:
+    """Return the guided output and what the method keeps: one reduction where it needs one, and one pass."""
+    place = Place(step, step + 1, has_state=state is not None)
+    names, tensors = ["cond", "uncond"], [cond, uncond]
+    if state is not None:
+        names, tensors = [*names, STATE], [*tensors, state]
+    rows = step_weights([method], place, names, tensors, cond, [state is not None])
+    return combine(cond, tensors, rows)
 
 
 _KINDS: dict[str, type] = {

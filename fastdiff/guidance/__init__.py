@@ -17,7 +17,7 @@ from .per_token_norm import PerTokenNormGuidance
 from .perpendicular import PerpendicularGuidance
 from .perturbed import PerturbedGuidance
 from .plain import AutoGuidance, PlainGuidance
-from .projected import ProjectedGuidance
+from .projected import LateProjectedGuidance, ProjectedGuidance
 from .rescale import rescaling_of, rows_with_scaled_output
 from .residual import ResidualGuidance
 from .tangential import TangentialGuidance
@@ -32,6 +32,7 @@ __all__ = [
     "Guidance",
     "GuidanceMode",
     "GuidedModel",
+    "LateProjectedGuidance",
     "LossGuidance",
     "MagnitudeAwareGuidance",
     "MixedGuidance",

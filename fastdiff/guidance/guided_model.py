@@ -268,7 +268,7 @@ def unwrap(result: Any) -> Tensor:
         sample: Tensor = result["sample"]
         return sample
     if isinstance(getattr(result, "sample", None), Tensor):
-        return result.sample  # type: ignore[no-any-return]
+        return result.sample
     if isinstance(result, (tuple, list)) and result and isinstance(result[0], Tensor):
         return result[0]
     raise TypeError(

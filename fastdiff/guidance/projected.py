@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..errors import as_float, checked_float, unknown_name
+from ..errors import as_float, checked_float, checked_integer, unknown_name
 from .method import STATE, Guidance, Place
 from .scalars import Scalar, divide, maximum, minimum
 from .vectors import Vector
@@ -79,3 +79,36 @@ class ProjectedGuidance(Guidance):
         if self.around == "cond":
             return branches["cond"] + update * (scale - 1.0)
         return branches["uncond"] + update * scale
+
+
+@dataclass(frozen=True, eq=False)
+class LateProjectedGuidance(ProjectedGuidance):
+    """Plain guidance in the first steps, with the running average updated, and projected guidance after them.
+
+    diffusers has it as ``AdaptiveProjectedMixGuidance``.
+
+    Args:
+        plain_scale: the guidance scale of the first steps.
+        last_plain_step: the index of the last of them.
+        scale, momentum, limit, eta, around, rescale, start, stop, noise_ratios: as in `ProjectedGuidance`.
+    """
+
+    plain_scale: float = 3.5
+    last_plain_step: int = 5
+
+    neutral_scale: ClassVar[float | None] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        as_float(type(self).__name__, "plain_scale", self.plain_scale)
+        checked_integer(type(self).__name__, "last_plain_step", self.last_plain_step, -1)
+
+    def phase(self, place: Place) -> Hashable:
+        """Return whether the step is plain."""
+        return place.index <= self.last_plain_step
+
+    def combination(self, branches: Mapping[str, Vector], scale: Scalar, place: Place) -> Vector:
+        """Return u + g·(c − u) in the first steps, then the projected output."""
+        if self.phase(place) is True:
+            return branches["uncond"] + self.plain_scale * (branches["cond"] - branches["uncond"])
+        return super().combination(branches, scale, place)

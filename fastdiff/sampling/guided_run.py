@@ -116,8 +116,8 @@ class GuidedRun:
         wide = batch.to(model.model_dtype or x.dtype)
         output, variance = model._split(model._call(wide, timestep, condition, x.dtype), wide)
         sizes = [len(part) for part in inputs]
-        spreads = [None] * len(names) if variance is None else variance.split(sizes)
-        return list(zip(names, output.split(sizes), spreads, strict=True))
+        spreads = [None] * len(names) if variance is None else torch.split(variance, sizes)
+        return list(zip(names, torch.split(output, sizes), spreads, strict=True))
 
     # --- As a stepper -----------------------------------------------------------------------------------------------
 

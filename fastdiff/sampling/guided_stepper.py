@@ -115,6 +115,18 @@ class GuidedStepper:
         self._tables: dict[Hashable, tuple[Tensor, list[Any], list[Placement | None]]] = {}
         self._placements: dict[Hashable, Placement | None] = {}
 
+    def __getstate__(self) -> dict[str, object]:
+        """Copy stepper and state, which either copy would write; leave out what a step makes again."""
+        state = None if self._state is None else self._state.clone()
+        new: dict[str, object] = {
+            "stepper": copy.copy(self.stepper),
+            "_state": state,
+            "_table": None,
+            "_tables": {},
+            "_kinds": {},
+        }
+        return {**self.__dict__, **new, "_kind": None, "_place": None, "_before": (state, self._with_state)}
+
     @property
     def index(self) -> int:
         """The index of the next row."""
@@ -289,10 +301,8 @@ class GuidedStepper:
             sample, outputs: of that step.
         """
         at = copy.copy(self)
-        at.stepper = copy.copy(self.stepper)
         at.stepper.index = self.stepper.index - 1
         at._state, at._with_state = self._before
-        at._place = None
         place = at._look_ahead()
         names, tensors = at._tensors(place, sample, outputs)
         tensors = [tensor.detach() for tensor in tensors]
@@ -302,10 +312,10 @@ class GuidedStepper:
         tensors, rows = _without_zeros(sample, tensors, rows)
         return combine(sample, tensors, rows, token_dims=self._token_dims, backend=self.stepper.backend)[0]
 
-    def _quick(
-        self, kind: _Kind, sample: Tensor, outputs: Mapping[str, Tensor], given: Mapping[str, Any]
-    ) -> Tensor | None:
+    def _quick(self, kind: _Kind, sample: Tensor, outputs: Any, given: Mapping[str, Any]) -> Tensor | None:
         """Take a step of a known kind on few samples; None where there is more to look at."""
+        if not isinstance(outputs, Mapping):
+            return None
         try:
             tensors = [outputs[name] for name in kind.names]
             shape = sample.shape
@@ -645,7 +655,7 @@ def _plain_scale(rows: Sequence[RowWeights], sample: Tensor) -> float | Tensor |
         if len(others) > 2 or isinstance(first, Tensor) or any(isinstance(w, Tensor) for w in others):
             return None
         second = others[0] if len(others) == 2 else 0.0
-        if others[-1] != 0.0 or abs(first + second - 1.0) > 1e-15 * (abs(first) + abs(second)):  # type: ignore[operator]
+        if others[-1] != 0.0 or abs(first + second - 1.0) > 1e-15 * (abs(first) + abs(second)):
             return None
         scales.append(first)
     if all(scale == scales[0] for scale in scales):

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 from typing import Any
 
 import pytest
@@ -320,3 +322,23 @@ def test_gradients_flow_through_weights_that_are_constant() -> None:
     y.sum().backward()
     torch.testing.assert_close(c.grad, torch.full_like(c, 3.0))
     torch.testing.assert_close(u.grad, torch.full_like(u, -2.0))
+
+
+@pytest.mark.parametrize("name", ["zero star", "projected with momentum", "perturbed"])
+def test_copies_go_on_by_themselves(name: str) -> None:
+    table = sampler_of("second order").table
+    guided = GuidedStepper(table, CASES[name][0])
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(2, *SHAPE)
+    for _ in range(2):
+        x = guided.step(x, outputs(2, SHAPE, generator, torch.float32))
+    others = [copy.copy(guided), copy.deepcopy(guided), pickle.loads(pickle.dumps(guided))]
+    given = [outputs(2, SHAPE, generator, torch.float32) for _ in range(2)]
+    results = []
+    for stepper in (guided, *others):
+        y = x
+        for one in given:
+            y = stepper.step(y, one)
+        results.append(y)
+    for y in results[1:]:
+        assert torch.equal(y, results[0])
