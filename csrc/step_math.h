@@ -24,7 +24,7 @@ FASTDIFF_INLINE constexpr int64_t item_size(DType dtype) {
 
 // Dtypes of a step's tensors; the entry of an absent tensor is not read.
 struct StreamTypes {
-    DType sample, model_output, uncond, variance, noise;
+    DType sample, model_output, uncond, variance, noise, mask;
     DType history[kRegisters];
     DType outputs[kMaxOutputs];
 };
@@ -39,6 +39,9 @@ struct NoiseArgs {
     // Each element's noise is indexed by its row-major place in the sample. 1: memory is in row-major order; more:
     // memory is channels-last with so many channels.
     int64_t channels;
+    // Consecutive samples of the batch that are the parts of one: they share a seed, [batch / parts], and their
+    // elements are counted through.
+    int64_t parts;
 };
 
 // One call of the step. Tensors like the samples share one dense layout of batch × inner elements. A pointer may be
@@ -52,6 +55,7 @@ struct StepArgs {
     const void* uncond;
     const void* variance;
     const void* noise;
+    const void* mask;           // blends prev_sample with the map of keep_1, which is then no output
     void* history[kRegisters];  // written only by `scatter`
     const void* table;          // [num_rows, 32], compute dtype
     int64_t num_rows;
@@ -132,6 +136,13 @@ template <typename C>
 FASTDIFF_INLINE C clamp_to(C value, C bound) {
     value = value < -bound ? -bound : value;
     return value > bound ? bound : value;
+}
+
+// prev + mask·(target − prev), in a form that is `prev` where the mask is 0 and `target` where it is 1, to the bit.
+template <typename C>
+FASTDIFF_INLINE C blend(C prev, C target, C mask) {
+    const C soft = multiply_add(mask, target, (C(1) - mask) * prev);
+    return mask == C(0) ? prev : mask == C(1) ? target : soft;
 }
 
 // Learned standard deviation, the factor of the noise.

@@ -92,7 +92,7 @@ def philox_words(counter: Sequence[Tensor | int], key: Sequence[Tensor | int]) -
     return c0, c1, c2, c3
 
 
-def normals(seeds: Tensor, step: int | Tensor, purpose: int, size: int) -> Tensor:
+def normals(seeds: Tensor, step: int | Tensor, purpose: int, size: int, first: Tensor | None = None) -> Tensor:
     """Return standard normal numbers, ``[B, size]`` float32.
 
     Args:
@@ -100,8 +100,18 @@ def normals(seeds: Tensor, step: int | Tensor, purpose: int, size: int) -> Tenso
         step: one number for all samples, or ``[B]`` int64.
         purpose: see `Purpose`.
         size: numbers per sample.
+        first: ``[B]`` int64, the place of each sample's first number; None for 0.
     """
-    chunk = torch.arange((size + 3) // 4, dtype=torch.int64, device=seeds.device)
+    if first is not None:
+        # Whole chunks from the one before, and each sample's own numbers of them.
+        places = (first % 4)[:, None] + torch.arange(size, dtype=torch.int64, device=seeds.device)
+        return _normals(seeds, step, purpose, size + 3, (first // 4)[:, None]).gather(1, places)
+    return _normals(seeds, step, purpose, size, 0)
+
+
+def _normals(seeds: Tensor, step: int | Tensor, purpose: int, size: int, chunk: Tensor | int) -> Tensor:
+    """Return numbers from a chunk on."""
+    chunk = torch.arange((size + 3) // 4, dtype=torch.int64, device=seeds.device) + chunk
     key = (seeds[:, None] & _MASK, (seeds[:, None] >> 32) & _MASK)
     steps = step.reshape(-1, 1) & _MASK if isinstance(step, Tensor) else torch.full_like(seeds[:1, None], step)
     words = philox_words((chunk & _MASK, chunk >> 32, steps, torch.full_like(steps, purpose)), key)

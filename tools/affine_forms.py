@@ -26,7 +26,7 @@ TARGET = ROOT / "csrc" / "cpu" / "affine_forms.inc"
 COMPILED, RUNTIME = "FASTDIFF_AFFINE_FORM(", "// runtime ("
 #: Bits of a term mask, as affine_loop.inc names them.
 NAMES = ("X", "M", "D", "I0", "I1", "I2", "I3", "I4")
-#: Options of drop-ins that are too rare for loops of their own: a form that only they lead to runs with run-time terms.
+#: Options of drop-ins and forms of solvers that are too rare for loops of their own: a form that only they lead to runs with run-time terms.
 #: A compiled form takes 25 kB of the extension. docs/performance.md has the times of both.
 RARE = {
     "SASolver": (
@@ -34,6 +34,7 @@ RARE = {
         "'corrector_order': 4", "'prediction_type': 'sample'",
     ),
     "RePaint": ("'clip_sample': False", "'eta': 0.5", "'eta': 1.0"),
+    "solvers": ("pndm-prk",),
 }  # fmt: skip
 HEADER = """// SPDX-License-Identifier: MIT
 // Written by tools/affine_forms.py; do not edit. Included by affine_loop.inc.

@@ -31,9 +31,13 @@ inline void randn(const at::Tensor& out, const at::Tensor& seeds, const std::opt
     RandnArgs args{};
     args.batch = batch;
     args.inner = out.numel() / batch;
-    args.draw = {seeds.const_data_ptr<int64_t>(), steps.has_value() ? steps->const_data_ptr<int64_t>() : nullptr,
-                 steps_given == 1 ? 0 : 1,        static_cast<uint32_t>(step),
-                 static_cast<uint32_t>(purpose),  1};
+    args.draw = {seeds.const_data_ptr<int64_t>(),
+                 steps.has_value() ? steps->const_data_ptr<int64_t>() : nullptr,
+                 steps_given == 1 ? 0 : 1,
+                 static_cast<uint32_t>(step),
+                 static_cast<uint32_t>(purpose),
+                 1,
+                 1};
     args.out = out.data_ptr();
     args.dtype = *dtype_of(out.scalar_type());
     if (out.is_cpu()) {

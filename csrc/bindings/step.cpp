@@ -36,7 +36,7 @@ bool complete(const StepCall& call) {
            (call.variance != nullptr) == (call.variance_kind != 0) && call.variance_kind >= 0 &&
            call.variance_kind <= 2 && call.keeps >= 0 && call.keeps < kMaxOutputs &&
            (!call.out.given || call.out.count == call.keeps + 1) && (call.noise == nullptr || call.seeds == nullptr) &&
-           (call.keeps == 0 || !call.write_history);
+           (call.keeps == 0 || !call.write_history) && (call.mask == nullptr || call.keeps < kMaxOutputs - 1);
 }
 
 enum class Launcher { kNone, kCpu, kCuda, kTriton };
@@ -110,6 +110,8 @@ Outcome run_step(const StepCall& call) {
     StepArgsBuilder builder(sample, *call.table, launcher == Launcher::kCpu);
     StepArgs& args = builder.args;
     args.variance_kind = static_cast<Variance>(call.variance_kind);
+    builder.parts(call.parts, {call.row_index.tensor, call.guidance_scale.tensor, call.threshold,
+                               call.seeds == nullptr ? nullptr : call.noise_step.tensor});
     builder.row_index(call.row_index);
     builder.guidance_scale(call.guidance_scale);
     builder.threshold(call.threshold);
@@ -119,6 +121,7 @@ Outcome run_step(const StepCall& call) {
     args.uncond = builder.like_model(call.uncond, &types.uncond);
     args.variance = builder.like_model(call.variance, &types.variance);
     args.noise = builder.like_sample(call.noise, &types.noise);
+    args.mask = builder.like_sample(call.mask, &types.mask);
     for (size_t j = 0; j < kRegisters; ++j) args.history[j] = builder.like_sample(call.history[j], &types.history[j]);
     if (call.write_history) builder.write_history();
     // A skipped sample's kept outputs are not written, so new ones would hold anything: Python makes them.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <initializer_list>
 #include <utility>
 
 #include "step.h"
@@ -34,7 +35,7 @@ class StepArgsBuilder {
         args.batch = blocks ? sample.size(0) : 1;
         args.inner = sample.numel() / args.batch;
         args.model_stride = args.inner;
-        args.draw.channels = 1;
+        args.draw.channels = args.draw.parts = 1;
     }
 
     bool good() const { return declined == Decline::kNone; }
@@ -43,6 +44,24 @@ class StepArgsBuilder {
     bool require(bool holds, Decline reason) {
         if (!holds && good()) declined = reason;
         return good();
+    }
+
+    // The parts of samples. Where a tensor of numbers is [B, T], samples [B, T, ...] are a batch of B·T; `given` is for
+    // a call that is such a batch already.
+    void parts(int64_t given, std::initializer_list<MaybeTensor> numbers) {
+        if (!good()) return;
+        for (const MaybeTensor tensor : numbers) per_part_ = per_part_ || (tensor != nullptr && tensor->dim() == 2);
+        if (!per_part_) {
+            args.draw.parts = given;
+            require(given >= 1 && args.batch % given == 0, Decline::kArgument);
+            return;
+        }
+        if (!require(given == 1, Decline::kArgument) || !require(sample_.dim() >= 2, Decline::kShape) ||
+            !require(sample_.is_contiguous(), Decline::kLayout))
+            return;
+        args.draw.parts = sample_.size(1);
+        args.batch = sample_.size(0) * sample_.size(1);
+        args.inner = args.model_stride = sample_.numel() / args.batch;
     }
 
     void row_index(const Counter& row) {
@@ -79,7 +98,8 @@ class StepArgsBuilder {
     // Noise from the samples' seeds, at one step of the loop for all or at each sample's own.
     void draw(MaybeTensor seeds, const Counter& step, int64_t purpose) {
         if (seeds == nullptr || !good()) return;
-        if (!integers(*seeds) || !require(seeds->dim() == 1 && seeds->numel() == args.batch, Decline::kShape) ||
+        if (!integers(*seeds) ||
+            !require(seeds->dim() == 1 && seeds->numel() * args.draw.parts == args.batch, Decline::kShape) ||
             !require(blocks_are_samples(), Decline::kLayout) ||
             !require(purpose >= 0 && purpose <= UINT32_MAX, Decline::kValue))
             return;
@@ -108,10 +128,11 @@ class StepArgsBuilder {
     // tensor of twice the channels (a learned variance) are read without a copy. All of them share it.
     const void* like_model(MaybeTensor tensor, DType* type) {
         if (tensor == nullptr || !good() || !same_kind(*tensor, type)) return nullptr;
-        for (int64_t i = args.batch > 1 ? 1 : 0; i < sample_.dim(); ++i)
+        const bool apart = args.batch > 1 && !per_part_;
+        for (int64_t i = apart ? 1 : 0; i < sample_.dim(); ++i)
             require(tensor->stride(i) == sample_.stride(i) || sample_.size(i) == 1, Decline::kLayout);
         if (!good()) return nullptr;
-        const int64_t stride = args.batch > 1 ? tensor->stride(0) : args.inner;
+        const int64_t stride = apart ? tensor->stride(0) : args.inner;
         if (!require(stride >= args.inner && (!model_seen_ || stride == args.model_stride), Decline::kLayout) ||
             !require(storage_covers(*tensor, (args.batch - 1) * stride + args.inner), Decline::kStorage))
             return nullptr;
@@ -131,7 +152,7 @@ class StepArgsBuilder {
                 const double slot = table_entry(row, store);
                 const bool there = !(slot >= 0) ||  // NaN names no slot
                                    (slot < kRegisters && args.history[static_cast<int>(slot)] != nullptr);
-                require(there, Decline::kArgument);
+                require(there && (args.mask == nullptr || store == kStore0 || !(slot >= 0)), Decline::kArgument);
             }
         }
     }
@@ -162,8 +183,9 @@ class StepArgsBuilder {
                     (tensor->size(0) == sample_.size(0) || tensor->size(0) == 2 * sample_.size(0));
         for (int64_t i = 1; fits && i < sample_.dim(); ++i) fits = tensor->size(i) == sample_.size(i);
         if (!require(fits, Decline::kShape) || !require(blocks_are_samples(), Decline::kLayout)) return;
+        const int64_t whole = per_part_ ? args.inner * args.draw.parts : args.inner;
         for (int64_t i = 0; i < sample_.dim(); ++i)
-            require(tensor->size(i) == 1 || tensor->stride(i) == (i == 0 ? args.inner : sample_.stride(i)),
+            require(tensor->size(i) == 1 || tensor->stride(i) == (i == 0 ? whole : sample_.stride(i)),
                     Decline::kLayout);
         if (!good() || !require(storage_covers(*tensor, tensor->numel()), Decline::kStorage)) return;
         args.model_input = tensor->data_ptr();
@@ -184,15 +206,16 @@ class StepArgsBuilder {
         const std::array<MemorySpan, 3> model{{{args.model_output, types.model_output, model_count},
                                                {args.uncond, types.uncond, model_count},
                                                {args.variance, types.variance, model_count}}};
-        // Scalars of a sample are read again after elements have been written.
+        // Scalars of a sample are read again after elements have been written, and the mask may be.
         const auto width = static_cast<int64_t>(at::elementSize(compute_type_)), word = int64_t{sizeof(int64_t)};
         const auto extent = [&](int64_t stride) { return (args.batch - 1) * stride + 1; };
-        const std::array<std::pair<const void*, int64_t>, 6> scalars{{
+        const std::array<std::pair<const void*, int64_t>, 7> scalars{{
+            {args.mask, count * item_size(types.mask)},
             {args.table, args.num_rows * kRowWidth * width},
             {args.guidance, extent(args.guidance_stride) * width},
             {args.threshold, args.batch * width},
             {args.rows, extent(args.rows_stride) * word},
-            {args.draw.seeds, args.batch * word},
+            {args.draw.seeds, args.batch / args.draw.parts * word},
             {args.draw.steps, extent(args.draw.steps_stride) * word},
         }};
         // History slots that are written are outputs that lie on themselves.
@@ -272,7 +295,7 @@ class StepArgsBuilder {
     }
     bool scalars(const at::Tensor& tensor) { return dense_of(tensor, compute_type_); }
     bool integers(const at::Tensor& tensor) { return dense_of(tensor, at::kLong); }
-    bool blocks_are_samples() const { return sample_.dim() == 0 || args.batch == sample_.size(0); }
+    bool blocks_are_samples() const { return sample_.dim() == 0 || per_part_ || args.batch == sample_.size(0); }
     int64_t rows_given() const { return args.rows_stride == 0 ? 1 : args.batch; }
 
     double table_entry(int64_t row, int column) const {
@@ -288,9 +311,12 @@ class StepArgsBuilder {
 
     // Return whether a tensor has one value for all samples where that is allowed, or one for each.
     bool one_per_sample(const at::Tensor& tensor, bool one_for_all) {
+        if (tensor.dim() == 2)
+            return require(tensor.size(0) == sample_.size(0) && tensor.size(1) == sample_.size(1), Decline::kShape);
         return require(tensor.dim() <= 1, Decline::kShape) &&
-               (one_for_all || (require(blocks_are_samples(), Decline::kLayout) &&
-                                require(tensor.numel() == args.batch, Decline::kShape)));
+               (one_for_all ||
+                (require(blocks_are_samples() && (!per_part_ || args.draw.parts == 1), Decline::kLayout) &&
+                 require(tensor.numel() == args.batch, Decline::kShape)));
     }
 
     const int64_t* counters(const at::Tensor& tensor, int64_t* stride) {
@@ -322,6 +348,7 @@ class StepArgsBuilder {
     const bool on_host_;
     at::ScalarType compute_type_ = at::kFloat;
     bool model_seen_ = false;
+    bool per_part_ = false;
     unsigned seen_ = 0;  // one bit a dtype
     float scale32_ = 0.0F;
     double scale64_ = 0.0;

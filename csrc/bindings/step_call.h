@@ -10,13 +10,13 @@
 
 namespace fastdiff::bindings {
 
-// A number for all samples, or an int64 tensor: [1] for all, or [B].
+// A number for all samples, or an int64 tensor: [1] for all, [B], or [B, T].
 struct Counter {
     int64_t value = 0;
     MaybeTensor tensor = nullptr;
 };
 
-// A real number for all samples, or a tensor in the compute dtype: [1] for all, or [B].
+// A real number for all samples, or a tensor in the compute dtype: [1] for all, [B], or [B, T].
 struct Scale {
     bool given = false;
     double value = 0.0;
@@ -46,12 +46,14 @@ struct Targets {
     FIELD(HistorySlots, history, {})          \
     FIELD(MaybeTensor, noise, nullptr)        \
     FIELD(MaybeTensor, variance, nullptr)     \
+    FIELD(MaybeTensor, mask, nullptr)         \
     FIELD(MaybeTensor, threshold, nullptr)    \
     FIELD(int64_t, variance_kind, 0)          \
     FIELD(int64_t, keeps, 0)                  \
     FIELD(MaybeTensor, seeds, nullptr)        \
     FIELD(Counter, noise_step, {})            \
     FIELD(int64_t, purpose, 1) /* STEP */     \
+    FIELD(int64_t, parts, 1)                  \
     FIELD(MaybeTensor, model_input, nullptr)  \
     FIELD(bool, write_history, false)         \
     FIELD(Targets, out, {})

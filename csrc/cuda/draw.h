@@ -32,10 +32,10 @@ __device__ __forceinline__ int64_t load_here(const int64_t* from) {
 
 __device__ __forceinline__ NoiseKey noise_key(const NoiseArgs& draw, int64_t b) {
     const uint32_t step = draw.steps == nullptr ? draw.step : static_cast<uint32_t>(draw.steps[b * draw.steps_stride]);
-    return {static_cast<uint64_t>(draw.seeds[b]), step, draw.purpose};
+    return {static_cast<uint64_t>(draw.seeds[draw.parts == 1 ? b : b / draw.parts]), step, draw.purpose};
 }
 
-// Return the key of `noise_key` by loads that stay where they are.
+// Return the key of `noise_key`, for samples of one part, by loads that stay where they are.
 __device__ __forceinline__ NoiseKey noise_key_here(const NoiseArgs& draw, int64_t b) {
     const uint64_t seed = static_cast<uint64_t>(load_here(draw.seeds + b));
     const uint32_t step =
@@ -82,8 +82,9 @@ __device__ __forceinline__ void draw_in_order(const NoiseKey& key, Place at, C (
 template <typename C, int V>
 __device__ __forceinline__ void draw_normals(const NoiseArgs& draw, int64_t inner, int64_t b, int64_t at, C (&z)[V]) {
     const NoiseKey key = noise_key(draw, b);
+    const int64_t before = draw.parts == 1 ? 0 : b % draw.parts * inner;
     if (draw.channels == 1) {
-        draw_in_order(key, at, z);
+        draw_in_order(key, before + at, z);
         return;
     }
     // Channels-last: neighbours in memory are far apart in the sample. One division per thread instead of one per
@@ -93,7 +94,7 @@ __device__ __forceinline__ void draw_normals(const NoiseArgs& draw, int64_t inne
     int64_t c = at - s * draw.channels;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-        z[i] = static_cast<C>(normal_at(key, c * places + s));
+        z[i] = static_cast<C>(normal_at(key, before + c * places + s));
         if (++c == draw.channels) c = 0, ++s;
     }
 }

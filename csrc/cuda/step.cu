@@ -22,7 +22,7 @@ __device__ __forceinline__ void copy_skipped_mixed(const StepArgs& args, int64_t
 
 // The step of tensors with dtypes of their own: all are fetched as bits before the first is converted. Vectors fill
 // their samples: a tail would need code for each dtype.
-template <typename C, int V>
+template <typename C, int V, bool kMasked>
 __global__ void __launch_bounds__(kMostThreads, 1) mixed_kernel(const StepArgs args, int64_t vecs_per_sample) {
     const int64_t vec = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     const int64_t b = vec / vecs_per_sample;
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) mixed_kernel(const StepArgs a
         copy_skipped_mixed<C, V>(args, here);
         return;
     }
-    const int maps = args.scatter ? int{kMaxOutputs} : args.num_outputs;
+    const int maps = maps_of(args, kMasked), outputs = outputs_of(args, kMasked);
     const StreamTypes& types = args.types;
 
     bool present[kColumns] = {};
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) mixed_kernel(const StepArgs a
     const bool drawn = draws(args);
     present[kNoise] = drawn ? row_reads(row, maps, int{kNoise}) : args.noise != nullptr;
     const bool learned = present[kNoise] && args.variance_kind != Variance::kFixed;
-    Bits<C, V> sample, output, history[kRegisters] = {}, noise = {}, other = {}, scale = {};
+    Bits<C, V> sample, output, history[kRegisters] = {}, noise = {}, other = {}, scale = {}, share = {};
     sample = fetch<C, V>(types.sample, args.sample, here);
     output = fetch<C, V>(types.model_output, args.model_output, there);
     if (args.uncond != nullptr) other = fetch<C, V>(types.uncond, args.uncond, there);
@@ -55,8 +55,9 @@ __global__ void __launch_bounds__(kMostThreads, 1) mixed_kernel(const StepArgs a
     }
     if (!drawn && present[kNoise]) noise = fetch<C, V>(types.noise, args.noise, here);
     if (learned) scale = fetch<C, V>(types.variance, args.variance, there);
+    if (kMasked) share = fetch<C, V>(types.mask, args.mask, here);
 
-    C terms[kColumns][V], uncond[V], variance[V];
+    C terms[kColumns][V], uncond[V], variance[V], mask[V];
     numbers_of(types.sample, sample, terms[kSample]);
     numbers_of(types.model_output, output, terms[kModelOutput]);
     numbers_of(types.uncond, other, uncond);
@@ -64,12 +65,13 @@ __global__ void __launch_bounds__(kMostThreads, 1) mixed_kernel(const StepArgs a
     for (int j = 0; j < kRegisters; ++j) numbers_of(types.history[j], history[j], terms[kHistory0 + j]);
     numbers_of(types.noise, noise, terms[kNoise]);
     numbers_of(types.variance, scale, variance);
+    if (kMasked) numbers_of(types.mask, share, mask);
     if (drawn && present[kNoise]) draw_normals(args.draw, args.inner, b, at, terms[kNoise]);
     prepare(args, row, b, learned, terms, uncond, variance);
 
 #pragma unroll
     for (int o = 0; o < kMaxOutputs; ++o) {
-        if (o >= maps) break;
+        if (o >= outputs) break;
         DType dtype = types.outputs[o];
         void* const target = target_of(args, row, o);
         if (target == nullptr) continue;
@@ -80,6 +82,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) mixed_kernel(const StepArgs a
         }
         C sum[V];
         weighted_sum(row, o, present, terms, sum);
+        if (kMasked && o == 0) blend_with_target(row, present, terms, mask, sum);
         store_as(dtype, sum, target, here, V);
         if (o > 0 || args.model_input == nullptr) continue;
         round_as(dtype, sum);
@@ -93,8 +96,11 @@ void launch_mixed(const StepArgs& args, Launches& launches) {
     constexpr int kVec = sizeof(C) == 8 ? 2 : 8;
     const bool wide = args.inner % kVec == 0 && vectorizable(args, kVec);
     const int64_t vecs_per_sample = wide ? args.inner / kVec : args.inner;
-    const auto kernel = wide ? mixed_kernel<C, kVec> : mixed_kernel<C, 1>;
-    const int threads = draws(args) || args.model_input != nullptr ? launches.config.draw : launches.config.step;
+    const bool masked = args.mask != nullptr;
+    const auto kernel = wide ? (masked ? mixed_kernel<C, kVec, true> : mixed_kernel<C, kVec, false>)
+                             : (masked ? mixed_kernel<C, 1, true> : mixed_kernel<C, 1, false>);
+    const int threads =
+        draws(args) || args.model_input != nullptr || masked ? launches.config.draw : launches.config.step;
     launches.run(kernel, blocks_of_threads(args.batch * vecs_per_sample, threads), threads, args, vecs_per_sample);
 }
 

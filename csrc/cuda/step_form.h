@@ -53,7 +53,7 @@ FASTDIFF_INLINE bool draws(const StepArgs& args) { return args.noise == nullptr 
 // Return true if every access of `elements` elements is aligned to 16 bytes.
 inline bool vectorizable(const StepArgs& args, int elements) {
     if (args.batch > 1 && (args.inner % elements != 0 || args.model_stride % elements != 0)) return false;
-    for (const void* pointer : {args.sample, args.model_output, args.uncond, args.variance, args.noise})
+    for (const void* pointer : {args.sample, args.model_output, args.uncond, args.variance, args.noise, args.mask})
         if (!aligned(pointer)) return false;
     for (const void* pointer : args.history)
         if (!aligned(pointer)) return false;
@@ -71,7 +71,7 @@ inline int key_of(const StepArgs& args, int elements) {
         return kNoForm;
     if (args.threshold != nullptr || (noisy && args.variance_kind != Variance::kFixed)) return kNoForm;
     if (args.model_input != nullptr && args.model_input_dtype != args.dtype) return kNoForm;
-    if (drawn && args.draw.channels != 1) return kNoForm;
+    if (args.mask != nullptr || (drawn && (args.draw.channels != 1 || args.draw.parts != 1))) return kNoForm;
     if (args.inner > INT32_MAX || args.model_stride > UINT32_MAX || args.batch > INT32_MAX) return kNoForm;
     int histories = 0;
     for (const void* history : args.history) histories += history != nullptr ? 1 : 0;

@@ -23,8 +23,8 @@ __device__ __forceinline__ void copy_skipped(const StepArgs& args, int64_t here,
 
 // kNoiseOrModelInput: noise may be drawn from seeds, and a model input written. A separate kernel, so that these take
 // no registers of other steps. The bound is one block per multiprocessor: for two blocks of the largest size ptxas
-// would spill.
-template <typename T, typename C, int V, bool kNoiseOrModelInput>
+// would spill. kMasked: a mask blends prev_sample.
+template <typename T, typename C, int V, bool kNoiseOrModelInput, bool kMasked>
 __global__ void __launch_bounds__(kMostThreads, 1) step_kernel(const StepArgs args, int64_t vecs_per_sample) {
     const int64_t vec = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     const int64_t b = vec / vecs_per_sample;
@@ -41,11 +41,11 @@ __global__ void __launch_bounds__(kMostThreads, 1) step_kernel(const StepArgs ar
         copy_skipped<T, C, V, kNoiseOrModelInput>(args, here, count);
         return;
     }
-    const int maps = args.scatter ? int{kMaxOutputs} : args.num_outputs;
+    const int maps = maps_of(args, kMasked), outputs = outputs_of(args, kMasked);
 
     C terms[kColumns][V];
     bool present[kColumns] = {};
-    C uncond[V], variance[V];
+    C uncond[V], variance[V], mask[V];
     load<T>(args.sample, here, count, terms[kSample]);
     load<T>(args.model_output, there, count, terms[kModelOutput]);
     present[kSample] = present[kModelOutput] = present[kPrediction] = true;
@@ -62,17 +62,19 @@ __global__ void __launch_bounds__(kMostThreads, 1) step_kernel(const StepArgs ar
     const bool learned = present[kNoise] && args.variance_kind != Variance::kFixed;
     if (!drawn && present[kNoise]) load<T>(args.noise, here, count, terms[kNoise]);
     if (learned) load<T>(args.variance, there, count, variance);
+    if (kMasked) load<T>(args.mask, here, count, mask);
     // After the loads, so that drawing overlaps with them.
     if (drawn && present[kNoise]) draw_normals(args.draw, args.inner, b, at, terms[kNoise]);
 
     prepare(args, row, b, learned, terms, uncond, variance);
 #pragma unroll
     for (int o = 0; o < kMaxOutputs; ++o) {
-        if (o >= maps) break;
+        if (o >= outputs) break;
         void* const target = target_of(args, row, o);
         if (target == nullptr) continue;
         C sum[V];
         weighted_sum(row, o, present, terms, sum);
+        if (kMasked && o == 0) blend_with_target(row, present, terms, mask, sum);
         const Vec<T, V> result = narrow_vec<T>(sum);
         store_vec(result, target, here, count);
         if (kNoiseOrModelInput && o == 0 && args.model_input != nullptr)
@@ -82,8 +84,10 @@ __global__ void __launch_bounds__(kMostThreads, 1) step_kernel(const StepArgs ar
 template <typename T, typename C, int V>
 void launch_vecs(const StepArgs& args, Launches& launches) {
     const int64_t vecs_per_sample = (args.inner + V - 1) / V;
-    const bool more = draws(args) || args.model_input != nullptr;
-    const auto kernel = more ? step_kernel<T, C, V, true> : step_kernel<T, C, V, false>;
+    const bool more = draws(args) || args.model_input != nullptr || args.mask != nullptr;
+    const auto kernel = args.mask != nullptr ? step_kernel<T, C, V, true, true>
+                        : more               ? step_kernel<T, C, V, true, false>
+                                             : step_kernel<T, C, V, false, false>;
     const int threads = more ? launches.config.draw : launches.config.step;
     launches.run(kernel, blocks_of_threads(args.batch * vecs_per_sample, threads), threads, args, vecs_per_sample);
 }

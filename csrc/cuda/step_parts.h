@@ -88,6 +88,14 @@ __device__ __forceinline__ void prepare(const StepArgs& args, const C* __restric
     }
 }
 
+// The maps of the row that a step computes, the target of a blend included, and those that are outputs.
+__device__ __forceinline__ int maps_of(const StepArgs& args, bool masked) {
+    return args.scatter || masked ? int{kMaxOutputs} : args.num_outputs;
+}
+__device__ __forceinline__ int outputs_of(const StepArgs& args, bool masked) {
+    return !args.scatter ? args.num_outputs : masked ? kMaxOutputs - 1 : int{kMaxOutputs};
+}
+
 // Sum map `o` of the row.
 template <typename C, int V>
 __device__ __forceinline__ void weighted_sum(const C* __restrict__ row, int o, const bool (&present)[kColumns],
@@ -101,6 +109,16 @@ __device__ __forceinline__ void weighted_sum(const C* __restrict__ row, int o, c
 #pragma unroll
         for (int i = 0; i < V; ++i) sum[i] = multiply_add(weight, terms[c][i], sum[i]);
     }
+}
+
+// Blend prev_sample with its target, the last map of the row.
+template <typename C, int V>
+__device__ __forceinline__ void blend_with_target(const C* __restrict__ row, const bool (&present)[kColumns],
+                                                  const C (&terms)[kColumns][V], const C (&mask)[V], C (&prev)[V]) {
+    C target[V];
+    weighted_sum(row, kMaxOutputs - 1, present, terms, target);
+#pragma unroll
+    for (int i = 0; i < V; ++i) prev[i] = blend(prev[i], target[i], mask[i]);
 }
 
 static_assert(int{kKeep0} == int{kPrevSample} + int{kColumns} && int{kKeep1} == int{kKeep0} + int{kColumns},

@@ -12,7 +12,7 @@ namespace fastdiff::triton {
 
 namespace {
 
-// Integers by position. Triton does not specialise on the first six; of the others it compiles 1 and multiples of 16
+// Integers by position. Triton does not specialise on the first seven; of the others it compiles 1 and multiples of 16
 // apart.
 enum Integer : int {
     kRow,
@@ -20,6 +20,7 @@ enum Integer : int {
     kNoiseStep,
     kPurpose,
     kChannels,
+    kParts,
     kGuidanceBits,
     kUnspecialized,
     kInner = kUnspecialized,
@@ -99,12 +100,13 @@ void StepLaunch::set_tensors(const StepArgs& args) {
     for (int j = 0; j < kRegisters; ++j) like_sample(args.history[j], args.types.history[j]);
     like_sample(args.noise, args.types.noise);
     like_sample(args.variance, args.types.variance);
+    like_sample(args.mask, args.types.mask);
     other(args.threshold);
     other(args.draw.seeds);
     other(args.draw.steps);
     for (int o = 0; o < kMaxOutputs; ++o) like_sample(args.outputs[o], args.types.outputs[o]);
     like_sample(args.model_input, args.model_input_dtype);
-    static_assert(kPointers == 12 + kRegisters + kMaxOutputs);
+    static_assert(kPointers == 13 + kRegisters + kMaxOutputs);
 }
 
 void StepLaunch::set_integers(const StepArgs& args, int64_t block) {
@@ -116,6 +118,7 @@ void StepLaunch::set_integers(const StepArgs& args, int64_t block) {
     integers_[kNoiseStep] = draws && args.draw.steps == nullptr ? static_cast<int32_t>(args.draw.step) : 0;
     integers_[kPurpose] = draws ? static_cast<int32_t>(args.draw.purpose) : 0;
     integers_[kChannels] = draws ? args.draw.channels : 0;
+    integers_[kParts] = draws ? args.draw.parts : 0;
     integers_[kGuidanceBits] = number ? bits_in(args.guidance_value, args.wide) : 0;
     integers_[kInner] = args.inner;
     integers_[kModelStride] = args.model_stride;
@@ -126,6 +129,8 @@ void StepLaunch::set_integers(const StepArgs& args, int64_t block) {
 
 void StepLaunch::set_constants(const StepArgs& args) {
     const bool draws = args.draw.seeds != nullptr;
+    // Each part begins with a chunk of noise, and memory has its order.
+    const bool chunks_are_whole = args.draw.channels == 1 && (args.draw.parts == 1 || args.inner % 4 == 0);
     uint8_t history = 0;
     bool mixed_history = false;
     for (int j = 0; j < kRegisters; ++j) {
@@ -137,6 +142,7 @@ void StepLaunch::set_constants(const StepArgs& args) {
         how_many(args.guidance, args.guidance_stride),
         history,
         args.noise != nullptr,
+        args.mask != nullptr,
         args.threshold != nullptr,
         // Without noise nothing is scaled, and the variance is not read.
         static_cast<uint8_t>(draws || args.noise != nullptr ? static_cast<int>(args.variance_kind) : 0),
@@ -144,9 +150,9 @@ void StepLaunch::set_constants(const StepArgs& args) {
         how_many(args.rows, args.rows_stride),
         args.scatter,
         mixed_history,
-        static_cast<uint8_t>(!draws                    ? 0
-                             : args.draw.channels == 1 ? 1
-                                                       : 2),
+        static_cast<uint8_t>(!draws             ? 0
+                             : chunks_are_whole ? 1
+                                                : 2),
         how_many(args.draw.steps, args.draw.steps_stride),
         static_cast<uint8_t>(args.model_input == nullptr ? 0 : args.model_input_copies),
     };

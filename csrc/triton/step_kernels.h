@@ -16,7 +16,7 @@
 namespace fastdiff::triton {
 
 // Parameters of the kernel by position: tensors, then integers. Compile-time constants follow them and are not passed.
-constexpr int kPointers = 19, kIntegers = 10, kConstants = 13;
+constexpr int kPointers = 20, kIntegers = 11, kConstants = 14;
 constexpr int kParameters = kPointers + kIntegers;
 
 // What a compiled kernel depends on beside its block and warps, which `clear_kernels` forgets.

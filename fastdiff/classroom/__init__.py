@@ -5,7 +5,7 @@ The modules::
 
     ddpm.py        `DDPMSampler`: the schedule's arrays, one step, the loop, classifier guidance
     comparison.py  `FastSampler` and `SamplingComparison`
-    models.py      a model's device, shape and mode
+    models.py      a model's device and shape, a guidance function's gradient
 
 The code is meant to be read.  docs/pitfalls.md lists its forms that are wrong elsewhere.
 """

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ..analysis.film_strip import visualize_trajectory
+from ..errors import error_message
 from ..guidance.guided_model import Model
 from .ddpm import SCHEDULES, DDPMSampler
+from .models import is_noise_scheduler
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,10 +41,17 @@ class SamplingComparison:
         noise_scheduler: as in `DDPMSampler`.
         batch_size: images a setting.
         seed: of the noise.
+
+    Raises:
+        TypeError: it is no noise scheduler.
     """
 
     def __init__(self, noise_scheduler: Any, *, batch_size: int = 4, seed: int = 0) -> None:
-        self.sampler = DDPMSampler(noise_scheduler)
+        if not is_noise_scheduler(noise_scheduler):
+            got, remedy = f"is a {type(noise_scheduler).__name__}", "pass the model to compare_schedules"
+            expected = "an object with alphas_cumprod and add_noise"
+            raise TypeError(error_message("SamplingComparison", "noise_scheduler", got, expected, remedy))
+        self.sampler = DDPMSampler(noise_scheduler, 1)  # each run sets its own timesteps
         self.batch_size, self.seed = batch_size, seed
 
     def _draw(self, model: Model, **options: Any) -> Any:

@@ -20,12 +20,13 @@ from ..guidance.guided_model import Model, unwrap
 from ..noise.generators import Generators, draw
 from ..row_layout import COLUMNS, PREV_SAMPLE, Variance
 from ..sampling.loop import progress_bar
+from ..sampling.model_mode import evaluating
 from ..schedules import LinearNoiseScheduler
 from ..schedules.levels import Levels, levels_from_timesteps
 from ..schedules.timesteps import timestep_schedule
 from ..solvers import Prediction, PredictionType, VarianceType, ddpm
 from ..solvers.table import StepTable
-from .models import device_of, evaluating, gradient, is_noise_scheduler, restored_on_error, shape_of
+from .models import device_of, gradient, is_noise_scheduler, restored_on_error, shape_of
 
 #: Timestep spacings by their names in the classroom.
 SCHEDULES = {"linear": "linspace", "cosine": "cosine"}
@@ -212,7 +213,8 @@ class DDPMSampler:
         Raises:
             TypeError, ValueError: a tensor does not fit, or the timestep is not visited.
         """
-        return self._step(sample, model_output, self._row("step", timestep), self.clip_range, generator)
+        row = self._row("step", timestep, sample.device)
+        return self._step(sample, model_output, row, self.clip_range, generator)
 
     @torch.no_grad()
     def p_sample(
@@ -232,9 +234,9 @@ class DDPMSampler:
         Raises:
             TypeError, ValueError: as `step`; or the sampler was made from a noise scheduler.
         """
-        row = self._row("p_sample", t)
+        row, model = self._row("p_sample", t, x_t.device), self._own_model("p_sample")
         times = torch.as_tensor(t, dtype=torch.int64, device=x_t.device).expand(len(x_t))
-        with evaluating(self._own_model("p_sample")) as model:
+        with evaluating(model):
             return self._step(x_t, unwrap(model(x_t, times)), row, 1.0 if clip_denoised else math.inf, generator)
 
     def sample(
@@ -297,11 +299,12 @@ class DDPMSampler:
         clip_range = 1.0 if clip_denoised else math.inf
         coefficients = self._table(clip_range).coefficients.clone()
         coefficients[:, _SHIFT] = guidance_scale * coefficients[:, _NOISE] ** 2
+        coefficients = coefficients.to(self.device, torch.float32)
 
         def guided_step(x: Tensor, output: Tensor, row: int) -> Tensor:
             times = self.timesteps[row].expand(len(x))
             shift = gradient(guidance_fn, x, times)
-            return self._step(x, output, row, clip_range, generator, coefficients.to(x.device, x.dtype), shift)
+            return self._step(x, output, row, clip_range, generator, coefficients, shift)
 
         model = self._own_model("sample_with_guidance")
         return self._loop(
@@ -364,9 +367,9 @@ class DDPMSampler:
     ) -> Any:
         """Walk from noise to samples; see `sample`."""
         bar = progress_bar(len(self.timesteps), None if show_progress else False)
-        with restored_on_error(generator), evaluating(model), bar:
+        with restored_on_error(generator, device), evaluating(model), bar:
             x = draw(shape, generator, dtype=torch.float32, device=device)
-            trajectory = [x.cpu()]
+            trajectory = [x.cpu()] if return_trajectory else []
             for row, t in enumerate(to_device(self.timesteps, device)):
                 output = unwrap(model(x, t.expand(len(x))))
                 x = step(x, output, row) if step else self._step(x, output, row, clip_range, generator)
@@ -404,7 +407,7 @@ class DDPMSampler:
             x, output, coefficients, row, noise=noise, variance=variance, variance_kind=kind, history=history
         )[0]
 
-    def _row(self, operation: str, timestep: int | Tensor) -> int | Tensor:
+    def _row(self, operation: str, timestep: int | Tensor, device: torch.device) -> int | Tensor:
         """Return the table's row of a visited timestep, or one row a sample."""
         asked = torch.as_tensor(timestep).reshape(-1).tolist()
         for t in asked:
@@ -413,7 +416,7 @@ class DDPMSampler:
                 remedy = "take them from sampler.timesteps, or call set_timesteps"
                 raise ValueError(error_message(operation, "timestep", got, expected, remedy))
         rows = [self._rows[t] for t in asked]
-        return rows[0] if len(rows) == 1 else torch.tensor(rows, device=timestep.device)  # type: ignore[union-attr]
+        return rows[0] if len(rows) == 1 else torch.tensor(rows, dtype=torch.int64, device=device)
 
     def _own_model(self, operation: str) -> Model:
         if self.model is None:

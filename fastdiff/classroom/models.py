@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Facts that a loop needs of a model (device, shape of its samples, mode), and the gradient of a guidance function."""
+"""Facts that a loop needs of a model (device, shape of its samples), and the gradient of a guidance function."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import error_message
-from ..guidance.guided_model import Model
-from ..noise.generators import Generators, generator_states
+from ..noise.generators import Generators, generator_states, restore_generators
 
 #: Shape of one sample where neither the caller nor the model says one.
 DEFAULT_SHAPE = (3, 32, 32)
@@ -51,26 +50,11 @@ def gradient(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Ten
 
 
 @contextmanager
-def evaluating(model: Model) -> Iterator[Model]:
-    """Put a module into evaluation mode for a block, and its parts back into their own modes after it."""
-    parts = list(model.modules()) if isinstance(model, torch.nn.Module) else []
-    modes = [part.training for part in parts]
-    try:
-        for part in parts[:1]:
-            part.eval()
-        yield model
-    finally:
-        for part, training in zip(parts, modes, strict=True):
-            part.training = training
-
-
-@contextmanager
-def restored_on_error(generator: Generators) -> Iterator[None]:
-    """Put generators back to their states from before a block that fails."""
-    states = generator_states(generator)
+def restored_on_error(generator: Generators, device: torch.device) -> Iterator[None]:
+    """Put generators back to their states from before a block that fails; for None, torch's default one of a device."""
+    states = generator_states(generator, device)
     try:
         yield
     except BaseException:
-        for one, state in states:
-            one.set_state(state)
+        restore_generators(states)
         raise

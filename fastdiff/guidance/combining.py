@@ -4,17 +4,29 @@
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..device_copy import to_device
 from ..errors import error_message
-from ..row_layout import compute_dtype
-from .rows import COMBINING_ROW, MOST_BRANCHES, Placement, combining_placement, guided_row, table_of
+from ..row_layout import ROW_WIDTH, compute_dtype
+from .method import RowWeights
+from .rows import (
+    COMBINING_ROW,
+    MOST_BRANCHES,
+    OUTPUT_COLUMNS,
+    Placement,
+    combining_placement,
+    guided_row,
+    scaled_pair,
+    table_of,
+)
 from .scalars import Scalar
-from .weights import RowWeights
 
 
 def table_and_scale(
@@ -30,15 +42,48 @@ def table_and_scale(
         like: the samples, ``[B, ...]``.
     """
     made = [guided_row(base, placement, weights, kept, terms) for weights, kept in rows]
-    dtype = compute_dtype(like.dtype)
-    table = table_of([row for row, _ in made], like.shape[0], dtype, like.device)
-    scales = [scale for _, scale in made]
-    first = scales[0]
+    table = table_of([row for row, _ in made], like.shape[0], like)
+    first = made[0][1]
     if isinstance(first, Tensor):
-        return table, first.to(dtype)
-    if len(scales) == 1:
+        return table, first.to(table.dtype)
+    if len(made) == 1:
         return table, first
-    return table, torch.tensor(scales, dtype=dtype).to(like.device)
+    return table, to_device(torch.tensor([scale for _, scale in made], dtype=table.dtype), like.device)
+
+
+class HostTable:
+    """A table on the CPU for steps of two branches, written anew for each step in half a microsecond.
+
+    Args:
+        rows: 1, or one a sample.
+        like: the samples.
+    """
+
+    def __init__(self, rows: int, like: Tensor) -> None:
+        self.dtype = compute_dtype(like.dtype)
+        self._code: Literal["d", "f"] = "d" if self.dtype is torch.float64 else "f"
+        self._numbers = array(self._code, [0.0] * (rows * ROW_WIDTH))
+        self._scales = array(self._code, [1.0] * rows)
+        with torch.inference_mode(False):
+            self.tensor = torch.frombuffer(self._numbers, dtype=self.dtype).view(rows, ROW_WIDTH)
+            self.scales = torch.frombuffer(self._scales, dtype=self.dtype)
+
+    def __len__(self) -> int:
+        return self.tensor.shape[0]
+
+    def write(self, base: Sequence[float], rows: Sequence[RowWeights]) -> float | Tensor:
+        """Write the solver's row with each row's weights of the two branches; return the guidance scale or scales."""
+        numbers, row = self._numbers, array(self._code, base)
+        scale = 1.0
+        for i, ((first, second, *_), _kept) in enumerate(rows):
+            factor, scale = scaled_pair(first, second)
+            start = i * ROW_WIDTH
+            numbers[start : start + ROW_WIDTH] = row
+            for column in OUTPUT_COLUMNS:
+                if base[column] != 0.0:
+                    numbers[start + column] = base[column] * factor
+            self._scales[i] = scale
+        return scale if len(rows) == 1 else self.scales
 
 
 def row_index(table: Tensor) -> int | Tensor:

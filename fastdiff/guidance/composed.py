@@ -38,7 +38,7 @@ class DualGuidance(Guidance):
     def combination(self, branches: Mapping[str, Vector], scale: Scalar, place: Place) -> Vector:
         """Return u + s_I·(i − u) + g·(c − i)."""
         cond, partial, uncond = (branches[name] for name in self.branches)
-        return uncond + self.partial_scale * (partial - uncond) + scale * (cond - partial)
+        return uncond + self.partial_scale * (partial - uncond) + (cond - partial) * scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,5 +74,5 @@ class ComposedGuidance(Guidance):
         uncond = guided = branches["uncond"]
         assert self.condition_weights is not None
         for name, weight in self.condition_weights.items():
-            guided = guided + weight * scale * (branches[name] - uncond)
+            guided = guided + (branches[name] - uncond) * (weight * scale)
         return guided

@@ -35,4 +35,4 @@ class MagnitudeAwareGuidance(Guidance):
         cond, uncond = branches["cond"], branches["uncond"]
         difference = cond - uncond
         falling = exp(-self.alpha * divide(difference.norm(), uncond.norm()))
-        return cond + (scale - 1.0) * falling * difference
+        return cond + difference * ((scale - 1.0) * falling)

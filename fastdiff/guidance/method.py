@@ -4,24 +4,30 @@
 from __future__ import annotations
 
 import math
+import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from ..errors import as_float, checked_float, error_message
 from .rescaled import rescaled
 from .scalars import Scalar
-from .vectors import Products, Vector, unit_vectors
+from .tracing import Formula, Symbol, Trace, compiled
+from .vectors import Vector, unit_vectors
 
 #: Names of the branches that are no model output: what a method kept in the step before, and the sample.
 STATE, SAMPLE = "state", "sample"
+#: The phase of a step whose guided output is 0, whatever the scale.
+ZERO_PHASE = "zero"
+
+#: The weights of the branches and, last, of the sample in the guided output; the same in what guidance keeps, or None.
+RowWeights = tuple[Sequence[Scalar], Sequence[Scalar] | None]
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """The step at which a scale is asked for.
 
     Attributes:
@@ -32,7 +38,7 @@ class Place:
         has_state: the method has kept a tensor in an earlier step.
     """
 
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # as a tuple has a method of that name
     total: int = 1
     timestep: float = 0.0
     prediction: tuple[float, float] = (0.0, 1.0)
@@ -43,6 +49,10 @@ class Place:
 #: One number; ``[B]``, a scale a sample; a list, a scale a step; or a function of the step that returns one of the
 #: first two.
 Scale = float | Tensor | Sequence[float] | Callable[[Place], float | Tensor]
+
+
+#: The compiled formulas of each method.
+_FORMULAS: weakref.WeakKeyDictionary[Guidance, dict[Hashable, Formula]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +148,8 @@ class Guidance:
             ValueError: a list of scales has none for the step.
         """
         scale: Any = self.scale
+        if type(scale) is float:
+            return scale
         if callable(scale) and not isinstance(scale, Tensor):
             scale = scale(place)
         elif isinstance(scale, (list, tuple)):
@@ -181,36 +193,68 @@ class Guidance:
         names = self.branches_at(place)
         if scale is None or self.reduces or not self.is_affine:
             return names
-        weights = self.combination(self._symbols(names, None), scale, place).weights
+        weights, _ = self.formula(names, place, rescale=False)(None, None, 0.0, scale)
         return tuple(
             name
             for name, weight in zip(names, weights, strict=False)
             if weight != 0.0 or (self.rescale > 0.0 and name in first)
         )
 
-    def weights(
-        self, names: Sequence[str], products: Products | None, scale: Scalar, place: Place
-    ) -> tuple[Vector, Vector | None]:
-        """Return the guided output and what is kept, as weights of the branches `names` and, last, of the sample.
+    # --- The weights ------------------------------------------------------------------------------------------------
+
+    def phase(self, place: Place) -> Hashable:
+        """Return what the formula depends on at a step, beside the interval, the state and the scale."""
+        return None
+
+    def kind(self, place: Place) -> Hashable:
+        """Return a key of the formula at a step: steps with one key have one formula."""
+        prediction = place.prediction if self.uses_sample else None
+        return self.is_on(place), place.has_state, prediction, self.phase(place)
+
+    def formula(self, names: Sequence[str], place: Place, *, rescale: bool = True) -> Formula:
+        """Return the function from scalar products and scale to the weights of the branches and, last, of the sample.
 
         Args:
             names: the branches at hand, ``state`` included where there is one.
-            products: their scalar products, or None for a method that uses none.
-            scale: the sample's scale, or ``[B]``.
             place: the step.
+            rescale: apply the rescaling.
         """
-        symbols = self._symbols(names, products)
-        first = self.branches[0]
-        if not self.is_on(place) or (isinstance(scale, float) and scale == self.neutral_scale):
-            return symbols[first], None
-        kept = self.kept(symbols, place)
-        guided = self.combination(symbols, scale, place)
-        if self.rescale > 0.0:
-            guided = rescaled(guided, symbols[first], self.rescale)
-        return guided, kept
+        key = (tuple(names), rescale, self.kind(place))
+        of_method = _FORMULAS.setdefault(self, {})
+        if key not in of_method:
+            of_method[key] = self._traced(names, place, rescale)
+        return of_method[key]
 
-    def _symbols(self, names: Sequence[str], products: Products | None) -> dict[str, Vector]:
-        """Return the symbols of the branches at hand and of the sample; one that is not at hand is 0."""
-        units = unit_vectors(len(names) + 1, products)
-        absent = Vector([0.0] * len(units), products)
-        return {**dict.fromkeys((*self.branches, STATE), absent), **dict(zip([*names, SAMPLE], units, strict=True))}
+    def _traced(self, names: Sequence[str], place: Place, rescale: bool) -> Formula:
+        trace = Trace()
+        units = unit_vectors(len(names) + 1, trace)
+        absent = Vector([0.0] * len(units), trace)  # a branch that is not at hand has no weight
+        symbols = {
+            **dict.fromkeys((*self.branches, STATE), absent),
+            **dict(zip([*names, SAMPLE], units, strict=True)),
+        }
+        first = symbols[self.branches[0]]
+        if not self.is_on(place):
+            return compiled(trace, first.weights, None)
+        kept = self.kept(symbols, place)
+        guided = self.combination(symbols, Symbol("scale", trace), place)
+        if rescale and self.rescale > 0.0:
+            guided = rescaled(guided, first, self.rescale)
+        return compiled(trace, guided.weights, None if kept is None else kept.weights)
+
+    def weights(
+        self, names: Sequence[str], place: Place, products: Any, sums: Any, elements: float, scale: Scalar
+    ) -> RowWeights:
+        """Return the weights of the guided output, and of what is kept or None.
+
+        Args:
+            names, place: as in `formula`.
+            products: the Gram matrix of the branches, of floats or tensors ``[B]``; None for a method without.
+            sums: the sums of their elements, likewise.
+            elements: the number of elements of a sample.
+            scale: the sample's scale, or ``[B]``.
+        """
+        if isinstance(scale, float) and scale == self.neutral_scale and self.phase(place) != ZERO_PHASE:
+            first = names.index(self.branches[0])
+            return tuple(1.0 if j == first else 0.0 for j in range(len(names) + 1)), None
+        return self.formula(names, place)(products, sums, elements, scale)

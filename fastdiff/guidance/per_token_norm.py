@@ -37,5 +37,5 @@ class PerTokenNormGuidance(Guidance):
     def combination(self, branches: Mapping[str, Vector], scale: Scalar, place: Place) -> Vector:
         """Return m·‖c‖/‖m‖."""
         cond, uncond = branches["cond"], branches["uncond"]
-        guided = uncond + scale * (cond - uncond)
-        return divide(cond.norm(), guided.norm()) * guided
+        guided = uncond + (cond - uncond) * scale
+        return guided * divide(cond.norm(), guided.norm())

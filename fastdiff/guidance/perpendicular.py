@@ -37,5 +37,5 @@ class PerpendicularGuidance(Guidance):
         """Return u + g·(a − w·b⊥)."""
         cond, uncond, negative = (branches[name] for name in self.branches)
         positive, other = cond - uncond, negative - uncond
-        across = other - divide(other.dot(positive), positive.dot(positive)) * positive
-        return uncond + scale * (positive - self.negative_weight * across)
+        across = other - positive * divide(other.dot(positive), positive.dot(positive))
+        return uncond + (positive - self.negative_weight * across) * scale

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,10 +40,14 @@ class PerturbedGuidance(Guidance):
         for name in ("perturbed_start", "perturbed_stop"):
             checked_float(type(self).__name__, name, getattr(self, name), 0.0)
 
+    def phase(self, place: Place) -> Hashable:
+        """Return whether s counts."""
+        return int(self.perturbed_start * place.total) <= place.index < int(self.perturbed_stop * place.total)
+
     def combination(self, branches: Mapping[str, Vector], scale: Scalar, place: Place) -> Vector:
         """Return u + g·(c − u) + s·(c − p)."""
         cond, uncond = branches["cond"], branches["uncond"]
-        guided = uncond + scale * (cond - uncond)
-        if int(self.perturbed_start * place.total) <= place.index < int(self.perturbed_stop * place.total):
+        guided = uncond + (cond - uncond) * scale
+        if self.phase(place) is True:
             guided = guided + self.perturbed_scale * (cond - branches["perturbed"])
         return guided

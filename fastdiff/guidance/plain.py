@@ -23,7 +23,7 @@ class PlainGuidance(Guidance):
     def combination(self, branches: Mapping[str, Vector], scale: Scalar, place: Place) -> Vector:
         """Return u + g·(c − u)."""
         cond, other = (branches[name] for name in self.branches)
-        return other + scale * (cond - other)
+        return other + (cond - other) * scale
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,9 +23,9 @@ def projected_difference(difference: Vector, cond: Vector, eta: float, limit: fl
         limit: the longest ‖d‖; 0 for none.
     """
     if limit > 0.0:
-        difference = minimum(divide(limit, difference.norm()), 1.0) * difference
+        difference = difference * minimum(divide(limit, difference.norm()), 1.0)
     along = divide(difference.dot(cond), maximum(cond.dot(cond), 1e-24))  # the norm that torch's normalize divides by
-    return difference + (eta - 1.0) * along * cond
+    return difference + cond * ((eta - 1.0) * along)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,5 +77,5 @@ class ProjectedGuidance(Guidance):
         """Return c + (g − 1)·(d⊥ + η·d∥), or u + g·(d⊥ + η·d∥)."""
         update = projected_difference(self._average(branches), branches["cond"], self.eta, self.limit)
         if self.around == "cond":
-            return branches["cond"] + (scale - 1.0) * update
-        return branches["uncond"] + scale * update
+            return branches["cond"] + update * (scale - 1.0)
+        return branches["uncond"] + update * scale

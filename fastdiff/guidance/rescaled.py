@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .scalars import divide
+from .scalars import Scalar, divide
 from .vectors import Vector
 
 
@@ -15,4 +15,5 @@ def rescaled(guided: Vector, cond: Vector, share: float) -> Vector:
         cond: c.
         share: φ, 0 to 1.
     """
-    return guided * (share * divide(cond.deviation(), guided.deviation()) + (1.0 - share))
+    factor: Scalar = share * divide(cond.deviation(), guided.deviation()) + (1.0 - share)
+    return guided * factor

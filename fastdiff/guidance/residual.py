@@ -63,8 +63,8 @@ class ResidualGuidance(Guidance):
         cond = branches["cond"]
         if self.negative == "onetime" and not place.has_state:
             uncond = branches["uncond"]
-            return uncond + scale * (cond - uncond)
+            return uncond + (cond - uncond) * scale
         reference = branches["reference" if self.negative == "self" else STATE]
         p, q = place.prediction
         virtual = (self.delta / q) * (reference - p * branches[SAMPLE])
-        return virtual + scale * (cond - virtual)
+        return virtual + (cond - virtual) * scale

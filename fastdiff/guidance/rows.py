@@ -8,6 +8,8 @@ that the row does not read.  The sample's weight is added to the sample's own co
 
 from __future__ import annotations
 
+import itertools
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,8 +26,10 @@ from ..row_layout import (
     PREDICTION_OUTPUT,
     PREDICTION_SAMPLE,
     PREV_SAMPLE,
+    ROW_WIDTH,
     STORE_0,
     blank_row,
+    compute_dtype,
 )
 from .scalars import Scalar
 
@@ -33,6 +37,8 @@ _SAMPLE, _OUTPUT, _PREDICTION, _HISTORY = (
     COLUMNS.index(name) for name in ("sample", "model_output", "prediction", "history_0")
 )
 _MAPS = (PREV_SAMPLE, KEEP_0, KEEP_1)
+#: The columns that multiply the model's output.
+OUTPUT_COLUMNS = (PREDICTION_OUTPUT, *(first + _OUTPUT for first in _MAPS))
 #: A sum of weights below this share of the weights is replaced by it: its error is far below rounding.
 _TINY = 1e-20
 #: The most tensors that one pass combines: two by their pair, four in history slots.
@@ -59,24 +65,27 @@ class Placement:
     kept: int = 0
 
 
+def uses_bounded_x0(row: Sequence[float], thresholding: bool) -> bool:
+    """Return whether a row uses an x0 that is clipped or thresholded."""
+    bounded = thresholding or row[CLIP] != float("inf")
+    return bounded and any(row[first + _PREDICTION] != 0.0 for first in _MAPS)
+
+
 def place_branches(
-    row: Sequence[float], reads: Sequence[int], kept: int, branches: int, *, keeps: bool, terms: int, thresholding: bool
+    reads: Sequence[int], kept: int, branches: int, *, keeps: bool, terms: int, bounded: bool
 ) -> Placement | None:
     """Return the placement with which the row's step is the only pass; None where another pass has to combine first.
 
     Args:
-        row: the solver's row.
-        reads: the history slots that it reads.
+        reads: the history slots that the solver's row reads.
         kept: the number of its kept outputs.
         branches: the number of tensors with a weight in m.
         keeps: guidance keeps a weighted sum of them.
         terms: the number of tensors that are added to the previous sample.
-        thresholding: x0 is thresholded.
+        bounded: the row uses an x0 that is clipped or thresholded.
     """
     paired = branches > 1 and not keeps
     others = branches - 1 - paired
-    uses_prediction = any(row[first + _PREDICTION] != 0.0 for first in _MAPS)
-    bounded = uses_prediction and (thresholding or row[CLIP] != float("inf"))
     free = [slot for slot in range(NUM_REGISTERS) if slot not in reads]
     if others + terms > len(free) or kept + keeps > 2 or (others > 0 and bounded):
         return None
@@ -121,8 +130,17 @@ def guided_row(
         terms: the weights of the extra terms in the previous sample.
     """
     found: list[Scalar] = list(row)
-    of_branches, of_sample = weights[:-1], weights[-1]
     scale: Scalar = 1.0
+    for j in range(placement.kept):
+        found[STORE_0 + j] = float(j)
+    if placement.paired and len(weights) == 3 and kept is None and not terms and _is_zero(weights[2]):
+        factor, scale = scaled_pair(weights[0], weights[1])
+        if not _is_one(factor):
+            for column in OUTPUT_COLUMNS:
+                if row[column] != 0.0:
+                    found[column] = row[column] * factor
+        return found, scale
+    of_branches, of_sample = weights[:-1], weights[-1]
     if placement.paired:
         first, scale = scaled_pair(of_branches[0], of_branches[1])
         others = of_branches[2:]
@@ -146,8 +164,6 @@ def guided_row(
         found[PREDICTION_OUTPUT] = q * first
     for slot, weight in zip(placement.terms, terms, strict=True):
         found[PREV_SAMPLE + _HISTORY + slot] = weight
-    for j in range(placement.kept):
-        found[STORE_0 + j] = float(j)
     if kept is not None:
         start = _MAPS[1 + placement.kept]
         found[STORE_0 + placement.kept] = float(placement.kept)
@@ -157,24 +173,36 @@ def guided_row(
     return found, scale
 
 
-def table_of(rows: Sequence[Sequence[Scalar]], batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return rows as a table.
+def _is_zero(weight: Scalar) -> bool:
+    return isinstance(weight, float) and weight == 0.0
+
+
+def _is_one(weight: Scalar) -> bool:
+    return isinstance(weight, float) and weight == 1.0
+
+
+def table_of(rows: Sequence[Sequence[Scalar]], batch: int, like: Tensor) -> Tensor:
+    """Return rows as a table in the compute dtype of `like`, on its device.
 
     Args:
         rows: of numbers, one or one a sample; or one row with scalars ``[B]`` in it.
         batch: B.
-        dtype, device: of the table.
+        like: the samples.
 
     Returns:
         ``[1, 32]`` or ``[B, 32]``.
     """
-    if len(rows) == 1:
-        varying = [column for column, value in enumerate(rows[0]) if isinstance(value, Tensor)]
-        if varying:
-            fixed = [0.0 if isinstance(value, Tensor) else value for value in rows[0]]
-            table = to_device(torch.tensor([fixed], dtype=dtype), device).repeat(batch, 1)
-            # One column at a time: an index list would be copied to the device.
-            for column in varying:
-                table[:, column] = rows[0][column]
-            return table
-    return to_device(torch.tensor(rows, dtype=dtype), device)
+    dtype, device = compute_dtype(like.dtype), like.device
+    varying = [column for column, value in enumerate(rows[0]) if type(value) is not float]
+    if varying:
+        fixed = [0.0 if column in varying else value for column, value in enumerate(rows[0])]
+        table = to_device(torch.tensor([fixed], dtype=dtype), device).repeat(batch, 1)
+        # One column at a time: an index list would be copied to the device.
+        for column in varying:
+            table[:, column] = rows[0][column]
+        return table
+    if device.type != "cpu":
+        return to_device(torch.tensor(rows, dtype=dtype), device)
+    # A third of the time of torch.tensor, which is as long as a small step.
+    numbers = array("d" if dtype is torch.float64 else "f", itertools.chain.from_iterable(rows))
+    return torch.frombuffer(numbers, dtype=dtype).view(-1, ROW_WIDTH)

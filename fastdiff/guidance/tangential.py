@@ -24,7 +24,7 @@ def projected_on_first_singular_vector(cond: Vector, uncond: Vector) -> Vector:
     # For orthogonal rows of equal length every direction is a first one: take c, which is orthogonal to u.
     sine = select_zero(length, 0.0, divide(twice, length))
     cosine = select_zero(length, 1.0, divide(difference, length))
-    return 0.5 * sine * cond + 0.5 * (1.0 - cosine) * uncond
+    return cond * (0.5 * sine) + uncond * (0.5 * (1.0 - cosine))
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,4 +40,4 @@ class TangentialGuidance(Guidance):
         """Return u' + g·(c − u')."""
         cond = branches["cond"]
         uncond = projected_on_first_singular_vector(cond, branches["uncond"])
-        return uncond + scale * (cond - uncond)
+        return uncond + (cond - uncond) * scale

@@ -11,54 +11,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .scalars import Scalar, divide, sqrt
-
-
-class Products:
-    """Scalar products of the branches, of one sample or of a batch.
-
-    Args:
-        matrix: the Gram matrix, K rows of K scalars.
-        sums: the sums of the elements of each branch.
-        elements: the number of elements of a sample.
-    """
-
-    __slots__ = ("elements", "matrix", "sums")
-
-    def __init__(self, matrix: Sequence[Sequence[Scalar]], sums: Sequence[Scalar], elements: int) -> None:
-        self.matrix, self.sums, self.elements = matrix, sums, elements
+from .tracing import Trace
 
 
 class Vector:
-    """A weighted sum of branches: one weight a branch."""
+    """A weighted sum of branches: one weight a branch.
 
-    __slots__ = ("products", "weights")
+    Args:
+        weights: numbers, or symbols of `trace`.
+        trace: where scalar products are looked up.
+    """
 
-    def __init__(self, weights: Sequence[Scalar], products: Products | None) -> None:
-        self.weights, self.products = weights, products
+    __slots__ = ("trace", "weights")
+
+    def __init__(self, weights: Sequence[Scalar], trace: Trace) -> None:
+        self.weights, self.trace = weights, trace
 
     def __add__(self, other: Vector) -> Vector:
-        return Vector([a + b for a, b in zip(self.weights, other.weights, strict=True)], self.products)
+        return Vector([a + b for a, b in zip(self.weights, other.weights, strict=True)], self.trace)
 
     def __sub__(self, other: Vector) -> Vector:
-        return Vector([a - b for a, b in zip(self.weights, other.weights, strict=True)], self.products)
+        return self + -1.0 * other
 
     def __mul__(self, factor: Scalar) -> Vector:
-        # A branch without weight keeps the number 0, also where the factor is a tensor: it is in no product.
-        return Vector([0.0 if _is_zero(a) else a * factor for a in self.weights], self.products)
+        # A branch without weight keeps the number 0, also where the factor is a symbol: it is in no product.
+        return Vector([0.0 if _is_zero(a) else a * factor for a in self.weights], self.trace)
 
     __rmul__ = __mul__
 
     def dot(self, other: Vector) -> Scalar:
         """Return the scalar product, from the Gram matrix."""
-        assert self.products is not None
-        matrix = self.products.matrix
         total: Scalar = 0.0
         for i, a in enumerate(self.weights):
-            if _is_zero(a):
-                continue
             for j, b in enumerate(other.weights):
-                if not _is_zero(b):
-                    total = total + a * b * matrix[i][j]
+                if not _is_zero(a) and not _is_zero(b):
+                    total = total + a * b * self.trace.symbol(f"products[{min(i, j)}][{max(i, j)}]")
         return total
 
     def norm(self) -> Scalar:
@@ -67,17 +54,16 @@ class Vector:
 
     def deviation(self) -> Scalar:
         """Return the root of the sum of squared deviations from the mean, √(n − 1) times the standard deviation."""
-        assert self.products is not None
         total: Scalar = 0.0
-        for a, of_branch in zip(self.weights, self.products.sums, strict=False):
+        for i, a in enumerate(self.weights):
             if not _is_zero(a):
-                total = total + a * of_branch
-        return sqrt(self.dot(self) - divide(total * total, float(self.products.elements)))
+                total = total + a * self.trace.symbol(f"sums[{i}]")
+        return sqrt(self.dot(self) - divide(total * total, self.trace.symbol("elements")))
 
 
-def unit_vectors(number: int, products: Products | None) -> list[Vector]:
+def unit_vectors(number: int, trace: Trace) -> list[Vector]:
     """Return the symbols of `number` branches."""
-    return [Vector([1.0 if i == j else 0.0 for i in range(number)], products) for j in range(number)]
+    return [Vector([1.0 if i == j else 0.0 for i in range(number)], trace) for j in range(number)]
 
 
 def _is_zero(weight: Scalar) -> bool:

@@ -3,23 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..errors import error_message
-from .method import SAMPLE, STATE, Guidance, Place
+from .method import SAMPLE, STATE, Guidance, Place, RowWeights
 from .scalars import Scalar
-from .vectors import Products
 
 #: Up to this many samples on the CPU, scalars are Python floats: a tensor operation costs as much as a formula.
 MOST_ON_HOST = 16
-
-#: The weights of the branches and, last, of the sample in the guided output; the same in what guidance keeps.
-RowWeights = tuple[Sequence[Scalar], Sequence[Scalar] | None]
 
 
 def host_scales(methods: Sequence[Guidance], place: Place, batch: int) -> list[float] | None:
@@ -69,33 +65,38 @@ def step_weights(
     given = [*tensors, sample] if any(method.uses_sample for method in methods) else list(tensors)
     on_host = sample.device.type == "cpu" and batch <= MOST_ON_HOST
     scales = host_scales(methods, place, batch) if on_host or not reduces else None
-    places = [replace(place, has_state=True) if has else place for has in with_state]
+    elements = float(given[0].numel() // batch) if given and batch else 0.0
+    places = [place._replace(has_state=True) if has else place for has in with_state]
     if scales is not None:
         rows = batch if reduces else max(len(scales), len(methods))
-        products = _host_products(given) if reduces else [None] * rows
+        products: list[Any] = [None] * rows
+        sums: list[Any] = products
+        if reduces:
+            matrices, totals = ops.gram(given, sums=True)
+            products, sums = matrices.tolist(), totals.tolist()
         found = []
         for i in range(rows):
             own = i if len(methods) > 1 else 0
             scale = scales[i if len(scales) > 1 else 0]
-            found.append(_row(methods[own], places[own], names, products[i], scale))
-        return _complete_kept(found, names)
-    of_all = _device_products(given) if reduces else None
+            found.append(methods[own].weights(names, places[own], products[i], sums[i], elements, scale))
+        return found if len(found) == 1 else _complete_kept(found, names)
+    of_all: tuple[Any, Any] = (None, None)
+    if reduces:
+        matrices, totals = (tensor.double() for tensor in ops.gram(given, sums=True))
+        numbers = range(len(given))
+        of_all = [[matrices[:, i, j] for j in numbers] for i in numbers], [totals[:, i] for i in numbers]
     like = torch.empty((), dtype=torch.float64, device=sample.device)
-    first = methods[0]
+    of_method = {
+        method: method.weights(names, at, *of_all, elements, method.device_scale(at, batch, like))
+        for method, at in dict(zip(methods, places, strict=True)).items()
+    }
     if len(methods) == 1:
-        return [_row(first, places[0], names, of_all, first.device_scale(place, batch, like))]
-    return [_mixed_row(methods, places, names, of_all, batch, like)]
-
-
-def _row(method: Guidance, place: Place, names: Sequence[str], products: Products | None, scale: Scalar) -> RowWeights:
-    guided, kept = method.weights(names, products, scale, place)
-    if kept is None:
-        return guided.weights, None
-    return guided.weights, kept.weights
+        return list(of_method.values())
+    return [_mixed_row(methods, of_method, names, batch, like)]
 
 
 def _mixed_row(
-    methods: Sequence[Guidance], places: Sequence[Place], names: Sequence[str], products: Products | None, batch: int,
+    methods: Sequence[Guidance], of_method: Mapping[Guidance, RowWeights], names: Sequence[str], batch: int,
     like: Tensor,
 ) -> RowWeights:  # fmt: skip
     """Return weights ``[B]`` for a method a sample: each method's are computed for all, used for its own."""
@@ -103,11 +104,8 @@ def _mixed_row(
     weights: list[Scalar] = [torch.zeros_like(like).expand(batch)] * width
     kept: list[Scalar] = list(weights)
     keeps = False
-    for i, method in enumerate(methods):
-        if method in methods[:i]:
-            continue
+    for method, (row, row_kept) in of_method.items():
         own = torch.tensor([other is method for other in methods], device=like.device)
-        row, row_kept = _row(method, places[i], names, products, method.device_scale(places[i], batch, like))
         weights = [torch.where(own, new, old) for new, old in zip(row, weights, strict=True)]
         if row_kept is not None:
             keeps = True
@@ -123,16 +121,3 @@ def _complete_kept(rows: list[RowWeights], names: Sequence[str]) -> list[RowWeig
         return rows
     same = [1.0 if name == STATE else 0.0 for name in (*names, SAMPLE)]
     return [(weights, same if kept is None else kept) for weights, kept in rows]
-
-
-def _host_products(tensors: Sequence[Tensor]) -> list[Products | None]:
-    matrices, sums = ops.gram(tensors, sums=True)
-    elements = tensors[0][0].numel()
-    return [Products(m, s, elements) for m, s in zip(matrices.tolist(), sums.tolist(), strict=True)]
-
-
-def _device_products(tensors: Sequence[Tensor]) -> Products:
-    matrices, sums = (found.double() for found in ops.gram(tensors, sums=True))
-    numbers = range(len(tensors))
-    rows = [[matrices[:, i, j] for j in numbers] for i in numbers]
-    return Products(rows, [sums[:, i] for i in numbers], tensors[0][0].numel())

@@ -3,19 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import checked_integer
-from .method import Guidance, Place
+from .method import ZERO_PHASE, Guidance, Place
 from .scalars import Scalar, divide
-from .vectors import Products, Vector
+from .vectors import Vector
 
 
 def fitted(uncond: Vector, cond: Vector) -> Vector:
     """Return α·u with α = ⟨c, u⟩/(‖u‖² + 1e-8), the least-squares fit to c."""
-    return divide(cond.dot(uncond), uncond.dot(uncond) + 1e-8) * uncond
+    return uncond * divide(cond.dot(uncond), uncond.dot(uncond) + 1e-8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,20 +43,14 @@ class ZeroStarGuidance(Guidance):
         """Return False in the first steps."""
         return place.index >= self.zero_init_steps and super().uses_reduction(place)
 
-    def weights(
-        self,
-        names: Sequence[str],
-        products: Products | None,
-        scale: Scalar,
-        place: Place,
-    ) -> tuple[Vector, Vector | None]:
-        """Return zero in the first steps, whatever the scale."""
-        if place.index < self.zero_init_steps:
-            return Vector([0.0] * (len(names) + 1), products), None
-        return super().weights(names, products, scale, place)
+    def phase(self, place: Place) -> Hashable:
+        """Return the phase of zeros in the first steps."""
+        return ZERO_PHASE if place.index < self.zero_init_steps else None
 
     def combination(self, branches: Mapping[str, Vector], scale: Scalar, place: Place) -> Vector:
-        """Return α·u + g·(c − α·u)."""
+        """Return α·u + g·(c − α·u), or 0 in the first steps."""
         cond = branches["cond"]
+        if place.index < self.zero_init_steps:
+            return 0.0 * cond
         uncond = fitted(branches["uncond"], cond)
-        return uncond + scale * (cond - uncond)
+        return uncond + (cond - uncond) * scale

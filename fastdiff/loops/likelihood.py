@@ -45,7 +45,7 @@ def log_likelihood(
     """Return the log-likelihood of each sample, in nats, with Hutchinson's estimate of the divergence.
 
     The ODE is solved from `sigma_min` to `sigma_max` by Dormand and Prince's method with adaptive steps, and the prior
-    is N(0, σ_max²).  The estimate's directions are ±1 from torch's default generator, the same for all σ, as k-diffusion
+    is N(0, σ_max²).  The estimate's directions are ±1 from torch's default generator, one for all σ, as k-diffusion
     draws them.
 
     Args:

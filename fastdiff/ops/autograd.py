@@ -23,6 +23,7 @@ from ..errors import error_message
 from ..row_layout import (
     CLIP,
     COLUMNS,
+    KEEP_1,
     MODEL_INPUT_SCALE,
     NUM_REGISTERS,
     PREDICTION_OUTPUT,
@@ -53,18 +54,19 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Save what the wanted gradients need: for a linear row with a fixed scale no tensor but the table."""
     given = named(STEP_ARGUMENTS, inputs)
     wanted = _wanted(ctx)
-    if wanted["table"]:
-        raise RuntimeError(
-            error_message(
-                "step",
-                "table",
-                "requires grad and compiled backends have no gradient of it",
-                "a table outside autograd's graph",
-                "detach it, or pass backend='reference'",
+    for name, remedy in (("table", "detach it, or pass backend='reference'"), ("mask", "detach it")):
+        if wanted[name]:
+            raise RuntimeError(
+                error_message(
+                    "step",
+                    name,
+                    "requires grad and compiled backends have no gradient of it",
+                    f"a {name} outside autograd's graph",
+                    remedy,
+                )
             )
-        )
-    clips = given["threshold"] is not None or _may_clip(given["table"], given["row_index"], given["row_indices"])
-    kept = {"table", "row_indices", "guidance_scale"}
+    clips = given["threshold"] is not None or may_clip(given["table"], given["row_index"], given["row_indices"])
+    kept = {"table", "row_indices", "guidance_scale", "mask"}
     if clips:
         kept |= {"sample", "model_output", "uncond", "threshold"}
     if wanted["guidance_scale"]:
@@ -98,7 +100,7 @@ def gradients(
         wanted: which of them want a gradient.
         grads: the gradient of each output, or None.
     """
-    clips = given["threshold"] is not None or _may_clip(given["table"], given["row_index"], given["row_indices"])
+    clips = given["threshold"] is not None or may_clip(given["table"], given["row_index"], given["row_indices"])
     dtypes = {name: given[name].dtype for name in _TENSORS if given[name] is not None}
     return _Pullback(given, wanted, clips, dtypes, grads).run()
 
@@ -155,7 +157,8 @@ def apply_operator(*arguments: Any) -> Sequence[Tensor]:
     return results
 
 
-def _may_clip(table: Tensor, row_index: int, row_indices: Tensor | None) -> bool:
+def may_clip(table: Tensor, row_index: int, row_indices: Tensor | None) -> bool:
+    """Return whether a row may clip the prediction: looked up where that is no host sync, else True."""
     if not readable_without_sync(table):
         return True
     clips = table[row_index, CLIP] if row_indices is None else table[:, CLIP]
@@ -178,7 +181,10 @@ class _Pullback:
     ) -> None:
         self.saved, self.wanted, self.dtypes = saved, wanted, dtypes
         self.compute = dtypes["table"]
-        self.coefficients = coefficients_of(saved["table"], saved["row_index"], saved["row_indices"])
+        mask = self._wide("mask")
+        self.coefficients = coefficients_of(
+            saved["table"], saved["row_index"], saved["row_indices"], blended=mask is not None
+        )
         maps = self.coefficients[:, PREV_SAMPLE:]
         self.columns = maps.reshape(len(maps), _MAPS, len(COLUMNS))
         self.through_d = clips and any(
@@ -186,13 +192,24 @@ class _Pullback:
         )
         # Only the last operation rounds: several launches, or torch operators after one, work in the compute dtype.
         learned = saved["variance_kind"] != Variance.FIXED
-        wide = self.through_d or wanted["guidance_scale"] or learned or saved["model_input_dtype"] is not None
+        wide = (
+            self.through_d
+            or wanted["guidance_scale"]
+            or learned
+            or mask is not None
+            or saved["model_input_dtype"] is not None
+        )
         # Nor where tensors have dtypes of their own: each gradient is rounded to its tensor's.
         stored = {dtypes[name] for name in LIKE_SAMPLE if name in dtypes} | {g.dtype for g in grads if g is not None}
         wide = wide or len(stored) > 1
         outputs = list(grads[: saved["keeps"] + 1])
         if len(grads) > len(outputs) and grads[-1] is not None:
             outputs[0] = self._with_model_input(outputs[0], grads[-1])
+        if mask is not None and outputs[0] is not None:
+            # prev_sample is two maps, each with its share of the gradient.
+            blended = outputs[0].to(self.compute)
+            outputs = [(1 - mask) * blended, *outputs[1:]]
+            outputs += [None] * (_MAPS - 1 - len(outputs)) + [mask * blended]
         self.of = [o for o, grad in enumerate(outputs) if grad is not None]
         self.sources = [grad.to(self.compute) if wide else grad for grad in outputs if grad is not None]
 
@@ -321,7 +338,9 @@ class _Pullback:
         assert v is not None
         if self.saved["seeds"] is not None:
             step = self.saved["noise_step"] if self.saved["noise_steps"] is None else self.saved["noise_steps"]
-            z = reference.drawn_noise(v, self.saved["seeds"], step, self.saved["purpose"]).to(self.compute)
+            z = reference.drawn_noise(v, self.saved["seeds"], step, self.saved["purpose"], self.saved["parts"]).to(
+                self.compute
+            )
         if self.saved["variance_kind"] == Variance.LEARNED_RANGE:
             offset, slope = (self.coefficients[:, i].to(self.compute) for i in (VARIANCE_OFFSET, VARIANCE_SLOPE))
             std = torch.exp(reference.per_sample(offset, v) + reference.per_sample(slope, v) * v)
@@ -348,14 +367,15 @@ class _Pullback:
         return None if tensor is None else tensor.to(self.compute)
 
 
-def coefficients_of(table: Tensor, row_index: int, row_indices: Tensor | None) -> Tensor:
-    """Return the rows of a call, float64 ``[N, 32]``; a skipped sample's row leaves it as it is."""
+def coefficients_of(table: Tensor, row_index: int, row_indices: Tensor | None, *, blended: bool = False) -> Tensor:
+    """Return the rows of a call, float64 ``[N, 32]``; a skipped sample's row leaves it as it is, blended or not."""
     if row_indices is None:
         return table[row_index][None].double()
     chosen, taken = reference.select_rows(table, row_indices)
     stays = _head(table.double())[0]
     stays = torch.cat([stays, torch.zeros(ROW_WIDTH - len(stays), dtype=stays.dtype, device=stays.device)])
     stays[PREV_SAMPLE + _X] = 1.0
+    stays[KEEP_1 + _X] = float(blended)
     return torch.where(taken[:, None], chosen.double(), stays)
 
 

@@ -22,13 +22,14 @@ Target = Tensor | torch.dtype | None
 
 #: Roles of arguments:
 #: ``sample``: a tensor of the samples' shape and device, differentiable; vmap folds it into the batch;
+#: ``mask``: one like those, without a gradient;
 #: ``history``: up to four of those, by history slot;
 #: ``table``: the coefficients, without a gradient;
-#: ``scalar``: compute-dtype numbers, one for all samples or one a sample, differentiable;
-#: ``counter``: int64 numbers, one for all samples or one a sample;
+#: ``scalar``: compute-dtype numbers, one for all samples, one a sample, or one a part of a sample, differentiable;
+#: ``counter``: int64 numbers, one for all samples, one a sample, or one a part;
 #: ``option``: a number that selects code;
 #: ``output``: tensors to write.
-Role = Literal["sample", "history", "table", "scalar", "counter", "option", "output"]
+Role = Literal["sample", "mask", "history", "table", "scalar", "counter", "option", "output"]
 
 
 def _argument(role: Role, doc: str) -> dict[str, str]:
@@ -43,13 +44,13 @@ class StepCall:
     model_output: Tensor = field(metadata=_argument("sample", "c: like sample, of any of the four dtypes"))
     table: Tensor = field(metadata=_argument("table", "[R, 32] in the compute dtype"))
     row_index: int | Tensor = field(
-        metadata=_argument("counter", "int, or int64 [], [1] or [B]; a negative one skips its sample")
+        metadata=_argument("counter", "int, or int64 [], [1], [B] or [B, T]; a negative one skips its sample or part")
     )
     uncond: Tensor | None = field(
         default=None, metadata=_argument("sample", "u: like sample, of any of the four dtypes")
     )
     guidance_scale: float | Tensor | None = field(
-        default=None, metadata=_argument("scalar", "g: a number, or [], [1] or [B] in the compute dtype")
+        default=None, metadata=_argument("scalar", "g: a number, or [], [1], [B] or [B, T] in the compute dtype")
     )
     history: tuple[Tensor | None, ...] = field(
         default=(), metadata=_argument("history", "h_j: like sample, of any of the four dtypes")
@@ -60,15 +61,23 @@ class StepCall:
     variance: Tensor | None = field(
         default=None, metadata=_argument("sample", "v: like sample, of any of the four dtypes")
     )
-    threshold: Tensor | None = field(default=None, metadata=_argument("scalar", "s: [B] in the compute dtype"))
+    mask: Tensor | None = field(
+        default=None, metadata=_argument("mask", "w: like sample, of any of the four dtypes; 1 takes keep_1's map")
+    )
+    threshold: Tensor | None = field(
+        default=None, metadata=_argument("scalar", "s: [B] or [B, T] in the compute dtype")
+    )
     variance_kind: int = field(default=Variance.FIXED, metadata=_argument("option", "a fastdiff.row_layout.Variance"))
     keeps: int = field(default=0, metadata=_argument("option", "kept outputs, 0 to 2"))
     seeds: Tensor | None = field(default=None, metadata=_argument("counter", "int64 [B]: noise is drawn in the step"))
     noise_step: int | Tensor = field(
-        default=0, metadata=_argument("counter", "int, or int64 [1] or [B]; read beside seeds alone")
+        default=0, metadata=_argument("counter", "int, or int64 [1], [B] or [B, T]; read beside seeds alone")
     )
     purpose: int = field(
         default=Purpose.STEP, metadata=_argument("option", "a fastdiff.Purpose; read beside seeds alone")
+    )
+    parts: int = field(
+        default=1, metadata=_argument("option", "consecutive samples that share a seed and are counted through")
     )
     model_input: Tensor | None = field(
         default=None, metadata=_argument("output", "[B, ...] or [2·B, ...], of any of the four dtypes")
@@ -106,6 +115,8 @@ class StepCall:
                 yield f"history[{j}]", tensor
         if self.noise is not None:
             yield "noise", self.noise
+        if self.mask is not None:
+            yield "mask", self.mask
 
     def scalars(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors in the compute dtype."""
@@ -144,6 +155,13 @@ class StepCall:
             or self.seeds is not None
             or any(isinstance(v, Tensor) and v.numel() > 1 for v in (self.row_index, self.guidance_scale))
         )
+
+    @property
+    def has_parts(self) -> bool:
+        """Return whether a tensor of numbers is ``[B, T]``: samples are batches of parts then."""
+        numbers = [self.row_index, self.guidance_scale, self.threshold]
+        numbers += [] if self.seeds is None else [self.noise_step]
+        return any(isinstance(values, Tensor) and values.dim() == 2 for values in numbers)
 
     def blocks(self) -> tuple[int, int, int]:
         """The batch of a canonical call, its elements a sample, and the model tensors' stride from sample to sample.
@@ -212,7 +230,7 @@ COUNTER_TENSORS = {"row_index": "row_indices", "noise_step": "noise_steps"}
 def _operator_arguments(write_history: bool) -> Iterator[OperatorArgument]:
     for each in fields(StepCall):
         name, role = each.name, each.metadata["role"]
-        if role in ("sample", "table", "scalar") or name == "seeds":
+        if role in ("sample", "mask", "table", "scalar") or name == "seeds":
             required = each.default is MISSING
             yield OperatorArgument(name, "Tensor" if required else "Tensor?", role)
         elif role == "history" and write_history:

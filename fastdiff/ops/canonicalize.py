@@ -47,6 +47,7 @@ def canonicalize(call: StepCall) -> StepCall:
         sample=to_strides(sample, strides),
         history=tuple(None if h is None else to_strides(h, strides) for h in call.history),
         noise=None if call.noise is None else to_strides(call.noise, strides),
+        mask=None if call.mask is None else to_strides(call.mask, strides),
         table=call.table.contiguous().resolve_neg(),
         guidance_scale=scale.contiguous().resolve_neg() if isinstance(scale, Tensor) else scale,
         threshold=None if threshold is None else threshold.reshape(-1).contiguous().resolve_neg(),
@@ -97,9 +98,9 @@ def _writable_in_place(target: Tensor, canonical: StepCall) -> bool:
         return False
     if any(share_memory(target, scalars) for _, scalars in (*canonical.scalars(), *canonical.counters())):
         return False  # they are read again after elements have been written
-    for _, tensor in canonical.inputs():
+    for name, tensor in canonical.inputs():
         same = tensor.data_ptr() == target.data_ptr() and tensor.stride() == target.stride()
-        same = same and tensor.dtype == target.dtype
+        same = same and tensor.dtype == target.dtype and name != "mask"  # which may be read later
         if not same and share_memory(target, tensor):
             return False
     return True

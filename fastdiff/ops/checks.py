@@ -47,6 +47,8 @@ def check(call: StepCall) -> None:
         )
     if not _is_integer(call.keeps) or call.keeps not in (0, 1, 2):
         raise ValueError(_refusal("keeps", f"is {call.keeps}", "0, 1 or 2", "keep two tensors a step at most"))
+    if call.mask is not None:
+        _check_mask(call, call.mask)
     if call.model_input is not None:
         _check_model_input(call.model_input, sample)
     if call.write_history:
@@ -88,6 +90,8 @@ def _check_like_sample(name: str, tensor: object, sample: Tensor) -> None:
                 remedy = "pass the unconditional half as uncond"
             elif tensor.dim() > 1 and tensor.shape[1] == 2 * sample.shape[1]:
                 remedy = "pass the second half of the channels as variance"
+        if name == "mask" and tensor.dim() <= sample.dim():
+            remedy = "expand it once before the loop, with mask.expand_as(sample).contiguous()"
         raise ValueError(_refusal(name, f"has shape {list(tensor.shape)}", f"{list(sample.shape)} like sample", remedy))
     check_dtype(name, tensor.dtype)
     if tensor.device != sample.device:
@@ -200,18 +204,28 @@ def readable_without_sync(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and in_memory(tensor)
 
 
-def _check_counters(name: str, counters: Tensor, sample: Tensor, *, one_for_all: bool) -> None:
+def _check_counters(
+    name: str, counters: Tensor, sample: Tensor, *, one_for_all: bool, samples: int | None = None
+) -> None:
     if counters.dtype != torch.int64:
         raise TypeError(_refusal(name, f"has dtype {counters.dtype}", "int64", "convert it with .to(torch.int64)"))
-    _check_one_per_sample(name, counters, sample, one_for_all)
+    _check_one_per_sample(name, counters, sample, one_for_all, samples)
 
 
-def _check_one_per_sample(name: str, values: Tensor, sample: Tensor, one_for_all: bool) -> None:
-    batch = sample.shape[0] if sample.dim() > 0 else 1
+def _check_one_per_sample(
+    name: str, values: Tensor, sample: Tensor, one_for_all: bool, samples: int | None = None
+) -> None:
+    batch = samples if samples is not None else sample.shape[0] if sample.dim() > 0 else 1
     if values.device != sample.device:
         raise ValueError(_refusal(name, f"is on {values.device}", f"{sample.device} like sample", "move it there"))
+    per_part = list(sample.shape[:2]) if name != "seeds" and sample.dim() > 1 else None
+    if per_part is not None and list(values.shape) == per_part:
+        check_memory(name, values)
+        return
     if values.dim() > 1 or not (values.numel() == batch or (one_for_all and values.numel() == 1)):
-        choices = f"[{batch}], one a sample" + (", or one number" if one_for_all else "")
+        choices = f"[{batch}], one a sample"
+        choices += "" if per_part is None else f", {per_part}, one a part"
+        choices += ", or one number" if one_for_all else ""
         raise ValueError(_refusal(name, f"has shape {list(values.shape)}", choices, "give one value a sample"))
     check_memory(name, values)
 
@@ -227,7 +241,8 @@ def _check_noise(call: StepCall) -> None:
                 "seeds", f"is a {type(call.seeds).__name__}", "an int64 tensor", "make it with fastdiff.as_seeds(...)"
             )
         )
-    _check_counters("seeds", call.seeds, call.sample, one_for_all=False)
+    samples = None if call.parts == 1 else call.sample.shape[0] // call.parts
+    _check_counters("seeds", call.seeds, call.sample, one_for_all=False, samples=samples)
     if call.seeds.dim() == 0 and call.sample.dim() > 0:
         raise ValueError(_refusal("seeds", "has shape []", f"[{call.sample.shape[0]}]", "give one seed a sample"))
     if isinstance(call.noise_step, Tensor):
@@ -293,11 +308,24 @@ def _check_written_history(call: StepCall) -> None:
         return
     indices = call.row_index.reshape(-1)
     stores = call.table[indices[indices >= 0]][:, [STORE_0, STORE_1]]
+    if call.mask is not None and bool((stores[:, 1] >= 0).any()):
+        raise ValueError(_refusal("mask", "is given", "none where a row stores a second kept output", _BLEND_APART))
     for slot in sorted({int(value) for value in stores.reshape(-1).tolist() if value >= 0}):
         if slot >= len(call.history) or call.history[slot] is None:
             raise ValueError(
                 _refusal("history", f"lacks slot {slot}", "each that a row stores to", "pass a tensor for it")
             )
+
+
+#: The remedy where the map of a blend's target is taken.
+_BLEND_APART = "blend the result in a second pass, with fastdiff.editing.blend"
+
+
+def _check_mask(call: StepCall, mask: Tensor) -> None:
+    if call.keeps > 1:
+        raise ValueError(_refusal("mask", "is given beside two kept outputs", "one kept output at most", _BLEND_APART))
+    if mask.requires_grad and torch.is_grad_enabled():
+        raise ValueError(_refusal("mask", "requires grad", "a tensor outside the graph", "detach it"))
 
 
 def _check_guidance(call: StepCall) -> None:

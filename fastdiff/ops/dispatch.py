@@ -14,6 +14,7 @@ from .canonicalize import canonicalize, copy_back
 from .checks import check
 from .fallback import backend_to_run
 from .layout import model_input_strides, output_strides, to_strides
+from .parts import run_parts
 
 
 def run(call: StepCall, backend: str) -> tuple[Tensor, ...]:
@@ -41,7 +42,8 @@ def run_new(call: StepCall, backend: str) -> list[Tensor]:
             if isinstance(offered, tuple):
                 return [*offered, *model_input]
         check(call)
-        results = run(call, backend_to_run(call.sample, backend or None))
+        name = backend_to_run(call.sample, backend or None)
+        results = run_parts(call, lambda parts: run(parts, name)) if call.has_parts else run(call, name)
         strides = output_strides(call.sample)
         return [to_strides(result, strides) for result in results] + model_input
 

@@ -68,7 +68,7 @@ def gram(
     return (found[:, :, :count], found[:, :, count]) if sums else found
 
 
-def _direct(tensors: list[Tensor], sums: bool) -> Tensor | None:
+def _direct(tensors: list[Any], sums: bool) -> Tensor | None:
     """Offer a call to the extension as it is; None where that declines, or where torch has to see an operator."""
     extension = backends.direct_extension()
     if extension is None or torch._C._len_torch_dispatch_stack() > 0:
@@ -83,7 +83,7 @@ def _direct(tensors: list[Tensor], sums: bool) -> Tensor | None:
 # --- Checks ----------------------------------------------------------------------------------------------------------
 
 
-def _checked_list(tensors: object) -> list[Tensor]:
+def _checked_list(tensors: object) -> list[Any]:
     if not isinstance(tensors, (list, tuple)):
         remedy = "pass gram([x, y])"
         kind = type(tensors).__name__
@@ -95,8 +95,8 @@ def _checked_list(tensors: object) -> list[Tensor]:
     return list(tensors)
 
 
-def _check(tensors: Sequence[Tensor]) -> None:
-    first = tensors[0]
+def _check(tensors: Sequence[Any]) -> None:
+    first: Any = tensors[0]
     for i, tensor in enumerate(tensors):
         name = f"tensors[{i}]"
         if not isinstance(tensor, Tensor):
@@ -108,11 +108,12 @@ def _check(tensors: Sequence[Tensor]) -> None:
         if tensor.dim() == 0:
             remedy = "add a dimension of samples with x[None]"
             raise ValueError(error_message("gram", name, "has no dimension", "[B, ...], a batch of samples", remedy))
-        for what, got, wanted in (
+        compared: tuple[tuple[str, object, object], ...] = (
             ("shape", list(tensor.shape), list(first.shape)),
             ("dtype", tensor.dtype, first.dtype),
             ("device", tensor.device, first.device),
-        ):
+        )
+        for what, got, wanted in compared:
             if got != wanted:
                 kind = TypeError if what == "dtype" else ValueError
                 message = error_message(
@@ -166,10 +167,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     found: list[Tensor] = []
     wide = [x.to(weights.dtype) for x in tensors]
     for i, x in enumerate(tensors):
-        total = sum(weights[:, i, j].reshape(per_sample) * wide[j] for j in range(count))
+        total = torch.zeros_like(wide[0])
+        for j in range(count):
+            total = total + weights[:, i, j].reshape(per_sample) * wide[j]
         if ctx.sums:
             total = total + grad[:, i, count].reshape(per_sample)
-        found.append(total.to(x.dtype))  # type: ignore[union-attr]
+        found.append(total.to(x.dtype))
     return found, None, None
 
 

@@ -22,10 +22,21 @@ from torch import Tensor
 
 from ..errors import error_message, unknown_name
 from ..philox import Purpose
-from ..row_layout import COLUMNS, PREV_SAMPLE, ROW_WIDTH, Variance
+from ..row_layout import COLUMNS, PREDICTION_OUTPUT, PREDICTION_SAMPLE, PREV_SAMPLE
 from . import backends, reductions_reference, reference
-from .autograd import apply_operator, coefficients_of, gradients
-from .call import FIELDS, STEP_ARGUMENTS, OperatorArgument, StepCall, call_of, named, operator_values, schema
+from .autograd import apply_operator, coefficients_of, gradients, may_clip
+from .call import (
+    FIELDS,
+    HISTORY_SLOTS,
+    RESULT_DTYPES,
+    STEP_ARGUMENTS,
+    OperatorArgument,
+    StepCall,
+    call_of,
+    named,
+    operator_values,
+    schema,
+)
 from .canonicalize import canonicalize
 from .checks import _check_like_sample, check, readable_without_sync
 from .fallback import backend_to_run
@@ -168,9 +179,12 @@ def _offer(fields: dict[str, Any], replay: bool, mean: bool, backend: str | None
 
 
 def _call(operation: str, fields: dict[str, Any]) -> StepCall:
-    lists = {name: _entries(operation, name, fields[name]) for name in ("history", "out") if name in fields}
+    lists: dict[str, Any] = {
+        name: _entries(operation, name, fields[name]) for name in ("history", "out") if name in fields
+    }
     lists["history"] = lists["history"] or ()
-    return StepCall(**{**fields, **lists, "guidance_scale": number_or_tensor(fields["guidance_scale"])})
+    lists["guidance_scale"] = number_or_tensor(fields["guidance_scale"])
+    return StepCall(**(fields | lists))
 
 
 # --- Checks ----------------------------------------------------------------------------------------------------------
@@ -343,7 +357,12 @@ def _backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
             error_message("log_prob", "table", "requires grad", "a table outside autograd's graph", "detach it")
         )
-    score = _score(given, grads[0].detach())
+    rows, factor = _factors(given, grads[0].detach())
+    asked = [name for name, want in wanted.items() if want]
+    if set(asked) <= _DIRECT and len(asked) <= _MAPS and not _bounds_prediction(given):
+        direct = dict(zip(asked, _of_linear_row(given, rows, factor, asked), strict=True))
+        return tuple(direct.get(a.name) for a in _ARGUMENTS)
+    score = _score(given, rows, factor)
     found: dict[str, Tensor | None] = {}
     if wanted["noise"]:
         found["noise"] = (-score).to(given["noise"].dtype)
@@ -353,29 +372,77 @@ def _backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     return tuple(found.get(a.name) if wanted[a.name] else None for a in _ARGUMENTS)
 
 
-def _score(given: dict[str, Any], grad: Tensor) -> Tensor:
-    """Return g·(prev − mean)/σ², the gradient of the mean, as one step with the coefficients of each sample."""
-    sample = given["sample"]
-    batch = sample.shape[0]
+def _factors(given: dict[str, Any], grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows ``[1, 32]`` or ``[B, 32]`` and g/σ² a sample, ``[B]``, 0 where a row adds no noise; float64."""
     rows = coefficients_of(given["table"], given["row_index"], given["row_indices"])
     weights = rows[:, _NOISE]
     variance = torch.where(weights == 0, torch.inf, weights * weights)
-    count = math.prod(sample.shape[1:]) if given["mean"] else 1
-    factor = grad.double() / (variance * count)
-    table = torch.zeros(batch, ROW_WIDTH, dtype=torch.float64, device=sample.device)
-    table[:, :PREV_SAMPLE] = rows[:, :PREV_SAMPLE]
-    table[:, PREV_SAMPLE:_NOISE] = -factor[:, None] * rows[:, PREV_SAMPLE:_NOISE]
-    table[:, _NOISE] = factor
+    count = math.prod(given["sample"].shape[1:]) if given["mean"] else 1
+    return rows, grad.double() / (variance * count)
+
+
+def _score(given: dict[str, Any], rows: Tensor, factor: Tensor) -> Tensor:
+    """Return g·(prev − mean)/σ², the gradient of the mean, as one step with the coefficients of each sample."""
+    ones = torch.ones(1, 1, dtype=torch.float64, device=rows.device)
+    (score,) = _scaled_distances(given, rows, factor, ones, [given["table"].dtype])
+    return score
+
+
+#: Arguments whose gradient is a multiple of the score where the row is linear; three fit into one step.
+_DIRECT = {"sample", "model_output", "uncond", *HISTORY_SLOTS}
+_MAPS = 3
+
+
+def _bounds_prediction(given: dict[str, Any]) -> bool:
+    table = given["table"]
+    return given["threshold"] is not None or may_clip(table, given["row_index"], given["row_indices"])
+
+
+def _of_linear_row(given: dict[str, Any], rows: Tensor, factor: Tensor, names: list[str]) -> Sequence[Tensor]:
+    """Return the gradients of up to three arguments by one step: the score times each one's weight in the mean."""
+    maps = rows[:, PREV_SAMPLE:]
+    of_d = maps[:, COLUMNS.index("prediction")]
+    of_m = maps[:, COLUMNS.index("model_output")] + rows[:, PREDICTION_OUTPUT] * of_d
+    scale = given["guidance_scale"]
+    scale = None if scale is None else scale.double().reshape(-1)
+    weights = []
+    for name in names:
+        if name == "sample":
+            weights.append(maps[:, 0] + rows[:, PREDICTION_SAMPLE] * of_d)
+        elif name in HISTORY_SLOTS:
+            weights.append(maps[:, COLUMNS.index(name)])
+        elif scale is None:
+            weights.append(of_m)
+        else:
+            weights.append(of_m * (scale if name == "model_output" else 1.0 - scale))
+    count = max(len(weight) for weight in weights)
+    together = torch.stack([weight.expand(count) for weight in weights], 1)
+    return _scaled_distances(given, rows, factor, together, [given[name].dtype for name in names])
+
+
+def _scaled_distances(
+    given: dict[str, Any], rows: Tensor, factor: Tensor, weights: Tensor, dtypes: list[torch.dtype]
+) -> Sequence[Tensor]:
+    """Return (prev − mean) times `factor` and each of up to three `weights` ``[1 or B, maps]``, in one step.
+
+    The previous sample is the step's noise, so that the row's map with its signs turned is the distance.
+    """
+    distance = -rows[:, PREV_SAMPLE : PREV_SAMPLE + len(COLUMNS)]
+    distance[:, -1] = 1.0
+    maps = (factor[:, None] * weights)[:, :, None] * distance[:, None, :]
+    batch, keeps = len(factor), weights.shape[1] - 1
+    maps = torch.nn.functional.pad(maps.flatten(1), (0, (_MAPS - keeps - 1) * len(COLUMNS)))
+    table = torch.cat([rows[:, :PREV_SAMPLE].expand(batch, -1), maps], 1).to(given["table"].dtype)
+    targets = dict(zip(RESULT_DTYPES, [*dtypes, None, None], strict=False))
     values = {
         **{name: given[name] for name in given if name not in ("replay", "mean")},
-        "table": table.to(given["table"].dtype),
+        **targets,
+        "table": table,
+        "keeps": keeps,
         "row_index": 0,
-        "row_indices": torch.arange(batch, device=sample.device),
-        "variance_kind": int(Variance.FIXED),
-        "prev_sample_dtype": given["table"].dtype,
+        "row_indices": torch.arange(batch, device=table.device) if batch > 1 else None,
     }
-    (score,) = apply_operator(*(values[a.name] for a in STEP_ARGUMENTS))
-    return score
+    return apply_operator(*(values[a.name] for a in STEP_ARGUMENTS))
 
 
 class _Function(torch.autograd.Function):

@@ -6,6 +6,7 @@ It runs on any device, is differentiable, and allocates as torch does.  The orde
     m = u + g·(c − u)
     d = (0 + p·x) + q·m;  clamped to ±clip;  with a threshold s: clamped to ±s and divided by s
     out = ((0 + a_x·x) + a_m·m) + a_d·d + a_0·h_0 + … + a_3·h_3 + a_z·(std·z)
+    prev = (1 − w)·prev + w·b with a mask w; prev where w is 0, b where w is 1
 
 computed in float32 (float64 where a tensor is float64), and each output rounded once to its dtype; z may be drawn from
 seeds (`fastdiff.philox`), and then is not rounded to the samples' dtype.  A term whose coefficient is 0 is not added,
@@ -46,7 +47,8 @@ def step(call: StepCall) -> tuple[Tensor, ...]:
     A skipped sample stays as it is; its kept outputs hold what their targets hold there, or 0.
     """
     # Kept outputs that go to history slots are rounded to the slots' dtypes.
-    dtypes = call.output_dtypes + [call.table.dtype] * (2 if call.write_history else 0)
+    stored = 0 if not call.write_history else 2 if call.mask is None else 1
+    dtypes = call.output_dtypes + [call.table.dtype] * stored
     if isinstance(call.row_index, Tensor):
         coefficients, taken = select_rows(call.table, call.row_index)
         results = _outputs(call, coefficients if len(coefficients) > 1 else coefficients[0], dtypes)
@@ -75,10 +77,13 @@ def select_rows(table: Tensor, row_indices: Tensor) -> tuple[Tensor, Tensor]:
     return table[row_indices.clamp(0, len(table) - 1)], (row_indices >= 0) & (row_indices < len(table))
 
 
-def drawn_noise(sample: Tensor, seeds: Tensor, step: int | Tensor, purpose: int) -> Tensor:
-    """Return the noise that a step draws, float32 in the shape of `sample`."""
-    size = math.prod(sample.shape[1:])
-    return philox.normals(seeds.reshape(-1), step, purpose, size).reshape(sample.shape)
+def drawn_noise(sample: Tensor, seeds: Tensor, step: int | Tensor, purpose: int, parts: int = 1) -> Tensor:
+    """Return the noise that a step draws, float32 in the shape of `sample`; so many samples in a row share a seed."""
+    size, seeds, first = math.prod(sample.shape[1:]), seeds.reshape(-1), None
+    if parts != 1:
+        first = torch.arange(parts, device=seeds.device).repeat(len(seeds)) * size
+        seeds = seeds.repeat_interleave(parts)
+    return philox.normals(seeds, step, purpose, size, first).reshape(sample.shape)
 
 
 def per_sample(scalars: Tensor, like: Tensor) -> Tensor:
@@ -96,20 +101,29 @@ def _outputs(call: StepCall, coefficients: Tensor, dtypes: Sequence[torch.dtype]
     if call.uncond is not None and (scale := call.guidance_tensor()) is not None:
         u = call.uncond.to(dtype)
         m = u + per_sample(scale, x) * (m - u)
-    maps = (PREV_SAMPLE, KEEP_0, KEEP_1)[: len(dtypes)]
+    outputs = (PREV_SAMPLE, KEEP_0, KEEP_1)[: len(dtypes)]
+    maps = outputs if call.mask is None else (*outputs, KEEP_1)
     d = None
     if any(scalar.known[first + COLUMNS.index("prediction")] != 0.0 for first in maps):
         d = _prediction(x, m, scalar, call.threshold)
     z = call.noise
     if call.seeds is not None:
-        z = drawn_noise(call.sample, call.seeds, call.noise_step, call.purpose)
+        z = drawn_noise(call.sample, call.seeds, call.noise_step, call.purpose, call.parts)
     z = None if z is None else z.to(dtype)
     if z is not None and call.variance is not None:
         z = z * _learned_std(call.variance.to(dtype), scalar, call.variance_kind)
     history = [None if h is None else h.to(dtype) for h in call.history]
     history += [None] * (NUM_REGISTERS - len(history))
     terms = [x, m, d, *history, z]
-    return [_weighted_sum(scalar, first, terms).to(to) for first, to in zip(maps, dtypes, strict=True)]
+    sums = [_weighted_sum(scalar, first, terms) for first in maps]
+    if call.mask is not None:
+        sums[0] = _blend(sums[0], sums.pop(), call.mask.to(dtype))
+    return [value.to(to) for value, to in zip(sums, dtypes, strict=True)]
+
+
+def _blend(prev: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    soft = (1 - mask) * prev + mask * target
+    return torch.where(mask == 0, prev, torch.where(mask == 1, target, soft))
 
 
 def _where(taken: Tensor, value: Tensor, old: Tensor | None) -> Tensor:
@@ -123,7 +137,7 @@ def _updated_history(call: StepCall, kept: Sequence[Tensor]) -> list[Tensor | No
     after: list[Tensor | None] = []
     for j, slot in enumerate(call.history):
         if slot is not None:
-            for store, value in zip((STORE_0, STORE_1), kept, strict=True):
+            for store, value in zip((STORE_0, STORE_1)[: len(kept)], kept, strict=True):
                 here = per_sample(taken & (coefficients[:, store] == j), value)
                 slot = torch.where(here, value.to(slot.dtype), slot)
         after.append(slot)

@@ -25,6 +25,7 @@ from .custom_ops import call_operator
 from .dispatch import run
 from .fallback import backend_to_run
 from .layout import in_memory, is_fake, output_strides, to_strides
+from .parts import run_parts
 
 
 def step(
@@ -41,6 +42,7 @@ def step(
     noise_step: int | Tensor = 0,
     purpose: int = Purpose.STEP,
     variance: Tensor | None = None,
+    mask: Tensor | None = None,
     threshold: Tensor | None = None,
     variance_kind: int = Variance.FIXED,
     keeps: int = 0,
@@ -57,9 +59,11 @@ def step(
         m    = u + g·(c − u)                                       where uncond is given
         d    = p·x + q·m,  clamped to ±clip;  with a threshold s clamped to ±s and divided by s
         out  = a_x·x + a_m·m + a_d·d + Σ_j a_j·h_j + a_z·(std·z)
+        prev = (1 − w)·prev + w·b                                  where a mask w is given
 
     with the scalars of one row of a `fastdiff.StepTable`, for the previous sample and for up to two tensors
-    to keep.  A tensor whose coefficient is 0 is not read; one that is absent adds nothing.
+    to keep.  A tensor whose coefficient is 0 is not read; one that is absent adds nothing.  With a mask the second map
+    of the kept tensors is no output but b, what prev_sample is blended with.
 
     Args:
         sample: x, ``[...]`` or ``[B, ...]``; float16, bfloat16, float32 or float64, any strides.
@@ -69,17 +73,22 @@ def step(
             float64, an output too, else in float32.
         row_index: the table's row, 0 to R − 1; or an int64 tensor ``[]`` or ``[1]``, one row for all, read on the
             device, or ``[B]``, one a sample.  A sample whose index in a tensor is negative stays as it is.
+            ``[B, T]`` for samples ``[B, T, ...]`` gives each part (token, frame, action) a row of its own.
         uncond: u, the unconditional output, like `sample`.
-        guidance_scale: g, a float, or a tensor ``[]``, ``[1]`` or ``[B]`` in the table's dtype; goes with `uncond`.
+        guidance_scale: g, a float, or a tensor ``[]``, ``[1]``, ``[B]`` or ``[B, T]`` in the table's dtype; goes with
+            `uncond`.
         history: up to four tensors like `sample`, or None, by history slot; None in place of all where there are none.
         noise: z, standard normal, like `sample`.
         seeds: instead of `noise`: it is drawn in the same pass, each sample's from its own seed, ``[B]`` int64 (see
             `fastdiff.as_seeds`).  The numbers are those of ``fastdiff.randn(shape, seeds, noise_step, purpose)`` in
             float32; they are not rounded to a half type.
-        noise_step: the noise's step, 0 to 2³² − 1, or an int64 tensor ``[1]`` or ``[B]``.
+            Parts of a sample draw what the whole sample would: seeds stay ``[B]``.
+        noise_step: the noise's step, 0 to 2³² − 1, or an int64 tensor ``[1]``, ``[B]`` or ``[B, T]``.
         purpose: the noise's purpose, 0 to 2³² − 1; see `fastdiff.Purpose`.
         variance: the model's second output, like `sample`, where `variance_kind` is not 0.
-        threshold: ``[B]`` in the table's dtype, each above 0.
+        mask: w, like `sample`, without a gradient: prev_sample is prev where it is 0 and b where it is 1, to the bit,
+            else blended.  At most one tensor is kept then, and no output may lie on the mask.
+        threshold: ``[B]`` or ``[B, T]`` in the table's dtype, each above 0.
         variance_kind: how `variance` scales the noise, a `fastdiff.row_layout.Variance`.
         keeps: how many tensors to keep, 0 to 2.
         out: the destination of each of the ``1 + keeps`` outputs: a tensor to write, None for a new one in the sample's
@@ -115,6 +124,7 @@ def step(
             history=history,
             noise=noise,
             variance=variance,
+            mask=mask,
             threshold=threshold,
             variance_kind=variance_kind,
             keeps=keeps,
@@ -138,6 +148,7 @@ def step(
             history=_entries("step", "history", history) or (),
             noise=noise,
             variance=variance,
+            mask=mask,
             threshold=threshold,
             variance_kind=variance_kind,
             keeps=keeps,
@@ -165,6 +176,7 @@ def step_rows(
     noise_step: int | Tensor = 0,
     purpose: int = Purpose.STEP,
     variance: Tensor | None = None,
+    mask: Tensor | None = None,
     threshold: Tensor | None = None,
     variance_kind: int = Variance.FIXED,
     out: Tensor | torch.dtype | None = None,
@@ -182,8 +194,9 @@ def step_rows(
     Args:
         sample: x, ``[B, ...]``, as in `step`; so are all arguments not named here.
         table: ``[R, 32]``.
-        row_index: int64 ``[B]``, each sample's row, or ``[1]``, one for all.  A sample whose index is negative stays as
-            it is, and so does its history.
+        row_index: int64 ``[B]``, each sample's row, ``[1]``, one for all, or ``[B, T]``, each part's.  A sample or part
+            whose index is negative stays as it is, and so does its history.
+        mask: as in `step`; no row may store its second kept output then.
         history: up to four tensors like `sample`, read and **written**, each in its own dtype.  None where no row uses
             a slot.
         out: a tensor to write instead of a new one, which may be `sample`; or a dtype for a new one of it.
@@ -212,6 +225,7 @@ def step_rows(
             history=history,
             noise=noise,
             variance=variance,
+            mask=mask,
             threshold=threshold,
             variance_kind=variance_kind,
             seeds=seeds,
@@ -235,6 +249,7 @@ def step_rows(
             history=_entries("step_rows", "history", history) or (),
             noise=noise,
             variance=variance,
+            mask=mask,
             threshold=threshold,
             variance_kind=variance_kind,
             seeds=seeds,
@@ -265,6 +280,11 @@ def complete_step(call: StepCall, backend: str | None = None) -> tuple[Tensor, .
     """
     check(call)
     name = backend_to_run(call.sample, backend)
+    return run_parts(call, lambda parts: _run(parts, name)) if call.has_parts else _run(call, name)
+
+
+def _run(call: StepCall, name: str) -> tuple[Tensor, ...]:
+    """Run a checked call on a backend, by torch's dispatcher where that has to see it."""
     if _needs_dispatcher(call, name):
         if call.write_history:
             _refuse_gradients(call)

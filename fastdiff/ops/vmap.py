@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import error_message
 from .call import STEP_ARGUMENTS, named
 
-LIKE_SAMPLE = tuple(argument.name for argument in STEP_ARGUMENTS if argument.role in ("sample", "history"))
+LIKE_SAMPLE = tuple(argument.name for argument in STEP_ARGUMENTS if argument.role in ("sample", "mask", "history"))
 _PER_SAMPLE = tuple(
     argument.name for argument in STEP_ARGUMENTS if argument.role in ("scalar", "counter") and "Tensor" in argument.type
 )
@@ -37,7 +37,9 @@ def fold_step(
             folded[name] = mapped.reshape(size * batch, *inner[1:])
     for name in _PER_SAMPLE:
         if given[name] is not None:
-            folded[name] = _fold_scalars(given[name], dims[name], size, batch)
+            # Seeds are one for each of a sample's parts.
+            count = batch // given["parts"] if name == "seeds" else batch
+            folded[name] = _fold_scalars(given[name], dims[name], size, count)
     if dims["table"] is not None:
         folded |= _fold_tables(_mapped_first(given["table"], dims["table"], size), folded, given["row_index"], batch)
     results = (apply or torch.ops.fastdiff.step)(*folded.values())

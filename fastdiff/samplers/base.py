@@ -18,12 +18,14 @@ from torch import Tensor
 from ..errors import checked_callable, error_message
 from ..graphs import CapturedLoop, check_can_capture, check_can_show, check_graph_options
 from ..graphs.static_inputs import signature
-from ..guidance import GuidedModel, Model
+from ..guidance import Guidance, GuidedModel, MixedGuidance, Model, PlainGuidance
 from ..noise.generators import Generators, GeneratorStates, generator_states, restore_generators
 from ..ops import backend_for
 from ..philox import as_seeds
 from ..row_layout import Variance
 from ..sampling.config import check_guidance_rescale, check_guidance_scale
+from ..sampling.guided_run import Branch, GuidedRun
+from ..sampling.guided_stepper import GuidedStepper, Term
 from ..sampling.interrupts import DeferredInterrupt
 from ..sampling.loop import (
     Callback,
@@ -59,6 +61,9 @@ class BaseSampler(CompiledSampler):
         *,
         guidance_scale: float | Tensor | None = None,
         guidance_rescale: float | None = None,
+        guidance: Guidance | MixedGuidance | None = None,
+        guidance_terms: Sequence[Term] = (),
+        branches: Mapping[str, Branch] | None = None,
         generator: Generators = None,
         seeds: int | Sequence[int] | Tensor | None = None,
         timesteps: Numbers | None = None,
@@ -93,6 +98,11 @@ class BaseSampler(CompiledSampler):
                 means zeros for embeddings, said once by a warning; labels have no such default.
             guidance_scale: instead of the configuration's; or a scale a sample, as in `fastdiff.ops.step`.
             guidance_rescale: instead of the configuration's.
+            guidance: a method of `fastdiff.guidance`, or a `MixedGuidance` with one a sample; the method has its scale
+                and rescaling.  Each step calls the model for the branches and samples that it needs.
+            guidance_terms: gradients of a classifier or of a loss, in the same step.
+            branches: what a method's branches other than ``cond`` and ``uncond`` are, by name: a condition like
+                `prompt_embeds`, another model (called with `prompt_embeds`), or for ``reference`` a clean sample.
             generator: of the noise that stochastic samplers add: one, or one a sample.
             seeds: instead of a generator, a seed for each sample (see `fastdiff.randn`): the step draws the noise
                 itself, several times faster, and a sample comes out the same alone or in any batch.  Latents of the
@@ -130,9 +140,15 @@ class BaseSampler(CompiledSampler):
         rescale = self._rescale(guidance_rescale)
         look = not cuda_graph and (latents.device.type == "cpu" if check_finite is None else check_finite)
         conditions = prompt_embeds, negative_prompt_embeds
-        guided = self._guided(model, *conditions, guidance_scale, model_kwargs, model_dtype, check_finite=look)
+        scale = _scale_of_model(guidance, prompt_embeds, guidance_scale)
+        guided = self._guided(model, *conditions, scale, model_kwargs, model_dtype, check_finite=look)
+        own = guidance, guidance_terms, branches
+        run = self._guided_run(grid, guided, *own, rescale, seeds, backend)
         started = self._log_start(grid, guided, latents, generator, seeds, backend, cuda_graph)
         if cuda_graph:
+            if run is not None:
+                remedy = "leave cuda_graph out, or use guidance_scale"
+                raise ValueError(error_message("sample", "guidance", "is given", "no method in a graph", remedy))
             mode = "loop" if cuda_graph is True else cuda_graph
             check_graph_options(generator, check_finite, every)
             check_can_show(mode, callback, progress)
@@ -167,8 +183,8 @@ class BaseSampler(CompiledSampler):
             states = self._generator_states(grid, latents, generator, seeds)
             try:
                 result = run_loop(
-                    guided,
-                    self._stepper(grid.table, backend, seeds, rescale),
+                    run or guided,
+                    run or self._stepper(grid.table, backend, seeds, rescale),
                     grid.timesteps,
                     latents,
                     generator=generator,
@@ -199,6 +215,9 @@ class BaseSampler(CompiledSampler):
         *,
         guidance_scale: float | Tensor | None = None,
         guidance_rescale: float | None = None,
+        guidance: Guidance | MixedGuidance | None = None,
+        guidance_terms: Sequence[Term] = (),
+        branches: Mapping[str, Branch] | None = None,
         generator: Generators = None,
         seeds: int | Sequence[int] | Tensor | None = None,
         timesteps: Numbers | None = None,
@@ -223,11 +242,14 @@ class BaseSampler(CompiledSampler):
         rescale = self._rescale(guidance_rescale)
         look = latents.device.type == "cpu" if check_finite is None else check_finite
         conditions = prompt_embeds, negative_prompt_embeds
-        guided = self._guided(model, *conditions, guidance_scale, model_kwargs, model_dtype, check_finite=look)
+        scale = _scale_of_model(guidance, prompt_embeds, guidance_scale)
+        guided = self._guided(model, *conditions, scale, model_kwargs, model_dtype, check_finite=look)
+        own = guidance, guidance_terms, branches
+        run = self._guided_run(grid, guided, *own, rescale, seeds, backend)
         self._log_start(grid, guided, latents, generator, seeds, backend, False)
         loop = SamplingLoop(
-            guided,
-            self._stepper(grid.table, backend, seeds, rescale),
+            run or guided,
+            run or self._stepper(grid.table, backend, seeds, rescale),
             grid.timesteps,
             latents,
             generator=generator,
@@ -252,6 +274,7 @@ class BaseSampler(CompiledSampler):
         mode: str = "loop",
         model_kwargs: Mapping[str, Any] | None = None,
         model_dtype: torch.dtype | None = None,
+        keep_mode: bool = False,
         backend: str | None = None,
     ) -> CapturedLoop:
         """Capture the loop as a CUDA graph, to replay it with other inputs.
@@ -266,7 +289,7 @@ class BaseSampler(CompiledSampler):
         check_latents(latents)
         conditions = prompt_embeds, negative_prompt_embeds
         guided = self._guided(model, *conditions, guidance_scale, model_kwargs, model_dtype, check_finite=False)
-        with evaluating(model):
+        with evaluating(model, keep_mode):
             return self._captured(guided, self._grid, latents, mode, backend, self.config.guidance_rescale)
 
     def clear_graphs(self) -> None:
@@ -299,6 +322,38 @@ class BaseSampler(CompiledSampler):
             model_kwargs={} if model_kwargs is None else model_kwargs,
             model_dtype=model_dtype,
         )
+
+    def _guided_run(
+        self,
+        grid: StepGrid,
+        guided: GuidedModel,
+        guidance: Guidance | MixedGuidance | None,
+        terms: Sequence[Term],
+        branches: Mapping[str, Branch] | None,
+        rescale: float,
+        seeds: Tensor | None,
+        backend: str | None,
+    ) -> GuidedRun | None:
+        """Return model and stepper of a loop under a guidance method; None without one."""
+        if guidance is None and not terms:
+            if branches:
+                remedy = "pass guidance=, or leave branches out"
+                raise ValueError(error_message("sample", "branches", "is given", "a guidance method for it", remedy))
+            return None
+        if guidance is None:
+            scale = guided.guidance_scale if guided.guided else 1.0
+            guidance = PlainGuidance(scale, rescale)
+        stepper = GuidedStepper(
+            grid.table,
+            guidance,
+            terms=terms,
+            levels=grid.levels if len(grid.levels) == len(grid.table) else None,
+            dynamic_thresholding_ratio=self.config.dynamic_thresholding_ratio,
+            sample_max_value=self.scheduler.config.sample_max_value,
+            seeds=seeds,
+            backend=backend,
+        )
+        return GuidedRun(guided, stepper, branches)
 
     def _rescale(self, guidance_rescale: float | None) -> float:
         if guidance_rescale is None:
@@ -365,6 +420,27 @@ class BaseSampler(CompiledSampler):
                 cuda_graph,
             )
         return time.perf_counter()
+
+
+def _scale_of_model(
+    guidance: Guidance | MixedGuidance | None, prompt_embeds: Tensor | None, guidance_scale: float | Tensor | None
+) -> float | Tensor | None:
+    """Return the scale that says whether a loop needs an unconditional condition.
+
+    Raises:
+        ValueError: a method is given beside a scale, or asks for an unconditional output of a model without conditions.
+    """
+    if guidance is None:
+        return guidance_scale
+    if guidance_scale is not None:
+        remedy = "give the method its scale"
+        raise ValueError(error_message("sample", "guidance_scale", "is given beside guidance", "one scale", remedy))
+    if "uncond" not in guidance.branches:
+        return 1.0
+    if prompt_embeds is None:
+        got, remedy = "is missing", "pass the condition, or a method without an unconditional branch"
+        raise ValueError(error_message("sample", "prompt_embeds", got, "a condition for guidance", remedy))
+    return guidance_scale
 
 
 def _log_end(result: SamplingResult, started: float) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import checked_type, error_message
 from ..sampling.config import SamplingConfig
 from ..schedules import BaseNoiseScheduler
-from ..schedules.levels import Levels, levels_from_timesteps
+from ..schedules.levels import Levels
 from ..solvers import Prediction, SamplingMethod
 from ..solvers.table import StepTable
 from .base import BaseSampler
@@ -51,7 +51,8 @@ class TableSampler(BaseSampler):
             raise ValueError(
                 error_message("TableSampler", "num_inference_steps", got, f"{len(self._steps)}, the table's", remedy)
             )
-        return levels_from_timesteps(self.scheduler.alphas_cumprod, self._steps)
+        path = self.scheduler.path
+        return Levels((*map(path.at_timestep, self._steps), self._end), path.at_ratio, path.at_timestep)
 
     def _solve(self, levels: Levels, prediction: Prediction) -> StepTable:
         """Return the table, which was compiled for one list of levels."""

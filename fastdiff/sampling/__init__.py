@@ -4,6 +4,7 @@
 The modules::
 
     stepper.py           walks the rows of a step table
+    blend_target.py      what a masked step blends its samples with
     guided_stepper.py    walks them under a guidance method
     cached_calls.py      walks them with fewer model calls
     loop.py              calls the model in between
@@ -18,6 +19,7 @@ The modules::
     reference_counts.py  who holds a tensor
 """
 
+from .blend_target import BlendTarget
 from .cached_calls import CachedCalls, CachedStepper
 from .config import SamplingConfig, SamplingMethod
 from .guided_stepper import GuidedStepper
@@ -27,6 +29,7 @@ from .stepper import Stepper
 from .stream import SampleStream
 
 __all__ = [
+    "BlendTarget",
     "CachedCalls",
     "CachedStepper",
     "GuidedStepper",

@@ -3,24 +3,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+import copy
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..errors import checked_type, error_message
-from ..guidance.combining import as_tokens, combine, or_empty, row_index, table_and_scale, weighted_sum
+from ..guidance.combining import HostTable, as_tokens, combine, or_empty, row_index, table_and_scale, weighted_sum
 from ..guidance.frequency import FrequencyDecoupledGuidance
 from ..guidance.gradients import ClassifierGuidance, LossGuidance
-from ..guidance.method import STATE, Guidance, Place
+from ..guidance.method import STATE, Guidance, Place, RowWeights
 from ..guidance.mixed import MixedGuidance
 from ..guidance.per_token_norm import PerTokenNormGuidance
-from ..guidance.rows import Placement, place_branches
+from ..guidance.rows import Placement, guided_row, place_branches, table_of, uses_bounded_x0
 from ..guidance.scalars import Scalar
-from ..guidance.weights import RowWeights, step_weights
+from ..guidance.tracing import Formula
+from ..guidance.weights import MOST_ON_HOST, step_weights
 from ..noise.generators import Generators, draw
 from ..ops.thresholding import dynamic_threshold
 from ..philox import Purpose
@@ -34,6 +35,24 @@ Term = ClassifierGuidance | LossGuidance
 
 #: The weights of a tensor that is the model's output by itself.
 _ALONE: list[RowWeights] = [((1.0, 0.0), None)]
+
+
+class _Kind(NamedTuple):
+    """A step of one method with one scale for all samples, seen often in a loop.
+
+    Attributes:
+        names: the branches it needs.
+        scale: the scale with which plain guidance is the whole combination; None for other steps.
+        weights: the weights of the branches and the sample where they are known before the loop; else None.
+        formula: the weights from the scalar products of the branches; None where they need none.
+        guidance_scale: the scale of the formula.
+    """
+
+    names: tuple[str, ...]
+    scale: float | None
+    weights: Sequence[float] | None
+    formula: Formula | None
+    guidance_scale: float
 
 
 class GuidedStepper:
@@ -87,8 +106,14 @@ class GuidedStepper:
         self._rows: list[list[float]] = table.coefficients.tolist()
         self._state: Tensor | None = None
         self._with_state = [False] * len(self.methods)
+        self._before: tuple[Tensor | None, list[bool]] = None, self._with_state
         self._place: Place | None = None
         self._needed: list[tuple[str, ...]] = []
+        self._kind: _Kind | None = None
+        self._kinds: dict[Hashable, _Kind] = {}
+        self._table: HostTable | None = None
+        self._tables: dict[Hashable, tuple[Tensor, list[Any], list[Placement | None]]] = {}
+        self._placements: dict[Hashable, Placement | None] = {}
 
     @property
     def index(self) -> int:
@@ -147,10 +172,15 @@ class GuidedStepper:
         ratio = None
         if self.levels is not None and not self.done:
             ratio = self.levels[index].noise_ratio
-        place = self._place = Place(index, len(self.table), row.timestep, row.prediction, ratio)
+        state = self._with_state[0] if len(self.methods) == 1 else False
+        place = self._place = Place(index, len(self.table), row.timestep, row.prediction, ratio, state)
+        self._kind = self._known_kind(place)
+        if self._kind is not None:
+            self._needed = [self._kind.names]
+            return place
         self._needed = []
         for method, has_state in zip(self.methods, self._with_state, strict=True):
-            at = replace(place, has_state=True) if has_state else place
+            at = place._replace(has_state=True) if has_state else place
             scales = method.host_scales(at)
             if scales is None:
                 self._needed.append(method.needed(at, None))
@@ -159,6 +189,20 @@ class GuidedStepper:
             else:
                 self._needed = [method.needed(at, scale) for scale in scales]
         return place
+
+    def _known_kind(self, place: Place) -> _Kind | None:
+        """Return the kind of a step; None for a scale or a method a sample, tokens and frequencies."""
+        method = self.methods[0]
+        if len(self.methods) > 1 or self._token_dims is not None or not method.is_affine:
+            return None
+        scale = method.scale_at(place)
+        if isinstance(scale, Tensor):
+            return None
+        key = (scale, method.kind(place))
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._kinds[key] = _kind_of(method, place, scale)
+        return kind
 
     # --- The step ---------------------------------------------------------------------------------------------------
 
@@ -199,6 +243,11 @@ class GuidedStepper:
         if self.done:
             return self.stepper.step(sample, sample, **given)  # raises
         place = self._look_ahead()
+        self._before = self._state, self._with_state
+        if self._kind is not None and not self.terms:
+            result = self._quick(self._kind, sample, outputs, given)
+            if result is not None:
+                return result
         names, tensors = self._tensors(place, sample, outputs)
         moves: list[tuple[Tensor, Scalar]] = []
         if not self.terms and names == self.methods[0].branches[:1]:
@@ -232,6 +281,148 @@ class GuidedStepper:
         if kept:
             self._keep(kept[0])
         return result
+
+    def combined(self, sample: Tensor, outputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the guided output of the step that was taken last, in a pass of its own; the stepper is as it was.
+
+        Args:
+            sample, outputs: of that step.
+        """
+        at = copy.copy(self)
+        at.stepper = copy.copy(self.stepper)
+        at.stepper.index = self.stepper.index - 1
+        at._state, at._with_state = self._before
+        at._place = None
+        place = at._look_ahead()
+        names, tensors = at._tensors(place, sample, outputs)
+        tensors = [tensor.detach() for tensor in tensors]
+        if len(tensors) > 1 and isinstance(self.guidance, FrequencyDecoupledGuidance):
+            return self.guidance.output(*tensors)
+        rows = at._weights(place, names, tensors, sample)
+        tensors, rows = _without_zeros(sample, tensors, rows)
+        return combine(sample, tensors, rows, token_dims=self._token_dims, backend=self.stepper.backend)[0]
+
+    def _quick(
+        self, kind: _Kind, sample: Tensor, outputs: Mapping[str, Tensor], given: Mapping[str, Any]
+    ) -> Tensor | None:
+        """Take a step of a known kind on few samples; None where there is more to look at."""
+        try:
+            tensors = [outputs[name] for name in kind.names]
+            shape = sample.shape
+            if not all(tensor.shape == shape for tensor in tensors):
+                return None
+        except (AttributeError, LookupError, TypeError):
+            return None  # the checks name what is wrong
+        c = tensors[0] if tensors else sample
+        if kind.scale is not None:
+            if len(tensors) == 1:
+                return self.stepper.step(sample, c, **given)
+            return self.stepper.step(sample, c, uncond=tensors[1], guidance_scale=kind.scale, **given)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (sample, *tensors)):
+            return None
+        if kind.weights is not None:
+            return self._constant(kind.weights, sample, tensors, given)
+        batch = sample.shape[0] if sample.dim() > 0 else 0
+        if kind.formula is None or sample.device.type != "cpu" or not 0 < batch <= MOST_ON_HOST:
+            return None
+        if self._state is not None:
+            tensors.append(self._state)
+        keeps = self.methods[0].keeps_state
+        placement = self._placement(len(tensors), keeps, 0)
+        if placement is None:
+            return None
+        products, sums = ops.gram(tensors, sums=True)
+        elements = float(sample.numel() // batch)
+        of_samples = zip(products.tolist(), sums.tolist(), strict=True)
+        rows: list[RowWeights] = [
+            kind.formula(matrix, total, elements, kind.guidance_scale) for matrix, total in of_samples
+        ]
+        if keeps or len(tensors) > 2 or self.table.thresholding:
+            return self._fused(sample, tensors, rows, placement, (), None, given)
+        scale = _plain_scale(rows, sample)
+        if scale is not None:
+            return self.stepper.step(sample, c, uncond=tensors[1], guidance_scale=scale, **given)
+        if self._table is None or len(self._table) != batch:
+            self._table = HostTable(batch, sample)
+        scale = self._table.write(self._rows[self.stepper.index], rows)
+        table = self._table.tensor
+        return self._call(sample, c, tensors[1], (None,) * NUM_REGISTERS, table, row_index(table), scale, given)
+
+    def _constant(
+        self, weights: Sequence[float], sample: Tensor, tensors: Sequence[Tensor], given: Mapping[str, Any]
+    ) -> Tensor | None:
+        """Take a step with weights that are known before the loop: from a table of all steps, made once."""
+        if self.table.thresholding:
+            return None
+        key = (tuple(weights), sample.dtype, sample.device)
+        if key not in self._tables:
+            placements = [self._placement(len(tensors), False, 0, index) for index in range(len(self.table))]
+            made = [
+                (base, 1.0) if placement is None else guided_row(base, placement, weights, None)
+                for base, placement in zip(self._rows, placements, strict=True)
+            ]
+            table = table_of([row for row, _ in made], 0, sample)
+            self._tables[key] = table, [scale for _, scale in made], placements
+        table, scales, placements = self._tables[key]
+        index = self.stepper.index
+        placement = placements[index]
+        if placement is None:
+            return None
+        history: list[Tensor | None] = [None] * NUM_REGISTERS
+        for slot, tensor in zip(placement.slots, tensors[2:], strict=True):
+            history[slot] = tensor
+        return self._call(sample, tensors[0], tensors[1], history, table, index, scales[index], given)
+
+    def _call(
+        self, sample: Tensor, cond: Tensor, uncond: Tensor, others: Sequence[Tensor | None], table: Tensor,
+        row: int | Tensor, scale: float | Tensor, given: Mapping[str, Any],
+    ) -> Tensor:  # fmt: skip
+        """Take a step with a table of guided rows.
+
+        Args:
+            sample, given: as in `step`.
+            cond, uncond, scale: the first two branches and the scale that goes with them.
+            others: further branches by history slot.
+            table, row: the rows, and the index of the step's or of each sample's.
+        """
+        stepper, index = self.stepper, self.stepper.index
+        if sample is not stepper._seen:
+            stepper._look_at(sample)
+        reads, slots, draws = stepper._plan[index]
+        noise, seeds = given["noise"], None
+        if draws and noise is None:
+            seeds = stepper._seeds
+            if seeds is None:
+                noise = draw(sample.shape, given["generator"], dtype=sample.dtype, device=sample.device)
+        kept, out, history = len(slots), given["out"], stepper._history
+        outs: list[Tensor | None] | None = None
+        if kept or out is not None:
+            if out is None and isinstance(row, Tensor):  # rows in a tensor could leave samples unwritten
+                out = torch.empty_like(sample)
+            outs = [out, *(or_empty(history[slot], sample) for slot in slots)]
+        results = ops.step(
+            sample,
+            cond,
+            table,
+            row,
+            uncond=uncond,
+            guidance_scale=scale,
+            history=[history[j] if j in reads else others[j] for j in range(NUM_REGISTERS)],
+            noise=noise,
+            variance=given["variance"],
+            variance_kind=stepper._variance_kind(given["variance"]) if stepper._measures else 0,
+            keeps=kept,
+            seeds=seeds,
+            noise_step=index,
+            model_input=given["model_input"],
+            out=outs,
+            backend=stepper.backend,
+        )
+        for slot, result in zip(slots, results[1:], strict=True):
+            history[slot] = result
+        stepper.index = index + 1
+        stepper._seen = results[0]
+        return results[0]
 
     def _tensors(
         self, place: Place, sample: Tensor, outputs: Mapping[str, Tensor]
@@ -281,13 +472,18 @@ class GuidedStepper:
         x, *branches = (as_tokens(tensor, self._token_dims) for tensor in (sample, *tensors))
         return step_weights(self.methods, place, names, branches, x, self._with_state)
 
-    def _placement(self, branches: int, keeps: bool, moves: int) -> Placement | None:
-        index = min(self.stepper.index, len(self.table) - 1)
+    def _placement(self, branches: int, keeps: bool, moves: int, index: int | None = None) -> Placement | None:
+        """Return the placement of branches in a row, the next one where `index` is None."""
+        if index is None:
+            index = min(self.stepper.index, len(self.table) - 1)
         reads, kept, _ = self.stepper._plan[index]
-        return place_branches(
-            self._rows[index], reads, len(kept), branches,
-            keeps=keeps, terms=moves, thresholding=self.table.thresholding,
-        )  # fmt: skip
+        row = self._rows[index]
+        bounded = uses_bounded_x0(row, self.table.thresholding)
+        key = (reads, len(kept), bounded, branches, keeps, moves)
+        if key not in self._placements:
+            found = place_branches(reads, len(kept), branches, keeps=keeps, terms=moves, bounded=bounded)
+            self._placements[key] = found
+        return self._placements[key]
 
     def _fused(
         self, sample: Tensor, tensors: Sequence[Tensor], rows: Sequence[RowWeights], placement: Placement,
@@ -313,7 +509,7 @@ class GuidedStepper:
         keeps = rows[0][1] is not None
         out = or_empty(given["out"], sample)
         outs = [out, *(or_empty(stepper._history[slot], sample) for slot in slots)]
-        outs += [or_empty(self._state, sample)] if keeps else []
+        outs += [torch.empty_like(sample)] if keeps else []  # not in place: x0 may be asked for after the step
         inputs: dict[str, Any] = {
             "sample": sample,
             "model_output": tensors[0],
@@ -348,7 +544,7 @@ class GuidedStepper:
             row_index=row_index(table),
             history=history,
             threshold=threshold,
-            variance_kind=stepper._variance_kind(given["variance"]),
+            variance_kind=stepper._variance_kind(given["variance"]) if stepper._measures else 0,
             keeps=len(outs) - 1,
             seeds=seeds,
             noise_step=index,
@@ -367,8 +563,9 @@ class GuidedStepper:
     def _keep(self, state: Tensor) -> None:
         """Remember what guidance has kept in a step."""
         self._state = state
-        for i, method in enumerate(self.methods):
-            self._with_state[i] = self._with_state[i] or method.keeps_state
+        self._with_state = [
+            has or method.keeps_state for has, method in zip(self._with_state, self.methods, strict=True)
+        ]
 
     def _with_terms(
         self, sample: Tensor, tensors: list[Tensor], rows: list[RowWeights]
@@ -395,6 +592,23 @@ class GuidedStepper:
             rows = [((*w[:-1], weight, w[-1]), k and (*k[:-1], 0.0, k[-1])) for w, k in rows]
             tensors.append(gradient)
         return sample, tensors, rows, moves
+
+
+def _kind_of(method: Guidance, place: Place, scale: float) -> _Kind:
+    """Return the kind of a step with one scale for all samples."""
+    names = method.needed(place, scale)
+    if len(names) < 2 and not method.uses_sample:
+        alone = names == method.branches[:1]
+        return _Kind(names, 1.0 if alone else None, None, None, scale)
+    if method.uses_sample:
+        return _Kind(names, None, None, None, scale)
+    if method.uses_reduction(place):
+        with_state = (*names, STATE) if place.has_state else names
+        return _Kind(names, None, None, method.formula(with_state, place), scale)
+    weights, kept = method.formula(names, place)(None, None, 0.0, scale)
+    first, second = weights[0], weights[1]
+    plain = len(names) == 2 and kept is None and abs(first + second - 1.0) <= 1e-15 * (abs(first) + abs(second))
+    return _Kind(names, first if plain else None, weights if kept is None else None, None, scale)
 
 
 def _viewed(tensor: Tensor, token_dims: int) -> Tensor:

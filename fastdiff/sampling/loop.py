@@ -18,6 +18,7 @@ from ..errors import error_message, require
 from ..guidance import GuidedModel, write_model_input
 from ..noise.generators import Generators
 from ..ops.checks import DTYPES
+from .guided_run import GuidedRun
 from .interrupts import DeferredInterrupt
 from .reference_counts import reference_counts
 from .result import Callback, SamplingResult, StepContext, StepInfo
@@ -61,8 +62,8 @@ class SamplingLoop:
 
     def __init__(
         self,
-        model: GuidedModel,
-        stepper: Stepper,
+        model: GuidedModel | GuidedRun,
+        stepper: Stepper | GuidedRun,
         timesteps: Tensor,
         latents: Tensor,
         *,
@@ -158,8 +159,8 @@ class SamplingLoop:
 
 
 def run_loop(
-    model: GuidedModel,
-    stepper: Stepper,
+    model: GuidedModel | GuidedRun,
+    stepper: Stepper | GuidedRun,
     timesteps: Tensor,
     latents: Tensor,
     *,

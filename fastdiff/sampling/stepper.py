@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..deprecated import renamed_argument
+from ..device_copy import to_device
 from ..errors import as_float, checked_float, checked_type, error_message
 from ..guidance import rescaling_of, rows_with_scaled_output
 from ..noise.generators import Generators, draw
@@ -21,8 +22,9 @@ from ..ops.checks import check_dtype
 from ..ops.step import complete_step, number_or_tensor
 from ..ops.thresholding import dynamic_threshold
 from ..philox import as_seeds
-from ..row_layout import NUM_REGISTERS, Variance
+from ..row_layout import NUM_REGISTERS, Variance, compute_dtype
 from ..solvers.table import StepTable
+from .blend_target import BlendTarget
 from .config import check_guidance_rescale
 from .single_steps import cfg_combine
 
@@ -46,9 +48,13 @@ class Stepper:
             table asks for it.
         seeds: one for each sample, as in `fastdiff.randn`: steps then draw their noise themselves, and no generator is
             asked.  A sample's noise depends on its seed and on the step alone.
+        target: what steps with a mask blend their samples with.
         backend: forces one for all steps, as in `fastdiff.ops.step`.
         guidance_rescale: φ, 0 to 1, of rescaled guidance (arXiv 2305.08891, section 3.4): two reductions and the guided
             output for them, where a step has `uncond`; the step itself takes the factor in its row, a sample.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, or the table has no room for the target.
     """
 
     def __init__(
@@ -58,6 +64,7 @@ class Stepper:
         dynamic_thresholding_ratio: float = 0.995,
         sample_max_value: float = 1.0,
         seeds: int | Sequence[int] | Tensor | None = None,
+        target: BlendTarget | None = None,
         backend: str | None = None,
         guidance_rescale: float = 0.0,
     ) -> None:
@@ -73,8 +80,14 @@ class Stepper:
         self._ratio = dynamic_thresholding_ratio
         self._max_value = sample_max_value
         self._given_seeds = seeds
+        self._target = target
+        self._target_slots: tuple[int, ...] = ()
         self._seeds: Tensor | None = None
         self._history: list[Tensor | None] = [None] * NUM_REGISTERS
+        if target is not None:
+            self._target_slots = target.slots(table)
+            for slot, tensor in zip(self._target_slots, (target.known, target.noise), strict=True):
+                self._history[slot] = tensor
         self._coefficients: Tensor | None = None
         self._shape: torch.Size
         self._dtype: torch.dtype
@@ -122,6 +135,7 @@ class Stepper:
         uncond: Tensor | None = None,
         guidance_scale: float | Tensor | None = None,
         variance: Tensor | None = None,
+        mask: Tensor | None = None,
         noise: Tensor | None = None,
         generator: Generators = None,
         out: Tensor | None = None,
@@ -133,6 +147,7 @@ class Stepper:
         Args:
             sample: x, ``[B, ...]``; shape, dtype and device must stay the same throughout a loop.
             model_output, uncond, guidance_scale, variance: as in `fastdiff.ops.step`.
+            mask: like `sample`: 0 keeps the step's result, 1 takes the stepper's target, to the bit.
             noise: z, like `sample`; where None and the row wants it, drawn from the seeds or with `generator`.
             generator: one, or one a sample.
             out: a tensor to write instead of a new one; may be `sample`.
@@ -159,10 +174,15 @@ class Stepper:
                     "the loop has ended: start a new stepper",
                 )
             )
+        if mask is not None and self._target is None:
+            remedy = "make the stepper with target=fastdiff.sampling.BlendTarget(...)"
+            raise ValueError(error_message("step", "mask", "is given", "none without a target to blend with", remedy))
         if sample is not self._seen:
             self._look_at(sample)
         history, coefficients = self._history, self._coefficients
         reads, slots, draws = self._plan[row]
+        if mask is not None:
+            reads = (*reads, *self._target_slots)
         seeds = None
         if draws and noise is None:
             seeds = self._seeds
@@ -205,6 +225,7 @@ class Stepper:
                 history=history if self._on_cpu else [history[j] if j in reads else None for j in _SLOTS],
                 noise=noise,
                 variance=variance,
+                mask=mask,
                 threshold=threshold,
                 variance_kind=kind,
                 keeps=keeps,
@@ -227,6 +248,7 @@ class Stepper:
                 "history": tuple([history[j] if j in reads else None for j in range(NUM_REGISTERS)]),
                 "noise": noise,
                 "variance": variance,
+                "mask": mask,
                 "threshold": threshold,
                 "variance_kind": kind,
                 "keeps": keeps,
@@ -271,7 +293,13 @@ class Stepper:
         self._prediction_table = None
         self._shape, self._dtype = sample.shape, sample.dtype
         self._on_cpu = sample.device.type == "cpu"
-        self._coefficients = self.table.shared_coefficients(sample.dtype, sample.device)
+        if self._target is None:
+            self._coefficients = self.table.shared_coefficients(sample.dtype, sample.device)
+            return
+        # A known float64 tensor makes the step one in float64.
+        dtypes = [t.dtype for t in (self._target.known, self._target.noise) if t is not None]
+        dtype = compute_dtype(sample.dtype, *dtypes)
+        self._coefficients = to_device(self._target.coefficients(self.table).to(dtype), sample.device).contiguous()
 
     def predict(
         self,

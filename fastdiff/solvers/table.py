@@ -30,17 +30,10 @@ from ..errors import checked_type, error_message
 from ..row_layout import (
     CLIP,
     COLUMNS,
-    KEEP_0,
-    KEEP_1,
-    MODEL_INPUT_SCALE,
     NUM_REGISTERS,
     PREDICTION_OUTPUT,
     PREDICTION_SAMPLE,
     PREV_SAMPLE,
-    STORE_0,
-    STORE_1,
-    VARIANCE_OFFSET,
-    VARIANCE_SLOPE,
     Variance,
     blank_row,
     compute_dtype,
@@ -93,19 +86,19 @@ class Row:
     @classmethod
     def from_scalars(cls, timestep: float, scalars: Sequence[float]) -> Row:
         """Return the row of a timestep that has these `ROW_WIDTH` numbers: the inverse of `scalars`."""
-        width = len(COLUMNS)
-        maps = [Affine(scalars[first : first + width]) for first in (PREV_SAMPLE, KEEP_0, KEEP_1)]
-        slots = tuple(int(slot) for slot in (scalars[STORE_0], scalars[STORE_1]) if slot >= 0)
+        width, layout = len(COLUMNS), row_layout
+        maps = [Affine(scalars[at : at + width]) for at in (layout.PREV_SAMPLE, layout.KEEP_0, layout.KEEP_1)]
+        slots = tuple(int(slot) for slot in (scalars[layout.STORE_0], scalars[layout.STORE_1]) if slot >= 0)
         return cls(
             timestep,
             maps[0],
-            (scalars[PREDICTION_SAMPLE], scalars[PREDICTION_OUTPUT]),
-            scalars[CLIP],
+            (scalars[layout.PREDICTION_SAMPLE], scalars[layout.PREDICTION_OUTPUT]),
+            scalars[layout.CLIP],
             tuple(maps[1 : 1 + len(slots)]),
             slots,
-            scalars[VARIANCE_OFFSET],
-            scalars[VARIANCE_SLOPE],
-            scalars[MODEL_INPUT_SCALE],
+            scalars[layout.VARIANCE_OFFSET],
+            scalars[layout.VARIANCE_SLOPE],
+            scalars[layout.MODEL_INPUT_SCALE],
         )
 
     @property
@@ -243,10 +236,13 @@ class StepTable:
             path: a file ending in ``.json`` or ``.safetensors``; see `fastdiff.solvers.table_file` for both forms.
 
         Raises:
-            ValueError: another ending.
+            ValueError: another ending, or the table has `provided_slots`, which a file does not hold.
             OSError: the file cannot be written; an existing one is then unchanged.
             ImportError: safetensors is missing.
         """
+        if self.provided_slots:
+            got, remedy = f"is {self.provided_slots}", "compile the table again where it is used"
+            raise ValueError(error_message("StepTable.save", "provided_slots", got, "no such slots", remedy))
         write_table(
             path,
             StoredTable(

@@ -32,7 +32,7 @@ _KINDS = (Tensor, torch.nn.Parameter)
 _NUMBERS = (float, int)
 _LISTS = (list, tuple)
 #: Integers of the kernel that differ from step to step, by position.
-_ROW, _NOISE_STEP, _GUIDANCE_BITS = 0, 2, 5
+_ROW, _NOISE_STEP, _GUIDANCE_BITS = 0, 2, 6
 _MOST_WORD = 2**32 - 1
 
 
@@ -77,6 +77,7 @@ def step(
     history: Any = (),
     noise: Any = None,
     variance: Any = None,
+    mask: Any = None,
     threshold: Any = None,
     variance_kind: Any = 0,
     keeps: Any = 0,
@@ -96,8 +97,8 @@ def step(
     if _observed():
         return "modes"
     given = _given(
-        sample, model_output, table, row_index, uncond, guidance_scale, history, noise, variance, threshold,
-        variance_kind, keeps, seeds, noise_step, purpose, model_input, write_history, out,
+        sample, model_output, table, row_index, uncond, guidance_scale, history, noise, variance, mask,
+        threshold, variance_kind, keeps, seeds, noise_step, purpose, model_input, write_history, out,
     )  # fmt: skip
     if isinstance(given, str):
         return given
@@ -132,7 +133,7 @@ def _observed() -> bool:
 
 def _given(
     sample: Any, model_output: Any, table: Any, row_index: Any, uncond: Any, guidance_scale: Any, history: Any,
-    noise: Any, variance: Any, threshold: Any, variance_kind: Any, keeps: Any, seeds: Any, noise_step: Any,
+    noise: Any, variance: Any, mask: Any, threshold: Any, variance_kind: Any, keeps: Any, seeds: Any, noise_step: Any,
     purpose: Any, model_input: Any, write_history: bool, out: Any,
 ) -> _Given | str:  # fmt: skip
     """Return a call's tensors and key, or why it is declined."""
@@ -155,6 +156,7 @@ def _given(
         *slots,
         noise,
         variance,
+        mask,
         threshold,
         seeds,
         None if seeds is None or type(noise_step) is int else noise_step,
@@ -231,9 +233,9 @@ def _launched(prepared: _Prepared, given: _Given, integers: list[int], write_his
 
 
 #: Positions of the kernel's tensors.
-_SAMPLES = (0, 1, 4, 6, 7, 8, 9, 10, 11)
+_SAMPLES = (0, 1, 4, 6, 7, 8, 9, 10, 11)  # the mask is not among them: no output may lie on it
 _HISTORY = (6, 7, 8, 9)
-_OUTPUTS = (15, 16, 17, 18)
+_OUTPUTS = (16, 17, 18, 19)
 
 
 def _overlap(
@@ -257,7 +259,17 @@ def remember(call: StepCall, canonical: StepCall, kernel: Any) -> None:
     """Keep the launch of a checked call, where the kernel took its tensors as they were given."""
     as_given = all(
         getattr(call, name) is getattr(canonical, name)
-        for name in ("sample", "model_output", "table", "uncond", "guidance_scale", "noise", "variance", "model_input")
+        for name in (
+            "sample",
+            "model_output",
+            "table",
+            "uncond",
+            "guidance_scale",
+            "noise",
+            "variance",
+            "mask",
+            "model_input",
+        )
     )
     as_given = as_given and all(a is b for a, b in zip(call.history, canonical.history, strict=True))
     for name in ("row_index", "threshold", *(("seeds", "noise_step") if call.seeds is not None else ())):
@@ -268,7 +280,7 @@ def remember(call: StepCall, canonical: StepCall, kernel: Any) -> None:
     as_given = as_given and all(a is b for a, b in targets if isinstance(a, Tensor))
     # A skipped sample's kept outputs are 0 where they are new.
     zeroed = isinstance(call.row_index, Tensor) and any(not isinstance(a, Tensor) for a, _ in targets[1:])
-    if not as_given or zeroed or any(b.stride() != call.sample.stride() for _, b in targets):
+    if not as_given or zeroed or call.parts != 1 or any(b.stride() != call.sample.stride() for _, b in targets):
         return
     given = _given(*(getattr(call, name) for name in _FIELDS))
     if isinstance(given, str):

@@ -34,6 +34,7 @@ from .step_math import (
     STORE_1,
     add_term,
     as_stored,
+    blend,
     clamp_to,
     divide,
     guidance_scale,
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 
 
 # Scalars that change from step to step: only their type may matter to the compiler.
-@triton.jit(do_not_specialize=["row_index", "num_rows", "noise_step", "purpose", "channels", "guidance_bits"])
+@triton.jit(do_not_specialize=["row_index", "num_rows", "noise_step", "purpose", "channels", "parts", "guidance_bits"])
 def _step_kernel(
     # The tensors of `fastdiff.ops.call.STEP_ARGUMENTS` in their order, then the outputs.
     sample_ptr,  # [batch, inner], as all tensors like the samples; each of any dtype
@@ -66,8 +67,9 @@ def _step_kernel(
     history_3_ptr,
     noise_ptr,
     variance_ptr,
+    mask_ptr,
     threshold_ptr,  # [batch], compute dtype
-    seeds_ptr,  # [batch]
+    seeds_ptr,  # [batch / parts]
     noise_steps_ptr,
     prev_sample_ptr,
     keep_0_ptr,
@@ -78,6 +80,7 @@ def _step_kernel(
     noise_step,
     purpose,
     channels,  # of channels-last memory, in which noise finds its places
+    parts,  # consecutive samples that share a seed, and are counted through
     guidance_bits,  # the guidance scale in the compute dtype, as an integer of the same bits
     inner,
     model_stride,  # elements from sample to sample in model_output, uncond and variance
@@ -87,13 +90,14 @@ def _step_kernel(
     GUIDANCE_SCALES: tl.constexpr,  # 0: `guidance_bits`; 1: one in memory for all; 2: one a sample
     HISTORY: tl.constexpr,  # bit j: slot j is there
     HAS_NOISE: tl.constexpr,
+    MASKED: tl.constexpr,  # blend prev_sample with the map of keep_1, which is then no output
     HAS_THRESHOLD: tl.constexpr,
     VARIANCE: tl.constexpr,
     KEEPS: tl.constexpr,
     ROWS: tl.constexpr,  # 0: `row`; 1: one in memory for all; 2: one a sample
     WRITE_HISTORY: tl.constexpr,  # kept outputs go to the history slots that the row names
     MIXED_HISTORY: tl.constexpr,  # slots with dtypes of their own
-    DRAWS: tl.constexpr,  # 0: no; 1: noise in row-major memory; 2: in channels-last memory
+    DRAWS: tl.constexpr,  # 0: no; 1: noise in whole chunks of row-major memory; 2: of any part, of channels-last memory
     NOISE_STEPS: tl.constexpr,  # as ROWS
     MODEL_INPUTS: tl.constexpr,  # copies of the model input, 0 to 2
     BLOCK: tl.constexpr,
@@ -119,7 +123,9 @@ def _step_kernel(
                 write_model_input(model_input_ptr, here, copy_stride, 1.0, stays, mask, compute, MODEL_INPUTS)
             return
     row_ptr = table_ptr + index * ROW_WIDTH
-    MAPS: tl.constexpr = 3 if WRITE_HISTORY else 1 + KEEPS
+    # The maps that are computed, and those that are outputs.
+    MAPS: tl.constexpr = 3 if WRITE_HISTORY or MASKED else 1 + KEEPS
+    OUTPUTS: tl.constexpr = (2 if MASKED else 3) if WRITE_HISTORY else 1 + KEEPS
 
     x = tl.load(sample_ptr + here, mask=mask, other=0.0).to(compute)
     m = tl.load(model_output_ptr + there, mask=mask, other=0.0).to(compute)
@@ -146,16 +152,17 @@ def _step_kernel(
     if DRAWS:
         z = tl.zeros_like(x)
         if reads(row_ptr, NOISE, 0.0, MAPS):
-            seed = tl.load(seeds_ptr + b)
+            seed = tl.load(seeds_ptr + b // parts)
+            before = (b % parts) * inner
             step = step_of(noise_steps_ptr, b, noise_step, NOISE_STEPS)
             if DRAWS == 2:
                 # int32 where `inner` is: its division is several times as fast. Not `inner.dtype`: an integer argument
                 # that is 1 is a compile-time constant, which has none.
                 at = offsets.to((tl.program_id(0) + inner).dtype)
                 place = at % channels * (inner // channels) + at // channels
-                z = normals_at(place.to(tl.int64), seed, step, purpose.to(tl.uint32)).to(compute)
+                z = normals_at(before + place.to(tl.int64), seed, step, purpose.to(tl.uint32)).to(compute)
             else:
-                z = normals(first, seed, step, purpose.to(tl.uint32), BLOCK).to(compute)
+                z = normals(before + first, seed, step, purpose.to(tl.uint32), BLOCK).to(compute)
     if VARIANCE:
         v = tl.load(variance_ptr + there, mask=mask, other=1.0).to(compute)
         z = z * learned_std(v, row_ptr, VARIANCE)
@@ -163,8 +170,11 @@ def _step_kernel(
     # Outputs may be inputs: everything is loaded above before the first store.
     HAS_Z: tl.constexpr = HAS_NOISE or DRAWS > 0
     prev = weighted_sum(row_ptr + PREV_SAMPLE, x, m, d, h0, h1, h2, h3, z, HISTORY, HAS_Z)
+    if MASKED:
+        target = weighted_sum(row_ptr + KEEP_1, x, m, d, h0, h1, h2, h3, z, HISTORY, HAS_Z)
+        prev = blend(prev, target, tl.load(mask_ptr + here, mask=mask, other=0.0).to(compute))
     prev = as_stored(prev, prev_sample_ptr)
-    if MAPS >= 2:
+    if OUTPUTS >= 2:
         keep_0 = weighted_sum(row_ptr + KEEP_0, x, m, d, h0, h1, h2, h3, z, HISTORY, HAS_Z)
         if WRITE_HISTORY:
             slot = tl.load(row_ptr + STORE_0)
@@ -178,7 +188,7 @@ def _step_kernel(
                 )
         else:
             tl.store(keep_0_ptr + here, as_stored(keep_0, keep_0_ptr), mask=mask)
-    if MAPS >= 3:
+    if OUTPUTS >= 3:
         keep_1 = weighted_sum(row_ptr + KEEP_1, x, m, d, h0, h1, h2, h3, z, HISTORY, HAS_Z)
         if WRITE_HISTORY:
             slot = tl.load(row_ptr + STORE_1)
@@ -223,10 +233,10 @@ def arguments(call: StepCall) -> Arguments:
     """Return the launch of a canonical call."""
     x, row, noise_step, scale = call.sample, call.row_index, call.noise_step, call.guidance_scale
     batch, inner, model_stride = call.blocks()
-    draws = channels = 0
+    draws = channels = parts = 0
     if call.seeds is not None:
-        channels = call.channels()
-        draws = 1 if channels == 1 else 2
+        channels, parts = call.channels(), call.parts
+        draws = 1 if channels == 1 and (parts == 1 or inner % 4 == 0) else 2
     config = config_for("draw" if draws else "step", x)
     blocks_per_sample = blocks_of(inner, config.block)
     rows, noise_steps, scales = how_many(row), how_many(noise_step), how_many(scale)
@@ -245,6 +255,7 @@ def arguments(call: StepCall) -> Arguments:
             *history,
             call.noise,
             call.variance,
+            call.mask,
             call.threshold,
             call.seeds,
             noise_step if noise_steps else None,
@@ -264,6 +275,7 @@ def arguments(call: StepCall) -> Arguments:
             0 if noise_steps else as_int32(noise_step),
             as_int32(call.purpose),
             channels,
+            parts,
             0 if scales or scale is None else bits_of(scale, call.table.dtype),
             inner,
             model_stride,
@@ -275,6 +287,7 @@ def arguments(call: StepCall) -> Arguments:
             scales,
             present[0] + 2 * present[1] + 4 * present[2] + 8 * present[3],
             call.noise is not None,
+            call.mask is not None,
             call.threshold is not None,
             # Without noise nothing is scaled, and the variance is not read.
             int(call.variance_kind) if draws or call.noise is not None else 0,

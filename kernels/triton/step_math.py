@@ -97,6 +97,13 @@ def weighted_sum(map_ptr, x, m, d, h0, h1, h2, h3, z, HISTORY: tl.constexpr, HAS
 
 
 @triton.jit
+def blend(prev, target, mask):
+    """Return prev + mask·(target − prev): exactly `prev` where the mask is 0, exactly `target` where it is 1."""
+    soft = tl.fma(mask, target, (1.0 - mask) * prev)
+    return tl.where(mask == 0, prev, tl.where(mask == 1, target, soft))
+
+
+@triton.jit
 def reads(row_ptr, column, zero, MAPS: tl.constexpr):
     """Return whether one of the row's first maps has a coefficient in this column, in the shape of `zero`."""
     reads = zero + tl.load(row_ptr + PREV_SAMPLE + column) != 0

@@ -126,7 +126,8 @@ def refused_calls() -> list[tuple[Any, str]]:
         (lambda: scratch.sample_with_guidance((2, 3), None), "guidance_fn"),  # type: ignore[arg-type]
         (lambda: scratch.sample_with_guidance((2, 3), lambda x, t: x), "one number a sample"),
         (lambda: scratch.sample_with_guidance((2, 3), lambda x, t: t.float()), "depends on x"),
-        (lambda: SamplingComparison(SchedulerModule()), "num_inference_steps is 50"),
+        (lambda: SamplingComparison(SchedulerModule()).compare_schedules(model, T + 1), "at most"),
+        (lambda: SamplingComparison(model), "noise_scheduler is a function"),
     ]
 
 
@@ -161,14 +162,16 @@ def test_failing_model_leaves_generator_and_mode_as_they_were() -> None:
             return x
 
     failing, generator = Failing(), torch.Generator().manual_seed(1)
-    state = generator.get_state()
+    state, default = generator.get_state(), torch.get_rng_state()
     for call in (
         lambda: DDPMSampler(failing, T).sample((2, 2), show_progress=False, generator=generator),
+        lambda: DDPMSampler(failing, T).sample((2, 2), show_progress=False),
         lambda: DDPMSampler(SchedulerModule(), T)(failing, 2, generator=generator),
     ):
         with pytest.raises(ArithmeticError):
             call()
         assert torch.equal(generator.get_state(), state)
+        assert torch.equal(torch.get_rng_state(), default)
         assert (failing.training, failing.frozen.training, failing.trained.training) == (True, False, True)
 
 

@@ -32,6 +32,7 @@ PLAIN = {
     "GUIDANCE_SCALES": 0,
     "HISTORY": 0,
     "HAS_NOISE": False,
+    "MASKED": False,
     "HAS_THRESHOLD": False,
     "VARIANCE": 0,
     "KEEPS": 0,
@@ -69,6 +70,7 @@ CONFIGURATIONS = {
     "drawn": {**PLAIN, "DRAWS": 1, "GUIDANCE_SCALES": 1},
     "channels-last": {**PLAIN, "DRAWS": 2},
     "next": {**PLAIN, "MODEL_INPUTS": 2},
+    "masked": {**PLAIN, "HISTORY": 12, "KEEPS": 1, "MASKED": True},
 }
 
 CASES = [(config, dtype, 90) for config in CONFIGURATIONS for dtype in DTYPES]
@@ -182,10 +184,11 @@ def _count(opcodes: Counter[str], pattern: str) -> int:
 
 
 def _tensors_read(config: dict[str, Any]) -> int:
-    return 2 + config["HAS_UNCOND"] + config["HISTORY"].bit_count() + config["HAS_NOISE"] + bool(config["VARIANCE"])
+    optional = config["HAS_UNCOND"] + config["HAS_NOISE"] + bool(config["VARIANCE"]) + config["MASKED"]
+    return 2 + optional + config["HISTORY"].bit_count()
 
 
-def _maps(config: dict[str, Any]) -> int:
+def _outputs(config: dict[str, Any]) -> int:
     return 3 if config["WRITE_HISTORY"] else 1 + config["KEEPS"]
 
 
@@ -209,7 +212,7 @@ def test_triton_step_moves_16_bytes_per_access(compiled: dict[str, Any], config:
     wide = r"\.global(\.\w+)*\.(v4\.[bfu]32|v2\.[bfu]64|b128)"
     stays = constants["ROWS"] > 0  # a sample that stays as it is is copied
     assert _count(opcodes, "ld" + wide) == accesses * (_tensors_read(constants) + stays)
-    assert _count(opcodes, "st" + wide) == accesses * (_maps(constants) + stays + constants["MODEL_INPUTS"])
+    assert _count(opcodes, "st" + wide) == accesses * (_outputs(constants) + stays + constants["MODEL_INPUTS"])
     # What is left are scalars of the row: none is stored, none is wide.
     assert _count(opcodes, r"st\.global.*") == _count(opcodes, "st" + wide)
 
@@ -229,7 +232,7 @@ def test_triton_step_is_neither_contracted_nor_reordered(
     narrow = {"fp16": r"cvt\.rn\.f16(x2)?\.f32", "bf16": r"cvt\.rn\.bf16(x2)?\.f32"}
     elements = result["block"] // result["threads"]
     if dtype in narrow:
-        rounded = _maps(CONFIGURATIONS[config]) + bool(CONFIGURATIONS[config]["MODEL_INPUTS"])
+        rounded = _outputs(CONFIGURATIONS[config]) + bool(CONFIGURATIONS[config]["MODEL_INPUTS"])
         assert _count(opcodes, narrow[dtype]) == elements * rounded
         assert _count(opcodes, r"cvt\..*f16(x2)?\.f32") == _count(opcodes, narrow[dtype])
 
@@ -241,14 +244,17 @@ def test_triton_step_fuses_only_explicit_products(compiled: dict[str, Any], conf
     constants = CONFIGURATIONS[config]
     terms = 3 + constants["HISTORY"].bit_count() + (constants["HAS_NOISE"] or constants["DRAWS"] > 0)
     elements = result["block"] // result["threads"]
-    # The guidance's and the prediction's, the exponent's and two of its reduction, and one a term of an output.
-    fused = constants["HAS_UNCOND"] + 1 + 3 * (constants["VARIANCE"] == 1) + terms * _maps(constants)
+    # The guidance's and the prediction's, the exponent's and two of its reduction, one a term of an output or of what a
+    # mask blends it with, and the blend's.
+    fused = constants["HAS_UNCOND"] + 1 + 3 * (constants["VARIANCE"] == 1)
+    fused += terms * (_outputs(constants) + constants["MASKED"]) + constants["MASKED"]
     transforms = _transforms(constants, elements)
     assert _count(opcodes, r"fma\.rn\..*") == elements * fused + transforms * FMA_A_TRANSFORM
     assert _count(opcodes, r"div\.rn\.f\d+") == elements * constants["HAS_THRESHOLD"]
     assert _count(opcodes, r"sqrt\.rn\.f\d+") == elements * (constants["VARIANCE"] == 2) + transforms
-    # p·x; the noise's; and exp's: log2(e) twice, once to reduce, and the power of two; the model input's.
+    # p·x; the noise's; and exp's: log2(e) twice, once to reduce, and the power of two; the model input's; the blend's.
     products = 1 + bool(constants["VARIANCE"]) + 3 * (constants["VARIANCE"] == 1) + bool(constants["MODEL_INPUTS"])
+    products += constants["MASKED"]
     # In channels-last memory only one of the two numbers is multiplied by r.
     products_a_transform = PRODUCTS_A_TRANSFORM - (constants["DRAWS"] == 2)
     assert _count(opcodes, r"mul\.rn\..*") == elements * products + transforms * products_a_transform

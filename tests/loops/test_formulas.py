@@ -304,6 +304,60 @@ def dpmpp_2s_ancestral_cfg_pp(eta: float) -> Reference:
     return run
 
 
+def lcm(x: Tensor, levels: list[float], z: LevelNoise) -> Tensor:
+    for _, a, b in pairs(levels):
+        x = denoise(x, a)
+        if b:
+            x = x + b * z(a, b)
+    return x
+
+
+def tcd(gamma: float) -> Reference:
+    """On x/√(1 + σ²), with the times of a continuous schedule: σ = tan(t·π/2)."""
+
+    def run(x: Tensor, levels: list[float], z: LevelNoise) -> Tensor:
+        for _, a, b in pairs(levels):
+            if b == 0:
+                return denoise(x, a)
+            below = math.tan((1 - gamma) * math.atan(b))
+            alpha, alpha_below = 1 / math.hypot(1, b), 1 / math.hypot(1, below)
+            x0 = denoise(x, a)
+            y = alpha_below * (x0 + below * (x - x0) / a)
+            y = alpha / alpha_below * y + (1 - (alpha / alpha_below) ** 2) ** 0.5 * z(a, b)
+            x = y / alpha
+        return x
+
+    return run
+
+
+def ipndm(x: Tensor, levels: list[float], z: LevelNoise) -> Tensor:
+    weights = [[1], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
+    slopes: list[Tensor] = []
+    for _, a, b in pairs(levels):
+        slopes = [(x - denoise(x, a)) / a, *slopes[:3]]
+        x = x + (b - a) * sum(w * slope for w, slope in zip(weights[len(slopes) - 1], slopes, strict=True))
+    return x
+
+
+def deis(x: Tensor, levels: list[float], z: LevelNoise) -> Tensor:
+    """∫ ε dσ with ε the polynomial in log σ through its last three values."""
+    integrate = pytest.importorskip("scipy.integrate")
+    slopes: list[tuple[float, Tensor]] = []
+    for _, a, b in pairs(levels):
+        x0 = denoise(x, a)
+        slopes = [*slopes[-2:], (math.log(a), (x - x0) / a)]
+        if b == 0:
+            return x0
+        for j, (node, slope) in enumerate(slopes):
+            others = [other for k, (other, _) in enumerate(slopes) if k != j]
+
+            def basis(sigma: float, node: float = node, others: list[float] = others) -> float:
+                return math.prod((math.log(sigma) - other) / (node - other) for other in others)
+
+            x = x + integrate.quad(basis, a, b, epsabs=1e-14, epsrel=1e-13)[0] * slope
+    return x
+
+
 Case = tuple[str, dict[str, Any], Reference]
 CASES: list[Case] = [
     ("ddim", {}, ddim(0.0)),
@@ -311,6 +365,12 @@ CASES: list[Case] = [
     ("ddpm", {}, ddpm),
     ("heunpp2", {}, heunpp2),
     ("ipndm_v", {}, ipndm_v),
+    ("ipndm", {}, ipndm),
+    ("deis", {}, deis),
+    ("lcm", {}, lcm),
+    ("tcd", {"schedule": loops.ContinuousVDenoiser(None)}, tcd(0.3)),
+    ("tcd", {"schedule": loops.ContinuousVDenoiser(None), "eta": 0.8}, tcd(0.8)),
+    ("sa_solver", {"predictor_order": 1, "corrector_order": 0}, ddim(1.0)),
     ("gradient_estimation", {}, gradient_estimation(2.0)),
     ("gradient_estimation", {"ge_gamma": 1.5}, gradient_estimation(1.5)),
     ("res_multistep", {}, res_multistep(0.0)),
@@ -336,7 +396,7 @@ CASES: list[Case] = [
     ("res_multistep_ancestral_cfg_pp", {}, res_multistep(1.0, cfg_pp=True)),
     ("gradient_estimation_cfg_pp", {}, gradient_estimation(2.0, cfg_pp=True)),
 ]
-STOCHASTIC = ("ancestral", "seeds", "sde", "ddpm", "ddim", "res_2s", "res_3s")
+STOCHASTIC = ("ancestral", "seeds", "sde", "ddpm", "ddim", "res_2s", "res_3s", "lcm", "tcd", "sa_solver")
 
 
 @pytest.mark.parametrize(("name", "options", "reference"), CASES, ids=lambda value: str(value)[:40])
@@ -379,3 +439,104 @@ def test_restart_equals_heun_steps() -> None:
         mine, theirs = (LevelNoise(SEED, SHAPE, torch.float64) for _ in range(2))
         got = loops.sample_restart(mixture, x, levels, disable=True, noise_sampler=mine, **options)
         torch.testing.assert_close(got, heun_steps(x, steps, theirs), rtol=1e-9, atol=1e-9)
+
+
+def test_churn_of_heunpp2_is_noise_before_each_step() -> None:
+    """The same loop by steps of one: each is raised by √(σ̂² − σ²)·z first."""
+    x, z = start(SEED, SHAPE, torch.float64), LevelNoise(SEED, SHAPE, torch.float64)
+    levels, n = LEVELS, len(LEVELS) - 1
+    got = loops.sample_heunpp2(mixture, x, levels, disable=True, s_churn=2.0, s_noise=1.1, noise_sampler=z)
+    gamma = min(2.0 / n, 2**0.5 - 1)
+    for i in range(n):
+        raised = levels[i] * (1 + gamma)
+        x = x + 1.1 * (raised**2 - levels[i] ** 2) ** 0.5 * LevelNoise(SEED, SHAPE, torch.float64)(levels[i], raised)
+        # One step of the formula, with the weights of the whole loop's first level.
+        d = (x - denoise(x, raised)) / raised
+        a, b = raised, levels[i + 1]
+        if i == n - 1:
+            x = x + (b - a) * d
+            continue
+        second = x + (b - a) * d
+        d2 = (second - denoise(second, b)) / b
+        if i == n - 2:
+            w2 = b / (2 * levels[0])
+            x = x + (b - a) * ((1 - w2) * d + w2 * d2)
+            continue
+        c = levels[i + 2]
+        third = second + (c - b) * d2
+        w2, w3 = b / (3 * levels[0]), c / (3 * levels[0])
+        x = x + (b - a) * ((1 - w2 - w3) * d + w2 * d2 + w3 * (third - denoise(third, c)) / c)
+    torch.testing.assert_close(got, x, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_flow_loops_are_euler_and_heun_in_time() -> None:
+    """On samples (1 − σ)·x0 + σ·ε from pure noise, with a model of x0 and with one of the velocity."""
+    times = [1.0, 0.8, 0.55, 0.3, 0.1, 0.0]
+    x = start(SEED, SHAPE, torch.float64) / 14.6
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        return torch.sin(3 * x) - t * x
+
+    def denoised(x: Tensor, sigma: Tensor) -> Tensor:
+        return x - float(sigma[0]) * velocity(x, float(sigma[0]))
+
+    wrapped = loops.FlowPathDenoiser(lambda x, t: velocity(x, float(t[0]) / 1000))
+    euler = heun = x
+    for a, b in itertools.pairwise(times):
+        euler = euler + (b - a) * velocity(euler, a)
+        slope = velocity(heun, a)
+        if b:
+            slope = 0.5 * (slope + velocity(heun + (b - a) * slope, b))
+        heun = heun + (b - a) * slope
+    for model in (denoised, wrapped):
+        for function, want in ((loops.sample_flow_euler, euler), (loops.sample_flow_heun, heun)):
+            torch.testing.assert_close(function(model, x, times, disable=True), want, rtol=1e-10, atol=1e-10)
+    with pytest.raises(TypeError, match="FlowPathDenoiser"):
+        loops.sample_flow_euler(loops.FlowDenoiser(wrapped.inner_model), x, times)
+    with pytest.raises(TypeError, match="x0 \\+ σ·ε"):
+        loops.sample_euler(wrapped, x, times)
+    with pytest.raises(ValueError, match="schedule"):
+        loops.sample_tcd(denoised, x, times)
+
+
+#: Order of accuracy on the mixture, from 24 to 48 steps evenly spaced in log σ; a multistep method is still above it.
+ORDERS: dict[str, tuple[dict[str, Any], float, float]] = {
+    "euler": ({}, 0.8, 1.2),
+    "res_multistep": ({}, 1.8, 2.5),
+    "res_2s": ({}, 1.8, 2.3),
+    "res_3s": ({}, 2.7, 3.6),
+    "exp_heun_2_x0": ({}, 1.8, 2.3),
+    "seeds_2": ({"eta": 0.0}, 1.8, 2.3),
+    "seeds_3": ({"eta": 0.0}, 2.7, 3.6),
+    "dpmpp_2m": ({}, 1.8, 2.5),
+    "dpm_2": ({}, 1.7, 2.4),
+    "heun": ({}, 1.7, 2.4),
+    "unipc": ({"order": 2, "lower_order_final": False}, 2.6, 3.6),
+    "unipc_bh2": ({"order": 3, "lower_order_final": False}, 3.4, 5.0),
+    "sa_solver": ({"tau": 0.0}, 1.8, 5.5),  # its order is lowered in the last steps
+}
+
+
+def test_orders_of_accuracy() -> None:
+    integrate = pytest.importorskip("scipy.integrate")
+    high, low = 4.0, 0.2
+    x = (start(SEED, (1, 24), torch.float64) * (high / 14.6)).clamp(-6.0, 6.0)
+
+    def slope(t: float, values: Any) -> Any:
+        at = torch.from_numpy(np.ascontiguousarray(values))[None]
+        return (math.exp(t) * (at - denoise(at, math.exp(t))) / math.exp(t))[0].numpy()
+
+    truth = torch.from_numpy(
+        integrate.solve_ivp(
+            slope, (math.log(high), math.log(low)), x[0].numpy(), method="DOP853", rtol=1e-12, atol=1e-13
+        ).y[:, -1]
+    )
+    found = {}
+    for name, (options, least, most) in ORDERS.items():
+        errors = []
+        for n in (24, 48):
+            sigmas = np.geomspace(high, low, n + 1).tolist()
+            end = getattr(loops, f"sample_{name}")(mixture, x, sigmas, disable=True, **options)
+            errors.append(float((end[0] - truth).square().mean().sqrt()))
+        found[name] = (math.log2(errors[0] / errors[1]), least, most)
+    assert {name: order for name, (order, least, most) in found.items() if not least <= order <= most} == {}

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from fastdiff.row_layout import CLIP, COLUMNS, KEEP_0, PREDICTION_OUTPUT, PREDIC
 from support.oracle import DTYPES, INTERPRETED, assert_same_bits, available_backends, device_of
 from support.reduction_cases import with_layout
 
+log_prob_module = importlib.import_module("fastdiff.ops.log_prob")
 pytestmark = pytest.mark.checks_backend
 BACKENDS = available_backends()
 SEEDS = st.integers(0, 2**31 - 1)
@@ -193,7 +196,7 @@ def _plain(one: Case, tensors: dict[str, Tensor], prev: Tensor, scale: Tensor, r
         .T.reshape(one.table.shape[1], -1, *[1] * (x.dim() - 1))
     )
     m = u + scale.reshape(-1, *[1] * (x.dim() - 1)) * (c - u)
-    d = (column[PREDICTION_SAMPLE] * x + column[PREDICTION_OUTPUT] * m).clamp(-1.5, 1.5)
+    d = (column[PREDICTION_SAMPLE] * x + column[PREDICTION_OUTPUT] * m).clamp(-column[CLIP], column[CLIP])
     a = column[PREV_SAMPLE:]
     each = torch.distributions.Normal(a[0] * x + a[1] * m + a[2] * d + a[3] * h, a[7].abs()).log_prob(prev).flatten(1)
     return each.mean(1) if reduction == "mean" else each.sum(1)
@@ -205,8 +208,9 @@ def _plain(one: Case, tensors: dict[str, Tensor], prev: Tensor, scale: Tensor, r
 def test_gradient_matches_plain_formula_in_float64(backend: str, per_sample: bool, dtype: torch.dtype) -> None:
     if backend not in BACKENDS:
         pytest.skip("the C++ extension was not built")
-    for reduction in ("sum", "mean"):
+    for reduction, bound in (("sum", 1.5), ("mean", 1.5), ("sum", math.inf)):
         one = case(5, (3, 2, 30), dtype, per_sample=per_sample)
+        one.table[:, CLIP] = bound
         _, prev = ops.step_log_prob(**one.arguments, **one.noise, backend=backend)
         weights = torch.tensor([1.0, -2.0, 0.5], dtype=one.table.dtype)
         names = ("x", "c", "u", "h")
@@ -231,6 +235,26 @@ def test_gradient_matches_plain_formula_in_float64(backend: str, per_sample: boo
         ):
             assert mine.dtype == like.dtype
             assert (mine.double() - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+@pytest.mark.parametrize("names", ["c", "cu", "xcu", "ch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_gradient_of_linear_row_is_one_step(names: str, dtype: torch.dtype) -> None:
+    one = case(7, (2, 3, 40), dtype, per_sample=True)
+    one.table[:, CLIP] = math.inf
+    _, prev = ops.step_log_prob(**one.arguments, **one.noise)
+    one.tensors |= {name: one.tensors[name].detach().requires_grad_() for name in names}
+    loss = ops.log_prob(prev, **one.arguments, reduction="mean").sum()
+    with mock.patch.object(log_prob_module, "gradients", side_effect=AssertionError("a second step")):
+        got = torch.autograd.grad(loss, [one.tensors[name] for name in names])
+    wide = {name: one.tensors[name].detach().double().requires_grad_() for name in "xcuh"}
+    scale = torch.full((2,), 3.0, dtype=torch.float64)
+    expected = torch.autograd.grad(
+        _plain(one, wide, prev.double(), scale, "mean").sum(), [wide[name] for name in names]
+    )
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine.dtype == dtype
+        assert (mine.double() - theirs).abs().max() <= 2e-3 * theirs.abs().max()
 
 
 def test_operator_passes_opcheck_and_compiles_to_one_graph() -> None:

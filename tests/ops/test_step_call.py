@@ -43,7 +43,7 @@ NOT_FIELDS = {"backend", "row", "rows", "registers", "guidance"}
 
 
 def test_every_field_has_role_and_documentation() -> None:
-    roles = {"sample", "history", "table", "scalar", "counter", "option", "output"}
+    roles = {"sample", "mask", "history", "table", "scalar", "counter", "option", "output"}
     for field in dataclasses.fields(StepCall):
         assert field.metadata["role"] in roles
         assert field.metadata["doc"].strip()
@@ -67,7 +67,7 @@ def test_missing_option_has_declared_default() -> None:
 
 def test_public_steps_accept_fields_by_name() -> None:
     step = set(inspect.signature(ops.step).parameters) - NOT_FIELDS
-    assert step == set(FIELDS) - {"write_history"}
+    assert step == set(FIELDS) - {"write_history", "parts"}
     assert set(inspect.signature(ops.step_rows).parameters) - NOT_FIELDS == step - {"keeps"}
 
 

@@ -42,6 +42,19 @@ ARGUMENTS: dict[str, dict[str, tuple[Any, int | None]]] = {
     "a row a call": {"row_index": (torch.tensor([0, 2, -1, 1]), 0)},
     "seeds": {"seeds": (torch.tensor([3, 4]), None)},
     "seeds a call, steps a call": {"seeds": (torch.arange(8).reshape(SIZE, 2), 0), "noise_step": (torch.arange(4), 0)},
+    "a mask": {"mask": (torch.rand(2, SIZE, 3, 5).round(decimals=0), 1)},
+    "a mask not mapped": {"mask": (torch.rand(SHAPE), None)},
+    "parts": {"row_index": (torch.tensor([[2, -1, 0], [0, 1, 2]]), None), "seeds": (torch.tensor([3, 4]), None)},
+    "parts a call": {
+        "row_index": (torch.randint(-1, 3, (2, SIZE, 3)), 1),
+        "seeds": (torch.arange(8).reshape(SIZE, 2), 0),
+        "noise_step": (torch.arange(6).reshape(2, 3), None),
+        "guidance_scale": (torch.randn(2), None),
+    },
+    "tables and rows of parts": {
+        "table": (tables(SIZE), 0),
+        "row_index": (torch.tensor([[2, -1, 0], [0, 1, 2]]), None),
+    },
     "tables": {"table": (tables(SIZE), 0)},
     "tables and rows": {"table": (tables(SIZE), 0), "row_index": (torch.tensor([2, -1]), None)},
 }

@@ -21,6 +21,12 @@ def test_readme_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "torch.Size([1, 4, 64, 64])" in capsys.readouterr().out
 
 
+def test_code_of_editing_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "editing.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) >= 8
+    exec("\n".join(blocks), {})
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_resolve(document: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):

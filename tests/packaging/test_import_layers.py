@@ -24,6 +24,7 @@ LAYERS = (
     ("graphs",),
     ("samplers",),
     ("rl",),
+    ("editing",),
     ("analysis",),
     ("classroom",),
     ("digits",),

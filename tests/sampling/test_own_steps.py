@@ -40,10 +40,11 @@ def test_given_timesteps_are_those_of_a_spacing(method: str, form: Any) -> None:
     usual = create_sampler("linear", method, num_inference_steps=6, timestep_spacing="trailing")
     other = create_sampler("linear", method, num_inference_steps=3)
     own, given_steps = other.table, form([999, 832, 666, 499, 332, 166])
-    assert torch.equal(_end(other, timesteps=given_steps), _end(usual))
+    first = LATENTS * usual.init_noise_sigma  # given steps take the first sample as it is
+    assert torch.equal(_end(other, first, timesteps=given_steps), _end(usual))
     assert other.table is own, "the sampler keeps its own steps"
     other.set_timesteps(timesteps=given_steps)
-    assert torch.equal(_end(other), _end(usual))
+    assert torch.equal(_end(other, first), _end(usual))
     assert other.config.num_inference_steps == 6
     assert torch.equal(other.timesteps, usual.timesteps)
     assert torch.equal(other.sigmas, usual.sigmas)
@@ -52,6 +53,8 @@ def test_given_timesteps_are_those_of_a_spacing(method: str, form: Any) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["linear", "flow"])
 def test_sigmas_of_a_loop_give_the_loop_again(method: str, kind: str) -> None:
+    if (kind, method) == ("flow", "edm_euler"):
+        pytest.skip("EDM networks have no level without signal")
     usual = create_sampler(kind, method, num_inference_steps=5, timestep_spacing="trailing")
     path = usual.scheduler.path
     sigmas = [path.sigma_of(point) for point in usual.levels(5).points]
@@ -59,7 +62,8 @@ def test_sigmas_of_a_loop_give_the_loop_again(method: str, kind: str) -> None:
     other = create_sampler(kind, method, num_inference_steps=9)
     for given_sigmas in (sigmas, sigmas[:-1]):
         # The way from α to σ and back rounds, and a timestep is interpolated.
-        torch.testing.assert_close(_end(other, sigmas=given_sigmas), _end(usual), rtol=1e-7, atol=1e-7)
+        found = _end(other, LATENTS * usual.init_noise_sigma, sigmas=given_sigmas)
+        torch.testing.assert_close(found, _end(usual), rtol=1e-7, atol=1e-7)
 
 
 def test_sigmas_are_visited_as_given() -> None:
@@ -142,7 +146,9 @@ def test_loop_from_the_middle_is_the_rest_of_the_whole(kind: str, start: int, se
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["scaled_linear", "flow"])
 def test_noisy_samples_of_a_known_model_come_back(method: str, kind: str) -> None:
-    """With a model that knows x0, every deterministic solver returns it from any start."""
+    """With a model that knows x0, every solver returns it from any start."""
+    if method == "lcm" or (kind, method) == ("flow", "edm_euler"):
+        pytest.skip("LCM reads consistency models alone, and EDM networks have no level without signal")
     clean = torch.randn(SHAPE, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     fields = {"eta": 0.0} if method == "euler_ancestral" else {}
     sampler = create_sampler(

@@ -18,6 +18,7 @@ import fastdiff
 from fastdiff.samplers import TableSampler
 from fastdiff.schedules import ScheduleKind, ScheduleValues
 from fastdiff.schedules.levels import levels_from_sigmas, levels_from_timesteps
+from fastdiff.schedules.sigmas import ALIGN_YOUR_STEPS
 from fastdiff.solvers import Prediction, dpm_multistep
 
 
@@ -65,24 +66,61 @@ def test_betas_from_a_file_are_a_custom_schedule(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["sigmas", "timesteps"])
 def test_published_steps_from_a_file_serve_a_sampler(kind: str, tmp_path: Path) -> None:
-    """A sampler over a learned list of steps, as Align Your Steps publishes one (arXiv 2404.14507)."""
-    steps = {"sigmas": [14.6, 6.4, 3.9, 2.1, 1.4, 0.5, 0.03, 0.0], "timesteps": [999.0, 850.0, 601.5, 277.0, 13.0]}[
-        kind
-    ]
-    ScheduleValues(kind, steps, "arXiv 2404.14507").save(tmp_path / "steps.json")
+    """Align Your Steps publishes noise levels (arXiv 2404.14507); timesteps stand for a learned list."""
+    published = {"sigmas": ALIGN_YOUR_STEPS["sd1"], "timesteps": (999.0, 850.0, 601.5, 277.0, 13.0)}[kind]
+    ScheduleValues(kind, published, "arXiv 2404.14507").save(tmp_path / "steps.json")
     found = ScheduleValues.load(tmp_path / "steps.json")
+    assert found.values == published
     scheduler = fastdiff.create_noise_scheduler("scaled_linear", beta_start=0.00085, beta_end=0.012)
+    sampler = fastdiff.create_sampler(scheduler, "dpm_solver", num_inference_steps=5)
+    latents = torch.randn(2, 3)
+    named: dict[str, Any] = {kind: found.values}
+    by_file = sampler.sample(model, latents, progress=False, **named)
+    assert torch.equal(by_file.samples, sampler.sample(model, latents, progress=False, **{kind: published}).samples)
+
     make = levels_from_sigmas if kind == "sigmas" else levels_from_timesteps
-    values = list(found.values)
-    levels = make(scheduler.alphas_cumprod, values[:-1] if values[-1] == 0 else values)
-    sampler = TableSampler(dpm_multistep(levels, Prediction()), scheduler)
-    assert len(sampler.timesteps) == len(levels)
-    if kind == "timesteps":
-        assert sampler.timesteps.tolist() == steps
+    table = dpm_multistep(make(scheduler.alphas_cumprod, list(found.values)), Prediction())
+    assert len(table) == len(by_file.sigmas) - 1
+    table.save(tmp_path / "table.json")
+    again = TableSampler(fastdiff.StepTable.load(tmp_path / "table.json"), scheduler)
+    assert torch.equal(again.sample(model, latents, progress=False).samples, by_file.samples)
+
+
+JUNK = st.one_of(
+    st.none(),
+    st.text(max_size=3),
+    st.floats(),
+    st.lists(st.one_of(st.floats(), st.booleans(), st.text(max_size=2), st.none(), st.integers()), max_size=4),
+    st.dictionaries(st.text(max_size=2), st.floats(), max_size=2),
+    st.builds(lambda v: torch.tensor([v]), st.lists(st.floats(), max_size=3)),
+)
+
+
+@given(junk=JUNK, kind=st.sampled_from(["timesteps", "sigmas"]))
+def test_malformed_steps_are_one_sentence_and_change_nothing(junk: Any, kind: str) -> None:
+    sampler = fastdiff.create_sampler("linear", "ddim", num_inference_steps=3)
+    before = dict(vars(sampler))
+    try:
+        sampler.set_timesteps(**{kind: junk})
+    except (TypeError, ValueError) as error:
+        message = str(error)
+    else:  # the numbers were a schedule
+        assert bool(torch.isfinite(sampler.table.coefficients[:, :2]).all())
+        return
+    assert "\n" not in message
+    assert all(vars(sampler)[name] is value for name, value in before.items())
+
+
+@given(junk=JUNK, kind=st.sampled_from(["custom_betas", "custom_alphas_cumprod"]))
+def test_malformed_noise_schedules_are_one_sentence(junk: Any, kind: str) -> None:
+    try:
+        scheduler = fastdiff.create_noise_scheduler(kind, **{kind: junk})
+    except (TypeError, ValueError) as error:
+        message = str(error)
     else:
-        ratios = [level.sigma / level.alpha for level in levels.points]
-        assert ratios == pytest.approx(steps, rel=1e-12)
-    assert sampler.sample(model, torch.randn(2, 3), progress=False).steps == len(levels)
+        assert bool(((scheduler.alphas_cumprod >= 0) & (scheduler.alphas_cumprod <= 1)).all())
+        return
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(

@@ -140,8 +140,10 @@ def step_arguments(draw: Any) -> StepCall:
             return draw(st.sampled_from([0.0, 1e-45, 1.5, -7.5, 1e300, math.inf, math.nan]))
         return draw(tensors(draw(st.sampled_from([1, batch])), compute))
 
-    seeds = draw(tensors(batch, torch.int64)) if draw(st.booleans()) else None
-    scatter, keeps = draw(st.booleans()), draw(st.integers(0, 2))
+    parts = draw(st.sampled_from([1, 1, batch]))
+    seeds = draw(tensors(batch // parts, torch.int64)) if draw(st.booleans()) else None
+    scatter, masked = draw(st.booleans()), draw(st.integers(0, 3)) == 0
+    keeps = draw(st.integers(0, 1 if masked else 2))
     uncond = like(draw(st.booleans()))
     rows = draw(st.integers(1 if scatter else 0, 2))
     copies = draw(st.integers(0, 2))
@@ -156,12 +158,14 @@ def step_arguments(draw: Any) -> StepCall:
         history=tuple(like(draw(st.booleans())) for _ in range(draw(st.integers(0, 4)))),
         noise=like(seeds is None and draw(st.booleans())),
         variance=like(draw(st.booleans())),
+        mask=like(masked),
         threshold=draw(tensors(batch, compute)) if draw(st.booleans()) else None,
         variance_kind=draw(st.integers(0, 2)),
         keeps=0 if scatter else keeps,
         seeds=seeds,
         noise_step=counters(draw(st.integers(0, 2))),
         purpose=draw(st.sampled_from([0, 1, 2**32 - 1])),
+        parts=1 if seeds is None else parts,
         model_input=draw(tensors(copies * batch * inner, other)).view(-1, inner) if copies else None,
         write_history=scatter,
         out=tuple(like() for _ in range(1 if scatter else 1 + keeps)),

@@ -198,6 +198,7 @@ def run_call(kernel: Kernel, call: StepCall, layout: Layout = Layout()) -> None:
         "noise": place("noise", call.noise),
         **{f"history_{j}": place(f"history_{j}", h) for j, h in enumerate(history)},
     }
+    mask = place("mask", call.mask)
     outputs = [place(f"out_{o}", output) for o, output in enumerate(call.targets) if isinstance(output, Tensor)]
     copies = 0 if call.model_input is None else call.model_input.numel() // sample.numel()
     model_input = place("model_input", call.model_input, copies=copies)
@@ -236,18 +237,20 @@ def run_call(kernel: Kernel, call: StepCall, layout: Layout = Layout()) -> None:
         *(stride("noise_step"), number("noise_step"), call.purpose, call.channels()),
     ]
     named = [None if p is None else p.buffer.dtype for p in (*inputs.values(), *(*outputs, None, None)[:3])]
-    seen = {dtype for dtype in named if dtype is not None}
+    seen = {dtype for dtype in (*named, None if call.mask is None else call.mask.dtype) if dtype is not None}
     sizes += [len(seen) > 1, torch.float64 in seen, *(0 if d is None else DTYPES.index(d) for d in named)]
     sizes += struct.unpack("q", struct.pack("d", scale_value))
+    mask_type = 0 if mask is None else DTYPES.index(mask.buffer.dtype)
+    sizes += [call.parts, mask_type]
     blocks = [None if p is None else p.blocks for p in inputs.values()]
-    pointers = [*blocks, *scalars, None if model_input is None else model_input.blocks]
+    pointers = [*blocks, *scalars, *(None if p is None else p.blocks for p in (model_input, mask))]
     array = kernel.run("step_on_host", spans, sizes, pointers, [p.blocks for p in outputs if p is not None])
 
     # One pass over memory: every element that is there is read once, every output is written once. Where rows are a
     # sample's own, samples stay as they are and registers are not read or written, but never in parts.
     exact = not call.write_history and "row_index" not in counters
     for owner, span in zip(owners, array, strict=False):
-        read = any(owner is p for p in inputs.values()) and (
+        read = any(owner is p for p in (*inputs.values(), mask)) and (
             owner is not inputs["variance"] or not exact or _draws(call)
         )
         assert span.read in ((span.bytes if read else 0), span.bytes if exact and read else 0)

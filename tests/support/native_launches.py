@@ -192,7 +192,7 @@ def test_missing_driver_is_reported(extension: ModuleType, tmp_path: Path) -> No
 
 def test_kernel_of_another_shape_is_refused(extension: ModuleType, fake: FakeDriver) -> None:
     with pytest.raises(ValueError, match=r"^install_triton_kernel: got a key of 3 bytes"):
-        extension.install_triton_kernel(b"123", 1, 128, 0, "p" * 29)
+        extension.install_triton_kernel(b"123", 1, 128, 0, "p" * 31)
 
 
 def test_ptx_has_parameters_of_layout(monkeypatch: pytest.MonkeyPatch, extension: ModuleType, fake: FakeDriver) -> None:

@@ -35,16 +35,22 @@ UNWATCHED const char* watched(accesses::Span* spans, int64_t num_spans, const vo
 }
 
 UNWATCHED fastdiff::NoiseArgs noise_args(const int64_t* sizes, const void* seeds, const void* steps) {
-    return {static_cast<const int64_t*>(seeds), static_cast<const int64_t*>(steps), sizes[0],
-            static_cast<uint32_t>(sizes[1]),    static_cast<uint32_t>(sizes[2]),    sizes[3]};
+    return {static_cast<const int64_t*>(seeds),
+            static_cast<const int64_t*>(steps),
+            sizes[0],
+            static_cast<uint32_t>(sizes[1]),
+            static_cast<uint32_t>(sizes[2]),
+            sizes[3],
+            1};
 }
 
 }  // namespace
 
 // `sizes`: batch, inner, model_stride, guidance_stride, num_outputs, variance_kind, dtype, num_rows, row, rows_stride,
 // scatter, model_input_copies, model_input_dtype; steps_stride, step, purpose, channels; mixed, wide, and the dtypes in
-// the order of StreamTypes; the bits of guidance_value. `inputs`: sample,
-// model_output, uncond, variance, noise, four histories, table, guidance, threshold, rows, seeds, steps, model_input.
+// the order of StreamTypes without the mask's; the bits of guidance_value; parts, the mask's dtype. `inputs`: sample,
+// model_output, uncond, variance, noise, four histories, table, guidance, threshold, rows, seeds, steps, model_input,
+// mask.
 EXPORT UNWATCHED const char* step_on_host(const int64_t* sizes, void* const* inputs, void* const* outputs, int device,
                                           void* stream, accesses::Span* spans, int64_t num_spans) {
     fastdiff::StepArgs args{};
@@ -72,7 +78,9 @@ EXPORT UNWATCHED const char* step_on_host(const int64_t* sizes, void* const* inp
     args.threshold = inputs[11];
     args.rows = static_cast<const int64_t*>(inputs[12]);
     args.draw = noise_args(sizes + 13, inputs[13], inputs[14]);
+    args.draw.parts = sizes[32];
     args.model_input = inputs[15];
+    args.mask = inputs[16];
     for (int o = 0; o < args.num_outputs; ++o) args.outputs[o] = outputs[o];
     args.mixed = sizes[17] != 0;
     args.wide = sizes[18] != 0;
@@ -82,6 +90,7 @@ EXPORT UNWATCHED const char* step_on_host(const int64_t* sizes, void* const* inp
                   type(2),
                   type(3),
                   type(4),
+                  static_cast<fastdiff::DType>(sizes[33]),
                   {type(5), type(6), type(7), type(8)},
                   {type(9), type(10), type(11)}};
     memcpy(&args.guidance_value, &sizes[31], sizeof args.guidance_value);
