@@ -33,8 +33,9 @@ bool complete(const StepCall& call, bool replay) {
     return call.sample != nullptr && call.model_output != nullptr && call.table != nullptr &&
            (call.uncond != nullptr) == call.guidance_scale.given && call.variance == nullptr &&
            call.variance_kind == 0 && call.keeps >= 0 && call.keeps < kMaxOutputs && !call.write_history &&
-           !call.triton && call.model_input == nullptr && (!call.out.given || call.out.count == call.keeps + 1) &&
-           noisy && !(replay && (call.noise == nullptr || call.keeps != 0));
+           !call.triton && call.model_input == nullptr && call.mask == nullptr && call.parts == 1 &&
+           (!call.out.given || call.out.count == call.keeps + 1) && noisy &&
+           !(replay && (call.noise == nullptr || call.keeps != 0));
 }
 
 // Return whether the one row of all samples adds noise, where that can be read here; Python names the mistake if not.

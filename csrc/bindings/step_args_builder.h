@@ -312,7 +312,8 @@ class StepArgsBuilder {
     // Return whether a tensor has one value for all samples where that is allowed, or one for each.
     bool one_per_sample(const at::Tensor& tensor, bool one_for_all) {
         if (tensor.dim() == 2)
-            return require(tensor.size(0) == sample_.size(0) && tensor.size(1) == sample_.size(1), Decline::kShape);
+            return require(per_part_ && tensor.size(0) == sample_.size(0) && tensor.size(1) == sample_.size(1),
+                           Decline::kShape);
         return require(tensor.dim() <= 1, Decline::kShape) &&
                (one_for_all ||
                 (require(blocks_are_samples() && (!per_part_ || args.draw.parts == 1), Decline::kLayout) &&

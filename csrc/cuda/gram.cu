@@ -11,9 +11,10 @@ namespace {
 
 constexpr int kWarpSize = 32;
 constexpr int kRounds = kBlock / kLanes;
+constexpr int kGramThreads = 256;  // of a block at most: six tensors of doubles need more registers than 512 leave
 
 template <typename T, typename C, int K, bool kSums>
-__global__ void __launch_bounds__(kMostThreads) gram_kernel(const GramArgs args, int64_t blocks) {
+__global__ void __launch_bounds__(kGramThreads) gram_kernel(const GramArgs args, int64_t blocks) {
     constexpr int kParts = gram_parts(K, kSums), kPairs = gram_parts(K, false);
     const int64_t block = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarpSize) + threadIdx.x / kWarpSize;
     const bool there = block < args.batch * blocks;  // other warps only take part in shuffles
@@ -69,7 +70,8 @@ __global__ void __launch_bounds__(kLanes) finish_gram_kernel(const GramArgs args
 
 template <typename T, typename C, int K, bool kSums>
 void launch_count(const GramArgs& args, Launches& launches) {
-    const int threads = launches.config.sum, warps = threads / kWarpSize;
+    const int threads = launches.config.sum < kGramThreads ? launches.config.sum : kGramThreads;
+    const int warps = threads / kWarpSize;
     const int64_t blocks = blocks_of(args.inner);
     constexpr int kParts = gram_parts(K, kSums);
     launches.run(gram_kernel<T, C, K, kSums>, (args.batch * blocks + warps - 1) / warps, threads, args, blocks);

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class Process:
 
     def table(self, first: int = 0) -> StepTable:
         """Compile the table of the loop that starts at level `first`: higher orders start anew there."""
-        levels = self.levels if first == 0 else Levels(self.levels.points[first:], self.levels.locate)
+        levels = self.levels if first == 0 else replace(self.levels, points=self.levels.points[first:])
         return self.solver(levels, self.prediction)
 
     def first_level(self, strength: float) -> int:

@@ -202,6 +202,11 @@ def _check_row(operation: str, call: StepCall) -> None:
     if call.sample.dim() == 0:
         remedy = "add a dimension of samples with sample[None]"
         raise ValueError(error_message(operation, "sample", "has no dimension", "[B, ...]", remedy))
+    if call.has_parts:
+        remedy = "make the frames or tokens samples of a batch with flatten(0, 1)"
+        raise ValueError(
+            error_message(operation, "row_index", "gives the parts of a sample rows", "one row a sample", remedy)
+        )
     index = call.row_index
     if isinstance(index, Tensor) or not readable_without_sync(call.table) or torch.compiler.is_compiling():
         return

@@ -148,15 +148,17 @@ class EDMEulerSampler(BaseSampler):
 
     method = SamplingMethod.EDM_EULER
 
-    def levels(self, *args: Any, **kwargs: Any) -> Levels:
+    def levels(self, num_inference_steps: int) -> Levels:
         """Return the levels of `BaseSampler.levels`, for EDM networks in their coordinates and time."""
-        levels = super().levels(*args, **kwargs)
+        return self._in_coordinates(super().levels(num_inference_steps))
+
+    def _given_levels(self, *args: Any) -> Levels:
+        return self._in_coordinates(super()._given_levels(*args))
+
+    def _in_coordinates(self, levels: Levels) -> Levels:
         if self.config.prediction_type is not PredictionType.EDM:
             return levels
         return with_edm_coordinates(levels, self.config.sigma_data)
-
-    def _given_levels(self, *args: Any) -> Levels:
-        return with_edm_coordinates(super()._given_levels(*args), self.config.sigma_data)
 
 
 class FlowEulerSampler(BaseSampler):

@@ -37,7 +37,7 @@ class BlendTarget:
 
     def free_slots(self, table: StepTable) -> tuple[int, int] | None:
         """Return the history slots for `known` and `noise`, or None where a step of the table has no room for them."""
-        used = {slot for slots in (*table.read_slots, *table.kept_slots) for slot in slots}
+        used = {slot for slots in (*table.read_slots, *table.kept_slots, table.provided_slots) for slot in slots}
         free = [slot for slot in range(NUM_REGISTERS) if slot not in used]
         crowded = any(len(slots) > 1 for slots in table.kept_slots) or len(free) < 2
         return None if crowded else (free[-2], free[-1])

@@ -11,8 +11,7 @@ and what comes out *is* the row of coefficients that the fused step reads.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from ..row_layout import COLUMNS
 
@@ -22,14 +21,14 @@ class Affine:
 
     __slots__ = ("coefficients",)
 
-    def __init__(self, coefficients: Iterable[float]) -> None:
+    def __init__(self, coefficients: Sequence[float]) -> None:
         self.coefficients = tuple(coefficients)
 
     def __add__(self, other: Affine) -> Affine:
-        return Affine(map(operator.add, self.coefficients, other.coefficients))
+        return Affine([a + b for a, b in zip(self.coefficients, other.coefficients, strict=True)])
 
     def __sub__(self, other: Affine) -> Affine:
-        return Affine(map(operator.sub, self.coefficients, other.coefficients))
+        return Affine([a - b for a, b in zip(self.coefficients, other.coefficients, strict=True)])
 
     def __mul__(self, factor: float) -> Affine:
         return Affine([a * factor for a in self.coefficients])

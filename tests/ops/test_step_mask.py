@@ -184,7 +184,7 @@ def test_masked_step_is_taken_by_the_extension_at_once() -> None:
     assert_same_bits(found, [known])
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if isinstance(b, str)])
 def test_gradients_equal_numerical_ones(backend: str) -> None:
     shape = (3, 2)
     x, c, u, h, known, z = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(6))
@@ -200,7 +200,7 @@ def test_gradients_equal_numerical_ones(backend: str) -> None:
             mask=mask, keeps=1, backend=backend,
         )  # fmt: skip
 
-    assert torch.autograd.gradcheck(step, (x, c, u, scale, h, known, z))
+    assert torch.autograd.gradcheck(step, (x, c, u, scale, h, known, z), fast_mode=True)
 
 
 def test_compiled_masked_step_equals_eager() -> None:

@@ -162,7 +162,7 @@ def test_step_of_parts_is_taken_by_the_extension_at_once() -> None:
     assert_same_bits(found, [torch.where(rows < 0, 1.0, 3.0)[..., None].expand_as(x)])
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if isinstance(b, str)])
 def test_gradients_of_parts_equal_numerical_ones(backend: str) -> None:
     x, c, u, h = (torch.randn(B, T, 2, dtype=torch.float64, requires_grad=True) for _ in range(4))
     v = torch.rand(B, T, 2, dtype=torch.float64).add(0.5).requires_grad_()
@@ -178,7 +178,7 @@ def test_gradients_of_parts_equal_numerical_ones(backend: str) -> None:
             variance_kind=2, mask=mask, keeps=1, backend=backend,
         )  # fmt: skip
 
-    assert torch.autograd.gradcheck(step, (x, c, u, scale, h, v))
+    assert torch.autograd.gradcheck(step, (x, c, u, scale, h, v), fast_mode=True)
 
 
 def test_compiled_step_of_parts_equals_eager() -> None:
@@ -196,7 +196,7 @@ def test_compiled_step_of_parts_equals_eager() -> None:
 def test_malformed_numbers_of_parts_are_refused() -> None:
     x, table, rows = torch.randn(B, T, 4), tables(torch.float32, "cpu"), torch.zeros(B, T, dtype=torch.int64)
     for given, message in (
-        ({"row_index": rows[:, :2]}, r"row_index has shape \[2, 2\], expected \[2\], one a sample, or \[2, 3\]"),
+        ({"row_index": rows[:, :2]}, r"row_index has shape \[2, 2\], expected \[2\], one a sample, \[2, 3\], one a part"),
         ({"row_index": rows[None]}, r"row_index has shape \[1, 2, 3\]"),
         ({"row_index": rows + 4}, r"row_index holds 4"),
         (

@@ -512,7 +512,12 @@ def test_built_extension_fits_installed_torch() -> None:
 def test_sdist_contains_files_for_building_and_testing(released: Released) -> None:
     in_sdist = released.sdist
     needed = {"setup.py", "pyproject.toml", "Makefile", "requirements-dev.txt", "LICENSE", ".clang-format", ".ci/run"}
-    needed |= {"fastdiff/py.typed", "fastdiff/digits/weights.safetensors", "fastdiff/digits/figures.json", "fastdiff/digits/encoder.safetensors"}
+    needed |= {
+        "fastdiff/py.typed",
+        "fastdiff/digits/weights.safetensors",
+        "fastdiff/digits/figures.json",
+        "fastdiff/digits/encoder.safetensors",
+    }
     for folder in ("csrc", "kernels", "tests", "fastdiff", "benchmarks", "tools"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in {".py", ".cpp", ".h", ".inc", ".cu", ".cuh", ".sh"}:
@@ -524,7 +529,12 @@ def test_sdist_contains_files_for_building_and_testing(released: Released) -> No
 def test_wheel_contains_every_module_and_data(released: Released) -> None:
     in_wheel = set(zipfile.ZipFile(released.pure).namelist())
     assert released.pure.name == "fastdiff_kernels-0.1.0-py3-none-any.whl"
-    needed = {"fastdiff/py.typed", "fastdiff/digits/weights.safetensors", "fastdiff/digits/figures.json", "fastdiff/digits/encoder.safetensors"}
+    needed = {
+        "fastdiff/py.typed",
+        "fastdiff/digits/weights.safetensors",
+        "fastdiff/digits/figures.json",
+        "fastdiff/digits/encoder.safetensors",
+    }
     needed |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastdiff").rglob("*.py")}
     needed |= {f"fastdiff/kernels/{path.name}" for path in (ROOT / "kernels" / "triton").glob("*.py")}
     needed |= {f"fastdiff/benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py")}

@@ -41,7 +41,7 @@ TIMESTEPS = (880, 700, 560, 390, 210, 60)
 
 _random = np.random.default_rng(0)
 SHIFT, START = _random.standard_normal(SHAPE), _random.standard_normal(SHAPE)
-NOISE = [_random.standard_normal(SHAPE) for _ in range(2 * len(TIMESTEPS))]
+NOISE = [_random.standard_normal(SHAPE) for _ in range(3 * len(TIMESTEPS))]
 
 
 @functools.cache

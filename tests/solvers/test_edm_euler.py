@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from fastdiff import create_sampler
 from fastdiff.schedules.levels import levels_from_flow_times, levels_from_half_log_snr, with_edm_coordinates
@@ -63,6 +64,19 @@ def test_edm_sampler_shows_the_network_its_input_and_time() -> None:
         assert level.timestep == pytest.approx(math.log(level.noise_ratio) / 4)
     assert (levels[5].alpha, levels[5].sigma) == (1.0, 0.0)
     assert sampler._prediction().sigma_data == 0.7
+
+
+def test_edm_sampler_takes_sigmas_of_its_network() -> None:
+    sampler = create_sampler("linear", "edm_euler", prediction_type="edm")
+    sampler.set_timesteps(sigmas=[80.0, 5.0, 0.02, 0.0])
+    assert sampler.table.timesteps == pytest.approx([math.log(sigma) / 4 for sigma in (80.0, 5.0, 0.02)])
+    end = sampler.sample(lambda x, t: torch.zeros_like(x), torch.ones(1, 1, 2, 2), progress=False).samples
+    # F = 0: each step multiplies x̂ by (σ_data² + σ̂·σ̂')/(σ_data² + σ̂²), and the last by c_skip.
+    expected = math.hypot(80.0, 0.5)
+    for sigma, target in itertools.pairwise([80.0, 5.0, 0.02, 0.0]):
+        expected *= (0.25 + sigma * target) / (0.25 + sigma**2)
+    # Three float32 steps whose factors, of c_in from 0.01 to 2, are rounded once.
+    torch.testing.assert_close(end, torch.full_like(end, expected), rtol=1e-5, atol=0)
 
 
 def test_edm_coordinates_refuse_pure_noise() -> None:

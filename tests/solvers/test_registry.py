@@ -161,3 +161,12 @@ def test_documentation_lists_every_method(method: str) -> None:
 def test_documentation_lists_only_methods() -> None:
     text = (ROOT / "docs" / "samplers.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| `(\w+)` \| `\w+Sampler` \|", text, flags=re.MULTILINE) == METHODS
+
+
+def test_documentation_opens_with_a_line_for_every_solver() -> None:
+    text = (ROOT / "docs" / "samplers.md").read_text(encoding="utf-8")
+    opening = text.partition("\n## ")[0]
+    lines = re.findall(r"^\| `(\w+)`[\w ]* \|.*\| `(test_\w+\.py)` \| .+ \|$", opening, flags=re.MULTILINE)
+    assert list(dict.fromkeys(method for method, _ in lines)) == METHODS
+    functions = {f"test_{function.__name__}.py" for entry in ENTRIES.values() for function in entry.functions}
+    assert {test for _, test in lines} == functions

@@ -44,7 +44,7 @@ EXPORT const char* log_prob_on_host(const int64_t* sizes, void* const* pointers,
     step.mixed = sizes[11] != 0;
     const auto other = static_cast<fastdiff::DType>(sizes[12]);
     step.wide = step.dtype == fastdiff::DType::kFloat64 || (step.mixed && other == fastdiff::DType::kFloat64);
-    step.types = {step.dtype, other, step.dtype, step.dtype, step.dtype, {}, {}};
+    step.types = {step.dtype, other, step.dtype, step.dtype, step.dtype, step.dtype, {}, {}};
     for (auto& type : step.types.history) type = step.dtype;
     for (auto& type : step.types.outputs) type = step.dtype;
     args.partials = pointers[0];
@@ -59,7 +59,7 @@ EXPORT const char* log_prob_on_host(const int64_t* sizes, void* const* pointers,
     step.guidance_stride = pointers[8] != nullptr ? 1 : 0;
     step.guidance_value = guidance;
     step.rows = static_cast<const int64_t*>(pointers[9]);
-    step.draw = {static_cast<const int64_t*>(pointers[10]), nullptr, 0, 3, 1, sizes[9]};
+    step.draw = {static_cast<const int64_t*>(pointers[10]), nullptr, 0, 3, 1, sizes[9], 1};
     step.outputs[0] = pointers[11];
     step.outputs[1] = pointers[12];
     return fastdiff::launch_log_prob(args, static_cast<int>(sizes[10]), stream);
