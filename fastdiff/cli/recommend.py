@@ -49,7 +49,8 @@ def recommend(
     )
     table = table_class(title=f"best of {found.screened} candidates at {found.budget}", title_justify="left")
     for column in ("method", "steps", "model calls", "ms", "distance", "behind the best"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+        name = column == "method"  # a long name is folded, not cut: it is what the user copies
+        table.add_column(column, justify="left" if name else "right", no_wrap=not name, overflow="fold")
     for candidate in found.candidates:
         behind = f"{candidate.behind.mean:.4f} ± {candidate.behind.error:.4f}" + (" (tied)" if candidate.tied else "")
         table.add_row(

@@ -74,12 +74,12 @@ def test_image_metrics_are_filled_and_figures_are_json() -> None:
 
 
 def test_fewest_steps_that_reach_the_baseline_are_named() -> None:
-    methods = ["ddim", "dpmsolver++"]
+    methods = ["ddim", "unipc:power=1.75"]
     found = compare_methods(points_workload(), methods, [5, 10, 20], reference="dpmsolver++", progress=False)
     most = found.row("ddim", 20)
     (sentence,) = closest_to_baseline(found, "ddim")
     enough = [row for row in found.rows if row.method != "ddim" and row.distance.mean <= most.distance.mean]
-    assert sentence.startswith(f"{enough[0].steps} steps of dpmsolver++ ")
+    assert sentence.startswith(f"{enough[0].steps} steps of unipc:power=1.75 ")
     assert f"as 20 of ddim: {enough[0].distance.mean:.4f} against {most.distance.mean:.4f}" in sentence
 
 

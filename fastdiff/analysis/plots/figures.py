@@ -48,10 +48,9 @@ def legend_beside(figure: Figure, axis: Any) -> None:
 
 
 def plain_numbers(axis: Any) -> None:
-    """Label a logarithmic axis with plain numbers instead of powers of ten, at minor ticks too where there is room."""
-    low, high = axis.get_view_interval()
+    """Label a logarithmic axis with plain numbers instead of powers of ten: 1, 2 and 5 of each."""
     axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter("{x:g}" if high < 30 * low else "")
+    axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
     axis.set_tick_params(which="minor", labelsize=7)
 
 
