@@ -26,8 +26,8 @@ TARGET = ROOT / "csrc" / "cpu" / "affine_forms.inc"
 COMPILED, RUNTIME = "FASTDIFF_AFFINE_FORM(", "// runtime ("
 #: Bits of a term mask, as affine_loop.inc names them.
 NAMES = ("X", "M", "D", "I0", "I1", "I2", "I3", "I4")
-#: Options of drop-ins and forms of solvers that are too rare for loops of their own: a form that only they lead to runs with run-time terms.
-#: A compiled form takes 25 kB of the extension. docs/performance.md has the times of both.
+#: Options of drop-ins and forms of solvers that are too rare for loops of their own: a form that only they lead to runs
+#: with run-time terms. A compiled form takes 25 kB of the extension. docs/performance.md has the times of both.
 RARE = {
     "SASolver": (
         "'predictor_order': 3", "'predictor_order': 4", "'corrector_order': 1", "'corrector_order': 3",
