@@ -21,9 +21,9 @@ from support.oracle import assert_same_bits
 MEANS, STDS, WEIGHTS = (torch.tensor(v, dtype=torch.float64) for v in ([-0.6, 0.5], [0.15, 0.2], [0.4, 0.6]))
 
 
-def mixture_model(sampler: fastdiff.samplers.BaseSampler, x: Tensor, t: Tensor) -> Tensor:
+def mixture_model(path: VariancePreservingPath, x: Tensor, t: Tensor) -> Tensor:
     """Return ε = −σ·∇log p of the mixture."""
-    level = VariancePreservingPath(sampler.scheduler.alphas_cumprod).at_timestep(float(t[0]))
+    level = path.at_timestep(float(t[0]))
     variance = (level.alpha * STDS) ** 2 + level.sigma**2
     apart = x.double()[..., None] - level.alpha * MEANS
     share = (WEIGHTS.log() - 0.5 * variance.log() - 0.5 * apart**2 / variance).softmax(-1)
@@ -53,10 +53,10 @@ def test_round_trip_of_50_steps_keeps_35_db(
     method: str, fields: dict[str, str], iterations: int, corrections: int
 ) -> None:
     sampler, images = sampler_of(method, 50, **fields), mixture_images()
-    before = images.clone()
+    before, path = images.clone(), VariancePreservingPath(sampler.scheduler.alphas_cumprod)
 
     def model(x: Tensor, t: Tensor) -> Tensor:
-        return mixture_model(sampler, x, t)
+        return mixture_model(path, x, t)
 
     latents = invert(sampler, model, images, iterations=iterations, corrections=corrections)
     assert psnr(images, reconstruct(sampler, model, latents)) >= 35.0
