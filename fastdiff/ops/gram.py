@@ -113,11 +113,11 @@ def _check(tensors: Sequence[Any]) -> None:
             ("dtype", tensor.dtype, first.dtype),
             ("device", tensor.device, first.device),
         )
-        for what, got, wanted in compared:
-            if got != wanted:
+        for what, found, wanted in compared:
+            if found != wanted:
                 kind = TypeError if what == "dtype" else ValueError
                 message = error_message(
-                    "gram", name, f"has {what} {got}", f"{wanted} like tensors[0]", "make the tensors alike"
+                    "gram", name, f"has {what} {found}", f"{wanted} like tensors[0]", "make the tensors alike"
                 )
                 raise kind(message)
         check_memory(name, tensor, "gram")
