@@ -19,11 +19,9 @@ from .method import RowWeights
 from .rows import (
     COMBINING_ROW,
     MOST_BRANCHES,
-    OUTPUT_COLUMNS,
     Placement,
     combining_placement,
     guided_row,
-    scaled_pair,
     table_of,
 )
 from .scalars import Scalar
@@ -52,7 +50,7 @@ def table_and_scale(
 
 
 class HostTable:
-    """A table on the CPU for steps of two branches, written anew for each step in half a microsecond.
+    """A table on the CPU, written anew for each step in the same memory: making a tensor takes longer than a row.
 
     Args:
         rows: 1, or one a sample.
@@ -71,17 +69,16 @@ class HostTable:
     def __len__(self) -> int:
         return self.tensor.shape[0]
 
-    def write(self, base: Sequence[float], rows: Sequence[RowWeights]) -> float | Tensor:
-        """Write the solver's row with each row's weights of the two branches; return the guidance scale or scales."""
-        numbers, row = self._numbers, array(self._code, base)
+    def write(self, base: Sequence[float], placement: Placement, rows: Sequence[RowWeights]) -> float | Tensor:
+        """Write the solver's row with the branches' weights of each row; return the guidance scale or scales.
+
+        Args:
+            base, placement, rows: as in `table_and_scale`, all of them floats.
+        """
         scale = 1.0
-        for i, ((first, second, *_), _kept) in enumerate(rows):
-            factor, scale = scaled_pair(first, second)
-            start = i * ROW_WIDTH
-            numbers[start : start + ROW_WIDTH] = row
-            for column in OUTPUT_COLUMNS:
-                if base[column] != 0.0:
-                    numbers[start + column] = base[column] * factor
+        for i, (weights, kept) in enumerate(rows):
+            row, scale = guided_row(base, placement, weights, kept)
+            self._numbers[i * ROW_WIDTH : (i + 1) * ROW_WIDTH] = array(self._code, row)
             self._scales[i] = scale
         return scale if len(rows) == 1 else self.scales
 

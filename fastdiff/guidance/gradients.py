@@ -7,7 +7,7 @@ The gradient is one more tensor of the step: a term of the model's output or of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 from ..errors import checked_bool, checked_callable, checked_float, error_message, unknown_name
 from ..schedules.levels import Level
 from ..solvers.table import Row
+from .combining import weighted_sum
+from .method import RowWeights
 from .scalars import Scalar
 
 
@@ -135,3 +137,42 @@ def gradient_of(values: Tensor, leaf: Tensor, operation: str, argument: str) -> 
 def _check_scale(operation: str, scale: object) -> None:
     if not isinstance(scale, Tensor):
         checked_float(operation, "scale", scale, -math.inf)
+
+
+#: A gradient that moves the step.
+Term = ClassifierGuidance | LossGuidance
+
+
+def add_gradients(
+    terms: Sequence[Term], sample: Tensor, tensors: list[Tensor], rows: list[RowWeights], row: Row, level: Level | None
+) -> tuple[list[RowWeights], list[tuple[Tensor, Scalar]]]:
+    """Compute the gradients of a step: those that shift the model's output become branches, the others moves.
+
+    Args:
+        terms: the gradients.
+        sample: x, a leaf where a gradient goes through the model.
+        tensors: the branches, to which the shifts are appended.
+        rows: the weights of the branches and the sample.
+        row: the solver's row.
+        level: the level of the step, for terms that ask for σ.
+
+    Returns:
+        The weights with those of the shifts; and the tensors that are added to the previous sample, with their weights.
+    """
+    moves: list[tuple[Tensor, Scalar]] = []
+    shifts: list[tuple[Tensor, Scalar]] = []
+    for term in terms:
+        if isinstance(term, ClassifierGuidance):
+            gradient = term.gradient(sample, row.timestep)
+        else:
+            with torch.enable_grad():
+                gradient = term.gradient(sample, weighted_sum(sample, tensors, rows), row)
+        of_output, of_result = term.weights(row, level)
+        if isinstance(of_output, Tensor) or of_output != 0.0:
+            shifts.append((gradient, of_output))
+        if isinstance(of_result, Tensor) or of_result != 0.0:
+            moves.append((gradient, of_result))
+    for gradient, weight in shifts:
+        rows = [((*w[:-1], weight, w[-1]), k and (*k[:-1], 0.0, k[-1])) for w, k in rows]
+        tensors.append(gradient)
+    return rows, moves

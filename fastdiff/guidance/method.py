@@ -180,6 +180,11 @@ class Guidance:
         """Return whether the weights at a step depend on scalar products."""
         return (self.reduces or self.rescale > 0.0) and self.is_on(place)
 
+    @property
+    def uses_sums(self) -> bool:
+        """True if the weights depend on the sums of the branches' elements."""
+        return self.rescale > 0.0
+
     def needed(self, place: Place, scale: float | None) -> tuple[str, ...]:
         """Return the branches whose weight is not known to be 0 at a step.
 
@@ -250,7 +255,7 @@ class Guidance:
         Args:
             names, place: as in `formula`.
             products: the Gram matrix of the branches, of floats or tensors ``[B]``; None for a method without.
-            sums: the sums of their elements, likewise.
+            sums: the sums of their elements, likewise; None where `uses_sums` is False.
             elements: the number of elements of a sample.
             scale: the sample's scale, or ``[B]``.
         """

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import error_message
+from ..row_layout import compute_dtype
 from .method import SAMPLE, STATE, Guidance, Place, RowWeights
 from .scalars import Scalar
 
@@ -72,8 +73,7 @@ def step_weights(
         products: list[Any] = [None] * rows
         sums: list[Any] = products
         if reduces:
-            matrices, totals = ops.gram(given, sums=True)
-            products, sums = matrices.tolist(), totals.tolist()
+            products, sums = ops.host_gram(given, sums=any(method.uses_sums for method in methods))
         found = []
         for i in range(rows):
             own = i if len(methods) > 1 else 0
@@ -121,3 +121,37 @@ def _complete_kept(rows: list[RowWeights], names: Sequence[str]) -> list[RowWeig
         return rows
     same = [1.0 if name == STATE else 0.0 for name in (*names, SAMPLE)]
     return [(weights, same if kept is None else kept) for weights, kept in rows]
+
+
+def without_zeros(
+    sample: Tensor, tensors: list[Tensor], rows: list[RowWeights]
+) -> tuple[list[Tensor], list[RowWeights]]:
+    """Leave out the branches whose weight is 0 in every row; the sample takes the place of the last one, unread."""
+    used = [j for j in range(len(tensors)) if any(_is_used(row[j]) or (k and _is_used(k[j])) for row, k in rows)]
+    if not used:
+        return [sample], [((0.0, row[-1]), None) for row, _ in rows]
+    if len(used) == len(tensors):
+        return tensors, rows
+    columns = [*used, len(tensors)]
+    return [tensors[j] for j in used], [
+        ([row[j] for j in columns], None if k is None else [k[j] for j in columns]) for row, k in rows
+    ]
+
+
+def _is_used(weight: Scalar) -> bool:
+    return isinstance(weight, Tensor) or weight != 0.0
+
+
+def plain_scale(rows: Sequence[RowWeights], sample: Tensor) -> float | Tensor | None:
+    """Return the scale with which plain guidance is the whole combination; None where a row is needed."""
+    scales: list[float] = []
+    for (first, *others), _ in rows:
+        if len(others) > 2 or isinstance(first, Tensor) or any(isinstance(w, Tensor) for w in others):
+            return None
+        second = others[0] if len(others) == 2 else 0.0
+        if others[-1] != 0.0 or abs(first + second - 1.0) > 1e-15 * (abs(first) + abs(second)):
+            return None
+        scales.append(first)
+    if all(scale == scales[0] for scale in scales):
+        return scales[0]
+    return torch.tensor(scales, dtype=compute_dtype(sample.dtype)).to(sample.device)

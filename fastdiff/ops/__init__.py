@@ -36,7 +36,7 @@ from .backends import (
     use_backend,
 )
 from .fallback import FallbackWarning
-from .gram import gram
+from .gram import gram, host_gram
 from .log_prob import log_prob, step_log_prob
 from .random import randn
 from .reductions import dot, mean, norm, quantile, std
@@ -51,6 +51,7 @@ __all__ = [
     "direct_extension",
     "dot",
     "gram",
+    "host_gram",
     "log_prob",
     "mean",
     "norm",

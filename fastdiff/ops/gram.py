@@ -58,14 +58,38 @@ def gram(
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and the remedy.
         RuntimeError: a forced backend is missing.
     """
-    given = _checked_list(tensors)
-    found = _direct(given, sums) if backend is None else None
-    if found is None:
-        _check(given)
-        name = backend_to_run(given[0], backend, "gram")
-        found = torch.ops.fastdiff.gram(given, bool(sums), name)
-    count = len(given)
+    found = _packed(tensors, sums, backend)
+    count = len(tensors)
     return (found[:, :, :count], found[:, :, count]) if sums else found
+
+
+def host_gram(tensors: Sequence[Tensor], *, sums: bool = False) -> tuple[list[list[list[float]]], list[Any]]:
+    """Compute `gram` as Python numbers, for formulas of a few scalars; on a GPU it waits for the result.
+
+    Args:
+        tensors, sums: as in `gram`.
+
+    Returns:
+        G as a list of K lists a sample, in which entries beyond the first K have no meaning; and for each sample the
+        list of K sums, or None without `sums`.
+
+    Raises:
+        TypeError, ValueError: as `gram`.
+    """
+    found: list[list[list[float]]] = _packed(tensors, sums, None).tolist()
+    return found, [[row[-1] for row in matrix] if sums else None for matrix in found]
+
+
+def _packed(tensors: Sequence[Tensor], sums: bool, backend: str | None) -> Tensor:
+    """Return ``[B, K, K]``, or ``[B, K, K + 1]`` with the sums last."""
+    if backend is None and isinstance(tensors, (list, tuple)) and FEWEST <= len(tensors) <= MOST:
+        direct = _direct(list(tensors), sums)
+        if direct is not None:
+            return direct
+    given = _checked_list(tensors)
+    _check(given)
+    found: Tensor = torch.ops.fastdiff.gram(given, bool(sums), backend_to_run(given[0], backend, "gram"))
+    return found
 
 
 def _direct(tensors: list[Any], sums: bool) -> Tensor | None:

@@ -19,13 +19,14 @@ from ..errors import checked_callable, error_message
 from ..graphs import CapturedLoop, check_can_capture, check_can_show, check_graph_options
 from ..graphs.static_inputs import signature
 from ..guidance import Guidance, GuidedModel, MixedGuidance, Model, PlainGuidance
+from ..guidance.gradients import Term
 from ..noise.generators import Generators, GeneratorStates, generator_states, restore_generators
 from ..ops import backend_for
 from ..philox import as_seeds
 from ..row_layout import Variance
 from ..sampling.config import check_guidance_rescale, check_guidance_scale
 from ..sampling.guided_run import Branch, GuidedRun
-from ..sampling.guided_stepper import GuidedStepper, Term
+from ..sampling.guided_stepper import GuidedStepper
 from ..sampling.interrupts import DeferredInterrupt
 from ..sampling.loop import (
     Callback,
