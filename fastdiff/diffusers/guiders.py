@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The guiders of diffusers' modular pipelines under their own names, each combination one fused pass.
 
-Each is a weighted sum of u, c and for some a running average, with weights a sample.  The weights are those of
-`fastdiff.guidance`: one reduction where they need it; the sum is one call of the fused step.  Only `forward` is
-replaced.  diffusers' own `forward` runs outside the guider's interval of steps, if gradients are needed, for tensors of
-different shapes or dtypes, and for norms over some of a sample's dimensions.
+Each is a weighted sum of u, c and for some a perturbed output or a running average, with weights a sample.  The weights
+are those of `fastdiff.guidance`: one reduction where they need it; the sum is one call of the fused step.  Only
+`forward` is replaced.  diffusers' own `forward` runs outside the guider's interval of steps, if gradients are needed,
+for tensors of different shapes or dtypes, and for norms over some of a sample's dimensions.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..guidance import (
     Guidance,
     LateProjectedGuidance,
     MagnitudeAwareGuidance,
+    PerturbedGuidance,
     Place,
     PlainGuidance,
     ProjectedGuidance,
@@ -95,10 +96,7 @@ class _ClassifierFree(FusedGuider):
     """u + g·(c − u), or c + g·(c − u)."""
 
     def _combined(self: Any, cond: Tensor, uncond: Tensor, rescale: float) -> tuple[Tensor, Tensor]:
-        scale = _extrapolation(self)
-        if rescale <= 0.0:
-            return cfg_combine(cond, uncond, scale), uncond
-        return _guided(_method(PlainGuidance, scale=scale, rescale=rescale), cond, uncond)[0], uncond
+        return _plain(cond, uncond, _extrapolation(self), rescale), uncond
 
 
 class _FittedZeroStar(ZeroStarGuidance):
@@ -185,6 +183,60 @@ class _ProjectedMix(_Projected):
         return self._averaged(cond, uncond, LateProjectedGuidance, scale, rescale, **own), uncond
 
 
+class _Perturbed(FusedGuider):
+    """u + g·(c − u) + s·(c − p) with a perturbed output p; either difference may be off (arXiv 2403.17377)."""
+
+    def forward(
+        self: Any, pred_cond: Tensor, pred_uncond: Tensor | None = None, pred_cond_skip: Tensor | None = None
+    ) -> Any:
+        """Combine the model's outputs.
+
+        Args:
+            pred_cond, pred_uncond, pred_cond_skip: c, u and p, ``[B, ...]``; None for a difference that is off.
+
+        Returns:
+            diffusers' `GuiderOutput`.
+        """
+        return self._combined_with(pred_cond, pred_uncond, pred_cond_skip)
+
+    def _perturbed_scale(self: Any) -> float | None:
+        """Return s; None where c − p is off."""
+        return float(self.skip_layer_guidance_scale) if self._is_slg_enabled() else None
+
+    def _combined_with(self: Any, cond: Tensor, uncond: Tensor | None, perturbed: Tensor | None) -> Any:
+        scale, own = float(self.guidance_scale) if self._is_cfg_enabled() else None, self._perturbed_scale()
+        others = [other for other, on in ((uncond, scale), (perturbed, own)) if on is not None]
+        if not others or not all(self._fuses(cond, other) for other in others):
+            return self.original.forward(self, cond, uncond, perturbed)
+        rescale, shift = float(self.guidance_rescale), 1.0 if self.use_original_formulation else 0.0
+        if scale is not None and own is not None:
+            method = _method(PerturbedGuidance, scale=scale + shift, perturbed_scale=own, rescale=rescale)
+            pred = _combine(method, {"cond": cond, "uncond": uncond, "perturbed": perturbed})[0]
+        else:
+            pred = _plain(cond, others[0], (own if scale is None else scale) + shift, rescale)
+        return GuiderOutput(pred=pred, pred_cond=cond, pred_uncond=uncond)
+
+
+class _SmoothedEnergy(_Perturbed):
+    """u + g·(c − u) + s·(c − p), where p has smoothed attention; either difference may be off (arXiv 2408.00760)."""
+
+    def forward(  # type: ignore[override]  # diffusers passes the outputs by name, and names this one otherwise
+        self: Any, pred_cond: Tensor, pred_uncond: Tensor | None = None, pred_cond_seg: Tensor | None = None
+    ) -> Any:
+        """Combine the model's outputs.
+
+        Args:
+            pred_cond, pred_uncond, pred_cond_seg: c, u and p, ``[B, ...]``; None for a difference that is off.
+
+        Returns:
+            diffusers' `GuiderOutput`.
+        """
+        return self._combined_with(pred_cond, pred_uncond, pred_cond_seg)
+
+    def _perturbed_scale(self: Any) -> float | None:
+        return float(self.seg_guidance_scale) if self._is_seg_enabled() else None
+
+
 def _extrapolation(guider: Any) -> float:
     """Return g of u + g·(c − u); the original formulation c + (g − 1)·(c − u) is the same map."""
     return float(guider.guidance_scale) + (1.0 if guider.use_original_formulation else 0.0)
@@ -199,12 +251,24 @@ def _guided(
     method: Guidance, cond: Tensor, uncond: Tensor, state: Tensor | None = None, step: int = 0
 ) -> tuple[Tensor, ...]:
     """Return the guided output and what the method keeps: one reduction where it needs one, and one pass."""
-    place = Place(step, step + 1, has_state=state is not None)
-    names, tensors = ["cond", "uncond"], [cond, uncond]
+    branches = {"cond": cond, "uncond": uncond}
     if state is not None:
-        names, tensors = [*names, STATE], [*tensors, state]
-    rows = step_weights([method], place, names, tensors, cond, [state is not None])
-    return combine(cond, tensors, rows)
+        branches[STATE] = state
+    return _combine(method, branches, step)
+
+
+def _combine(method: Guidance, branches: Mapping[str, Tensor], step: int = 0) -> tuple[Tensor, ...]:
+    """Return the guided output of branches by name, and what the method keeps."""
+    place, tensors = Place(step, step + 1, has_state=STATE in branches), list(branches.values())
+    rows = step_weights([method], place, list(branches), tensors, tensors[0], [place.has_state])
+    return combine(tensors[0], tensors, rows)
+
+
+def _plain(cond: Tensor, other: Tensor, scale: float, rescale: float) -> Tensor:
+    """Return o + g·(c − o), rescaled."""
+    if rescale <= 0.0:
+        return cfg_combine(cond, other, scale)
+    return _guided(_method(PlainGuidance, scale=scale, rescale=rescale), cond, other)[0]
 
 
 _KINDS: dict[str, type] = {
@@ -214,6 +278,9 @@ _KINDS: dict[str, type] = {
     "ClassifierFreeGuidance": _ClassifierFree,
     "ClassifierFreeZeroStarGuidance": _ZeroStar,
     "MagnitudeAwareGuidance": _MagnitudeAware,
+    "PerturbedAttentionGuidance": _Perturbed,
+    "SkipLayerGuidance": _Perturbed,
+    "SmoothedEnergyGuidance": _SmoothedEnergy,
     "TangentialClassifierFreeGuidance": _Tangential,
 }
 

@@ -12,7 +12,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from fastdiff import ops  # noqa: E402
 from fastdiff.diffusers.guiders import GUIDERS  # noqa: E402
-from support.guider_cases import CASES, STEPS, options_of, outputs, pair, shape_of, walk  # noqa: E402
+from support.guider_cases import CASES, STEPS, given, options_of, outputs, pair, shape_of, walk  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not GUIDERS, reason="this diffusers has no guiders that return a GuiderOutput")
 
@@ -110,7 +110,7 @@ def test_outputs_are_combined_in_one_pass(name, monkeypatch):
 
     def counted(function):
         def call(*args, **kwargs):
-            calls.append(function.__name__)
+            calls.append(function.__name__.removeprefix("host_"))
             return function(*args, **kwargs)
 
         return call
@@ -121,10 +121,10 @@ def test_outputs_are_combined_in_one_pass(name, monkeypatch):
     guider.prepare_inputs({})
     from fastdiff.sampling import single_steps as functional
 
-    for operation in ("step", "gram", "dot", "norm", "std"):
+    for operation in ("step", "gram", "host_gram", "dot", "norm", "std"):
         monkeypatch.setattr(ops, operation, counted(getattr(ops, operation)))
     monkeypatch.setattr(functional, "step", counted(functional.step))
-    guider.forward(*outputs(shape, torch.float32, 0))
+    guider.forward(**given(guider, *outputs(shape, torch.float32, 0)))
     assert calls.count("step") == 1
     assert len(calls) - 1 == calls.count("gram") <= 1
 
@@ -162,7 +162,7 @@ def test_gradients_equal_diffusers(name):
         guider.prepare_inputs({})
         cond, uncond = outputs(shape_of(name), torch.float32, 3)
         cond.requires_grad_()
-        guider.forward(cond, uncond).pred.square().sum().backward()
+        guider.forward(**given(guider, cond, uncond)).pred.square().sum().backward()
         gradients.append(cond.grad)
     torch.testing.assert_close(*gradients, rtol=0.0, atol=0.0)
 
@@ -183,6 +183,6 @@ def test_results_on_gpu_equal_diffusers(name):
         for guider in (fused, original):
             guider.set_state(step, STEPS, torch.tensor(STEPS - step))
             guider.prepare_inputs({})
-            results.append(guider.forward(cond, uncond).pred)
+            results.append(guider.forward(**given(guider, cond, uncond)).pred)
         assert results[0].device == cond.device
         torch.testing.assert_close(*results, rtol=3e-4, atol=3e-4, equal_nan=True)  # what is promised

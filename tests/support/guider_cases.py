@@ -31,6 +31,15 @@ OWN = {
     ],
     "ClassifierFreeZeroStarGuidance": [{"zero_init_steps": 3}, {"zero_init_steps": 0, "guidance_scale": 12.0}],
     "MagnitudeAwareGuidance": [{"alpha": 1.0, "guidance_scale": 20.0}],
+    "PerturbedAttentionGuidance": [
+        {"perturbed_guidance_scale": 1.7, "perturbed_guidance_stop": 0.8, "guidance_rescale": 0.6},
+        {"perturbed_guidance_stop": 1.0, "guidance_scale": 1.0},
+    ],
+    "SkipLayerGuidance": [
+        {"skip_layer_guidance_scale": 4.0, "skip_layer_guidance_stop": 1.0, "use_original_formulation": True},
+        {"skip_layer_guidance_stop": 1.0, "guidance_scale": 1.0, "guidance_rescale": 0.4},
+    ],
+    "SmoothedEnergyGuidance": [{"seg_guidance_scale": 1.3, "seg_guidance_stop": 0.5}],
 }
 CASES = [
     (name, options)
@@ -40,8 +49,17 @@ CASES = [
 ]
 
 
+#: What a class has to be given.
+NEEDED = {
+    "AutoGuidance": {"auto_guidance_layers": [1], "dropout": 0.5},
+    "PerturbedAttentionGuidance": {"perturbed_guidance_layers": [1]},
+    "SkipLayerGuidance": {"skip_layer_guidance_layers": [1]},
+    "SmoothedEnergyGuidance": {"seg_guidance_layers": [1]},
+}
+
+
 def options_of(name, options):
-    return {"auto_guidance_layers": [1], "dropout": 0.5, **options} if name == "AutoGuidance" else options
+    return {**NEEDED.get(name, {}), **options}
 
 
 def pair(name, options):
@@ -62,6 +80,19 @@ def outputs(shape, dtype, seed, double=False):
     return [tensor.double() for tensor in pair] if double else pair
 
 
+def given(guider, cond, uncond):
+    """Return the arguments of a guider's `forward`, by name, as diffusers' pipelines pass them."""
+    perturbed = guider._input_predictions[2:]
+    if not perturbed:
+        return {"pred_cond": cond, "pred_uncond": uncond if guider.num_conditions == 2 else None}
+    is_on = guider._is_seg_enabled() if perturbed == ["pred_cond_seg"] else guider._is_slg_enabled()
+    return {
+        "pred_cond": cond,
+        "pred_uncond": uncond if guider._is_cfg_enabled() else None,
+        perturbed[0]: 0.5 * uncond.flip(-1) if is_on else None,  # exact in every dtype
+    }
+
+
 def walk(guider, shape, dtype, double=False):
     """Return the results of a loop of STEPS steps, step by step."""
     results = []
@@ -69,5 +100,5 @@ def walk(guider, shape, dtype, double=False):
         guider.set_state(step, STEPS, torch.tensor(STEPS - step))
         guider.prepare_inputs({})
         cond, uncond = outputs(shape, dtype, 100 + step, double)
-        results.append(guider.forward(cond, uncond if guider.num_conditions == 2 else None))
+        results.append(guider.forward(**given(guider, cond, uncond)))
     return results
