@@ -6,8 +6,7 @@ term, and the standard deviation σ = |a_z| (DDPO, arXiv 2305.13301, section 4.3
 sample **as it is stored**, rounded to its dtype, against that mean, by the same operations in the order of
 ``csrc/reduce_math.h``.  So the replay of a stored step has the bits of the step that was taken.
 
-The gradient of the replay is the step again: the score (prev − mean)/σ² is one fused step with the previous sample in
-the noise's place, and its pullback through the mean is that of ops/autograd.py.
+The gradient of the replay is that of ops/log_prob_gradient.py.
 """
 
 from __future__ import annotations
@@ -22,13 +21,11 @@ from torch import Tensor
 
 from ..errors import error_message, unknown_name
 from ..philox import Purpose
-from ..row_layout import COLUMNS, PREDICTION_OUTPUT, PREDICTION_SAMPLE, PREV_SAMPLE
+from ..row_layout import COLUMNS, PREV_SAMPLE
 from . import backends, reductions_reference, reference
-from .autograd import apply_operator, coefficients_of, gradients, may_clip
 from .call import (
     FIELDS,
     HISTORY_SLOTS,
-    RESULT_DTYPES,
     STEP_ARGUMENTS,
     OperatorArgument,
     StepCall,
@@ -41,6 +38,7 @@ from .canonicalize import canonicalize
 from .checks import _check_like_sample, check, readable_without_sync
 from .fallback import backend_to_run
 from .layout import block_strides, in_memory, output_strides, to_strides
+from .log_prob_gradient import direct_gradients, gradients_of
 from .step import _entries, number_or_tensor
 
 REDUCTIONS = ("sum", "mean")
@@ -158,9 +156,9 @@ def log_prob(
         "threshold": threshold,
     }
     mean = _checked_reduction("log_prob", reduction)
-    offered = _offer(fields, True, mean, backend)
+    offered = _offer_replay(fields, mean, backend)
     if offered is not None:
-        return offered[0]
+        return offered
     call = _call("log_prob", fields)
     if isinstance(sample, Tensor):
         _check_like_sample("prev_sample", prev_sample, sample)
@@ -176,6 +174,27 @@ def _offer(fields: dict[str, Any], replay: bool, mean: bool, backend: str | None
         return None
     offered = extension.log_prob(replay, mean, **fields)
     return offered if isinstance(offered, tuple) else None
+
+
+def _offer_replay(fields: dict[str, Any], mean: bool, backend: str | None) -> Tensor | None:
+    """Offer a replay likewise; where autograd has to record it, as a function of its own."""
+    extension = backends.direct_extension() if backend is None else None
+    if extension is None:
+        return None
+    offered = extension.log_prob(True, mean, **fields)
+    if isinstance(offered, tuple):
+        return offered[0]  # type: ignore[no-any-return]
+    recorded = offered == "autograd" and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+    scalars = (fields[name] for name in ("table", "guidance_scale", "threshold"))
+    if not recorded or any(isinstance(value, Tensor) and value.requires_grad for value in scalars):
+        return None
+    with torch.no_grad():
+        offered = extension.log_prob(True, mean, **fields)
+    if not isinstance(offered, tuple):
+        return None
+    history = (*(fields["history"] or ()), *[None] * len(HISTORY_SLOTS))[: len(HISTORY_SLOTS)]
+    values = (fields[name] for name in _REPLAYED)
+    return _Replay.apply(offered, mean, *values, *history)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _call(operation: str, fields: dict[str, Any]) -> StepCall:
@@ -355,99 +374,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """Return the gradient of each argument: g·(prev − mean)/σ² times the derivative of prev − mean, with its sign."""
     given: dict[str, Any] = {**ctx.numbers, **dict(zip(_TENSORS, ctx.saved_tensors, strict=True))}
     wanted = {a.name: bool(want) for a, want in zip(_ARGUMENTS, ctx.needs_input_grad, strict=True)}
-    if wanted["table"]:
-        raise RuntimeError(
-            error_message("log_prob", "table", "requires grad", "a table outside autograd's graph", "detach it")
-        )
-    rows, factor = _factors(given, grads[0].detach())
-    asked = [name for name, want in wanted.items() if want]
-    if set(asked) <= _DIRECT and len(asked) <= _MAPS and not _bounds_prediction(given):
-        direct = dict(zip(asked, _of_linear_row(given, rows, factor, asked), strict=True))
-        return tuple(direct.get(a.name) for a in _ARGUMENTS)
-    score = _score(given, rows, factor)
-    found: dict[str, Tensor | None] = {}
-    if wanted["noise"]:
-        found["noise"] = (-score).to(given["noise"].dtype)
-    of_mean = {name: given[name] for name in given if name not in ("replay", "mean")}
-    of_mean |= {"noise": None, "prev_sample_dtype": None}
-    found |= gradients(of_mean, {**wanted, "noise": False}, [score])
-    return tuple(found.get(a.name) if wanted[a.name] else None for a in _ARGUMENTS)
-
-
-def _factors(given: dict[str, Any], grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows ``[1, 32]`` or ``[B, 32]`` and g/σ² a sample, ``[B]``, 0 where a row adds no noise; float64."""
-    rows = coefficients_of(given["table"], given["row_index"], given["row_indices"])
-    weights = rows[:, _NOISE]
-    variance = torch.where(weights == 0, torch.inf, weights * weights)
-    count = math.prod(given["sample"].shape[1:]) if given["mean"] else 1
-    return rows, grad.double() / (variance * count)
-
-
-def _score(given: dict[str, Any], rows: Tensor, factor: Tensor) -> Tensor:
-    """Return g·(prev − mean)/σ², the gradient of the mean, as one step with the coefficients of each sample."""
-    ones = torch.ones(1, 1, dtype=torch.float64, device=rows.device)
-    (score,) = _scaled_distances(given, rows, factor, ones, [given["table"].dtype])
-    return score
-
-
-#: Arguments whose gradient is a multiple of the score where the row is linear; three fit into one step.
-_DIRECT = {"sample", "model_output", "uncond", *HISTORY_SLOTS}
-_MAPS = 3
-
-
-def _bounds_prediction(given: dict[str, Any]) -> bool:
-    table = given["table"]
-    return given["threshold"] is not None or may_clip(table, given["row_index"], given["row_indices"])
-
-
-def _of_linear_row(given: dict[str, Any], rows: Tensor, factor: Tensor, names: list[str]) -> Sequence[Tensor]:
-    """Return the gradients of up to three arguments by one step: the score times each one's weight in the mean."""
-    maps = rows[:, PREV_SAMPLE:]
-    of_d = maps[:, COLUMNS.index("prediction")]
-    of_m = maps[:, COLUMNS.index("model_output")] + rows[:, PREDICTION_OUTPUT] * of_d
-    scale = given["guidance_scale"]
-    scale = None if scale is None else scale.double().reshape(-1)
-    weights = []
-    for name in names:
-        if name == "sample":
-            weights.append(maps[:, 0] + rows[:, PREDICTION_SAMPLE] * of_d)
-        elif name in HISTORY_SLOTS:
-            weights.append(maps[:, COLUMNS.index(name)])
-        elif scale is None:
-            weights.append(of_m)
-        else:
-            weights.append(of_m * (scale if name == "model_output" else 1.0 - scale))
-    count = max(len(weight) for weight in weights)
-    together = torch.stack([weight.expand(count) for weight in weights], 1)
-    return _scaled_distances(given, rows, factor, together, [given[name].dtype for name in names])
-
-
-def _scaled_distances(
-    given: dict[str, Any], rows: Tensor, factor: Tensor, weights: Tensor, dtypes: list[torch.dtype]
-) -> Sequence[Tensor]:
-    """Return (prev − mean) times `factor` and each of up to three `weights` ``[1 or B, maps]``, in one step.
-
-    The previous sample is the step's noise, so that the row's map with its signs turned is the distance.
-    """
-    distance = -rows[:, PREV_SAMPLE : PREV_SAMPLE + len(COLUMNS)]
-    distance[:, -1] = 1.0
-    maps = (factor[:, None] * weights)[:, :, None] * distance[:, None, :]
-    batch, keeps = len(factor), weights.shape[1] - 1
-    maps = torch.nn.functional.pad(maps.flatten(1), (0, (_MAPS - keeps - 1) * len(COLUMNS)))
-    table = torch.cat([rows[:, :PREV_SAMPLE].expand(batch, -1), maps], 1).to(given["table"].dtype)
-    targets = dict(zip(RESULT_DTYPES, [*dtypes, None, None], strict=False))
-    values = {
-        **{name: given[name] for name in given if name not in ("replay", "mean")},
-        **targets,
-        "table": table,
-        "keeps": keeps,
-        "row_index": 0,
-        "row_indices": torch.arange(batch, device=table.device) if batch > 1 else None,
-    }
-    return apply_operator(*(values[a.name] for a in STEP_ARGUMENTS))
+    found = gradients_of(given, wanted, grads[0].detach())
+    return tuple(found.get(a.name) for a in _ARGUMENTS)
 
 
 class _Function(torch.autograd.Function):
@@ -465,10 +395,40 @@ class _Function(torch.autograd.Function):
         return _backward(ctx, grads)
 
 
+#: The fields of a replay, without the history slots.
+_REPLAYED = ("sample", "model_output", "table", "row_index", "uncond", "guidance_scale", "noise", "threshold")
+
+
+class _Replay(torch.autograd.Function):
+    """Record a replay whose result, `offered`, the extension has computed: checks and the dispatcher take longer."""
+
+    @staticmethod
+    def forward(ctx: Any, offered: tuple[Tensor], mean: bool, *values: Any) -> Tensor:
+        ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in values))
+        ctx.numbers = tuple(None if isinstance(value, Tensor) else value for value in values)
+        ctx.mean = mean
+        return offered[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        names = (*_REPLAYED, *HISTORY_SLOTS)
+        values = [n if tensor is None else tensor for tensor, n in zip(ctx.saved_tensors, ctx.numbers, strict=True)]
+        wanted = [name for name, want in zip(names, ctx.needs_input_grad[2:], strict=True) if want]
+        history = tuple(values[len(_REPLAYED) :])
+        fields: dict[str, Any] = {**dict(zip(_REPLAYED, values, strict=False)), "history": history}
+        found = direct_gradients(fields, ctx.mean, wanted, grad)
+        if found is None:
+            given = named(_ARGUMENTS, [*operator_values(_call("log_prob", fields), ""), True, ctx.mean])
+            found = gradients_of(given, {a.name: a.name in wanted for a in _ARGUMENTS}, grad)
+        return None, None, *(found.get(name) for name in names)
+
+
 def _apply(*arguments: Any) -> Sequence[Tensor]:
     """Run ``fastdiff::step_log_prob`` so that autograd, torch.func and compilers see it."""
     tensors = [a for a in arguments if isinstance(a, Tensor)]
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    traced = traced or torch._C._are_functorch_transforms_active()
     if traced or not all(in_memory(a) for a in tensors):
         results: Sequence[Tensor] = torch.ops.fastdiff.step_log_prob(*arguments)
     elif torch.is_grad_enabled() and any(a.requires_grad for a in tensors):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -104,8 +105,15 @@ class Trajectory:
         )
 
     def coefficients_on_device(self) -> Tensor:
-        """Return the rows as the steps read them: in the compute dtype, on the samples' device."""
-        return self.coefficients.to(compute_dtype(self.samples.dtype)).to(self.samples.device)
+        """Return the rows as the steps read them: in the compute dtype, on the samples' device; do not write to it."""
+        if torch.compiler.is_compiling():
+            return self.coefficients.to(compute_dtype(self.samples.dtype)).to(self.samples.device)
+        return self._rows_on_device
+
+    @functools.cached_property
+    def _rows_on_device(self) -> Tensor:
+        with torch.inference_mode(False):  # autograd could not save an inference tensor
+            return self.coefficients.to(compute_dtype(self.samples.dtype)).to(self.samples.device)
 
     def select(self, samples: Tensor | slice) -> Trajectory:
         """Return the trajectory of some of the samples, by their indices in the batch; its tensors may be views."""

@@ -22,6 +22,7 @@ from support.oracle import DTYPES, INTERPRETED, assert_same_bits, available_back
 from support.reduction_cases import with_layout
 
 log_prob_module = importlib.import_module("fastdiff.ops.log_prob")
+gradient_module = importlib.import_module("fastdiff.ops.log_prob_gradient")
 pytestmark = pytest.mark.checks_backend
 BACKENDS = available_backends()
 SEEDS = st.integers(0, 2**31 - 1)
@@ -245,7 +246,7 @@ def test_gradient_of_linear_row_is_one_step(names: str, dtype: torch.dtype) -> N
     _, prev = ops.step_log_prob(**one.arguments, **one.noise)
     one.tensors |= {name: one.tensors[name].detach().requires_grad_() for name in names}
     loss = ops.log_prob(prev, **one.arguments, reduction="mean").sum()
-    with mock.patch.object(log_prob_module, "gradients", side_effect=AssertionError("a second step")):
+    with mock.patch.object(gradient_module, "gradients", side_effect=AssertionError("a second step")):
         got = torch.autograd.grad(loss, [one.tensors[name] for name in names])
     wide = {name: one.tensors[name].detach().double().requires_grad_() for name in "xcuh"}
     scale = torch.full((2,), 3.0, dtype=torch.float64)
@@ -254,6 +255,31 @@ def test_gradient_of_linear_row_is_one_step(names: str, dtype: torch.dtype) -> N
     )
     for mine, theirs in zip(got, expected, strict=True):
         assert mine.dtype == dtype
+        assert (mine.double() - theirs).abs().max() <= 2e-3 * theirs.abs().max()
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the C++ extension was not built")
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("names", ["c", "cu", "xcp", "hp", "x"])
+def test_small_gradient_is_one_call_of_the_extension(names: str, batch: int) -> None:
+    one = case(8, (batch, 3, 40), torch.float32)
+    one.table[:, CLIP] = math.inf
+    _, prev = ops.step_log_prob(**one.arguments, **one.noise)
+    tensors = one.tensors | {"p": prev}
+    one.tensors |= {name: tensors[name].detach().requires_grad_() for name in names}
+    prev = one.tensors.pop("p", prev)
+    inputs = [prev if name == "p" else one.tensors[name] for name in names]
+    weights = torch.tensor([1.0, -2.0, 0.5])[:batch]
+    with mock.patch.object(log_prob_module, "gradients_of", side_effect=AssertionError("the path of operators")):
+        got = torch.autograd.grad((ops.log_prob(prev, **one.arguments) * weights).sum(), inputs)
+    # The bits of the path of operators.
+    with mock.patch.object(log_prob_module, "direct_gradients", return_value=None):
+        assert_same_bits(got, torch.autograd.grad((ops.log_prob(prev, **one.arguments) * weights).sum(), inputs))
+    wide = {name: tensors[name].detach().double().requires_grad_() for name in "xcuhp"}
+    scale = torch.full((batch,), 3.0, dtype=torch.float64)
+    loss = (_plain(one, wide, wide["p"], scale, "sum") * weights.double()).sum()
+    for mine, theirs in zip(got, torch.autograd.grad(loss, [wide[name] for name in names]), strict=True):
+        # As above: a distance of 8 roundings is divided by σ².
         assert (mine.double() - theirs).abs().max() <= 2e-3 * theirs.abs().max()
 
 
