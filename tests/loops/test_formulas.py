@@ -399,7 +399,7 @@ CASES: list[Case] = [
 STOCHASTIC = ("ancestral", "seeds", "sde", "ddpm", "ddim", "res_2s", "res_3s", "lcm", "tcd", "sa_solver")
 
 
-@pytest.mark.parametrize(("name", "options", "reference"), CASES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("name", "options", "reference"), CASES, ids=[f"{name}-{options}" for name, options, _ in CASES])
 def test_loop_equals_formula(name: str, options: dict[str, Any], reference: Reference) -> None:
     x = start(SEED, SHAPE, torch.float64)
     model = both if name.endswith("cfg_pp") else mixture
