@@ -108,6 +108,7 @@ def sample_sa_solver(
     corrector_order: int = 4,
     *,
     seeds: Seeds = None,
+    lower_order_final: bool = True,
 ) -> Tensor:
     """SA-Solver (arXiv 2309.05019, algorithm 1): a stochastic Adams predictor and corrector.
 
@@ -117,10 +118,12 @@ def sample_sa_solver(
         s_tmin, s_tmax: the range of σ with noise.
         predictor_order: 1 to 4.
         corrector_order: 1 to 4; 0 for no corrector.
+        lower_order_final: lower both orders at the end, to 1 in the last step.
     """
     options = {
         "tau": tau, "s_tmin": s_tmin, "s_tmax": s_tmax,
         "predictor_order": predictor_order, "corrector_order": corrector_order,
+        "lower_order_final": lower_order_final,
     }  # fmt: skip
     return run(
         sa_solver, model, x, sigmas, extra_args, callback, disable,

@@ -125,7 +125,7 @@ def _walk(
     own, measured, counts = False, None, None
     for row, call in enumerate(program.calls):
         out = None
-        denoised: Any = x  # not read where the row adds noise alone
+        denoised: Any = None  # not the last output, which may be x: the counts below would include it
         if call.sigma is not None:
             if x is not measured:
                 measured = x
@@ -138,7 +138,9 @@ def _walk(
                 report(x, call.step, call.sigma, denoised)
             if own and report is None and counts is not None and reference_counts(x) == counts:
                 out = x
-        x = stepper.step(x, denoised, noise=None if noise is None else noise(row), out=out)
+        drawn = None if noise is None else noise(row)
+        # A row that adds noise alone does not read the model's output.
+        x = stepper.step(x, x if call.sigma is None else denoised, noise=drawn, out=out)
         own = True
         if call.begins:
             bar.update()

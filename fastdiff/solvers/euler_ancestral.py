@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import math
-
 from ..errors import as_float
-from ..schedules.levels import Level, Levels
+from ..schedules.levels import Levels
 from .affine import NOISE
-from .ddim import check_eta
 from .prediction import Prediction
+from .sigma_steps import ancestral_split
 from .table import StepTable
 
 
@@ -26,20 +24,12 @@ def euler_ancestral(levels: Levels, prediction: Prediction, *, eta: float = 1.0,
         eta: 0 is Euler, 1 (the default) is DDPM's noise.
         s_noise: the standard deviation of the added noise.
     """
-    check_eta("euler_ancestral", eta)
     as_float("euler_ancestral", "s_noise", s_noise)
     rows = []
     for i in range(len(levels)):
         t, s = levels[i], levels[i + 1]
         model = prediction.at(t)
-        down, up = ancestral_ratios(t, s, eta)
+        down, up = ancestral_split("euler_ancestral", t.noise_ratio, s.noise_ratio, eta)
         prev = s.alpha * (model.x0 + down * model.consistent_noise + up * s_noise * NOISE)
         rows.append(model.row(prev))
     return StepTable(tuple(rows), levels.initial_scale, thresholding=prediction.thresholding)
-
-
-def ancestral_ratios(t: Level, s: Level, eta: float) -> tuple[float, float]:
-    """Return σ̂_down and σ̂_up of an ancestral step from t to s."""
-    target, fraction = s.noise_ratio, s.noise_ratio / t.noise_ratio
-    up = min(target, eta * target * math.sqrt(1.0 - fraction**2))
-    return math.sqrt(target**2 - up**2), up

@@ -9,10 +9,9 @@ from ..errors import as_float
 from ..schedules.levels import Levels
 from .adams import plain_step
 from .affine import NOISE
-from .ddim import check_eta
-from .euler_ancestral import ancestral_ratios
 from .kdpm2 import midpoint_step
 from .prediction import Prediction
+from .sigma_steps import ancestral_split
 from .table import Row, StepTable
 
 
@@ -27,12 +26,11 @@ def kdpm2_ancestral(levels: Levels, prediction: Prediction, *, eta: float = 1.0,
         eta: 0 is `kdpm2`, 1 (the default) is DDPM's noise.
         s_noise: the standard deviation of the added noise.
     """
-    check_eta("kdpm2_ancestral", eta)
     as_float("kdpm2_ancestral", "s_noise", s_noise)
     rows: list[Row] = []
     for i in range(len(levels)):
         t, s = levels[i], levels[i + 1]
-        down, up = ancestral_ratios(t, s, eta)
+        down, up = ancestral_split("kdpm2_ancestral", t.noise_ratio, s.noise_ratio, eta)
         # From the level that the step goes down to, back to s: x̂ keeps its value and gains noise.
         below = levels.locate(down) if down < s.noise_ratio else s
         back, noise = s.alpha / below.alpha, (s.alpha * up * s_noise) * NOISE

@@ -11,9 +11,10 @@ import functools
 import math
 from collections.abc import Callable
 
-from ..errors import as_float, error_message
+from ..errors import error_message
 from ..schedules.levels import Level, Levels
 from .affine import HISTORY, SAMPLE, Affine
+from .ddim import check_eta
 
 #: The history slot that holds the unconditional prediction of x0 in the CFG++ forms; the caller fills it (see
 #: `StepTable.provided_slots`).
@@ -51,13 +52,18 @@ def ancestral_split(operation: str, sigma: float, sigma_next: float, eta: float)
 
     ``σ̂_up = min(σ̂_s, η·√(σ̂_s²·(σ̂_t² − σ̂_s²)/σ̂_t²))``
 
+    Args:
+        operation: the caller's name, for errors.
+        sigma, sigma_next: σ̂_t, which may be infinite, and σ̂_s.
+        eta: η; 0 is no noise and 1 DDPM's.
+
     Returns:
         (σ̂_down, σ̂_up).
+
+    Raises:
+        TypeError, ValueError: η is not a finite number of 0 or more.
     """
-    if not as_float(operation, "eta", eta) >= 0.0:
-        raise ValueError(
-            error_message(operation, "eta", f"is {eta}", "a number of 0 or more", "use 0 for no noise and 1 for DDPM's")
-        )
+    check_eta(operation, eta)
     up = min(sigma_next, eta * sigma_next * math.sqrt(max(1.0 - (sigma_next / sigma) ** 2, 0.0)))
     return math.sqrt(max(sigma_next**2 - up**2, 0.0)), up
 

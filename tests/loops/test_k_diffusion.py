@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -46,6 +47,14 @@ def _noise(x: torch.Tensor) -> LevelNoise:
     return LevelNoise(SEED, tuple(x.shape), x.dtype)
 
 
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Make k-diffusion compute its scalars in float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "ends_at_zero"),
     [(*case, True) for case in CASES] + [(name, options, False) for name, options in CASES if not options],
@@ -76,16 +85,16 @@ def test_whole_loop_equals_k_diffusion(
     torch.testing.assert_close(mine, want, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("calls", [1, 5, 6, 7, 12])
+@pytest.mark.parametrize("calls", [1, 5, 6, 7])
 @pytest.mark.parametrize("eta", [0.0, 0.8])
-def test_dpm_fast_equals_k_diffusion(calls: int, eta: float) -> None:
-    x, options = start(SEED), {"eta": 0.0 if calls == 1 else eta}
-    mine = loops.sample_dpm_fast(mixture, x, 0.05, 14.6, calls, disable=True, noise_sampler=_noise(x), **options)
-    want = k_diffusion().sample_dpm_fast(
-        mixture, x, 0.05, 14.6, calls, disable=True, noise_sampler=_noise(x), **options
+def test_dpm_fast_equals_k_diffusion(calls: int, eta: float, float64: None) -> None:
+    x, options = start(SEED, dtype=torch.float64), {"eta": 0.0 if calls == 1 else eta}
+    mine, want = (
+        module.sample_dpm_fast(mixture, x, 0.05, 14.6, calls, disable=True, noise_sampler=_noise(x), **options)
+        for module in (loops, k_diffusion())
     )
-    # One call alone subtracts two numbers of size 60, whose rounding errors in float32 are not brought down again.
-    torch.testing.assert_close(mine, want, rtol=TOLERANCE, atol=1e-4 if calls == 1 else TOLERANCE)
+    # Rounding errors of 1e-16 of numbers up to 60, with slopes up to 1e3.
+    torch.testing.assert_close(mine, want, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("options", [{}, {"order": 2, "rtol": 0.02}, {"eta": 0.5, "rtol": 0.1}], ids=str)

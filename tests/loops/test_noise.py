@@ -75,9 +75,9 @@ def test_loop_on_a_path_converges_to_one_result() -> None:
         sigmas = torch.logspace(0.7, -1.0, steps + 1, dtype=torch.float64)
         return loops.sample_dpmpp_2m_sde(mixture, x, sigmas, disable=True, seeds=[SEED])
 
-    ends = [run(steps) for steps in (16, 32, 64, 128)]
+    ends = [run(steps) for steps in (8, 16, 32, 64)]
     changes = [float((a - b).square().mean().sqrt()) for a, b in itertools.pairwise(ends)]
-    assert changes[2] < 0.75 * changes[0]
+    assert changes[2] < 0.5 * changes[0]
     assert changes[2] < 0.1
 
 

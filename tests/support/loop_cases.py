@@ -18,7 +18,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for benchmarks/
 
 #: A mixture of three Gaussians in each element.
-MEANS, STDS, WEIGHTS = (-1.5, 0.3, 1.2), (0.3, 0.5, 0.2), (0.3, 0.45, 0.25)
+MEANS, STDS, WEIGHTS = torch.tensor([(-1.5, 0.3, 1.2), (0.3, 0.5, 0.2), (0.3, 0.45, 0.25)], dtype=torch.float64)
+VARIANCES, LOG_WEIGHTS = STDS**2, WEIGHTS.log()
 
 #: Levels of a whole run: uneven, from k-diffusion's usual range, ending at 0.
 SIGMAS = torch.tensor([14.6, 8.1, 4.9, 2.7, 1.6, 0.93, 0.41, 0.17, 0.05, 0.0])
@@ -26,12 +27,11 @@ SIGMAS = torch.tensor([14.6, 8.1, 4.9, 2.7, 1.6, 0.93, 0.41, 0.17, 0.05, 0.0])
 
 def mixture(x: Tensor, sigma: Tensor) -> Tensor:
     """Return the mean of x0 given x = x0 + σ·ε, elementwise, computed in float64."""
-    wide = x.double()[..., None]
-    means, stds, weights = (torch.tensor(values, dtype=torch.float64) for values in (MEANS, STDS, WEIGHTS))
-    level = sigma.double().view(-1, *[1] * x.dim())
-    variance = stds**2 + level**2
-    share = torch.softmax(weights.log() - 0.5 * variance.log() - 0.5 * (wide - means) ** 2 / variance, dim=-1)
-    return (share * (means + stds**2 / variance * (wide - means))).sum(-1).to(x.dtype)
+    wide = x.double()[..., None] - MEANS
+    variance = VARIANCES + sigma.double().view(-1, *[1] * x.dim()) ** 2
+    shrunk = wide / variance
+    share = torch.softmax(LOG_WEIGHTS - 0.5 * (variance.log() + wide * shrunk), dim=-1)
+    return (share * (MEANS + VARIANCES * shrunk)).sum(-1).to(x.dtype)
 
 
 def uncond_mixture(x: Tensor, sigma: Tensor) -> Tensor:
