@@ -46,7 +46,7 @@ DROPINS = ("DDIM", "DPMSolverMultistep", "UniPCMultistep", "EulerDiscrete", "Flo
 #: Those whose loops scale the model's input before each step too.
 SCALING_DROPINS = ("EulerDiscrete", "HeunDiscrete", "KDPM2Discrete", "LMSDiscrete")
 #: All parameters of the kernel are passed: 19 addresses and 10 integers.
-LAYOUT = "p" * 19 + "l" * 10
+LAYOUT = "p" * 20 + "l" * 11
 
 
 def _launch(call: StepCall) -> None:

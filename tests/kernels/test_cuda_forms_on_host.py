@@ -114,6 +114,7 @@ def on_cpu(call: StepCall) -> list[Tensor]:
     own = copied(call)
     given: dict[str, Any] = {name: getattr(own, name) for name in own.__dataclass_fields__}
     given.pop("out")
+    assert given.pop("parts") == 1  # canonicalization sets it, callers do not
     if given.pop("write_history"):
         given.pop("keeps")
         outputs = (ops.step_rows(**given, backend="cpu"),)

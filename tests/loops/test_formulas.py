@@ -399,7 +399,9 @@ CASES: list[Case] = [
 STOCHASTIC = ("ancestral", "seeds", "sde", "ddpm", "ddim", "res_2s", "res_3s", "lcm", "tcd", "sa_solver")
 
 
-@pytest.mark.parametrize(("name", "options", "reference"), CASES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("name", "options", "reference"), CASES, ids=lambda value: "" if callable(value) else str(value)[:40]
+)
 def test_loop_equals_formula(name: str, options: dict[str, Any], reference: Reference) -> None:
     x = start(SEED, SHAPE, torch.float64)
     model = both if name.endswith("cfg_pp") else mixture

@@ -196,7 +196,10 @@ def test_compiled_step_of_parts_equals_eager() -> None:
 def test_malformed_numbers_of_parts_are_refused() -> None:
     x, table, rows = torch.randn(B, T, 4), tables(torch.float32, "cpu"), torch.zeros(B, T, dtype=torch.int64)
     for given, message in (
-        ({"row_index": rows[:, :2]}, r"row_index has shape \[2, 2\], expected \[2\], one a sample, \[2, 3\], one a part"),
+        (
+            {"row_index": rows[:, :2]},
+            r"row_index has shape \[2, 2\], expected \[2\], one a sample, \[2, 3\], one a part",
+        ),
         ({"row_index": rows[None]}, r"row_index has shape \[1, 2, 3\]"),
         ({"row_index": rows + 4}, r"row_index holds 4"),
         (

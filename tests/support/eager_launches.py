@@ -46,7 +46,9 @@ def triton_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def offered(call: StepCall) -> Any:
-    return eager.step(**{name: getattr(call, name) for name in FIELDS})
+    if call.parts != 1:
+        return "parts"  # canonicalization sets it: callers have no such argument
+    return eager.step(**{name: getattr(call, name) for name in FIELDS if name != "parts"})
 
 
 def test_every_remembered_step_is_launched_as_when_checked() -> None:
@@ -94,8 +96,8 @@ def test_numbers_of_a_step_are_arguments_of_one_launch() -> None:
     for row, scale in ((0, 1.0), (2, 7), (1, -3.5)):
         assert isinstance(step(row_index=row, guidance_scale=scale), tuple)
         values = LAUNCHES[-1][4]
-        assert values[19] == row
-        assert torch.tensor(values[24], dtype=torch.int32).view(torch.float32).item() == scale
+        assert values[20] == row
+        assert torch.tensor(values[26], dtype=torch.int32).view(torch.float32).item() == scale
     assert len(eager._prepared) == before
     assert step(row_index=3) == step(row_index=-1) == "value"
 

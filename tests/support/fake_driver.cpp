@@ -36,7 +36,7 @@ int cuLaunchKernelEx(const Config* config, void* function, void** parameters, vo
     last.attribute_count = config->attribute_count;
     // The extension's list of parameters has room for all, and ends with null.
     last.parameter_count = 0;
-    for (int i = 0; i < 31 && parameters[i] != nullptr; ++i)
+    for (int i = 0; i < 40 && parameters[i] != nullptr; ++i)
         last.parameters[last.parameter_count++] = *static_cast<const uint64_t*>(parameters[i]);
     return status;
 }
