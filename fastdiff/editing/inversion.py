@@ -21,8 +21,8 @@ def invert(
     model: Model | GuidedModel,
     image: Tensor,
     *,
-    iterations: int = 2,
-    corrections: int = 0,
+    iterations: int = 1,
+    corrections: int = 1,
     backend: str | None = None,
 ) -> Tensor:
     """Return the noise from which a solver makes an image.
@@ -36,8 +36,9 @@ def invert(
         process: a sampler or a process, deterministic and without clipping.
         model: a callable ``(x, t)``, or a `fastdiff.guidance.GuidedModel`; high guidance scales converge slowly.
         image: x0, ``[B, ...]``; not written to.
-        iterations: model calls a step, 1 or more; 1 is the usual DDIM inversion.
-        corrections: 0 or more; each takes a loop of the solver and another inversion.
+        iterations: model calls a step, 1 or more; 1 is the usual DDIM inversion.  More help DDIM and Euler only.
+        corrections: 0 or more; each takes a loop of the solver and another inversion.  0 with 2 or 3 iterations is
+            best for DDIM and Euler, 1 with 1 iteration serves every solver.
         backend: forces one, as in `fastdiff.ops.step`.
 
     Returns:

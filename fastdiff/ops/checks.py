@@ -91,7 +91,7 @@ def _check_like_sample(name: str, tensor: object, sample: Tensor) -> None:
             elif tensor.dim() > 1 and tensor.shape[1] == 2 * sample.shape[1]:
                 remedy = "pass the second half of the channels as variance"
         if name == "mask" and tensor.dim() <= sample.dim():
-            remedy = "expand it once before the loop, with mask.expand_as(sample).contiguous()"
+            remedy = "expand it once before the loop, with fastdiff.editing.expand_mask(mask, sample)"
         raise ValueError(_refusal(name, f"has shape {list(tensor.shape)}", f"{list(sample.shape)} like sample", remedy))
     check_dtype(name, tensor.dtype)
     if tensor.device != sample.device:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -43,22 +44,21 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("method", "fields", "iterations", "corrections"),
-    [("ddim", {}, 3, 0), ("euler", {}, 3, 0), ("dpm_solver", {}, 1, 0),
-     ("dpm_solver", {"algorithm_type": "dpmsolver"}, 1, 0), ("heun", {}, 1, 1),
-     ("dpm_solver", {"solver_mode": "singlestep"}, 1, 1)],
+    ("method", "fields", "options"),
+    [("ddim", {}, {}), ("ddim", {}, {"iterations": 3, "corrections": 0}), ("euler", {}, {}), ("dpm_solver", {}, {}),
+     ("dpm_solver", {}, {"corrections": 0}), ("dpm_solver", {"algorithm_type": "dpmsolver"}, {}),
+     ("dpm_solver", {"algorithm_type": "dpmsolver", "solver_order": 3}, {}), ("unipc", {}, {}), ("heun", {}, {}),
+     ("dpm_solver", {"solver_mode": "singlestep"}, {})],
     ids=str,
 )  # fmt: skip
-def test_round_trip_of_50_steps_keeps_35_db(
-    method: str, fields: dict[str, str], iterations: int, corrections: int
-) -> None:
+def test_round_trip_of_50_steps_keeps_35_db(method: str, fields: dict[str, Any], options: dict[str, int]) -> None:
     sampler, images = sampler_of(method, 50, **fields), mixture_images()
     before, path = images.clone(), VariancePreservingPath(sampler.scheduler.alphas_cumprod)
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         return mixture_model(path, x, t)
 
-    latents = invert(sampler, model, images, iterations=iterations, corrections=corrections)
+    latents = invert(sampler, model, images, **options)
     assert psnr(images, reconstruct(sampler, model, latents)) >= 35.0
     # Latents look like noise: the deviation of 384 numbers is known to 4 %, and the way up has errors of its own.
     assert 0.75 < float(latents.std()) < 1.25
@@ -79,10 +79,11 @@ def test_inversion_converges_to_ddims_inverse(prediction_type: str) -> None:
 
     latents = torch.randn(2, 7, dtype=torch.float64)
     image = reconstruct(process, model, latents)
-    errors = [float((invert(process, model, image, iterations=count) - latents).abs().max()) for count in (1, 4, 8, 40)]
+    found = [invert(process, model, image, iterations=count, corrections=0) for count in (1, 4, 8, 40)]
+    errors = [float((inverse - latents).abs().max()) for inverse in found]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-9  # 40 contractions by a third or less, ten levels of rounding and their growth
-    fewer = invert(process, model, image, iterations=2)
+    fewer = invert(process, model, image, iterations=2, corrections=0)
     corrected = invert(process, model, image, iterations=2, corrections=3)
     assert (reconstruct(process, model, corrected) - image).abs().max() < (
         reconstruct(process, model, fewer) - image
