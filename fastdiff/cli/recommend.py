@@ -62,10 +62,10 @@ def recommend(
             "–" if candidate is found.best else behind,
         )
     console.print(table)
-    for name in ("machine", "backend", "versions"):
-        console.print(plain(f"{name}: {found.conditions[name]}"))
+    for key in ("machine", "backend", "versions"):
+        console.print(plain(f"{key}: {found.conditions[key]}"))
     if found.stochastic:
         console.print(plain(f"left out, since they draw noise: {', '.join(found.stochastic)}"))
-    for name, reason in found.unfit.items():
-        console.print(plain(f"left out: {name} ({reason})"))
+    for left_out, reason in found.unfit.items():
+        console.print(plain(f"left out: {left_out} ({reason})"))
     console.print(plain(found.sentence()))

@@ -205,22 +205,27 @@ class _Perturbed(FusedGuider):
 
     def _combined_with(self: Any, cond: Tensor, uncond: Tensor | None, perturbed: Tensor | None) -> Any:
         scale, own = float(self.guidance_scale) if self._is_cfg_enabled() else None, self._perturbed_scale()
-        others = [other for other, on in ((uncond, scale), (perturbed, own)) if on is not None]
-        if not others or not all(self._fuses(cond, other) for other in others):
+        scales = {"uncond": scale, "perturbed": own}
+        given = {"uncond": uncond, "perturbed": perturbed}
+        others: dict[str, Any] = {n: given[n] for n in given if scales[n] is not None and self._fuses(cond, given[n])}
+        if not others or len(others) < sum(one is not None for one in scales.values()):
             return self.original.forward(self, cond, uncond, perturbed)
         rescale, shift = float(self.guidance_rescale), 1.0 if self.use_original_formulation else 0.0
         if scale is not None and own is not None:
             method = _method(PerturbedGuidance, scale=scale + shift, perturbed_scale=own, rescale=rescale)
-            pred = _combine(method, {"cond": cond, "uncond": uncond, "perturbed": perturbed})[0]
+            pred = _combine(method, {"cond": cond, **others})[0]
         else:
-            pred = _plain(cond, others[0], (own if scale is None else scale) + shift, rescale)
+            only = own if scale is None else scale
+            assert only is not None
+            (other,) = others.values()
+            pred = _plain(cond, other, only + shift, rescale)
         return GuiderOutput(pred=pred, pred_cond=cond, pred_uncond=uncond)
 
 
 class _SmoothedEnergy(_Perturbed):
     """u + g·(c − u) + s·(c − p), where p has smoothed attention; either difference may be off (arXiv 2408.00760)."""
 
-    def forward(  # type: ignore[override]  # diffusers passes the outputs by name, and names this one otherwise
+    def forward(  # diffusers passes the outputs by name, and names this one otherwise
         self: Any, pred_cond: Tensor, pred_uncond: Tensor | None = None, pred_cond_seg: Tensor | None = None
     ) -> Any:
         """Combine the model's outputs.

@@ -12,7 +12,7 @@ The gradient of the replay is that of ops/log_prob_gradient.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -417,7 +417,7 @@ class _Replay(torch.autograd.Function):
         wanted = [name for name, want in zip(names, ctx.needs_input_grad[2:], strict=True) if want]
         history = tuple(values[len(_REPLAYED) :])
         fields: dict[str, Any] = {**dict(zip(_REPLAYED, values, strict=False)), "history": history}
-        found = direct_gradients(fields, ctx.mean, wanted, grad)
+        found: Mapping[str, Tensor | None] | None = direct_gradients(fields, ctx.mean, wanted, grad)
         if found is None:
             given = named(_ARGUMENTS, [*operator_values(_call("log_prob", fields), ""), True, ctx.mean])
             found = gradients_of(given, {a.name: a.name in wanted for a in _ARGUMENTS}, grad)
