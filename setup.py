@@ -59,6 +59,7 @@ PACKAGES = [
     "fastdiff.diffusers.compiler",
     "fastdiff.diffusers.runtime",
     "fastdiff.digits",
+    "fastdiff.editing",
     "fastdiff.graphs",
     "fastdiff.guidance",
     "fastdiff.kernels",

@@ -7,6 +7,7 @@ import ast
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,9 @@ def step_arguments(plan: Shape | Case, backend: str = "", **more: Any) -> tuple[
         "sample": case.sample, "model_output": case.model_output, "table": case.table, "row_index": 0,
         "row_indices": None, "uncond": case.uncond, "guidance_scale": case.guidance,
         **{f"history_{j}": (list(case.history) + [None] * 4)[j] for j in range(4)},
-        "noise": case.noise, "variance": case.variance, "threshold": case.threshold,
+        "noise": case.noise, "variance": case.variance, "mask": None, "threshold": case.threshold,
         "variance_kind": case.variance_kind, "keeps": case.keeps, "seeds": None, "noise_step": 0, "noise_steps": None,
-        "purpose": 1, "model_input_dtype": None, "model_input_copies": 1, **dict.fromkeys(RESULT_DTYPES),
+        "purpose": 1, "parts": 1, "model_input_dtype": None, "model_input_copies": 1, **dict.fromkeys(RESULT_DTYPES),
         "backend": backend, **more,
     }  # fmt: skip
     names = [argument.name for argument in torch.ops.fastdiff.step.default._schema.arguments]
@@ -71,6 +72,7 @@ def step_arguments(plan: Shape | Case, backend: str = "", **more: Any) -> tuple[
 
 EVERYTHING = Shape(1, torch.float32, (2, 3, 5), "a sample", 5, True, 1, True, 2, True)
 DRAWS = {"seeds": torch.tensor([1, 2]), "noise_step": 3}
+MASK = torch.rand(2, 3, 5)
 PLANS: dict[str, tuple[Shape, dict[str, Any]]] = {
     "everything": (EVERYTHING, {}),
     "bare": (Shape(2, torch.bfloat16, (2, 3, 5)), {}),
@@ -78,6 +80,8 @@ PLANS: dict[str, tuple[Shape, dict[str, Any]]] = {
     "0-dim": (Shape(4, torch.float64, (), "scalar", 15, True, 2, True, 1, True), {}),
     "a row a sample": (EVERYTHING, {"row_indices": torch.tensor([0, -1])}),
     "a row for all": (EVERYTHING, {"row_indices": torch.tensor([0])}),
+    "masked": (replace(EVERYTHING, keeps=1), {"mask": MASK}),
+    "parts": (Shape(9, torch.float32, (4, 5)), {**DRAWS, "parts": 2}),
     "drawn": (Shape(5, torch.float16, (2, 3, 4, 4), keeps=1), DRAWS),
     "drawn at steps": (Shape(6, torch.float32, (2, 5)), {**DRAWS, "noise_steps": torch.tensor([7, 8])}),
     "model input": (Shape(7, torch.float32, (2, 5)), {"model_input_dtype": torch.float16}),
@@ -119,7 +123,8 @@ def test_step_by_rows_passes_opcheck(slots: list[int], asked: tuple[Any, int], b
     tensors = [torch.randn(2, 3, 4) for _ in range(4)]
     arguments = (
         tensors[0], tensors[1], table, torch.tensor([2, -1]), tensors[2], torch.tensor([2.0]),
-        [torch.randn(2, 3, 4) for _ in slots], slots, None, None, None, 0, torch.tensor([1, 2]), 3, None, 1, *asked,
+        [torch.randn(2, 3, 4) for _ in slots], slots, None, None, None, None, 0, torch.tensor([1, 2]), 3, None, 1, 1,
+        *asked,
         None, backend,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fastdiff.step_rows.default, arguments)

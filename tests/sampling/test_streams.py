@@ -10,6 +10,7 @@ import random
 import signal
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,6 +26,14 @@ from support.solver_cases import METHODS, STOCHASTIC
 SHAPE = (2, 3, 4, 4)
 LATENTS = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
 CONDITIONS = torch.ones(2, 1, 1, 1), torch.zeros(2, 1, 1, 1)
+
+
+@pytest.fixture(autouse=True)
+def _pythons_own_handler() -> Iterator[None]:
+    """Give Ctrl-C Python's handler: a process that was started in the background inherits an ignored one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def _model(x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:

@@ -448,12 +448,15 @@ def test_config_fields_have_order_and_defaults() -> None:
         ("clip_sample", False),
         ("clip_sample_range", 1.0),
         ("sample_max_value", 1.0),
-        ("timestep_spacing", "leading"),
+        ("timestep_spacing", None),  # leading, or what a flow takes
         ("rescale_betas_zero_snr", False),
         ("custom_betas", None),
         ("custom_alphas_cumprod", None),
         ("steps_offset", 0),
+        ("shift", 1.0),
+        ("shift_mu", None),
     ]
+    assert NoiseSchedulerConfig().timestep_spacing == "leading"
 
 
 def test_config_is_frozen_hashable_and_comparable() -> None:

@@ -135,7 +135,7 @@ def build(plan: Plan) -> tuple[dict[str, Any], set[str]]:
     unreadable: dict[int, str] = {}
     arguments: dict[str, Any] = {
         "variance_kind": plan.variance_kind, "keeps": 0 if plan.scatters else plan.keeps, "purpose": plan.purpose,
-        "write_history": plan.scatters,
+        "write_history": plan.scatters, "mask": None, "parts": 1,
     }  # fmt: skip
     for slot, change in plan.changes:
         if id(entries.get(slot)) in unreadable:
@@ -175,7 +175,7 @@ def call(plan: Plan, arguments: dict[str, Any]) -> Any:
         return backends.offer(call_module.StepCall(**fields))
     backend = "cpu" if plan.way.endswith("by cpu") else None
     first = [fields.pop(name) for name in (*REQUIRED, "row_index")]
-    del fields["write_history"]
+    del fields["write_history"], fields["parts"]  # no arguments of theirs
     if plan.scatters:
         return public_rows(first, fields, backend)
     return ops.step(*first, **fields, backend=backend)
@@ -238,7 +238,7 @@ def outcome(plan: Plan) -> str:
 def _hold_to_itself(plan: Plan, again: dict[str, Any], got: list[Tensor]) -> None:
     """Assert that the same call on non-overlapping tensors gives the same bits."""
     row, guidance = again["row_index"], again["guidance_scale"]
-    apart = (*REQUIRED, "row_index", "write_history")
+    apart = (*REQUIRED, "row_index", "write_history", "parts")
     rest = {name: again[name] for name in ARGUMENTS if name not in apart}
     rest["guidance_scale"] = guidance if guidance is None or isinstance(guidance, Tensor) else float(guidance)
     if again["write_history"] is True:
