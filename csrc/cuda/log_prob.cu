@@ -9,7 +9,6 @@ namespace fastdiff {
 namespace {
 
 constexpr int kWarpSize = 32;
-constexpr int kRounds = kBlock / kLanes;
 
 // The dtype of a tensor like the samples; `own` is its entry in the types.
 __device__ __forceinline__ DType stored_as(const StepArgs& args, DType own) { return args.mixed ? own : args.dtype; }

@@ -374,7 +374,7 @@ def test_triton_step_takes_no_float_argument(compiled: dict[str, Any]) -> None:
     # captured graph. What is not a pointer or a compile-time choice is a count, an index, or the bits of a guidance
     # scale that the caller gave as a number.
     runtime = {n for n in compiled["names"] if not n.endswith("_ptr") and not n.isupper()}
-    counts = {"row_index", "num_rows", "noise_step", "purpose", "channels"}
+    counts = {"row_index", "num_rows", "noise_step", "purpose", "channels", "parts"}
     assert runtime == counts | {"guidance_bits", "inner", "model_stride", "copy_stride", "blocks_per_sample"}
 
 
