@@ -183,7 +183,7 @@ MIXED = [
     for compute, width in (("float", 8), ("float", 1), ("double", 2), ("double", 1))
     for masked in ("", ", more")
 ]
-#: Six float64 tensors and their sums keep 27 numbers of two registers in each thread; launched with half as many threads.
+#: Six float64 tensors and their sums keep 27 numbers of two registers in each thread; its blocks have 256.
 ONE_BLOCK = "gram_kernel<ddLi6ELb1E>"
 KERNELS = {"step.cu": MIXED, "randn.cu": RANDN} | {
     name: [*GENERAL[stored], *(form_kernel(stored, form) for form in FORMS if stored != "double")]
