@@ -218,7 +218,7 @@ def test_malformed_masks_are_refused() -> None:
     x, table = torch.randn(2, 3, 4), torch.stack([plain_row()[0]] * 2)
     table[1, STORE_1] = 0
     for mask, kind, message in (
-        (torch.ones(2, 1, 4), ValueError, r"mask has shape \[2, 1, 4\], .*expand_as\(sample\)"),
+        (torch.ones(2, 1, 4), ValueError, r"mask has shape \[2, 1, 4\], .*expand_mask\(mask, sample\)"),
         (torch.ones(2, 3, 4, dtype=torch.bool), TypeError, r"mask has dtype torch.bool"),
         (torch.ones(2, 3, 4, dtype=torch.float64), TypeError, r"mask has dtype torch.float64"),
         (torch.ones(2, 3, 4, device="meta"), ValueError, r"mask is on meta"),
