@@ -182,7 +182,8 @@ void StepLaunch::set_key(int device) {
 const char* StepLaunch::run(const StepKernel& kernel, void* stream) const {
     if (programs_ > kMostPrograms) return "the samples need more programs than one launch may have";
     const void* none = nullptr;
-    std::array<void*, kParameters + 2> parameters{};
+    // Room for two addresses of scratch memory and, for the tests' driver, a null at the end.
+    std::array<void*, kParameters + 3> parameters{};
     size_t count = 0;
     const auto pass = [&](const void* value) { parameters[count++] = const_cast<void*>(value); };
     for (int i = 0; i < kPointers; ++i)

@@ -284,8 +284,8 @@ def test_more_samples_than_rows_of_a_grid_are_taken(kernel: Kernel) -> None:
     sample, output, uncond = (torch.randn(batch, 8).to(dtype) for _ in range(3))
     scales, out = torch.rand(batch), torch.full((batch, 8), math.nan, dtype=dtype)
     table = plain_row(prev_x=0.5, prev_m=0.25)
-    sizes = [batch, 8, 8, 1, 1, 0, ALL_DTYPES.index(dtype), 1, *[0] * 8, 1, *[0] * 15]
-    pointers = [sample, output, uncond, *[None] * 6, table, scales, *[None] * 5]
+    sizes = [batch, 8, 8, 1, 1, 0, ALL_DTYPES.index(dtype), 1, *[0] * 8, 1, *[0] * 15, 1, 0]
+    pointers = [sample, output, uncond, *[None] * 6, table, scales, *[None] * 6]
     spans = [Span(t.data_ptr(), t.numel() * t.element_size(), int(t is out), 0, 0)
              for t in (sample, output, uncond, scales, table, out)]  # fmt: skip
     kernel.run("step_on_host", spans, sizes, pointers, [out])
