@@ -15,6 +15,7 @@ from fastdiff import ops
 from fastdiff.ops import backends
 from support import fake_driver
 from support.child_environment import child_environment
+from support.fork_server import run_program
 from support.oracle import DTYPES, assert_same_bits, plain_row
 
 config = pytest.importorskip("fastdiff.kernels.config", reason="needs the triton package")
@@ -84,11 +85,8 @@ def test_unknown_launcher_is_refused() -> None:
 
 
 def import_launch(value: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "from fastdiff.kernels import launch; print(launch._through_jit)"],
-        env=child_environment(FASTDIFF_TRITON_LAUNCHER=value),
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    code = "from fastdiff.kernels import launch; print(launch._through_jit)"
+    return run_program(code, env=child_environment(FASTDIFF_TRITON_LAUNCHER=value))
 
 
 def test_any_accelerator_except_apples_uses_triton(monkeypatch: pytest.MonkeyPatch) -> None:
