@@ -37,7 +37,8 @@ def test_entries_have_the_bits_of_dot(backend: str, dtype: torch.dtype) -> None:
         xs = [numbers(seed + i, shape, dtype, spread).to(device) for i in range(count)]
         xs[0] = with_layout(xs[0], layout)
         given_twice = [*xs[:-1], xs[0]]  # the same tensor may be given twice
-        for tensors in (xs, given_twice):
+        interpreted = backend == "triton" and INTERPRETED  # whose calls take tenths of a second: one of the two
+        for tensors in ((xs, given_twice)[seed % 2],) if interpreted else (xs, given_twice):
             result = ops.gram(tensors, sums=sums, backend=backend)
             matrix = result[0] if sums else result
             assert isinstance(matrix, Tensor)
