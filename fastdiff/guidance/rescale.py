@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The rescaling factor of classifier-free guidance, and the rows of a step that apply it without a pass of its own."""
+"""The rescaling factor of guidance, and the rows of a step that apply it without a pass of its own."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..row_layout import COLUMNS, PREDICTION_OUTPUT, PREV_SAMPLE
 _IN_MAPS = slice(PREV_SAMPLE + COLUMNS.index("model_output"), None, len(COLUMNS))
 
 
-def rescaling_of(guided: Tensor, cond: Tensor, share: float) -> Tensor:
+def rescaling_of(guided: Tensor, cond: Tensor, share: float | Tensor) -> Tensor:
     """Return the factor of each sample's guided output (arXiv 2305.08891, eq. 15 and 16).
 
     Args:
-        guided: the guided output ``u + g·(c − u)``, ``[B, ...]``.
-        cond: the conditional output c, like `guided`.
-        share: φ, 0 to 1: 1 scales the output to the standard deviation of the conditional one.
+        guided: the guided output, ``u + g·(c − u)`` or another method's, ``[B, ...]``.
+        cond: the conditional output c, like `guided`, in any dtype.
+        share: φ, 0 to 1, a number or ``[B]``: 1 scales the output to the standard deviation of the conditional one.
 
     Returns:
         φ·std(c)/std(guided) + 1 − φ, ``[B]``, float32 (float64 for float64).

@@ -18,9 +18,9 @@ from ..guidance.gradients import ClassifierGuidance, LossGuidance, Term, add_gra
 from ..guidance.method import STATE, Guidance, Place, RowWeights
 from ..guidance.mixed import MixedGuidance
 from ..guidance.per_token_norm import PerTokenNormGuidance
-from ..guidance.rows import Placement, guided_row, place_branches, table_of, uses_bounded_x0
+from ..guidance.rows import Placement, guided_row, place_branches, scaled_pair, table_of, uses_bounded_x0
 from ..guidance.scalars import Scalar
-from ..guidance.weights import MOST_ON_HOST, plain_scale, step_weights, without_zeros
+from ..guidance.weights import MOST_ON_HOST, plain_scale, rescaled_weights, step_weights, without_zeros
 from ..noise.generators import Generators
 from ..schedules.levels import Levels
 from ..solvers.table import StepTable
@@ -259,32 +259,41 @@ class GuidedStepper:
             return self.stepper.step(sample, tensors[0], uncond=tensors[1], guidance_scale=kind.scale, **given)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (sample, *tensors)):
             return None
-        if kind.weights is not None:
+        if kind.weights is not None and kind.share == 0.0:
             return self._constant(kind.weights, sample, tensors, given)
-        batch = sample.shape[0] if sample.dim() > 0 else 0
-        if kind.formula is None or sample.device.type != "cpu" or not 0 < batch <= MOST_ON_HOST:
+        batch = shape[0] if shape else 0
+        if (kind.formula is None and kind.weights is None) or sample.device.type != "cpu":
             return None
+        if not 0 < batch <= MOST_ON_HOST:
+            return None
+        names = kind.names
         if self._state is not None:
-            tensors.append(self._state)
+            names, tensors = (*names, STATE), [*tensors, self._state]
         keeps = self.methods[0].keeps_state
-        placement = self._placement(len(tensors), keeps, 0)
-        if placement is None:
+        pair = len(tensors) == 2 and not keeps
+        placement = None if pair else self._placement(len(tensors), keeps, 0)
+        if placement is None and not pair:
             return None
-        products, sums = ops.host_gram(tensors, sums=kind.sums)
-        elements = float(sample.numel() // batch)
-        weights: list[RowWeights] = [
-            kind.formula(matrix, total, elements, kind.guidance_scale)
-            for matrix, total in zip(products, sums, strict=True)
-        ]
-        scale = None if keeps or len(tensors) > 2 else plain_scale(weights, sample)
-        if scale is not None:
-            return self.stepper.step(sample, tensors[0], uncond=tensors[1], guidance_scale=scale, **given)
-        if self._table is None or len(self._table) != batch:
+        weights: list[RowWeights]
+        if kind.formula is None:
+            assert kind.weights is not None
+            weights = [(kind.weights, None)]
+        else:
+            weights = [kind.formula(matrix, kind.guidance_scale) for matrix in ops.host_gram(tensors)]
+        if kind.share > 0.0:
+            weights = rescaled_weights(weights, [kind.share], names[:1], names, tensors, sample)
+        if self._table is None or len(self._table) != batch or self._table.of is not sample.dtype:
             self._table = HostTable(batch, sample)
-        scale = self._table.write(self._rows[self.stepper.index], placement, weights)
+        base = self._rows[self.stepper.index]
+        if placement is None:
+            scale = self._table.write_pairs(base, [scaled_pair(row[0], row[1]) for row, _ in weights])
+            own = self._table.tensor
+            rows = (own, row_index(own))
+            return self.stepper.step(sample, tensors[0], uncond=tensors[1], guidance_scale=scale, rows=rows, **given)
+        scale = self._table.write(base, placement, weights)
         table = self._table.tensor
-        rows = GuidedRows(table, row_index(table), scale, placement, keeps)
-        result, kept = step_with_rows(self.stepper, sample, tensors, rows, given)
+        guided = GuidedRows(table, row_index(table), scale, placement, keeps)
+        result, kept = step_with_rows(self.stepper, sample, tensors, guided, given)
         if kept is not None:
             self._keep(kept)
         return result
