@@ -83,15 +83,17 @@ class HostTable:
             self._scales[i] = scale
         return scale if len(rows) == 1 else self.scales
 
-    def write_pairs(self, base: Sequence[float], pairs: Sequence[tuple[float, float]]) -> float | Tensor:
+    def write_pairs(
+        self, base: Sequence[float], pairs: Sequence[tuple[float, float]]
+    ) -> tuple[tuple[Tensor, int | Tensor], float | Tensor]:
         """Write the solver's row for a pair of branches, combined as κ·(b + g·(a − b)) by the step.
 
         Args:
             base: as in `write`.
-            pairs: (κ, g) of each row.
+            pairs: (κ, g) of all samples, or of each.
 
         Returns:
-            g, or all of them.
+            The table and the row index, as in `fastdiff.ops.step`; and g, or all of them.
         """
         row = array(self._code, base)
         for i, (factor, scale) in enumerate(pairs):
@@ -101,7 +103,9 @@ class HostTable:
             for column in OUTPUT_COLUMNS:
                 if base[column] != 0.0:
                     self._numbers[start + column] = base[column] * factor
-        return pairs[0][1] if len(pairs) == 1 else self.scales
+        if len(pairs) == 1:
+            return (self.tensor, 0), pairs[0][1]
+        return (self.tensor, row_index(self.tensor)), self.scales
 
 
 def row_index(table: Tensor) -> int | Tensor:
@@ -169,6 +173,22 @@ def combine(
         backend=backend,
     )
     return results if token_dims is None else tuple(result.reshape(shape) for result in results)
+
+
+def combined_pair(
+    table: HostTable, pairs: Sequence[tuple[float, float]], sample: Tensor, tensors: Sequence[Tensor]
+) -> Tensor:
+    """Return κ·(b + g·(a − b)) in the compute dtype, from rows that are written to a table on the CPU.
+
+    Args:
+        table: to write.
+        pairs: (κ, g) of all samples, or of each.
+        sample: x, which is not read.
+        tensors: a and b, like `sample`.
+    """
+    (own, index), scale = table.write_pairs(COMBINING_ROW, pairs)
+    a, b = tensors
+    return ops.step(sample, a, own, index, uncond=b, guidance_scale=scale, out=[own.dtype])[0]
 
 
 def weighted_sum(sample: Tensor, tensors: Sequence[Tensor], rows: Sequence[RowWeights]) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,16 +138,16 @@ def gradient_at(
         return gradient_of(function(leaf), leaf, operation, argument, sums=sums)
 
 
-def gradient_of(values: Tensor, leaf: Tensor, operation: str, argument: str, *, sums: bool = False) -> Tensor:
+def gradient_of(values: Any, leaf: Tensor, operation: str, argument: str, *, sums: bool = False) -> Tensor:
     """Return the gradient of the sum of one number a sample; arguments are those of `gradient_at`."""
-    fits = isinstance(values, Tensor) and (values.shape == leaf.shape[:1] or (sums and values.numel() in (1, len(leaf))))
-    if not fits:
-        got = f"returned a {type(values).__name__} of shape {getattr(values, 'shape', 'none')}"
-        remedy = "return loss.flatten(1).sum(1), one number for each sample"
-        raise ValueError(error_message(operation, argument, got, f"[{leaf.shape[0]}]", remedy))
+    shape = getattr(values, "shape", None)
+    if shape != leaf.shape[:1] and not (sums and isinstance(values, Tensor) and values.numel() in (1, len(leaf))):
+        got = f"returned a {type(values).__name__} of shape {'none' if shape is None else list(shape)}"
+        remedy = "return values.flatten(1).sum(1)"
+        raise ValueError(error_message(operation, argument, got, f"[{leaf.shape[0]}], one number a sample", remedy))
     if not values.requires_grad:
-        got, remedy = "returned numbers without a gradient", "compute them from the argument by torch operations"
-        raise ValueError(error_message(operation, argument, got, "numbers that depend on the sample", remedy))
+        got, remedy = "returned numbers without a gradient", "compute them from x by torch operations"
+        raise ValueError(error_message(operation, argument, got, "one number a sample that depends on x", remedy))
     (gradient,) = torch.autograd.grad(values.sum(), leaf)
     return gradient.detach().to(leaf.dtype)
 

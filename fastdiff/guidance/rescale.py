@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import ops
 from ..row_layout import COLUMNS, PREDICTION_OUTPUT, PREV_SAMPLE
+from .scalars import Scalar, divide
 
 #: The columns of a row that multiply the model's output, in its three maps. PREDICTION_OUTPUT does in the prediction.
 _IN_MAPS = slice(PREV_SAMPLE + COLUMNS.index("model_output"), None, len(COLUMNS))
@@ -24,7 +25,17 @@ def rescaling_of(guided: Tensor, cond: Tensor, share: float | Tensor) -> Tensor:
     Returns:
         φ·std(c)/std(guided) + 1 − φ, ``[B]``, float32 (float64 for float64).
     """
-    return share * (ops.std(cond) / ops.std(guided)) + (1.0 - share)
+    return _factor(ops.std(cond), ops.std(guided), share)
+
+
+def host_rescaling_of(guided: Tensor, cond: Tensor, share: float) -> list[float]:
+    """Return `rescaling_of` as numbers, one a sample: on the CPU tensor operations on a few numbers take longer."""
+    deviations = zip(ops.std(cond).tolist(), ops.std(guided).tolist(), strict=True)
+    return [_factor(of_cond, of_guided, share) for of_cond, of_guided in deviations]
+
+
+def _factor(of_cond: Scalar, of_guided: Scalar, share: Scalar) -> Scalar:
+    return share * divide(of_cond, of_guided) + (1.0 - share)
 
 
 def rows_with_scaled_output(row: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:

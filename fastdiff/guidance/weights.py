@@ -127,18 +127,18 @@ def rescaled_weights(
             found = rescaling_of(guided, tensors[names.index(first)], share)
             factors.append(torch.where(share == 0.0, 1.0, found))
     factor = math.prod(factors[1:], start=factors[0])
-    if len(rows) == 1 and any(isinstance(weight, Tensor) for weight in rows[0][0]):
-        (row, kept) = rows[0]
-        return [([weight * factor.double() if _is_used(weight) else weight for weight in row], kept)]
-    each = rows if len(rows) > 1 else [rows[0]] * batch
-    if sample.device.type == "cpu":
-        numbers = factor.tolist()
-        return [([w * number for w in row], kept) for (row, kept), number in zip(each, numbers, strict=True)]
-    columns = to_device(torch.tensor([row for row, _ in each], dtype=torch.float64), sample.device).unbind(1)
-    of_kept = None
-    if each[0][1] is not None:
-        of_kept = to_device(torch.tensor([k for _, k in each], dtype=torch.float64), sample.device).unbind(1)
-    return [([column * factor.double() for column in columns], of_kept)]
+    if sample.device.type == "cpu" and batch <= MOST_ON_HOST:
+        each = rows if len(rows) > 1 else [rows[0]] * batch
+        return [([w * number for w in row], kept) for (row, kept), number in zip(each, factor.tolist(), strict=True)]
+    row, kept = rows[0]
+    if len(rows) > 1:
+        row, kept = _columns([row for row, _ in rows], sample), kept and _columns([k for _, k in rows], sample)
+    return [([weight * factor.double() if _is_used(weight) else weight for weight in row], kept)]
+
+
+def _columns(rows: Sequence[Any], like: Tensor) -> Sequence[Tensor]:
+    """Return the columns of rows of numbers, float64 ``[B]`` each, on the device of `like`."""
+    return to_device(torch.tensor(rows, dtype=torch.float64), like.device).unbind(1)
 
 
 def _mixed_row(

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import checked_type, error_message
-from ..guidance.combining import HostTable, as_tokens, combine, row_index, table_and_scale
+from ..guidance.combining import HostTable, as_tokens, combine, combined_pair, row_index, table_and_scale
 from ..guidance.frequency import FrequencyDecoupledGuidance
 from ..guidance.gradients import ClassifierGuidance, LossGuidance, Term, add_gradients
 from ..guidance.method import STATE, Guidance, Place, RowWeights
 from ..guidance.mixed import MixedGuidance
 from ..guidance.per_token_norm import PerTokenNormGuidance
+from ..guidance.rescale import host_rescaling_of
 from ..guidance.rows import Placement, guided_row, place_branches, scaled_pair, table_of, uses_bounded_x0
 from ..guidance.scalars import Scalar
 from ..guidance.weights import MOST_ON_HOST, plain_scale, rescaled_weights, step_weights, without_zeros
@@ -280,20 +281,24 @@ class GuidedStepper:
             weights = [(kind.weights, None)]
         else:
             weights = [kind.formula(matrix, kind.guidance_scale) for matrix in ops.host_gram(tensors)]
-        if kind.share > 0.0:
+        if kind.share > 0.0 and not pair:
             weights = rescaled_weights(weights, [kind.share], names[:1], names, tensors, sample)
         if self._table is None or len(self._table) != batch or self._table.of is not sample.dtype:
             self._table = HostTable(batch, sample)
         base = self._rows[self.stepper.index]
         if placement is None:
-            scale = self._table.write_pairs(base, [scaled_pair(row[0], row[1]) for row, _ in weights])
-            own = self._table.tensor
-            rows = (own, row_index(own))
+            pairs = [scaled_pair(row[0], row[1]) for row, _ in weights]
+            if kind.share > 0.0:
+                guided = combined_pair(self._table, pairs, sample, tensors)
+                pairs = [(factor, 1.0) for factor in host_rescaling_of(guided, tensors[0], kind.share)]
+                rows, _ = self._table.write_pairs(base, pairs)
+                return self.stepper.step(sample, guided, rows=rows, **given)
+            rows, scale = self._table.write_pairs(base, pairs)
             return self.stepper.step(sample, tensors[0], uncond=tensors[1], guidance_scale=scale, rows=rows, **given)
         scale = self._table.write(base, placement, weights)
         table = self._table.tensor
-        guided = GuidedRows(table, row_index(table), scale, placement, keeps)
-        result, kept = step_with_rows(self.stepper, sample, tensors, guided, given)
+        in_row = GuidedRows(table, row_index(table), scale, placement, keeps)
+        result, kept = step_with_rows(self.stepper, sample, tensors, in_row, given)
         if kept is not None:
             self._keep(kept)
         return result
