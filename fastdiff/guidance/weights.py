@@ -52,7 +52,18 @@ def step_weights(
     methods: Sequence[Guidance], place: Place, names: Sequence[str], tensors: Sequence[Tensor], sample: Tensor,
     with_state: Sequence[bool],
 ) -> list[RowWeights]:  # fmt: skip
-    """Return the weights of a step's branches.
+    """Return the weights of a step's branches, rescaled; arguments and result are those of `formula_weights`."""
+    rows, shares = formula_weights(methods, place, names, tensors, sample, with_state)
+    if not any(shares):
+        return rows
+    return rescaled_weights(rows, shares, [method.branches[0] for method in methods], names, tensors, sample)
+
+
+def formula_weights(
+    methods: Sequence[Guidance], place: Place, names: Sequence[str], tensors: Sequence[Tensor], sample: Tensor,
+    with_state: Sequence[bool],
+) -> tuple[list[RowWeights], list[float]]:  # fmt: skip
+    """Return the weights of a step's branches before rescaling, and φ of all samples or of each.
 
     Args:
         methods: one for all samples, or one a sample.
@@ -63,7 +74,8 @@ def step_weights(
         with_state: for each method, True if it has kept a tensor in an earlier step.
 
     Returns:
-        One entry for all samples, or one a sample; or one whose scalars are tensors ``[B]``.
+        The weights: one entry for all samples, or one a sample; or one whose scalars are tensors ``[B]``.  And φ, 0 for
+        no rescaling: one number for all samples, or one a sample.
     """
     batch = sample.shape[0]
     reduces = any(method.uses_products(place) for method in methods)
@@ -94,9 +106,7 @@ def step_weights(
         }
         found = list(of_method.values()) if len(methods) == 1 else [_mixed_row(methods, of_method, names, batch, like)]
         shares = [method.rescale_at(at, None) for method, at in zip(methods, places, strict=True)]
-    if not any(shares):
-        return found
-    return rescaled_weights(found, shares, [method.branches[0] for method in methods], names, tensors, sample)
+    return found, shares
 
 
 def rescaled_weights(

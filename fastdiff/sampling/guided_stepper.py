@@ -37,7 +37,7 @@ class GuidedStepper:
     """The state of one guided loop over a table: a `Stepper` whose model output is a combination of branches.
 
     A step takes one reduction where the method needs scalar products, and one pass: the weights of the branches go into
-    the solver's row, a row a sample.  Another pass combines the branches first where they do not fit into the row: see
+    the solver's row, a row a sample.  ``rescale`` adds a pass and two reductions.  Another pass combines the branches first where they do not fit into the row: see
     `passes`.
 
     ::
@@ -132,7 +132,7 @@ class GuidedStepper:
         Two are needed where x0 is clipped or thresholded and more than two tensors are combined, where the solver's
         history leaves too few of the four slots, where the solver keeps two outputs and guidance one more, for tokens
         of a thresholded x0, and for `FrequencyDecoupledGuidance`.  Dynamic thresholding adds a pass that measures x0,
-        with guidance or without.
+        with guidance or without, and ``rescale`` one that measures the guided output.
         """
         count = len(self.branches)
         if count > 1 and not all(method.is_affine for method in self.methods):
