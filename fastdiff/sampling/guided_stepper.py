@@ -37,8 +37,8 @@ class GuidedStepper:
     """The state of one guided loop over a table: a `Stepper` whose model output is a combination of branches.
 
     A step takes one reduction where the method needs scalar products, and one pass: the weights of the branches go into
-    the solver's row, a row a sample.  ``rescale`` adds a pass and two reductions.  Another pass combines the branches first where they do not fit into the row: see
-    `passes`.
+    the solver's row, a row a sample.  ``rescale`` adds a pass and two reductions.  Another pass combines the branches
+    first where they do not fit into the row: see `passes`.
 
     ::
 
