@@ -72,6 +72,21 @@ def test_products_are_within_rounding_bound(backend: str) -> None:
     assert (abs(got[:, 0, 0].double().numpy() - value) <= bound).all()
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="needs the extension")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_numbers_on_the_host_and_views_are_those_of_a_forced_backend(dtype: torch.dtype) -> None:
+    @settings(max_examples=8)
+    @given(seed=SEEDS, shape=SHAPES, layout=LAYOUTS, count=st.integers(2, 6))
+    def check(seed: int, shape: tuple[int, ...], layout: str, count: int) -> None:
+        xs = [with_layout(numbers(seed + i, shape, dtype, "wide"), layout) for i in range(count)]
+        matrix, sums = ops.gram(xs, sums=True, backend="cpu")
+        assert ops.host_gram(tuple(xs)) == matrix.tolist()
+        views = ops.gram(xs, sums=True)
+        assert_same_bits([view.contiguous() for view in views], [matrix.contiguous(), sums.contiguous()])
+
+    check()
+
+
 def test_gram_is_independent_of_threads_and_batch() -> None:
     xs = [numbers(i, (3, 70_001), torch.float32, "wide") for i in range(3)]
     before = torch.get_num_threads()
