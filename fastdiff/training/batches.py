@@ -38,9 +38,9 @@ class TrainingBatch:
 
     Attributes:
         images: clean samples ``[B, C, ...]``.
-        condition: labels, tokens or embeddings of the samples after condition dropout, as the model takes them; or None.
-        seeds: ``[B]`` int64, one a sample: a function of (seed, sample id, epoch).  Draws that follow from them alone are
-            those of the sample in any batch, process or resumed run.
+        condition: labels, tokens or embeddings of the samples after condition dropout; or None.
+        seeds: ``[B]`` int64, one a sample: a function of (seed, sample id, epoch).  Draws that follow from them alone
+            are those of the sample in any batch, process or resumed run.
         sample_ids: numbers of the samples, ``[B]`` int64, on the CPU.
         epoch: passes over the data before this one.
         step: optimizer steps before this one.
@@ -78,9 +78,7 @@ def read_batch(batch: Any, operation: str, channels: int | None = None) -> RawBa
         if "images" not in batch:
             remedy = "name the clean samples images"
             raise ValueError(error_message(operation, "batch", f"has keys {sorted(batch)}", "a key 'images'", remedy))
-        raw = RawBatch(
-            batch["images"], batch.get("labels"), batch.get("prompts"), batch.get("encoder_hidden_states")
-        )
+        raw = RawBatch(batch["images"], batch.get("labels"), batch.get("prompts"), batch.get("encoder_hidden_states"))
     else:
         got = f"is a {type(batch).__name__}"
         raise TypeError(error_message(operation, "batch", got, _EXPECTED, "collate samples to such batches"))
@@ -88,7 +86,8 @@ def read_batch(batch: Any, operation: str, channels: int | None = None) -> RawBa
     return raw
 
 
-def _check(raw: RawBatch, operation: str, channels: int | None) -> None:
+def _check(raw: Any, operation: str, channels: int | None) -> None:
+    """Check a batch whose fields may have any type."""
     images = raw.images
     if not isinstance(images, Tensor) or not images.is_floating_point():
         got = f"have dtype {images.dtype}" if isinstance(images, Tensor) else f"are a {type(images).__name__}"
@@ -96,7 +95,9 @@ def _check(raw: RawBatch, operation: str, channels: int | None) -> None:
         raise TypeError(error_message(operation, "images", got, "a floating tensor", remedy))
     if images.dim() < 2 or not len(images):
         got = f"have shape {list(images.shape)}"
-        raise ValueError(error_message(operation, "images", got, "[B, C, ...] with B of 1 or more", "add a batch dimension"))
+        raise ValueError(
+            error_message(operation, "images", got, "[B, C, ...] with B of 1 or more", "add a batch dimension")
+        )
     if channels is not None and images.shape[1] != channels:
         got, expected = f"have {images.shape[1]} channels", f"{channels}, in_channels of the configuration"
         raise ValueError(error_message(operation, "images", got, expected, "convert them, or set in_channels"))

@@ -3,8 +3,8 @@
 
 A checkpoint is a folder with ``state.json`` and one safetensors file for each set of tensors (``model``, ``ema``,
 ``optimizer``, ``text_encoder``).  It is written under another name, flushed to the disk and renamed, so a folder with
-the name of a checkpoint is complete; ``state.json`` has the size and checksum of each file, which are compared when it is
-read.
+the name of a checkpoint is complete; ``state.json`` has the size and checksum of each file, which are compared when it
+is read.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
         os.replace(_older(path), path)
     if not path.exists():
         got = f"is {str(path)!r}, which does not exist"
-        raise FileNotFoundError(error_message("load_checkpoint", "path", got, "a checkpoint's folder", "check the path"))
+        raise FileNotFoundError(
+            error_message("load_checkpoint", "path", got, "a checkpoint's folder", "check the path")
+        )
     if path.is_file() or not (path / _STATE).is_file():
         pickled = [file for file in ([path] if path.is_file() else sorted(path.iterdir())) if _is_pickle(file)]
         if pickled:
@@ -132,9 +134,11 @@ def checkpoint_folder(parent: str | Path, step: int) -> Path:
 def list_checkpoints(parent: str | Path) -> list[Path]:
     """Return the checkpoints in a folder, by step."""
     path = Path(parent)
-    found = [(int(match[1]), entry) for entry in path.iterdir() if (match := _NAME.fullmatch(entry.name))] if (
-        path.is_dir()
-    ) else []
+    found = (
+        [(int(match[1]), entry) for entry in path.iterdir() if (match := _NAME.fullmatch(entry.name))]
+        if (path.is_dir())
+        else []
+    )
     return [entry for _, entry in sorted(found)]
 
 
@@ -163,7 +167,10 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
-    own = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+    own = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
     for name, value in module.state_dict().items():
         if not isinstance(value, Tensor):
             got, remedy = f"keeps a {type(value).__name__} under {name!r}", "keep it in a buffer"
@@ -188,9 +195,7 @@ def load_module_tensors(module: nn.Module, tensors: Mapping[str, Tensor], operat
         own[name].copy_(value)
 
 
-def check_same_tensors(
-    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], operation: str, argument: str
-) -> None:
+def check_same_tensors(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], operation: str, argument: str) -> None:
     """Check that two sets of tensors have the same names and shapes.
 
     Raises:
@@ -199,12 +204,13 @@ def check_same_tensors(
     remedy = "make the model with the configuration that the checkpoint was trained with"
     for name in [*own, *tensors]:
         if name not in own or name not in tensors:
-            side = "has no tensor" if name not in own else "is from a checkpoint without the tensor"
-            got = f"{side} {name!r}" if name in own else f"has no tensor {name!r} of the checkpoint"
+            got = f"has {name!r}, which the checkpoint lacks" if name in own else f"lacks {name!r} of the checkpoint"
             raise ValueError(error_message(operation, argument, got, "equal names", remedy))
         if own[name].shape != tensors[name].shape:
             got = f"has {name!r} of shape {list(own[name].shape)}"
-            raise ValueError(error_message(operation, argument, got, f"{list(tensors[name].shape)} like the checkpoint", remedy))
+            raise ValueError(
+                error_message(operation, argument, got, f"{list(tensors[name].shape)} like the checkpoint", remedy)
+            )
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -39,9 +39,9 @@ def digits_dataset(*, train: bool = True) -> TensorDataset:
 class ImageFolder(Dataset[Any]):
     """The images of a folder and of those in it, as float tensors in [−1, 1].
 
-    Every file is opened once at the start.  Those that cannot be read as images are left out; their number is in
-    `skipped`, with their paths and the reasons, and one warning tells it.  Images are cut to a square about their middle
-    and resized (Pillow, bicubic with antialiasing).
+    Every file is opened once at the start.  Those that cannot be read as images are left out: `skipped` has their
+    paths with the reasons, and one warning their number.  Images are cut to a square about their middle and resized
+    (Pillow, bicubic with antialiasing).
 
     Args:
         folder: searched at all depths for `IMAGE_ENDINGS`; files are sorted by path.

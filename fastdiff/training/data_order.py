@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from ..errors import error_message
 from ..noise import sample_seeds
+from .batches import read_batch
 
 #: The number that stands for a whole epoch rather than for one of its samples.
 _EPOCH_ORDER = -1
@@ -81,8 +82,9 @@ class DataOrder:
 
     A `torch.utils.data.DataLoader` over a data set with indices is read in an order of ours: random if it shuffles,
     else its own; its workers, collate function and memory pinning are used as they are.  Random transforms in the data
-    set are seeded for each sample.  Everything else that is iterated over (a loader with a sampler of its own, a stream,
-    a list of batches) is taken in its own order, read whole by each process; its samples are numbered as they come.
+    set are seeded for each sample.  Everything else that is iterated over (a loader with a sampler of its own, a
+    stream, a list of batches) is taken in its own order, read whole by each process; its samples are numbered as they
+    come.
     ``batch_size`` is that of one process: the batch of a step has as many samples from each.
 
     Args:
@@ -97,14 +99,7 @@ class DataOrder:
 
     def __init__(self, loader: Any, seed: int, rank: int = 0, world: int = 1) -> None:
         self._loader, self._seed, self._rank, self._world = loader, seed, rank, world
-        self._indexed = (
-            isinstance(loader, DataLoader)
-            and not isinstance(loader.dataset, IterableDataset)
-            and type(loader.sampler) in (RandomSampler, SequentialSampler)
-            and loader.batch_size is not None
-            and not getattr(loader.sampler, "replacement", False)
-            and getattr(loader.sampler, "num_samples", len(loader.dataset)) == len(loader.dataset)
-        )
+        self._indexed = isinstance(loader, DataLoader) and _has_usual_order(loader)
         if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
             got, remedy = f"is a {type(loader).__name__}", "pass a torch DataLoader"
             raise TypeError(error_message("train", "dataloader", got, "an iterable of batches", remedy))
@@ -113,6 +108,11 @@ class DataOrder:
             least = self._global_batch if loader.drop_last else world
             got, remedy = f"has {samples} samples", "give more samples, or take smaller batches"
             raise ValueError(error_message("train", "dataloader", got, f"at least {least}", remedy))
+
+    @property
+    def global_batch(self) -> int | None:
+        """Samples of a whole batch over all processes; None where the loader does not know."""
+        return self._global_batch if self._indexed else None
 
     @property
     def _global_batch(self) -> int:
@@ -163,7 +163,7 @@ class DataOrder:
             group = list(islice(batches, self._world))
             if len(group) < self._world:
                 return
-            sizes = [batch_length(batch) for batch in group]
+            sizes = [len(read_batch(batch, "train").images) for batch in group]
             if skip > 0:
                 skip -= 1
             else:
@@ -173,17 +173,15 @@ class DataOrder:
             first += sum(sizes)
 
 
-def batch_length(batch: Any) -> int:
-    """Return the number of samples of a batch: the length of its first tensor or list."""
-    while isinstance(batch, (tuple, list, dict)) and len(batch) and not isinstance(batch, Tensor):
-        values = list(batch.values()) if isinstance(batch, dict) else list(batch)
-        if isinstance(batch, list) and not isinstance(values[0], (Tensor, dict, list, tuple)):
-            return len(values)
-        batch = next((value for value in values if isinstance(value, Tensor)), values[0])
-    if isinstance(batch, Tensor) and batch.dim():
-        return len(batch)
-    got, expected = f"is a {type(batch).__name__}", "a tensor [B, C, ...], (images, labels) or {'images': ...}"
-    raise TypeError(error_message("train", "a batch", got, expected, "collate samples to such batches"))
+def _has_usual_order(loader: DataLoader[Any]) -> bool:
+    """Return True for a loader that gives each index once, in random order or in its own."""
+    sampler, dataset = loader.sampler, loader.dataset
+    if isinstance(dataset, IterableDataset) or loader.batch_size is None:
+        return False
+    if type(sampler) is SequentialSampler:
+        return True
+    whole = type(sampler) is RandomSampler and len(sampler) == len(dataset)  # type: ignore[arg-type]
+    return whole and not sampler.replacement  # type: ignore[attr-defined]
 
 
 class _Numbered(Dataset[Any]):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import checked_integer, error_message
+from ..errors import checked_integer, checked_type, error_message
 
 #: Words and single marks; everything else separates.
 _WORDS = re.compile(r"\w+|[^\w\s]")
@@ -56,12 +56,9 @@ class SmallTextEncoder(nn.Module):
         Raises:
             TypeError: a prompt is no string.
         """
-        for prompt in prompts:
-            if not isinstance(prompt, str):
-                got = f"hold a {type(prompt).__name__}"
-                raise TypeError(error_message("SmallTextEncoder", "prompts", got, "strings", "pass one a sample"))
         rows = []
         for prompt in prompts:
+            checked_type("SmallTextEncoder", "a prompt", prompt, str, "a string", "pass one a sample")
             words = _WORDS.findall(prompt.lower())[: self.length - 1]
             numbers = [zlib.crc32(word.encode()) % (self.vocabulary - _FIRST_WORD) + _FIRST_WORD for word in words]
             rows.append([_BEGIN, *numbers, *[_PADDING] * (self.length - 1 - len(words))])
