@@ -25,7 +25,7 @@ def train(
     config: Annotated[Path | None, typer.Option(help="JSON with fields of DiffusionConfig.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps in all, also the length of the schedule.")] = None,
     batch: Annotated[int, typer.Option(help="Samples a batch, of each process.")] = 128,
-    resume: Annotated[bool, typer.Option(help="Continue from the latest checkpoint in --out, if there is one.")] = False,
+    resume: Annotated[bool, typer.Option(help="Continue from the latest checkpoint in --out.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, data order, noise and dropout.")] = None,
     jitter: Annotated[float, typer.Option(help="Share of the images that are turned and moved a little.")] = 0.0,
     workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
@@ -99,7 +99,9 @@ def train_job(
     found = latest_checkpoint(Path(options.output_dir) / "checkpoints")
     if found is not None and not resume:
         got = f"is {options.output_dir!r}, which has the checkpoint {found.name}"
-        raise ValueError(error_message("train", "--out", got, "a folder without checkpoints", "pass --resume, or another"))
+        raise ValueError(
+            error_message("train", "--out", got, "a folder without checkpoints", "pass --resume, or another")
+        )
     job = prepare_job(data, config, overrides)
     held_out = None if job.held_out is None else DataLoader(job.held_out, batch_size=batch)
     trainer = Trainer(
@@ -112,12 +114,13 @@ def train_job(
     )
     if found is not None:
         trainer.load_checkpoint(found)
-    loader = DataLoader(job.train_data, batch_size=batch, shuffle=True, num_workers=workers, drop_last=len(job.train_data) >= batch)  # type: ignore[arg-type]
+    count = len(job.train_data)  # type: ignore[arg-type]
+    loader = DataLoader(job.train_data, batch_size=batch, shuffle=True, num_workers=workers, drop_last=count >= batch)
     first, began = trainer.step, time.perf_counter()
     reports = trainer.train(loader, max_steps=trainer.config.max_train_steps)
     if trainer.accelerator.is_main_process:
         seconds = time.perf_counter() - began
         loss = f"loss {reports[-1]['loss']:.4f}" if reports else "nothing was left to do"
-        skipped = f", {trainer.skipped_steps} skipped" if trainer.skipped_steps else ""
-        taken = trainer.step - first
-        print(f"{taken} steps{skipped} in {seconds:.0f} s: {loss}; {latest_checkpoint(Path(options.output_dir) / 'checkpoints')}")
+        skipped = f", {trainer.skipped_steps} skipped," if trainer.skipped_steps else ""
+        latest = latest_checkpoint(Path(options.output_dir) / "checkpoints")
+        print(f"{trainer.step - first} steps{skipped} in {seconds:.0f} s: {loss}; {latest}")

@@ -141,7 +141,9 @@ def _check_shape(config: DiffusionConfig, size: int, channels: int) -> None:
     for name, value in (("image_size", size), ("in_channels", channels)):
         if getattr(config, name) != value:
             got = f"is {getattr(config, name)}"
-            raise ValueError(error_message("train", name, got, f"{value} for these data", "set it in the configuration"))
+            raise ValueError(
+                error_message("train", name, got, f"{value} for these data", "set it in the configuration")
+            )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
