@@ -61,7 +61,7 @@ def make_trainer(steps: int, folder: Path) -> Trainer:
 def sample(trainer: Trainer, labels: Tensor, guidance_scale: float, seed: int) -> Tensor:
     """Return an image ``[1, 8, 8]`` for each label, by 50 steps of DDIM with the averaged weights."""
     sampler = fastdiff.create_sampler(
-        trainer.schedule,
+        trainer.config.beta_schedule,
         "ddim",
         num_inference_steps=50,
         timestep_spacing="trailing",
