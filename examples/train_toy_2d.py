@@ -34,14 +34,14 @@ class PointModel(nn.Module):
     def __init__(self, width: int = 128) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(2 + 16, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+            nn.Linear(3 + 24, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
             nn.Linear(width, 2),
         )  # fmt: skip
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        time = t.to(x.dtype).expand(len(x))[:, None] / 1000
-        waves = time * torch.arange(1, 9, device=x.device) * (math.pi / 2)
-        output: Tensor = self.layers(torch.cat([x, waves.sin(), waves.cos()], dim=1))
+        place = torch.cat([x, t.to(x.dtype).expand(len(x))[:, None] / 1000], dim=1)
+        waves = (place[:, :, None] * torch.arange(1, 5, device=x.device) * (math.pi / 2)).flatten(1)
+        output: Tensor = self.layers(torch.cat([place, waves.sin(), waves.cos()], dim=1))
         return output
 
 
@@ -66,7 +66,7 @@ def train(points: Tensor, schedule: object, steps: int, batch: int = 512, seed: 
         optimizer.step()
         rate.step()
         if step % max(1, steps // 5) == 0 or step == steps - 1:
-            print(f"step {step}: loss {float(loss):.4f}")
+            print(f"step {step}: loss {loss.item():.4f}")
     return model.eval()
 
 
@@ -77,7 +77,7 @@ def distance_to(points: Tensor, samples: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--samples", type=int, default=2000)
     arguments = parser.parse_args()
 
