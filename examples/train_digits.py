@@ -58,12 +58,12 @@ def make_trainer(steps: int, folder: Path) -> Trainer:
     )
 
 
-def sample(trainer: Trainer, labels: Tensor, guidance_scale: float, seed: int) -> Tensor:
-    """Return an image ``[1, 8, 8]`` for each label, by 50 steps of DDIM with the averaged weights."""
+def sample(trainer: Trainer, labels: Tensor, guidance_scale: float, seed: int, steps: int) -> Tensor:
+    """Return an image ``[1, 8, 8]`` for each label, by DDIM with the averaged weights."""
     sampler = fastdiff.create_sampler(
         trainer.config.beta_schedule,
         "ddim",
-        num_inference_steps=50,
+        num_inference_steps=steps,
         timestep_spacing="trailing",
         prediction_type=trainer.config.prediction_type,
         guidance_scale=guidance_scale,
@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2500, help="optimizer steps of 128 digits")
     parser.add_argument("--per-class", type=int, default=100, help="samples a digit that are measured")
     parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--sampling-steps", type=int, default=50)
     parser.add_argument("--out", type=Path, default=Path("train_digits"))
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     arguments = parser.parse_args()
@@ -91,15 +92,17 @@ def main() -> None:
     trainer.train(loader, max_steps=arguments.steps)
     seconds = time.perf_counter() - began
 
+    def draw(labels: Tensor, guidance_scale: float, seed: int) -> Tensor:
+        return sample(trainer, labels, guidance_scale, seed, arguments.sampling_steps)
+
     # `evaluate` is what measured the packaged weights (fastdiff/digits/figures.json).
-    figures = evaluate(
-        lambda labels, scale, seed: sample(trainer, labels, scale, seed), arguments.guidance, arguments.per_class
-    )
+    figures = evaluate(draw, arguments.guidance, arguments.per_class)
     figures |= {"steps": trainer.step, "training_seconds": round(seconds, 1), "threads": torch.get_num_threads()}
     figures["held_out_loss"] = round(trainer.validate(DataLoader(digits_dataset(train=False), batch_size=360)), 4)
     (arguments.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    labels = torch.arange(10).repeat_interleave(10)
-    save_grid(sample(trainer, labels, arguments.guidance, seed=1), arguments.out / "samples.png", columns=10, scale=4)
+    columns = min(10, arguments.per_class)
+    images = draw(torch.arange(10).repeat_interleave(columns), arguments.guidance, seed=1)
+    save_grid(images, arguments.out / "samples.png", columns=columns, scale=4)
     print(f"recognised {figures['recognised']:.3f} after {trainer.step} steps in {seconds:.0f} s: {arguments.out}")
 
 

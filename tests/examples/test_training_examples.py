@@ -31,7 +31,7 @@ def _run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
 def test_train_digits_resumes_and_measures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ("--per-class", "2", "--out", str(tmp_path))
+    arguments = ("--per-class", "2", "--sampling-steps", "3", "--out", str(tmp_path))
     _run(monkeypatch, "train_digits", "--steps", "2", *arguments)
     _run(monkeypatch, "train_digits", "--steps", "3", "--resume", *arguments)
     assert "after 3 steps" in capsys.readouterr().out
@@ -62,7 +62,7 @@ def test_train_fashion_mnist_from_a_local_folder(
     _run(monkeypatch, "train_fashion_mnist", str(tmp_path), "--out", str(out), *small)
     assert "2 steps on 9 images" in capsys.readouterr().out
     picture = pytest.importorskip("PIL.Image").open(out / "samples.png")
-    assert picture.size == (28 * 2, 10 * 28 * 2)  # a row a class, enlarged twice
+    assert picture.size == (2 * (28 + 2), 2 * (10 * 28 + 11))  # a row a class between lines, enlarged twice
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000002"]
 
 
