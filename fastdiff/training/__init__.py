@@ -10,6 +10,18 @@ The modules::
     variational_bound.py  terms of the variational bound, for learned variances
     scheduler.py          schedule and steps of a configuration, called as diffusers' schedulers are
     model.py              diffusers' U-Nets of a configuration, and a model that samples
+    trainer.py            the trainer; trainer_state.py its checkpoints, reports.py its reports
+    run_options.py        its options: files, reports, validation
+    objectives.py         what is minimized; batches.py and conditioning.py what goes into it
+    data.py, data_order.py   data sets, and the order of samples as a function of the seed
+    augmentation.py, seeded_uniforms.py  draws that belong to a sample
+    optimization.py       AdamW and the learning rate
+    monitor.py            statistics that are kept on the device
+    checkpoints.py        folders of safetensors and JSON
+    validation.py, sample_grids.py  losses and pictures during training
+    text_encoder.py       a small text encoder
+    out_of_memory.py      what to try when memory is full
+    job.py                a job of ``fastdiff train``
 
 A name is imported when it is asked for: the losses need torch alone, the model needs diffusers.
 """
@@ -20,8 +32,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .augmentation import Jitter as Jitter
+    from .batches import TrainingBatch as TrainingBatch
+    from .checkpoints import load_checkpoint as load_checkpoint
+    from .checkpoints import save_checkpoint as save_checkpoint
     from .config import DiffusionConfig as DiffusionConfig
     from .config import SchedulerType as SchedulerType
+    from .data import ImageFolder as ImageFolder
+    from .data import digits_dataset as digits_dataset
+    from .data import fashion_mnist_dataset as fashion_mnist_dataset
     from .losses import AdvancedLossFunctions as AdvancedLossFunctions
     from .losses import debiased_loss as debiased_loss
     from .losses import huber_loss as huber_loss
@@ -32,10 +51,20 @@ if TYPE_CHECKING:
     from .losses import v_prediction_loss as v_prediction_loss
     from .model import AdvancedUNet as AdvancedUNet
     from .model import DiffusionModel as DiffusionModel
+    from .objectives import DenoisingObjective as DenoisingObjective
+    from .objectives import LossTerms as LossTerms
+    from .objectives import Objective as Objective
+    from .reports import DivergedError as DivergedError
+    from .run_options import RunOptions as RunOptions
     from .scheduler import AdvancedScheduler as AdvancedScheduler
     from .scheduler import DiffusionScheduler as DiffusionScheduler
+    from .text_encoder import SmallTextEncoder as SmallTextEncoder
     from .timestep_draws import draw_timesteps as draw_timesteps
     from .timestep_draws import shift_times as shift_times
+    from .trainer import AdvancedDiffusionTrainer as AdvancedDiffusionTrainer
+    from .trainer import DiffusionTrainer as DiffusionTrainer
+    from .trainer import Trainer as Trainer
+    from .validation import validate_model as validate_model
     from .variational_bound import discretized_log_likelihood as discretized_log_likelihood
     from .variational_bound import gaussian_kl as gaussian_kl
     from .variational_bound import prior_term as prior_term
@@ -49,6 +78,16 @@ if TYPE_CHECKING:
 
 #: The public names by module.
 _MODULES = {
+    "validation": ("validate_model",),
+    "trainer": ("AdvancedDiffusionTrainer", "DiffusionTrainer", "Trainer"),
+    "text_encoder": ("SmallTextEncoder",),
+    "run_options": ("RunOptions",),
+    "reports": ("DivergedError",),
+    "objectives": ("DenoisingObjective", "LossTerms", "Objective"),
+    "data": ("ImageFolder", "digits_dataset", "fashion_mnist_dataset"),
+    "checkpoints": ("load_checkpoint", "save_checkpoint"),
+    "batches": ("TrainingBatch",),
+    "augmentation": ("Jitter",),
     "config": ("DiffusionConfig", "SchedulerType"),
     "losses": (
         "AdvancedLossFunctions",
