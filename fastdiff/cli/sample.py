@@ -91,7 +91,8 @@ def sample(
         float, typer.Option("--guidance-scale", "--guidance", help="Classifier-free guidance scale; 1 for none.")
     ] = 3.0,
     classes: Annotated[str, typer.Option(help="Digits to draw: 0-9, 3 or 1,4,7-9.")] = "0-9",
-    n: Annotated[int, typer.Option(help="How many images, shared out among the classes.")] = 100,
+    # --images for torchrun, whose parser takes --n for an abbreviation of several options of its own, and refuses it.
+    n: Annotated[int, typer.Option("--n", "--images", help="How many images, shared out among the classes.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     out: Annotated[Path | None, typer.Option(help="The picture to write.", show_default="samples.png")] = None,
     folder: Annotated[

@@ -43,7 +43,7 @@ def draw_shards(
         **{name: getattr(value, "value", value) for name, value in sampling.items()},
         "guidance_scale": guidance_scale,
         "classes": ",".join(map(str, classes)),
-        "device": torch.device(device).type,
+        "device": device.partition(":")[0],
         "backend": backend,
         "threads": checked_integer("sample", "--threads", threads, 1),
         "fastdiff": __version__,

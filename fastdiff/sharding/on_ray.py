@@ -74,10 +74,7 @@ def sample_shards_on_ray(
             num_gpus=gpus_per_worker or None,
         )
         with _without_bars(data.DataContext.get_current()):
-            try:
-                report = run_batches(shards, _outcomes(made), job.batches, progress)
-            except ray.exceptions.RayTaskError as error:
-                raise _cause(error) from error
+            report = run_batches(shards, _outcomes(ray, made), job.batches, progress)
     if report.manifest is None:
         got, remedy = f"is {str(shards.path)!r}, where batches of workers are missing", "name a folder on a shared disk"
         raise RuntimeError(error_message("sample_shards", "folder", got, "one that all workers share", remedy))
@@ -92,20 +89,21 @@ class _Worker:
         self._shards = ShardFolder(folder, job)
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[Any]]:
-        batches = [int(batch) for batch in rows["data"]]
-        return {"batch": batches, "outcome": [self._shards.make(batch, self._draw).value for batch in batches]}
+        (batch,) = (int(batch) for batch in rows["data"])
+        try:
+            outcome, error = self._shards.make(batch, self._draw).value, b""
+        except Exception as raised:
+            # An exception that passes through Ray Data arrives as text; as a value it keeps its type.
+            outcome, error = "", require("ray.cloudpickle", "ray", "sample_shards").dumps(raised)
+        return {"batch": [batch], "outcome": [outcome], "error": [error]}
 
 
-def _outcomes(made: Any) -> Iterator[tuple[int, Outcome]]:
+def _outcomes(ray: Any, made: Any) -> Iterator[tuple[int, Outcome]]:
+    """Yield batches and their outcomes; raise the exception of the first batch that failed."""
     for row in made.iter_rows():
+        if row["error"]:
+            raise ray.cloudpickle.loads(row["error"])
         yield int(row["batch"]), Outcome(row["outcome"])
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return the exception of a worker that Ray has wrapped."""
-    while getattr(error, "cause", None) is not None:
-        error = error.cause  # type: ignore[attr-defined]
-    return error
 
 
 @contextlib.contextmanager
