@@ -4,29 +4,35 @@
     python -m benchmarks.kill_soak                # 20 kills of a job of two processes, PNG and safetensors in turn
     python -m benchmarks.kill_soak --kills 5 --seed 3
 
-Each start runs two processes of ``fastdiff sample --folder`` and kills each of them at a random instant of its own;
-the next start is in the same folder.  A job that completes in spite of the kills is compared with an undisturbed run
-byte by byte, and the next job begins, until there were enough kills; the last job is then completed and compared too.
-The command fails where a file differs, is missing, or is left over.
+Each start runs the two processes of a job, which draws digits with the packaged model, and kills each of them at a
+random instant of its own; the next start is in the same folder.  The processes are forked from this one, which has
+torch imported and uses one thread: they are at work at once, so that kills hit the work.  A job that completes in
+spite of the kills is compared with an undisturbed run byte by byte, and the next job begins, until there were enough
+kills; the last job is then completed and compared too.  The command fails where a file differs, is missing, or is left
+over.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
+import multiprocessing
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-KILLS, WORLD_SIZE = 20, 2
-IMAGES, BATCH_SIZE, STEPS = 400, 4, 5
+import torch
+
+from fastdiff.digits.batches import DigitBatches
+from fastdiff.sharding import sample_shards
+
+KILLS, LONGEST, WORLD_SIZE = 20, 4.0, 2
+IMAGES, BATCH_SIZE, STEPS = 160, 4, 4
 FORMATS = ("png", "safetensors")
 
 
@@ -39,12 +45,19 @@ class Kill(NamedTuple):
     temporaries: int
 
 
-def start(folder: Path, file_format: str, rank: int, world_size: int) -> subprocess.Popen[bytes]:
+def start(folder: Path, file_format: str, rank: int, world_size: int) -> BaseProcess:
     """Start a process of a job."""
-    command = [sys.executable, "-m", "fastdiff", "sample", "--quiet", "--n", str(IMAGES), "--steps", str(STEPS)]
-    options = ["--batch-size", str(BATCH_SIZE), "--format", file_format, "--folder", str(folder)]
-    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, *options], env=environment, stdout=subprocess.DEVNULL)
+    process = multiprocessing.get_context("fork").Process(target=share, args=(folder, file_format, rank, world_size))
+    process.start()
+    return process
+
+
+def share(folder: Path, file_format: str, rank: int, world_size: int) -> None:
+    """Draw a process' share of the digits into a folder."""
+    torch.set_num_threads(1)
+    digits = DigitBatches(range(10), IMAGES, {"num_inference_steps": STEPS}, guidance_scale=3.0)
+    job: dict[str, Any] = {"batch_size": BATCH_SIZE, "file_format": file_format, "progress": False}
+    sample_shards(digits, folder, IMAGES, **job, rank=rank, world_size=world_size)
 
 
 def disturbed_run(folder: Path, file_format: str, longest: float) -> Kill | None:
@@ -59,16 +72,15 @@ def disturbed_run(folder: Path, file_format: str, longest: float) -> Kill | None
     seconds = 0.0
     try:
         for instant, rank in instants:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                processes[rank].wait(max(0.0, begun + instant - time.monotonic()))
-            if processes[rank].poll() is None:
-                processes[rank].send_signal(signal.SIGKILL)
+            processes[rank].join(max(0.0, begun + instant - time.monotonic()))
+            if processes[rank].is_alive():
+                processes[rank].kill()
                 seconds = time.monotonic() - begun
-        codes = [process.wait() for process in processes]
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.join()
+    codes = [process.exitcode for process in processes]
     if not set(codes) <= {0, -signal.SIGKILL}:
         raise RuntimeError(f"kill_soak: the processes ended with {codes}, expected 0 or a kill; see their lines above")
     batches, temporaries = len(list(folder.glob("records/*.json"))), len(list(folder.rglob(".fastdiff-*.tmp")))
@@ -78,7 +90,9 @@ def disturbed_run(folder: Path, file_format: str, longest: float) -> Kill | None
 
 def complete(folder: Path, file_format: str) -> dict[str, bytes]:
     """Run a job to its end in one process, and return the content of all files of its folder."""
-    if start(folder, file_format, 0, 1).wait():
+    process = start(folder, file_format, 0, 1)
+    process.join()
+    if process.exitcode:
         raise RuntimeError("kill_soak: the undisturbed run failed; see its line above")
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -118,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the kills and the comparisons; return 1 if a file differs."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kill_soak", description=str(__doc__).partition("\n")[0])
     parser.add_argument("--kills", type=int, default=KILLS, help=f"starts that are killed (default: {KILLS})")
-    parser.add_argument("--longest", type=float, default=10.0, help="longest seconds before a kill (default: 10)")
+    parser.add_argument("--longest", type=float, default=LONGEST, help=f"seconds before a kill (default: {LONGEST:g})")
     parser.add_argument("--seed", type=int, help="seed of the instants (default: a fresh one)")
     options = parser.parse_args(arguments)
     if options.kills < 1 or not 0.0 < options.longest < 3600.0:
@@ -126,7 +140,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seed = random.randrange(2**32) if options.seed is None else options.seed
     random.seed(seed)
     print(f"seed {seed}: {IMAGES} images in batches of {BATCH_SIZE}, {WORLD_SIZE} processes")
-    print("{:<12}{:>4}{:>9}{:>8}{:>9}{:>12}".format("format", "job", "seconds", "killed", "batches", "temporaries"))
+    print(
+        "{:<12}{:>4}{:>9}{:>8}{:>9}{:>12}".format("format", "job", "seconds", "killed", "batches", "temporaries"),
+        flush=True,
+    )
     differing = []
     for i, file_format in enumerate(FORMATS):
         kills = options.kills // len(FORMATS) + (i < options.kills % len(FORMATS))

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
-import subprocess
+import multiprocessing
 import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,13 @@ from benchmarks.kill_soak import Kill
 KILL = Kill(0.5, 2, 3, 1)
 
 
-def _child(program: str) -> Any:
-    command = [sys.executable, "-I", "-S", "-c", program]
-    return lambda *arguments: subprocess.Popen(command)
+def _child(function: Callable[[], object]) -> Any:
+    def start(*arguments: Any) -> BaseProcess:
+        process = multiprocessing.get_context("fork").Process(target=function)
+        process.start()
+        return process
+
+    return start
 
 
 @pytest.mark.parametrize(
@@ -49,16 +56,16 @@ def test_kill_soak_counts_kills_and_compares_files(
 
 
 def test_kill_soak_kills_processes_that_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(kill_soak, "start", _child("import time; time.sleep(60)"))
+    monkeypatch.setattr(kill_soak, "start", _child(lambda: time.sleep(60)))
     kill = kill_soak.disturbed_run(tmp_path, "png", 0.2)
     assert kill is not None
     assert kill.killed == 2
-    monkeypatch.setattr(kill_soak, "start", _child(""))
+    monkeypatch.setattr(kill_soak, "start", _child(lambda: None))
     assert kill_soak.disturbed_run(tmp_path, "png", 1e6) is None
 
 
 def test_kill_soak_reports_process_that_fails_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(kill_soak, "start", _child("raise SystemExit(2)"))
+    monkeypatch.setattr(kill_soak, "start", _child(lambda: sys.exit(2)))
     with pytest.raises(RuntimeError, match=r"the processes ended with \[2, 2\]"):
         kill_soak.disturbed_run(tmp_path, "png", 1e6)
     with pytest.raises(RuntimeError, match="the undisturbed run failed"):
