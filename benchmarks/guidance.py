@@ -8,8 +8,10 @@ guided DDIM step; and the guider alone over what guidance adds to our step.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 from fastdiff import create_sampler
 from fastdiff.guidance import (
     AutoGuidance,
+    FrequencyDecoupledGuidance,
     Guidance,
     MagnitudeAwareGuidance,
     PerturbedGuidance,
@@ -67,7 +70,10 @@ PAIRS: dict[str, tuple[Guidance, str, dict[str, Any], tuple[str, ...]]] = {
         {"seg_guidance_layers": [1]},
         ("cond", "uncond", "perturbed"),
     ),
+    "frequency-decoupled": (FrequencyDecoupledGuidance(), "FrequencyDecoupledGuidance", {}, ("cond", "uncond")),
 }
+#: Packages that diffusers' guider of a method needs beside diffusers.
+NEEDS = {"frequency-decoupled": "kornia"}
 
 STEPS = 1000
 
@@ -148,7 +154,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     clock = time.thread_time if options.cpu_time else time.perf_counter
-    lines = [measure(name, tuple(options.shape), options.rounds, options.calls, clock) for name in PAIRS]
+    names = [name for name in PAIRS if name not in NEEDS or importlib.util.find_spec(NEEDS[name]) is not None]
+    for name in PAIRS.keys() - names:
+        print(f"{name} is left out: {NEEDS[name]} is not installed", file=sys.stderr)
+    lines = [measure(name, tuple(options.shape), options.rounds, options.calls, clock) for name in names]
     if options.json:
         print(json.dumps(lines))
         return

@@ -201,12 +201,13 @@ def describe_conditions(workload: Workload) -> dict[str, str]:
     """Return machine, versions, date and workload, by name, as reports print them."""
     device = workload.latents.device
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    threads = torch.get_num_threads()
     return {
         "model": workload.name,
         "schedule": f"{workload.scheduler.config.schedule_type}, {workload.scheduler.config.timestep_spacing} spacing",
         "latents": f"{list(workload.latents.shape)} {workload.latents.dtype}".replace("torch.", ""),
         "options": ", ".join(f"{name} {value}" for name, value in workload.fields.items()) or "defaults",
-        "machine": f"{machine}, {torch.get_num_threads()} threads",
+        "machine": f"{machine}, {threads} thread{'' if threads == 1 else 's'}",
         "backend": backend_for(workload.latents),
         "versions": f"fastdiff {_package_version()}, torch {torch.__version__}, Python {platform.python_version()}",
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),

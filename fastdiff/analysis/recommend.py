@@ -36,6 +36,8 @@ SPACINGS = (
 )
 #: Candidates that are measured again after the screening.
 FINALISTS = 6
+#: How far over a budget of time a finalist may be, as a share of it: clocks vary.
+SLACK = 0.05
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Recommendation:
         screened: how many candidates were compared.
         stochastic: methods left out because they draw noise: their samples are others than the reference's.
         unfit: methods left out because they do not fit the model or the budget, with the reason.
+        over_budget: True if every finalist took longer than the budget; the fastest is then the only candidate.
         conditions: machine, versions, date and workload, by name.
     """
 
@@ -87,6 +90,7 @@ class Recommendation:
     screened: int
     stochastic: list[str]
     unfit: dict[str, str]
+    over_budget: bool
     conditions: dict[str, str]
 
     @property
@@ -103,6 +107,8 @@ class Recommendation:
         ties = [candidate.method for candidate in self.candidates[1:] if candidate.tied]
         if ties:
             said += f" {self.samples} samples do not tell it from {', '.join(ties)}."
+        if self.over_budget:
+            said += f" That is over the budget of {self.budget}: the machine slowed down. Call again when it is idle."
         if best.distance.mean < self.resolution:
             said += f" The reference is known to {self.resolution:.2g} only: more reference steps would tell more."
         return said
@@ -177,6 +183,7 @@ def recommend(
         len(entries),
         search.stochastic,
         search.unfit,
+        not search.within_budget(candidates[0].milliseconds),
         describe_conditions(workload),
     )
 
@@ -243,7 +250,7 @@ class _Search:
         return [entries[i] for i in order[:FINALISTS]]
 
     def measure(self, finalists: list[tuple[MethodSpec, int]], reference: Tensor, rounds: int) -> list[Candidate]:
-        """Measure finalists on the second half, in interleaved rounds; the closest comes first."""
+        """Measure finalists on the second half, in interleaved rounds; the closest within the budget comes first."""
         times: list[list[float]] = [[] for _ in finalists]
         distances: list[Tensor] = [torch.empty(0)] * len(finalists)
         runs = [(i, spec, count) for _ in range(rounds) for i, (spec, count) in enumerate(finalists)]
@@ -252,9 +259,10 @@ class _Search:
             times[i].append(1e3 * result.processing_time)
             distances[i] = reference_distance(result.samples.cpu(), reference[self.final])
         milliseconds = [statistics.median(own) for own in times]
-        allowed = [
-            i for i in range(len(finalists)) if self.budget_ms is None or milliseconds[i] <= 1.05 * self.budget_ms
-        ] or [min(range(len(finalists)), key=lambda i: milliseconds[i])]
+        allowed = [i for i in range(len(finalists)) if self.within_budget(milliseconds[i])]
+        allowed = allowed or [min(range(len(finalists)), key=lambda i: milliseconds[i])]
+        for i in set(range(len(finalists))) - set(allowed):
+            self.unfit[finalists[i][0].label] = f"a loop took {milliseconds[i]:.1f} ms"
         allowed.sort(key=lambda i: float(distances[i].mean()))
         best = distances[allowed[0]]
         found = []
@@ -264,6 +272,10 @@ class _Search:
             behind = Estimate(0.0, 0.0) if i == allowed[0] else estimate(distances[i] - best)
             found.append(Candidate(spec.label, count, calls, milliseconds[i], estimate(distances[i]), behind))
         return found
+
+    def within_budget(self, milliseconds: float) -> bool:
+        """Return True if a loop of so long is within the budget of time, where there is one."""
+        return self.budget_ms is None or milliseconds <= (1 + SLACK) * self.budget_ms
 
     def _milliseconds_per_call(self, spec: MethodSpec) -> float:
         """Return the time of a model call with its step on the second half, from the faster of two warm loops."""

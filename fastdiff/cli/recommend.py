@@ -62,8 +62,9 @@ def recommend(
             "–" if candidate is found.best else behind,
         )
     console.print(table)
-    for key in ("machine", "backend", "versions"):
-        console.print(plain(f"{key}: {found.conditions[key]}"))
+    console.print(plain(f"distance: root mean square from {found.reference}, itself known to {found.resolution:.2g}"))
+    for key, condition in found.conditions.items():
+        console.print(plain(f"{key}: {condition}"))
     if found.stochastic:
         console.print(plain(f"left out, since they draw noise: {', '.join(found.stochastic)}"))
     for left_out, reason in found.unfit.items():

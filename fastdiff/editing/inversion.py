@@ -38,7 +38,8 @@ def invert(
         image: x0, ``[B, ...]``; not written to.
         iterations: model calls a step, 1 or more; 1 is the usual DDIM inversion.  More help DDIM and Euler only.
         corrections: 0 or more; each takes a loop of the solver and another inversion.  0 with 2 or 3 iterations is
-            best for DDIM and Euler, 1 with 1 iteration serves every solver.
+            best for DDIM and Euler, 1 with 1 iteration serves every solver.  They do not converge where the solver is
+            not one-to-one, as DPM-Solver++(3M) on few leading timesteps: docs/editing.md.
         backend: forces one, as in `fastdiff.ops.step`.
 
     Returns:

@@ -24,6 +24,7 @@ from fastdiff.analysis.plots import (
     plot_spacings,
     save_figure,
 )
+from fastdiff.analysis.plots.figures import new_figure, plain_numbers
 
 
 def test_schedules_draw_their_numbers() -> None:
@@ -48,6 +49,20 @@ def test_infinite_levels_are_left_out() -> None:
     scheduler = create_noise_scheduler("linear", num_train_timesteps=20, rescale_betas_zero_snr=True)
     axis = plot_schedules({"zero SNR": scheduler}).axes[3]
     assert np.isnan(axis.lines[0].get_ydata()).tolist() == [False] * 19 + [True]
+
+
+@pytest.mark.parametrize(("low", "high"), [(4.3, 4.95), (2.1, 4.9), (11.0, 18.0), (8.0, 420.0), (0.003, 0.2)])
+def test_logarithmic_axis_has_plain_labels(low: float, high: float) -> None:
+    figure = new_figure(5.0, 4.0, "test")
+    axis = figure.subplots()
+    axis.plot([1, 2], [low, high])
+    axis.set_yscale("log")
+    plain_numbers(axis.yaxis)
+    figure_bytes(figure)  # places ticks
+    bottom, top = axis.get_ylim()
+    labels = [label.get_text() for which in ("major", "minor") for label in axis.yaxis.get_ticklabels(which=which)]
+    inside = [text for text in labels if text and bottom <= float(text) <= top]
+    assert len(inside) >= 2, labels
 
 
 def test_spacings_draw_the_timesteps_of_a_loop() -> None:

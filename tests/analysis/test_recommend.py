@@ -75,6 +75,19 @@ def test_budget_of_time_bounds_the_model_calls(monkeypatch: pytest.MonkeyPatch) 
     assert max(calls.values()) <= 7
 
 
+def test_finalists_over_the_budget_of_time_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Believe that a call takes a tenth of a nanosecond, so that every loop is over the budget."""
+    module = importlib.import_module("fastdiff.analysis.recommend")
+    monkeypatch.setattr(module._Search, "_milliseconds_per_call", lambda *_: 1e-7)
+    options = {"spacings": SPACINGS[:1], "reference_steps": 40, "rounds": 1, "progress": False}
+    found = recommend(points_workload(), budget_ms=4e-7, methods=["ddim", "dpmsolver++"], **options)  # type: ignore[arg-type]
+    assert found.over_budget
+    assert "That is over the budget of 4e-07 ms a loop" in found.sentence()
+    (slower,) = {"ddim:spacing=trailing", "dpmsolver++:spacing=trailing"} - {found.best.method}
+    assert found.unfit[slower].startswith("a loop took ")
+    assert not recommend(points_workload(), steps=4, methods=["ddim"], **options).over_budget  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -84,6 +84,8 @@ def test_recommend_prints_the_choice(
     out = " ".join(captured.out.split())
     assert "Take " in out
     assert "with 6 steps (6 model calls," in out
+    assert "distance: root mean square from 40 steps of dpmsolver++:spacing=trailing, itself known to " in out
+    assert "date: " in out
     assert "left out, since they draw noise: ddpm" in out
     assert captured.err == ""
 

@@ -82,7 +82,7 @@ def test_inpainting_blends_known_image_at_each_level(soft: bool) -> None:
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("ddpm", {}), ("ddim", {"eta": 1.0}), ("dpm_solver", {}), ("dpm_solver", {"solver_order": 3}), ("heun", {}),
     ("dpm_solver", {"solver_mode": "singlestep"}), ("euler", {"s_churn": 5.0}), ("euler_ancestral", {}),
-    ("unipc", {"solver_order": 3}), ("unipc", {"use_corrector": False}),
+    ("unipc", {"solver_order": 3}), ("unipc", {"use_corrector": False}), ("unipc", {}),
 ]  # fmt: skip
 
 

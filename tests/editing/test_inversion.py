@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 import fastdiff
+from fastdiff.digits import IMAGE_SHAPE, load_digit_unet
 from fastdiff.editing import Process, interpolate_seeds, invert, reconstruct, slerp
+from fastdiff.guidance import GuidedModel
 from fastdiff.schedules.levels import VariancePreservingPath
 from fastdiff.solvers import Prediction
 from fastdiff.solvers.inversion import ddim_inversion
@@ -48,7 +51,9 @@ def psnr(a: Tensor, b: Tensor) -> float:
     [("ddim", {}, {}), ("ddim", {}, {"iterations": 3, "corrections": 0}), ("euler", {}, {}), ("dpm_solver", {}, {}),
      ("dpm_solver", {}, {"corrections": 0}), ("dpm_solver", {"algorithm_type": "dpmsolver"}, {}),
      ("dpm_solver", {"algorithm_type": "dpmsolver", "solver_order": 3}, {}), ("unipc", {}, {}), ("heun", {}, {}),
-     ("dpm_solver", {"solver_mode": "singlestep"}, {})],
+     ("dpm_solver", {"solver_mode": "singlestep"}, {}),
+     ("dpm_solver", {"solver_order": 3, "timestep_spacing": "trailing"}, {}),
+     ("dpm_solver", {"solver_order": 3, "sigma_spacing": "karras"}, {})],
     ids=str,
 )  # fmt: skip
 def test_round_trip_of_50_steps_keeps_35_db(method: str, fields: dict[str, Any], options: dict[str, int]) -> None:
@@ -63,6 +68,37 @@ def test_round_trip_of_50_steps_keeps_35_db(method: str, fields: dict[str, Any],
     # Latents look like noise: the deviation of 384 numbers is known to 4 %, and the way up has errors of its own.
     assert 0.75 < float(latents.std()) < 1.25
     assert_same_bits([images], [before])
+
+
+@pytest.mark.parametrize(
+    ("fields", "one_to_one"),
+    [({"solver_order": 2}, True), ({"solver_order": 3}, False),
+     ({"solver_order": 3, "timestep_spacing": "trailing"}, True)],
+    ids=str,
+)  # fmt: skip
+def test_third_order_folds_where_last_finite_step_is_long(fields: dict[str, Any], one_to_one: bool) -> None:
+    """The true flow of a scalar ascends from noise to image; only a map that ascends too has an inverse to find."""
+    sampler = sampler_of("dpm_solver", 50, **fields)
+    path = VariancePreservingPath(sampler.scheduler.alphas_cumprod)
+    noise = torch.linspace(-4, 4, 801, dtype=torch.float64)[None]
+    image = reconstruct(sampler, lambda x, t: mixture_model(path, x, t), noise)
+    assert bool((image.diff() > 0).all()) is one_to_one
+    lengths = [b.half_log_snr - a.half_log_snr for a, b in itertools.pairwise(sampler.levels(50).points[:-1])]
+    long = fields.get("timestep_spacing") is None
+    assert (lengths[-1] > 3 * lengths[-2]) is long  # three lengths of extrapolation; trailing timesteps have 1.6
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_round_trip_of_digits_keeps_35_db(order: int) -> None:
+    settings = {"num_inference_steps": 50, "prediction_type": "v_prediction", "clip_sample": False}
+    sampler = fastdiff.create_sampler("cosine", "dpm_solver", solver_order=order, **settings)  # order 1 is DDIM
+    model = GuidedModel(load_digit_unet(), torch.tensor([3, 7]))
+    few = Process(sampler.levels(10), prediction=Prediction("v_prediction"))
+    drawn = reconstruct(few, model, fastdiff.randn((2, *IMAGE_SHAPE), [1, 2]))
+    # Each image beside its neighbours, under new noise: images that the sampler did not make itself.
+    images = (0.8 * drawn + 0.2 * drawn.roll(1, -1) + 0.05 * torch.randn(drawn.shape)).clamp(-1, 1)
+    latents = invert(sampler, model, images)
+    assert psnr(images, reconstruct(sampler, model, latents)) >= 35.0
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])

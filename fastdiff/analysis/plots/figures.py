@@ -48,9 +48,14 @@ def legend_beside(figure: Figure, axis: Any) -> None:
 
 
 def plain_numbers(axis: Any) -> None:
-    """Label a logarithmic axis with plain numbers instead of powers of ten: 1, 2 and 5 of each."""
+    """Label a logarithmic axis with plain numbers instead of powers of ten: 1, 2 and 5 of each, all on a short axis."""
+
+    def label(value: float, _: int) -> str:
+        low, high = axis.get_view_interval()  # between 1, 2 and 5 there may be a factor of 2.5
+        return f"{value:g}" if high < 3 * low or f"{value:e}"[0] in "25" else ""
+
     axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    axis.set_minor_formatter(label)
     axis.set_tick_params(which="minor", labelsize=7)
 
 
