@@ -26,6 +26,7 @@ LAYERS = (
     ("rl",),
     ("editing",),
     ("analysis",),
+    ("sharding",),
     ("classroom",),
     ("digits",),
     ("diffusers",),
