@@ -25,10 +25,10 @@ if not HAS_CUDA:
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(4, os.cpu_count() or 1))
 
 # No deadline: the first example of a test may compile something. By default examples are random in every run, and a
-# failure prints how to reproduce it; "ci" uses fixed examples, so that the result depends on the change alone;
-# "thorough" is for `make fuzz`.
+# failure prints how to reproduce it; "ci" uses fixed examples, so that the result depends on the change alone, and half
+# as many; "thorough" is for `make fuzz`.
 hypothesis.settings.register_profile("fresh", deadline=None, print_blob=True)
-hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("fresh"), derandomize=True)
+hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("fresh"), derandomize=True, max_examples=50)
 hypothesis.settings.register_profile("thorough", hypothesis.settings.get_profile("fresh"), max_examples=2000)
 # Instrumented code is several times slower, and one example of a fault is enough for a report.
 hypothesis.settings.register_profile("sanitize", hypothesis.settings.get_profile("ci"), max_examples=30)
@@ -37,10 +37,26 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fresh"))
 
 @pytest.fixture(scope="session")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
-    """Return the CUDA kernels compiled for the host; see support/cuda_host.py."""
-    from support.cuda_host import build  # imports fastdiff, whose kernels need the environment above
+    """Return the CUDA kernels compiled for the host; see support/cuda_host.py.
 
-    return build(tmp_path_factory.mktemp("cuda_on_host"))
+    Workers of pytest-xdist share the library that the first of them compiles.
+    """
+    from support.cuda_host import Kernel, build  # imports fastdiff, whose kernels need the environment above
+
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return build(tmp_path_factory.mktemp("cuda_on_host"))
+    import fcntl  # which Windows lacks
+
+    folder = tmp_path_factory.getbasetemp().parent / "cuda_on_host"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        built, done = folder / "step.so", folder / "done"
+        if done.exists():
+            return Kernel(built)
+        kernel = build(folder)
+        done.touch()
+        return kernel
 
 
 @pytest.hookimpl(wrapper=True)

@@ -87,7 +87,7 @@ void launch_sums(const GramArgs& args, Launches& launches) {
 }
 
 template <typename T, typename C>
-void launch_as(const GramArgs& args, Launches& launches) {
+void launch_as(Types<T, C>, const GramArgs& args, Launches& launches) {
     switch (args.count) {
         case 2:
             return launch_sums<T, C, 2>(args, launches);
@@ -105,22 +105,8 @@ void launch_as(const GramArgs& args, Launches& launches) {
 }  // namespace
 
 const char* launch_gram(const GramArgs& args, int device, void* stream) {
-    Launches launches(device, stream);
-    switch (args.dtype) {
-        case DType::kFloat16:
-            launch_as<__half, float>(args, launches);
-            break;
-        case DType::kBFloat16:
-            launch_as<__nv_bfloat16, float>(args, launches);
-            break;
-        case DType::kFloat32:
-            launch_as<float, float>(args, launches);
-            break;
-        case DType::kFloat64:
-            launch_as<double, double>(args, launches);
-            break;
-    }
-    return launches.finish();
+    return launch_for(args.dtype, device, stream,
+                      [&](auto types, Launches& launches) { launch_as(types, args, launches); });
 }
 
 }  // namespace fastdiff

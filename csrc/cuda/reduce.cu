@@ -154,7 +154,7 @@ void launch_kind(const SumArgs& args, Launches& launches) {
 }
 
 template <typename T, typename C>
-void launch_as(const SumArgs& args, Launches& launches) {
+void launch_as(Types<T, C>, const SumArgs& args, Launches& launches) {
     switch (args.kind) {
         case Sum::kMean:
             return launch_kind<T, C, static_cast<int>(Sum::kMean)>(args, launches);
@@ -170,22 +170,8 @@ void launch_as(const SumArgs& args, Launches& launches) {
 }  // namespace
 
 const char* launch_sum(const SumArgs& args, int device, void* stream) {
-    Launches launches(device, stream);
-    switch (args.dtype) {
-        case DType::kFloat16:
-            launch_as<__half, float>(args, launches);
-            break;
-        case DType::kBFloat16:
-            launch_as<__nv_bfloat16, float>(args, launches);
-            break;
-        case DType::kFloat32:
-            launch_as<float, float>(args, launches);
-            break;
-        case DType::kFloat64:
-            launch_as<double, double>(args, launches);
-            break;
-    }
-    return launches.finish();
+    return launch_for(args.dtype, device, stream,
+                      [&](auto types, Launches& launches) { launch_as(types, args, launches); });
 }
 
 }  // namespace fastdiff

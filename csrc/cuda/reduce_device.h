@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Conversions and 16-byte accesses shared by the kernels of the reductions.
+// Conversions, 16-byte accesses and launches by dtype, shared by the kernels of the reductions.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -25,6 +25,34 @@ struct alignas(16) Vec {
 };
 
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// The types of a reduction: of an element in memory, and of the arithmetic.
+template <typename T, typename C>
+struct Types {
+    using Element = T;
+    using Compute = C;
+};
+
+// Call `run(types, launches)` with the types of a dtype; return null, or CUDA's error message.
+template <typename Run>
+const char* launch_for(DType dtype, int device, void* stream, Run run) {
+    Launches launches(device, stream);
+    switch (dtype) {
+        case DType::kFloat16:
+            run(Types<__half, float>{}, launches);
+            break;
+        case DType::kBFloat16:
+            run(Types<__nv_bfloat16, float>{}, launches);
+            break;
+        case DType::kFloat32:
+            run(Types<float, float>{}, launches);
+            break;
+        case DType::kFloat64:
+            run(Types<double, double>{}, launches);
+            break;
+    }
+    return launches.finish();
+}
 
 }  // namespace
 }  // namespace fastdiff

@@ -259,7 +259,7 @@ Scratch scratch_at(const SelectArgs& args, void* memory) {
 }
 
 template <typename T, typename C>
-void launch_as(const SelectArgs& args, void* memory, Launches& launches) {
+void launch_as(Types<T, C>, const SelectArgs& args, void* memory, Launches& launches) {
     using Key = typename KeyOf<T>::Key;
     const Scratch scratch = scratch_at(args, memory);
     const int64_t share = int64_t{kThreads} * launches.config.select;
@@ -286,22 +286,8 @@ int64_t select_scratch_bytes(const SelectArgs& args) {
 }
 
 const char* launch_select(const SelectArgs& args, void* scratch, int device, void* stream) {
-    Launches launches(device, stream);
-    switch (args.dtype) {
-        case DType::kFloat16:
-            launch_as<__half, float>(args, scratch, launches);
-            break;
-        case DType::kBFloat16:
-            launch_as<__nv_bfloat16, float>(args, scratch, launches);
-            break;
-        case DType::kFloat32:
-            launch_as<float, float>(args, scratch, launches);
-            break;
-        case DType::kFloat64:
-            launch_as<double, double>(args, scratch, launches);
-            break;
-    }
-    return launches.finish();
+    return launch_for(args.dtype, device, stream,
+                      [&](auto types, Launches& launches) { launch_as(types, args, scratch, launches); });
 }
 
 }  // namespace fastdiff

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import ops
 from ..device_copy import to_device
 from ..errors import checked_callable, checked_integer, error_message, unknown_name
+from ..guidance.gradients import gradient_at
 from ..guidance.guided_model import Model, unwrap
 from ..noise.generators import Generators, draw
 from ..row_layout import COLUMNS, PREV_SAMPLE, Variance
@@ -26,7 +27,7 @@ from ..schedules.levels import Levels, levels_from_timesteps
 from ..schedules.timesteps import timestep_schedule
 from ..solvers import Prediction, PredictionType, VarianceType, ddpm
 from ..solvers.table import StepTable
-from .models import device_of, gradient, is_noise_scheduler, restored_on_error, shape_of
+from .models import device_of, is_noise_scheduler, restored_on_error, shape_of
 
 #: Timestep spacings by their names in the classroom.
 SCHEDULES = {"linear": "linspace", "cosine": "cosine"}
@@ -303,7 +304,9 @@ class DDPMSampler:
 
         def guided_step(x: Tensor, output: Tensor, row: int) -> Tensor:
             times = self.timesteps[row].expand(len(x))
-            shift = gradient(guidance_fn, x, times)
+            shift = gradient_at(
+                lambda leaf: guidance_fn(leaf, times.clone()), x, "sample_with_guidance", "guidance_fn", sums=True
+            )
             return self._step(x, output, row, clip_range, generator, coefficients, shift)
 
         model = self._own_model("sample_with_guidance")

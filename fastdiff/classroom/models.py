@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Facts that a loop needs of a model (device, shape of its samples), and the gradient of a guidance function."""
+"""Facts that a loop needs of a model: its device, the shape of its samples; and its generators after an error."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from ..errors import error_message
 from ..noise.generators import Generators, generator_states, restore_generators
 
 #: Shape of one sample where neither the caller nor the model says one.
@@ -35,18 +34,6 @@ def shape_of(model: object) -> tuple[int, ...]:
         if isinstance(channels, int) and size is not None:
             return (channels, size, size) if isinstance(size, int) else (channels, *size)
     return DEFAULT_SHAPE
-
-
-def gradient(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Tensor) -> Tensor:
-    """Return the gradient of a function's numbers in the samples, like `x`."""
-    with torch.inference_mode(False), torch.enable_grad():
-        x = x.detach().clone().requires_grad_()
-        values: object = function(x, times.clone())
-        if not isinstance(values, Tensor) or values.numel() not in (1, len(x)) or not values.requires_grad:
-            got = f"returned {list(values.shape)}" if isinstance(values, Tensor) else f"returned {values!r}"
-            expected, remedy = f"[{len(x)}], one number a sample that depends on x", "compute it from x with torch"
-            raise ValueError(error_message("sample_with_guidance", "guidance_fn", got, expected, remedy))
-        return torch.autograd.grad(values.sum(), x)[0]
 
 
 @contextmanager

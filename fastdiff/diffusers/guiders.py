@@ -22,16 +22,17 @@ from ..guidance import (
     MagnitudeAwareGuidance,
     PerturbedGuidance,
     Place,
-    PlainGuidance,
     ProjectedGuidance,
     TangentialGuidance,
     ZeroStarGuidance,
 )
 from ..guidance.combining import combine
 from ..guidance.method import STATE
+from ..guidance.rescale import host_rescaling_of, rescaling_of
 from ..guidance.vectors import Vector
-from ..guidance.weights import step_weights
+from ..guidance.weights import formula_weights
 from ..guidance.zero_star import fitted
+from ..row_layout import compute_dtype
 from ..sampling.single_steps import cfg_combine
 
 try:
@@ -265,15 +266,30 @@ def _guided(
 def _combine(method: Guidance, branches: Mapping[str, Tensor], step: int = 0) -> tuple[Tensor, ...]:
     """Return the guided output of branches by name, and what the method keeps."""
     place, tensors = Place(step, step + 1, has_state=STATE in branches), list(branches.values())
-    rows = step_weights([method], place, list(branches), tensors, tensors[0], [place.has_state])
-    return combine(tensors[0], tensors, rows)
+    cond = tensors[0]
+    rows, (share, *_) = formula_weights([method], place, list(branches), tensors, cond, [place.has_state])
+    if share == 0.0:
+        return combine(cond, tensors, rows)
+    guided, *kept = combine(cond, tensors, rows, dtype=compute_dtype(cond.dtype))
+    return (_rescaled(guided, cond, share), *kept)
+
+
+def _rescaled(guided: Tensor, cond: Tensor, share: float) -> Tensor:
+    """Return a guided output in the compute dtype, which is written, rescaled and like `cond`."""
+    factor: float | Tensor
+    if cond.device.type == "cpu" and len(cond) == 1:
+        (factor,) = host_rescaling_of(guided, cond, share)
+    else:
+        factor = rescaling_of(guided, cond, share).reshape(-1, *[1] * (cond.dim() - 1))
+    return guided.mul_(factor).to(cond.dtype)
 
 
 def _plain(cond: Tensor, other: Tensor, scale: float, rescale: float) -> Tensor:
     """Return o + g·(c − o), rescaled."""
     if rescale <= 0.0:
         return cfg_combine(cond, other, scale)
-    return _guided(_method(PlainGuidance, scale=scale, rescale=rescale), cond, other)[0]
+    guided = torch.empty_like(cond, dtype=compute_dtype(cond.dtype))
+    return _rescaled(cfg_combine(cond, other, scale, out=guided), cond, rescale)
 
 
 _KINDS: dict[str, type] = {

@@ -19,6 +19,7 @@ from .method import RowWeights
 from .rows import (
     COMBINING_ROW,
     MOST_BRANCHES,
+    OUTPUT_COLUMNS,
     Placement,
     combining_placement,
     guided_row,
@@ -58,13 +59,13 @@ class HostTable:
     """
 
     def __init__(self, rows: int, like: Tensor) -> None:
-        self.dtype = compute_dtype(like.dtype)
-        self._code: Literal["d", "f"] = "d" if self.dtype is torch.float64 else "f"
+        self.of, dtype = like.dtype, compute_dtype(like.dtype)
+        self._code: Literal["d", "f"] = "d" if dtype is torch.float64 else "f"
         self._numbers = array(self._code, [0.0] * (rows * ROW_WIDTH))
         self._scales = array(self._code, [1.0] * rows)
         with torch.inference_mode(False):
-            self.tensor = torch.frombuffer(self._numbers, dtype=self.dtype).view(rows, ROW_WIDTH)
-            self.scales = torch.frombuffer(self._scales, dtype=self.dtype)
+            self.tensor = torch.frombuffer(self._numbers, dtype=dtype).view(rows, ROW_WIDTH)
+            self.scales = torch.frombuffer(self._scales, dtype=dtype)
 
     def __len__(self) -> int:
         return self.tensor.shape[0]
@@ -81,6 +82,30 @@ class HostTable:
             self._numbers[i * ROW_WIDTH : (i + 1) * ROW_WIDTH] = array(self._code, row)
             self._scales[i] = scale
         return scale if len(rows) == 1 else self.scales
+
+    def write_pairs(
+        self, base: Sequence[float], pairs: Sequence[tuple[float, float]]
+    ) -> tuple[tuple[Tensor, int | Tensor], float | Tensor]:
+        """Write the solver's row for a pair of branches, combined as κ·(b + g·(a − b)) by the step.
+
+        Args:
+            base: as in `write`.
+            pairs: (κ, g) of all samples, or of each.
+
+        Returns:
+            The table and the row index, as in `fastdiff.ops.step`; and g, or all of them.
+        """
+        row = array(self._code, base)
+        for i, (factor, scale) in enumerate(pairs):
+            start = i * ROW_WIDTH
+            self._numbers[start : start + ROW_WIDTH] = row
+            self._scales[i] = scale
+            for column in OUTPUT_COLUMNS:
+                if base[column] != 0.0:
+                    self._numbers[start + column] = base[column] * factor
+        if len(pairs) == 1:
+            return (self.tensor, 0), pairs[0][1]
+        return (self.tensor, row_index(self.tensor)), self.scales
 
 
 def row_index(table: Tensor) -> int | Tensor:
@@ -106,7 +131,7 @@ def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
 
 def combine(
     sample: Tensor, tensors: Sequence[Tensor], rows: Sequence[RowWeights], *, token_dims: int | None = None,
-    state: Tensor | None = None, backend: str | None = None,
+    state: Tensor | None = None, dtype: torch.dtype | None = None, backend: str | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Combine branches in one pass.
 
@@ -116,6 +141,7 @@ def combine(
         rows: their weights, and those of a second sum.
         token_dims: the trailing dimensions of a token, where the rows are for tokens.
         state: a tensor to write the second sum to; may be one of `tensors`.
+        dtype: of the guided output; the samples' where None.
         backend: forces one, as in `fastdiff.ops.step`.
 
     Returns:
@@ -132,7 +158,7 @@ def combine(
     shape = sample.shape
     x, *branches = (as_tokens(tensor, token_dims) for tensor in (sample, *tensors))
     table, scale = table_and_scale(COMBINING_ROW, placement, rows, (), x)
-    outs = [torch.empty_like(x), *([or_empty(state, x)] if keeps else [])]
+    outs = [torch.empty_like(x, dtype=dtype), *([or_empty(state, x)] if keeps else [])]
     graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *branches))
     results = ops.step(
         x,
@@ -147,6 +173,22 @@ def combine(
         backend=backend,
     )
     return results if token_dims is None else tuple(result.reshape(shape) for result in results)
+
+
+def combined_pair(
+    table: HostTable, pairs: Sequence[tuple[float, float]], sample: Tensor, tensors: Sequence[Tensor]
+) -> Tensor:
+    """Return κ·(b + g·(a − b)) in the compute dtype, from rows that are written to a table on the CPU.
+
+    Args:
+        table: to write.
+        pairs: (κ, g) of all samples, or of each.
+        sample: x, which is not read.
+        tensors: a and b, like `sample`.
+    """
+    (own, index), scale = table.write_pairs(COMBINING_ROW, pairs)
+    a, b = tensors
+    return ops.step(sample, a, own, index, uncond=b, guidance_scale=scale, out=[own.dtype])[0]
 
 
 def weighted_sum(sample: Tensor, tensors: Sequence[Tensor], rows: Sequence[RowWeights]) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,11 +49,12 @@ class ClassifierGuidance:
 
     def gradient(self, x: Tensor, timestep: float) -> Tensor:
         """Return ∇_x of the sum of guidance_fn over the samples, like x."""
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
+
+        def score(leaf: Tensor) -> Tensor:
             t = torch.full((x.shape[0],), timestep, dtype=torch.float32, device=x.device)
-            value = self.guidance_fn(leaf, t)
-            return gradient_of(value, leaf, "ClassifierGuidance", "guidance_fn")
+            return self.guidance_fn(leaf, t)
+
+        return gradient_at(score, x, "ClassifierGuidance", "guidance_fn")
 
     def weights(self, row: Row, level: Level | None) -> tuple[Scalar, Scalar]:
         """Return the gradient's weight in the model's output, and in the previous sample."""
@@ -104,8 +106,8 @@ class LossGuidance:
             row: of the step, whose prediction reads x0.
         """
         p, q = row.prediction
-        with torch.enable_grad():
-            if self.through_model:
+        if self.through_model:
+            with torch.enable_grad():
                 if not x.requires_grad or not model_output.requires_grad:
                     got, expected = "was computed outside of autograd", "an output with a graph back to the sample"
                     remedy = (
@@ -113,23 +115,39 @@ class LossGuidance:
                     )
                     raise ValueError(error_message("LossGuidance", "model_output", got, expected, remedy))
                 return gradient_of(self.loss(p * x + q * model_output), x, "LossGuidance", "loss")
-            x0 = (p * x.detach() + q * model_output.detach()).requires_grad_()
-            return gradient_of(self.loss(x0), x0, "LossGuidance", "loss") * p
+        return gradient_at(self.loss, p * x.detach() + q * model_output.detach(), "LossGuidance", "loss") * p
 
     def weights(self, row: Row, level: Level | None) -> tuple[Scalar, Scalar]:
         """Return the gradient's weight in the model's output, and in the previous sample."""
         return 0.0, -self.scale.double() if isinstance(self.scale, Tensor) else -float(self.scale)
 
 
-def gradient_of(values: Tensor, leaf: Tensor, operation: str, argument: str) -> Tensor:
-    """Return the gradient of the sum of one number a sample."""
-    if getattr(values, "shape", None) != leaf.shape[:1]:
-        got = f"returned a {type(values).__name__} of shape {getattr(values, 'shape', 'none')}"
-        remedy = "return loss.flatten(1).sum(1), one number for each sample"
-        raise ValueError(error_message(operation, argument, got, f"[{leaf.shape[0]}]", remedy))
+def gradient_at(
+    function: Callable[[Tensor], Tensor], x: Tensor, operation: str, argument: str, *, sums: bool = False
+) -> Tensor:
+    """Return the gradient of a function's numbers at x, like x; also inside `torch.inference_mode`.
+
+    Args:
+        function: x to one number a sample, ``[B]``.
+        x: ``[B, ...]``.
+        operation, argument: what errors name.
+        sums: take one number for all samples too, and B numbers of any shape.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = x.detach().clone().requires_grad_()
+        return gradient_of(function(leaf), leaf, operation, argument, sums=sums)
+
+
+def gradient_of(values: Any, leaf: Tensor, operation: str, argument: str, *, sums: bool = False) -> Tensor:
+    """Return the gradient of the sum of one number a sample; arguments are those of `gradient_at`."""
+    shape = getattr(values, "shape", None)
+    if shape != leaf.shape[:1] and not (sums and isinstance(values, Tensor) and values.numel() in (1, len(leaf))):
+        got = f"returned a {type(values).__name__} of shape {'none' if shape is None else list(shape)}"
+        remedy = "return values.flatten(1).sum(1)"
+        raise ValueError(error_message(operation, argument, got, f"[{leaf.shape[0]}], one number a sample", remedy))
     if not values.requires_grad:
-        got, remedy = "returned numbers without a gradient", "compute them from the argument by torch operations"
-        raise ValueError(error_message(operation, argument, got, "numbers that depend on the sample", remedy))
+        got, remedy = "returned numbers without a gradient", "compute them from x by torch operations"
+        raise ValueError(error_message(operation, argument, got, "one number a sample that depends on x", remedy))
     (gradient,) = torch.autograd.grad(values.sum(), leaf)
     return gradient.detach().to(leaf.dtype)
 

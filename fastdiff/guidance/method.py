@@ -13,7 +13,6 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from ..errors import as_float, checked_float, error_message
-from .rescaled import rescaled
 from .scalars import Scalar
 from .tracing import Formula, Symbol, Trace, compiled
 from .vectors import Vector, unit_vectors
@@ -64,7 +63,7 @@ class Guidance:
     Args:
         scale: the guidance scale: a float; a tensor ``[B]``, one a sample; a list, one a step; or a function of a
             `Place`.  A tensor on a GPU is not looked at.
-        rescale: φ of `rescaled`, 0 to 1.
+        rescale: φ of rescaled guidance (`rescaling_of`), 0 to 1.
         start, stop: the share of the steps, from 0 to 1, where guidance begins and ends (arXiv 2404.07724); outside
             the output is that of `branches[0]`.  Step i of n takes part where int(start·n) ≤ i < int(stop·n).
         noise_ratios: (low, high): guidance only where low < σ/α ≤ high, as the paper states its interval.
@@ -176,14 +175,24 @@ class Guidance:
 
     # --- What a step needs ------------------------------------------------------------------------------------------
 
-    def uses_reduction(self, place: Place) -> bool:
-        """Return whether the weights at a step depend on scalar products."""
-        return (self.reduces or self.rescale > 0.0) and self.is_on(place)
+    def uses_products(self, place: Place) -> bool:
+        """Return whether the formula at a step reads scalar products."""
+        return self.reduces and self.is_on(place)
 
-    @property
-    def uses_sums(self) -> bool:
-        """True if the weights depend on the sums of the branches' elements."""
-        return self.rescale > 0.0
+    def rescale_at(self, place: Place, scale: float | None) -> float:
+        """Return φ at a step; 0 where guidance is off.
+
+        Args:
+            place: the step.
+            scale: the sample's, or None if it is not known on the host.
+        """
+        if self.rescale == 0.0 or not self.is_on(place) or self.phase(place) == ZERO_PHASE:
+            return 0.0
+        return 0.0 if scale is not None and scale == self.neutral_scale else self.rescale
+
+    def uses_reduction(self, place: Place) -> bool:
+        """Return whether the weights at a step depend on scalar products or standard deviations."""
+        return self.uses_products(place) or self.rescale_at(place, None) > 0.0
 
     def needed(self, place: Place, scale: float | None) -> tuple[str, ...]:
         """Return the branches whose weight is not known to be 0 at a step.
@@ -198,7 +207,7 @@ class Guidance:
         names = self.branches_at(place)
         if scale is None or self.reduces or not self.is_affine:
             return names
-        weights, _ = self.formula(names, place, rescale=False)(None, None, 0.0, scale)
+        weights, _ = self.formula(names, place)(None, scale)
         return tuple(
             name
             for name, weight in zip(names, weights, strict=False)
@@ -216,21 +225,20 @@ class Guidance:
         prediction = place.prediction if self.uses_sample else None
         return self.is_on(place), place.has_state, prediction, self.phase(place)
 
-    def formula(self, names: Sequence[str], place: Place, *, rescale: bool = True) -> Formula:
+    def formula(self, names: Sequence[str], place: Place) -> Formula:
         """Return the function from scalar products and scale to the weights of the branches and, last, of the sample.
 
         Args:
             names: the branches at hand, ``state`` included where there is one.
             place: the step.
-            rescale: apply the rescaling.
         """
-        key = (tuple(names), rescale, self.kind(place))
+        key = (tuple(names), self.kind(place))
         of_method = _FORMULAS.setdefault(self, {})
         if key not in of_method:
-            of_method[key] = self._traced(names, place, rescale)
+            of_method[key] = self._traced(names, place)
         return of_method[key]
 
-    def _traced(self, names: Sequence[str], place: Place, rescale: bool) -> Formula:
+    def _traced(self, names: Sequence[str], place: Place) -> Formula:
         trace = Trace()
         units = unit_vectors(len(names) + 1, trace)
         absent = Vector([0.0] * len(units), trace)  # a branch that is not at hand has no weight
@@ -238,28 +246,21 @@ class Guidance:
             **dict.fromkeys((*self.branches, STATE), absent),
             **dict(zip([*names, SAMPLE], units, strict=True)),
         }
-        first = symbols[self.branches[0]]
         if not self.is_on(place):
-            return compiled(trace, first.weights, None)
+            return compiled(trace, symbols[self.branches[0]].weights, None)
         kept = self.kept(symbols, place)
         guided = self.combination(symbols, Symbol("scale", trace), place)
-        if rescale and self.rescale > 0.0:
-            guided = rescaled(guided, first, self.rescale)
         return compiled(trace, guided.weights, None if kept is None else kept.weights)
 
-    def weights(
-        self, names: Sequence[str], place: Place, products: Any, sums: Any, elements: float, scale: Scalar
-    ) -> RowWeights:
-        """Return the weights of the guided output, and of what is kept or None.
+    def weights(self, names: Sequence[str], place: Place, products: Any, scale: Scalar) -> RowWeights:
+        """Return the weights of the guided output before it is rescaled, and of what is kept or None.
 
         Args:
             names, place: as in `formula`.
             products: the Gram matrix of the branches, of floats or tensors ``[B]``; None for a method without.
-            sums: the sums of their elements, likewise; None where `uses_sums` is False.
-            elements: the number of elements of a sample.
             scale: the sample's scale, or ``[B]``.
         """
         if isinstance(scale, float) and scale == self.neutral_scale and self.phase(place) != ZERO_PHASE:
             first = names.index(self.branches[0])
             return tuple(1.0 if j == first else 0.0 for j in range(len(names) + 1)), None
-        return self.formula(names, place)(products, sums, elements, scale)
+        return self.formula(names, place)(products, scale)

@@ -71,7 +71,7 @@ def _is(value: object, number: float) -> bool:
     return isinstance(value, float) and value == number
 
 
-#: (products, sums, elements, scale) to the weights of m and of what is kept, or None.
+#: (products, scale) to the weights of m and of what is kept, or None.
 Formula = Callable[..., tuple[tuple[scalars.Scalar, ...], tuple[scalars.Scalar, ...] | None]]
 
 
@@ -81,5 +81,5 @@ def compiled(trace: Trace, guided: Sequence[object], kept: Sequence[object] | No
     of_kept = "None" if kept is None else f"({', '.join(map(repr, kept))},)"
     body = "\n    ".join([*trace.lines, f"return ({results}), {of_kept}"])
     names: dict[str, object] = dict(vars(scalars), nan=float("nan"), inf=float("inf"))
-    exec(f"def formula(products, sums, elements, scale):\n    {body}\n", names)
+    exec(f"def formula(products, scale):\n    {body}\n", names)
     return names["formula"]  # type: ignore[return-value]

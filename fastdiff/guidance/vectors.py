@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .scalars import Scalar, divide, sqrt
+from .scalars import Scalar, sqrt
 from .tracing import Trace
 
 
@@ -51,14 +51,6 @@ class Vector:
     def norm(self) -> Scalar:
         """Return the Euclidean norm."""
         return sqrt(self.dot(self))
-
-    def deviation(self) -> Scalar:
-        """Return the root of the sum of squared deviations from the mean, √(n − 1) times the standard deviation."""
-        total: Scalar = 0.0
-        for i, a in enumerate(self.weights):
-            if not _is_zero(a):
-                total = total + a * self.trace.symbol(f"sums[{i}]")
-        return sqrt(self.dot(self) - divide(total * total, self.trace.symbol("elements")))
 
 
 def unit_vectors(number: int, trace: Trace) -> list[Vector]:

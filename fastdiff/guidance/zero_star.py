@@ -39,9 +39,9 @@ class ZeroStarGuidance(Guidance):
         """Return no branch in the first steps."""
         return () if place.index < self.zero_init_steps else super().needed(place, scale)
 
-    def uses_reduction(self, place: Place) -> bool:
+    def uses_products(self, place: Place) -> bool:
         """Return False in the first steps."""
-        return place.index >= self.zero_init_steps and super().uses_reduction(place)
+        return place.index >= self.zero_init_steps and super().uses_products(place)
 
     def phase(self, place: Place) -> Hashable:
         """Return the phase of zeros in the first steps."""

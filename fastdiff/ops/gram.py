@@ -58,50 +58,37 @@ def gram(
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and the remedy.
         RuntimeError: a forced backend is missing.
     """
-    found = _packed(tensors, sums, backend)
-    count = len(tensors)
-    return (found[:, :, :count], found[:, :, count]) if sums else found
+    extension = backends.direct_extension() if backend is None else None
+    if extension is not None and torch._C._len_torch_dispatch_stack() == 0:
+        done: Tensor | tuple[Tensor, Tensor] | None = extension.gram(tensors, bool(sums), True)
+        if done is not None:
+            return done
+    given = _checked_list(tensors)
+    _check(given)
+    joined: Tensor = torch.ops.fastdiff.gram(given, bool(sums), backend_to_run(given[0], backend, "gram"))
+    count = len(given)
+    return (joined[:, :, :count], joined[:, :, count]) if sums else joined
 
 
-def host_gram(tensors: Sequence[Tensor], *, sums: bool = False) -> tuple[list[list[list[float]]], list[Any]]:
+def host_gram(tensors: Sequence[Tensor]) -> list[list[list[float]]]:
     """Compute `gram` as Python numbers, for formulas of a few scalars; on a GPU it waits for the result.
 
     Args:
-        tensors, sums: as in `gram`.
+        tensors: as in `gram`.
 
     Returns:
-        G as a list of K lists a sample, in which entries beyond the first K have no meaning; and for each sample the
-        list of K sums, or None without `sums`.
+        G as a list of K lists of K numbers a sample.
 
     Raises:
         TypeError, ValueError: as `gram`.
     """
-    found: list[list[list[float]]] = _packed(tensors, sums, None).tolist()
-    return found, [[row[-1] for row in matrix] if sums else None for matrix in found]
-
-
-def _packed(tensors: Sequence[Tensor], sums: bool, backend: str | None) -> Tensor:
-    """Return ``[B, K, K]``, or ``[B, K, K + 1]`` with the sums last."""
-    if backend is None and isinstance(tensors, (list, tuple)) and FEWEST <= len(tensors) <= MOST:
-        direct = _direct(list(tensors), sums)
-        if direct is not None:
-            return direct
-    given = _checked_list(tensors)
-    _check(given)
-    found: Tensor = torch.ops.fastdiff.gram(given, bool(sums), backend_to_run(given[0], backend, "gram"))
-    return found
-
-
-def _direct(tensors: list[Any], sums: bool) -> Tensor | None:
-    """Offer a call to the extension as it is; None where that declines, or where torch has to see an operator."""
     extension = backends.direct_extension()
-    if extension is None or torch._C._len_torch_dispatch_stack() > 0:
-        return None
-    x = tensors[0]
-    if not isinstance(x, Tensor) or x.dim() == 0 or x.numel() == 0:
-        return None
-    done: Tensor | None = extension.gram(tensors, bool(sums), backends.current_stream(x))
-    return done
+    if extension is not None and torch._C._len_torch_dispatch_stack() == 0:
+        # No tensor is made on the CPU: that takes longer than the reduction of a small call.
+        found: list[list[list[float]]] | None = extension.host_gram(tensors)
+        if found is not None:
+            return found
+    return gram(tensors).tolist()
 
 
 # --- Checks ----------------------------------------------------------------------------------------------------------
@@ -164,7 +151,7 @@ def _gram_op(tensors: Sequence[Tensor], sums: bool, backend: str) -> Tensor:
         return reference.gram(laid_out, sums)
     if name == "triton":
         return backends.triton_module("gram").gram(laid_out, sums)  # type: ignore[no-any-return]
-    done = backends.extension.gram(laid_out, sums, backends.current_stream(first))  # type: ignore[union-attr]
+    done = backends.extension.gram(laid_out, sums, False)  # type: ignore[union-attr]
     if done is None:
         raise AssertionError("the extension declined a canonical gram")
     return done  # type: ignore[no-any-return]

@@ -26,7 +26,7 @@ class StepKind(NamedTuple):
         weights: the weights of the branches and the sample where they are known before the loop; else None.
         formula: the weights from the scalar products of the branches; None where they need none.
         guidance_scale: the scale of the formula.
-        sums: the formula reads the sums of the branches' elements.
+        share: φ of rescaled guidance.
     """
 
     names: tuple[str, ...]
@@ -34,7 +34,7 @@ class StepKind(NamedTuple):
     weights: Sequence[float] | None
     formula: Formula | None
     guidance_scale: float
-    sums: bool
+    share: float
 
 
 def kind_of(method: Guidance, place: Place, scale: float) -> StepKind:
@@ -42,16 +42,18 @@ def kind_of(method: Guidance, place: Place, scale: float) -> StepKind:
     names = method.needed(place, scale)
     if len(names) < 2 and not method.uses_sample:
         alone = names == method.branches[:1]
-        return StepKind(names, 1.0 if alone else None, None, None, scale, False)
+        return StepKind(names, 1.0 if alone else None, None, None, scale, 0.0)
     if method.uses_sample:
-        return StepKind(names, None, None, None, scale, False)
-    if method.uses_reduction(place):
+        return StepKind(names, None, None, None, scale, 0.0)
+    share = method.rescale_at(place, scale)
+    if method.uses_products(place):
         with_state = (*names, STATE) if place.has_state else names
-        return StepKind(names, None, None, method.formula(with_state, place), scale, method.uses_sums)
-    weights, kept = method.formula(names, place)(None, None, 0.0, scale)
+        return StepKind(names, None, None, method.formula(with_state, place), scale, share)
+    weights, kept = method.formula(names, place)(None, scale)
     first, second = weights[0], weights[1]
     plain = len(names) == 2 and kept is None and abs(first + second - 1.0) <= 1e-15 * (abs(first) + abs(second))
-    return StepKind(names, first if plain else None, weights if kept is None else None, None, scale, False)
+    plain = plain and share == 0.0
+    return StepKind(names, first if plain else None, weights if kept is None else None, None, scale, share)
 
 
 class GuidedNeeds:

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import checked_type, error_message
-from ..guidance.combining import HostTable, as_tokens, combine, row_index, table_and_scale
+from ..guidance.combining import HostTable, as_tokens, combine, combined_pair, row_index, table_and_scale
 from ..guidance.frequency import FrequencyDecoupledGuidance
 from ..guidance.gradients import ClassifierGuidance, LossGuidance, Term, add_gradients
 from ..guidance.method import STATE, Guidance, Place, RowWeights
 from ..guidance.mixed import MixedGuidance
 from ..guidance.per_token_norm import PerTokenNormGuidance
-from ..guidance.rows import Placement, guided_row, place_branches, table_of, uses_bounded_x0
+from ..guidance.rescale import host_rescaling_of
+from ..guidance.rows import Placement, guided_row, place_branches, scaled_pair, table_of, uses_bounded_x0
 from ..guidance.scalars import Scalar
-from ..guidance.weights import MOST_ON_HOST, plain_scale, step_weights, without_zeros
+from ..guidance.weights import MOST_ON_HOST, plain_scale, rescaled_weights, step_weights, without_zeros
 from ..noise.generators import Generators
 from ..schedules.levels import Levels
 from ..solvers.table import StepTable
@@ -36,8 +37,8 @@ class GuidedStepper:
     """The state of one guided loop over a table: a `Stepper` whose model output is a combination of branches.
 
     A step takes one reduction where the method needs scalar products, and one pass: the weights of the branches go into
-    the solver's row, a row a sample.  Another pass combines the branches first where they do not fit into the row: see
-    `passes`.
+    the solver's row, a row a sample.  ``rescale`` adds a pass and two reductions.  Another pass combines the branches
+    first where they do not fit into the row: see `passes`.
 
     ::
 
@@ -131,7 +132,7 @@ class GuidedStepper:
         Two are needed where x0 is clipped or thresholded and more than two tensors are combined, where the solver's
         history leaves too few of the four slots, where the solver keeps two outputs and guidance one more, for tokens
         of a thresholded x0, and for `FrequencyDecoupledGuidance`.  Dynamic thresholding adds a pass that measures x0,
-        with guidance or without.
+        with guidance or without, and ``rescale`` one that measures the guided output.
         """
         count = len(self.branches)
         if count > 1 and not all(method.is_affine for method in self.methods):
@@ -259,32 +260,45 @@ class GuidedStepper:
             return self.stepper.step(sample, tensors[0], uncond=tensors[1], guidance_scale=kind.scale, **given)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (sample, *tensors)):
             return None
-        if kind.weights is not None:
+        if kind.weights is not None and kind.share == 0.0:
             return self._constant(kind.weights, sample, tensors, given)
-        batch = sample.shape[0] if sample.dim() > 0 else 0
-        if kind.formula is None or sample.device.type != "cpu" or not 0 < batch <= MOST_ON_HOST:
+        batch = shape[0] if shape else 0
+        if (kind.formula is None and kind.weights is None) or sample.device.type != "cpu":
             return None
+        if not 0 < batch <= MOST_ON_HOST:
+            return None
+        names = kind.names
         if self._state is not None:
-            tensors.append(self._state)
+            names, tensors = (*names, STATE), [*tensors, self._state]
         keeps = self.methods[0].keeps_state
-        placement = self._placement(len(tensors), keeps, 0)
-        if placement is None:
+        pair = len(tensors) == 2 and not keeps
+        placement = None if pair else self._placement(len(tensors), keeps, 0)
+        if placement is None and not pair:
             return None
-        products, sums = ops.host_gram(tensors, sums=kind.sums)
-        elements = float(sample.numel() // batch)
-        weights: list[RowWeights] = [
-            kind.formula(matrix, total, elements, kind.guidance_scale)
-            for matrix, total in zip(products, sums, strict=True)
-        ]
-        scale = None if keeps or len(tensors) > 2 else plain_scale(weights, sample)
-        if scale is not None:
-            return self.stepper.step(sample, tensors[0], uncond=tensors[1], guidance_scale=scale, **given)
-        if self._table is None or len(self._table) != batch:
+        weights: list[RowWeights]
+        if kind.formula is None:
+            assert kind.weights is not None
+            weights = [(kind.weights, None)]
+        else:
+            weights = [kind.formula(matrix, kind.guidance_scale) for matrix in ops.host_gram(tensors)]
+        if kind.share > 0.0 and not pair:
+            weights = rescaled_weights(weights, [kind.share], names[:1], names, tensors, sample)
+        if self._table is None or len(self._table) != batch or self._table.of is not sample.dtype:
             self._table = HostTable(batch, sample)
-        scale = self._table.write(self._rows[self.stepper.index], placement, weights)
+        base = self._rows[self.stepper.index]
+        if placement is None:
+            pairs = [scaled_pair(row[0], row[1]) for row, _ in weights]
+            if kind.share > 0.0:
+                guided = combined_pair(self._table, pairs, sample, tensors)
+                pairs = [(factor, 1.0) for factor in host_rescaling_of(guided, tensors[0], kind.share)]
+                rows, _ = self._table.write_pairs(base, pairs)
+                return self.stepper.step(sample, guided, rows=rows, **given)
+            rows, scale = self._table.write_pairs(base, pairs)
+            return self.stepper.step(sample, tensors[0], uncond=tensors[1], guidance_scale=scale, rows=rows, **given)
+        scale = self._table.write(base, placement, weights)
         table = self._table.tensor
-        rows = GuidedRows(table, row_index(table), scale, placement, keeps)
-        result, kept = step_with_rows(self.stepper, sample, tensors, rows, given)
+        in_row = GuidedRows(table, row_index(table), scale, placement, keeps)
+        result, kept = step_with_rows(self.stepper, sample, tensors, in_row, given)
         if kept is not None:
             self._keep(kept)
         return result

@@ -23,7 +23,7 @@ from ..ops.step import complete_step, number_or_tensor
 from ..ops.thresholding import dynamic_threshold
 from ..philox import as_seeds
 from ..row_layout import NUM_REGISTERS, Variance, compute_dtype
-from ..solvers.table import StepTable
+from ..solvers.table import StepTable, prediction_rows
 from .blend_target import BlendTarget
 from .config import check_guidance_rescale
 from .single_steps import cfg_combine
@@ -140,6 +140,7 @@ class Stepper:
         generator: Generators = None,
         out: Tensor | None = None,
         model_input: Tensor | None = None,
+        rows: tuple[Tensor, int | Tensor] | None = None,
         guidance: float | Tensor | None = None,
     ) -> Tensor:
         """Take the next row's step.
@@ -152,6 +153,8 @@ class Stepper:
             generator: one, or one a sample.
             out: a tensor to write instead of a new one; may be `sample`.
             model_input: a tensor to write the next model input to, as in `fastdiff.ops.step`.
+            rows: a table and a row index of it, as in `fastdiff.ops.step`, in place of the next row: it reads and keeps
+                the same history.  `guidance_rescale` is not applied then.
             guidance: former name of `guidance_scale`; deprecated.
 
         Returns:
@@ -189,10 +192,13 @@ class Stepper:
             if seeds is None:
                 noise = draw(sample.shape, generator, dtype=sample.dtype, device=sample.device)
         threshold, kind, factor = None, 0, None
-        if self._rescale and uncond is not None:
+        row_index: int | Tensor = row
+        if rows is not None:
+            coefficients, row_index = rows
+        elif self._rescale and uncond is not None:
             factor = self._factor(model_output, uncond, guidance_scale)
         if self._measures:
-            threshold = self._threshold(row, sample, model_output, uncond, guidance_scale, factor)
+            threshold = self._threshold(row, sample, model_output, uncond, guidance_scale, factor, rows)
             kind = self._variance_kind(variance)
         keeps = len(slots)
         outs: tuple[Tensor | None, ...] | None = None
@@ -209,7 +215,6 @@ class Stepper:
         # that a row does not read costs nothing; a GPU's kernel would load it.
         extension, triton = direct_step(self.backend)
         results = None
-        row_index: int | Tensor = row
         if factor is not None:
             assert coefficients is not None
             coefficients, row_index = rows_with_scaled_output(coefficients[row : row + 1], factor)
@@ -219,7 +224,7 @@ class Stepper:
                 sample=sample,
                 model_output=model_output,
                 table=coefficients,
-                row_index=row,
+                row_index=row_index,
                 uncond=uncond,
                 guidance_scale=guidance_scale,
                 history=history if self._on_cpu else [history[j] if j in reads else None for j in _SLOTS],
@@ -345,13 +350,16 @@ class Stepper:
         uncond: Tensor | None,
         guidance_scale: float | Tensor | None,
         factor: Tensor | None,
+        rows: tuple[Tensor, int | Tensor] | None = None,
     ) -> Tensor:
         """Return the unbounded x0 of a row's step."""
         if self._prediction_table is None:
             self._prediction_table = self.table.shared_coefficients(sample.dtype, sample.device, prediction=True)
         table = self._prediction_table
         row_index: int | Tensor = index
-        if factor is not None:
+        if rows is not None:
+            table, row_index = prediction_rows(rows[0]), rows[1]
+        elif factor is not None:
             table, row_index = rows_with_scaled_output(table[index : index + 1], factor)
         (x0,) = ops.step(
             sample,
@@ -372,11 +380,12 @@ class Stepper:
         uncond: Tensor | None,
         guidance_scale: float | Tensor | None,
         factor: Tensor | None,
+        rows: tuple[Tensor, int | Tensor] | None,
     ) -> Tensor | None:
         """Return the bound of x0 for each sample, where the table asks for it."""
         if not self.table.thresholding:
             return None
-        x0 = self._prediction(index, sample, model_output, uncond, guidance_scale, factor)
+        x0 = self._prediction(index, sample, model_output, uncond, guidance_scale, factor, rows)
         return dynamic_threshold(x0, self._ratio, self._max_value)
 
     def _variance_kind(self, variance: Tensor | None) -> int:

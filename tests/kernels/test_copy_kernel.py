@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from fastdiff import ops
 from support.child_environment import child_environment
+from support.fork_server import run_program
 
 if ops.backends.extension is None:
     pytest.skip(ops.backends.extension_error, allow_module_level=True)
@@ -59,13 +57,7 @@ def test_copy_kernel_of_every_cpu_build(build: str) -> None:
         "    assert torch.equal(target[1:-1], source)\n"
         "    assert target[[0, -1]].isnan().all()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=child_environment(FASTDIFF_CPU=build),
-    )
+    done = run_program(program, env=child_environment(FASTDIFF_CPU=build))
     if "one that this processor has" in done.stderr:
         pytest.skip(f"this processor has no {build}")
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_log_prob_compile import _cases as _cases_of_log_prob
 from test_reductions_compile import _cases
 from test_triton_compile import CONFIGURATIONS, _tensors_read
 
@@ -27,12 +28,13 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastdiff.kernels import config, philox, reduce, select, step
+from fastdiff.kernels import config, gram, log_prob, philox, reduce, select, step
 
 chip, warp, cases = json.load(sys.stdin)
 results = {}
 for key, module, name, types, constants, kind, size in cases:
-    kernel = getattr({"step": step, "philox": philox, "reduce": reduce, "select": select}[module], name)
+    modules = {"step": step, "philox": philox, "reduce": reduce, "select": select, "gram": gram, "log_prob": log_prob}
+    kernel = getattr(modules[module], name)
     chosen = config.lookup(chip, kind, size)
     if "BLOCK" in kernel.arg_names:
         constants = {**constants, "BLOCK": chosen.block}
@@ -70,6 +72,7 @@ def _all_cases() -> list[list[Any]]:
     for key, module, name, types, constants, arch, _ in _cases():
         if arch == 90:
             cases.append([key, module, name, types, constants, "sum", 4])
+    cases += [[*case[:5], "sum", 4] for case in _cases_of_log_prob()]
     return cases
 
 

@@ -19,6 +19,7 @@ import fastdiff
 from fastdiff import ops
 from fastdiff.ops import backends, reference
 from support.child_environment import child_environment
+from support.fork_server import run_program
 from support.oracle import available_backends, device_of, plain_row
 
 BACKENDS = available_backends()
@@ -255,9 +256,7 @@ def test_status_is_available_or_reason() -> None:
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run code in a new interpreter that imports the same fastdiff."""
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=child_environment(**environment)
-    )
+    return run_program(code, env=child_environment(**environment))
 
 
 def test_environment_forces_backend() -> None:

@@ -25,6 +25,7 @@ import fastdiff
 from fastdiff import ops
 from fastdiff.ops import backends, memory
 from support.child_environment import child_environment
+from support.fork_server import run_program
 from support.oracle import DTYPES, plain_row
 
 if backends.extension is None:
@@ -51,6 +52,11 @@ def doubled(x: Tensor, keeps: int = 0) -> tuple[Tensor, ...]:
     row = plain_row(x.dtype, prev_x=2.0, k0_x=3.0, k1_x=4.0)
     made: tuple[Tensor, ...] = ops.step(x, x, row, 0, keeps=keeps)
     return made
+
+
+def in_fork(program: str, mib: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that shares torch's import, with this limit."""
+    return run_program(program, env=child_environment(FASTDIFF_BACKEND="", FASTDIFF_KEEP_MIB=mib))
 
 
 def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -363,7 +369,7 @@ _KEPT = (
 
 @pytest.mark.parametrize(("mib", "held"), [("0", 0), ("64", 20000)])
 def test_environment_sets_limit(mib: str, held: int) -> None:
-    done = run(_KEPT, FASTDIFF_KEEP_MIB=mib)
+    done = in_fork(_KEPT, mib)
     assert done.stdout.split() == [str(held), str(int(mib) << 20)], done.stderr
 
 
@@ -374,7 +380,7 @@ def test_bad_limit_is_an_error_with_remedy(value: str) -> None:
 
 
 def test_bad_limit_in_environment_fails_import() -> None:
-    done = run("import fastdiff", FASTDIFF_KEEP_MIB="lots")
+    done = in_fork("import fastdiff", "lots")
     assert done.returncode == 1
     assert "ValueError: fastdiff: FASTDIFF_KEEP_MIB is 'lots', expected a whole number" in done.stderr
 

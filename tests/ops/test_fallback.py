@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 import fastdiff
 from fastdiff import environment, extension, ops
 from fastdiff.ops import backends, fallback
+from support.fork_server import run_program
 
 ROOT = Path(fastdiff.__file__).parents[1]
 
@@ -88,10 +88,7 @@ def run_python(code: str, package: Path = ROOT, **variables: str) -> subprocess.
     path = os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])
     if package != ROOT:
         code = COPY.format(str(package / "fastdiff")) + code
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=package,
-        env={**kept, "TRITON_INTERPRET": "0", "PYTHONPATH": path, **variables},
-    )  # fmt: skip
+    return run_program(code, cwd=package, env={**kept, "TRITON_INTERPRET": "0", "PYTHONPATH": path, **variables})
 
 
 def warned(code: str, *, blocked: bool = True, package: Path = ROOT, **variables: str) -> list[str]:

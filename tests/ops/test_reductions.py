@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import math
 import random
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +18,7 @@ from fastdiff import ops
 from fastdiff.ops import reductions_reference
 from fastdiff.row_layout import compute_dtype
 from support.child_environment import child_environment
+from support.fork_server import run_module
 from support.oracle import DTYPES, INTERPRETED, UNIT_ROUNDOFF, assert_same_bits, available_backends, device_of
 from support.reduction_cases import (
     KINDS,
@@ -263,10 +261,7 @@ def results_of_builds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, lis
     for build in ("generic", "avx2", "avx512"):
         path = folder / f"{build}.pt"
         environment = child_environment(FASTDIFF_CPU=build, FASTDIFF_BACKEND="")
-        done = subprocess.run(
-            [sys.executable, str(Path(__file__).parents[1] / "support" / "reduction_cases.py"), str(path), str(seed)],
-            env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        done = run_module("support.reduction_cases", str(path), str(seed), env=environment)
         results[build] = torch.load(path) if path.exists() else done.stderr
     return results
 

@@ -4,10 +4,7 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +14,7 @@ from torch import Tensor
 
 import fastdiff
 from support.child_environment import child_environment
+from support.fork_server import run_module, run_program
 from support.oracle import (
     DTYPES,
     FORMS,
@@ -233,8 +231,7 @@ def results_of_builds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, lis
     for build in ("generic", "avx2", "avx512"):
         path = folder / f"{build}.pt"
         environment = child_environment(FASTDIFF_CPU=build, FASTDIFF_BACKEND="")
-        command = [sys.executable, str(Path(__file__).parents[1] / "support" / "oracle.py"), str(path), str(seed)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = run_module("support.oracle", str(path), str(seed), env=environment)
         if path.exists():
             saved = torch.load(path)
             assert saved["build"] == build
@@ -262,7 +259,7 @@ def test_unknown_cpu_build_is_refused() -> None:
         pytest.skip(fastdiff.ops.backends.extension_error)
     environment = child_environment(FASTDIFF_CPU="sse9", FASTDIFF_BACKEND="cpu")
     code = "import torch, fastdiff; fastdiff.ops.backend_for(torch.ones(1))"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = run_program(code, env=environment)
     assert done.returncode != 0
     assert "FASTDIFF_CPU is 'sse9', expected one of avx2, avx512, generic" in done.stderr
 

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +16,7 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.ops import backends
 from support.child_environment import child_environment
+from support.fork_server import run_program
 from support.oracle import Shape, assert_same_bits, cases, make, plain_row
 
 if backends.extension is None:
@@ -142,11 +141,11 @@ def test_model_input_is_made_from_written_values() -> None:
 
 
 _BUILD = """
-import sys, torch
+import torch
 from fastdiff.ops.backends import extension
 from support.oracle import assert_same_bits, build_cases
-assert extension.cpu_build == sys.argv[1]
-for case in build_cases(int(sys.argv[2])):
+assert extension.cpu_build == build
+for case in build_cases(seed):
     extension._nontemporal_above(1 << 60)
     expected = case.run()
     extension._nontemporal_above(0)
@@ -157,10 +156,9 @@ print("same")
 
 @pytest.mark.parametrize("build", ["generic", "avx2", "avx512"])
 def test_every_cpu_build_gives_same_bits(build: str) -> None:
-    seed = str(random.randrange(2**32))
+    seed = random.randrange(2**32)
     environment = child_environment(FASTDIFF_CPU=build, FASTDIFF_BACKEND="")
-    command = [sys.executable, "-c", _BUILD, build, seed]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = run_program(f"build, seed = {build!r}, {seed}\n{_BUILD}", env=environment)
     if f"FASTDIFF_CPU is '{build}'" in done.stderr:
         pytest.skip(f"this processor lacks {build}")
     assert done.stdout == "same\n", f"seed {seed}: {done.stderr}"

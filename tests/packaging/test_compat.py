@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -45,22 +46,42 @@ def test_check_list_matches_functions(compat: ModuleType) -> None:
     ] == (CHECKS)
 
 
-@pytest.mark.parametrize(
-    "check", [pytest.param(name, marks=[] if name == "import" else pytest.mark.slow) for name in CHECKS]
-)
-def test_each_check_passes_with_installed_torch(check: str) -> None:
+#: Runs all checks in one process, since imports would be most of the time of each, and prints their errors by name.
+ALL_CHECKS = """
+import importlib.util, json, sys, traceback
+spec = importlib.util.spec_from_file_location("compat_checks", sys.argv[1])
+checks = importlib.util.module_from_spec(spec)
+sys.modules["compat_checks"] = checks
+spec.loader.exec_module(checks)
+checks.torch.set_num_threads(1)
+errors = {}
+for name in sys.argv[2:]:
+    try:
+        getattr(checks, f"check_{name}")()
+        errors[name] = ""
+    except Exception:
+        errors[name] = traceback.format_exc()
+print(json.dumps(errors))
+"""
+
+
+def _run_checks(*command: object, build: str) -> subprocess.CompletedProcess[str]:
+    environ = {**os.environ, "FASTDIFF_BUILD": build, "FASTDIFF_BACKEND": "", "PYTHONPATH": str(TOOLS)}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], env=environ, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+def test_each_check_passes_with_installed_torch() -> None:
     build = "none" if backends.extension is None else "cpu"
-    environ = {**os.environ, "FASTDIFF_BUILD": build, "FASTDIFF_BACKEND": ""}
-    command = [sys.executable, TOOLS / "compat_checks.py", check]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    done = _run_checks("-c", ALL_CHECKS, TOOLS / "compat_checks.py", *CHECKS, build=build)
     assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == dict.fromkeys(CHECKS, "")
 
 
 def test_import_check_fails_for_unexpected_backend() -> None:
-    build = "cpu" if backends.extension is None else "none"
-    environ = {**os.environ, "FASTDIFF_BUILD": build, "FASTDIFF_BACKEND": ""}
-    command = [sys.executable, TOOLS / "compat_checks.py", "import"]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    done = _run_checks(TOOLS / "compat_checks.py", "import", build="cpu" if backends.extension is None else "none")
     assert done.returncode == 1
     assert "AssertionError: the cpu backend is" in done.stderr
 

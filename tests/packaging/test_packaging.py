@@ -25,6 +25,7 @@ import fastdiff
 from fastdiff import built_for
 from fastdiff.ops import backends
 from support import sanitize
+from support.fork_server import run_program
 from support.setup_script import load_setup
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -266,7 +267,7 @@ def test_import_needs_only_torch(tmp_path: Path) -> None:
 def test_benchmarks_import_from_any_folder(start: str, tmp_path: Path) -> None:
     program = "import importlib.util; print(importlib.util.find_spec('fastdiff.benchmarks').origin)"
     folder = ROOT if start == "root" else tmp_path
-    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=folder)
+    answer = run_program(program, env=dict(os.environ), cwd=folder)
     assert Path(answer.stdout.strip()).parts[-2:] == ("benchmarks", "__init__.py")
 
 
@@ -274,7 +275,7 @@ def test_benchmarks_import_from_any_folder(start: str, tmp_path: Path) -> None:
 def test_kernels_import_from_any_folder(start: str, tmp_path: Path) -> None:
     program = "import importlib.util; print(importlib.util.find_spec('fastdiff.kernels').origin)"
     folder = ROOT if start == "root" else tmp_path
-    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=folder)
+    answer = run_program(program, env=dict(os.environ), cwd=folder)
     assert Path(answer.stdout.strip()).parts[-2:] in {("triton", "__init__.py"), ("kernels", "__init__.py")}
 
 

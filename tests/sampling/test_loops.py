@@ -113,8 +113,12 @@ def test_loop_cpu_and_reference_agree_with_formulas(solver: str) -> None:
         _check(backends, solver, PredictionType.EPSILON, dtype, clean=True)
 
 
+#: Every form of every method but DPM-Solver, whose 56 differ in coefficients and histories: every fifth.
+INTERPRETED = [i for i, name in enumerate(SOLVERS) if "dpmsolver" not in name or i % 5 == 0]
+
+
 @pytest.mark.skipif(ops.backend_status()["triton"] != "available", reason=ops.backend_status()["triton"])
-@pytest.mark.parametrize("index", range(len(SOLVERS)), ids=list(SOLVERS))
+@pytest.mark.parametrize("index", INTERPRETED, ids=[list(SOLVERS)[i] for i in INTERPRETED])
 def test_loop_triton_agrees_with_formulas(index: int) -> None:
     # An interpreted launch costs tens of milliseconds: three steps, and types and dtypes in turn.  There are four of
     # both: the shift brings all pairs.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -51,22 +52,24 @@ def _sample(sampler: BaseSampler, model: Callable[..., Any] = _model, *condition
 # ------------------------------------------------------------------------------ what is accepted
 
 
-@pytest.mark.parametrize("method", METHODS)
+WRAPS: dict[str, Callable[[Tensor], Any]] = {
+    "tensor": lambda y: y,
+    "tuple": lambda y: (y, "rest"),
+    "list": lambda y: [y],
+    "dict": lambda y: {"sample": y},
+    "object": lambda y: SimpleNamespace(sample=y),
+    "wider": lambda y: y.double(),
+}
+
+
+# One loop unwraps the outputs of all methods: every type with one method, and every method with one type.
 @pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda y: y,
-        lambda y: (y, "rest"),
-        lambda y: [y],
-        lambda y: {"sample": y},
-        lambda y: SimpleNamespace(sample=y),
-        lambda y: y.double(),
-    ],
-    ids=["tensor", "tuple", "list", "dict", "object", "wider"],
+    ("method", "wrap"),
+    [*(("ddim", wrap) for wrap in WRAPS), *zip(METHODS, itertools.cycle(reversed(WRAPS)), strict=False)],
 )
-def test_sampler_accepts_model_output_types(method: str, wrap: Callable[[Tensor], Any]) -> None:
+def test_sampler_accepts_model_output_types(method: str, wrap: str) -> None:
     plain = _sample(_sampler(method))
-    assert torch.equal(_sample(_sampler(method), lambda x, t: wrap(_model(x, t))), plain)
+    assert torch.equal(_sample(_sampler(method), lambda x, t: WRAPS[wrap](_model(x, t))), plain)
     assert plain.shape == SHAPE
     assert plain.dtype == torch.float32
     assert torch.isfinite(plain).all()

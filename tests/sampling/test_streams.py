@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import pickle
 import random
@@ -72,8 +73,16 @@ def test_stream_gives_the_bits_of_the_loop(method: str) -> None:
     assert torch.equal(generator.get_state(), _seeded().get_state()) is not drawn
 
 
-@pytest.mark.parametrize(("method", "fields"), STOCHASTIC, ids=str)
-@pytest.mark.parametrize("how", ["close", "with", "drop", "error"])
+ENDINGS = ("close", "with", "drop", "error")
+
+
+# Every ending with one method, and every method with one ending.
+@pytest.mark.parametrize(
+    ("method", "fields", "how"),
+    [(*STOCHASTIC[0], how) for how in ENDINGS]
+    + [(*form, how) for form, how in zip(STOCHASTIC[1:], itertools.cycle(ENDINGS), strict=False)],
+    ids=str,
+)
 def test_stream_that_ends_early_puts_generators_back(method: str, fields: dict[str, Any], how: str) -> None:
     generator = _seeded()
     calls = 0
@@ -268,7 +277,7 @@ def test_interrupts_at_random_instants_lose_nothing(method: str) -> None:
     usual = min(loop.processing_time for loop in loops)
     handler = signal.getsignal(signal.SIGINT)
     draw = random.Random(0)
-    for _ in range(50):
+    for _ in range(20):
         generator, begun, delay = _seeded(), threading.Event(), draw.random() * usual
 
         def model(x: Tensor, t: Tensor, c: Tensor, begun: threading.Event = begun) -> Tensor:
@@ -293,7 +302,7 @@ def test_interrupts_at_random_instants_lose_nothing(method: str) -> None:
             stopped += 1
             assert torch.equal(generator.get_state(), _seeded().get_state())
     assert signal.getsignal(signal.SIGINT) is handler
-    assert stopped > 10, "most interrupts come while the loop is under way"
+    assert stopped > 4, "most interrupts come while the loop is under way"
 
 
 @pytest.mark.parametrize("call", [1, 3])

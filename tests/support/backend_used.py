@@ -33,7 +33,7 @@ OPERATIONS |= {"gram": 0, "step_log_prob": 0, "log_prob": 0}
 #: Triton's launch functions: module of kernels/triton, function.
 TRITON = (("step", "launch"), ("philox", "randn"), ("select", "quantile"), ("reduce", "reduce"))
 TRITON += (("gram", "gram"), ("log_prob", "launch"))
-EXTENSION = ("step", "randn", "quantile", "sum", "gram", "log_prob")
+EXTENSION = ("step", "randn", "quantile", "sum", "gram", "host_gram", "log_prob")
 
 
 @dataclass
@@ -86,7 +86,7 @@ def _extension(record: Record) -> list[Any]:
             # sum's kind precedes its tensor.
             if not (done is None or isinstance(done, (str, bytes))) or function is original_randn:
                 given = [*args, *kwargs.values()]
-                given += [item for value in given if isinstance(value, list) for item in value]  # gram's tensors
+                given += [item for value in given if isinstance(value, (list, tuple)) for item in value]  # gram's
                 tensor = next(value for value in given if isinstance(value, Tensor))
                 triton = tensor.is_cuda and (kwargs.get("triton") or not backends.extension.cuda)  # type: ignore[union-attr]
                 record.note("triton" if triton else "cuda" if tensor.is_cuda else "cpu")

@@ -234,7 +234,7 @@ def test_cached_kernels_are_launched_like_jit(
     all_kernels(torch.empty(2, 64))
 
     # What earlier examples left is cached: calls of all kinds come in any order.
-    @settings(max_examples=400)
+    @settings(max_examples=4 * settings().max_examples)
     @given(
         calls=st.lists(st.one_of(step_calls(), step_calls(), other_calls()), min_size=1, max_size=4),
         devices=st.lists(st.integers(0, 2), min_size=4, max_size=4),

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
 from torch import Tensor
@@ -26,6 +28,35 @@ logging.getLogger("diffusers").setLevel(logging.CRITICAL)
 LAST_IS_NO_STEP = ("DDPMWuerstchen", "SCM")
 #: Classes that make a noise sampler in their first step.
 MAKES_SAMPLER = ("DPMSolverSDE", "CosineDPMSolverMultistep")
+
+
+def _remember_timesteps_of_sigmas(cls: Any) -> None:
+    """Make diffusers' `_sigma_to_t` look up what it returned for the same numbers and types.
+
+    Constructors of some classes call it once for each of a thousand sigmas, which takes a fifth of a second. fastdiff's
+    classes inherit it, and neither changes what it returns.
+    """
+    original = cls._sigma_to_t
+    schedules: dict[Any, dict[Any, Any]] = {}
+    last: list[Any] = [None, {}]  # log_sigmas, which are new for each schedule, and what is known of them
+
+    @functools.wraps(original)
+    def sigma_to_t(self: Any, sigma: Any, log_sigmas: Any) -> Any:
+        if log_sigmas is not last[0]:
+            key = type(log_sigmas), log_sigmas.dtype, np.asarray(log_sigmas).tobytes()
+            last[:] = log_sigmas, schedules.setdefault(key, {})
+        at = type(sigma), sigma.dtype, sigma.item()
+        found = last[1].get(at)
+        if found is None:
+            found = last[1][at] = original(self, sigma, log_sigmas)
+        return found
+
+    cls._sigma_to_t = sigma_to_t
+
+
+for _name in ("KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE"):
+    if f"{_name}Scheduler" in CLASSES:
+        _remember_timesteps_of_sigmas(CLASSES[f"{_name}Scheduler"].original)
 
 
 def classes(name: str) -> tuple[type, type]:
