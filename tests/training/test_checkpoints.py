@@ -250,7 +250,7 @@ def test_state_of_other_kinds_is_refused() -> None:
 
     with pytest.raises(TypeError, match="tensors and numbers"):
         optimizer_state(Odd([nn.Parameter(torch.ones(1))]))
-    model, optimizer = _trained(torch.optim.AdamW)
+    _, optimizer = _trained(torch.optim.AdamW)
     values, tensors = optimizer_state(optimizer)
     load_optimizer_state(optimizer, json.loads(json.dumps(values)), tensors)
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
