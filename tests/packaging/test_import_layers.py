@@ -31,6 +31,7 @@ LAYERS = (
     ("digits",),
     ("diffusers",),
     ("training",),
+    ("compression",),
     ("cli", "__main__", "__init__"),
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
