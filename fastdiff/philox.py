@@ -45,11 +45,15 @@ class Purpose(IntEnum):
         LATENTS: the initial sample.
         STEP: the noise that a step adds.
         PATH: the numbers that a `fastdiff.noise.BrownianPath` adds up; their `step` word encodes an interval of time.
+        FORWARD: the noise of the forward process in training.
+        TIMESTEP: the draw of a training timestep.
     """
 
     LATENTS = 0
     STEP = 1
     PATH = 2
+    FORWARD = 3
+    TIMESTEP = 4
 
 
 def purpose_of_draw(draw: int, purpose: int = Purpose.STEP) -> int:

@@ -11,6 +11,7 @@ The modules::
     recommend.py    ``fastdiff recommend`` chooses solver, spacing and steps
     plot.py         ``fastdiff plot`` draws schedules, trajectories, comparisons and orders
     options.py      options of several commands
+    train.py        ``fastdiff train`` trains a model
     table.py        ``fastdiff table`` prints step tables and schedules that are files
 """
 
@@ -21,6 +22,7 @@ from . import compare as compare
 from . import plot as plot
 from . import recommend as recommend
 from . import table as table
+from . import train as train
 from .app import app
 from .environment import print_environment
 from .sample import ALIASES, SAMPLERS, check_device, draw_digits, parse_classes, sample, sampler_fields

@@ -20,6 +20,10 @@ The modules::
     reductions_reference.py  the same in plain torch
     gram.py                  all scalar products and norms of a few tensors from one pass
     log_prob.py              the log-probability of a stochastic step, and its replay
+    forward_process.py       the forward process of training: noisy samples and targets
+    forward_rows.py          its rows, from a schedule
+    diffusion_loss.py        the training loss, which draws the noise again
+    loss_kernels.py          its execution on a backend, and its reference
     thresholding.py          the threshold of a sample, from a quantile
     memory.py                the memory that the extension keeps for new outputs
 """
@@ -35,7 +39,9 @@ from .backends import (
     triton_launcher,
     use_backend,
 )
+from .diffusion_loss import diffusion_loss
 from .fallback import FallbackWarning
+from .forward_process import add_noise, noise_and_target
 from .gram import gram, host_gram
 from .log_prob import log_prob, step_log_prob
 from .random import randn
@@ -45,15 +51,18 @@ from .step import step, step_rows
 __all__ = [
     "BACKENDS",
     "FallbackWarning",
+    "add_noise",
     "backend_for",
     "backend_status",
     "cpu_build",
+    "diffusion_loss",
     "direct_extension",
     "dot",
     "gram",
     "host_gram",
     "log_prob",
     "mean",
+    "noise_and_target",
     "norm",
     "quantile",
     "randn",

@@ -72,12 +72,11 @@ def as_number(value: Any) -> Any:
     return int(value) if isinstance(value, IntEnum) else value
 
 
-def check_dtype(name: str, dtype: torch.dtype) -> None:
+def check_dtype(name: str, dtype: torch.dtype, operation: str = "step") -> None:
     """Refuse a dtype that no step computes with."""
     if dtype not in DTYPES:
-        raise TypeError(
-            _refusal(name, f"has dtype {dtype}", "float16, bfloat16, float32 or float64", "convert it first")
-        )
+        expected = "float16, bfloat16, float32 or float64"
+        raise TypeError(error_message(operation, name, f"has dtype {dtype}", expected, "convert it first"))
 
 
 def _check_like_sample(name: str, tensor: object, sample: Tensor) -> None:

@@ -111,6 +111,11 @@ def sum_of_squares(x: Tensor) -> Tensor:
     return _total(_block_sums(blocks * blocks))
 
 
+def total(x: Tensor) -> Tensor:
+    """The sum a sample, ``[B]`` float64, before the last rounding."""
+    return _total(_block_sums(_blocks(x)))
+
+
 def memory_order(x: Tensor) -> Tensor:
     """A view of `x` whose dimensions after the first are in the order of memory, the slowest first."""
     order = sorted(range(1, x.dim()), key=lambda d: x.stride(d), reverse=True)

@@ -111,6 +111,11 @@ class BaseNoiseScheduler(ABC):
         """α and σ of the forward process x = α·x0 + σ·ε, float64 ``[2, T]`` on the CPU."""
         return torch.stack([self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod])
 
+    @property
+    def forward_scales(self) -> Tensor:
+        """α and σ of the forward process x = α·x0 + σ·ε at each training timestep, float64 ``[2, T]`` on the CPU."""
+        return self._scales
+
     @functools.cached_property
     def path(self) -> Path:
         """The path of this schedule through its noise levels, for the solvers."""

@@ -29,6 +29,7 @@ LAYERS = (
     ("classroom",),
     ("digits",),
     ("diffusers",),
+    ("training",),
     ("cli", "__main__", "__init__"),
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}

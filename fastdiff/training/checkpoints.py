@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: MIT
+"""Checkpoints: folders of safetensors and JSON, written whole or not at all, read without running code.
+
+A checkpoint is a folder with ``state.json`` and one safetensors file for each set of tensors (``model``, ``ema``,
+``optimizer``, ``text_encoder``).  It is written under another name, flushed to the disk and renamed, so a folder with
+the name of a checkpoint is complete; ``state.json`` has the size and checksum of each file, which are compared when it
+is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import error_message, require
+
+_FORMAT, _VERSION = "fastdiff checkpoint", 1
+_STATE = "state.json"
+_NAME = re.compile(r"step-(\d{8,})")
+_PARTIAL = ".partial-"
+_REMEDY = "take an earlier checkpoint, or train again"
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds: JSON values, and tensors by file and name."""
+
+    state: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+
+
+def write_checkpoint(folder: str | Path, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> Path:
+    """Write a checkpoint whole: on an error there is no new folder, and an old one of that name is as it was.
+
+    Args:
+        folder: of the checkpoint; its parent is made if it is missing.
+        state: values of standard JSON.
+        tensors: by file, without its ending, and name; on any device, contiguous or not.
+
+    Raises:
+        OSError: it cannot be written (a full disk, a read-only folder); the message is one sentence.
+    """
+    target = Path(folder)
+    partial = target.with_name(f"{_PARTIAL}{target.name}-{secrets.token_hex(4)}")
+    library = require("safetensors.torch", "training", "save_checkpoint")
+    try:
+        partial.mkdir(parents=True)
+        files = {}
+        for name, named in tensors.items():
+            path = partial / f"{name}.safetensors"
+            library.save_file({key: value.detach().contiguous() for key, value in named.items()}, path)
+            # safetensors makes files that their owner alone can read; the umask of the process should decide.
+            path.chmod(0o666 & ~_umask())
+            files[path.name] = {"bytes": path.stat().st_size, "crc32": _checksum(path)}
+        document = {"format": _FORMAT, "version": _VERSION, "files": files, "state": dict(state)}
+        (partial / _STATE).write_text(json.dumps(document, allow_nan=False, indent=1) + "\n", encoding="utf-8")
+        for path in partial.iterdir():
+            _flush(path)
+        _flush(partial)
+        _put_in_place(partial, target)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise _write_error(error, target) from error
+        raise
+    return target
+
+
+def read_checkpoint(folder: str | Path) -> Checkpoint:
+    """Read a checkpoint, after its files' sizes and checksums have been compared.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, is no such folder, or holds pickled objects, which are never read.
+    """
+    path = Path(folder)
+    if not path.exists() and _older(path).is_dir():  # the process ended between two renames
+        os.replace(_older(path), path)
+    if not path.exists():
+        got = f"is {str(path)!r}, which does not exist"
+        raise FileNotFoundError(
+            error_message("load_checkpoint", "path", got, "a checkpoint's folder", "check the path")
+        )
+    if path.is_file() or not (path / _STATE).is_file():
+        pickled = [file for file in ([path] if path.is_file() else sorted(path.iterdir())) if _is_pickle(file)]
+        if pickled:
+            got = f"is {str(pickled[0])!r}, which holds pickled objects, that can run code when they are read"
+            remedy = "save its tensors with save_checkpoint where you trust the file"
+        else:
+            got, remedy = f"is {str(path)!r}, which has no {_STATE}", "name the folder that save_checkpoint made"
+        raise ValueError(error_message("load_checkpoint", "path", got, "a folder of safetensors and JSON", remedy))
+    library = require("safetensors.torch", "training", "load_checkpoint")
+    try:
+        document = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (_FORMAT, _VERSION):
+            raise _refused(path, f"whose {_STATE} is not of {_FORMAT!r}, version {_VERSION}")
+        files, state = document["files"], document["state"]
+    except (ValueError, KeyError) as error:
+        if isinstance(error, ValueError) and str(error).startswith("load_checkpoint"):
+            raise
+        raise _refused(path, f"whose {_STATE} is damaged ({type(error).__name__})") from error
+    tensors = {}
+    for name, expected in files.items():
+        file = path / Path(name).name
+        if not file.is_file():
+            raise _refused(path, f"which lacks {name}")
+        if _is_pickle(file):
+            raise _refused(path, f"whose {name} holds pickled objects, that can run code when they are read")
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise _refused(path, f"whose {name} has {size} bytes instead of {expected['bytes']}")
+        if _checksum(file) != expected["crc32"]:
+            raise _refused(path, f"whose {name} has another content than was written")
+        tensors[file.stem] = library.load_file(file)
+    return Checkpoint(state, tensors)
+
+
+def checkpoint_folder(parent: str | Path, step: int) -> Path:
+    """Return the folder of the checkpoint of a step."""
+    return Path(parent) / f"step-{step:08d}"
+
+
+def list_checkpoints(parent: str | Path) -> list[Path]:
+    """Return the checkpoints in a folder, by step."""
+    path = Path(parent)
+    found = (
+        [(int(match[1]), entry) for entry in path.iterdir() if (match := _NAME.fullmatch(entry.name))]
+        if (path.is_dir())
+        else []
+    )
+    return [entry for _, entry in sorted(found)]
+
+
+def latest_checkpoint(parent: str | Path) -> Path | None:
+    """Return the checkpoint of the latest step in a folder; None if there is none."""
+    found = list_checkpoints(parent)
+    return found[-1] if found else None
+
+
+def remove_old_checkpoints(parent: str | Path, keep: int) -> None:
+    """Remove all but the latest checkpoints of a folder, and what interrupted writes have left there."""
+    for old in list_checkpoints(parent)[:-keep]:
+        # Renamed first: an interrupted removal leaves nothing that looks like a checkpoint.
+        gone = old.with_name(f"{_PARTIAL}{old.name}-removed")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.replace(old, gone)
+    for partial in Path(parent).glob(f"{_PARTIAL}*"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and kept buffers of a module by name; of those that are one tensor, the first name alone.
+
+    Raises:
+        TypeError: the module keeps state that is no tensor.
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    own = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            got, remedy = f"keeps a {type(value).__name__} under {name!r}", "keep it in a buffer"
+            raise TypeError(error_message("save_checkpoint", "model", got, "tensors alone", remedy))
+        tensor = own[name]
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor
+    return found
+
+
+@torch.no_grad()
+def load_module_tensors(module: nn.Module, tensors: Mapping[str, Tensor], operation: str, argument: str) -> None:
+    """Copy tensors into those of a module, in place; nothing is changed on an error.
+
+    Raises:
+        ValueError: names, shapes or dtypes differ; the message has the first of them.
+    """
+    own = module_tensors(module)
+    check_same_tensors(own, tensors, operation, argument)
+    for name, value in tensors.items():
+        own[name].copy_(value)
+
+
+def check_same_tensors(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], operation: str, argument: str) -> None:
+    """Check that two sets of tensors have the same names and shapes.
+
+    Raises:
+        ValueError: they differ.
+    """
+    remedy = "make the model with the configuration that the checkpoint was trained with"
+    for name in [*own, *tensors]:
+        if name not in own or name not in tensors:
+            got = f"has {name!r}, which the checkpoint lacks" if name in own else f"lacks {name!r} of the checkpoint"
+            raise ValueError(error_message(operation, argument, got, "equal names", remedy))
+        if own[name].shape != tensors[name].shape:
+            got = f"has {name!r} of shape {list(own[name].shape)}"
+            raise ValueError(
+                error_message(operation, argument, got, f"{list(tensors[name].shape)} like the checkpoint", remedy)
+            )
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the state of an optimizer as JSON values and tensors.
+
+    Raises:
+        TypeError: it keeps something else.
+    """
+    held = optimizer.state_dict()
+    values: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for index, entries in held["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value
+            elif value is None or isinstance(value, (bool, int, float, str)):
+                values[f"{index}.{name}"] = value
+            else:
+                got, remedy = f"keeps a {type(value).__name__} under {name!r}", "use AdamW"
+                raise TypeError(error_message("save_checkpoint", "optimizer", got, "tensors and numbers", remedy))
+    groups = [
+        {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in group.items()
+            if not isinstance(value, Tensor)
+        }
+        for group in held["param_groups"]
+    ]
+    return {"values": values, "groups": groups}, tensors
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Give an optimizer the state that `optimizer_state` returned.
+
+    Raises:
+        ValueError: the optimizer has other parameters.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    if [group["params"] for group in own] != [group["params"] for group in state["groups"]]:
+        counts = [len(group["params"]) for group in own], [len(group["params"]) for group in state["groups"]]
+        got, expected = f"has groups of {counts[0]} parameters", f"{counts[1]} like the checkpoint"
+        remedy = "make it as it was made for the training"
+        raise ValueError(error_message("load_checkpoint", "optimizer", got, expected, remedy))
+    entries: dict[int, dict[str, Any]] = {}
+    for key, value in [*state["values"].items(), *tensors.items()]:
+        index, _, name = key.partition(".")
+        entries.setdefault(int(index), {})[name] = value
+    groups = [
+        {
+            **kept,
+            **{name: tuple(value) if isinstance(kept.get(name), tuple) else value for name, value in saved.items()},
+        }
+        for kept, saved in zip(own, state["groups"], strict=True)
+    ]
+    optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+def save_checkpoint(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    loss: float | Tensor,
+    path: str | Path | None = None,
+) -> Path:
+    """Write model, optimizer, epoch and loss as a checkpoint, whole or not at all.
+
+    Args:
+        model: its parameters and kept buffers are written.
+        optimizer: any of torch's whose state is tensors and numbers.
+        epoch, loss: numbers to find again.
+        path: the folder to make; None for ``checkpoint-<epoch>`` in the current folder.
+
+    Returns:
+        the folder.
+
+    Raises:
+        OSError: it cannot be written; what was there is unchanged.
+        TypeError: model or optimizer keep something that is no tensor or number.
+    """
+    values, tensors = optimizer_state(optimizer)
+    state = {"epoch": int(epoch), "loss": float(loss), "optimizer": values}
+    folder = Path(f"checkpoint-{epoch}") if path is None else Path(path)
+    return write_checkpoint(folder, state, {"model": module_tensors(model), "optimizer": tensors})
+
+
+def load_checkpoint(
+    path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, ema: bool = False
+) -> dict[str, Any]:
+    """Load a checkpoint of `save_checkpoint` or of a trainer into a model and an optimizer, in place.
+
+    Args:
+        path: the checkpoint's folder.
+        model: as it was when it was saved; wrappers of other libraries taken off.
+        optimizer: made over the same parameters, or None.
+        ema: take the averaged weights, for sampling.
+
+    Returns:
+        the checkpoint's numbers: ``epoch``, ``loss``, and ``step`` where a trainer wrote it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged or pickled, or belongs to another model; model and optimizer are unchanged.
+    """
+    found = read_checkpoint(path)
+    name = "ema" if ema else "model"
+    if name not in found.tensors:
+        got, remedy = f"is {str(path)!r}, which has no averaged weights", "pass ema=False"
+        raise ValueError(error_message("load_checkpoint", "path", got, "a checkpoint with ema.safetensors", remedy))
+    check_same_tensors(module_tensors(model), found.tensors[name], "load_checkpoint", "model")
+    if optimizer is not None:
+        load_optimizer_state(optimizer, found.state["optimizer"], found.tensors["optimizer"])
+    load_module_tensors(model, found.tensors[name], "load_checkpoint", "model")
+    return {key: found.state[key] for key in ("epoch", "loss", "step") if key in found.state}
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    """Rename a complete folder to its name; an older folder there is moved aside first and then removed."""
+    older = None
+    if target.exists():
+        older = _older(target)
+        shutil.rmtree(older, ignore_errors=True)
+        os.replace(target, older)
+    try:
+        os.replace(partial, target)
+    except BaseException:
+        if older is not None:
+            os.replace(older, target)
+        raise
+    _flush(target.parent)
+    if older is not None:
+        shutil.rmtree(older, ignore_errors=True)
+
+
+def _older(target: Path) -> Path:
+    """Return the name of a folder between the two renames that replace it; `read_checkpoint` finds it there."""
+    return target.with_name(f".older-{target.name}")
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or a folder's entries are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _is_pickle(path: Path) -> bool:
+    """Return True for a file of `torch.save` (a zip archive or a plain pickle)."""
+    with contextlib.suppress(OSError), path.open("rb") as stream:
+        return stream.read(4)[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    return False
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _refused(path: Path, why: str) -> ValueError:
+    got = f"is {str(path)!r}, {why}"
+    return ValueError(error_message("load_checkpoint", "path", got, "a checkpoint as it was written", _REMEDY))
+
+
+def _write_error(error: BaseException, target: Path) -> OSError:
+    """Return an error of safetensors or of the system as an OSError with one sentence."""
+    text = str(error)
+    found = re.search(r"os error (\d+)", text)
+    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else errno.EIO
+    reason = os.strerror(number or errno.EIO)
+    full = errno.errorcode.get(number or 0) in ("ENOSPC", "EDQUOT", "EFBIG")
+    remedy = "free some space, or choose a folder on another disk" if full else "choose a folder that can be written to"
+    got = f"is {str(target)!r}, which cannot be written: {reason}"
+    explained = OSError(error_message("save_checkpoint", "path", got, "a folder with enough space", remedy))
+    explained.errno = number
+    return explained

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: MIT
+"""Uniform numbers from samples' seeds, for draws of training that belong to a sample."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from ..philox import philox_words
+
+
+class Draw(IntEnum):
+    """The purpose of a draw: the last word of Philox's counter, apart from those of `fastdiff.philox.Purpose`."""
+
+    CONDITION_DROPOUT = 0x7D01
+    JITTER = 0x7D02
+
+
+def seeded_uniforms(seeds: Tensor, purpose: int, count: int) -> Tensor:
+    """Return uniform numbers in (0, 1), ``[B, count]`` float64 on the seeds' device.
+
+    Args:
+        seeds: ``[B]`` int64.
+        purpose: a `Draw`, or another number that no other draw from these seeds uses.
+        count: numbers a sample.
+    """
+    chunks = torch.arange((count + 3) // 4, dtype=torch.int64, device=seeds.device)
+    key = (seeds[:, None] & 0xFFFFFFFF, (seeds[:, None] >> 32) & 0xFFFFFFFF)
+    zero = torch.zeros_like(seeds[:, None])
+    words = philox_words((chunks[None, :] + zero, zero, zero, zero + purpose), key)
+    return (torch.stack(words, dim=-1).flatten(1)[:, :count].to(torch.float64) + 0.5) * 2.0**-32

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: MIT
+"""Checkpoints: whole or not at all, read without running code, back to the bit."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fastdiff.training import load_checkpoint, save_checkpoint
+from fastdiff.training.checkpoints import (
+    latest_checkpoint,
+    list_checkpoints,
+    load_optimizer_state,
+    optimizer_state,
+    read_checkpoint,
+    remove_old_checkpoints,
+    write_checkpoint,
+)
+
+
+class Tied(nn.Module):
+    """Two layers that share their weight, a norm with buffers, and a buffer that is not kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+
+
+def _trained(kind: type[torch.optim.Optimizer], **options: Any) -> tuple[Tied, torch.optim.Optimizer]:
+    model = Tied()
+    optimizer = kind(model.parameters(), lr=0.1, **options)  # type: ignore[call-arg]
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.norm(model.second(model.first(torch.randn(4, 3)))).square().sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    return list(model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.AdamW, {"fused": True}),
+        (torch.optim.AdamW, {"amsgrad": True}),
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.RMSprop, {}),
+    ],
+)
+def test_checkpoint_restores_model_and_optimizer(
+    tmp_path: Path, kind: type[torch.optim.Optimizer], options: dict[str, Any]
+) -> None:
+    model, optimizer = _trained(kind, **options)
+    folder = save_checkpoint(model, optimizer, 3, torch.tensor(0.25), tmp_path / "saved")
+    other, other_optimizer = _trained(kind, **options)
+    assert load_checkpoint(folder, other, other_optimizer) == {"epoch": 3, "loss": 0.25}
+    assert all(torch.equal(a, b) for a, b in zip(_tensors(model), _tensors(other), strict=True))
+    assert other.first.weight is other.second.weight
+    for trained in ((model, optimizer), (other, other_optimizer)):
+        torch.manual_seed(1)
+        trained[1].zero_grad()
+        trained[0].norm(trained[0].first(torch.randn(4, 3))).square().sum().backward()
+        trained[1].step()
+    assert all(torch.equal(a, b) for a, b in zip(_tensors(model), _tensors(other), strict=True))
+
+
+def test_default_path_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, optimizer = _trained(torch.optim.AdamW)
+    folder = save_checkpoint(model, optimizer, 7, 1.5)
+    assert folder == Path("checkpoint-7")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def _cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def _flip(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def _pickled(folder: Path) -> None:
+    torch.save({"a": torch.ones(1)}, folder / "model.safetensors")
+
+
+def _pickled_alone(folder: Path) -> None:
+    (folder / "state.json").unlink()
+    (folder / "model.safetensors").unlink()
+    (folder / "model.bin").write_bytes(pickle.dumps({"a": 1}))
+
+
+def _without_state(folder: Path) -> None:
+    (folder / "state.json").unlink()
+
+
+def _cut_state(folder: Path) -> None:
+    path = folder / "state.json"
+    path.write_text(path.read_text()[:-20])
+
+
+def _other_version(folder: Path) -> None:
+    path = folder / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 2}))
+
+
+def _missing(folder: Path) -> None:
+    (folder / "optimizer.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (_cut, "bytes instead of"),
+        (_flip, "another content"),
+        (_pickled, "pickled objects"),
+        (_pickled_alone, "pickled objects"),
+        (_without_state, "has no state.json"),
+        (_cut_state, "damaged"),
+        (_other_version, "version 1"),
+        (_missing, "lacks optimizer.safetensors"),
+    ],
+)
+def test_damaged_checkpoint_is_refused_in_one_sentence(
+    tmp_path: Path, damage: Callable[[Path], None], reason: str
+) -> None:
+    model, optimizer = _trained(torch.optim.AdamW)
+    folder = save_checkpoint(model, optimizer, 0, 1.0, tmp_path / "saved")
+    damage(folder)
+    before = [tensor.clone() for tensor in _tensors(model)]
+    with pytest.raises(ValueError, match=reason) as refused:
+        load_checkpoint(folder, model, optimizer)
+    assert str(refused.value).startswith("load_checkpoint: ")
+    assert "\n" not in str(refused.value)
+    assert all(torch.equal(a, b) for a, b in zip(before, _tensors(model), strict=True))
+
+
+def test_pickle_is_not_run(tmp_path: Path) -> None:
+    class Attack:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "ran",))
+
+    for protocol in (2, 4):
+        (tmp_path / "model.pt").write_bytes(pickle.dumps(Attack(), protocol=protocol))
+        with pytest.raises(ValueError, match="pickled objects"):
+            read_checkpoint(tmp_path / "model.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_other_model_or_optimizer_is_refused_and_unchanged(tmp_path: Path) -> None:
+    model, optimizer = _trained(torch.optim.AdamW)
+    folder = save_checkpoint(model, optimizer, 0, 1.0, tmp_path / "saved")
+    wider = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"load_checkpoint: model (has|lacks)"):
+        load_checkpoint(folder, wider)
+    fewer = torch.optim.AdamW([model.first.bias])
+    before = [tensor.clone() for tensor in _tensors(model)]
+    with torch.no_grad():
+        model.first.bias += 1
+    with pytest.raises(ValueError, match="load_checkpoint: optimizer has groups"):
+        load_checkpoint(folder, model, fewer)
+    assert torch.equal(model.first.bias, before[1] + 1)
+    with pytest.raises(ValueError, match="no averaged weights"):
+        load_checkpoint(folder, model, ema=True)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_checkpoint(tmp_path / "nothing", model)
+
+
+def test_full_disk_keeps_the_last_checkpoint_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = _trained(torch.optim.AdamW)
+    folder = save_checkpoint(model, optimizer, 0, 1.0, tmp_path / "saved")
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    import safetensors.torch
+
+    whole = safetensors.torch.save_file
+
+    def fill(tensors: Any, path: Any) -> None:
+        whole(tensors, path)
+        if Path(path).name == "optimizer.safetensors":
+            Path(path).write_bytes(b"short")
+            from safetensors import SafetensorError
+
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as full:
+        full.setattr(safetensors.torch, "save_file", fill)
+        with pytest.raises(OSError, match=r"No space left on device, .*; free some space") as error:
+            save_checkpoint(model, optimizer, 1, 2.0, folder)
+    assert error.value.errno == errno.ENOSPC
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot be written"):
+        save_checkpoint(model, optimizer, 1, 2.0, tmp_path / "file" / "below")
+
+
+def test_checkpoint_between_two_renames_is_found(tmp_path: Path) -> None:
+    model, optimizer = _trained(torch.optim.AdamW)
+    folder = save_checkpoint(model, optimizer, 0, 1.0, tmp_path / "saved")
+    folder.rename(tmp_path / ".older-saved")
+    assert load_checkpoint(folder, model)["epoch"] == 0
+    save_checkpoint(model, optimizer, 1, 1.0, folder)
+    assert load_checkpoint(folder, model)["epoch"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_latest_and_old_checkpoints(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path / "nothing") is None
+    for step in (5, 20, 100):
+        write_checkpoint(tmp_path / f"step-{step:08d}", {}, {"a": {"x": torch.ones(1)}})
+    (tmp_path / ".partial-step-00000200-aa").mkdir()
+    (tmp_path / "notes").mkdir()
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-00000100"
+    remove_old_checkpoints(tmp_path, 2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000020", "step-00000100"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step-00000020", "step-00000100"]
+
+
+def test_state_of_other_kinds_is_refused() -> None:
+    class Odd(torch.optim.SGD):
+        def state_dict(self) -> Any:
+            return {"state": {0: {"odd": object()}}, "param_groups": []}
+
+    with pytest.raises(TypeError, match="tensors and numbers"):
+        optimizer_state(Odd([nn.Parameter(torch.ones(1))]))
+    _, optimizer = _trained(torch.optim.AdamW)
+    values, tensors = optimizer_state(optimizer)
+    load_optimizer_state(optimizer, json.loads(json.dumps(values)), tensors)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
