@@ -62,7 +62,8 @@ class Conditioning:
         null_label: the label that means no class.  Labels are passed to the model only where it is given.
         dropout: share of null conditions.
         device: where conditions are put.
-        always: the model needs a condition at each call: a batch without one gets null conditions.
+        always: the model has cross-attention: batches without a condition get empty prompts, where there is a text
+            encoder.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Conditioning:
             operation: for messages.
 
         Raises:
-            ValueError: there are prompts and no text encoder, or a model with cross-attention has no condition.
+            ValueError: there are prompts and no text encoder.
         """
         dropped = torch.zeros(len(seeds), dtype=torch.bool)
         if self.dropout > 0:
@@ -103,9 +104,6 @@ class Conditioning:
         if raw.labels is not None and self.null_label is not None:
             labels = raw.labels.to(torch.int64).cpu()
             return to_device(torch.where(dropped, self.null_label, labels), self.device)
-        if self.always:
-            got, expected = "have no condition", "prompts or encoder_hidden_states for a model with cross-attention"
-            raise ValueError(error_message(operation, "batch", got, expected, "pass text_encoder=, or embeddings"))
         return None
 
     def encode(self, prompts: Sequence[str], operation: str) -> Tensor:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from ..data_files import MalformedError, malformed_in_one_sentence, read_document
 from ..errors import error_message
+from ..json_fields import parsed_object
 from .config import DiffusionConfig
 from .data import ImageFolder, digits_dataset, fashion_mnist_dataset
 from .data_order import seeded_draws
@@ -151,8 +152,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     with malformed_in_one_sentence("train", path, "a JSON object with fields of DiffusionConfig"):
         text = read_document(path, operation="train")
         try:
-            config = DiffusionConfig.from_json(text.decode())
+            return dict(parsed_object("train", text.decode()))
         except ValueError as error:
             raise MalformedError(str(error)) from None
-    default = DiffusionConfig().to_dict()
-    return {name: value for name, value in config.to_dict().items() if value != default[name]}

@@ -177,7 +177,8 @@ class Trainer:
 
         Args:
             dataloader: see `DataOrder`; its batch size is that of one process.
-            num_epochs: passes over the data in all, those before included; one more if both ends are left out.
+            num_epochs: passes over the data in all, those before included; one more if both ends are left out.  Batches
+                at the end that are too few for gradient accumulation take no step.
             max_steps: optimizer steps in all.
             val_dataloader: batches for validation, instead of the constructor's.
 
@@ -202,11 +203,12 @@ class Trainer:
         order = DataOrder(dataloader, self.config.seed, self.accelerator.process_index, world)
         self._check_position(order)
         last = math.inf if max_steps is None else max_steps
+        expected = last
         if num_epochs is not None and order.batches is not None:
             left = (num_epochs - self.epoch) * order.batches - self.batch
-            last = min(last, self.step + left // self.config.gradient_accumulation_steps)
+            expected = min(last, self.step + left // self.config.gradient_accumulation_steps)
         first = self.step
-        with Reports(self, None if last is math.inf else int(last)) as reports:
+        with Reports(self, None if expected is math.inf else int(expected)) as reports:
             while self.step < last and (num_epochs is None or self.epoch < num_epochs):
                 before = self.batch
                 for share in order.epoch(self.epoch, self.batch):
@@ -222,9 +224,12 @@ class Trainer:
                         remedy = "give a loader that can be read again, with at least one batch a process"
                         raise ValueError(error_message("train", "dataloader", "gave no batch", "one or more", remedy))
                     self.epoch, self.batch = self.epoch + 1, 0
+            if self._micro_step:  # too few batches for another step
+                self._micro_step = 0
+                self.optimizer.zero_grad(set_to_none=True)
             if self.step > first:
                 reports.write()
-                if self.options.output_dir is not None and self._micro_step == 0:
+                if self.options.output_dir is not None:
                     self.save_checkpoint()
             return reports.written
 

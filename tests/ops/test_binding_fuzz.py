@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fastdiff.ops import backends
 from support.fuzz_process import Server
-from support.step_plans import COUNTERS, INTEGERS, LIKE_SAMPLE, LISTS, SLOTS, TENSORS, WAYS, Plan
+from support.step_plans import COUNTERS, INTEGERS, LIKE_SAMPLE, LISTS, MASKS, PRIVATE, SLOTS, TENSORS, WAYS, Plan
 from support.tensor_mutations import OTHER_CHANGES, TENSOR_CHANGES
 
 #: Rows within the table, to be skipped, just beyond it and far from it.
@@ -36,7 +36,7 @@ def a_few(values: st.SearchStrategy) -> st.SearchStrategy:
 CHANGES = st.one_of(
     st.tuples(st.sampled_from(SLOTS), st.sampled_from(sorted(TENSOR_CHANGES))),
     st.tuples(
-        st.sampled_from((*COUNTERS, *INTEGERS, *LISTS, *TENSORS, "write_history")),
+        st.sampled_from((*COUNTERS, *INTEGERS, *LISTS, *TENSORS, *PRIVATE)),
         st.sampled_from(sorted(OTHER_CHANGES)),
     ),
 )
@@ -62,7 +62,9 @@ PLANS = st.builds(
     stored=st.one_of(
         st.just(()), st.lists(st.tuples(st.sampled_from(LIKE_SAMPLE), st.sampled_from(DTYPES)), max_size=4).map(tuple)
     ),
+    mask=st.sampled_from((*MASKS, "none", "alone")),
     scatter=st.booleans(),
+    parts=st.sampled_from((1, 1, 1, 1, 2, 2, 3, 32, 0, -1, 2**40)),
     copies=st.integers(0, 2),
     model_input=st.sampled_from(DTYPES),
     changes=st.lists(CHANGES, max_size=2).map(tuple),
@@ -87,11 +89,17 @@ def test_any_call_is_correct_or_refused_and_writes_no_input(plan: Plan) -> None:
     assert not answer.startswith("failed"), answer
 
 
-#: One good call with all that a call can have. Registers 0 and 1 are there, and each is stored to.
+#: One good call with all that a call can have but a mask. Registers 0 and 1 are there, and each is stored to.
 GOOD = Plan(
     1, "float32", (2, 16), "scalar", 3, "drawn", 1, True, 1, True, "binding", row_as="a sample", rows=(2, 0),
     step_as="a sample", stores=(0, 1), copies=2, model_input="float16",
 )  # fmt: skip
+
+
+def mask_for(*slots: str) -> str:
+    return "alone" if "mask" in slots else "none"
+
+
 ROW_KINDS = ("number", "no dimension", "one", "a sample")
 
 
@@ -100,11 +108,13 @@ ROW_KINDS = ("number", "no dimension", "one", "a sample")
 @pytest.mark.parametrize("way", WAYS)
 def test_valid_call_returns_result(way: str, noise: str, row_as: str) -> None:
     # Without this a fuzzer whose every call is refused would pass.
-    private = way in ("binding", "offer")
-    for scatter in (False, True) if private else (False,):
-        plan = replace(GOOD, way=way, noise=noise, row_as=row_as, scatter=scatter)
+    good = replace(GOOD, way=way, noise=noise, row_as=row_as)
+    plans = [replace(good, mask=mask) for mask in ("none", "alone")]
+    if good.private:
+        plans += [replace(plan, scatter=True) for plan in plans] + [replace(good, parts=2)]
+    for plan in plans:
         numbered = plan.scatters and row_as == "number"  # what rows name a register each are a tensor
-        wanted = ("declined" if private else "TypeError") if numbered else "result"
+        wanted = ("declined" if plan.private else "TypeError") if numbered else "result"
         assert SERVER.ask(plan) == wanted, plan
 
 
@@ -112,8 +122,8 @@ def test_valid_call_returns_result(way: str, noise: str, row_as: str) -> None:
 @pytest.mark.parametrize("change", sorted(TENSOR_CHANGES))
 def test_every_mutation_of_every_tensor(way: str, change: str) -> None:
     slots = ("sample", "model_output", "table", "guidance_scale", "threshold", "variance", "history 1", "out 0")
-    for slot in (*slots, "row_index", "seeds", "noise_step", "model_input"):
-        answer = SERVER.ask(replace(GOOD, way=way, changes=((slot, change),)))
+    for slot in (*slots, "row_index", "seeds", "noise_step", "model_input", "mask"):
+        answer = SERVER.ask(replace(GOOD, way=way, mask=mask_for(slot), changes=((slot, change),)))
         assert not answer.startswith("failed"), f"{slot}: {answer}"
 
 
@@ -121,7 +131,7 @@ def test_every_mutation_of_every_tensor(way: str, change: str) -> None:
 @pytest.mark.parametrize("change", sorted(OTHER_CHANGES))
 def test_every_mutation_of_every_other_argument(way: str, change: str) -> None:
     least = Plan(1, "float32", (2, 3), "none", 0, "none", 0, False, 0, False, way, row_as="a sample")
-    for slot in (*COUNTERS, *INTEGERS, *LISTS, *TENSORS, "write_history"):
+    for slot in (*COUNTERS, *INTEGERS, *LISTS, *TENSORS, *PRIVATE):
         for base in (replace(GOOD, way=way), least):
             answer = SERVER.ask(replace(base, changes=((slot, change),)))
             assert not answer.startswith("failed"), f"{slot}: {answer}"
@@ -132,5 +142,6 @@ def test_every_mutation_of_every_other_argument(way: str, change: str) -> None:
 def test_every_tensor_overlapping_every_other(way: str, owner: str) -> None:
     for mover in SLOTS:
         for shift in (0, 1):
-            answer = SERVER.ask(replace(GOOD, way=way, shared=((mover, owner, shift),)))
+            plan = replace(GOOD, way=way, mask=mask_for(mover, owner), shared=((mover, owner, shift),))
+            answer = SERVER.ask(plan)
             assert not answer.startswith("failed"), f"{mover} over {owner}, {shift} further: {answer}"

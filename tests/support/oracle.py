@@ -98,6 +98,7 @@ class Case:
     threshold: Tensor | None = None
     variance_kind: int = 0
     keeps: int = 0
+    mask: Tensor | None = None
     #: Names of the tensors whose coefficients are all 0.
     unused: tuple[str, ...] = field(default=())
 
@@ -252,14 +253,26 @@ def evaluate(
     history = [None if h is None else _wide(h) for h in case.history]
     history += [None] * (4 - len(history))
     terms = [(x, err_x), (m, err_m), (d, err_d), *((h, err_x) for h in history), (z, err_z)]
-    results = []
-    for weights, dtype in zip(row[8 : 8 + 8 * (case.keeps + 1)].reshape(-1, 8), stored, strict=True):
+
+    def weighted_sum(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         total, error = np.zeros_like(x), np.zeros_like(x)
         for weight, (term, err) in zip(weights, terms, strict=True):
             if term is None or weight == 0:
                 continue
             total = total + weight * term
             error = error + abs(weight) * err + u * (abs(weight * term) + abs(total))  # product; partial sum
+        return total, error
+
+    maps = row[8:32].reshape(3, 8)
+    sums = [weighted_sum(weights) for weights in maps[: case.keeps + 1]]
+    if case.mask is not None:
+        w, (prev, err_prev), (target, err_target) = _wide(case.mask), sums[0], weighted_sum(maps[2])
+        blended = (1 - w) * prev + w * target
+        # Both errors by their weights; then 1 − w, its product, that of the target, and the sum are rounded.
+        error = abs(1 - w) * err_prev + abs(w) * err_target
+        sums[0] = blended, error + u * (2 * abs((1 - w) * prev) + abs(w * target) + abs(blended))
+    results = []
+    for (total, error), dtype in zip(sums, stored, strict=True):
         error = SECOND_ORDER * error + UNDERFLOW.get(case.table.dtype, UNDERFLOW_SINGLE)
         if dtype == torch.float32 and case.table.dtype == torch.float64:
             error = error + 2.0**-24 * (abs(total) + error) + UNDERFLOW_SINGLE

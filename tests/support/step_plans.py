@@ -21,14 +21,17 @@ from support.tensor_mutations import OTHER_CHANGES, SYMBOLIC, TENSOR_CHANGES, UN
 #: The binding's keywords, without those that say how a call is launched.
 ARGUMENTS = call_module.FIELDS
 REQUIRED = ("sample", "model_output", "table")
-TENSORS = ("sample", "model_output", "table", "uncond", "guidance_scale", "noise", "variance", "threshold", "seeds",
-           "model_input")  # fmt: skip
+TENSORS = ("sample", "model_output", "table", "uncond", "guidance_scale", "noise", "variance", "mask", "threshold",
+           "seeds", "model_input")  # fmt: skip
 #: An integer or a tensor of them.
 COUNTERS = ("row_index", "noise_step")
 #: Tensors like the sample, which have dtypes of their own; beside a table of either compute dtype.
-LIKE_SAMPLE = ("model_output", "uncond", "noise", "variance", *(f"history {j}" for j in range(4)),
+LIKE_SAMPLE = ("model_output", "uncond", "noise", "variance", "mask", *(f"history {j}" for j in range(4)),
                *(f"out {o}" for o in range(3)))  # fmt: skip
 INTEGERS = ("variance_kind", "keeps", "purpose")
+#: Arguments of the binding that the public steps lack.
+PRIVATE = ("write_history", "parts")
+MASKS = ("none", "alone", "beside two kept")
 LISTS = ("history", "out")
 SLOTS = (*TENSORS, *COUNTERS, *(f"history {j}" for j in range(4)), *(f"out {o}" for o in range(3)))
 WAYS = ("binding", "offer", "step", "step by cpu", "rows", "rows by cpu")
@@ -60,8 +63,11 @@ class Plan:
     stores: tuple[float, ...] = (-1,)
     #: Dtypes of tensors that are stored in another than the samples': (argument, dtype).
     stored: tuple[tuple[str, str], ...] = ()
-    #: The binding's own argument; the public ways have one value each.
+    #: "alone": the row's second kept map is the target of the blend, and stores nothing.
+    mask: str = "none"
+    #: The binding's own arguments; the public ways have one value each.
     scatter: bool = False
+    parts: int = 1
     copies: int = 0
     model_input: str = "float32"
     #: (argument, change); "history 2" and "out 0" are entries of lists.
@@ -72,13 +78,21 @@ class Plan:
     count: int | None = None
 
     @property
+    def private(self) -> bool:
+        return self.way in ("binding", "offer")
+
+    @property
     def scatters(self) -> bool:
-        return self.way.startswith("rows") or (self.scatter and self.way in ("binding", "offer"))
+        return self.way.startswith("rows") or (self.scatter and self.private)
+
+    @property
+    def kept(self) -> int:
+        return 0 if self.scatters else min(self.keeps, 1) if self.mask == "alone" else self.keeps
 
 
 def good(plan: Plan) -> dict[str, Any]:
     """Return the valid arguments; those in lists by slot."""
-    keeps = 0 if plan.scatters else plan.keeps
+    keeps = plan.kept
     dtype = getattr(torch, plan.dtype)
     whole = Shape(
         plan.seed, dtype, tuple(plan.shape), plan.guidance, plan.registers, plan.noise == "given", plan.variance_kind,
@@ -90,6 +104,8 @@ def good(plan: Plan) -> dict[str, Any]:
     batch = plan.shape[0] if plan.shape else 1
     stores = (list(plan.stores) * 2 * ROWS_IN_TABLE)[: 2 * ROWS_IN_TABLE]
     table[:, STORE_0 : STORE_1 + 1] = torch.tensor(stores, dtype=table.dtype).reshape(-1, 2)
+    if plan.mask == "alone":
+        table[:, STORE_1] = -1
 
     def counters(kind: str, values: tuple[int, ...]) -> int | Tensor:
         values = (*values,) * (batch + 1)
@@ -100,7 +116,12 @@ def good(plan: Plan) -> dict[str, Any]:
     entries: dict[str, Any] = {name: getattr(case, name) for name in TENSORS if hasattr(case, name)}
     entries["table"], entries["guidance_scale"] = table, case.guidance
     drawn = plan.noise == "drawn"
-    entries["seeds"] = torch.arange(batch) * -(2**61) + plan.seed if drawn else None
+    seeds = batch // plan.parts if plan.private and plan.parts > 0 else batch
+    entries["seeds"] = torch.arange(seeds) * -(2**61) + plan.seed if drawn else None
+    if plan.mask != "none":
+        gen = torch.Generator().manual_seed(plan.seed)
+        soft = torch.rand(plan.shape, generator=gen, dtype=torch.float64)
+        entries["mask"] = (3 * soft - 1).clamp(0, 1).to(dtype)  # a third each of 0, of 1 and of values in between
     entries["model_input"] = None
     if plan.copies and plan.shape:
         shape = (plan.copies * batch, *plan.shape[1:])
@@ -134,8 +155,8 @@ def build(plan: Plan) -> tuple[dict[str, Any], set[str]]:
             entries[mover] = moved.copy_(a.clone()) if shift or a.dtype != b.dtype else moved
     unreadable: dict[int, str] = {}
     arguments: dict[str, Any] = {
-        "variance_kind": plan.variance_kind, "keeps": 0 if plan.scatters else plan.keeps, "purpose": plan.purpose,
-        "write_history": plan.scatters, "mask": None, "parts": 1,
+        "variance_kind": plan.variance_kind, "keeps": plan.kept, "purpose": plan.purpose,
+        "write_history": plan.scatters, "parts": plan.parts if plan.private else 1,
     }  # fmt: skip
     for slot, change in plan.changes:
         if id(entries.get(slot)) in unreadable:
@@ -153,8 +174,8 @@ def build(plan: Plan) -> tuple[dict[str, Any], set[str]]:
     outs = [entries[name] for name in entries if name.startswith("out ")]
     arguments["out"] = outs if plan.outs else None
     for slot, change in plan.changes:
-        if slot == "write_history" and plan.way not in ("binding", "offer"):
-            continue  # no argument of theirs
+        if slot in PRIVATE and not plan.private:
+            continue
         if slot in arguments and change in OTHER_CHANGES and (slot not in TENSORS or change not in TENSOR_CHANGES):
             arguments[slot] = OTHER_CHANGES[change]
     if arguments["seeds"] is None and isinstance(arguments["noise_step"], Tensor):
@@ -175,7 +196,8 @@ def call(plan: Plan, arguments: dict[str, Any]) -> Any:
         return backends.offer(call_module.StepCall(**fields))
     backend = "cpu" if plan.way.endswith("by cpu") else None
     first = [fields.pop(name) for name in (*REQUIRED, "row_index")]
-    del fields["write_history"], fields["parts"]  # no arguments of theirs
+    for name in PRIVATE:
+        del fields[name]
     if plan.scatters:
         return public_rows(first, fields, backend)
     return ops.step(*first, **fields, backend=backend)
@@ -235,11 +257,20 @@ def outcome(plan: Plan) -> str:
     return word
 
 
+def noise_of(arguments: dict[str, Any]) -> Tensor | None:
+    """Return the noise that is given or drawn."""
+    if arguments["seeds"] is None:
+        return arguments["noise"]
+    drawn = (arguments[name] for name in ("sample", "seeds", "noise_step", "purpose"))
+    return reference.drawn_noise(*drawn, int(arguments["parts"]))
+
+
 def _hold_to_itself(plan: Plan, again: dict[str, Any], got: list[Tensor]) -> None:
     """Assert that the same call on non-overlapping tensors gives the same bits."""
     row, guidance = again["row_index"], again["guidance_scale"]
-    apart = (*REQUIRED, "row_index", "write_history", "parts")
-    rest = {name: again[name] for name in ARGUMENTS if name not in apart}
+    rest = {name: again[name] for name in ARGUMENTS if name not in (*REQUIRED, "row_index", *PRIVATE)}
+    if again["parts"] != 1 and again["seeds"] is not None:
+        rest |= {"noise": noise_of(again), "seeds": None, "noise_step": 0}
     rest["guidance_scale"] = guidance if guidance is None or isinstance(guidance, Tensor) else float(guidance)
     if again["write_history"] is True:
         first = [again["sample"], again["model_output"], again["table"], row]
@@ -264,14 +295,12 @@ def _hold_to_the_formula(plan: Plan, clean: dict[str, Any], results: tuple[Tenso
     twice = clean["write_history"] is True and any(a == b >= 0 for a, b in zip(stores[::2], stores[1::2], strict=True))
     if not (finite and positive and whole) or twice:
         return
-    noise = clean["noise"]
-    if clean["seeds"] is not None:
-        noise = reference.drawn_noise(sample, clean["seeds"], clean["noise_step"], clean["purpose"])
+    noise = noise_of(clean)
     rows = (
         clean["row_index"].reshape(-1).tolist() if isinstance(clean["row_index"], Tensor) else [int(clean["row_index"])]
     )
     batch = sample.shape[0] if sample.dim() else 1
-    kept = 2 if clean["write_history"] is True else clean["keeps"]
+    kept = clean["keeps"] if clean["write_history"] is not True else 2 if clean["mask"] is None else 1
     history = [*(clean["history"] or ()), *[None] * 4][:4]
     after_history = [*(after["history"] or ()), *[None] * 4][:4]
     wide = table.dtype
@@ -294,14 +323,14 @@ def _hold_to_the_formula(plan: Plan, clean: dict[str, Any], results: tuple[Tenso
         case = Case(
             before, mine(clean["model_output"]), table[row : row + 1].clone(), mine(clean["uncond"]), mine(guidance),
             [mine(h) for h in history], mine(noise), mine(clean["variance"]), mine(clean["threshold"]),
-            int(clean["variance_kind"]), kept,
+            int(clean["variance_kind"]), kept, mine(clean["mask"]),
         )  # fmt: skip
         values = [mine(result) for result in results]
         if clean["write_history"] is True:
             # What goes to no register cannot be looked at: the formula stands in.
             formula = [torch.as_tensor(value.astype(np.float64)) for value, _ in evaluate(case, "cpu")]
             values = [*values, *(value.to(sample.dtype) for value in formula[1:])]
-            for store, o in ((STORE_0, 1), (STORE_1, 2)):
+            for store, o in ((STORE_0, 1), (STORE_1, 2))[:kept]:
                 slot = int(table[row, store])
                 if slot >= 0:
                     values[o] = mine(after_history[slot])

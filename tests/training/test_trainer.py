@@ -444,7 +444,7 @@ def test_out_of_memory_says_what_to_try(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("another error")
 
     trainer.objective = broken
-    with pytest.raises(RuntimeError, match="^another error$"):
+    with pytest.raises(RuntimeError, match=r"^another error$"):
         trainer.training_step(_images(1))
 
 

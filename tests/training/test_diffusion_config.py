@@ -115,7 +115,7 @@ def test_validation_gives_a_settled_copy() -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        {"in_channels": 8},
+        {"in_channels": 8, "out_channels": 16},
         {"model_channels": 16},
         {"num_res_blocks": 5},
         {"dropout": 0.7},
@@ -138,7 +138,7 @@ def test_unusual_values_are_warned_of(given: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("settle", [False, True])
 def test_json_gives_an_equal_configuration(settle: bool) -> None:
-    config = DiffusionConfig(scheduler_type=SchedulerType.SCALED_LINEAR, channel_mult=(1, 2), v_prediction=True)
+    config = DiffusionConfig(scheduler_type=SchedulerType.SCALED_LINEAR, channel_mult=(1, 2, 2), v_prediction=True)
     config = config.validate() if settle else config
     assert DiffusionConfig(**json.loads(json.dumps(asdict(config)))) == config
     assert DiffusionConfig.from_json(config.to_json()) == config

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: MIT
+"""``fastdiff train``: digits, folders, resumption, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fastdiff.cli import app
+from fastdiff.command import run_command
+from fastdiff.digits import load_digit_unet
+from fastdiff.training import load_checkpoint
+from fastdiff.training.checkpoints import list_checkpoints
+
+pytest.importorskip("accelerate")
+pytest.importorskip("diffusers")
+pytest.importorskip("sklearn")
+
+
+def _run(*words: object) -> int:
+    return run_command("fastdiff", lambda: app([str(word) for word in words], standalone_mode=False))
+
+
+def test_digits_are_trained_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fixed = ("train", "--data", "digits", "--batch", 8, "--log-every", 1, "--seed", 3, "--jitter", 0.5, "--quiet")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert _run(*fixed, "--steps", 3, "--out", whole, "--checkpoint-every", 2, "--validate-every", 3) == 0
+    assert "3 steps in" in capsys.readouterr().out
+    for path in list_checkpoints(whole / "checkpoints")[1:]:
+        parts.joinpath("checkpoints").mkdir(parents=True)
+        path.rename(tmp_path / "last")
+    (whole / "checkpoints" / "step-00000002").rename(parts / "checkpoints" / "step-00000002")
+    assert _run(*fixed, "--steps", 3, "--out", parts, "--resume") == 0
+    assert "1 steps in" in capsys.readouterr().out
+    for name in ("model", "ema", "optimizer"):
+        found = parts / "checkpoints" / "step-00000003" / f"{name}.safetensors"
+        assert found.read_bytes() == (tmp_path / "last" / f"{name}.safetensors").read_bytes()
+    history = [json.loads(line) for line in (whole / "history.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in history] == [1, 2, 3]
+    assert history[-1]["val_loss"] > 0
+    load_checkpoint(tmp_path / "last", load_digit_unet(), ema=True)
+    assert _run(*fixed, "--steps", 3, "--out", parts) == 2
+    assert "pass --resume" in capsys.readouterr().err
+
+
+def test_folder_of_classes_is_trained_by_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    for name, value in (("cats", 0), ("dogs", 255)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(2):
+            pillow.new("RGB", (9, 9), (value, i, 0)).save(tmp_path / "data" / name / f"{i}.png")
+    (tmp_path / "data" / "cats" / "bad.png").write_text("no image")
+    fields = {
+        "image_size": 8, "model_channels": 32, "channel_mult": [1], "num_res_blocks": 1, "attention_resolutions": [],
+        "num_heads": 4, "use_spatial_transformer": True, "context_dim": 256, "use_ema": False,
+    }  # fmt: skip
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(fields))
+    call = ("train", "--data", tmp_path / "data", "--config", config, "--batch", 2, "--quiet", "--steps", 2)
+    with pytest.warns(UserWarning, match="1 files of 5 cannot be read"):
+        assert _run(*call, "--out", tmp_path / "out") == 0
+    (folder,) = list_checkpoints(tmp_path / "out" / "checkpoints")
+    assert {path.name for path in folder.iterdir()} == {
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "text_encoder.safetensors",
+    }
+    config.write_text(json.dumps({**fields, "colour": 1}))
+    assert _run(*call, "--out", tmp_path / "other") == 2
+    error = capsys.readouterr().err
+    assert "colour" in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("--data", "nothing"), "is no folder"),
+        (("--data", "."), "holds no readable image"),
+        (("--data", "digits", "--steps", "0"), "--steps is 0"),
+        (("--data", "digits", "--on-nan", "hope"), "on_nan"),
+        (("--data", "digits", "--jitter", "3"), "share is 3"),
+        (("--data", "digits", "--batch", "0"), "--batch is 0"),
+        (("--data", "digits", "--config", "missing.json"), "cannot be read"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line(
+    words: tuple[str, ...],
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _run("train", *words, "--out", "out") in (1, 2)
+    error = capsys.readouterr().err
+    assert reason in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_lists_options() -> None:
+    shown = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200"}).output
+    for option in ("--data", "--config", "--resume", "--checkpoint-every", "--on-nan"):
+        assert option in shown
