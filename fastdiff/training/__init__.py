@@ -22,7 +22,7 @@ The modules::
     validation.py, sample_grids.py  losses and pictures during training
     text_encoder.py       a small text encoder
     out_of_memory.py      what to try when memory is full
-    job.py                a job of ``fastdiff train``
+    job.py                a job of ``fastdiff train``; distill_job.py one with --distill
 
 A name is imported when it is asked for: the losses need torch alone, the model needs diffusers.
 """
