@@ -12,6 +12,7 @@ The modules::
     model.py              diffusers' U-Nets of a configuration, and a model that samples
     trainer.py            the trainer; trainer_state.py its checkpoints, reports.py its reports
     run_options.py        its options: files, reports, validation
+    distillation.py       progressive distillation; consistency.py consistency distillation and training
     objectives.py         what is minimized; batches.py and conditioning.py what goes into it
     data.py, data_order.py   data sets, and the order of samples as a function of the seed
     augmentation.py, seeded_uniforms.py  draws that belong to a sample
@@ -21,7 +22,7 @@ The modules::
     validation.py, sample_grids.py  losses and pictures during training
     text_encoder.py       a small text encoder
     out_of_memory.py      what to try when memory is full
-    job.py                a job of ``fastdiff train``
+    job.py                a job of ``fastdiff train``; distill_job.py one with --distill
     pipeline.py           pictures from prompts: diffusers_pictures.py by diffusers, model_pictures.py by models
     picture_request.py, pictures.py, memory_options.py   what the pipeline is asked for, Pillow, memory
     analyzer.py           parameters, memory, operations and speed of a model; model_size.py, flops.py, workload.py
@@ -42,9 +43,13 @@ if TYPE_CHECKING:
     from .checkpoints import save_checkpoint as save_checkpoint
     from .config import DiffusionConfig as DiffusionConfig
     from .config import SchedulerType as SchedulerType
+    from .consistency import ConsistencyObjective as ConsistencyObjective
+    from .consistency import ConsistencyOptions as ConsistencyOptions
     from .data import ImageFolder as ImageFolder
     from .data import digits_dataset as digits_dataset
     from .data import fashion_mnist_dataset as fashion_mnist_dataset
+    from .distillation import ProgressiveObjective as ProgressiveObjective
+    from .distillation import Teacher as Teacher
     from .losses import AdvancedLossFunctions as AdvancedLossFunctions
     from .losses import debiased_loss as debiased_loss
     from .losses import huber_loss as huber_loss
@@ -90,6 +95,8 @@ _MODULES = {
     "run_options": ("RunOptions",),
     "reports": ("DivergedError",),
     "objectives": ("DenoisingObjective", "LossTerms", "Objective"),
+    "distillation": ("ProgressiveObjective", "Teacher"),
+    "consistency": ("ConsistencyObjective", "ConsistencyOptions"),
     "data": ("ImageFolder", "digits_dataset", "fashion_mnist_dataset"),
     "checkpoints": ("load_checkpoint", "save_checkpoint"),
     "batches": ("TrainingBatch",),
