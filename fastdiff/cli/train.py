@@ -35,11 +35,24 @@ def train(
     sample_every: Annotated[int, typer.Option(help="Steps between two grids of samples; 0 for none.")] = 0,
     on_nan: Annotated[str, typer.Option(help="stop or skip, for gradients that are not finite.")] = "stop",
     tracker: Annotated[list[str] | None, typer.Option(help="tensorboard or wandb; may be given twice.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Largest learning rate, instead of the file's.")] = None,
+    distill: Annotated[
+        str | None, typer.Option(help="progressive, consistency or consistency_training: train for few steps.")
+    ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Folder of fastdiff train to distil; the packaged digits' model if left out.")
+    ] = None,
+    student_steps: Annotated[int, typer.Option(help="Steps of the distilled model's loop.")] = 4,
+    teacher_steps: Annotated[
+        int, typer.Option(help="Steps of the first teacher's loop, halved each round; or intervals of the grid.")
+    ] = 32,
+    teacher_guidance_scale: Annotated[float, typer.Option(help="Guidance scale of the teacher; 1 for none.")] = 1.0,
     cpu: Annotated[bool, typer.Option(help="Train on the CPU where there is an accelerator.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
     """Train a diffusion model; under torchrun or accelerate launch, on many processes."""
     from ..training import RunOptions
+    from ..training.distill_job import DistillOptions
     from ..training.reports import DivergedError
 
     options = RunOptions(
@@ -57,8 +70,17 @@ def train(
     overrides: dict[str, Any] = {} if seed is None else {"seed": seed}
     if steps is not None:
         overrides["max_train_steps"] = checked_integer("train", "--steps", steps, 1)
+    if learning_rate is not None:
+        overrides["learning_rate"] = learning_rate
+    if distill is None and teacher is not None:
+        raise ValueError(error_message("train", "--teacher", "is given", "--distill beside it", "say how to distil"))
+    distillation = None
+    if distill is not None:
+        distillation = DistillOptions(distill, teacher, student_steps, teacher_steps, teacher_guidance_scale)
     try:
-        train_job(data, config, overrides, options, batch=batch, workers=workers, jitter=jitter, resume=resume)
+        train_job(
+            data, config, overrides, options, distillation, batch=batch, workers=workers, jitter=jitter, resume=resume
+        )
     except DivergedError as error:
         typer.echo(f"fastdiff: {error}", err=True)
         raise typer.Exit(FAILED) from error
@@ -72,6 +94,7 @@ def train_job(
     config: Path | None,
     overrides: dict[str, Any],
     options: Any,
+    distillation: Any = None,
     *,
     batch: int,
     workers: int,
@@ -83,44 +106,76 @@ def train_job(
     Args:
         data, config, overrides: as in `fastdiff.training.job.prepare_job`.
         options: `RunOptions`.
+        distillation: `DistillOptions`, or None.
         batch, workers, jitter, resume: options of the command.
     """
     from torch.utils.data import DataLoader
 
     from ..training.augmentation import Jitter
-    from ..training.checkpoints import latest_checkpoint
+    from ..training.distill_job import Round, finish_round, prepare_student, round_objective
+    from ..training.distillation import trailing_schedule
     from ..training.job import prepare_job
+    from ..training.trained_parts import noise_schedule
     from ..training.trainer import Trainer
 
     checked_integer("train", "--batch", batch, 1)
     checked_integer("train", "--workers", workers, 0)
     augment = Jitter(jitter) if jitter else None
     options = replace(options).validate()
-    found = latest_checkpoint(Path(options.output_dir) / "checkpoints")
-    if found is not None and not resume:
-        got = f"is {options.output_dir!r}, which has the checkpoint {found.name}"
-        raise ValueError(
-            error_message("train", "--out", got, "a folder without checkpoints", "pass --resume, or another")
-        )
+    distillation = None if distillation is None else distillation.validate()
+    out = Path(options.output_dir)
+    rounds = [Round(out, 0)] if distillation is None else distillation.rounds(out)
+    _check_folders([current.folder for current in rounds], resume)
     job = prepare_job(data, config, overrides)
+    parts: dict[str, Any] = {}
+    if distillation is not None:
+        job = prepare_student(job, data, distillation)
+        parts["schedule"] = trailing_schedule(noise_schedule(job.model, job.config.validate()))
     held_out = None if job.held_out is None else DataLoader(job.held_out, batch_size=batch)
-    trainer = Trainer(
-        job.model,
-        job.config,
-        options,
-        null_label=job.null_label,
-        augment=augment,
-        val_dataloader=held_out,
-    )
-    if found is not None:
-        trainer.load_checkpoint(found)
     count = len(job.train_data)  # type: ignore[arg-type]
     loader = DataLoader(job.train_data, batch_size=batch, shuffle=True, num_workers=workers, drop_last=count >= batch)
+    for current in rounds:
+        if distillation is not None:
+            parts["objective"] = round_objective(job, distillation, current)
+        trainer = Trainer(
+            job.model,
+            job.config,
+            replace(options, output_dir=str(current.folder)),
+            null_label=job.null_label,
+            augment=augment,
+            val_dataloader=held_out,
+            **parts,
+        )
+        _train_to_the_end(trainer, loader, current.folder)
+        if current is not rounds[-1]:
+            finish_round(job, current)
+
+
+def _check_folders(folders: list[Path], resume: bool) -> None:
+    """Refuse folders with checkpoints for a new training."""
+    from ..training.checkpoints import latest_checkpoint
+
+    for folder in folders:
+        found = latest_checkpoint(folder / "checkpoints")
+        if found is not None and not resume:
+            got = f"is {str(folder)!r}, which has the checkpoint {found.name}"
+            raise ValueError(
+                error_message("train", "--out", got, "a folder without checkpoints", "pass --resume, or another")
+            )
+
+
+def _train_to_the_end(trainer: Any, loader: Any, folder: Path) -> None:
+    """Train from the latest checkpoint of a folder, if there is one, and print a line."""
+    from ..training.checkpoints import latest_checkpoint
+
+    found = latest_checkpoint(folder / "checkpoints")
+    if found is not None:
+        trainer.load_checkpoint(found)
     first, began = trainer.step, time.perf_counter()
     reports = trainer.train(loader, max_steps=trainer.config.max_train_steps)
     if trainer.accelerator.is_main_process:
         seconds = time.perf_counter() - began
         loss = f"loss {reports[-1]['loss']:.4f}" if reports else "nothing was left to do"
         skipped = f", {trainer.skipped_steps} skipped," if trainer.skipped_steps else ""
-        latest = latest_checkpoint(Path(options.output_dir) / "checkpoints")
+        latest = latest_checkpoint(folder / "checkpoints")
         print(f"{trainer.step - first} steps{skipped} in {seconds:.0f} s: {loss}; {latest}")

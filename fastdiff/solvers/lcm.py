@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from ..errors import checked_float
 from ..schedules.levels import Levels
-from .affine import NOISE, SAMPLE
-from .prediction import Prediction
+from .affine import NOISE, SAMPLE, Affine
+from .prediction import Denoised, Prediction
 from .table import StepTable
 
 
@@ -34,8 +34,13 @@ def lcm(
     for i in range(len(levels)):
         t, s = levels[i], levels[i + 1]
         model = prediction.at(t)
-        time = timestep_scaling * t.timestep
-        norm = time**2 + sigma_data**2
-        clean = (time / norm**0.5) * model.x0 + (sigma_data**2 / norm) * SAMPLE
+        clean = consistency_function(model, timestep_scaling, sigma_data)
         rows.append(model.row(s.alpha * clean + s.sigma * NOISE))
     return StepTable(tuple(rows), levels.initial_scale, thresholding=prediction.thresholding)
+
+
+def consistency_function(model: Denoised, timestep_scaling: float, sigma_data: float) -> Affine:
+    """Return ``f = c_out·x0 + c_skip·x`` at the level of a model output, with the coefficients of `lcm`."""
+    time = timestep_scaling * model.timestep
+    norm = time**2 + sigma_data**2
+    return (time / norm**0.5) * model.x0 + (sigma_data**2 / norm) * SAMPLE

@@ -12,6 +12,7 @@ The modules::
     model.py              diffusers' U-Nets of a configuration, and a model that samples
     trainer.py            the trainer; trainer_state.py its checkpoints, reports.py its reports
     run_options.py        its options: files, reports, validation
+    distillation.py       progressive distillation; consistency.py consistency distillation and training
     objectives.py         what is minimized; batches.py and conditioning.py what goes into it
     data.py, data_order.py   data sets, and the order of samples as a function of the seed
     augmentation.py, seeded_uniforms.py  draws that belong to a sample
@@ -21,7 +22,10 @@ The modules::
     validation.py, sample_grids.py  losses and pictures during training
     text_encoder.py       a small text encoder
     out_of_memory.py      what to try when memory is full
-    job.py                a job of ``fastdiff train``
+    job.py                a job of ``fastdiff train``; distill_job.py one with --distill
+    pipeline.py           pictures from prompts: diffusers_pictures.py by diffusers, model_pictures.py by models
+    picture_request.py, pictures.py, memory_options.py   what the pipeline is asked for, Pillow, memory
+    analyzer.py           parameters, memory, operations and speed of a model; model_size.py, flops.py, workload.py
 
 A name is imported when it is asked for: the losses need torch alone, the model needs diffusers.
 """
@@ -32,15 +36,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .analyzer import DiffusionAnalyzer as DiffusionAnalyzer
     from .augmentation import Jitter as Jitter
     from .batches import TrainingBatch as TrainingBatch
     from .checkpoints import load_checkpoint as load_checkpoint
     from .checkpoints import save_checkpoint as save_checkpoint
     from .config import DiffusionConfig as DiffusionConfig
     from .config import SchedulerType as SchedulerType
+    from .consistency import ConsistencyObjective as ConsistencyObjective
+    from .consistency import ConsistencyOptions as ConsistencyOptions
     from .data import ImageFolder as ImageFolder
     from .data import digits_dataset as digits_dataset
     from .data import fashion_mnist_dataset as fashion_mnist_dataset
+    from .distillation import ProgressiveObjective as ProgressiveObjective
+    from .distillation import Teacher as Teacher
     from .losses import AdvancedLossFunctions as AdvancedLossFunctions
     from .losses import debiased_loss as debiased_loss
     from .losses import huber_loss as huber_loss
@@ -54,6 +63,7 @@ if TYPE_CHECKING:
     from .objectives import DenoisingObjective as DenoisingObjective
     from .objectives import LossTerms as LossTerms
     from .objectives import Objective as Objective
+    from .pipeline import AdvancedDiffusionPipeline as AdvancedDiffusionPipeline
     from .reports import DivergedError as DivergedError
     from .run_options import RunOptions as RunOptions
     from .scheduler import AdvancedScheduler as AdvancedScheduler
@@ -75,6 +85,7 @@ if TYPE_CHECKING:
     from .weights import p2_weights as p2_weights
     from .weights import signal_to_noise_ratio as signal_to_noise_ratio
     from .weights import weight_table as weight_table
+    from .workload import model_workload as model_workload
 
 #: The public names by module.
 _MODULES = {
@@ -84,10 +95,15 @@ _MODULES = {
     "run_options": ("RunOptions",),
     "reports": ("DivergedError",),
     "objectives": ("DenoisingObjective", "LossTerms", "Objective"),
+    "distillation": ("ProgressiveObjective", "Teacher"),
+    "consistency": ("ConsistencyObjective", "ConsistencyOptions"),
     "data": ("ImageFolder", "digits_dataset", "fashion_mnist_dataset"),
     "checkpoints": ("load_checkpoint", "save_checkpoint"),
     "batches": ("TrainingBatch",),
     "augmentation": ("Jitter",),
+    "analyzer": ("DiffusionAnalyzer",),
+    "pipeline": ("AdvancedDiffusionPipeline",),
+    "workload": ("model_workload",),
     "config": ("DiffusionConfig", "SchedulerType"),
     "losses": (
         "AdvancedLossFunctions",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,41 @@ def test_help_lists_options() -> None:
     shown = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200"}).output
     for option in ("--data", "--config", "--resume", "--checkpoint-every", "--on-nan"):
         assert option in shown
+
+
+def test_digits_are_distilled_round_by_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fixed = ("train", "--data", "digits", "--batch", 8, "--steps", 1, "--quiet", "--distill")
+    halves = (*fixed, "progressive", "--teacher-steps", 8, "--student-steps", 2, "--out", tmp_path)
+    assert _run(*halves) == 0
+    rounds = [list_checkpoints(tmp_path / name / "checkpoints") for name in ("steps-0004", "steps-0002")]
+    assert [[path.name for path in found] for found in rounds] == [["step-00000001"]] * 2
+    written = (rounds[1][0] / "ema.safetensors").read_bytes()
+    capsys.readouterr()
+    assert _run(*halves) == 2
+    assert "pass --resume" in capsys.readouterr().err
+    # The second round is made again from the first, in the same bits.
+    shutil.rmtree(tmp_path / "steps-0002")
+    assert _run(*halves, "--resume") == 0
+    assert capsys.readouterr().out.count("0 steps in") == 1
+    assert (rounds[1][0] / "ema.safetensors").read_bytes() == written
+    own = (*fixed, "consistency", "--teacher", tmp_path / "steps-0002", "--teacher-steps", 16, "--out", tmp_path / "c")
+    assert _run(*own, "--teacher-guidance-scale", 1.5) == 0
+    student = load_digit_unet()
+    load_checkpoint(list_checkpoints(tmp_path / "c" / "checkpoints")[-1], student, ema=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--distill", "half"), "--distill"),
+        (("--teacher", "x"), "--distill beside it"),
+        (("--distill", "progressive", "--teacher-steps", 24), "teacher_steps"),
+        (("--distill", "consistency_training", "--teacher", "x"), "without a teacher"),
+        (("--distill", "consistency", "--teacher", "nowhere"), "nowhere"),
+    ],
+)
+def test_distillations_that_do_not_fit_are_refused(
+    words: tuple[object, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run("train", "--data", "digits", "--steps", 1, "--out", tmp_path / "out", *words) == 2
+    assert message in capsys.readouterr().err

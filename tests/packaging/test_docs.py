@@ -27,6 +27,13 @@ def test_code_of_editing_runs() -> None:
     exec("\n".join(blocks), {})
 
 
+def test_code_of_many_processes_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("PIL")
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "many_processes.md").read_text(), flags=re.DOTALL)
+    exec(block, {})
+    assert capsys.readouterr().out.startswith("ShardReport(drawn=3, skipped=0, remade=0, images=10, manifest=")
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_resolve(document: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
