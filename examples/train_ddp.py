@@ -80,7 +80,7 @@ def main() -> None:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    store = None if "MASTER_ADDR" in os.environ else distributed.HashStore()
+    store = None if distributed.is_torchelastic_launched() else distributed.HashStore()
     backend = "gloo" if device.type == "cpu" else "nccl"
     distributed.init_process_group(backend, rank=rank, world_size=world, store=store)
     try:
