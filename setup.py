@@ -70,6 +70,7 @@ PACKAGES = [
     "fastdiff.samplers",
     "fastdiff.sampling",
     "fastdiff.schedules",
+    "fastdiff.sharding",
     "fastdiff.solvers",
 ]
 PACKAGE_DIR = {

@@ -14,6 +14,7 @@ options.py, report.py, plots.py, conditions.py    command-line arguments, table,
 cache_levels.py        time of a drop-in loop with each cache emptied; a command of its own
 end_to_end.py          time of whole loops with small models, before and after; a command of its own, as is the
 end_to_end_table.py    table of its runs in README.md and docs/performance.md
+forward_process.py     noisy samples, targets and the training loss beside diffusers and torch; a command of its own
 log_prob.py            a log-probability, its replay and gradient beside torch; a command of its own
 gpu_configs.py         search for the best block sizes on a GPU; a command of its own
 __main__.py            ``fastdiff bench``; from a checkout also ``python -m benchmarks``

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "bench/copy_binding.h"
+#include "bindings/diffusion_loss.h"
 #include "bindings/gram.h"
 #include "bindings/layout.h"
 #include "bindings/log_prob.h"
@@ -31,6 +32,10 @@ PyMethodDef methods[] = {
     {"log_prob", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&log_prob)), METH_FASTCALL | METH_KEYWORDS,
      "log_prob(replay, mean, **fields): a step with its log-probability, or the reason why it was declined (see "
      "csrc/bindings/log_prob.h)."},
+    {"diffusion_loss", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&diffusion_loss)),
+     METH_FASTCALL | METH_KEYWORDS,
+     "diffusion_loss(loss, c, factor, **fields): the training loss or its gradients, or the reason why it was declined "
+     "(see csrc/bindings/diffusion_loss.h)."},
     {"torch_randn", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&torch_randn)), METH_FASTCALL,
      "torch's normal numbers as a new tensor; None where torch has to draw them (see csrc/torch_bits/torch_normal.h)."},
     {"torch_randn_", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&torch_randn_)), METH_FASTCALL,

@@ -8,7 +8,6 @@ Needs lightning and scikit-learn.
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import lightning
 import torch
@@ -16,9 +15,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastdiff
+from fastdiff import ops
 from fastdiff.analysis.images import save_grid
 from fastdiff.digits import NULL_CLASS, DigitUNet
-from fastdiff.digits.data import load_digits, to_images
+from fastdiff.noise import sample_seeds
+from fastdiff.training import digits_dataset, draw_timesteps
 
 
 class DiffusionModule(lightning.LightningModule):
@@ -37,25 +38,26 @@ class DiffusionModule(lightning.LightningModule):
         )
         self.samples: Tensor | None = None
 
-    def loss(self, batch: list[Tensor]) -> Tensor:
-        images, labels = batch
-        scheduler = self.sampling_manager.scheduler
-        timesteps = torch.randint(scheduler.num_train_timesteps, labels.shape, device=images.device)
-        noise = torch.randn_like(images)
+    def loss(self, batch: list[Tensor], epoch: int) -> Tensor:
+        images, labels, numbers = batch
+        schedule = self.sampling_manager.scheduler
+        # All draws belong to (seed, number of the digit, epoch): they are the same in any batch and on any device.
+        seeds = sample_seeds(0, numbers, epoch)
+        timesteps = draw_timesteps(len(images), schedule.num_train_timesteps, seeds=seeds)
         # Labels are dropped now and then, so that the model learns the unconditional output of guidance too.
         dropped = torch.rand(labels.shape, device=labels.device) < self.dropped_labels
-        output = self.model(
-            scheduler.add_noise(images, noise, timesteps), timesteps, torch.where(dropped, NULL_CLASS, labels)
-        )
-        return torch.nn.functional.mse_loss(output, scheduler.get_velocity(images, noise, timesteps))
+        noisy = ops.add_noise(images, timesteps, schedule, seeds=seeds)
+        output = self.model(noisy, timesteps, torch.where(dropped, NULL_CLASS, labels))
+        # The noise is drawn again from the seeds in the pass of the loss, and neither it nor the target is stored.
+        return ops.diffusion_loss(output, images, timesteps, schedule, "v_prediction", seeds=seeds)
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
-        loss = self.loss(batch)
+        loss = self.loss(batch, self.current_epoch)
         self.log("loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: list[Tensor], _: int) -> None:
-        self.log("validation_loss", self.loss(batch), prog_bar=True)
+        self.log("validation_loss", self.loss(batch, 2**32), prog_bar=True)  # an epoch that training does not reach
 
     def on_validation_epoch_end(self) -> None:
         labels = torch.arange(10, device=self.device)
@@ -67,10 +69,11 @@ class DiffusionModule(lightning.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=2e-3)
 
 
-def loader(pixels: Any, labels: Any, *, shuffle: bool) -> DataLoader[tuple[Tensor, ...]]:
-    """Wrap digits and labels as batches of 128."""
-    dataset = TensorDataset(to_images(pixels), torch.as_tensor(labels))
-    return DataLoader(dataset, batch_size=128, shuffle=shuffle, drop_last=shuffle)
+def loader(*, train: bool) -> DataLoader[tuple[Tensor, ...]]:
+    """Return batches of 128 digits with labels and numbers."""
+    images, labels = digits_dataset(train=train).tensors
+    dataset = TensorDataset(images, labels, torch.arange(len(images)))
+    return DataLoader(dataset, batch_size=128, shuffle=train, drop_last=train)
 
 
 def main() -> None:
@@ -78,7 +81,6 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, default=300)
     arguments = parser.parse_args()
     lightning.seed_everything(0, verbose=False)
-    digits = load_digits()
     module = DiffusionModule()
     trainer = lightning.Trainer(
         max_steps=arguments.max_steps,
@@ -92,11 +94,7 @@ def main() -> None:
         check_val_every_n_epoch=None,
         val_check_interval=min(100, arguments.max_steps),
     )
-    trainer.fit(
-        module,
-        loader(digits.train_pixels, digits.train_labels, shuffle=True),
-        loader(digits.held_out_pixels, digits.held_out_labels, shuffle=False),
-    )
+    trainer.fit(module, loader(train=True), loader(train=False))
     assert module.samples is not None
     save_grid(module.samples, "lightning_digits.png", columns=10, scale=6)
     print(f"validation loss {float(trainer.callback_metrics['validation_loss']):.4f}; wrote lightning_digits.png")

@@ -15,8 +15,8 @@ The way of the data::
                 ops/reference.py, kernels/ and csrc/, which extension.py loads
 
 From bottom to top: the modules beside the packages, ops, schedules, solvers, noise, guidance, sampling, loops, graphs,
-samplers, rl, editing, analysis, classroom, digits, diffusers, training, and the command line; nothing below knows what
-is above.
+samplers, rl, editing, analysis, sharding, classroom, digits, diffusers, training, compression, and the command line;
+nothing below knows what is above.
 
 `fastdiff.diffusers`, `fastdiff.patch` and `fastdiff.unpatch` need diffusers: they are imported when they are asked for,
 and ``from fastdiff import *`` asks for none of them.

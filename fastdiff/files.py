@@ -16,6 +16,8 @@ from pathlib import Path
 
 from .errors import error_message
 
+_TEMPORARY_PREFIX, _TEMPORARY_SUFFIX = ".fastdiff-", ".tmp"
+
 
 def write_whole(path: str | Path, data: bytes, *, operation: str, argument: str = "the file") -> None:
     """Write a file atomically; on an error an existing file is unchanged.
@@ -87,6 +89,11 @@ def check_writable(path: str | Path, *, operation: str, argument: str) -> None:
         raise ValueError(_explanation(error, path, operation, argument)) from error
 
 
+def is_temporary(name: str) -> bool:
+    """Return True for the name of a temporary file of `write_whole`; a process that was killed leaves one."""
+    return name.startswith(_TEMPORARY_PREFIX) and name.endswith(_TEMPORARY_SUFFIX)
+
+
 def _replace(target: str, data: bytes, before: os.stat_result | None) -> None:
     """Write a temporary file with the target's permissions and rename it to the target."""
     temporary = _temporary_beside(target)
@@ -121,7 +128,7 @@ def _checked(path: str | Path) -> os.stat_result | None:
 
 
 def _temporary_beside(target: str) -> str:
-    return os.path.join(os.path.dirname(target), f".fastdiff-{secrets.token_hex(8)}.tmp")
+    return os.path.join(os.path.dirname(target), f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}{_TEMPORARY_SUFFIX}")
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

@@ -229,19 +229,21 @@ def as_seeds(seeds: int | Sequence[int] | Tensor, batch: int, device: torch.devi
     return to_device(torch.tensor(signed, dtype=torch.int64, device="cpu"), device)
 
 
-def spawn_seeds(seed: int, count: int) -> list[int]:
+def spawn_seeds(seed: int, count: int, first: int = 0) -> list[int]:
     """Return seeds for `count` samples of one request: ``seed`` in the low 32 bits, the sample's index above it.
 
     Args:
         seed: 0 to 2³² − 1.  Requests with different seeds share no sample's noise.
         count: 0 to 2³².
+        first: index of the first sample, 0 to 2³² − count.
 
     Raises:
         TypeError: an argument is not an integer.
         ValueError: an argument is out of range.
     """
-    for name, value, end in (("seed", seed, 2**32), ("count", count, 2**32 + 1)):
+    checked_integer("spawn_seeds", "count", count, 0)
+    for name, value, end in (("seed", seed, 2**32), ("count", count, 2**32 + 1), ("first", first, 2**32 - count + 1)):
         if not checked_integer("spawn_seeds", name, value, 0) < end:
             got = f"is {shown(value)}"
             raise ValueError(error_message("spawn_seeds", name, got, f"0 to {end - 1}", "stay in that range"))
-    return [i << 32 | seed for i in range(count)]
+    return [i << 32 | seed for i in range(first, first + count)]

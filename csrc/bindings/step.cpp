@@ -124,13 +124,15 @@ Outcome run_step(const StepCall& call) {
     args.mask = builder.like_sample(call.mask, &types.mask);
     for (size_t j = 0; j < kRegisters; ++j) args.history[j] = builder.like_sample(call.history[j], &types.history[j]);
     if (call.write_history) builder.write_history();
-    // A skipped sample's kept outputs are not written, so new ones would hold anything: Python makes them.
+    // A skipped sample's kept outputs are not written, so new ones would hold anything: where a sample may be skipped,
+    // Python makes them.
     bool written_given = call.write_history || call.model_input != nullptr;
     for (int64_t o = 0; o <= call.keeps; ++o) {
         const auto slot = static_cast<size_t>(o);
         const at::ScalarType type = call.out.dtypes[slot];
         written_given = written_given || call.out.tensors[slot] != nullptr;
-        builder.require(o == 0 || args.rows == nullptr || call.out.tensors[slot] != nullptr, Decline::kArgument);
+        builder.require(o == 0 || args.rows == nullptr || call.out.tensors[slot] != nullptr || builder.takes_all(),
+                        Decline::kArgument);
         builder.require(type == at::ScalarType::Undefined || dtype_of(type).has_value(), Decline::kDtype);
     }
     if (!builder.good()) return decline(builder.declined);

@@ -76,6 +76,14 @@ class StepArgsBuilder {
         for (int64_t b = 0; b < rows_given(); ++b) require(args.rows[b] < args.num_rows, Decline::kValue);
     }
 
+    // Return whether the rows can be read here and skip no sample.
+    bool takes_all() const {
+        if (!good() || !on_host_) return false;
+        for (int64_t b = 0; b < rows_given(); ++b)
+            if (args.rows[b] < 0) return false;
+        return true;
+    }
+
     // A number is read by the CPU's loops from this object, and passed to a GPU's kernel by value.
     void guidance_scale(const Scale& scale) {
         if (!scale.given || !good()) return;

@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "../diffusion_loss_math.h"
 #include "../log_prob_math.h"
 #include "../reduce_math.h"
 #include "../step_math.h"
@@ -21,11 +22,14 @@ struct CpuBuild {
     // Sums: the partial results of blocks [begin, end) of batch × blocks, then the values of samples [begin, end).
     void (*sum_blocks)(const SumArgs& args, int64_t begin, int64_t end);
     void (*finish_samples)(const SumArgs& args, int64_t begin, int64_t end);
-    // The same for a Gram matrix, and for the log-probability of a step, whose blocks take the step.
+    // The same for a Gram matrix, for the log-probability of a step, whose blocks take the step, and for the training
+    // loss, whose blocks write the gradient where that is asked for.
     void (*gram_blocks)(const GramArgs& args, int64_t begin, int64_t end);
     void (*finish_gram)(const GramArgs& args, int64_t begin, int64_t end);
     void (*log_prob_blocks)(const LogProbArgs& args, int64_t begin, int64_t end);
     void (*finish_log_prob)(const LogProbArgs& args, int64_t begin, int64_t end);
+    void (*loss_blocks)(const LossArgs& args, int64_t begin, int64_t end);
+    void (*finish_loss)(const LossArgs& args, int64_t begin, int64_t end);
     // Selection. Add the first digits of `count` (below 2^32) elements to counts[kDigits]; return true if one is NaN.
     bool (*count_keys)(DType dtype, bool absolute, const void* from, int64_t count, int64_t* counts);
     // Find the digits of the elements of rank *low and *low + next; *low becomes the rank among those with the first

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 from pathlib import Path
 from types import ModuleType
@@ -44,6 +45,38 @@ def grid_bytes(samples: Tensor, *, columns: int, scale: int = 1) -> bytes:
     return buffer.getvalue()
 
 
+def image_bytes(image: Tensor) -> bytes:
+    """Return an image as the bytes of a PNG file.
+
+    Args:
+        image: ``[1, H, W]`` (grey) or ``[3, H, W]``, in [−1, 1]; values outside are clamped.
+
+    Raises:
+        ValueError: it is no image.
+        ImportError: Pillow is missing.
+    """
+    pillow = _pillow("image_bytes")
+    if image.dim() != 3 or image.shape[0] not in (1, 3) or image.numel() == 0:
+        got, expected = f"has shape {list(image.shape)}", "[1 or 3, H, W]"
+        raise ValueError(error_message("image_bytes", "image", got, expected, "decode latents to images first"))
+    buffer = io.BytesIO()
+    _picture(pillow, _pixels(image)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _pixels(samples: Tensor) -> Tensor:
+    """Return samples in [−1, 1] as uint8 on the CPU."""
+    return ((samples.detach().float().cpu().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+
+
+def _picture(pillow: ModuleType, pixels: Tensor) -> Any:
+    """Return uint8 pixels on the CPU, ``[1 or 3, H, W]``, as a picture of Pillow."""
+    mode, data = ("L", pixels[0]) if len(pixels) == 1 else ("RGB", pixels.permute(1, 2, 0))
+    data = data.contiguous()
+    # The bytes of the tensor without numpy: torch alone is what fastdiff may count on.
+    return pillow.frombytes(mode, (pixels.shape[2], pixels.shape[1]), ctypes.string_at(data.data_ptr(), data.numel()))
+
+
 def _grid(samples: Tensor, columns: int, scale: int, operation: str) -> Any:
     """Return a grid of images as a picture of Pillow."""
     pillow = _pillow(operation)
@@ -57,7 +90,7 @@ def _grid(samples: Tensor, columns: int, scale: int, operation: str) -> Any:
                 "decode latents to images first",
             )
         )
-    pixels = ((samples.detach().float().cpu().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+    pixels = _pixels(samples)
     pixels = pixels.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
     count, channels, height, width = pixels.shape
     rows = -(-count // columns)
@@ -67,10 +100,7 @@ def _grid(samples: Tensor, columns: int, scale: int, operation: str) -> Any:
     for i, image in enumerate(pixels):
         top, left = GAP + (i // columns) * (height + GAP), GAP + (i % columns) * (width + GAP)
         grid[:, top : top + height, left : left + width] = image
-    mode, data = ("L", grid[0]) if channels == 1 else ("RGB", grid.permute(1, 2, 0))
-    size = (grid.shape[2], grid.shape[1])
-    # Bytes rather than numpy: torch alone is what fastdiff may count on.
-    return pillow.frombytes(mode, size, bytes(data.contiguous().flatten().tolist()))
+    return _picture(pillow, grid)
 
 
 def check_grid_path(

@@ -5,6 +5,7 @@ The modules::
 
     app.py          the application
     sample.py       ``fastdiff sample`` draws digits with the packaged model
+    sample_shards.py  its ``--folder``: a share of the images, or all of them with Ray
     environment.py  ``fastdiff env`` prints versions and backends
     bench.py        ``fastdiff bench`` measures steps
     compare.py      ``fastdiff compare`` writes a report on sampling methods

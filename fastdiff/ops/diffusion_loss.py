@@ -66,7 +66,7 @@ def diffusion_loss(
         x0, t, schedule, prediction_type, noise, seeds, noise_step, purpose, backend: as in
             `fastdiff.ops.noise_and_target`.
         loss: "l2", "l1" or "huber".
-        huber_c: c, above 0, in the units of the output.
+        huber_c: c, at least 1e-18, in the units of the output.
         weights: ``[B]``, one a sample, or ``[T]``, one a training timestep.
         reduction: "mean" over samples and elements, their "sum", or "none", a loss a sample: the mean over its
             elements.
@@ -83,7 +83,7 @@ def diffusion_loss(
         raise unknown_name(operation, "loss", loss, LOSSES)
     if reduction not in REDUCTIONS:
         raise unknown_name(operation, "reduction", reduction, REDUCTIONS)
-    c = checked_float(operation, "huber_c", huber_c, 0.0, strict=True)
+    c = checked_float(operation, "huber_c", huber_c, 1e-18)  # its square is a float32
     drawn = check_samples(operation, x0, noise, seeds)
     _check_output(output, x0)
     dtype = compute_dtype(output.dtype, x0.dtype, *(() if noise is None else (noise.dtype,)))

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import error_message
 from ..philox import Purpose, as_seeds
 from ..row_layout import compute_dtype
-from .checks import check_dtype
+from .checks import check_dtype, readable_without_sync
 from .forward_rows import forward_rows
 from .step import step
 
@@ -69,10 +69,8 @@ def noise_and_target(
     operation = "noise_and_target"
     targets = _targets(operation, out, 2)
     table, index, drawn = _prepare(operation, x0, t, schedule, prediction_type, noise, seeds, targets)
-    if targets[1] is None and isinstance(index, Tensor):
-        # Where samples have rows of their own, the step zeroes kept outputs that it makes.
-        targets = (targets[0], torch.empty_like(x0))
-    elif isinstance(targets[1], torch.dtype) and isinstance(index, Tensor):
+    if isinstance(index, Tensor) and not isinstance(targets[1], Tensor) and not readable_without_sync(index):
+        # The step would zero a kept output that it makes, in case a row skips its sample.
         targets = (targets[0], torch.empty_like(x0, dtype=targets[1]))
     noisy, target = step(
         x0,

@@ -312,10 +312,10 @@ class _NoBar:
         pass
 
 
-def progress_bar(total: int, wanted: bool | None) -> Any:
+def progress_bar(total: int, wanted: bool | None, unit: str = "step") -> Any:
     """Return tqdm's bar, or a silent one where `wanted` is False, or None without tqdm."""
     if wanted is None:
         wanted = importlib.util.find_spec("tqdm") is not None
     if not wanted:
         return _NoBar()
-    return require("tqdm", "cli", "sample(progress=True)").tqdm(total=total, desc="sampling", unit="step")
+    return require("tqdm", "cli", "sample(progress=True)").tqdm(total=total, desc="sampling", unit=unit)

@@ -23,6 +23,9 @@ The modules::
     text_encoder.py       a small text encoder
     out_of_memory.py      what to try when memory is full
     job.py                a job of ``fastdiff train``; distill_job.py one with --distill
+    pipeline.py           pictures from prompts: diffusers_pictures.py by diffusers, model_pictures.py by models
+    picture_request.py, pictures.py, memory_options.py   what the pipeline is asked for, Pillow, memory
+    analyzer.py           parameters, memory, operations and speed of a model; model_size.py, flops.py, workload.py
 
 A name is imported when it is asked for: the losses need torch alone, the model needs diffusers.
 """
@@ -33,6 +36,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .analyzer import DiffusionAnalyzer as DiffusionAnalyzer
     from .augmentation import Jitter as Jitter
     from .batches import TrainingBatch as TrainingBatch
     from .checkpoints import load_checkpoint as load_checkpoint
@@ -59,6 +63,7 @@ if TYPE_CHECKING:
     from .objectives import DenoisingObjective as DenoisingObjective
     from .objectives import LossTerms as LossTerms
     from .objectives import Objective as Objective
+    from .pipeline import AdvancedDiffusionPipeline as AdvancedDiffusionPipeline
     from .reports import DivergedError as DivergedError
     from .run_options import RunOptions as RunOptions
     from .scheduler import AdvancedScheduler as AdvancedScheduler
@@ -80,6 +85,7 @@ if TYPE_CHECKING:
     from .weights import p2_weights as p2_weights
     from .weights import signal_to_noise_ratio as signal_to_noise_ratio
     from .weights import weight_table as weight_table
+    from .workload import model_workload as model_workload
 
 #: The public names by module.
 _MODULES = {
@@ -95,6 +101,9 @@ _MODULES = {
     "checkpoints": ("load_checkpoint", "save_checkpoint"),
     "batches": ("TrainingBatch",),
     "augmentation": ("Jitter",),
+    "analyzer": ("DiffusionAnalyzer",),
+    "pipeline": ("AdvancedDiffusionPipeline",),
+    "workload": ("model_workload",),
     "config": ("DiffusionConfig", "SchedulerType"),
     "losses": (
         "AdvancedLossFunctions",

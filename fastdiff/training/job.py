@@ -19,7 +19,7 @@ from .data import ImageFolder, digits_dataset, fashion_mnist_dataset
 from .data_order import seeded_draws
 
 #: The packaged digits' model and how it is trained: `fastdiff.digits.train` has the same recipe in plain torch.
-DIGITS = {
+DIGITS: dict[str, Any] = {
     "image_size": 8,
     "in_channels": 1,
     "beta_schedule": "cosine",

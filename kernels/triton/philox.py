@@ -94,7 +94,7 @@ def box_muller(radius, angle):
 
 
 @triton.jit
-def _words(chunk, seed, step, purpose):
+def words_at(chunk, seed, step, purpose):
     """The words of int64 chunks; `seed` is int64, read as 64 bits, `step` and `purpose` are uint32."""
     zero = tl.zeros_like(chunk).to(tl.uint32)
     return philox(
@@ -111,7 +111,7 @@ def _words(chunk, seed, step, purpose):
 def normals(first, seed, step, purpose, SIZE: tl.constexpr):
     """The numbers of SIZE elements in row-major order from `first`, a multiple of 4, on: each chunk is made once."""
     chunk = first // 4 + tl.arange(0, SIZE // 4).to(tl.int64)
-    w0, w1, w2, w3 = _words(chunk, seed, step, purpose)
+    w0, w1, w2, w3 = words_at(chunk, seed, step, purpose)
     z0, z1 = box_muller(w0, w1)
     z2, z3 = box_muller(w2, w3)
     return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
@@ -120,7 +120,7 @@ def normals(first, seed, step, purpose, SIZE: tl.constexpr):
 @triton.jit
 def normals_at(place, seed, step, purpose):
     """The numbers at any places of a sample, int64: an element a chunk, of which one transform is made."""
-    w0, w1, w2, w3 = _words(place >> 2, seed, step, purpose)
+    w0, w1, w2, w3 = words_at(place >> 2, seed, step, purpose)
     second = (place & 2) != 0
     even, odd = box_muller(tl.where(second, w2, w0), tl.where(second, w3, w1))
     return tl.where((place & 1) != 0, odd, even)

@@ -67,7 +67,9 @@ def _short(mangled: str) -> str:
     """
     if form := re.search(r"form_kernelI(\w+?)fLi\d+ELi(\d+)EEE", mangled):
         return f"form_kernel<{_DTYPES.get(form[1], form[1].lstrip('0123456789_'))}, {form[2]}>"
-    if whole := re.search(r"\d+((?:finish_)?(?:gram|log_prob)_kernel)I(\w+?)EEv", mangled):
+    if whole := re.search(
+        r"\d+((?:finish_)?(?:gram|log_prob|diffusion_loss|diffusion_loss_gradient)_kernel)I(\w+?)EEv", mangled
+    ):
         return f"{whole[1]}<{whole[2]}>"
     found = re.search(r"([a-z_]+_kernel)I(\w+?)[fd]?Li(\d+)E(Lb1E)?", mangled)
     assert found is not None, mangled
@@ -402,7 +404,9 @@ def test_cuda_arithmetic_is_neither_contracted_nor_reordered(compiled: Compiled)
         every = {"cvt.rn.f16.f32", "cvt.rn.bf16.f32"}
         code = re.sub(r"\b(cvt\.rn\.b?f16)x2\.", r"\1.", code)  # two at once
         stored = re.search(r"<(\w+)[,>]", name)[1]  # type: ignore[index]
-        wanted = every if re.search("more|mixed|^log_prob", name) else narrowed.get(stored, set())
+        wanted = (
+            every if re.search("more|mixed|^log_prob|^diffusion_loss_gradient", name) else narrowed.get(stored, set())
+        )
         assert set(re.findall(r"\bcvt\.[\w.]*f16\w*\.f32", code)) == wanted, name
         assert set(re.findall(r"\bcvt\.[\w.]*f32\.(?:f64|u32|s32)", code)) <= {
             "cvt.rn.f32.f64",

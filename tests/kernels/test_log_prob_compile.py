@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Triton's code for the Gram matrix and the log-probability on NVIDIA GPUs, compiled ahead of time on any machine."""
+"""Triton's code for the Gram matrix, the log-probability and the training loss on NVIDIA GPUs, compiled ahead
+of time on any machine."""
 
 from __future__ import annotations
 
@@ -21,11 +22,11 @@ import json, sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import triton
-from fastdiff.kernels import gram, log_prob
+from fastdiff.kernels import diffusion_loss, gram, log_prob
 
 results = {}
 for key, module, kernel, types, constants, arch in json.load(sys.stdin):
-    kernel = getattr({"gram": gram, "log_prob": log_prob}[module], kernel)
+    kernel = getattr({"gram": gram, "log_prob": log_prob, "diffusion_loss": diffusion_loss}[module], kernel)
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in names if n.endswith("_ptr") or n == "inner"}
@@ -59,6 +60,13 @@ def _cases() -> list[list[Any]]:
         }
         for key, rest in variants.items() if dtype in ("bf16", "fp32") else ():
             cases.append([f"{key}-{dtype}", "log_prob", "_log_prob_kernel", tensors, {**form, **rest}, arch])
+        tensors |= {f"{name}_ptr": f"*{dtype}" for name in ("output", "of_output", "of_sample", "of_noise")}
+        tensors |= {"factor_ptr": f"*{compute}", "c_bits": "i64", "square_bits": "i64"}
+        forms = {"l2": (0, 1, 0), "huber": (2, 0, 0), "slope": (2, 1, 3), "sign": (1, 2, 5)}
+        for key, (loss, draws, gradients) in forms.items() if dtype in ("bf16", "fp64") else ():
+            more = {"LOSS": loss, "ROWS": 2, "DRAWS": draws, "NOISE_STEPS": 0, "GRADIENTS": gradients, "BLOCKS": 4}
+            cases.append([f"{key}-{dtype}", "diffusion_loss", "_diffusion_loss_kernel", tensors, more, arch])
+        cases.append([f"mean-{dtype}", "diffusion_loss", "_finish_diffusion_loss_kernel", tensors, {}, arch])
         end = {"ROWS": 0, "MEAN": dtype == "fp16"}
         cases.append([f"end-{dtype}", "log_prob", "_finish_log_prob_kernel", tensors, end, arch])
     return cases

@@ -262,8 +262,15 @@ def test_spawned_seeds_are_distinct_and_stable(seed: int, count: int) -> None:
     seeds = spawn_seeds(seed, count)
     assert len(set(seeds)) == count
     assert spawn_seeds(seed, count + 3)[:count] == seeds
+    assert spawn_seeds(seed, count, first=7) == spawn_seeds(seed, count + 7)[7:]
     assert not set(seeds) & set(spawn_seeds((seed + 1) % 2**32, count))
     assert [value % 2**64 for value in as_seeds(seeds, count, "cpu").tolist()] == seeds
+
+
+def test_spawned_seeds_end_at_the_last_index() -> None:
+    assert spawn_seeds(1, 1, first=2**32 - 1) == [(2**32 - 1) << 32 | 1]
+    with pytest.raises(ValueError, match=r"^spawn_seeds: first is 4294967295, expected 0 to 4294967294; "):
+        spawn_seeds(1, 2, first=2**32 - 1)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,13 @@ def test_code_of_editing_runs() -> None:
     exec("\n".join(blocks), {})
 
 
+def test_code_of_many_processes_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("PIL")
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "many_processes.md").read_text(), flags=re.DOTALL)
+    exec(block, {})
+    assert capsys.readouterr().out.startswith("ShardReport(drawn=3, skipped=0, remade=0, images=10, manifest=")
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_resolve(document: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
@@ -91,21 +98,29 @@ def test_files_named_in_the_diagrams_exist() -> None:
                 assert re.search(rf"\b{name}\b", path.read_text()), f"{function} in {file}"
 
 
-#: Examples that do not end by themselves, with the test that runs each.
-SERVERS = {"serve_fastapi.py": "test_example_server.py"}
+#: Examples that need more than arguments, with the test that runs each.
+RUN_ELSEWHERE = {
+    "serve_fastapi.py": "packaging/test_example_server.py",
+    "train_digits.py": "examples/test_training_examples.py",
+    "train_fashion_mnist.py": "examples/test_training_examples.py",
+    "train_ddp.py": "examples/test_training_examples.py",
+}
 
 #: What makes an example short, and what it leaves behind: a picture, or lines that it prints.
 EXAMPLES = {
     "own_loop.py": ([], "*.png"),
     "compiled_loop.py": (["--steps", "3", "--rounds", "1", "--device", "cpu", "--without-compile"], "eager, fastdiff"),
     "lightning_module.py": (["--max-steps", "2"], "validation loss"),
+    "train_toy_2d.py": (["--steps", "20", "--samples", "64"], "*.png"),
+    "custom_loss.py": (["--steps", "2"], "usual loss on held-out digits"),
     "diffusion_policy.py": (["--iterations", "2", "--steps", "3", "--rounds", "1"], "DDPMScheduler"),
 }
 
 
 def test_every_example_is_run() -> None:
-    assert {path.name for path in (ROOT / "examples").glob("*.py")} == EXAMPLES.keys() | SERVERS.keys()
-    assert all(Path(__file__).with_name(test).is_file() for test in SERVERS.values())
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == EXAMPLES.keys() | RUN_ELSEWHERE.keys()
+    for name, test in RUN_ELSEWHERE.items():
+        assert name.removesuffix(".py") in (ROOT / "tests" / test).read_text(), f"{test} does not run {name}"
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

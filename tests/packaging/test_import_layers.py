@@ -26,10 +26,12 @@ LAYERS = (
     ("rl",),
     ("editing",),
     ("analysis",),
+    ("sharding",),
     ("classroom",),
     ("digits",),
     ("diffusers",),
     ("training",),
+    ("compression",),
     ("cli", "__main__", "__init__"),
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}

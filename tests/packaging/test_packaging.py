@@ -33,10 +33,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # What the extras bring, by the names that are imported.
 OPTIONAL_MODULES = {
     *("PIL", "accelerate", "diffusers", "k_diffusion", "matplotlib", "rich", "safetensors"),
-    *("scipy", "sklearn", "torchdiffeq", "torchsde", "tqdm", "triton", "typer"),
+    *("pandas", "pyarrow", "ray", "scipy", "sklearn", "torchao", "torchdiffeq", "torchsde", "tqdm", "triton", "typer"),
 }
 
-EXTRAS = {"triton", "diffusers", "plots", "cli", "training", "spacings", "test", "docs"}
+EXTRAS = {"triton", "diffusers", "plots", "cli", "training", "compression", "spacings", "ray", "test", "docs"}
 
 # What a checkout holds besides its sources; a build has to work without it.
 LEFTOVERS = shutil.ignore_patterns(

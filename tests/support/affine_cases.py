@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from fastdiff import Stepper
-from fastdiff.ops import backends
+from fastdiff.ops import backends, noise_and_target
+from fastdiff.ops.forward_rows import TARGETS
 from fastdiff.row_layout import Variance
 from fastdiff.sampling.single_steps import cfg_combine
 from fastdiff.schedules import create_noise_scheduler
@@ -123,9 +124,16 @@ def solver_calls() -> Iterator[Call]:
 
 
 def single_step_calls() -> Iterator[Call]:
-    """The functional steps whose rows no solver above has: guidance alone."""
+    """The functional steps whose rows no solver above has: guidance alone, and the forward process."""
     cond, uncond = _tensors("cfg_combine", 2)
     yield "cfg_combine", lambda: cfg_combine(cond, uncond, GUIDANCE, backend="cpu")
+    x0, noise = _tensors("noise_and_target", 2)
+    schedule, t = create_noise_scheduler("linear"), torch.tensor(TIMESTEPS[: len(x0)])
+    for kind in TARGETS:
+        yield (
+            f"noise_and_target {kind}",
+            lambda kind=kind: noise_and_target(x0, t, schedule, kind, noise=noise, backend="cpu"),  # type: ignore[misc]
+        )
 
 
 #: Options of diffusers' schedulers that change levels and timesteps, hence coefficients, but not which are 0. They are

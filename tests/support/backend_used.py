@@ -30,10 +30,11 @@ from fastdiff.ops import random as noise
 #: The public operations, and the position of the tensor argument that determines the backend.
 OPERATIONS = {"step": 0, "step_rows": 0, "randn": 1, "quantile": 0, "mean": 0, "std": 0, "norm": 0, "dot": 0}
 OPERATIONS |= {"gram": 0, "step_log_prob": 0, "log_prob": 0}
+OPERATIONS |= {"noise_and_target": 0, "add_noise": 0, "diffusion_loss": 0}
 #: Triton's launch functions: module of kernels/triton, function.
 TRITON = (("step", "launch"), ("philox", "randn"), ("select", "quantile"), ("reduce", "reduce"))
-TRITON += (("gram", "gram"), ("log_prob", "launch"))
-EXTENSION = ("step", "randn", "quantile", "sum", "gram", "host_gram", "log_prob")
+TRITON += (("gram", "gram"), ("log_prob", "launch"), ("diffusion_loss", "launch"))
+EXTENSION = ("step", "randn", "quantile", "sum", "gram", "host_gram", "log_prob", "diffusion_loss")
 
 
 @dataclass
@@ -116,6 +117,8 @@ def _reference(record: Record) -> list[Any]:
     names = ("quantile", "mean", "std", "norm", "dot", "gram")
     found = [_wrapped(reductions.reference, name, recorded) for name in names]
     found.append(_wrapped(importlib.import_module("fastdiff.ops.log_prob"), "_by_reference", recorded))
+    kernels = importlib.import_module("fastdiff.ops.loss_kernels")
+    found += [_wrapped(kernels, name, recorded) for name in ("_loss_by_reference", "_gradient_by_reference")]
     return [*found, _wrapped(reference, "step", recorded), _wrapped(noise, "normals", recorded)]
 
 

@@ -86,6 +86,11 @@ def test_scheduler_type_names_a_schedule(kind: SchedulerType) -> None:
     assert DiffusionConfig(beta_schedule=expected).validate().scheduler_type is kind
 
 
+def test_one_formula_under_two_names_is_no_contradiction() -> None:
+    settled = DiffusionConfig(scheduler_type=SchedulerType.QUADRATIC, beta_schedule="scaled_linear").validate()
+    assert settled.beta_schedule == "quadratic"
+
+
 def test_prediction_type_follows_flag_and_schedule() -> None:
     assert DiffusionConfig().validate().prediction_type == "epsilon"
     assert DiffusionConfig(v_prediction=True).validate().prediction_type == "v_prediction"

@@ -180,7 +180,7 @@ def _plain_loop(seed: int, steps: int) -> Small:
 
 
 def test_training_reaches_the_loss_of_a_plain_loop() -> None:
-    steps, held_out = 120, [_images(64)]
+    steps, held_out = 60, [_images(64)]
     config = _config(lr_warmup_steps=0, max_train_steps=steps, use_ema=False)
     ours, plain, start = [], [], []
     for seed in range(3):
