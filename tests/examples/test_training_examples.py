@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from support.child_environment import child_environment
 
@@ -66,21 +67,17 @@ def test_train_fashion_mnist_from_a_local_folder(
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000002"]
 
 
-def _losses(path: Path, *launcher: str) -> list[float]:
-    command = [*launcher, str(EXAMPLES / "train_ddp.py"), "--steps", "6", "--batch", "32", "--losses", str(path)]
-    done = subprocess.run(
-        command, env=child_environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    losses: list[float] = json.loads(path.read_text())
-    return losses
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun's rendezvous needs libuv there")
-def test_train_ddp_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
+def test_train_ddp_two_processes_give_the_losses_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = ("--steps", "6", "--batch", "32", "--losses")
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    two = _losses(tmp_path / "two.json", *torchrun)
-    one = _losses(tmp_path / "one.json", sys.executable)
+    command = [*torchrun, str(EXAMPLES / "train_ddp.py"), *size, str(tmp_path / "two.json")]
+    environment = child_environment(OMP_NUM_THREADS="1")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with torch.random.fork_rng():
+        _run(monkeypatch, "train_ddp", *size, str(tmp_path / "one.json"))
+    two, one = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("two", "one"))
     assert len(one) == len(two) == 6
     # The same samples with the same draws; sums in another order differ by units of 6e-8, which Adam's division by the
     # root of tiny second moments makes larger from step to step.
