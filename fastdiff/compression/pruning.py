@@ -68,7 +68,7 @@ def prune(
                 channels = 1 if isinstance(layer, _TRANSPOSED) else 0
                 torch_prune.ln_structured(layer, "weight", float(amount), n=2, dim=channels)  # type: ignore[no-untyped-call]
         else:
-            torch_prune.global_unstructured(  # type: ignore[no-untyped-call]
+            torch_prune.global_unstructured(
                 [(layer, "weight") for layer in layers], torch_prune.L1Unstructured, amount=float(amount)
             )
         if permanent:

@@ -43,4 +43,5 @@ def consistency_function(model: Denoised, timestep_scaling: float, sigma_data: f
     """Return ``f = c_out·x0 + c_skip·x`` at the level of a model output, with the coefficients of `lcm`."""
     time = timestep_scaling * model.timestep
     norm = time**2 + sigma_data**2
-    return (time / norm**0.5) * model.x0 + (sigma_data**2 / norm) * SAMPLE
+    mixed: Affine = (time / norm**0.5) * model.x0 + (sigma_data**2 / norm) * SAMPLE
+    return mixed

@@ -153,7 +153,7 @@ class SamplingBenchmark:
         return figure
 
     def __str__(self) -> str:
-        table = [("sampler", "steps", "seconds", "ms a step", "images a second")]
+        table: list[tuple[str, ...]] = [("sampler", "steps", "seconds", "ms a step", "images a second")]
         for row in self.rows:
             figures = (row.seconds, row.milliseconds_per_step, row.images_per_second)
             table.append((row.sampler, str(row.steps), *(f"{figure:.4g}" for figure in figures)))

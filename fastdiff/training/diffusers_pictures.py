@@ -110,11 +110,11 @@ class DiffusersPictures:
         arguments = {name: value for name, value in given.items() if value is not None} | dict(request.options)
         if request.seed is not None:
             arguments["generator"] = torch.Generator("cpu").manual_seed(request.seed)
+        # Pipelines with **kwargs ignore what they do not know.
         named = inspect.signature(pipe.__call__).parameters
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in named.values()):
-            for name in arguments:
-                if name not in named:
-                    got, expected = f"is given to a {type(pipe).__name__}", "an argument that it takes"
-                    raise ValueError(error_message(operation, name, got, expected, "leave it out"))
+        for name in arguments:
+            if name not in named:
+                got, expected = f"is given to a {type(pipe).__name__}", "an argument that it takes"
+                raise ValueError(error_message(operation, name, got, expected, "leave it out"))
         picture: Image = pipe(**arguments, output_type="pil").images[0]
         return picture

@@ -91,8 +91,10 @@ def prepare_student(job: Job, data: str, options: DistillOptions) -> Job:
             raise ValueError(error_message("train", "--distill", f"is given for a model that {got}", expected, remedy))
     if options.method != "consistency_training":
         _load_teacher(job, data, config, options.teacher)
-    fields = {"guidance_scale": 1.0, "num_inference_steps": options.student_steps, "condition_dropout": 0.0}
-    return job._replace(config=replace(job.config, **fields))
+    few = replace(
+        job.config, guidance_scale=1.0, num_inference_steps=options.student_steps, condition_dropout=0.0
+    )
+    return job._replace(config=few)
 
 
 def _load_teacher(job: Job, data: str, config: DiffusionConfig, teacher: Path | None) -> None:

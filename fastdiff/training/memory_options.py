@@ -36,7 +36,7 @@ class MemoryOptions:
 
     def __init__(self, operation: str, parts: Mapping[str, Any], pipe: Any = None) -> None:
         self.operation, self.pipe = operation, pipe
-        self.parts = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+        self.parts: dict[str, Any] = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
     def of_config(self, config: DiffusionConfig) -> list[Call]:
         """Return the calls for the options of a settled configuration, the last named of attention options last.

@@ -104,13 +104,14 @@ class ModelPictures:
 
     def _guided(self, request: PictureRequest, place: Tensor) -> GuidedModel:
         """Return the model with the conditions of the prompts."""
-        conditions: list[Tensor | None] = [None, None]
+        conditioned: Tensor | None = None
+        unconditioned: Tensor | None = None
         scale = 1.0
         if self.text_encoder is not None:
             scale = self.model.config.guidance_scale if request.guidance_scale is None else request.guidance_scale
-            conditions = [self._encoded(request.prompt or "", place), None]
+            conditioned = self._encoded(request.prompt or "", place)
             if scale != 1.0:
-                conditions[1] = self._encoded(request.negative_prompt or "", place)
+                unconditioned = self._encoded(request.negative_prompt or "", place)
         else:
             for name in ("prompt", "negative_prompt"):
                 if getattr(request, name):
@@ -119,7 +120,11 @@ class ModelPictures:
         model = _MeanHalf(self.model) if self.model.config.learned_variance else self.model
         dtype = _sample_dtype(place)
         return GuidedModel(
-            model, *conditions, guidance_scale=scale, model_dtype=None if place.dtype == dtype else place.dtype
+            model,
+            conditioned,
+            unconditioned,
+            guidance_scale=scale,
+            model_dtype=None if place.dtype == dtype else place.dtype,
         )
 
     def _encoded(self, prompt: str, place: Tensor) -> Tensor:

@@ -32,11 +32,12 @@ class Monitor:
 
     @torch.no_grad()
     def add_losses(self, losses: Tensor, timesteps: Tensor) -> None:
-        """Add the losses ``[B]`` of samples at timesteps ``[B]``."""
-        values = losses.detach().to(self._sums.dtype)
+        """Add the losses ``[B]`` of samples at timesteps ``[B]``; those that are not finite are left out."""
+        finite = losses.isfinite()
+        values = torch.where(finite, losses.detach(), 0.0).to(self._sums.dtype)
         scale = BUCKETS if timesteps.is_floating_point() else BUCKETS / self._num_timesteps
         bucket = (timesteps * scale).long().clamp(0, BUCKETS - 1) + 1
-        pair = torch.stack([values, torch.ones_like(values)])
+        pair = torch.stack([values, finite.to(values)])
         self._sums.index_add_(1, bucket, pair)
         self._sums[:, 0] += pair.sum(1)
 

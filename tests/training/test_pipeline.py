@@ -158,7 +158,7 @@ def test_model_picture_is_the_guided_image():
     guided = (uncond.double() + 1.5 * (cond.double() - uncond.double())).clamp(-1, 1)
     levels = ((guided + 1) * 127.5).round().permute(1, 2, 0).numpy()
     start = to_picture(torch.rand(3, 8, 8) * 2 - 1)
-    for method in ("ddim", "dpmsolver++"):
+    for method in ("ddim", "dpm_solver"):
         pipeline = AdvancedDiffusionPipeline(model, text_encoder=labels, method=method)
         for image in (
             pipeline.generate_image("cond", guidance_scale=1.5),

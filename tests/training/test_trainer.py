@@ -322,7 +322,7 @@ def test_mixed_precision_keeps_the_loss_curve(precision: str, tolerance: float) 
 def test_fp16_scaler_is_kept_in_checkpoints(tmp_path: Path) -> None:
     options = RunOptions(output_dir=str(tmp_path))
     trainer = Trainer(_dense(), _config(mixed_precision="fp16"), options)
-    trainer.scaler.update(2.0**10)  # type: ignore[union-attr]
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     trainer.train(_loader(), max_steps=2)
     other = Trainer(_dense(1), _config(mixed_precision="fp16"), options)
     other.load_checkpoint()
@@ -333,7 +333,7 @@ def test_validation_is_the_same_each_time_and_uses_averages() -> None:
     loader = DataLoader(TensorDataset(_images(10)), 4)
     trainer = Trainer(_small(), _config(), RunOptions(validate_every=2, log_every=5), val_dataloader=loader)
     reports = trainer.train(_loader(), max_steps=5)
-    assert [("val_loss" in report) for report in reports] == [True, True, True]
+    assert [("val_loss" in report) for report in reports] == [True, True, False]
     averaged = _small()
     with torch.no_grad():
         for parameter, shadow in zip(averaged.parameters(), trainer.ema.shadow_params, strict=True):
