@@ -55,6 +55,7 @@ PACKAGES = [
     "fastdiff.benchmarks.gpu",
     "fastdiff.classroom",
     "fastdiff.cli",
+    "fastdiff.compression",
     "fastdiff.diffusers",
     "fastdiff.diffusers.compiler",
     "fastdiff.diffusers.runtime",
@@ -72,6 +73,7 @@ PACKAGES = [
     "fastdiff.schedules",
     "fastdiff.sharding",
     "fastdiff.solvers",
+    "fastdiff.training",
 ]
 PACKAGE_DIR = {
     "fastdiff.benchmarks": "benchmarks",

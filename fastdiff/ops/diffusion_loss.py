@@ -198,7 +198,7 @@ def _(output: Tensor, x0: Tensor, table: Tensor, *_: Any) -> Tensor:
     schema=f"(Tensor grad, bool[] wanted, {_ARGUMENTS}) -> Tensor[]",
     **_TAGS,
 )
-def _gradient_op(grad: Tensor, wanted: list[bool], *values: Any) -> Any:
+def _gradient_op(grad: Tensor, wanted: Sequence[bool], *values: Any) -> Any:
     """The gradients of output, x0 and noise that are wanted, from that of the samples' losses."""
     return loss_kernels.backward(grad, wanted, *values)
 

@@ -91,9 +91,7 @@ def prepare_student(job: Job, data: str, options: DistillOptions) -> Job:
             raise ValueError(error_message("train", "--distill", f"is given for a model that {got}", expected, remedy))
     if options.method != "consistency_training":
         _load_teacher(job, data, config, options.teacher)
-    few = replace(
-        job.config, guidance_scale=1.0, num_inference_steps=options.student_steps, condition_dropout=0.0
-    )
+    few = replace(job.config, guidance_scale=1.0, num_inference_steps=options.student_steps, condition_dropout=0.0)
     return job._replace(config=few)
 
 

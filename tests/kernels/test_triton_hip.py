@@ -28,12 +28,13 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastdiff.kernels import config, gram, log_prob, philox, reduce, select, step
+from fastdiff.kernels import config, diffusion_loss, gram, log_prob, philox, reduce, select, step
 
 chip, warp, cases = json.load(sys.stdin)
 results = {}
 for key, module, name, types, constants, kind, size in cases:
-    modules = {"step": step, "philox": philox, "reduce": reduce, "select": select, "gram": gram, "log_prob": log_prob}
+    modules = {"step": step, "philox": philox, "reduce": reduce, "select": select, "gram": gram, "log_prob": log_prob,
+               "diffusion_loss": diffusion_loss}
     kernel = getattr(modules[module], name)
     chosen = config.lookup(chip, kind, size)
     if "BLOCK" in kernel.arg_names:

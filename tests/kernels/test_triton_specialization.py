@@ -36,10 +36,11 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction
 import triton
-from fastdiff.kernels import gram, log_prob, philox, reduce, select, step
+from fastdiff.kernels import diffusion_loss, gram, log_prob, philox, reduce, select, step
 from benchmarks.gpu import copy_kernel
 
 modules = {"step": step, "philox": philox, "reduce": reduce, "select": select, "gram": gram, "log_prob": log_prob,
+           "diffusion_loss": diffusion_loss,
            "copy_kernel": copy_kernel}
 target = GPUTarget("cuda", 90, 32)
 backend = make_backend(target)
