@@ -12,6 +12,7 @@ from ..errors import checked_integer, checked_type, error_message, require
 from ..noise.generators import Generators, draw
 from ..ops import randn
 from ..philox import as_seeds
+from ..row_layout import compute_dtype
 from ..schedules.betas import check_floating
 from .config import DiffusionConfig
 from .scheduler import DiffusionScheduler
@@ -217,6 +218,10 @@ class DiffusionModel(nn.Module):
             return self.unet(sample, timestep)
         return self.unet(sample, timestep, encoder_hidden_states)
 
+    def without_variance(self) -> nn.Module:
+        """Return a model whose output is the prediction alone: this one, or its first half where it has a variance."""
+        return _MeanHalf(self) if self.config.learned_variance else self
+
     def sample(
         self,
         batch_size: int = 1,
@@ -259,7 +264,7 @@ class DiffusionModel(nn.Module):
         fields = {"variance_type": "learned_range"} if learned else {}
         sampler = self.scheduler.sampler(chosen, num_inference_steps, **fields)
         place = next(self.parameters())
-        dtype = torch.float64 if place.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(place.dtype)
         shape = batch_size, config.in_channels, config.image_size, config.image_size
         if seeds is not None:
             seeds = as_seeds(seeds, batch_size, place.device)
@@ -268,7 +273,7 @@ class DiffusionModel(nn.Module):
             latents = draw(shape, generator, dtype=dtype, device=place.device)
         if prompt_embeds is not None and negative_prompt_embeds is None:
             negative_prompt_embeds = torch.zeros_like(prompt_embeds)
-        model = _MeanHalf(self) if config.learned_variance and not learned else self
+        model = self if learned else self.without_variance()
         return sampler.sample(
             model,
             latents * sampler.init_noise_sigma,

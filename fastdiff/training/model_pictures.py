@@ -15,11 +15,12 @@ from ..errors import error_message
 from ..guidance import GuidedModel
 from ..ops import randn
 from ..philox import as_seeds
+from ..row_layout import compute_dtype
 from ..samplers import BaseSampler
 from ..sampling.model_mode import evaluating
 from ..solvers import SamplingMethod
 from .memory_options import MemoryOptions
-from .model import AdvancedUNet, DiffusionModel, _MeanHalf
+from .model import AdvancedUNet, DiffusionModel
 from .picture_request import PictureRequest
 from .pictures import from_picture, to_picture
 
@@ -69,7 +70,7 @@ class ModelPictures:
             guided = self._guided(request, place)
             samples = sampler.sample(
                 guided.model,
-                randn((1, config.in_channels, height, width), seeds, dtype=_sample_dtype(place))
+                randn((1, config.in_channels, height, width), seeds, dtype=compute_dtype(place.dtype))
                 * sampler.init_noise_sigma,
                 guided.prompt_embeds,
                 guided.negative_prompt_embeds,
@@ -88,7 +89,7 @@ class ModelPictures:
         """
         self._check_options(request)
         place = next(self.model.parameters())
-        clean = from_picture(image, self.model.config.in_channels)[None].to(place.device, _sample_dtype(place))
+        clean = from_picture(image, self.model.config.in_channels)[None].to(place.device, compute_dtype(place.dtype))
         seeds = self._seeds(request, place.device)
         sampler = self.sampler(request.num_inference_steps)
         strength = 1.0 if request.strength is None else request.strength
@@ -117,10 +118,9 @@ class ModelPictures:
                 if getattr(request, name):
                     got, remedy = "is given to a model without a text encoder", "pass text_encoder=, or leave it out"
                     raise ValueError(error_message(request.operation, name, got, "a model with prompts", remedy))
-        model = _MeanHalf(self.model) if self.model.config.learned_variance else self.model
-        dtype = _sample_dtype(place)
+        dtype = compute_dtype(place.dtype)
         return GuidedModel(
-            model,
+            self.model.without_variance(),
             conditioned,
             unconditioned,
             guidance_scale=scale,
@@ -151,7 +151,3 @@ class ModelPictures:
         """Return the seed ``[1]``; from torch's generator where none is asked for."""
         seed = int(torch.randint(2**62, ())) if request.seed is None else request.seed
         return as_seeds([seed], 1, device)
-
-
-def _sample_dtype(place: Tensor) -> torch.dtype:
-    return torch.float64 if place.dtype == torch.float64 else torch.float32

@@ -23,7 +23,7 @@ def seeded_uniforms(seeds: Tensor, purpose: int, count: int) -> Tensor:
 
     Args:
         seeds: ``[B]`` int64.
-        purpose: a `Draw`, or another number that no other draw from these seeds uses.
+        purpose: a `Draw`, a `fastdiff.philox.Purpose`, or another number that no other draw from these seeds uses.
         count: numbers a sample.
     """
     chunks = torch.arange((count + 3) // 4, dtype=torch.int64, device=seeds.device)

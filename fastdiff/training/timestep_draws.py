@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..device_copy import to_device
 from ..errors import checked_float, checked_integer, error_message, unknown_name
-from ..philox import Purpose, as_seeds, normals, philox_words
+from ..philox import Purpose, as_seeds, normals
 from .config import TIMESTEP_SAMPLINGS
+from .seeded_uniforms import seeded_uniforms
 
 __all__ = ["draw_timesteps", "shift_times"]
 
@@ -101,7 +102,4 @@ def _from_seeds(seeds: Tensor, normal: bool) -> Tensor:
     """Return one number a seed, float64 ``[B]``: standard normal, or uniform in (0, 1)."""
     if normal:
         return normals(seeds, 0, Purpose.TIMESTEP, 1)[:, 0].double()
-    key = (seeds & 0xFFFFFFFF, (seeds >> 32) & 0xFFFFFFFF)
-    zeros = torch.zeros_like(seeds)
-    words = philox_words((zeros, zeros, zeros, torch.full_like(seeds, Purpose.TIMESTEP)), key)
-    return (words[0].double() + 0.5) * 2.0**-32
+    return seeded_uniforms(seeds, Purpose.TIMESTEP, 1)[:, 0]

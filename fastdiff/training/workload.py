@@ -12,7 +12,8 @@ from ..analysis.workload import Workload
 from ..errors import checked_integer, error_message
 from ..ops import randn
 from ..philox import spawn_seeds
-from .model import AdvancedUNet, DiffusionModel, _MeanHalf
+from ..row_layout import compute_dtype
+from .model import AdvancedUNet, DiffusionModel
 
 
 def model_workload(
@@ -45,13 +46,12 @@ def model_workload(
         raise TypeError(error_message(operation, "model", got, "a DiffusionModel or an AdvancedUNet", remedy))
     config, place = model.config, next(model.parameters())
     seeds = spawn_seeds(seed, checked_integer(operation, "batch_size", batch_size, 1))
-    dtype = torch.float64 if place.dtype == torch.float64 else torch.float32
     shape = (batch_size, config.in_channels, config.image_size, config.image_size)
     guided = prompt_embeds is not None and negative_prompt_embeds is not None
     return Workload(
-        model=_MeanHalf(model) if config.learned_variance else model,
+        model=model.without_variance(),
         scheduler=model.scheduler.schedule,
-        latents=randn(shape, seeds, dtype=dtype, device=place.device),
+        latents=randn(shape, seeds, dtype=compute_dtype(place.dtype), device=place.device),
         prompt_embeds=prompt_embeds,
         negative_prompt_embeds=negative_prompt_embeds,
         fields={
