@@ -12,14 +12,11 @@ writes the squares and reads them for the mean; its gradient reads both and writ
 made.  A draw takes longer than reading a tensor from a cache, so on a CPU the loss saves memory first, and time where
 the plain way draws by ``torch.randn``.
 
-Both sides take turns on one thread, see benchmarks/log_prob.py.  Run it with ``python -m benchmarks.forward_process``.
+Both sides take turns on one thread, see benchmarks/pair_table.py.  Run it with
+``python -m benchmarks.forward_process``.
 """
 
 from __future__ import annotations
-
-import argparse
-import statistics
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,13 +24,10 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.errors import require
 
-from .conditions import conditions
-from .log_prob import measure
-from .timing import ratios
+from . import pair_table
+from .pair_table import Run
 
 SHAPES = ((64, 4, 64, 64), (64, 1, 8, 8), (8, 4, 128, 128))
-
-Run = Callable[[], object]
 
 
 def pairs(shape: tuple[int, ...]) -> dict[str, tuple[Run, Run]]:
@@ -84,30 +78,8 @@ def pairs(shape: tuple[int, ...]) -> dict[str, tuple[Run, Run]]:
     }
 
 
-def table(shapes: tuple[tuple[int, ...], ...], rounds: int, seconds: float) -> str:
-    """Measure, and return the lines of a Markdown table."""
-    lines = ["| | shape | fastdiff, µs | diffusers and torch, µs | their ratio |", "|---" * 5 + "|"]
-    for shape in shapes:
-        for name, (ours, peer) in pairs(shape).items():
-            a, b = measure(ours, peer, rounds, seconds)
-            lines.append(
-                f"| {name} | {'×'.join(map(str, shape))} | {statistics.median(a):.1f} | {statistics.median(b):.1f} | "
-                f"{statistics.median(ratios(b, a)):.1f}× |"
-            )
-            print(lines[-1], flush=True)
-    return "\n".join(lines)
-
-
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shapes", nargs="+", default=["x".join(map(str, shape)) for shape in SHAPES])
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--seconds", type=float, default=0.02, help="a round's calls of one implementation")
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    shapes = tuple(tuple(int(size) for size in shape.split("x")) for shape in given.shapes)
-    text = table(shapes, given.rounds, given.seconds)
-    print(f"\n{text}\n\n{conditions()}")
+    pair_table.run(__doc__, pairs, ("fastdiff, µs", "diffusers and torch, µs", "their ratio"), SHAPES, 0.02, arguments)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Time of a step's log-probability, its replay and the replay's gradient beside the formula in torch.
 
-Both take turns on one thread.  Times are of the processor (`time.process_time`), so that other work on the machine
-changes them little; a figure is the median over the rounds, and a ratio the median of the rounds' ratios.  Run it with
-``python -m benchmarks.log_prob``.
+Both take turns on one thread, see benchmarks/pair_table.py.  Run it with ``python -m benchmarks.log_prob``.
 """
 
 from __future__ import annotations
 
-import argparse
-import gc
 import math
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,14 +17,12 @@ from fastdiff.schedules.levels import levels_from_flow_times
 from fastdiff.solvers import Prediction
 from fastdiff.solvers.flow_sde import flow_sde
 
-from .conditions import conditions
-from .timing import ratios
+from . import pair_table
+from .pair_table import Run
 
 SHAPES = ((1, 4, 64, 64), (8, 4, 128, 128))
 GUIDANCE_SCALE = 4.5
 ROW = 1
-
-Run = Callable[[], object]
 
 
 def pairs(shape: tuple[int, ...]) -> dict[str, tuple[Run, Run]]:
@@ -77,57 +68,8 @@ def pairs(shape: tuple[int, ...]) -> dict[str, tuple[Run, Run]]:
     }
 
 
-def measure(ours: Run, peer: Run, rounds: int, seconds: float) -> tuple[list[float], list[float]]:
-    """Return microseconds a call of each, one for each round, whose calls take about `seconds`."""
-    times: tuple[list[float], list[float]] = ([], [])
-    calls = []
-    for run in (ours, peer):
-        for _ in range(3):
-            run()
-        started = time.process_time()
-        for _ in range(10):
-            run()
-        calls.append(max(1, int(seconds * 10 / max(time.process_time() - started, 1e-6))))
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        for turn in range(rounds):
-            for i in (0, 1) if turn % 2 == 0 else (1, 0):
-                run = (ours, peer)[i]
-                started = time.process_time()
-                for _ in range(calls[i]):
-                    run()
-                times[i].append((time.process_time() - started) / calls[i] * 1e6)
-    finally:
-        if collecting:
-            gc.enable()
-    return times
-
-
-def table(shapes: tuple[tuple[int, ...], ...], rounds: int, seconds: float) -> str:
-    """Measure, and return the lines of a Markdown table."""
-    lines = ["| | shape | fastdiff, µs | torch, µs | torch over fastdiff |", "|---" * 5 + "|"]
-    for shape in shapes:
-        for name, (ours, peer) in pairs(shape).items():
-            a, b = measure(ours, peer, rounds, seconds)
-            lines.append(
-                f"| {name} | {'×'.join(map(str, shape))} | {statistics.median(a):.1f} | {statistics.median(b):.1f} | "
-                f"{statistics.median(ratios(b, a)):.1f}× |"
-            )
-            print(lines[-1], flush=True)
-    return "\n".join(lines)
-
-
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shapes", nargs="+", default=["x".join(map(str, shape)) for shape in SHAPES])
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--seconds", type=float, default=0.01, help="a round's calls of one implementation")
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    shapes = tuple(tuple(int(size) for size in shape.split("x")) for shape in given.shapes)
-    text = table(shapes, given.rounds, given.seconds)
-    print(f"\n{text}\n\n{conditions()}")
+    pair_table.run(__doc__, pairs, ("fastdiff, µs", "torch, µs", "torch over fastdiff"), SHAPES, 0.01, arguments)
 
 
 if __name__ == "__main__":
