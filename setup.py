@@ -74,6 +74,13 @@ PACKAGES = [
     "fastdiff.sharding",
     "fastdiff.solvers",
     "fastdiff.training",
+    "fastdiff.training.analyzer",
+    "fastdiff.training.data",
+    "fastdiff.training.few_steps",
+    "fastdiff.training.losses",
+    "fastdiff.training.model",
+    "fastdiff.training.pictures",
+    "fastdiff.training.trainer",
 ]
 PACKAGE_DIR = {
     "fastdiff.benchmarks": "benchmarks",

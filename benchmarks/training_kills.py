@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     import diffusers.training_utils
     import safetensors.torch  # noqa: F401
 
-    import fastdiff.training.trainer  # noqa: F401
+    import fastdiff.training.trainer.trainer  # noqa: F401
 
     del accelerate, diffusers
     work = Path(tempfile.mkdtemp(prefix="fastdiff-kills-"))

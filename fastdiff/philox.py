@@ -47,6 +47,8 @@ class Purpose(IntEnum):
         PATH: the numbers that a `fastdiff.noise.BrownianPath` adds up; their `step` word encodes an interval of time.
         FORWARD: the noise of the forward process in training.
         TIMESTEP: the draw of a training timestep.
+        CONDITION_DROPOUT: the draw that replaces a condition by the null condition in training.
+        JITTER: the draws of an augmented training image.
     """
 
     LATENTS = 0
@@ -54,6 +56,8 @@ class Purpose(IntEnum):
     PATH = 2
     FORWARD = 3
     TIMESTEP = 4
+    CONDITION_DROPOUT = 5
+    JITTER = 6
 
 
 def purpose_of_draw(draw: int, purpose: int = Purpose.STEP) -> int:

@@ -52,8 +52,8 @@ def train(
 ) -> None:
     """Train a diffusion model; under torchrun or accelerate launch, on many processes."""
     from ..training import RunOptions
-    from ..training.distill_job import DistillOptions
-    from ..training.reports import DivergedError
+    from ..training.few_steps.job import DistillOptions
+    from ..training.trainer.reports import DivergedError
 
     options = RunOptions(
         output_dir=str(out),
@@ -104,19 +104,19 @@ def train_job(
     """Train as ``fastdiff train --help`` says, and print a line at the end.
 
     Args:
-        data, config, overrides: as in `fastdiff.training.job.prepare_job`.
+        data, config, overrides: as in `fastdiff.training.trainer.job.prepare_job`.
         options: `RunOptions`.
         distillation: `DistillOptions`, or None.
         batch, workers, jitter, resume: options of the command.
     """
     from torch.utils.data import DataLoader
 
-    from ..training.augmentation import Jitter
-    from ..training.distill_job import Round, finish_round, prepare_student, round_objective
-    from ..training.distillation import trailing_schedule
-    from ..training.job import prepare_job
-    from ..training.trained_parts import noise_schedule
-    from ..training.trainer import Trainer
+    from ..training.data.augmentation import Jitter
+    from ..training.few_steps.job import Round, finish_round, prepare_student, round_objective
+    from ..training.few_steps.progressive import trailing_schedule
+    from ..training.model.trained_parts import noise_schedule
+    from ..training.trainer.job import prepare_job
+    from ..training.trainer.trainer import Trainer
 
     checked_integer("train", "--batch", batch, 1)
     checked_integer("train", "--workers", workers, 0)

@@ -16,8 +16,8 @@ from ..analysis.metrics import Estimate, estimate, reference_distance
 from ..analysis.workload import MethodSpec, Workload, parse_method
 from ..errors import checked_bool, checked_integer, checked_type, error_message
 from ..solvers import SamplingMethod
-from ..training.model_size import model_bytes
-from ..training.workload import model_workload
+from ..training.analyzer.model_size import model_bytes
+from ..training.analyzer.workload import model_workload
 
 
 @dataclass(frozen=True)

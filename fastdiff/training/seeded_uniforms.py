@@ -3,19 +3,10 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 import torch
 from torch import Tensor
 
 from ..philox import philox_words
-
-
-class Draw(IntEnum):
-    """The purpose of a draw: the last word of Philox's counter, apart from those of `fastdiff.philox.Purpose`."""
-
-    CONDITION_DROPOUT = 0x7D01
-    JITTER = 0x7D02
 
 
 def seeded_uniforms(seeds: Tensor, purpose: int, count: int) -> Tensor:
@@ -23,7 +14,7 @@ def seeded_uniforms(seeds: Tensor, purpose: int, count: int) -> Tensor:
 
     Args:
         seeds: ``[B]`` int64.
-        purpose: a `Draw`, a `fastdiff.philox.Purpose`, or another number that no other draw from these seeds uses.
+        purpose: a `fastdiff.philox.Purpose`, or another number that no other draw from these seeds uses.
         count: numbers a sample.
     """
     chunks = torch.arange((count + 3) // 4, dtype=torch.int64, device=seeds.device)

@@ -24,7 +24,7 @@ from fastdiff.training import (  # noqa: E402
     DiffusionModel,
     SmallTextEncoder,
 )
-from fastdiff.training.pictures import from_picture, to_picture  # noqa: E402
+from fastdiff.training.pictures.conversion import from_picture, to_picture  # noqa: E402
 from support.pipeline_cases import SIZE, stable_diffusion_3, unconditional, unet, vae  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:DiffusionConfig:UserWarning")  # sizes below the usual ones

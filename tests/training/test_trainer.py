@@ -30,8 +30,8 @@ from fastdiff.training import (
     validate_model,
 )
 from fastdiff.training.checkpoints import list_checkpoints
-from fastdiff.training.monitor import Monitor
-from fastdiff.training.optimization import create_learning_rate, create_optimizer, parameter_groups
+from fastdiff.training.trainer.monitor import Monitor
+from fastdiff.training.trainer.optimization import create_learning_rate, create_optimizer, parameter_groups
 
 pytest.importorskip("accelerate")
 pytest.importorskip("diffusers")

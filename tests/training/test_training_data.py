@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fastdiff.training import ImageFolder, Jitter, digits_dataset, fashion_mnist_dataset
-from fastdiff.training.batches import read_batch
-from fastdiff.training.data_order import DataOrder, seeded_draws
+from fastdiff.training.data.batches import read_batch
+from fastdiff.training.data.order import DataOrder, seeded_draws
 from fastdiff.training.seeded_uniforms import seeded_uniforms
 
 PIL_Image = pytest.importorskip("PIL.Image")

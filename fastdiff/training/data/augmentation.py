@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: MIT
+"""Random changes of images as a function of the samples' seeds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...errors import checked_float, error_message
+from ...philox import Purpose
+from ..seeded_uniforms import seeded_uniforms
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """Turn, scale and shift a share of the images by a little, as another hand might write them.
+
+    Cubic interpolation; what lies beyond the border is −1.  Called with images ``[B, C, H, W]`` and seeds ``[B]``.
+
+    Args:
+        share: of the images that are changed, 0 to 1.
+        degrees, scale, pixels: the largest turn, relative change of size and shift.
+    """
+
+    share: float = 0.5
+    degrees: float = 7.0
+    scale: float = 0.06
+    pixels: float = 0.4
+
+    def __post_init__(self) -> None:
+        for name in ("share", "degrees", "scale", "pixels"):
+            checked_float("Jitter", name, getattr(self, name), 0.0)
+        if self.share > 1:
+            got, remedy = f"is {self.share}", "pass share in that range"
+            raise ValueError(error_message("Jitter", "share", got, "0 to 1", remedy))
+
+    def __call__(self, images: Tensor, seeds: Tensor) -> Tensor:
+        """Return changed images, like ``images``."""
+        draws = seeded_uniforms(seeds, Purpose.JITTER, 6).to(images.dtype)
+        turn = (draws[:, 0] * 2 - 1) * math.radians(self.degrees)
+        scale = 1 + (draws[:, 1:3] * 2 - 1) * self.scale
+        shift = (draws[:, 3:5] * 2 - 1) * (self.pixels * 2 / images.shape[-1])
+        across = torch.stack([turn.cos() * scale[:, 0], -turn.sin() * scale[:, 0], shift[:, 0]], dim=1)
+        down = torch.stack([turn.sin() * scale[:, 1], turn.cos() * scale[:, 1], shift[:, 1]], dim=1)
+        grid = functional.affine_grid(torch.stack([across, down], dim=1), list(images.shape), align_corners=False)
+        moved = functional.grid_sample(images + 1, grid, mode="bicubic", align_corners=False) - 1
+        chosen = (draws[:, 5] < self.share).view(-1, 1, 1, 1)
+        return torch.where(chosen, moved.clamp(-1, 1), images)

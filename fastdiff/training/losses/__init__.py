@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""What training minimizes: losses, weights, timesteps, the variational bound, the denoising objective."""

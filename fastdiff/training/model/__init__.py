@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Models of a configuration: networks, scheduler, conditions, text encoder."""
