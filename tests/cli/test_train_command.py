@@ -126,8 +126,12 @@ def test_digits_are_distilled_round_by_round(tmp_path: Path, capsys: pytest.Capt
     assert _run(*halves, "--resume") == 0
     assert capsys.readouterr().out.count("0 steps in") == 1
     assert (rounds[1][0] / "ema.safetensors").read_bytes() == written
-    own = (*fixed, "consistency", "--teacher", tmp_path / "steps-0002", "--teacher-steps", 16, "--out", tmp_path / "c")
+    for folder, steps in ((tmp_path, 2), (tmp_path / "steps-0004", 4)):
+        assert _run("sample", "--weights", folder, "--n", 1, "--quiet", "--out", tmp_path / "digits.png") == 0
+        assert f", {steps} steps; " in capsys.readouterr().out
+    own = (*fixed, "consistency", "--teacher", tmp_path, "--teacher-steps", 16, "--out", tmp_path / "c")
     assert _run(*own, "--teacher-guidance-scale", 1.5) == 0
+    assert _run(*fixed, "consistency_training", "--out", tmp_path / "d") == 0
     student = load_digit_unet()
     load_checkpoint(list_checkpoints(tmp_path / "c" / "checkpoints")[-1], student, ema=True)
 
@@ -139,6 +143,7 @@ def test_digits_are_distilled_round_by_round(tmp_path: Path, capsys: pytest.Capt
         (("--teacher", "x"), "--distill beside it", 2),
         (("--distill", "progressive", "--teacher-steps", 24), "teacher_steps", 2),
         (("--distill", "consistency_training", "--teacher", "x"), "without a teacher", 2),
+        (("--distill", "plain_consistency_training", "--teacher", "x"), "without a teacher", 2),
         (("--distill", "consistency", "--teacher", "nowhere"), "nowhere", 1),
     ],
 )

@@ -91,10 +91,13 @@ class ConsistencyOptions:
         return replace(self)
 
     def intervals_at(self, step: int, total_steps: int) -> int:
-        """Return the intervals of the discretization at an optimizer step (arXiv 2310.14189, section 3.4)."""
+        """Return the intervals of the discretization at an optimizer step (arXiv 2310.14189, section 3.4).
+
+        They double each ⌊K/(log2⌊s1/s0⌋ + 1)⌋ of K steps, and end at `intervals`.
+        """
         if self.first_intervals is None:
             return self.intervals
-        stage = total_steps // (int(math.log2(self.intervals // self.first_intervals)) + 1)
+        stage = int(total_steps / (math.log2(self.intervals // self.first_intervals) + 1))
         return int(min(self.first_intervals * 2 ** min(step // max(stage, 1), 64), self.intervals))
 
 
