@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What ``fastdiff sample`` draws: digits by the packaged model, or images of a trained model."""
+"""Models of ``fastdiff sample``, with their defaults: the packaged digits, or a run of ``fastdiff train``."""
 
 from __future__ import annotations
 

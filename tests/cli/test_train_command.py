@@ -124,7 +124,9 @@ def wandb_runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return runs[-1]
 
     monkeypatch.setitem(sys.modules, "wandb", MagicMock(init=init))
-    monkeypatch.setattr("accelerate.tracking._available_trackers", ["wandb"])
+    from accelerate.utils import LoggerType
+
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB])
     return runs
 
 

@@ -91,9 +91,11 @@ class DistillOptions:
         ``consistency_training`` has those of arXiv 2310.14189, ``plain_consistency_training`` one grid, equal draws and
         weights, and the squared error (arXiv 2303.01469, algorithm 3), ``consistency`` the defaults.
         """
-        if self.method != "consistency_training":
-            loss = "l2" if self.method == "plain_consistency_training" else "huber"
-            return ConsistencyOptions(self.teacher_steps or _TEACHER_STEPS, loss=loss)
+        intervals = self.teacher_steps or _TEACHER_STEPS
+        if self.method == "plain_consistency_training":
+            return ConsistencyOptions(intervals, weighting="uniform", loss="l2")
+        if self.method == "consistency":
+            return ConsistencyOptions(intervals)
         last = self.teacher_steps or min(_LAST_INTERVALS, num_train_timesteps)
         return ConsistencyOptions(
             last,
