@@ -149,8 +149,8 @@ def test_a_students_loop_reaches_its_target_in_one_step() -> None:
         "huber",
         "lcm",
         "improved",
-        "--distill consistency_training",
-        "--distill plain_consistency_training",
+        "consistency_training",
+        "plain_consistency_training",
     ],
 )
 def test_consistency_loss_is_that_of_the_papers(teacher: Any, fields: dict[str, Any]) -> None:

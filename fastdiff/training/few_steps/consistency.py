@@ -41,9 +41,9 @@ class ConsistencyOptions:
     The defaults distil a model in few training steps: one grid, all its intervals as likely, and progressive
     distillation's weights.  A small error of a model that predicts ε or v hardly moves x0 where there is little noise,
     so with equal weights the levels of little noise, which all others build on, are forgotten first.  Latent
-    consistency models (arXiv 2310.04378) are ``weighting="uniform", loss="huber"``.  Improved consistency training (arXiv
-    2310.14189) is ``first_intervals=10, index_sampling="lognormal", weighting="inverse_gap", loss="huber"`` with 1280
-    intervals, or T where that is less.
+    consistency models (arXiv 2310.04378) are ``weighting="uniform", loss="huber"``.  Improved consistency training
+    (arXiv 2310.14189) is ``first_intervals=10, index_sampling="lognormal", weighting="inverse_gap", loss="huber"`` with
+    1280 intervals, or T where that is less.
 
     Args:
         intervals: of the discretization at the end of the training, n.
