@@ -16,8 +16,11 @@ import torch
 
 from fastdiff import create_noise_scheduler, create_sampler, randn, spawn_seeds
 from fastdiff.cli import app
+from fastdiff.cli.sample import check_channels
+from fastdiff.cli.sample_sources import SampleSource
 from fastdiff.command import run_command
 from fastdiff.digits import DigitUNet
+from fastdiff.digits.batches import DigitBatches
 from fastdiff.training import (
     AdvancedDiffusionPipeline,
     AdvancedUNet,
@@ -174,6 +177,16 @@ def test_other_weights_are_refused_for_a_folder_that_was_begun(
     assert "weights" in line
     with pytest.raises(ValueError, match="which was written again"):
         pickle.loads(packed)
+
+
+def test_models_that_make_no_pictures_are_refused(runs: Runs) -> None:
+    with pytest.raises(ValueError, match=r"source is .*, a model of digits by labels, expected"):
+        AdvancedDiffusionPipeline(runs.digits)
+    latents = SampleSource(DigitBatches, (4, 8, 8), {}, int)
+    check_channels(latents, "safetensors")
+    for file_format in (None, "png"):
+        with pytest.raises(ValueError, match="--weights draws samples of 4 channels"):
+            check_channels(latents, file_format)
 
 
 def test_folder_means_one_checkpoint(tmp_path: Path) -> None:
