@@ -144,10 +144,9 @@ Decline run(const StepCall& call, Loss loss, double c, const void* factor, Resul
 
 // Return whether a tensor holds numbers from 0 to end - 1 that can be read here, one for all samples or one each.
 bool are_indices(const at::Tensor& tensor, int64_t batch, int64_t end) {
+    if (!tensor.is_cpu() || !in_memory(tensor) || tensor.scalar_type() != at::kLong || tensor.dim() != 1) return false;
     const int64_t count = tensor.numel();
-    if (!tensor.is_cpu() || !in_memory(tensor) || tensor.scalar_type() != at::kLong || tensor.dim() != 1 ||
-        (count != 1 && count != batch) || !tensor.is_contiguous() || !storage_covers(tensor, count))
-        return false;
+    if ((count != 1 && count != batch) || !tensor.is_contiguous() || !storage_covers(tensor, count)) return false;
     const int64_t* indices = tensor.const_data_ptr<int64_t>();
     return std::all_of(indices, indices + count, [end](int64_t index) { return index >= 0 && index < end; });
 }
@@ -208,12 +207,12 @@ std::unique_ptr<C[]> factors(const LossCall& call, const at::Tensor& grad) {
     const int64_t batch = call.step.sample->size(0), inner = call.step.sample->numel() / batch;
     const C* of_loss = grad.const_data_ptr<C>();
     const int64_t stride = call.reduction == Reduction::kNone ? grad.stride(0) : 0;
+    const C of_each =
+        call.reduction == Reduction::kMean ? *of_loss / static_cast<C>(batch) : *of_loss * static_cast<C>(inner);
     const C scale = static_cast<C>((call.loss == Loss::kL2 ? 2.0 : 1.0) / static_cast<double>(inner));
     std::unique_ptr<C[]> made(new C[static_cast<size_t>(batch)]);
     for (int64_t b = 0; b < batch; ++b) {
-        C factor = of_loss[b * stride];
-        if (call.reduction == Reduction::kMean) factor /= static_cast<C>(batch);
-        if (call.reduction == Reduction::kSum) factor *= static_cast<C>(inner);
+        C factor = call.reduction == Reduction::kNone ? of_loss[b * stride] : of_each;
         if (call.weights != nullptr) factor *= weight_of<C>(call, b);
         made[static_cast<size_t>(b)] = factor * scale;
     }
@@ -224,8 +223,8 @@ std::unique_ptr<C[]> factors(const LossCall& call, const at::Tensor& grad) {
 // its last, and weights for samples and for timesteps differ in number.
 bool fits(const LossCall& call) {
     const StepCall& step = call.step;
-    if (step.sample == nullptr || step.table == nullptr || !step.sample->is_cpu() || step.sample->dim() == 0 ||
-        step.sample->numel() == 0 || step.table->dim() != 2)
+    if (step.sample == nullptr || step.table == nullptr || !step.sample->is_cpu() || !in_memory(*step.sample) ||
+        step.sample->dim() == 0 || step.sample->numel() == 0 || step.table->dim() != 2)
         return false;
     const int64_t batch = step.sample->size(0), timesteps = step.table->size(0) - 1;
     const bool in_range = step.row_index.tensor == nullptr

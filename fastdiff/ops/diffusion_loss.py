@@ -84,7 +84,7 @@ def diffusion_loss(
     """
     operation = "diffusion_loss"
     extension = direct_extension() if backend is None and getattr(x0, "is_cpu", False) else None
-    if extension is not None and not torch._C._are_functorch_transforms_active():
+    if extension is not None and not _traced():
         offered = extension.recorded_diffusion_loss(
             loss,
             huber_c,
@@ -177,13 +177,16 @@ def _sample_weights(weights: object, x0: Tensor, t: Any, schedule: Any) -> Tenso
     return weights[t.to(x0.device)] if isinstance(t, Tensor) else weights[t].expand(batch)
 
 
+def _traced() -> bool:
+    """Return whether a dispatch mode or a transform of torch.func has to see operators."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+
+
 def _apply(*arguments: Any) -> Tensor:
     """Run ``fastdiff::diffusion_loss`` so that autograd and compilers see it."""
     tensors = [a for a in arguments if isinstance(a, Tensor)]
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    traced = traced or torch._C._are_functorch_transforms_active()
     result: Tensor
-    if traced or not all(in_memory(a) for a in tensors):
+    if torch.compiler.is_compiling() or _traced() or not all(in_memory(a) for a in tensors):
         result = torch.ops.fastdiff.diffusion_loss(*arguments)
     elif torch.is_grad_enabled() and any(a.requires_grad for a in tensors):
         result = _Function.apply(*arguments)  # type: ignore[no-untyped-call]

@@ -146,7 +146,7 @@ def _table(scales: ForwardScales, target: str, dtype: torch.dtype, device: torch
         alpha, sigma = scales.at(torch.arange(scales.steps, device=where))
         rows = rows_of(alpha, sigma, target, dtype)
         table = OnDevice(torch.cat([rows, torch.full_like(rows[:1], torch.nan)]), device)
-    if kept:
+    if kept and torch._C._len_torch_dispatch_stack() == 0:  # under a mode its tensors may be fake
         with _lock:
             while len(_cache) >= _CACHE_SIZE:
                 _cache.pop(next(iter(_cache)))
