@@ -33,9 +33,6 @@ namespace py = pybind11;
 
 namespace {
 
-// Elements up to which one thread works alone, as in a step.
-constexpr int64_t kGrain = 65536;
-
 bool complete(const StepCall& call, bool gradient) {
     return call.sample != nullptr && call.model_output != nullptr && call.table != nullptr && call.uncond == nullptr &&
            !call.guidance_scale.given && call.variance == nullptr && call.variance_kind == 0 && !call.write_history &&

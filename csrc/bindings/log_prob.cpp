@@ -26,9 +26,9 @@ namespace py = pybind11;
 namespace {
 
 // Elements up to which one thread works alone: a block steps twice, so half of a step's number.
-constexpr int64_t kGrain = 32768;
+constexpr int64_t kLogProbGrain = 32768;
 
-bool complete(const StepCall& call, bool replay) {
+bool log_prob_complete(const StepCall& call, bool replay) {
     const bool noisy = (call.noise != nullptr) != (call.seeds != nullptr);
     return call.sample != nullptr && call.model_output != nullptr && call.table != nullptr &&
            (call.uncond != nullptr) == call.guidance_scale.given && call.variance == nullptr &&
@@ -46,7 +46,7 @@ bool may_add_noise(const StepCall& call, const StepArgs& step) {
                                                     : static_cast<const float*>(step.table)[at] != 0.0F;
 }
 
-struct Result {
+struct LogProbResult {
     at::Tensor log_prob;
     std::array<at::Tensor, kMaxOutputs> outputs;
 };
@@ -55,7 +55,7 @@ void run_on_cpu(LogProbArgs args) {
     const int64_t blocks = args.step.batch * blocks_of(args.step.inner);
     const std::unique_ptr<double[]> partials(new double[static_cast<size_t>(blocks)]);
     args.partials = partials.get();
-    const int64_t grain = args.step.draw.seeds == nullptr ? kGrain : kDrawGrain;
+    const int64_t grain = args.step.draw.seeds == nullptr ? kLogProbGrain : kDrawGrain;
     if (args.step.batch * args.step.inner <= grain) {
         cpu_build.log_prob_blocks(args, 0, blocks);
         cpu_build.finish_log_prob(args, 0, args.step.batch);
@@ -68,8 +68,8 @@ void run_on_cpu(LogProbArgs args) {
     cpu_build.finish_log_prob(args, 0, args.step.batch);
 }
 
-Decline run_log_prob(const StepCall& call, bool replay, bool mean, Result* result) {
-    if (!complete(call, replay)) return Decline::kArgument;
+Decline run_log_prob(const StepCall& call, bool replay, bool mean, LogProbResult* result) {
+    if (!log_prob_complete(call, replay)) return Decline::kArgument;
     const at::Tensor& sample = *call.sample;
     if (!on_served_device(sample)) return Decline::kDevice;
     if (!call.in_operator && c10::impl::TorchDispatchModeTLS::any_modes_set()) return Decline::kModes;
@@ -143,7 +143,7 @@ PyObject* log_prob(PyObject* /*module*/, PyObject* const* values, Py_ssize_t pos
     StepCall call;
     if (!read_step_call(values + 2, 0, names, &call))
         return PyUnicode_InternFromString(decline_name(Decline::kArgument));
-    Result made;
+    LogProbResult made;
     const Decline declined = run_log_prob(call, replay, mean, &made);
     if (declined != Decline::kNone) return PyUnicode_InternFromString(decline_name(declined));
     const Py_ssize_t outputs = replay ? 0 : call.keeps + 1;

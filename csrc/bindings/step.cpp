@@ -25,10 +25,6 @@ namespace fastdiff::bindings {
 
 namespace {
 
-// Elements up to which one thread works alone. Measured (DDIM with guidance, float32, a 2-core EPYC): 65536 elements
-// take 9 µs on one thread, 98304 take 16 on one and 9 on two.
-constexpr int64_t kGrain = 65536;
-
 // Return whether what has to be there is, and only what may be together.
 bool complete(const StepCall& call) {
     return call.sample != nullptr && call.model_output != nullptr && call.table != nullptr &&

@@ -21,8 +21,10 @@ namespace fastdiff::bindings {
 // Null where the caller gave None.
 using MaybeTensor = const at::Tensor*;
 
-// Elements up to which one thread works alone where noise is drawn: at a nanosecond for two of them, waking another
-// costs as much.
+// Elements up to which one thread works alone. Measured (DDIM with guidance, float32, a 2-core EPYC): 65536 elements
+// take 9 µs on one thread, 98304 take 16 on one and 9 on two.
+constexpr int64_t kGrain = 65536;
+// The same where noise is drawn: at a nanosecond for two of them, waking another costs as much.
 constexpr int64_t kDrawGrain = 16384;
 
 // The build of the CPU loops that runs, chosen when the module loads.

@@ -20,12 +20,12 @@ struct CachedStepMethod {
     int scales;            // the method scales the model's input, with the arguments sample and timestep
 };
 
-CachedStepMethod* cast(PyObject* self) { return reinterpret_cast<CachedStepMethod*>(self); }
+CachedStepMethod* as_method(PyObject* self) { return reinterpret_cast<CachedStepMethod*>(self); }
 
 PyObject* call(PyObject* self, PyObject* const* objects, size_t flagged, PyObject* keywords) {
     HANDLE_TH_ERRORS
     static PyObject* const cache_name = PyUnicode_InternFromString("_fused");
-    const CachedStepMethod* method = cast(self);
+    const CachedStepMethod* method = as_method(self);
     const Py_ssize_t positional = PyVectorcall_NARGS(flagged);
     SchedulerCall call;
     if (positional > 0) {
@@ -67,7 +67,7 @@ PyObject* new_method(PyTypeObject* type, PyObject* args, PyObject* /*kwargs*/) {
         return nullptr;
     PyObject* self = type->tp_alloc(type, 0);
     if (self == nullptr) return nullptr;
-    CachedStepMethod* method = cast(self);
+    CachedStepMethod* method = as_method(self);
     method->vectorcall = &call;
     method->name = Py_NewRef(name);
     PyUnicode_InternInPlace(&method->name);
@@ -80,24 +80,24 @@ PyObject* new_method(PyTypeObject* type, PyObject* args, PyObject* /*kwargs*/) {
 
 int traverse_method(PyObject* self, visitproc visit, void* arg) {
     Py_VISIT(Py_TYPE(self));
-    Py_VISIT(cast(self)->attributes);
-    Py_VISIT(cast(self)->fallback);
-    Py_VISIT(cast(self)->make_cache);
+    Py_VISIT(as_method(self)->attributes);
+    Py_VISIT(as_method(self)->fallback);
+    Py_VISIT(as_method(self)->make_cache);
     return 0;
 }
 
 int clear_method(PyObject* self) {
-    Py_CLEAR(cast(self)->attributes);
-    Py_CLEAR(cast(self)->fallback);
-    Py_CLEAR(cast(self)->make_cache);
+    Py_CLEAR(as_method(self)->attributes);
+    Py_CLEAR(as_method(self)->fallback);
+    Py_CLEAR(as_method(self)->make_cache);
     return 0;
 }
 
 void dealloc_method(PyObject* self) {
     PyTypeObject* type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
-    Py_XDECREF(cast(self)->name);
-    Py_XDECREF(cast(self)->arguments);
+    Py_XDECREF(as_method(self)->name);
+    Py_XDECREF(as_method(self)->arguments);
     clear_method(self);
     type->tp_free(self);
     Py_DECREF(type);

@@ -165,7 +165,7 @@ namespace {
 
 PyTypeObject* step_cache_type = nullptr;
 
-StepCache* cast(PyObject* self) { return reinterpret_cast<StepCache*>(self); }
+StepCache* as_cache(PyObject* self) { return reinterpret_cast<StepCache*>(self); }
 
 // install(plan, attributes, method, guided, arguments, timestep, step_bytes, tensors, reads, class)
 PyObject* install(PyObject* self, PyObject* const* objects, Py_ssize_t count) {
@@ -173,7 +173,7 @@ PyObject* install(PyObject* self, PyObject* const* objects, Py_ssize_t count) {
     TORCH_CHECK_TYPE(count == 10 && PyDict_Check(objects[1]) && PyDict_Check(objects[8]) && PyType_Check(objects[9]),
                      "install: expected (plan, attributes, method, guided, arguments, timestep, step_bytes, tensors, "
                      "reads, class)");
-    StepCacheState& s = *cast(self)->state;
+    StepCacheState& s = *as_cache(self)->state;
     py::object plan = py::reinterpret_borrow<py::object>(objects[0]);
     auto* native = plan.attr("native").cast<NativePlan*>();
     Guards arguments = std::make_shared<const std::vector<Guard>>(read_guards(objects[4]));
@@ -193,61 +193,64 @@ PyObject* install(PyObject* self, PyObject* const* objects, Py_ssize_t count) {
     s.class_version = class_version(reinterpret_cast<PyTypeObject*>(objects[9]));
     s.snapshot.take(objects[1], s.reads.ptr());
     s.read_epoch = read_epoch();
-    cast(self)->advance_to(std::move(plan), native);
+    as_cache(self)->advance_to(std::move(plan), native);
     Py_RETURN_NONE;
     END_HANDLE_TH_ERRORS
 }
 
 PyObject* forget_method(PyObject* self, PyObject* /*unused*/) {
-    cast(self)->forget();
+    as_cache(self)->forget();
     Py_RETURN_NONE;
 }
 
 PyObject* unchanged_method(PyObject* self, PyObject* scheduler) {
     HANDLE_TH_ERRORS
     const py::object attributes = own(PyObject_GenericGetDict(scheduler, nullptr));
-    return PyBool_FromLong(cast(self)->unchanged(scheduler, attributes.ptr()) ? 1 : 0);
+    return PyBool_FromLong(as_cache(self)->unchanged(scheduler, attributes.ptr()) ? 1 : 0);
     END_HANDLE_TH_ERRORS
 }
 
 PyObject* advance_epoch(PyObject* self, PyObject* /*unused*/) {
-    return PyLong_FromLongLong(++cast(self)->state->epoch);
+    return PyLong_FromLongLong(++as_cache(self)->state->epoch);
 }
 
 PyObject* set_seeds(PyObject* self, PyObject* seeds) {
     HANDLE_TH_ERRORS
     const at::Tensor* tensor = as_tensor(seeds);
-    cast(self)->state->executor.seeds = tensor == nullptr ? at::Tensor() : *tensor;
+    as_cache(self)->state->executor.seeds = tensor == nullptr ? at::Tensor() : *tensor;
     Py_RETURN_NONE;
     END_HANDLE_TH_ERRORS
 }
 
 PyObject* set_host_copies(PyObject* self, PyObject* copies) {
     HANDLE_TH_ERRORS
-    const HostCopies before = std::exchange(cast(self)->state->host_copies, read_host_copies(copies));
+    const HostCopies before = std::exchange(as_cache(self)->state->host_copies, read_host_copies(copies));
     Py_RETURN_NONE;
     END_HANDLE_TH_ERRORS
 }
 
 PyObject* get_plan(PyObject* self, void* /*unused*/) {
-    PyObject* plan = cast(self)->state->plan.ptr();
+    PyObject* plan = as_cache(self)->state->plan.ptr();
     return Py_NewRef(plan == nullptr ? Py_None : plan);
 }
 
-PyObject* get_plan_cache(PyObject* self, void* /*unused*/) { return Py_NewRef(cast(self)->state->plan_cache.ptr()); }
+PyObject* get_plan_cache(PyObject* self, void* /*unused*/) {
+    return Py_NewRef(as_cache(self)->state->plan_cache.ptr());
+}
 
 int set_plan_cache(PyObject* self, PyObject* value, void* /*unused*/) {
     if (value == nullptr) value = Py_None;
-    const py::object before = std::exchange(cast(self)->state->plan_cache, py::reinterpret_borrow<py::object>(value));
+    const py::object before =
+        std::exchange(as_cache(self)->state->plan_cache, py::reinterpret_borrow<py::object>(value));
     return 0;
 }
 
 PyObject* new_cache(PyTypeObject* type, PyObject* /*args*/, PyObject* /*kwargs*/) {
     PyObject* self = type->tp_alloc(type, 0);
     if (self == nullptr) return nullptr;
-    cast(self)->state = new StepCacheState;
-    cast(self)->state->plan_cache = py::none();
-    cast(self)->last_miss_epoch = -1;
+    as_cache(self)->state = new StepCacheState;
+    as_cache(self)->state->plan_cache = py::none();
+    as_cache(self)->last_miss_epoch = -1;
     return self;
 }
 
@@ -256,7 +259,7 @@ int init_cache(PyObject* self, PyObject* args, PyObject* /*kwargs*/) {
         PyObject *forced = nullptr, *execute = nullptr, *first_steps = nullptr;
         if (PyArg_ParseTuple(args, "O!OO:StepCache", &PyContextVar_Type, &forced, &execute, &first_steps) == 0)
             return -1;
-        StepCacheState& s = *cast(self)->state;
+        StepCacheState& s = *as_cache(self)->state;
         s.first_steps = py::cast<FirstSteps*>(py::handle(first_steps));
         s.first_steps_owner = py::reinterpret_borrow<py::object>(first_steps);
         s.executor.forced_backend = py::reinterpret_borrow<py::object>(forced);
@@ -270,7 +273,7 @@ int init_cache(PyObject* self, PyObject* args, PyObject* /*kwargs*/) {
 
 int traverse_cache(PyObject* self, visitproc visit, void* arg) {
     Py_VISIT(Py_TYPE(self));
-    const StepCacheState* s = cast(self)->state;
+    const StepCacheState* s = as_cache(self)->state;
     if (s == nullptr) return 0;
     Py_VISIT(s->executor.forced_backend.ptr());
     Py_VISIT(s->execute.ptr());
@@ -286,16 +289,16 @@ int traverse_cache(PyObject* self, visitproc visit, void* arg) {
 }
 
 int clear_cache(PyObject* self) {
-    if (cast(self)->state == nullptr) return 0;
-    cast(self)->forget();
-    const py::object plan_cache = std::exchange(cast(self)->state->plan_cache, py::none());
+    if (as_cache(self)->state == nullptr) return 0;
+    as_cache(self)->forget();
+    const py::object plan_cache = std::exchange(as_cache(self)->state->plan_cache, py::none());
     return 0;
 }
 
 void dealloc_cache(PyObject* self) {
     PyTypeObject* type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
-    delete std::exchange(cast(self)->state, nullptr);
+    delete std::exchange(as_cache(self)->state, nullptr);
     type->tp_free(self);
     Py_DECREF(type);
 }
@@ -303,7 +306,7 @@ void dealloc_cache(PyObject* self) {
 }  // namespace
 
 StepCache* step_cache_of(PyObject* object) {
-    return object != nullptr && PyObject_TypeCheck(object, step_cache_type) ? cast(object) : nullptr;
+    return object != nullptr && PyObject_TypeCheck(object, step_cache_type) ? as_cache(object) : nullptr;
 }
 
 void define_step_cache(py::module_& m) {

@@ -283,15 +283,15 @@ def test_sanitized_calls_equal_the_cpu(capsys: pytest.CaptureFixture[str], monke
 @pytest.mark.skipif(not INTERPRETED, reason="compiled Triton is held to the bit by `make gpu`, not to a bound")
 def test_noise_of_all_backends_is_compared(tmp_path: Path) -> None:
     stored: list[dict[str, Any]] = []
-    found = noise.compare("cpu", 0.0, least=12, store=stored.append)
-    assert found["requests"] == 12
-    assert [part["requests"] for part in stored] == list(range(1, 13))
+    found = noise.compare("cpu", 0.0, least=6, store=stored.append)
+    assert found["requests"] == 6
+    assert [part["requests"] for part in stored] == list(range(1, 7))
     assert stored[-1] == found
     reference = found["backends"]["reference"]
-    assert reference["compared"] > 500
+    assert reference["compared"] > 250
     assert (reference["mismatches"], reference["largest_difference"]) == (0, 0.0)
     assert noise.failures(found, "cpu") == []
-    again = noise.compare("cpu", 0.0, seed=found["seed"], least=12)
+    again = noise.compare("cpu", 0.0, seed=found["seed"], least=6)
     assert again == found
 
 

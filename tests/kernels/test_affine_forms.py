@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from fastdiff import extension
@@ -19,7 +21,10 @@ tool = load_tool("affine_forms")
 CONTENT = tool.TARGET.read_text(encoding="utf-8")
 COMPILED, RUNTIME = tool.listed(CONTENT, tool.COMPILED), tool.listed(CONTENT, tool.RUNTIME)
 REMEDY = "run `python tools/affine_forms.py` and build the extension again"
-GROUPS = groups()
+#: With fixed examples one option of a drop-in at a time: this finds forms that are not listed, but not the listed ones
+#: that only combinations take.
+ONE_AT_A_TIME = os.environ.get("HYPOTHESIS_PROFILE") == "ci"
+GROUPS = groups(most=1 if ONE_AT_A_TIME else 2)
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -32,6 +37,8 @@ def test_shipped_rows_run_on_listed_loops(group: str) -> None:
     assert compiled | runtime <= COMPILED.keys() | RUNTIME.keys(), f"{group}: unlisted forms; {REMEDY}"
     assert compiled <= COMPILED.keys(), f"{group}: the extension has loops that are not listed; {REMEDY}"
     assert runtime <= RUNTIME.keys(), f"{group}: the extension lacks loops that are listed; {REMEDY}"
+    if ONE_AT_A_TIME and group not in ("solvers", "single_steps", "guiders"):
+        return
     named = {form for form, first in (COMPILED | RUNTIME).items() if first == group}
     assert named <= compiled | runtime, f"{group}: listed forms that nothing takes; {REMEDY}"
 

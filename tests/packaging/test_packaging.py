@@ -560,3 +560,14 @@ def test_one_translation_unit_includes_torch_extension() -> None:
 
     heavy = {path.relative_to(csrc).as_posix() for path in csrc.rglob("*.cpp") if reaches(path.resolve(), set())}
     assert heavy == {"bindings.cpp"}
+
+
+def test_every_source_is_compiled_once() -> None:
+    """A source is a translation unit, or is included by its folder's unit.cpp."""
+    compiled = [ROOT / name for name in setup_py.sources("cpu")]
+    parts = [
+        unit.parent / name
+        for unit in compiled
+        for name in re.findall(r'^#include "(\w+\.cpp)"$', unit.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert sorted(compiled + parts) == sorted((ROOT / "csrc").rglob("*.cpp"))

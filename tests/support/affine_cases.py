@@ -199,13 +199,17 @@ def guider_calls() -> Iterator[Call]:
         yield f"{name} {options}", lambda name=name, guider=guider: walk(guider, shape_of(name), torch.float32)
 
 
-def groups() -> dict[str, Callable[[], Iterator[Call]]]:
-    """The calls in groups: the solvers, single steps, guiders, and each drop-in scheduler by its name."""
+def groups(most: int = 2) -> dict[str, Callable[[], Iterator[Call]]]:
+    """The calls in groups: the solvers, single steps, guiders, and each drop-in scheduler by its name.
+
+    Args:
+        most: groups of a drop-in's options that are combined.
+    """
     found: dict[str, Callable[[], Iterator[Call]]] = {"solvers": solver_calls, "single_steps": single_step_calls}
     if importlib.util.find_spec("diffusers") is not None:
         from fastdiff.diffusers import CLASSES
         from support.dropin_cases import OPTIONS
 
         found["guiders"] = guider_calls
-        found |= {name: partial(dropin_calls, name) for name in OPTIONS if f"{name}Scheduler" in CLASSES}
+        found |= {name: partial(dropin_calls, name, most) for name in OPTIONS if f"{name}Scheduler" in CLASSES}
     return found

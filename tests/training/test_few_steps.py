@@ -130,11 +130,18 @@ def test_a_students_loop_reaches_its_target_in_one_step() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"intervals": 16},
-        {"intervals": 16, "loss": "l2", "timestep_scaling": 0.1, "sigma_data": 0.4},
-        {"intervals": 32, "first_intervals": 4, "index_sampling": "lognormal", "weighting": "inverse_gap"},
+        {"intervals": 16, "timestep_scaling": 0.1, "sigma_data": 0.4},
+        {"intervals": 16, "loss": "huber"},
+        {"intervals": 16, "weighting": "uniform", "loss": "huber"},
+        {
+            "intervals": 32,
+            "first_intervals": 4,
+            "index_sampling": "lognormal",
+            "weighting": "inverse_gap",
+            "loss": "huber",
+        },
     ],
-    ids=["lcm", "l2", "improved"],
+    ids=["default", "huber", "lcm", "improved"],
 )
 def test_consistency_loss_is_that_of_the_papers(teacher: Any, fields: dict[str, Any]) -> None:
     options, student, batch = ConsistencyOptions(**fields), _Student(), _batch(step=50)
@@ -170,6 +177,9 @@ def test_consistency_loss_is_that_of_the_papers(teacher: Any, fields: dict[str, 
     expected = squares.mean(1) if options.loss == "l2" else (squares.sum(1) + c * c).sqrt() - c
     if options.weighting == "inverse_gap":
         expected = expected / (ratio[index] - ratio[index + 1])
+    elif options.weighting == "truncated_snr":
+        root = (1 / ratio[index]).clamp(min=1.0)
+        expected = expected * (root.square() if options.loss == "l2" else root)
     # The student is exact in float64 at the clean end too, where the formula divides by σ = 0 and drops the result.
     torch.testing.assert_close(found.losses, expected, **CLOSE)
     assert torch.equal(found.timesteps, t)
