@@ -27,7 +27,7 @@ from fastdiff.errors import require
 from . import pair_table
 from .pair_table import Run
 
-SHAPES = ((64, 4, 64, 64), (64, 1, 8, 8), (8, 4, 128, 128))
+SHAPES = ((64, 4, 64, 64), (64, 1, 8, 8), (1, 4, 64, 64), (8, 4, 128, 128))
 
 
 def pairs(shape: tuple[int, ...]) -> dict[str, tuple[Run, Run]]:
@@ -46,12 +46,12 @@ def pairs(shape: tuple[int, ...]) -> dict[str, tuple[Run, Run]]:
     def gradient(loss: Tensor) -> Tensor:
         return torch.autograd.grad(loss, output)[0]
 
-    def fused(loss: str) -> tuple[Tensor, Tensor]:
-        noisy = ops.add_noise(x0, t, schedule, seeds=seeds)
-        return noisy, gradient(ops.diffusion_loss(output, x0, t, schedule, kind, seeds=seeds, loss=loss, huber_c=0.1))
+    def fused(loss: str, **source: Tensor) -> tuple[Tensor, Tensor]:
+        noisy = ops.add_noise(x0, t, schedule, **source)
+        return noisy, gradient(ops.diffusion_loss(output, x0, t, schedule, kind, **source, loss=loss, huber_c=0.1))
 
-    def plain(loss: str) -> tuple[Tensor, Tensor]:
-        noisy, target = given(torch.randn(shape))
+    def plain(loss: str, noise: Tensor) -> tuple[Tensor, Tensor]:
+        noisy, target = given(noise)
         if loss == "l2":
             return noisy, gradient(torch.nn.functional.mse_loss(output, target))
         return noisy, gradient((((output - target) ** 2 + 0.1**2).sqrt() - 0.1).mean())
@@ -69,8 +69,18 @@ def pairs(shape: tuple[int, ...]) -> dict[str, tuple[Run, Run]]:
             lambda: ops.noise_and_target(x0, t, schedule, kind, noise=noise),
             lambda: given(noise),
         ),
-        "noisy samples, l2 loss, gradient": (lambda: fused("l2"), lambda: plain("l2")),
-        "noisy samples, pseudo-Huber loss, gradient": (lambda: fused("huber"), lambda: plain("huber")),
+        "noisy samples, l2 loss, gradient, noise drawn": (
+            lambda: fused("l2", seeds=seeds),
+            lambda: plain("l2", torch.randn(shape)),
+        ),
+        "noisy samples, l2 loss, gradient, noise given": (
+            lambda: fused("l2", noise=noise),
+            lambda: plain("l2", noise),
+        ),
+        "noisy samples, pseudo-Huber loss, gradient, noise drawn": (
+            lambda: fused("huber", seeds=seeds),
+            lambda: plain("huber", torch.randn(shape)),
+        ),
         "l2 loss and gradient, noise given": (
             lambda: gradient(ops.diffusion_loss(output, x0, t, schedule, kind, noise=noise)),
             lambda: loss_alone(target),

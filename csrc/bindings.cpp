@@ -36,6 +36,12 @@ PyMethodDef methods[] = {
      METH_FASTCALL | METH_KEYWORDS,
      "diffusion_loss(loss, c, factor, **fields): the training loss or its gradients, or the reason why it was declined "
      "(see csrc/bindings/diffusion_loss.h)."},
+    {"recorded_diffusion_loss", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&recorded_diffusion_loss)),
+     METH_FASTCALL | METH_KEYWORDS,
+     "recorded_diffusion_loss(loss, c, reduction, weights, **fields): the reduced loss for autograd, or the reason why "
+     "it was declined (see csrc/bindings/diffusion_loss.h)."},
+    {"indices_in_range", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&indices_in_range)), METH_FASTCALL,
+     "indices_in_range(indices, batch, end): whether they can be read here and are 0 to end - 1."},
     {"torch_randn", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&torch_randn)), METH_FASTCALL,
      "torch's normal numbers as a new tensor; None where torch has to draw them (see csrc/torch_bits/torch_normal.h)."},
     {"torch_randn_", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&torch_randn_)), METH_FASTCALL,

@@ -4,6 +4,9 @@
 The target is an affine map of x0 and the noise (ops/forward_rows.py).  The pass reads the model's output and x0, draws
 the noise again from its seeds, and adds up ρ(output − target) in the order of ``csrc/reduce_math.h``.  The backward
 pass draws it once more and writes the gradient.
+
+A call is offered to the extension once, as it is: on a small batch the way to the loop takes longer than the loop.
+What the extension declines is checked here, and goes through torch's dispatcher or a function of autograd in Python.
 """
 
 from __future__ import annotations
@@ -19,10 +22,11 @@ from ..errors import checked_float, error_message, unknown_name
 from ..philox import Purpose
 from ..row_layout import compute_dtype
 from . import loss_kernels
+from .backends import direct_extension
 from .checks import check_dtype
 from .fallback import backend_to_run
 from .forward_process import check_samples
-from .forward_rows import ForwardScales, forward_rows
+from .forward_rows import ForwardScales, forward_rows, training_table
 from .layout import in_memory
 
 LOSSES = loss_kernels.LOSSES
@@ -79,6 +83,24 @@ def diffusion_loss(
         RuntimeError: a forced backend is missing.
     """
     operation = "diffusion_loss"
+    extension = direct_extension() if backend is None and getattr(x0, "is_cpu", False) else None
+    if extension is not None and not _traced():
+        offered = extension.recorded_diffusion_loss(
+            loss,
+            huber_c,
+            reduction,
+            weights,
+            sample=x0,
+            model_output=output,
+            table=training_table(operation, schedule, prediction_type),
+            row_index=t,
+            noise=noise,
+            seeds=seeds,
+            noise_step=noise_step,
+            purpose=purpose,
+        )
+        if type(offered) is not str:
+            return offered  # type: ignore[no-any-return]
     if loss not in LOSSES:
         raise unknown_name(operation, "loss", loss, LOSSES)
     if reduction not in REDUCTIONS:
@@ -155,13 +177,16 @@ def _sample_weights(weights: object, x0: Tensor, t: Any, schedule: Any) -> Tenso
     return weights[t.to(x0.device)] if isinstance(t, Tensor) else weights[t].expand(batch)
 
 
+def _traced() -> bool:
+    """Return whether a dispatch mode or a transform of torch.func has to see operators."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+
+
 def _apply(*arguments: Any) -> Tensor:
     """Run ``fastdiff::diffusion_loss`` so that autograd and compilers see it."""
     tensors = [a for a in arguments if isinstance(a, Tensor)]
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    traced = traced or torch._C._are_functorch_transforms_active()
     result: Tensor
-    if traced or not all(in_memory(a) for a in tensors):
+    if torch.compiler.is_compiling() or _traced() or not all(in_memory(a) for a in tensors):
         result = torch.ops.fastdiff.diffusion_loss(*arguments)
     elif torch.is_grad_enabled() and any(a.requires_grad for a in tensors):
         result = _Function.apply(*arguments)  # type: ignore[no-untyped-call]
@@ -233,7 +258,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 class _Function(torch.autograd.Function):
-    """The operator in eager calls that want gradients, without the dispatcher, which takes longer than small losses."""
+    """The operator in eager calls that want gradients and that the extension declines, without the dispatcher."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:

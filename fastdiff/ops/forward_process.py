@@ -74,7 +74,7 @@ def noise_and_target(
         targets = (targets[0], torch.empty_like(x0, dtype=targets[1]))
     noisy, target = step(
         x0,
-        x0.detach(),  # no row reads it
+        _unread(x0),
         table,
         index,
         noise=noise,
@@ -118,7 +118,7 @@ def add_noise(
     table, index, drawn = _prepare("add_noise", x0, t, schedule, "epsilon", noise, seeds, targets)
     return step(
         x0,
-        x0.detach(),
+        _unread(x0),
         table,
         index,
         noise=noise,
@@ -128,6 +128,11 @@ def add_noise(
         out=targets,
         backend=backend,
     )[0]
+
+
+def _unread(x0: Tensor) -> Tensor:
+    """Return a model output for a step whose rows read none; it must not ask for a gradient."""
+    return x0.detach() if x0.requires_grad else x0
 
 
 def _targets(operation: str, out: object, count: int) -> tuple[Any, ...]:

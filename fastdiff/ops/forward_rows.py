@@ -15,8 +15,7 @@ last one of NaN, which stands for a timestep out of range where reading the time
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from torch import Tensor
 from ..device_copy import OnDevice, to_device
 from ..errors import error_message, shown, unknown_name
 from ..row_layout import COLUMNS, KEEP_0, PREV_SAMPLE, blank_row
+from . import backends
 from .checks import readable_without_sync
 
 TARGETS = ("epsilon", "sample", "v_prediction", "flow_prediction")
@@ -31,6 +31,7 @@ TARGETS = ("epsilon", "sample", "v_prediction", "flow_prediction")
 ALIASES = {"x0": "sample", "flow": "flow_prediction"}
 
 _SAMPLE, _NOISE = COLUMNS.index("sample"), COLUMNS.index("noise")
+_CPU = torch.device("cpu")
 #: Tables that are kept.
 _CACHE_SIZE = 64
 
@@ -44,8 +45,7 @@ def parse_target(operation: str, prediction_type: object) -> str:
     return str(name)
 
 
-@dataclass(frozen=True, eq=False)
-class ForwardScales:
+class ForwardScales(NamedTuple):
     """α and σ of a schedule.
 
     Attributes:
@@ -73,8 +73,9 @@ class ForwardScales:
                 remedy = "pass the running product of 1 - betas"
                 raise TypeError(error_message(operation, "schedule", got, "alphas_cumprod [T]", remedy))
             return cls(schedule, schedule.numel(), 1.0, False)
-        scales = getattr(schedule, "forward_scales", None)
-        if isinstance(scales, Tensor):  # fastdiff's own
+        # Looked up in the class: diffusers' take a microsecond to say that they have no such attribute.
+        if hasattr(type(schedule), "forward_scales"):  # fastdiff's own
+            scales: Tensor = schedule.forward_scales
             return cls(scales, scales.shape[1], 1.0, hasattr(schedule, "times"))
         config: Any = getattr(schedule, "config", None)
         if getattr(config, "use_flow_sigmas", False) is True:
@@ -145,13 +146,23 @@ def _table(scales: ForwardScales, target: str, dtype: torch.dtype, device: torch
         alpha, sigma = scales.at(torch.arange(scales.steps, device=where))
         rows = rows_of(alpha, sigma, target, dtype)
         table = OnDevice(torch.cat([rows, torch.full_like(rows[:1], torch.nan)]), device)
-    if kept:
+    if kept and torch._C._len_torch_dispatch_stack() == 0:  # under a mode its tensors may be fake
         with _lock:
             while len(_cache) >= _CACHE_SIZE:
                 _cache.pop(next(iter(_cache)))
             # The tensor is held so that its id stays its own.
             _cache[key] = tensor, table
     return table.get()
+
+
+def training_table(operation: str, schedule: Any, prediction_type: object) -> Tensor:
+    """Return the rows of all timesteps and the row of NaN, float32 ``[T + 1, 32]`` on the CPU.
+
+    Raises:
+        TypeError, ValueError: as `forward_rows`.
+    """
+    scales = ForwardScales.of(operation, schedule)
+    return _table(scales, parse_target(operation, prediction_type), torch.float32, _CPU)
 
 
 def forward_rows(
@@ -171,12 +182,12 @@ def forward_rows(
     """
     target = parse_target(operation, prediction_type)
     scales = ForwardScales.of(operation, schedule)
-    device = x0.device
-    if type(t) is int:
-        if not 0 <= t < scales.steps:
-            raise _out_of_range(operation, f"is {shown(t)}", f"0 to {scales.steps - 1}")
-        if not torch.compiler.is_compiling():
-            return _table(scales, target, dtype, device), t
+    device, number = x0.device, type(t) is int
+    if number and not 0 <= t < scales.steps:
+        raise _out_of_range(operation, f"is {shown(t)}", f"0 to {scales.steps - 1}")
+    if not torch.compiler.is_compiling() and (number or _fits_as_it_is(t, x0, scales.steps)):
+        return _table(scales, target, dtype, device), t
+    if number:
         t = torch.full((1,), t, dtype=torch.int64, device=device)
     t = _checked_times(operation, x0, t, scales)
     if t.is_floating_point():
@@ -191,6 +202,11 @@ def forward_rows(
         return table, to_device(t, device)
     # The last row is NaN, so that a timestep out of range is not read as another.
     return table, to_device(t, device).clamp(-1, scales.steps) % (scales.steps + 1)
+
+
+def _fits_as_it_is(t: object, x0: Tensor, steps: int) -> bool:
+    """Return whether timesteps are int64 ``[1]`` or ``[B]`` in the CPU's memory and in range, by one look at them."""
+    return x0.is_cpu and backends.extension is not None and backends.extension.indices_in_range(t, len(x0), steps)
 
 
 def _own_rows(alpha: Tensor, sigma: Tensor, target: str, dtype: torch.dtype) -> tuple[Tensor, int | Tensor]:

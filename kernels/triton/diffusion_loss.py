@@ -192,10 +192,8 @@ def launch(call: StepCall, loss: int, c: float, factor: Tensor | None, out: list
     batch = x.shape[0]
     inner = x.numel() // batch
     blocks = blocks_of(inner, _BLOCK.value)
-    draws = channels = 0
-    if call.seeds is not None:
-        channels = call.channels()
-        draws = 1 if channels == 1 else 2
+    channels = 0 if call.seeds is None else call.channels()
+    draws = min(channels, 2)
     config = config_for("sum", x)
     programs = blocks_of(blocks, config.block)
     rows, noise_steps = how_many(row), how_many(noise_step)

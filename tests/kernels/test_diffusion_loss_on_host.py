@@ -14,17 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_reductions_on_host import (
     COMPILER,
-    FLAGS,
     INVALID_CONFIGURATION,
-    ROOT,
     SEEDS,
     SHIFTS,
-    SOURCES,
     STREAM,
     Buffer,
     _launch,
     _placed,
-    _run,
+    load,
     numbers,
     runtime,
 )
@@ -46,14 +43,7 @@ LINEAR = fastdiff.create_noise_scheduler("linear")
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    folder = tmp_path_factory.mktemp("diffusion_loss_on_host")
-    source, path = SOURCES / "diffusion_loss_on_host.cpp", folder / "library.o"
-    _run(*FLAGS, "-I", SOURCES, "-I", ROOT / "csrc", "-c", source, "-o", path)
-    # The sanitizer's call is answered by the source, so its own library must not be linked.
-    _run("-shared", path, "-o", folder / "library.so")
-    loaded = ctypes.CDLL(str(folder / "library.so"))
-    loaded.diffusion_loss_on_host.restype = ctypes.c_char_p
-    return loaded
+    return load(tmp_path_factory.mktemp("diffusion_loss_on_host"), "diffusion_loss_on_host")
 
 
 def run(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,18 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_reductions_on_host import (
     COMPILER,
-    FLAGS,
     INVALID_CONFIGURATION,
-    ROOT,
     SEEDS,
     SHIFTS,
-    SOURCES,
     SPREADS,
     STREAM,
     Buffer,
     _launch,
     _placed,
-    _run,
+    load,
     numbers,
     runtime,
 )
@@ -54,27 +50,14 @@ SIZES = st.sampled_from([1, 31, 33, 64, 700, 1024, 1025, 5000])
 NOISE = PREV_SAMPLE + COLUMNS.index("noise")
 
 
-def _library(folder: Path, *definitions: str) -> ctypes.CDLL:
-    path = folder / "library.o"
-    source = SOURCES / "log_prob_on_host.cpp"
-    _run(*FLAGS, *definitions, "-I", SOURCES, "-I", ROOT / "csrc", "-c", source, "-o", path)
-    # The sanitizer's call is answered by the source, so its own library must not be linked.
-    _run("-shared", path, "-o", folder / "library.so")
-    return ctypes.CDLL(str(folder / "library.so"))
-
-
 @pytest.fixture(scope="module")
 def gram_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    loaded = _library(tmp_path_factory.mktemp("gram_on_host"), "-DGRAM_ON_HOST")
-    loaded.gram_on_host.restype = ctypes.c_char_p
-    return loaded
+    return load(tmp_path_factory.mktemp("gram_on_host"), "log_prob_on_host", definitions=("-DGRAM_ON_HOST",))
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    loaded = _library(tmp_path_factory.mktemp("log_prob_on_host"))
-    loaded.log_prob_on_host.restype = ctypes.c_char_p
-    return loaded
+    return load(tmp_path_factory.mktemp("log_prob_on_host"), "log_prob_on_host")
 
 
 def run_gram(library: ctypes.CDLL, xs: list[Tensor], sums: bool, shift: int) -> Tensor:

@@ -51,17 +51,20 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    folder = tmp_path_factory.mktemp("reductions_on_host")
-    objects = []
-    for name in ("sum_on_host", "select_on_host"):
-        objects.append(folder / f"{name}.o")
-        _run(*FLAGS, "-I", SOURCES, "-I", ROOT / "csrc", "-c", SOURCES / f"{name}.cpp", "-o", objects[-1])
-    # The sanitizer's call is answered by sum_on_host.cpp, so its own library must not be linked.
-    _run("-shared", *objects, "-o", folder / "reductions.so")
-    loaded = ctypes.CDLL(str(folder / "reductions.so"))
-    loaded.sum_on_host.restype = loaded.select_on_host.restype = ctypes.c_char_p
+    loaded = load(tmp_path_factory.mktemp("reductions_on_host"), "sum_on_host", "select_on_host")
     loaded.scratch_on_host.restype = ctypes.c_int64
     return loaded
+
+
+def load(folder: Path, *names: str, definitions: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """Compile sources of tests/support/cuda_on_host, and load them as one library."""
+    objects = []
+    for name in names:
+        objects.append(folder / f"{name}.o")
+        _run(*FLAGS, *definitions, "-I", SOURCES, "-I", ROOT / "csrc", "-c", SOURCES / f"{name}.cpp", "-o", objects[-1])
+    # runtime.h answers the sanitizer's call, so its own library must not be linked.
+    _run("-shared", *objects, "-o", folder / "library.so")
+    return ctypes.CDLL(str(folder / "library.so"))
 
 
 def _run(*command: object) -> None:
@@ -87,9 +90,9 @@ class Buffer:
 
 def _launch(library: ctypes.CDLL, name: str, sizes: list[int], buffers: list[Buffer | None], number: float) -> None:
     pointers = (ctypes.c_void_p * len(buffers))(*(None if b is None else b.values.data_ptr() for b in buffers))
-    error = getattr(library, name)(
-        (ctypes.c_int64 * len(sizes))(*sizes), pointers, ctypes.c_double(number), ctypes.c_void_p(STREAM)
-    )
+    function = getattr(library, name)
+    function.restype = ctypes.c_char_p
+    error = function((ctypes.c_int64 * len(sizes))(*sizes), pointers, ctypes.c_double(number), ctypes.c_void_p(STREAM))
     state = runtime(library)
     assert not state["diverged"], "threads of a block wait at different places"
     assert not state["misaligned"], "an access that is not aligned as a device wants it"

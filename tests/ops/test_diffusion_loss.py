@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -114,6 +115,81 @@ def test_drawn_noise_has_the_bits_of_the_same_noise_given(seed: int, kind: str, 
         value = ops.diffusion_loss(output, x0, t, LINEAR, kind, **source, loss=loss)  # type: ignore[arg-type]
         results.append([value.detach(), *torch.autograd.grad(value, output)])
     assert_same_bits(results[0], results[1])
+
+
+def test_one_node_has_the_bits_of_the_operator() -> None:
+    if "cpu" not in BACKENDS:
+        pytest.skip("the C++ extension was not built")
+
+    @settings(max_examples=20)
+    @given(
+        seed=SEEDS, shape=st.sampled_from([(1, 5), (3, 64), (2, 3, 20, 20)]), dtype=st.sampled_from(DTYPES),
+        loss=st.sampled_from(LOSSES), reduction=st.sampled_from(["mean", "sum", "none"]), drawn=st.booleans(),
+        weighted=st.sampled_from([None, "samples", "timesteps"]), wide=st.booleans(), one=st.booleans(),
+    )  # fmt: skip
+    def check(
+        seed: int, shape: tuple[int, ...], dtype: torch.dtype, loss: str, reduction: str, drawn: bool,
+        weighted: str | None, wide: bool, one: bool,
+    ) -> None:  # fmt: skip
+        *inputs, t = tensors(seed, shape, dtype)
+        inputs = [tensor.requires_grad_() for tensor in inputs][: 2 if drawn else 3]
+        source: dict[str, Any] = {"seeds": torch.arange(shape[0]), "noise_step": 2} if drawn else {"noise": inputs[2]}
+        numbers = torch.linspace(0.1, 3.0, 1000 if weighted == "timesteps" else shape[0], dtype=torch.float64)
+        weights = None if weighted is None else numbers if wide else numbers.float()
+        upstream = torch.linspace(0.3, 1.7, shape[0]) if reduction == "none" else torch.tensor(1.3)
+
+        def run(backend: str | None) -> list[Tensor]:
+            value = ops.diffusion_loss(
+                inputs[0], inputs[1], int(t[0]) if one else t, LINEAR, "v_prediction", **source, loss=loss,
+                weights=weights, reduction=reduction, backend=backend,
+            )  # fmt: skip
+            return [value.detach(), *torch.autograd.grad(value, inputs, upstream.to(value.dtype))]
+
+        assert_same_bits(run(None), run("cpu"))  # a forced backend has its gradient from Python
+
+    check()
+
+
+def test_gradient_is_taken_once_and_from_unchanged_tensors() -> None:
+    output, x0, noise, t = tensors(8, (2, 3, 4, 4), torch.float32)
+    output.requires_grad_()
+    scale = torch.tensor(2.0, requires_grad=True)
+
+    def run(x0: Tensor = x0, **options: Any) -> Tensor:
+        return ops.diffusion_loss(output, x0, t, LINEAR, noise=noise, **options)
+
+    once = torch.autograd.grad(run() * scale, output, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        once.sum().backward()
+    changed = x0.clone()
+    value = run(changed)
+    changed.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+    value = run()
+    torch.autograd.grad(value, output)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        value.backward()
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(run(reduction="none"), output, torch.eye(2), is_grads_batched=True)
+
+
+def test_gradient_is_the_same_from_tensors_kept_in_another_layout() -> None:
+    last = {"memory_format": torch.channels_last}
+    output, x0, noise, t = tensors(9, (2, 3, 4, 4), torch.float32)
+    output, x0, noise = output.to(**last).requires_grad_(), x0.to(**last), noise.to(**last)
+    whole = torch.cat([output.detach(), output.detach()], 1).requires_grad_()
+    results = []
+    for source, hooks in (
+        (output, contextlib.nullcontext()),
+        (output, torch.autograd.graph.save_on_cpu()),
+        (whole, contextlib.nullcontext()),
+    ):
+        with hooks:
+            value = ops.diffusion_loss(source[:, :3], x0, t, LINEAR, noise=noise)
+        results.append([value.detach(), torch.autograd.grad(value, source)[0][:, :3]])
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
 
 
 @settings(max_examples=6)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastdiff
 from fastdiff import Purpose, ops
@@ -168,6 +169,14 @@ def test_timesteps_that_cannot_be_read_give_nan_where_out_of_range() -> None:
         assert value.isnan().all(1).tolist() == [True, False, False, True]
     expected = ops.noise_and_target(x0[1:3], t[1:3], LINEAR, "v_prediction", noise=noise[1:3])
     assert_same_bits([noisy[1:3], target[1:3]], expected)
+
+
+def test_rows_of_fake_tensors_are_not_kept() -> None:
+    x0, noise, _ = tensors(5, (1, 6), torch.float32)
+    signal = linear_signal()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        unrecorded(mode.from_tensor(x0), 5, signal, noise=mode.from_tensor(noise))
+    assert_same_bits([ops.add_noise(x0, 5, signal, noise=noise)], [ops.add_noise(x0, 5, signal.clone(), noise=noise)])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -35,6 +35,7 @@ OPERATIONS |= {"noise_and_target": 0, "add_noise": 0, "diffusion_loss": 0}
 TRITON = (("step", "launch"), ("philox", "randn"), ("select", "quantile"), ("reduce", "reduce"))
 TRITON += (("gram", "gram"), ("log_prob", "launch"), ("diffusion_loss", "launch"))
 EXTENSION = ("step", "randn", "quantile", "sum", "gram", "host_gram", "log_prob", "diffusion_loss")
+EXTENSION += ("recorded_diffusion_loss",)
 
 
 @dataclass

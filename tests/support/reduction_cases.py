@@ -131,6 +131,21 @@ def results_of(seed: int) -> list[Tensor]:
             results += [call(kind, x, y, 0.5, backend="cpu") for kind in KINDS]
             results += ops.gram([x, y, x], sums=True, backend="cpu")
             results += [ops.quantile(x, q, q > 0.9, backend="cpu") for q in (0.0, rng.random(), 0.995)]
+            results += losses_of(x, y, rng)
+    return results
+
+
+def losses_of(x: Tensor, y: Tensor, rng: random.Random) -> list[Tensor]:
+    """Return the training losses and their gradients of output, x0 and noise."""
+    t = torch.tensor([rng.randrange(1000) for _ in x])
+    signal = torch.linspace(0.99, 0.01, 1000)
+    inputs = [tensor.detach().requires_grad_() for tensor in (x, y, x.flip(1))]
+    results = []
+    for loss in ("l2", "l1", "huber"):
+        given = rng.random() < 0.5
+        source = {"noise": inputs[2]} if given else {"seeds": t}
+        value = ops.diffusion_loss(inputs[0], inputs[1], t, signal, "v_prediction", **source, loss=loss, backend="cpu")
+        results += [value.detach(), *torch.autograd.grad(value, inputs[: 3 if given else 2])]
     return results
 
 

@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: MIT
 // csrc/cuda/diffusion_loss.cu, compiled for the CPU against the headers beside this file, behind an interface for
 // ctypes.
-#include "blocks.h"
+#include "runtime.h"
 
 #include "cuda/diffusion_loss.cu"
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
 
 // `sizes`: dtypes of x0, output and noise, batch, inner, stride of the output, num_rows, row, rows_stride, channels,
 // loss, device. `pointers`: partials, out, x0, output, noise, table, rows, seeds, factor, gradients of output, x0 and
@@ -40,29 +38,4 @@ EXPORT const char* diffusion_loss_on_host(const int64_t* sizes, void* const* poi
     args.factor = pointers[8];
     for (int o = 0; o < 3; ++o) step.outputs[o] = pointers[9 + o];
     return fastdiff::launch_diffusion_loss(args, static_cast<int>(sizes[11]), stream);
-}
-
-static bool misaligned = false;
-
-// -fsanitize=alignment calls this: a device refuses an access that is not at a multiple of its type's alignment.
-extern "C" void __ubsan_handle_type_mismatch_v1(void*, void*) { misaligned = true; }
-
-EXPORT void set_runtime(int device, int backwards, int next_launch) {
-    cuda_on_host::state = {};
-    cuda_on_host::state.device = device;
-    cuda_on_host::state.backwards = backwards != 0;
-    cuda_on_host::state.next_launch = static_cast<cudaError_t>(next_launch);
-    cuda_on_host::block.diverged = false;
-    misaligned = false;
-}
-
-// As in sum_on_host.cpp.
-EXPORT void get_runtime(int64_t* values) {
-    const auto& state = cuda_on_host::state;
-    values[0] = state.device;
-    values[1] = state.launches;
-    values[2] = state.launched_on;
-    values[3] = reinterpret_cast<int64_t>(state.stream);
-    values[4] = cuda_on_host::block.diverged;
-    values[5] = misaligned;
 }

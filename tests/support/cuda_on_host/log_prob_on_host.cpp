@@ -1,15 +1,13 @@
 // SPDX-License-Identifier: MIT
 // csrc/cuda/gram.cu and log_prob.cu, compiled for the CPU against the headers beside this file, behind an interface for
 // ctypes.
-#include "blocks.h"
+#include "runtime.h"
 
 #ifdef GRAM_ON_HOST
 #include "cuda/gram.cu"
 #else
 #include "cuda/log_prob.cu"
 #endif
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
 
 #ifdef GRAM_ON_HOST
 // `sizes`: dtype, batch, inner, count, sums, device. `pointers`: partials, out, the tensors.
@@ -65,28 +63,3 @@ EXPORT const char* log_prob_on_host(const int64_t* sizes, void* const* pointers,
     return fastdiff::launch_log_prob(args, static_cast<int>(sizes[10]), stream);
 }
 #endif
-
-static bool misaligned = false;
-
-// -fsanitize=alignment calls this: a device refuses an access that is not at a multiple of its type's alignment.
-extern "C" void __ubsan_handle_type_mismatch_v1(void*, void*) { misaligned = true; }
-
-EXPORT void set_runtime(int device, int backwards, int next_launch) {
-    cuda_on_host::state = {};
-    cuda_on_host::state.device = device;
-    cuda_on_host::state.backwards = backwards != 0;
-    cuda_on_host::state.next_launch = static_cast<cudaError_t>(next_launch);
-    cuda_on_host::block.diverged = false;
-    misaligned = false;
-}
-
-// As in sum_on_host.cpp.
-EXPORT void get_runtime(int64_t* values) {
-    const auto& state = cuda_on_host::state;
-    values[0] = state.device;
-    values[1] = state.launches;
-    values[2] = state.launched_on;
-    values[3] = reinterpret_cast<int64_t>(state.stream);
-    values[4] = cuda_on_host::block.diverged;
-    values[5] = misaligned;
-}
