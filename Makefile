@@ -34,7 +34,7 @@ BUILD := $(VENV)/.stamp-build-$(FASTDIFF_BUILD)
 SANITIZED := build/sanitize
 SANITIZE_TESTS ?= $(sort $(shell find tests -false $(patsubst %,-o -name 'test_%.py',step_parity step_layout step_overlap \
   step_mask step_parts step_functional step_checks step_dtypes step_properties step_memory step_allocation step_streaming blocks binding_fuzz* \
-  reductions reductions_ops philox* rows seeds copy_kernel torch_noise dropin_loop \
+  reductions reductions_ops gram log_prob diffusion_loss philox* rows seeds copy_kernel torch_noise dropin_loop \
   dropin_beginnings dropin_brownian)))
 
 # The property-based tests.

@@ -27,21 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import create_noise_scheduler, create_sampler
-from fastdiff.digits import DigitUNet, data, load_digit_unet
-from fastdiff.training import load_checkpoint
-from fastdiff.training.checkpoints import latest_checkpoint
+from fastdiff.digits import data, load_digit_unet
+from fastdiff.training.model.from_checkpoint import load_trained_model
 
 TEACHER_STEPS = (50, 32, 8, 4)
-
-
-def student(folder: Path) -> nn.Module:
-    """Return the averaged model of the latest checkpoint of a run."""
-    found = latest_checkpoint(folder / "checkpoints")
-    if found is None:
-        raise SystemExit(f"few_steps: {folder} has no checkpoints, expected a folder of fastdiff train --distill")
-    model = DigitUNet()
-    load_checkpoint(found, model, ema=True)
-    return model.eval()
 
 
 def draw(model: nn.Module, method: str, steps: int, labels: Tensor, seed: int) -> Tensor:
@@ -68,7 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     for text in options.students:
         folder, method, steps = text.rsplit(":", 2)
-        runs.append((f"{Path(folder).name}, {method}, {steps} steps", student(Path(folder)), method, int(steps)))
+        student = load_trained_model(folder, operation="few_steps", argument="FOLDER").network.eval()
+        runs.append((f"{Path(folder).name}, {method}, {steps} steps", student, method, int(steps)))
     classifier, _ = data.train_classifier()
     labels = torch.arange(10).repeat_interleave(options.per_class)
     print("| model | recognised | variance | nearest |\n|---|---|---|---|")

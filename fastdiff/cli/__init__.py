@@ -4,8 +4,10 @@
 The modules::
 
     app.py          the application
-    sample.py       ``fastdiff sample`` draws digits with the packaged model
+    sample.py       ``fastdiff sample`` draws digits with the packaged model, or images of a trained one
+    sample_sources.py  its models and their defaults
     sample_shards.py  its ``--folder``: a share of the images, or all of them with Ray
+    samplers.py     names of samplers
     environment.py  ``fastdiff env`` prints versions and backends
     bench.py        ``fastdiff bench`` measures steps
     compare.py      ``fastdiff compare`` writes a report on sampling methods
@@ -26,7 +28,9 @@ from . import table as table
 from . import train as train
 from .app import app
 from .environment import print_environment
-from .sample import ALIASES, SAMPLERS, check_device, draw_digits, parse_classes, sample, sampler_fields
+from .sample import check_device, draw_digits, sample
+from .sample_sources import parse_classes
+from .samplers import ALIASES, SAMPLERS, sampler_fields
 
 __all__ = [
     "ALIASES",

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""``fastdiff sample``: digits by the model that ships, as one picture or as a folder of images."""
+"""``fastdiff sample``: digits by the model that ships, or images of a trained one; a picture or a folder of images."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,45 +10,17 @@ import torch
 import typer
 
 from .. import ops
-from ..digits import IMAGE_SHAPE, NUM_CLASSES
-from ..digits.batches import DigitBatches
-from ..errors import error_message, unknown_name
+from ..digits import NUM_CLASSES
+from ..errors import error_message
 from ..philox import spawn_seeds
 from ..sharding import process_rank
-from ..solvers import SamplingMethod
 from .app import app
 from .sample_shards import BATCH_SIZE, draw_shards
-
-#: Fields of SamplingConfig by the names of samplers: those of the registry, and the values of `SamplingMethod` besides.
-SAMPLERS: dict[str, dict[str, Any]] = {
-    name: fields for method in SamplingMethod for name, fields in method.presets.items()
-}
-ALIASES: dict[str, dict[str, Any]] = {
-    method.value: {"method": method} for method in SamplingMethod if method.value not in SAMPLERS
-}
+from .sample_sources import SampleSource, digits_source, packaged_source, parse_classes, trained_source
+from .samplers import SAMPLERS
 
 #: Images that one picture has at most: they are one batch, of about 0.2 MiB an image.
 MOST_IMAGES = 10_000
-
-
-def parse_classes(text: str, count: int) -> list[int]:
-    """Return class labels from text such as ``"0-9"``, ``"3"`` or ``"1,4,7-9"``, in order, each once."""
-    labels: list[int] = []
-    for part in text.split(","):
-        found = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part.strip())
-        first, last = (0, -1) if found is None else (int(found[1]), int(found[2] or found[1]))
-        if last < first:
-            raise ValueError(
-                error_message(
-                    "sample", "--classes", f"is {text!r}", "labels and ranges such as 0-9 or 1,4", "write it so"
-                )
-            )
-        if last >= count:
-            raise ValueError(
-                error_message("sample", "--classes", f"asks for {last}", f"0 to {count - 1}", "stay within the classes")
-            )
-        labels += range(first, last + 1)
-    return list(dict.fromkeys(labels))
 
 
 def check_device(device: str) -> None:
@@ -73,24 +44,34 @@ def check_device(device: str) -> None:
         ) from error
 
 
-def sampler_fields(name: str) -> dict[str, Any]:
-    """Return the fields of `SamplingConfig` for a sampler's name."""
-    known = {**SAMPLERS, **ALIASES}
-    if name not in known:
-        raise unknown_name("sample", "--sampler", name, known)
-    return known[name]
-
-
 @app.command()
 def sample(
-    sampler: Annotated[str, typer.Option(help=f"One of {', '.join(SAMPLERS)}.")] = "dpmsolver++",
-    steps: Annotated[int, typer.Option(help="Steps of the loop.")] = 20,
+    sampler: Annotated[
+        str | None,
+        typer.Option(help=f"One of {', '.join(SAMPLERS)}.", show_default="dpmsolver++; ddim with --weights"),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of the loop.", show_default="20; the run's with --weights")
+    ] = None,
     order: Annotated[int, typer.Option(help="Order of a DPM-Solver.")] = 2,
     eta: Annotated[float | None, typer.Option(help="Noise that DDIM or Euler-ancestral adds back.")] = None,
     guidance_scale: Annotated[
-        float, typer.Option("--guidance-scale", "--guidance", help="Classifier-free guidance scale; 1 for none.")
-    ] = 3.0,
-    classes: Annotated[str, typer.Option(help="Digits to draw: 0-9, 3 or 1,4,7-9.")] = "0-9",
+        float | None,
+        typer.Option(
+            "--guidance-scale",
+            "--guidance",
+            help="Classifier-free guidance scale; 1 for none.",
+            show_default="3; the run's with --weights",
+        ),
+    ] = None,
+    classes: Annotated[str | None, typer.Option(help="Digits to draw: 0-9, 3 or 1,4,7-9.", show_default="0-9")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Folder of fastdiff train, or a checkpoint in it, to sample instead.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="With --weights of a model with a text encoder: what to draw.")
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to guide away from.")] = None,
     # --images for torchrun, whose parser takes --n for an abbreviation of several options of its own, and refuses it.
     n: Annotated[int, typer.Option("--n", "--images", help="How many images, shared out among the classes.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
@@ -114,25 +95,30 @@ def sample(
     backend: Annotated[str | None, typer.Option(help=f"Force one of {', '.join(ops.BACKENDS)}.")] = None,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
-    """Draw handwritten digits with the class-conditional U-Net that ships with fastdiff."""
-    sampling = {**sampler_fields(sampler), "num_inference_steps": steps, "solver_order": order, "eta": eta}
-    given = {"--out": out, "--folder": folder, "--ray": ray, "--workers": workers}
-    check_combination({name for name, value in given.items() if value is not None})
-    common: dict[str, Any] = {
-        "guidance_scale": guidance_scale,
-        "classes": classes,
-        "n": n,
-        "seed": seed,
-        "device": device,
-        "backend": backend,
-        "progress": not quiet,
+    """Draw handwritten digits with the model that ships with fastdiff, or images of a model of fastdiff train."""
+    given = {
+        "--out": out,
+        "--folder": folder,
+        "--ray": ray,
+        "--workers": workers,
+        "--prompt": prompt,
+        "--negative-prompt": negative_prompt,
+        "--weights": weights,
     }
+    check_combination({name for name, value in given.items() if value is not None})
+    more = {"solver_order": order, "eta": eta}
+    if weights is None:
+        source = packaged_source(sampler, steps, guidance_scale, more, classes)
+    else:
+        conditions = {"classes": classes, "prompt": prompt, "negative_prompt": negative_prompt}
+        source = trained_source(weights, sampler, steps, guidance_scale, more, **conditions)
+    check_channels(source, None if folder is None else file_format)
+    common: dict[str, Any] = {"n": n, "seed": seed, "device": device, "backend": backend, "progress": not quiet}
     if folder is None:
-        draw_digits(sampling, out=out or Path("samples.png"), **common)
+        draw_picture(source, out=out or Path("samples.png"), **common)
         return
-    common["classes"] = parse_classes(classes, NUM_CLASSES)
     draw_shards(
-        sampling,
+        source,
         folder=folder,
         batch_size=batch_size,
         file_format=file_format,
@@ -150,7 +136,12 @@ def check_combination(given: set[str]) -> None:
     Raises:
         ValueError: there are such options or processes.
     """
-    needs = {"--ray": "--folder", "--workers": "--ray"}
+    needs = {
+        "--ray": "--folder",
+        "--workers": "--ray",
+        "--prompt": "--weights",
+        "--negative-prompt": "--weights",
+    }
     for name, needed in needs.items():
         if name in given and needed not in given:
             raise ValueError(error_message("sample", name, f"is given without {needed}", "both", f"add {needed}"))
@@ -163,38 +154,47 @@ def check_combination(given: set[str]) -> None:
         raise ValueError(error_message("sample", "the variable WORLD_SIZE", got, "1", remedy))
 
 
-def draw_digits(
-    sampling: dict[str, Any],
-    *,
-    guidance_scale: float,
-    classes: str,
-    n: int,
-    seed: int,
-    out: Path,
-    device: str,
-    backend: str | None,
-    progress: bool,
+def check_channels(source: SampleSource, file_format: str | None) -> None:
+    """Refuse pictures of samples that are neither grey nor of three colours.
+
+    Args:
+        source: the model.
+        file_format: of the files of a folder; None for one picture.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    channels = source.shape[0]
+    if channels not in (1, 3) and file_format != "safetensors":
+        got, remedy = f"draws samples of {channels} channels", "pass --folder with --format safetensors"
+        raise ValueError(error_message("sample", "--weights", got, "1 or 3 for pictures", remedy))
+
+
+def draw_digits(sampling: dict[str, Any], *, guidance_scale: float, classes: str, **options: Any) -> None:
+    """Sample digits with the packaged model and write them as a grid; `options` are those of `draw_picture`."""
+    draw_picture(digits_source(sampling, guidance_scale, parse_classes(classes, NUM_CLASSES)), **options)
+
+
+def draw_picture(
+    source: SampleSource, *, n: int, seed: int, out: Path, device: str, backend: str | None, progress: bool
 ) -> None:
-    """Sample digits and write them as a grid; see ``fastdiff sample --help``."""
+    """Sample images in one batch and write them as a grid; see ``fastdiff sample --help``."""
     from ..analysis.images import check_grid_path, save_grid
 
     # All that can be refused is refused here, before anything is drawn.
-    labels = parse_classes(classes, NUM_CLASSES)
     if not 1 <= n <= MOST_IMAGES:
         raise ValueError(
             error_message("sample", "--n", f"is {n}", f"1 to {MOST_IMAGES}", "ask for as many, or call twice")
         )
     if not 0 <= seed < 2**32:
         raise ValueError(error_message("sample", "--seed", f"is {seed}", f"0 to {2**32 - 1}", "stay in that range"))
-    digits = DigitBatches(labels, n, sampling, guidance_scale=guidance_scale, device=device, backend=backend)
-    # Rows of one class: each class its share, the first ones one more where n does not divide.
-    shares = [n // len(labels) + (i < n % len(labels)) for i in range(len(labels))]
-    grid = {"columns": max(shares) if n >= len(labels) else n, "scale": 4}
+    batches = source.make_batches(n, device=device, backend=backend)
+    grid = {"columns": source.columns(n), "scale": max(1, 32 // source.shape[1])}
     check_device(device)
     ops.backend_for(torch.empty(0, device=device), backend, "sample")
-    check_grid_path(out, (n, *IMAGE_SHAPE), **grid, operation="sample", argument="--out")
+    check_grid_path(out, (n, *source.shape), **grid, operation="sample", argument="--out")
     # An image's noise is its own, however many are drawn beside it.
-    result = digits.sample(range(n), spawn_seeds(seed, n), progress=progress)
+    result = batches.sample(range(n), spawn_seeds(seed, n), progress=progress)
     save_grid(result.samples, out, **grid)
     backend = ops.backend_for(result.samples, backend)
     print(

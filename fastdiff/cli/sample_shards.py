@@ -4,25 +4,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import __version__, ops
-from ..digits.batches import DigitBatches
 from ..errors import checked_integer
 from ..sharding import ShardReport, process_rank, sample_shards, sample_shards_on_ray
+from .sample_sources import SampleSource
 
 BATCH_SIZE = 64
 
 
 def draw_shards(
-    sampling: Mapping[str, Any],
+    source: SampleSource,
     *,
-    guidance_scale: float,
-    classes: list[int],
     n: int,
     seed: int,
     folder: Path,
@@ -36,13 +34,11 @@ def draw_shards(
     progress: bool,
     check_device: Callable[[str], None],
 ) -> ShardReport:
-    """Draw digits into a folder and print a line about it; see ``fastdiff sample --help``."""
+    """Draw images into a folder and print a line about it; see ``fastdiff sample --help``."""
     rank, world_size = process_rank()
     # Everything that decides the bits; the folder refuses other values, the versions of another process included.
     options = {
-        **{name: getattr(value, "value", value) for name, value in sampling.items()},
-        "guidance_scale": guidance_scale,
-        "classes": ",".join(map(str, classes)),
+        **source.options,
         "device": device.partition(":")[0],
         "backend": backend,
         "threads": checked_integer("sample", "--threads", threads, 1),
@@ -53,17 +49,16 @@ def draw_shards(
         device = local_device(device)
         check_device(device)
         ops.backend_for(torch.empty(0, device=device), backend, "sample")
-    own: dict[str, Any] = {"device": device, "backend": backend, "threads": threads}
-    digits = DigitBatches(classes, n, sampling, guidance_scale=guidance_scale, **own)
+    batches = source.make_batches(n, device=device, backend=backend, threads=threads)
     job: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "file_format": file_format, "options": options}
     if ray is None:
-        report = sample_shards(digits, folder, n, **job, progress=None if progress else False)
+        report = sample_shards(batches, folder, n, **job, progress=None if progress else False)
         name = f"process {rank} of {world_size}"
     else:
         os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # read when ray is imported
         gpus = 0 if options["device"] == "cpu" else 1
         on_cluster: dict[str, Any] = {"address": ray, "workers": workers, "gpus_per_worker": gpus}
-        report = sample_shards_on_ray(digits, folder, n, **job, **on_cluster, progress=None if progress else False)
+        report = sample_shards_on_ray(batches, folder, n, **job, **on_cluster, progress=None if progress else False)
         name = "Ray"
     end = f"{report.manifest}" if report.manifest else "other processes have batches left"
     print(

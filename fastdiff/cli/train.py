@@ -37,15 +37,23 @@ def train(
     tracker: Annotated[list[str] | None, typer.Option(help="tensorboard or wandb; may be given twice.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Largest learning rate, instead of the file's.")] = None,
     distill: Annotated[
-        str | None, typer.Option(help="progressive, consistency or consistency_training: train for few steps.")
+        str | None,
+        typer.Option(
+            help="Train for few steps: progressive, consistency, consistency_training (improved) or "
+            "plain_consistency_training."
+        ),
     ] = None,
     teacher: Annotated[
         Path | None, typer.Option(help="Folder of fastdiff train to distil; the packaged digits' model if left out.")
     ] = None,
     student_steps: Annotated[int, typer.Option(help="Steps of the distilled model's loop.")] = 4,
     teacher_steps: Annotated[
-        int, typer.Option(help="Steps of the first teacher's loop, halved each round; or intervals of the grid.")
-    ] = 32,
+        int | None,
+        typer.Option(
+            help="Steps of the first teacher's loop, halved each round; or intervals of the grid, at its end.",
+            show_default="32; 1280, or T where that is less, for consistency_training",
+        ),
+    ] = None,
     teacher_guidance_scale: Annotated[float, typer.Option(help="Guidance scale of the teacher; 1 for none.")] = 1.0,
     cpu: Annotated[bool, typer.Option(help="Train on the CPU where there is an accelerator.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
@@ -112,9 +120,7 @@ def train_job(
     from torch.utils.data import DataLoader
 
     from ..training.data.augmentation import Jitter
-    from ..training.few_steps.job import Round, finish_round, prepare_student, round_objective
-    from ..training.few_steps.progressive import trailing_schedule
-    from ..training.model.trained_parts import noise_schedule
+    from ..training.few_steps.job import Round, finish_round, prepare_round, prepare_student, round_objective
     from ..training.trainer.job import prepare_job
     from ..training.trainer.trainer import Trainer
 
@@ -130,12 +136,12 @@ def train_job(
     parts: dict[str, Any] = {}
     if distillation is not None:
         job = prepare_student(job, data, distillation)
-        parts["schedule"] = trailing_schedule(noise_schedule(job.model, job.config.validate()))
     held_out = None if job.held_out is None else DataLoader(job.held_out, batch_size=batch)
     count = len(job.train_data)  # type: ignore[arg-type]
     loader = DataLoader(job.train_data, batch_size=batch, shuffle=True, num_workers=workers, drop_last=count >= batch)
     for current in rounds:
         if distillation is not None:
+            job = prepare_round(job, current)
             parts["objective"] = round_objective(job, distillation, current)
         trainer = Trainer(
             job.model,
@@ -173,6 +179,8 @@ def _train_to_the_end(trainer: Any, loader: Any, folder: Path) -> None:
         trainer.load_checkpoint(found)
     first, began = trainer.step, time.perf_counter()
     reports = trainer.train(loader, max_steps=trainer.config.max_train_steps)
+    for tracker in trainer.accelerator.trackers:
+        tracker.finish()  # the next round's steps begin again, which wandb takes in a new run alone
     if trainer.accelerator.is_main_process:
         seconds = time.perf_counter() - began
         loss = f"loss {reports[-1]['loss']:.4f}" if reports else "nothing was left to do"

@@ -4,14 +4,17 @@
 The folders and modules::
 
     config.py         the configuration of model, training and sampling
+    config_checks.py  names and ranges of its fields
     checkpoints.py    folders of safetensors and JSON
+    state_tensors.py  tensors of modules and optimizers by name
     seeded_uniforms.py  uniform numbers that belong to a sample
     data/             data sets, batches, augmentation, and the order of samples as a function of the seed
     losses/           losses and their weights, timesteps, the variational bound, the objective that a trainer minimizes
-    model/            diffusers' U-Nets of a configuration, a model that samples, its scheduler, conditions
+    model/            diffusers' U-Nets of a configuration, a model that samples, its scheduler, conditions; models of
+                      checkpoints
     trainer/          the trainer: steps, reports, validation, state; the job of ``fastdiff train``
     few_steps/        progressive distillation, consistency distillation and training; their job
-    pictures/         pictures from prompts, by a pipeline of diffusers or a trained model
+    pictures/         pictures from prompts, by a pipeline of diffusers or a trained model; images of sampling jobs
     analyzer/         parameters, memory, operations and speed of a model
 
 A name is imported when it is asked for: the losses need torch alone, the model needs diffusers.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -25,6 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import error_message, require
+from .state_tensors import (
+    check_same_tensors,
+    load_module_tensors,
+    load_optimizer_state,
+    module_tensors,
+    optimizer_state,
+)
 
 _FORMAT, _VERSION = "fastdiff checkpoint", 1
 _STATE = "state.json"
@@ -101,15 +109,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
             got, remedy = f"is {str(path)!r}, which has no {_STATE}", "name the folder that save_checkpoint made"
         raise ValueError(error_message("load_checkpoint", "path", got, "a folder of safetensors and JSON", remedy))
     library = require("safetensors.torch", "training", "load_checkpoint")
-    try:
-        document = json.loads((path / _STATE).read_text(encoding="utf-8"))
-        if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (_FORMAT, _VERSION):
-            raise _refused(path, f"whose {_STATE} is not of {_FORMAT!r}, version {_VERSION}")
-        files, state = document["files"], document["state"]
-    except (ValueError, KeyError) as error:
-        if isinstance(error, ValueError) and str(error).startswith("load_checkpoint"):
-            raise
-        raise _refused(path, f"whose {_STATE} is damaged ({type(error).__name__})") from error
+    files, state = _read_document(path)
     tensors = {}
     for name, expected in files.items():
         file = path / Path(name).name
@@ -124,6 +124,25 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
             raise _refused(path, f"whose {name} has another content than was written")
         tensors[file.stem] = library.load_file(file)
     return Checkpoint(state, tensors)
+
+
+def is_checkpoint(folder: str | Path) -> bool:
+    """Return True for the folder of a checkpoint."""
+    return (Path(folder) / _STATE).is_file()
+
+
+def read_state(folder: str | Path) -> dict[str, Any]:
+    """Return the JSON values of a checkpoint, without a look at its tensors.
+
+    Raises:
+        OSError, ValueError: there is no ``state.json``, or it is damaged.
+    """
+    return _read_document(Path(folder))[1]
+
+
+def checkpoint_digest(folder: str | Path) -> str:
+    """Return the SHA-256 of a checkpoint's ``state.json``, which has the checksums of all its tensors."""
+    return hashlib.sha256((Path(folder) / _STATE).read_bytes()).hexdigest()
 
 
 def checkpoint_folder(parent: str | Path, step: int) -> Path:
@@ -157,117 +176,6 @@ def remove_old_checkpoints(parent: str | Path, keep: int) -> None:
         os.replace(old, gone)
     for partial in Path(parent).glob(f"{_PARTIAL}*"):
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and kept buffers of a module by name; of those that are one tensor, the first name alone.
-
-    Raises:
-        TypeError: the module keeps state that is no tensor.
-    """
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    own = {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
-    for name, value in module.state_dict().items():
-        if not isinstance(value, Tensor):
-            got, remedy = f"keeps a {type(value).__name__} under {name!r}", "keep it in a buffer"
-            raise TypeError(error_message("save_checkpoint", "model", got, "tensors alone", remedy))
-        tensor = own[name]
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            found[name] = tensor
-    return found
-
-
-@torch.no_grad()
-def load_module_tensors(module: nn.Module, tensors: Mapping[str, Tensor], operation: str, argument: str) -> None:
-    """Copy tensors into those of a module, in place; nothing is changed on an error.
-
-    Raises:
-        ValueError: names, shapes or dtypes differ; the message has the first of them.
-    """
-    own = module_tensors(module)
-    check_same_tensors(own, tensors, operation, argument)
-    for name, value in tensors.items():
-        own[name].copy_(value)
-
-
-def check_same_tensors(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], operation: str, argument: str) -> None:
-    """Check that two sets of tensors have the same names and shapes.
-
-    Raises:
-        ValueError: they differ.
-    """
-    remedy = "make the model with the configuration that the checkpoint was trained with"
-    for name in [*own, *tensors]:
-        if name not in own or name not in tensors:
-            got = f"has {name!r}, which the checkpoint lacks" if name in own else f"lacks {name!r} of the checkpoint"
-            raise ValueError(error_message(operation, argument, got, "equal names", remedy))
-        if own[name].shape != tensors[name].shape:
-            got = f"has {name!r} of shape {list(own[name].shape)}"
-            raise ValueError(
-                error_message(operation, argument, got, f"{list(tensors[name].shape)} like the checkpoint", remedy)
-            )
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the state of an optimizer as JSON values and tensors.
-
-    Raises:
-        TypeError: it keeps something else.
-    """
-    held = optimizer.state_dict()
-    values: dict[str, Any] = {}
-    tensors: dict[str, Tensor] = {}
-    for index, entries in held["state"].items():
-        for name, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value
-            elif value is None or isinstance(value, (bool, int, float, str)):
-                values[f"{index}.{name}"] = value
-            else:
-                got, remedy = f"keeps a {type(value).__name__} under {name!r}", "use AdamW"
-                raise TypeError(error_message("save_checkpoint", "optimizer", got, "tensors and numbers", remedy))
-    groups = [
-        {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in group.items()
-            if not isinstance(value, Tensor)
-        }
-        for group in held["param_groups"]
-    ]
-    return {"values": values, "groups": groups}, tensors
-
-
-def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, state: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> None:
-    """Give an optimizer the state that `optimizer_state` returned.
-
-    Raises:
-        ValueError: the optimizer has other parameters.
-    """
-    own = optimizer.state_dict()["param_groups"]
-    if [group["params"] for group in own] != [group["params"] for group in state["groups"]]:
-        counts = [len(group["params"]) for group in own], [len(group["params"]) for group in state["groups"]]
-        got, expected = f"has groups of {counts[0]} parameters", f"{counts[1]} like the checkpoint"
-        remedy = "make it as it was made for the training"
-        raise ValueError(error_message("load_checkpoint", "optimizer", got, expected, remedy))
-    entries: dict[int, dict[str, Any]] = {}
-    for key, value in [*state["values"].items(), *tensors.items()]:
-        index, _, name = key.partition(".")
-        entries.setdefault(int(index), {})[name] = value
-    groups = [
-        {
-            **kept,
-            **{name: tuple(value) if isinstance(kept.get(name), tuple) else value for name, value in saved.items()},
-        }
-        for kept, saved in zip(own, state["groups"], strict=True)
-    ]
-    optimizer.load_state_dict({"state": entries, "param_groups": groups})
 
 
 def save_checkpoint(
@@ -326,6 +234,17 @@ def load_checkpoint(
         load_optimizer_state(optimizer, found.state["optimizer"], found.tensors["optimizer"])
     load_module_tensors(model, found.tensors[name], "load_checkpoint", "model")
     return {key: found.state[key] for key in ("epoch", "loss", "step") if key in found.state}
+
+
+def _read_document(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return ``files`` and ``state`` of a checkpoint's JSON."""
+    try:
+        document = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        if isinstance(document, dict) and (document.get("format"), document.get("version")) == (_FORMAT, _VERSION):
+            return document["files"], document["state"]
+    except (ValueError, KeyError) as error:
+        raise _refused(path, f"whose {_STATE} is damaged ({type(error).__name__})") from error
+    raise _refused(path, f"whose {_STATE} is not of {_FORMAT!r}, version {_VERSION}")
 
 
 def _put_in_place(partial: Path, target: Path) -> None:

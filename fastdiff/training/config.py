@@ -15,67 +15,25 @@ each pair of names on one value::
 from __future__ import annotations
 
 import json
-import math
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from enum import Enum
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import checked_bool, checked_float, checked_integer, error_message, parse_choice, unknown_name
 from ..json_fields import fields_from_json, fields_to_json, parsed_object
-from ..schedules import NoiseSchedulerConfig, NoiseScheduleType
-from ..solvers import PredictionType
+from ..schedules import NoiseSchedulerConfig
+from .config_checks import (
+    SchedulerType,
+    settle_model,
+    settle_sampling,
+    settle_schedule,
+    settle_training,
+    warn_of_unusual_values,
+)
 
-__all__ = ["LOSS_TYPES", "LOSS_WEIGHTINGS", "TIMESTEP_SAMPLINGS", "DiffusionConfig", "SchedulerType"]
-
-LOSS_TYPES = ("l2", "l1", "huber")
-LOSS_WEIGHTINGS = ("uniform", "min_snr", "p2", "debiased")
-TIMESTEP_SAMPLINGS = ("uniform", "logit_normal")
-#: `mixed_precision` as accelerate names it.
-_PRECISIONS = {"False": "no", "True": "bf16", "no": "no", "fp16": "fp16", "bf16": "bf16"}
+__all__ = ["DiffusionConfig", "SchedulerType"]
 
 #: A field that was left out; typed so that users of a settled configuration need no checks for None.
 _NOT_GIVEN: Any = None
-
-#: What the guide allows.  Outside of it a warning is given.
-_USUAL: dict[str, tuple[float, float]] = {
-    "in_channels": (1, 4),
-    "out_channels": (1, 4),
-    "model_channels": (32, 512),
-    "num_res_blocks": (1, 4),
-    "dropout": (0.0, 0.5),
-    "num_heads": (1, 16),
-    "context_dim": (256, 1024),
-    "num_train_timesteps": (100, 4000),
-    "learning_rate": (1e-5, 1e-3),
-    "ema_decay": (0.99, 0.9999),
-}
-
-
-class SchedulerType(str, Enum):
-    """The noise schedules of `DiffusionConfig.scheduler_type`.
-
-    ``SCALED_LINEAR`` multiplies the ends of the line by 1000/T (arXiv 2102.09672, code).  diffusers and
-    `DiffusionConfig.beta_schedule` give the name ``"scaled_linear"`` to the line in √β, which is ``QUADRATIC`` here.
-    """
-
-    LINEAR = "linear"
-    COSINE = "cosine"
-    QUADRATIC = "quadratic"
-    SIGMOID = "sigmoid"
-    SCALED_LINEAR = "scaled_linear"
-    KARRAS = "karras"
-
-    @property
-    def schedule(self) -> NoiseScheduleType:
-        """The schedule's name in `fastdiff.schedules`."""
-        if self is SchedulerType.SCALED_LINEAR:
-            return NoiseScheduleType.LINEAR_RESCALED
-        return NoiseScheduleType(self.value)
-
-
-_SCHEDULER_TYPES = {kind.schedule: kind for kind in SchedulerType}
 
 
 @dataclass
@@ -108,6 +66,8 @@ class DiffusionConfig:
         prediction_type: ``epsilon``, ``v_prediction``, ``sample`` or ``flow_prediction``; if left out,
             ``flow_prediction`` on a flow schedule and ``epsilon`` on others.
         v_prediction: whether the prediction type is ``v_prediction``.
+        timestep_spacing: timesteps that samplers visit, a name that `NoiseSchedulerConfig` takes; ``leading`` if left
+            out, and ``trailing`` on a flow schedule.
         learning_rate, weight_decay: of AdamW.
         gradient_clipping, max_grad_norm: the gradient's norm is held to it, 1 if left out; 0 for no clipping.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; False is no, True is bf16.
@@ -157,6 +117,7 @@ class DiffusionConfig:
     beta_schedule: str = _NOT_GIVEN
     prediction_type: str = _NOT_GIVEN
     v_prediction: bool = _NOT_GIVEN
+    timestep_spacing: str = _NOT_GIVEN
 
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
@@ -215,21 +176,11 @@ class DiffusionConfig:
             UserWarning: a field is outside of the range that the guide gives.
         """
         settled = replace(self)
-        settled._settle_schedule()
-        settled._settle_model()
-        settled._settle_training()
-        checked_integer(_OPERATION, "num_inference_steps", settled.num_inference_steps, 1)
-        checked_float(_OPERATION, "guidance_scale", settled.guidance_scale, -math.inf)
-        checked_float(_OPERATION, "eta", settled.eta, 0.0)
-        for field in fields(settled):
-            if field.type == "bool":
-                checked_bool(_OPERATION, field.name, getattr(settled, field.name))
-        settled.noise_scheduler_config()
-        for name, (low, high) in _USUAL.items():
-            value = getattr(settled, name)
-            if not low <= value <= high and not (name == "context_dim" and not settled.use_spatial_transformer):
-                expected, remedy = f"{low:g} to {high:g}", "stay in that range, or check that this is meant"
-                warnings.warn(error_message(_OPERATION, name, f"is {value}", expected, remedy), stacklevel=2)
+        settle_schedule(settled)
+        settle_model(settled)
+        settle_training(settled)
+        settle_sampling(settled)
+        warn_of_unusual_values(settled)
         return settled
 
     def noise_scheduler_config(self) -> NoiseSchedulerConfig:
@@ -240,6 +191,7 @@ class DiffusionConfig:
             beta_end=self.beta_end,
             schedule_type=self.beta_schedule,
             clip_sample=self.clip_denoised,
+            timestep_spacing=self.timestep_spacing,
         )
 
     @property
@@ -282,160 +234,3 @@ class DiffusionConfig:
             TypeError, ValueError: the text is no JSON object, or a field is unknown.
         """
         return cls.from_dict(parsed_object(cls.__name__, text))
-
-    def _given(self, name: str) -> Any:
-        """Return a field that may still be None, which its annotation does not say."""
-        return getattr(self, name)
-
-    def _agree(self, first: str, second: str, default: Any) -> None:
-        """Give two names of one thing the value of whichever is given."""
-        given = [value for value in (getattr(self, first), getattr(self, second)) if value is not None]
-        if len(given) == 2 and given[0] != given[1]:
-            raise _refused(second, f"is {given[1]!r}", f"{given[0]!r} like {first}", "leave one of the two out")
-        value = given[0] if given else default
-        setattr(self, first, value)
-        setattr(self, second, value)
-
-    def _settle_schedule(self) -> None:
-        self._agree("num_timesteps", "num_train_timesteps", 1000)
-        kind = self._schedule_kind()
-        self.beta_schedule, self.scheduler_type = kind.value, _SCHEDULER_TYPES.get(kind)
-        if self._given("v_prediction") is not None:
-            checked_bool(_OPERATION, "v_prediction", self.v_prediction)
-        if self._given("prediction_type") is not None:
-            prediction = parse_choice(PredictionType, _OPERATION, "prediction_type", self.prediction_type)
-            if prediction is PredictionType.EDM:
-                known = [one.value for one in PredictionType if one is not PredictionType.EDM]
-                raise unknown_name(_OPERATION, "prediction_type", self.prediction_type, known)
-        elif self.v_prediction:
-            prediction = PredictionType.V_PREDICTION
-        else:
-            flow = kind is NoiseScheduleType.FLOW
-            prediction = PredictionType.FLOW_PREDICTION if flow else PredictionType.EPSILON
-        is_v = prediction is PredictionType.V_PREDICTION
-        if self.v_prediction not in (None, is_v):
-            got, expected = f"is {self.v_prediction} beside prediction_type {prediction.value!r}", f"{is_v}"
-            raise _refused("v_prediction", got, expected, "set both, or leave v_prediction out")
-        self.prediction_type, self.v_prediction = prediction.value, is_v
-
-    def _schedule_kind(self) -> NoiseScheduleType:
-        """Return the noise schedule that `scheduler_type` and `beta_schedule` name."""
-        for name, other, foreign in (
-            ("scheduler_type", "beta_schedule", NoiseScheduleType),
-            ("beta_schedule", "scheduler_type", SchedulerType),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, foreign) and value.value == "scaled_linear":
-                got, expected = f"is {foreign.__name__}.{value.name}", f"that in {other}"
-                raise _refused(name, got, expected, f"set {other}: the name means another schedule in {name}")
-        by_beta = None
-        if self._given("beta_schedule") is not None:
-            by_beta = NoiseScheduleType.parse(self.beta_schedule, _OPERATION)
-            if by_beta.value.startswith("custom"):
-                known = [one.value for one in NoiseScheduleType if not one.value.startswith("custom")]
-                raise unknown_name(_OPERATION, "beta_schedule", self.beta_schedule, known)
-        if self.scheduler_type is None:
-            return by_beta or NoiseScheduleType.LINEAR
-        by_type = parse_choice(SchedulerType, _OPERATION, "scheduler_type", self.scheduler_type)
-        same = by_beta is NoiseScheduleType.SCALED_LINEAR and by_type is SchedulerType.QUADRATIC  # one formula
-        if by_beta not in (None, by_type.schedule) and not same:
-            got, expected = f"is {self.beta_schedule!r}", f"{by_type.schedule.value!r} like scheduler_type"
-            remedy = f"leave one of the two out: scheduler_type {by_type.value!r} is {by_type.schedule.value!r} here"
-            raise _refused("beta_schedule", got, expected, remedy)
-        return by_type.schedule
-
-    def _settle_model(self) -> None:
-        if self._given("out_channels") is None:
-            self.out_channels = self.in_channels
-        self._agree("hidden_size", "model_channels", 128)
-        for name in ("image_size", "in_channels", "out_channels", "num_res_blocks", "num_heads", "transformer_depth"):
-            setattr(self, name, checked_integer(_OPERATION, name, getattr(self, name), 1))
-        self.context_dim = checked_integer(_OPERATION, "context_dim", self.context_dim, 1)
-        width = self.model_channels = self.hidden_size = checked_integer(
-            _OPERATION, "model_channels", self.model_channels, 4
-        )
-        if width % 2:
-            raise _refused("model_channels", f"is {width}", "an even number", "the embedding of the timestep needs it")
-        if self._given("num_layers") is not None:
-            checked_integer(_OPERATION, "num_layers", self.num_layers, 1)
-        if self._given("channel_mult") is None:
-            self.channel_mult = (1,) + (2,) * ((self.num_layers or 4) - 1)
-        self.channel_mult = _integers("channel_mult", self.channel_mult)
-        if not self.channel_mult:
-            raise _refused("channel_mult", "is empty", "one multiple a level", "(1, 2, 2, 2) is usual")
-        levels = len(self.channel_mult)
-        if self.num_layers not in (None, levels):
-            got, expected = f"is {self.num_layers}", f"{levels}, the length of channel_mult"
-            raise _refused("num_layers", got, expected, "leave one of the two out")
-        self.num_layers = levels
-        self.attention_resolutions = _integers("attention_resolutions", self.attention_resolutions)
-        if self.out_channels not in (self.in_channels, 2 * self.in_channels):
-            expected = f"{self.in_channels}, or {2 * self.in_channels} for a learned variance"
-            raise _refused("out_channels", f"is {self.out_channels}", expected, "leave it out to take in_channels")
-        if self.image_size % 2 ** (levels - 1):
-            expected = f"a multiple of {2 ** (levels - 1)} for {levels} levels"
-            raise _refused("image_size", f"is {self.image_size}", expected, "take another size, or fewer levels")
-        for i, channels in enumerate(self.block_out_channels):
-            if (self.attention_levels[i] or i == levels - 1) and channels % self.num_heads:
-                expected = f"a divisor of the {channels} channels of level {i}"
-                raise _refused("num_heads", f"is {self.num_heads}", expected, "take fewer heads or other channels")
-        if self.attention_resolutions and not any(self.attention_levels):
-            sides = ", ".join(str(self.image_size // 2**i) for i in range(levels))
-            got, expected = f"is {self.attention_resolutions}", f"a side of a level, one of {sides}"
-            remedy = "name one of them, or pass () for attention in the middle alone"
-            warnings.warn(error_message(_OPERATION, "attention_resolutions", got, expected, remedy), stacklevel=3)
-
-    def _settle_training(self) -> None:
-        self._agree("gradient_clipping", "max_grad_norm", 1.0)
-        for name in ("learning_rate", "huber_c", "p2_k", "logit_std", "timestep_shift"):
-            checked_float(_OPERATION, name, getattr(self, name), 0.0, strict=True)
-        for name in ("weight_decay", "max_grad_norm", "p2_gamma", "vlb_weight"):
-            checked_float(_OPERATION, name, getattr(self, name), 0.0)
-        checked_float(_OPERATION, "logit_mean", self.logit_mean, -math.inf)
-        for name, at_one in (("ema_decay", False), ("condition_dropout", True), ("dropout", False)):
-            share = checked_float(_OPERATION, name, getattr(self, name), 0.0)
-            if share > 1 or (share == 1 and not at_one):
-                expected = "a number from 0 to 1" + ("" if at_one else ", below 1")
-                raise _refused(name, f"is {share}", expected, f"pass {name} in that range")
-        for name, least in (
-            ("gradient_accumulation_steps", 1),
-            ("lr_warmup_steps", 0),
-            ("max_train_steps", 1),
-            ("seed", 0),
-        ):
-            checked_integer(_OPERATION, name, getattr(self, name), least)
-        precision = _PRECISIONS.get(str(self.mixed_precision))
-        if precision is None:
-            raise unknown_name(_OPERATION, "mixed_precision", self.mixed_precision, _PRECISIONS)
-        self.mixed_precision = precision
-        if self.snr_gamma is not None:
-            checked_float(_OPERATION, "snr_gamma", self.snr_gamma, 0.0, strict=True)
-        if self._given("loss_weighting") is None:
-            self.loss_weighting = "uniform" if self.snr_gamma is None else "min_snr"
-        for name, known in (
-            ("loss_type", LOSS_TYPES),
-            ("loss_weighting", LOSS_WEIGHTINGS),
-            ("timestep_sampling", TIMESTEP_SAMPLINGS),
-        ):
-            if getattr(self, name) not in known:
-                raise unknown_name(_OPERATION, name, getattr(self, name), known)
-        if self.loss_weighting == "min_snr":
-            self.snr_gamma = 5.0 if self.snr_gamma is None else self.snr_gamma
-        elif self.snr_gamma is not None:
-            got, expected = f"is given beside loss_weighting {self.loss_weighting!r}", "min_snr"
-            raise _refused("snr_gamma", got, expected, "leave one of the two out")
-
-
-_OPERATION = DiffusionConfig.__name__
-
-
-def _refused(argument: str, got: str, expected: str, remedy: str) -> ValueError:
-    return ValueError(error_message(_OPERATION, argument, got, expected, remedy))
-
-
-def _integers(name: str, values: Any) -> tuple[int, ...]:
-    """Return a sequence of positive integers as a tuple."""
-    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
-        got, remedy = f"is a {type(values).__name__}", "pass a tuple"
-        raise TypeError(error_message(_OPERATION, name, got, "a sequence of integers", remedy))
-    return tuple(checked_integer(_OPERATION, f"{name}[{i}]", value, 1) for i, value in enumerate(values))

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from typer.testing import CliRunner
@@ -111,10 +114,33 @@ def test_help_lists_options() -> None:
         assert option in shown
 
 
-def test_digits_are_distilled_round_by_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def wandb_runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Put a module that keeps its runs in place of wandb."""
+    runs: list[Any] = []
+
+    def init(project: str, **options: Any) -> Any:
+        runs.append(MagicMock(options=options))
+        return runs[-1]
+
+    monkeypatch.setitem(sys.modules, "wandb", MagicMock(init=init))
+    from accelerate.utils import LoggerType
+
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB])
+    return runs
+
+
+def test_digits_are_distilled_round_by_round(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], wandb_runs: list[Any]
+) -> None:
     fixed = ("train", "--data", "digits", "--batch", 8, "--steps", 1, "--quiet", "--distill")
     halves = (*fixed, "progressive", "--teacher-steps", 8, "--student-steps", 2, "--out", tmp_path)
-    assert _run(*halves) == 0
+    assert _run(*halves, "--tracker", "wandb") == 0
+    # wandb ignores steps that go backwards: each round is a run of its own, ended before the next begins.
+    assert [run.options for run in wandb_runs] == [{"dir": str(tmp_path / f"steps-000{n}")} for n in (4, 2)]
+    for run in wandb_runs:
+        assert [call[0] for call in run.method_calls] == ["log", "finish"]
+        assert run.log.call_args.kwargs == {"step": 1}
     rounds = [list_checkpoints(tmp_path / name / "checkpoints") for name in ("steps-0004", "steps-0002")]
     assert [[path.name for path in found] for found in rounds] == [["step-00000001"]] * 2
     written = (rounds[1][0] / "ema.safetensors").read_bytes()
@@ -126,8 +152,12 @@ def test_digits_are_distilled_round_by_round(tmp_path: Path, capsys: pytest.Capt
     assert _run(*halves, "--resume") == 0
     assert capsys.readouterr().out.count("0 steps in") == 1
     assert (rounds[1][0] / "ema.safetensors").read_bytes() == written
-    own = (*fixed, "consistency", "--teacher", tmp_path / "steps-0002", "--teacher-steps", 16, "--out", tmp_path / "c")
+    for folder, steps in ((tmp_path, 2), (tmp_path / "steps-0004", 4)):
+        assert _run("sample", "--weights", folder, "--n", 1, "--quiet", "--out", tmp_path / "digits.png") == 0
+        assert f", {steps} steps; " in capsys.readouterr().out
+    own = (*fixed, "consistency", "--teacher", tmp_path, "--teacher-steps", 16, "--out", tmp_path / "c")
     assert _run(*own, "--teacher-guidance-scale", 1.5) == 0
+    assert _run(*fixed, "consistency_training", "--out", tmp_path / "d") == 0
     student = load_digit_unet()
     load_checkpoint(list_checkpoints(tmp_path / "c" / "checkpoints")[-1], student, ema=True)
 
@@ -139,6 +169,7 @@ def test_digits_are_distilled_round_by_round(tmp_path: Path, capsys: pytest.Capt
         (("--teacher", "x"), "--distill beside it", 2),
         (("--distill", "progressive", "--teacher-steps", 24), "teacher_steps", 2),
         (("--distill", "consistency_training", "--teacher", "x"), "without a teacher", 2),
+        (("--distill", "plain_consistency_training", "--teacher", "x"), "without a teacher", 2),
         (("--distill", "consistency", "--teacher", "nowhere"), "nowhere", 1),
     ],
 )

@@ -141,7 +141,7 @@ def test_every_mutation_of_every_other_argument(way: str, change: str) -> None:
 @pytest.mark.parametrize("owner", SLOTS)
 def test_every_tensor_overlapping_every_other(way: str, owner: str) -> None:
     for mover in SLOTS:
-        for shift in (0, 1):
+        for shift in (0, 1) if way == WAYS_THAT_DIFFER[0] else (1,):
             plan = replace(GOOD, way=way, mask=mask_for(mover, owner), shared=((mover, owner, shift),))
             answer = SERVER.ask(plan)
             assert not answer.startswith("failed"), f"{mover} over {owner}, {shift} further: {answer}"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fastdiff.schedules import NoiseScheduleType
-from fastdiff.training import DiffusionConfig, SchedulerType
+from fastdiff.training import AdvancedScheduler, DiffusionConfig, SchedulerType
 
 PAIRS = {
     "num_timesteps": ("num_train_timesteps", 500, 400),
@@ -66,6 +66,8 @@ def test_pair_of_names_has_one_value(first: str) -> None:
         ({"use_ema": 1}, "use_ema"),
         ({"num_timesteps": True}, "num_train_timesteps"),
         ({"beta_start": 0.1, "beta_end": 0.02}, "beta_start"),
+        ({"timestep_spacing": "even"}, "timestep_spacing"),
+        ({"timestep_spacing": "leading", "beta_schedule": "flow"}, "timestep_spacing"),
     ],
 )
 def test_contradictions_and_bad_values_are_refused(given: dict[str, Any], refused: str) -> None:
@@ -96,6 +98,23 @@ def test_prediction_type_follows_flag_and_schedule() -> None:
     assert DiffusionConfig(v_prediction=True).validate().prediction_type == "v_prediction"
     assert DiffusionConfig(prediction_type="v_prediction").validate().v_prediction is True
     assert DiffusionConfig(beta_schedule="flow").validate().prediction_type == "flow_prediction"
+
+
+@pytest.mark.parametrize(
+    ("spacing", "visited"),
+    [
+        (None, [150, 100, 50, 0]),
+        ("leading", [150, 100, 50, 0]),
+        ("trailing", [199, 149, 99, 49]),
+        ("linspace", [199, 133, 66, 0]),
+    ],
+)
+def test_samplers_visit_timesteps_of_the_spacing(spacing: str | None, visited: list[int]) -> None:
+    config = DiffusionConfig(num_timesteps=200, timestep_spacing=spacing)
+    for given in (config, config.validate(), DiffusionConfig.from_json(config.to_json())):
+        assert AdvancedScheduler(given).sampler("ddim", 4).timesteps.tolist() == visited
+    assert config.validate().timestep_spacing == (spacing or "leading")
+    assert DiffusionConfig(beta_schedule="flow").validate().timestep_spacing == "trailing"
 
 
 def test_levels_and_output_channels() -> None:
@@ -144,6 +163,7 @@ def test_unusual_values_are_warned_of(given: dict[str, Any]) -> None:
 @pytest.mark.parametrize("settle", [False, True])
 def test_json_gives_an_equal_configuration(settle: bool) -> None:
     config = DiffusionConfig(scheduler_type=SchedulerType.SCALED_LINEAR, channel_mult=(1, 2, 2), v_prediction=True)
+    config.timestep_spacing = "linspace"
     config = config.validate() if settle else config
     assert DiffusionConfig(**json.loads(json.dumps(asdict(config)))) == config
     assert DiffusionConfig.from_json(config.to_json()) == config

@@ -23,6 +23,7 @@ from fastdiff.training import (
     Trainer,
     TrainingBatch,
 )
+from fastdiff.training.few_steps.job import DistillOptions
 from fastdiff.training.few_steps.progressive import progressive_rounds, trailing_schedule
 from fastdiff.training.losses.timestep_draws import draw_timesteps
 
@@ -140,15 +141,24 @@ def test_a_students_loop_reaches_its_target_in_one_step() -> None:
             "weighting": "inverse_gap",
             "loss": "huber",
         },
+        vars(DistillOptions("consistency_training", teacher_steps=40).validate().grid(T)),
+        vars(DistillOptions("plain_consistency_training", teacher_steps=16).validate().grid(T)),
     ],
-    ids=["default", "huber", "lcm", "improved"],
+    ids=[
+        "default",
+        "huber",
+        "lcm",
+        "improved",
+        "consistency_training",
+        "plain_consistency_training",
+    ],
 )
 def test_consistency_loss_is_that_of_the_papers(teacher: Any, fields: dict[str, Any]) -> None:
     options, student, batch = ConsistencyOptions(**fields), _Student(), _batch(step=50)
     objective = ConsistencyObjective(SCHEDULE, "v_prediction", options, teacher=teacher, total_steps=100)
     found = objective(student, batch)
-    # 4, 8, 16 and 32 intervals for a quarter of 100 steps each: at step 50 there are 16.
-    intervals = 16
+    # 4, 8, 16 and 32 intervals for a quarter of 100 steps each, or 10, 20 and 40 for a third: step 50 has 16, or 20.
+    intervals = 20 if options.first_intervals == 10 else 16
     grid = _trailing(intervals)
     alpha, sigma = _scales(grid)
     ratio = (sigma / alpha)[:, 0]
@@ -185,6 +195,19 @@ def test_consistency_loss_is_that_of_the_papers(teacher: Any, fields: dict[str, 
     assert torch.equal(found.timesteps, t)
     wanted = torch.autograd.grad(expected.sum(), student.off.bias)
     torch.testing.assert_close(torch.autograd.grad(found.losses.sum(), student.off.bias), wanted, **CLOSE)
+
+
+def test_consistency_training_has_the_grids_of_the_paper() -> None:
+    """min(s0·2^⌊k/K'⌋, s1) with K' = ⌊K/(log2⌊s1/s0⌋ + 1)⌋, s0 = 10 and s1 = 1280 (arXiv 2310.14189, section 3.4)."""
+    options = DistillOptions("consistency_training").validate()
+    for steps, (total, last) in ((4000, (400_000, 1280)), (1000, (9999, 1000)), (64, (7, 64)), (4, (50, 4))):
+        grid, first = options.grid(steps), min(10, last)
+        length = max(int(total / (math.log2(last // first) + 1)), 1)
+        for k in {0, length - 1, length, 2 * length, total - 1}:
+            assert grid.intervals_at(k, total) == min(first * 2 ** (k // length), last)
+        assert grid.intervals_at(total - 1, total) == last
+    assert (grid.log_mean, grid.log_std, grid.huber_c, grid.loss) == (-1.1, 2.0, None, "huber")
+    assert options.grid(1000).weighting == "inverse_gap"
 
 
 def test_both_calls_of_a_consistency_loss_draw_the_same_dropout() -> None:

@@ -40,10 +40,10 @@ class ConsistencyOptions:
 
     The defaults distil a model in few training steps: one grid, all its intervals as likely, and progressive
     distillation's weights.  A small error of a model that predicts ε or v hardly moves x0 where there is little noise,
-    so with equal weights the levels of little noise, which all others build on, are forgotten first.  Latent consistency
-    models (arXiv 2310.04378) are ``weighting="uniform", loss="huber"``.  Improved consistency training (arXiv
-    2310.14189) is ``first_intervals=10, index_sampling="lognormal", weighting="inverse_gap", loss="huber"`` with 1280
-    intervals, or T where that is less.
+    so with equal weights the levels of little noise, which all others build on, are forgotten first.  Latent
+    consistency models (arXiv 2310.04378) are ``weighting="uniform", loss="huber"``.  Improved consistency training
+    (arXiv 2310.14189) is ``first_intervals=10, index_sampling="lognormal", weighting="inverse_gap", loss="huber"`` with
+    1280 intervals, or T where that is less.
 
     Args:
         intervals: of the discretization at the end of the training, n.
@@ -95,10 +95,13 @@ class ConsistencyOptions:
         return replace(self)
 
     def intervals_at(self, step: int, total_steps: int) -> int:
-        """Return the intervals of the discretization at an optimizer step (arXiv 2310.14189, section 3.4)."""
+        """Return the intervals of the discretization at an optimizer step (arXiv 2310.14189, section 3.4).
+
+        They double each ⌊K/(log2⌊s1/s0⌋ + 1)⌋ of K steps, and end at `intervals`.
+        """
         if self.first_intervals is None:
             return self.intervals
-        stage = total_steps // (int(math.log2(self.intervals // self.first_intervals)) + 1)
+        stage = int(total_steps / (math.log2(self.intervals // self.first_intervals) + 1))
         return int(min(self.first_intervals * 2 ** min(step // max(stage, 1), 64), self.intervals))
 
 

@@ -8,15 +8,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...errors import checked_float, checked_integer, error_message, unknown_name
-from ..checkpoints import latest_checkpoint, list_checkpoints, load_checkpoint
+from ..checkpoints import read_checkpoint
 from ..config import DiffusionConfig
 from ..losses.objectives import Objective
+from ..model.from_checkpoint import find_checkpoint, load_weights, round_folder
 from ..model.trained_parts import noise_schedule
 from ..trainer.job import Job
 from .consistency import ConsistencyObjective, ConsistencyOptions
 from .progressive import ProgressiveObjective, Teacher, progressive_rounds
 
-DISTILLATIONS = ("progressive", "consistency", "consistency_training")
+#: Methods that train from the data alone.
+WITHOUT_TEACHER = ("consistency_training", "plain_consistency_training")
+DISTILLATIONS = ("progressive", "consistency", *WITHOUT_TEACHER)
+
+#: Steps of the first teacher, or intervals of the grid, where they are left out.
+_TEACHER_STEPS = 32
+#: Intervals of improved consistency training at its start and at its end (arXiv 2310.14189, section 3.4).
+_FIRST_INTERVALS, _LAST_INTERVALS = 10, 1280
 
 
 class Round(NamedTuple):
@@ -36,18 +44,19 @@ class DistillOptions:
             are any; None for the packaged digits' model.
         student_steps: steps of the last student's loop.
         teacher_steps: of the first teacher's loop for ``progressive``: `student_steps` times 2, 4, 8, …; the intervals
-            of the grid elsewhere.
+            of the grid elsewhere, at the end of the training.  32 where None; for ``consistency_training`` 1280, or T
+            where that is less.
         guidance_scale: of the teacher; the student is sampled without guidance.
     """
 
     method: str
     teacher: Path | None = None
     student_steps: int = 4
-    teacher_steps: int = 32
+    teacher_steps: int | None = None
     guidance_scale: float = 1.0
 
     def validate(self) -> DistillOptions:
-        """Check all fields and return a copy.
+        """Check all fields and return a copy; `teacher_steps` of it is None for ``consistency_training`` alone.
 
         Raises:
             TypeError, ValueError: a field has the wrong type or is out of range.
@@ -55,27 +64,54 @@ class DistillOptions:
         if self.method not in DISTILLATIONS:
             raise unknown_name("train", "--distill", self.method, DISTILLATIONS)
         checked_integer("train", "--student-steps", self.student_steps, 1)
-        checked_integer("train", "--teacher-steps", self.teacher_steps, 2)
+        steps = self.teacher_steps
+        if steps is None and self.method != "consistency_training":
+            steps = _TEACHER_STEPS
+        if steps is not None:
+            checked_integer("train", "--teacher-steps", steps, 2)
         checked_float("train", "--teacher-guidance-scale", self.guidance_scale, 0.0)
         if self.method == "progressive":
-            progressive_rounds(self.teacher_steps, self.student_steps)
-        if self.method == "consistency_training" and (self.teacher is not None or self.guidance_scale != 1.0):
+            progressive_rounds(steps or _TEACHER_STEPS, self.student_steps)
+        if self.method in WITHOUT_TEACHER and (self.teacher is not None or self.guidance_scale != 1.0):
             name = "--teacher" if self.teacher is not None else "--teacher-guidance-scale"
             remedy = "leave it out, or pass --distill consistency"
             raise ValueError(error_message("train", name, "is given for a training without a teacher", "none", remedy))
-        return replace(self)
+        return replace(self, teacher_steps=steps)
 
     def rounds(self, out: Path) -> list[Round]:
         """Return the rounds in order: of ``progressive`` each in a folder of its own, such as ``steps-0008``."""
         if self.method != "progressive":
             return [Round(out, self.student_steps)]
-        return [Round(out / f"steps-{n:04d}", n) for n in progressive_rounds(self.teacher_steps, self.student_steps)]
+        steps = progressive_rounds(self.teacher_steps or _TEACHER_STEPS, self.student_steps)
+        return [Round(round_folder(out, n), n) for n in steps]
+
+    def grid(self, num_train_timesteps: int) -> ConsistencyOptions:
+        """Return the grid, draws, weights and loss of a consistency method; of a checked copy.
+
+        ``consistency_training`` has those of arXiv 2310.14189, ``plain_consistency_training`` one grid, equal draws and
+        weights, and the squared error (arXiv 2303.01469, algorithm 3), ``consistency`` the defaults.
+        """
+        intervals = self.teacher_steps or _TEACHER_STEPS
+        if self.method == "plain_consistency_training":
+            return ConsistencyOptions(intervals, weighting="uniform", loss="l2")
+        if self.method == "consistency":
+            return ConsistencyOptions(intervals)
+        last = self.teacher_steps or min(_LAST_INTERVALS, num_train_timesteps)
+        return ConsistencyOptions(
+            last,
+            min(_FIRST_INTERVALS, last),
+            index_sampling="lognormal",
+            log_mean=-1.1,
+            log_std=2.0,
+            weighting="inverse_gap",
+            loss="huber",
+        )
 
 
 def prepare_student(job: Job, data: str, options: DistillOptions) -> Job:
     """Load the teacher's weights into the job's model, and return the job with the student's configuration.
 
-    The student's configuration has its steps, no guidance and no condition dropout.
+    The student's configuration has trailing timesteps, no guidance and no condition dropout.
 
     Raises:
         OSError, ValueError: the teacher cannot be read, or is another model; or the job cannot be distilled.
@@ -89,10 +125,15 @@ def prepare_student(job: Job, data: str, options: DistillOptions) -> Job:
             expected = "a model of images alone or of labels, with a fixed variance"
             remedy = "pass a Trainer an objective with a Teacher of your own"
             raise ValueError(error_message("train", "--distill", f"is given for a model that {got}", expected, remedy))
-    if options.method != "consistency_training":
+    if options.method not in WITHOUT_TEACHER:
         _load_teacher(job, data, config, options.teacher)
-    few = replace(job.config, guidance_scale=1.0, num_inference_steps=options.student_steps, condition_dropout=0.0)
+    few = replace(job.config, timestep_spacing="trailing", guidance_scale=1.0, condition_dropout=0.0)
     return job._replace(config=few)
+
+
+def prepare_round(job: Job, current: Round) -> Job:
+    """Return the job with the number of steps of a round's student."""
+    return job._replace(config=replace(job.config, num_inference_steps=current.steps))
 
 
 def _load_teacher(job: Job, data: str, config: DiffusionConfig, teacher: Path | None) -> None:
@@ -106,26 +147,24 @@ def _load_teacher(job: Job, data: str, config: DiffusionConfig, teacher: Path | 
             )
         job.model.load_state_dict(load_digit_unet().state_dict())
         return
-    folder = latest_checkpoint(teacher / "checkpoints") or latest_checkpoint(teacher) or teacher
-    load_checkpoint(folder, job.model, ema=(folder / "ema.safetensors").is_file())
+    load_weights(read_checkpoint(find_checkpoint(teacher)), {"model": job.model}, "train")
 
 
 def round_objective(job: Job, options: DistillOptions, current: Round) -> Objective:
     """Return the objective of a round, whose teacher is the job's model as it is now."""
     config = job.config.validate()
     schedule, prediction = noise_schedule(job.model, config), config.prediction_type
-    if options.method == "consistency_training":
-        grid = ConsistencyOptions(options.teacher_steps)
+    if options.method in WITHOUT_TEACHER:
+        grid = options.grid(schedule.num_train_timesteps)
         return ConsistencyObjective(schedule, prediction, grid, total_steps=config.max_train_steps)
-    first = options.method == "consistency" or current.steps == options.teacher_steps // 2
+    first = options.method == "consistency" or 2 * current.steps == options.teacher_steps
     teacher = Teacher(job.model, options.guidance_scale if first else 1.0, job.null_label)
     if options.method == "progressive":
         return ProgressiveObjective(teacher, schedule, current.steps, prediction)
-    grid = ConsistencyOptions(options.teacher_steps)
+    grid = options.grid(schedule.num_train_timesteps)
     return ConsistencyObjective(schedule, prediction, grid, teacher=teacher, total_steps=config.max_train_steps)
 
 
 def finish_round(job: Job, current: Round) -> None:
     """Load the averaged weights of a finished round into the job's model, for the next one."""
-    folder = list_checkpoints(current.folder / "checkpoints")[-1]
-    load_checkpoint(folder, job.model, ema=(folder / "ema.safetensors").is_file())
+    load_weights(read_checkpoint(find_checkpoint(current.folder)), {"model": job.model}, "train")

@@ -20,7 +20,7 @@ from ...errors import checked_float, error_message, unknown_name
 from ...row_layout import compute_dtype
 from ...schedules import LinearNoiseScheduler
 from ...schedules.betas import check_floating
-from ..config import LOSS_TYPES
+from ..config_checks import LOSS_TYPES
 from .variational_bound import vlb_loss
 from .weights import debiased_weights, min_snr_weights, p2_weights, signal_to_noise_ratio
 

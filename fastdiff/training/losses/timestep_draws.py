@@ -16,7 +16,7 @@ from torch import Tensor
 from ...device_copy import to_device
 from ...errors import checked_float, checked_integer, error_message, unknown_name
 from ...philox import Purpose, as_seeds, normals
-from ..config import TIMESTEP_SAMPLINGS
+from ..config_checks import TIMESTEP_SAMPLINGS
 from ..seeded_uniforms import seeded_uniforms
 
 __all__ = ["draw_timesteps", "shift_times"]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...errors import checked_float, error_message, unknown_name
 from ...ops.forward_rows import ForwardScales, parse_target
-from ..config import LOSS_WEIGHTINGS
+from ..config_checks import LOSS_WEIGHTINGS
 
 __all__ = ["debiased_weights", "min_snr_weights", "p2_weights", "signal_to_noise_ratio", "weight_table"]
 

@@ -6,17 +6,16 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import error_message, require
-from ..checkpoints import check_same_tensors, latest_checkpoint, load_module_tensors, module_tensors, read_checkpoint
 from ..config import DiffusionConfig
 from ..model.diffusion_model import AdvancedUNet, DiffusionModel
+from ..model.from_checkpoint import TextEncoder, load_trained_model
 from ..model.text_encoder import SmallTextEncoder
 from .conversion import checked_picture
 from .diffusers_pictures import DiffusersPictures
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["AdvancedDiffusionPipeline"]
 
 _NAME = "AdvancedDiffusionPipeline"
-#: A callable from a list of prompts to the model's condition, ``[B, ...]``.
-TextEncoder = Callable[[Sequence[str]], Tensor]
 
 
 class AdvancedDiffusionPipeline:
@@ -42,7 +39,8 @@ class AdvancedDiffusionPipeline:
             - a text-to-image pipeline of diffusers, whose schedulers get fused steps in place (`fastdiff.patch`);
             - the folder of one, as its ``save_pretrained`` writes it; weights are read from safetensors files alone;
             - a `DiffusionModel` or an `AdvancedUNet`, whose samples are the pictures;
-            - a trainer, whose averaged weights are copied, or the folder of a trainer's checkpoint;
+            - a trainer, whose averaged weights are copied; or the folder of a checkpoint, of several, or of a run of
+              ``fastdiff train``;
             - a `DiffusionConfig`: a model **with random weights**, to try a configuration out.  A warning says so.
         text_encoder: for a model of fastdiff, a callable from a list of prompts to the model's condition ``[B, ...]``;
             the empty prompt is the null condition.  A trainer, a checkpoint and a configuration with
@@ -276,39 +274,19 @@ def _copy(module: nn.Module) -> nn.Module:
 
 
 def _of_checkpoint(folder: Path, text_encoder: TextEncoder | None) -> tuple[DiffusionModel, TextEncoder | None]:
-    """Return the averaged model of a trainer's checkpoint, or the trained one where there are no averages.
-
-    Args:
-        folder: of a checkpoint, or of several, of which the latest is taken.
-        text_encoder: as for `AdvancedDiffusionPipeline`; a module gets the checkpoint's weights.
+    """Return the model of a trainer's checkpoint, with averaged weights where there are any.
 
     Raises:
         FileNotFoundError, ValueError: it is no whole checkpoint of a trainer with an `AdvancedUNet`.
     """
-    folder = latest_checkpoint(folder) or folder
-    try:
-        found = read_checkpoint(folder)
-    except FileNotFoundError as error:
-        got, remedy = f"is {str(folder)!r}, which does not exist", "check the path"
-        expected = "the folder of a pipeline of diffusers or of a trainer's checkpoint"
-        raise FileNotFoundError(error_message(_NAME, "source", got, expected, remedy)) from error
-    if "config" not in found.state:
-        got, remedy = f"is {str(folder)!r}, which has no configuration", "load it with load_checkpoint into a model"
-        raise _refused("source", got, "a trainer's checkpoint", remedy)
-    config = DiffusionConfig.from_dict(found.state["config"])
-    network = AdvancedUNet(config)
-    prefix = "ema" if "ema" in found.tensors else "model"
-    parts: list[tuple[nn.Module, str]] = [(network, prefix)]
-    if "text_encoder" in found.tensors:
-        encoder = SmallTextEncoder(network.config.context_dim) if text_encoder is None else text_encoder
-        if isinstance(encoder, nn.Module):
-            parts.append((encoder, "ema_text_encoder" if prefix == "ema" else "text_encoder"))
-        text_encoder = encoder
-    for module, name in parts:  # a text encoder that was given stays as it is on an error
-        check_same_tensors(module_tensors(module), found.tensors[name], _NAME, name)
-    for module, name in parts:
-        load_module_tensors(module, found.tensors[name], _NAME, name)
-    return DiffusionModel(network.config, network), text_encoder
+    found = load_trained_model(folder, text_encoder, operation=_NAME, argument="source")
+    if not isinstance(found.network, AdvancedUNet):
+        got, remedy = (
+            f"is {str(folder)!r}, a model of digits by labels",
+            "draw its digits with fastdiff sample --weights",
+        )
+        raise _refused("source", got, "a checkpoint of an AdvancedUNet", remedy)
+    return DiffusionModel(found.config, found.network), found.text_encoder
 
 
 def _checked_pipeline(source: Any) -> Any:

@@ -24,6 +24,7 @@ DIGITS: dict[str, Any] = {
     "in_channels": 1,
     "beta_schedule": "cosine",
     "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
     "learning_rate": 1e-3,
     "ema_decay": 0.999,
     "guidance_scale": 2.0,

@@ -50,7 +50,7 @@ class Reports:
                 raise _explained(error, folder) from error
         if options.trackers and not accelerator.trackers:
             plain = {name: _plain(value) for name, value in trainer.config.to_dict().items()}
-            accelerator.init_trackers("fastdiff", config=plain)
+            accelerator.init_trackers("fastdiff", config=plain, init_kwargs={"wandb": {"dir": options.output_dir}})
         if options.progress and accelerator.is_main_process:
             tqdm = require("tqdm", "training", "train").tqdm
             self._bar = tqdm(initial=trainer.step, total=self._last_step, desc="train", unit="step", dynamic_ncols=True)

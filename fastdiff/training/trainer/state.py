@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import error_message
-from ..checkpoints import (
+from ..checkpoints import read_checkpoint, write_checkpoint
+from ..state_tensors import (
     check_same_tensors,
     load_module_tensors,
     load_optimizer_state,
     module_tensors,
     optimizer_state,
-    read_checkpoint,
-    write_checkpoint,
 )
 
 if TYPE_CHECKING:
@@ -30,7 +29,15 @@ if TYPE_CHECKING:
 
 #: Fields of the configuration that do not change what a training step computes.
 _OF_SAMPLING = frozenset(
-    ("num_inference_steps", "guidance_scale", "eta", "use_vae_slicing", "use_cpu_offload", "max_train_steps")
+    (
+        "num_inference_steps",
+        "timestep_spacing",
+        "guidance_scale",
+        "eta",
+        "use_vae_slicing",
+        "use_cpu_offload",
+        "max_train_steps",
+    )
 )
 
 
