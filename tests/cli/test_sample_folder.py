@@ -157,5 +157,9 @@ def test_interrupted_batch_is_not_taken_for_a_complete_one(monkeypatch: pytest.M
 
     monkeypatch.setattr("fastdiff.digits.load_digit_unet", lambda **_: model)
     digits = batches.DigitBatches([1], 2, {"num_inference_steps": 3})
-    with pytest.raises(KeyboardInterrupt):
-        digits(range(2), spawn_seeds(0, 2))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            digits(range(2), spawn_seeds(0, 2))
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -49,7 +49,9 @@ def test_two_workers_leave_the_files_of_one_process(tmp_path: Path) -> None:
         env=environment, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    error, *lines = done.stdout.splitlines()
+    # Ray may report on the same stream that it killed the workers of the job that failed.
+    ours = ("error:", "report:", "connected:")
+    error, *lines = [line for line in done.stdout.splitlines() if line.startswith(ours)]
     assert error in {f"error: drawn: {ids}" for ids in ([0, 1], [2, 3], [4, 5])}
     assert lines == ["report: 6 0 0 11 manifest.json", "connected: True bars: True"]
     sample_shards(Drawn(coupled=True), tmp_path / "one", 11, batch_size=2, rank=0, world_size=1, progress=False)
