@@ -4,7 +4,8 @@
     fastdiff train --data digits --distill progressive --teacher-steps 32 --student-steps 4 --batch 64 --steps 400 \
         --learning-rate 5e-4 --out few
     fastdiff train --data digits --distill consistency --batch 64 --steps 800 --learning-rate 5e-4 --out one
-    python -m benchmarks.few_steps few/steps-0008:ddim:8 few/steps-0004:ddim:4 one:lcm:1 one:lcm:4
+    fastdiff train --data digits --distill consistency_training --batch 64 --steps 1500 --learning-rate 1e-3 --out none
+    python -m benchmarks.few_steps few/steps-0008:ddim:8 few/steps-0004:ddim:4 one:lcm:1 one:lcm:4 none:lcm:4
 
 Each argument is a folder of ``fastdiff train --distill``, a sampler and its steps.  The noise of a seed is the same for
 all models.  Printed are means over the seeds of
