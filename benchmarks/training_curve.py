@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import math
 import statistics
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 T, BATCH, LEARNING_RATE, DECAY, AVERAGE, DROPPED = 1000, 128, 1e-3, 0.01, 0.999, 0.1
 
 
+@functools.cache
 def signal_and_noise() -> tuple[Tensor, Tensor]:
     """Return α and σ of the cosine schedule, float64 ``[T]`` (arXiv 2102.09672, eq. 17)."""
     u = torch.arange(T + 1, dtype=torch.float64) / T

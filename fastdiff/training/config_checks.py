@@ -14,13 +14,13 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from ..errors import checked_bool, checked_float, checked_integer, error_message, parse_choice, unknown_name
+from ..ops.diffusion_loss import LOSSES
 from ..schedules import NoiseScheduleType
 from ..solvers import PredictionType
 
 if TYPE_CHECKING:
     from .config import DiffusionConfig
 
-LOSS_TYPES = ("l2", "l1", "huber")
 LOSS_WEIGHTINGS = ("uniform", "min_snr", "p2", "debiased")
 TIMESTEP_SAMPLINGS = ("uniform", "logit_normal")
 #: `mixed_precision` as accelerate names it.
@@ -206,7 +206,7 @@ def settle_training(config: DiffusionConfig) -> None:
     if _given(config, "loss_weighting") is None:
         config.loss_weighting = "uniform" if config.snr_gamma is None else "min_snr"
     for name, known in (
-        ("loss_type", LOSS_TYPES),
+        ("loss_type", LOSSES),
         ("loss_weighting", LOSS_WEIGHTINGS),
         ("timestep_sampling", TIMESTEP_SAMPLINGS),
     ):

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from ...errors import checked_float, checked_integer, error_message, unknown_name
 from ..checkpoints import read_checkpoint
-from ..config import DiffusionConfig
 from ..losses.objectives import Objective
 from ..model.from_checkpoint import find_checkpoint, load_weights, round_folder
 from ..model.trained_parts import noise_schedule
@@ -126,7 +125,7 @@ def prepare_student(job: Job, data: str, options: DistillOptions) -> Job:
             remedy = "pass a Trainer an objective with a Teacher of your own"
             raise ValueError(error_message("train", "--distill", f"is given for a model that {got}", expected, remedy))
     if options.method not in WITHOUT_TEACHER:
-        _load_teacher(job, data, config, options.teacher)
+        _load_teacher(job, data, options.teacher)
     few = replace(job.config, timestep_spacing="trailing", guidance_scale=1.0, condition_dropout=0.0)
     return job._replace(config=few)
 
@@ -136,7 +135,7 @@ def prepare_round(job: Job, current: Round) -> Job:
     return job._replace(config=replace(job.config, num_inference_steps=current.steps))
 
 
-def _load_teacher(job: Job, data: str, config: DiffusionConfig, teacher: Path | None) -> None:
+def _load_teacher(job: Job, data: str, teacher: Path | None) -> None:
     if teacher is None:
         from ...digits import DigitUNet, load_digit_unet
 
@@ -154,13 +153,13 @@ def round_objective(job: Job, options: DistillOptions, current: Round) -> Object
     """Return the objective of a round, whose teacher is the job's model as it is now."""
     config = job.config.validate()
     schedule, prediction = noise_schedule(job.model, config), config.prediction_type
-    if options.method in WITHOUT_TEACHER:
-        grid = options.grid(schedule.num_train_timesteps)
-        return ConsistencyObjective(schedule, prediction, grid, total_steps=config.max_train_steps)
-    first = options.method == "consistency" or 2 * current.steps == options.teacher_steps
-    teacher = Teacher(job.model, options.guidance_scale if first else 1.0, job.null_label)
     if options.method == "progressive":
-        return ProgressiveObjective(teacher, schedule, current.steps, prediction)
+        # The guidance of the first teacher is part of its student, which teaches the next one.
+        scale = options.guidance_scale if 2 * current.steps == options.teacher_steps else 1.0
+        return ProgressiveObjective(Teacher(job.model, scale, job.null_label), schedule, current.steps, prediction)
+    teacher = None
+    if options.method not in WITHOUT_TEACHER:
+        teacher = Teacher(job.model, options.guidance_scale, job.null_label)
     grid = options.grid(schedule.num_train_timesteps)
     return ConsistencyObjective(schedule, prediction, grid, teacher=teacher, total_steps=config.max_train_steps)
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ...errors import checked_float, error_message, unknown_name
+from ...ops.diffusion_loss import LOSSES, REDUCTIONS
 from ...row_layout import compute_dtype
 from ...schedules import LinearNoiseScheduler
 from ...schedules.betas import check_floating
-from ..config_checks import LOSS_TYPES
 from .variational_bound import vlb_loss
 from .weights import debiased_weights, min_snr_weights, p2_weights, signal_to_noise_ratio
 
@@ -34,8 +34,6 @@ __all__ = [
     "snr_loss",
     "v_prediction_loss",
 ]
-
-REDUCTIONS = ("mean", "sum", "none")
 
 
 def _residual(operation: str, pred: Tensor, target: Tensor) -> Tensor:
@@ -75,7 +73,7 @@ def _values(operation: str, residual: Tensor, loss: str, c: float) -> Tensor:
     if loss == "l1":
         return residual.abs()
     if loss != "huber":
-        raise unknown_name(operation, "loss", loss, LOSS_TYPES)
+        raise unknown_name(operation, "loss", loss, LOSSES)
     checked_float(operation, "c", c, 0.0, strict=True)
     # √(r² + c²) − c without its cancellation for |r| much below c.
     square = residual**2
