@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Settings of all tests: threads, Triton's interpreter, hypothesis' profile, and the skip of GPU tests."""
+"""Settings of all tests: threads, seeds, Triton's interpreter, hypothesis' profile, and the skip of GPU tests."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 import torch
+
+from support.seeds import TEST_SEED, VARIABLE, seed_test
 
 if TYPE_CHECKING:
     from support.cuda_host import Kernel
@@ -59,6 +61,11 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
         return kernel
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Seed the generators, so that a test draws the same numbers alone and in any order."""
+    seed_test(item.nodeid)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Check the backend used by a test with the marker ``checks_backend``; see support/backend_used.py."""
@@ -75,11 +82,14 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_report_header() -> str:
-    """Return a header line with torch, threads, GPU and Triton's mode."""
+    """Return a header line with torch, threads, GPU, Triton's mode and the seed."""
     gpu = torch.cuda.get_device_name() if HAS_CUDA else "none"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     threads = torch.get_num_threads()
-    return f"torch {torch.__version__}, {threads} threads, GPU: {gpu}, Triton interpreted: {interpreted}"
+    return (
+        f"torch {torch.__version__}, {threads} threads, GPU: {gpu}, Triton interpreted: {interpreted}, "
+        f"{VARIABLE}={TEST_SEED}"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

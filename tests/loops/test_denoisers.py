@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import random
 from typing import Any
 
 import pytest
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from fastdiff import loops
 from support.loop_cases import SIGMAS, mixture, start
+from support.seeds import TEST_SEED
 
-SEED = random.randrange(2**31)
 ALPHAS = (1.0 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
 
 
@@ -63,7 +62,7 @@ MAKE: dict[str, Any] = {
 @pytest.mark.parametrize("kind", MAKE)
 def test_denoiser_is_the_models_x0(kind: str) -> None:
     """Alone and folded into loops of one and of several calls a step, with noise, callbacks and arguments."""
-    x = start(SEED, (2, 2, 3, 3), torch.float64)
+    x = start(TEST_SEED, (2, 2, 3, 3), torch.float64)
     sigmas = SIGMAS.double().clone()
     sigmas[0] = 14.0
     denoiser = MAKE[kind](Predicts(kind))
@@ -93,7 +92,7 @@ def test_folded_model_keeps_its_input() -> None:
             kept.append((x, x.clone()))
             return super().forward(x, t, gain)
 
-    x = start(SEED, (2, 2, 3, 3), torch.float64)
+    x = start(TEST_SEED, (2, 2, 3, 3), torch.float64)
     end = loops.sample_euler(loops.EpsilonDenoiser(Hoarder("epsilon"), ALPHAS), x, SIGMAS[1:], disable=True)
     assert all(torch.equal(tensor, copy) for tensor, copy in kept)
     torch.testing.assert_close(end, loops.sample_euler(mixture, x, SIGMAS[1:], disable=True), rtol=1e-8, atol=1e-8)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from fastdiff import loops
 from support.loop_cases import SIGMAS, LevelNoise, mixture, start, uncond_mixture
+from support.seeds import TEST_SEED
 
-SEED = random.randrange(2**31)
 SHAPE = (2, 2, 3, 3)
 #: Both sides compute in float64, in another order: rounding errors of 1e-16 of numbers up to 60, with slopes up to 1e3.
 TOLERANCE = 1e-10
@@ -403,9 +402,9 @@ STOCHASTIC = ("ancestral", "seeds", "sde", "ddpm", "ddim", "res_2s", "res_3s", "
     ("name", "options", "reference"), CASES, ids=lambda value: "" if callable(value) else str(value)[:40]
 )
 def test_loop_equals_formula(name: str, options: dict[str, Any], reference: Reference) -> None:
-    x = start(SEED, SHAPE, torch.float64)
+    x = start(TEST_SEED, SHAPE, torch.float64)
     model = both if name.endswith("cfg_pp") else mixture
-    mine, theirs = (LevelNoise(SEED, SHAPE, torch.float64) for _ in range(2))
+    mine, theirs = (LevelNoise(TEST_SEED, SHAPE, torch.float64) for _ in range(2))
     noise = {"noise_sampler": mine} if any(word in name for word in STOCHASTIC) else {}
     got = getattr(loops, f"sample_{name}")(model, x, LEVELS, disable=True, **noise, **options)
     torch.testing.assert_close(got, reference(x, LEVELS, theirs), rtol=TOLERANCE, atol=TOLERANCE)
@@ -414,7 +413,7 @@ def test_loop_equals_formula(name: str, options: dict[str, Any], reference: Refe
 
 def test_restart_equals_heun_steps() -> None:
     """Given restarts, and the default ones of 20 and of 40 steps."""
-    x = start(SEED, SHAPE, torch.float64)
+    x = start(TEST_SEED, SHAPE, torch.float64)
 
     def karras(n: int, low: float, high: float) -> list[float]:
         return [(high ** (1 / 7) + i / (n - 1) * (low ** (1 / 7) - high ** (1 / 7))) ** 7 for i in range(n)]
@@ -438,20 +437,22 @@ def test_restart_equals_heun_steps() -> None:
         assert len(steps) == n
         cases.append((given, {}, steps))
     for levels, options, steps in cases:
-        mine, theirs = (LevelNoise(SEED, SHAPE, torch.float64) for _ in range(2))
+        mine, theirs = (LevelNoise(TEST_SEED, SHAPE, torch.float64) for _ in range(2))
         got = loops.sample_restart(mixture, x, levels, disable=True, noise_sampler=mine, **options)
         torch.testing.assert_close(got, heun_steps(x, steps, theirs), rtol=1e-9, atol=1e-9)
 
 
 def test_churn_of_heunpp2_is_noise_before_each_step() -> None:
     """The same loop by steps of one: each is raised by √(σ̂² − σ²)·z first."""
-    x, z = start(SEED, SHAPE, torch.float64), LevelNoise(SEED, SHAPE, torch.float64)
+    x, z = start(TEST_SEED, SHAPE, torch.float64), LevelNoise(TEST_SEED, SHAPE, torch.float64)
     levels, n = LEVELS, len(LEVELS) - 1
     got = loops.sample_heunpp2(mixture, x, levels, disable=True, s_churn=2.0, s_noise=1.1, noise_sampler=z)
     gamma = min(2.0 / n, 2**0.5 - 1)
     for i in range(n):
         raised = levels[i] * (1 + gamma)
-        x = x + 1.1 * (raised**2 - levels[i] ** 2) ** 0.5 * LevelNoise(SEED, SHAPE, torch.float64)(levels[i], raised)
+        x = x + 1.1 * (raised**2 - levels[i] ** 2) ** 0.5 * LevelNoise(TEST_SEED, SHAPE, torch.float64)(
+            levels[i], raised
+        )
         # One step of the formula, with the weights of the whole loop's first level.
         d = (x - denoise(x, raised)) / raised
         a, b = raised, levels[i + 1]
@@ -474,7 +475,7 @@ def test_churn_of_heunpp2_is_noise_before_each_step() -> None:
 def test_flow_loops_are_euler_and_heun_in_time() -> None:
     """On samples (1 − σ)·x0 + σ·ε from pure noise, with a model of x0 and with one of the velocity."""
     times = [1.0, 0.8, 0.55, 0.3, 0.1, 0.0]
-    x = start(SEED, SHAPE, torch.float64) / 14.6
+    x = start(TEST_SEED, SHAPE, torch.float64) / 14.6
 
     def velocity(x: Tensor, t: float) -> Tensor:
         return torch.sin(3 * x) - t * x
@@ -522,7 +523,7 @@ ORDERS: dict[str, tuple[dict[str, Any], float, float]] = {
 def test_orders_of_accuracy() -> None:
     integrate = pytest.importorskip("scipy.integrate")
     high, low = 4.0, 0.2
-    x = (start(SEED, (1, 24), torch.float64) * (high / 14.6)).clamp(-6.0, 6.0)
+    x = (start(TEST_SEED, (1, 24), torch.float64) * (high / 14.6)).clamp(-6.0, 6.0)
 
     def slope(t: float, values: Any) -> Any:
         at = torch.from_numpy(np.ascontiguousarray(values))[None]

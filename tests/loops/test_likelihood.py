@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import random
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from fastdiff.loops import log_likelihood
 from support.loop_cases import k_diffusion
+from support.seeds import TEST_SEED
 
-SEED = random.randrange(2**31)
 STD = 0.7
 
 
@@ -24,7 +23,7 @@ def gaussian(x: Tensor, sigma: Tensor) -> Tensor:
 
 def test_log_likelihood_of_a_gaussian_is_its_density() -> None:
     """The divergence of a linear model is the same in every direction, so the estimate is exact."""
-    x = STD * torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64)
+    x = STD * torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(TEST_SEED), dtype=torch.float64)
     low, high = 1e-3, 80.0
     found, info = log_likelihood(gaussian, x, low, high, atol=1e-8, rtol=1e-8)
     # The data at σ_min have the variance STD² + σ_min², and the prior stands for STD² + σ_max².
@@ -38,14 +37,14 @@ def test_log_likelihood_of_a_gaussian_is_its_density() -> None:
 
 
 def test_log_likelihood_equals_k_diffusion() -> None:
-    x = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(SEED))
+    x = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(TEST_SEED))
 
     def model(x: Tensor, sigma: Tensor) -> Tensor:
         return gaussian(x, sigma) + 0.05 * torch.tanh(x)
 
     results = []
     for function in (log_likelihood, k_diffusion().log_likelihood):
-        torch.manual_seed(SEED)
+        torch.manual_seed(TEST_SEED)
         results.append(function(model, x, 0.05, 10.0, atol=1e-5, rtol=1e-5)[0])
     # Each solves to 1e-5 a step, for a few hundred steps at most.
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)

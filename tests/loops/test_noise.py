@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 from typing import Any
 
 import pytest
@@ -15,10 +14,10 @@ import fastdiff
 from fastdiff import loops
 from fastdiff.noise import BrownianPath
 from support.loop_cases import SIGMAS, k_diffusion, mixture, start
+from support.seeds import TEST_SEED
 
-SEED = random.randrange(2**31)
 SHAPE = (4, 2, 3, 5)
-SEEDS = [SEED + 7, 3, 2**63 + SEED, 11]
+SEEDS = [TEST_SEED + 7, 3, 2**63 + TEST_SEED, 11]
 #: A loop of each way to noise: in the step, with a churned start, at each stage, on a path.
 STOCHASTIC: dict[str, dict[str, Any]] = {
     "euler_ancestral": {},
@@ -34,7 +33,7 @@ STOCHASTIC: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", STOCHASTIC)
 def test_sample_has_same_bits_alone_and_at_any_place_of_a_batch(name: str) -> None:
-    x, function = start(SEED, SHAPE), getattr(loops, f"sample_{name}")
+    x, function = start(TEST_SEED, SHAPE), getattr(loops, f"sample_{name}")
     options = STOCHASTIC[name]
     batch = function(mixture, x, SIGMAS, disable=True, seeds=SEEDS, **options)
     order = [2, 0, 3, 1]
@@ -60,7 +59,7 @@ def test_churned_start_and_first_step_draw_different_noise() -> None:
 @pytest.mark.parametrize("name", ["dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"])
 def test_sde_noise_is_the_path_of_the_seed(name: str) -> None:
     """The loop with seeds equals the loop with the increments of `BrownianPath`, whatever was asked of it before."""
-    x, function = start(SEED, SHAPE), getattr(loops, f"sample_{name}")
+    x, function = start(TEST_SEED, SHAPE), getattr(loops, f"sample_{name}")
     path = BrownianPath(SHAPE, SEEDS)
     path.increment(0.3, 7.7)
     by_path = function(mixture, x, SIGMAS, disable=True, noise_sampler=path)
@@ -69,11 +68,11 @@ def test_sde_noise_is_the_path_of_the_seed(name: str) -> None:
 
 def test_loop_on_a_path_converges_to_one_result() -> None:
     """With one Brownian path, more steps change the result less; independent noise would keep it changing."""
-    x = start(SEED, (1, 1, 8, 8), torch.float64) * (5.0 / 14.6)
+    x = start(TEST_SEED, (1, 1, 8, 8), torch.float64) * (5.0 / 14.6)
 
     def run(steps: int) -> Tensor:
         sigmas = torch.logspace(0.7, -1.0, steps + 1, dtype=torch.float64)
-        return loops.sample_dpmpp_2m_sde(mixture, x, sigmas, disable=True, seeds=[SEED])
+        return loops.sample_dpmpp_2m_sde(mixture, x, sigmas, disable=True, seeds=[TEST_SEED])
 
     ends = [run(steps) for steps in (8, 16, 32, 64)]
     changes = [float((a - b).square().mean().sqrt()) for a, b in itertools.pairwise(ends)]
@@ -82,7 +81,7 @@ def test_loop_on_a_path_converges_to_one_result() -> None:
 
 
 def test_default_noise_follows_torchs_generator() -> None:
-    x = start(SEED, SHAPE)
+    x = start(TEST_SEED, SHAPE)
     for name in ("euler_ancestral", "dpmpp_2m_sde", "seeds_2"):
         function, ends = getattr(loops, f"sample_{name}"), []
         for seed in (1, 1, 2):
@@ -98,10 +97,10 @@ def test_default_noise_follows_torchs_generator() -> None:
     torch.testing.assert_close(mine, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("seed", [SEED, [SEED, 2, 3, 4]], ids=["one", "list"])
+@pytest.mark.parametrize("seed", [TEST_SEED, [TEST_SEED, 2, 3, 4]], ids=["one", "list"])
 def test_brownian_tree_has_torchsdes_numbers(seed: int | list[int]) -> None:
     pytest.importorskip("torchsde")
-    x = start(SEED, SHAPE)
+    x = start(TEST_SEED, SHAPE)
     low, high = torch.tensor(0.03), torch.tensor(14.6)
     for transform in (lambda level: level, lambda level: level.log().neg()):
         mine = loops.BrownianTreeNoiseSampler(x, low, high, seed, transform)
@@ -120,13 +119,13 @@ def test_brownian_tree_has_torchsdes_numbers(seed: int | list[int]) -> None:
 def test_brownian_tree_refuses_a_wrong_number_of_seeds() -> None:
     pytest.importorskip("torchsde")
     with pytest.raises(ValueError, match="one a sample"):
-        loops.BrownianTreeNoiseSampler(start(SEED, SHAPE), 0.03, 14.6, [1, 2])
+        loops.BrownianTreeNoiseSampler(start(TEST_SEED, SHAPE), 0.03, 14.6, [1, 2])
 
 
 @pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "res_3s"])
 def test_nothing_that_others_hold_is_written(name: str) -> None:
     """The caller's samples, those that the model has kept or returned as they are, and those of a callback."""
-    x, function = start(SEED, SHAPE), getattr(loops, f"sample_{name}")
+    x, function = start(TEST_SEED, SHAPE), getattr(loops, f"sample_{name}")
     given, kept = x.clone(), []
 
     def hoarder(x: Tensor, sigma: Tensor) -> Tensor:
@@ -157,13 +156,13 @@ def test_loop_writes_over_its_own_samples() -> None:
         addresses.append(x.data_ptr())
         return mixture(x, sigma)
 
-    loops.sample_euler(model, start(SEED, SHAPE), SIGMAS, disable=True)
+    loops.sample_euler(model, start(TEST_SEED, SHAPE), SIGMAS, disable=True)
     assert len(set(addresses[2:])) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes(dtype: torch.dtype) -> None:
-    x = start(SEED, SHAPE, dtype)
+    x = start(TEST_SEED, SHAPE, dtype)
     seen = []
 
     def model(x: Tensor, sigma: Tensor) -> Tensor:
@@ -178,7 +177,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 
 def test_errors_name_the_argument() -> None:
-    x = start(SEED, SHAPE)
+    x = start(TEST_SEED, SHAPE)
     cases: list[tuple[type[Exception], str, Any]] = [
         (ValueError, "seeds", lambda: loops.sample_euler_ancestral(
             mixture, x, SIGMAS, noise_sampler=lambda a, b: x, seeds=[1, 2, 3, 4])),
