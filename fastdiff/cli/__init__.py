@@ -28,7 +28,7 @@ from . import table as table
 from . import train as train
 from .app import app
 from .environment import print_environment
-from .sample import check_device, draw_digits, sample
+from .sample import check_device, sample
 from .sample_sources import parse_classes
 from .samplers import ALIASES, SAMPLERS, sampler_fields
 
@@ -37,7 +37,6 @@ __all__ = [
     "SAMPLERS",
     "app",
     "check_device",
-    "draw_digits",
     "parse_classes",
     "print_environment",
     "sample",

@@ -10,13 +10,12 @@ import torch
 import typer
 
 from .. import ops
-from ..digits import NUM_CLASSES
 from ..errors import error_message
 from ..philox import spawn_seeds
 from ..sharding import process_rank
 from .app import app
 from .sample_shards import BATCH_SIZE, draw_shards
-from .sample_sources import SampleSource, digits_source, packaged_source, parse_classes, trained_source
+from .sample_sources import SampleSource, packaged_source, trained_source
 from .samplers import SAMPLERS
 
 #: Images that one picture has at most: they are one batch, of about 0.2 MiB an image.
@@ -48,7 +47,7 @@ def check_device(device: str) -> None:
 def sample(
     sampler: Annotated[
         str | None,
-        typer.Option(help=f"One of {', '.join(SAMPLERS)}.", show_default="dpmsolver++; ddim with --weights"),
+        typer.Option(help=f"One of {', '.join(SAMPLERS)}.", show_default="dpmsolver++; the run's with --weights"),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Steps of the loop.", show_default="20; the run's with --weights")
@@ -170,11 +169,6 @@ def check_channels(source: SampleSource, file_format: str | None) -> None:
         raise ValueError(error_message("sample", "--weights", got, "1 or 3 for pictures", remedy))
 
 
-def draw_digits(sampling: dict[str, Any], *, guidance_scale: float, classes: str, **options: Any) -> None:
-    """Sample digits with the packaged model and write them as a grid; `options` are those of `draw_picture`."""
-    draw_picture(digits_source(sampling, guidance_scale, parse_classes(classes, NUM_CLASSES)), **options)
-
-
 def draw_picture(
     source: SampleSource, *, n: int, seed: int, out: Path, device: str, backend: str | None, progress: bool
 ) -> None:
@@ -200,5 +194,5 @@ def draw_picture(
     print(
         f"{n} images in {result.processing_time:.2f} s: {n / result.processing_time:.1f} images/s, "
         f"{100 * result.step_share:.2f} % of the time in the step ({backend} backend), "
-        f"{result.steps} steps; {out}"
+        f"{batches.sampler.config.method}, {result.steps} steps; {out}"
     )

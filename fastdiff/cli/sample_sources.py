@@ -67,7 +67,7 @@ def trained_source(
     prompt: str | None,
     negative_prompt: str | None,
 ) -> SampleSource:
-    """Return a run of ``fastdiff train``; options that are None are those of its configuration, with DDIM.
+    """Return a run of ``fastdiff train``; options that are None are those of its configuration.
 
     Raises:
         FileNotFoundError, ValueError: there is no such checkpoint, or an option does not fit its model.
@@ -76,7 +76,7 @@ def trained_source(
 
     model = CheckpointModel(weights)
     config = model.config
-    fields = {**sampler_fields(sampler or "ddim"), **more}
+    fields = {**sampler_fields(sampler or config.sampling_method), **more}
     fields["num_inference_steps"] = config.num_inference_steps if steps is None else steps
     if fields["method"] == "ddim" and fields.get("eta") is None:
         fields["eta"] = config.eta

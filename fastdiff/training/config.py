@@ -87,7 +87,10 @@ class DiffusionConfig:
         timestep_sampling: ``uniform`` or ``logit_normal`` (arXiv 2403.03206, section 3.1).
         logit_mean, logit_std: of the logit-normal distribution.
         timestep_shift: moves the drawn timesteps towards noise (arXiv 2403.03206, eq. 23); 1 leaves them.
-        num_inference_steps, guidance_scale, eta: of sampling; the guidance scale applies where there is a condition.
+        sampling_method: a name of `fastdiff.SamplingMethod`, the default of samples that are drawn from the model.
+            ``fastdiff train --distill`` sets that of the student.
+        num_inference_steps, guidance_scale, eta: of sampling; the guidance scale applies where there is a condition,
+            and eta where the method is DDIM.
         clip_denoised: clamp the predicted x0 to [−1, 1].
         use_attention_slicing, use_vae_slicing, use_memory_efficient_attention, use_xformers, use_cpu_offload: memory
             options, passed to diffusers.  Of slicing, memory-efficient attention and xFormers, the last named that is
@@ -145,6 +148,7 @@ class DiffusionConfig:
     logit_std: float = 1.0
     timestep_shift: float = 1.0
 
+    sampling_method: str = "ddim"
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
     eta: float = 0.0

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import checked_bool, checked_float, checked_integer, error_message, parse_choice, unknown_name
 from ..ops.diffusion_loss import LOSSES
 from ..schedules import NoiseScheduleType
-from ..solvers import PredictionType
+from ..solvers import PredictionType, SamplingMethod
 
 if TYPE_CHECKING:
     from .config import DiffusionConfig
@@ -221,6 +221,7 @@ def settle_training(config: DiffusionConfig) -> None:
 
 def settle_sampling(config: DiffusionConfig) -> None:
     """Check the fields of sampling and all flags, after the schedule is settled."""
+    config.sampling_method = parse_choice(SamplingMethod, _OPERATION, "sampling_method", config.sampling_method).value
     checked_integer(_OPERATION, "num_inference_steps", config.num_inference_steps, 1)
     checked_float(_OPERATION, "guidance_scale", config.guidance_scale, -math.inf)
     checked_float(_OPERATION, "eta", config.eta, 0.0)

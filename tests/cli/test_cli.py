@@ -60,21 +60,10 @@ def test_aliases_are_the_methods_whose_names_are_spelt_otherwise() -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_every_sampler_name_works(name: str, tmp_path: Path) -> None:
-    from fastdiff.cli import draw_digits
-
+def test_every_sampler_name_works(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     out = tmp_path / "grid.png"
-    draw_digits(
-        {**SAMPLERS[name], "num_inference_steps": 3},
-        guidance_scale=1.5,
-        classes="4",
-        n=1,
-        seed=0,
-        out=out,
-        device="cpu",
-        backend=None,
-        progress=False,
-    )
+    options = ("--steps", "3", "--guidance-scale", "1.5", "--classes", "4", "--n", "1", "--quiet", "--out", str(out))
+    assert run_here(monkeypatch, "sample", "--sampler", name, *options) == 0
     assert out.stat().st_size > 0
 
 

@@ -212,8 +212,8 @@ def test_folder_means_one_checkpoint(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path / "nowhere") == tmp_path / "nowhere"
 
 
-def test_student_is_sampled_at_its_own_timesteps(tmp_path: Path) -> None:
-    """A student's loops start at the last timestep wherever its checkpoint is loaded."""
+def test_student_is_sampled_by_its_own_method_and_timesteps(tmp_path: Path) -> None:
+    """A student's loops are LCM's and start at the last timestep wherever its checkpoint is loaded."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="DiffusionConfig: ")
         config = DiffusionConfig(**TINY)
@@ -228,8 +228,11 @@ def test_student_is_sampled_at_its_own_timesteps(tmp_path: Path) -> None:
         assert model.scheduler.sampler("ddim", 4).timesteps.tolist() == [999, 749, 499, 249]
         seen: list[float] = []
         model.unet.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(float(inputs[1].flatten()[0])))
-        model.sample(1, num_inference_steps=4, progress=False)
+        own = model.sample(1, num_inference_steps=4, seeds=[3], progress=False)
         assert seen == [999, 749, 499, 249]
+        lcm, ddim = (model.sample(1, 4, method=method, seeds=[3], progress=False) for method in ("lcm", "ddim"))
+        assert torch.equal(own, lcm)
+        assert not torch.equal(own, ddim)
 
 
 @pytest.mark.parametrize(

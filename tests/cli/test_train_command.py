@@ -154,10 +154,13 @@ def test_digits_are_distilled_round_by_round(
     assert (rounds[1][0] / "ema.safetensors").read_bytes() == written
     for folder, steps in ((tmp_path, 2), (tmp_path / "steps-0004", 4)):
         assert _run("sample", "--weights", folder, "--n", 1, "--quiet", "--out", tmp_path / "digits.png") == 0
-        assert f", {steps} steps; " in capsys.readouterr().out
+        assert f", ddim, {steps} steps; " in capsys.readouterr().out
     own = (*fixed, "consistency", "--teacher", tmp_path, "--teacher-steps", 16, "--out", tmp_path / "c")
     assert _run(*own, "--teacher-guidance-scale", 1.5) == 0
     assert _run(*fixed, "consistency_training", "--out", tmp_path / "d") == 0
+    for folder in (tmp_path / "c", tmp_path / "d"):  # consistency models
+        assert _run("sample", "--weights", folder, "--n", 1, "--quiet", "--out", tmp_path / "digits.png") == 0
+        assert ", lcm, 4 steps; " in capsys.readouterr().out
     student = load_digit_unet()
     load_checkpoint(list_checkpoints(tmp_path / "c" / "checkpoints")[-1], student, ema=True)
 

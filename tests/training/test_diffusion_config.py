@@ -67,6 +67,7 @@ def test_pair_of_names_has_one_value(first: str) -> None:
         ({"num_timesteps": True}, "num_train_timesteps"),
         ({"beta_start": 0.1, "beta_end": 0.02}, "beta_start"),
         ({"timestep_spacing": "even"}, "timestep_spacing"),
+        ({"sampling_method": "half"}, "sampling_method"),
         ({"timestep_spacing": "leading", "beta_schedule": "flow"}, "timestep_spacing"),
     ],
 )

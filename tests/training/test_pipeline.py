@@ -174,6 +174,19 @@ def test_model_picture_is_the_guided_image():
         pipeline.enable_vae_slicing()
 
 
+@pytest.mark.parametrize("method", [None, "ddim", "ddpm"])
+def test_learned_variance_is_that_of_ddpm_pictures(method):
+    config = DiffusionConfig(
+        image_size=8, in_channels=1, out_channels=2, model_channels=32, channel_mult=(1,), num_res_blocks=1,
+        num_heads=4, attention_resolutions=(), num_inference_steps=3, sampling_method="ddpm",
+    )  # fmt: skip
+    model = DiffusionModel(config)
+    pipeline = AdvancedDiffusionPipeline(model, method=method)
+    expected = model.sample(1, method=method, seeds=[7], progress=False)[0]
+    assert far(pipeline.generate_image(seed=7), to_picture(expected)) == 0
+    assert pipeline.generate_variations(to_picture(expected), strength=0.7, seed=7).size == (8, 8)
+
+
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_pictures_and_samples_go_both_ways(channels):
     levels = torch.randint(256, (channels, 5, 7))

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastdiff import ops
+from fastdiff import ops, spawn_seeds
 from fastdiff.noise import sample_seeds
 from fastdiff.training import (
     DiffusionConfig,
+    DiffusionModel,
     DivergedError,
     LossTerms,
     RunOptions,
@@ -32,6 +33,7 @@ from fastdiff.training import (
 from fastdiff.training.checkpoints import list_checkpoints
 from fastdiff.training.trainer.monitor import Monitor
 from fastdiff.training.trainer.optimization import create_learning_rate, create_optimizer, parameter_groups
+from fastdiff.training.trainer.sample_grids import draw_samples
 
 pytest.importorskip("accelerate")
 pytest.importorskip("diffusers")
@@ -488,6 +490,21 @@ def test_reports_go_to_history_grids_and_tensorboard(tmp_path: Path, capfd: pyte
     assert (tmp_path / "samples" / "step-00000004.png").stat().st_size > 100
     assert list(tmp_path.rglob("events.out.tfevents.*"))
     assert "5/5" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["ddpm", "ddim", "lcm"])
+@pytest.mark.parametrize("learned", [True, False])
+def test_grids_are_drawn_by_the_configured_method(method: str, learned: bool) -> None:
+    """The images are those of `DiffusionModel.sample`, from the same seeds; a learned variance is DDPM's alone."""
+    fields = {"image_size": 8, "model_channels": 32, "channel_mult": (1,), "num_res_blocks": 1, "num_heads": 4}
+    config = _config(
+        **fields, attention_resolutions=(), out_channels=2 if learned else 1, sampling_method=method,
+        num_inference_steps=3, guidance_scale=1.0,
+    )  # fmt: skip
+    model = DiffusionModel(config)
+    found = draw_samples(Trainer(model.unet, config), 2)
+    expected = model.sample(2, seeds=spawn_seeds(config.seed, 2), progress=False)
+    assert torch.equal(found, expected)
 
 
 def test_monitor_counts_by_timestep_and_leaves_out_what_is_not_finite() -> None:

@@ -199,6 +199,10 @@ def test_learned_variance_is_sampled(use_ddim: bool) -> None:
     found, other = learned.sample(2, **options), fixed.sample(2, **options)
     assert found.shape == (2, 2, 8, 8)
     assert torch.equal(found, other) == use_ddim  # DDIM uses no variance, DDPM the model's
+    method = "ddim" if use_ddim else "ddpm"
+    options["use_ddim"] = None
+    own = DiffusionModel(config(out_channels=4, sampling_method=method), Linear(learned=True))
+    assert torch.equal(own.sample(2, **options), found)
 
 
 def test_sampling_repeats_and_restores_the_mode() -> None:

@@ -14,6 +14,7 @@ from ...ops import randn
 from ...philox import spawn_seeds
 from ...row_layout import compute_dtype
 from ..model.diffusion_model import AdvancedUNet, DiffusionModel
+from ..model.sampling import without_variance
 
 
 def model_workload(
@@ -28,7 +29,7 @@ def model_workload(
     """Return a model with its schedule, and noise from seeds: the same for models of one configuration.
 
     Args:
-        model: a `DiffusionModel` or an `AdvancedUNet`.  A learned variance is not used.
+        model: a `DiffusionModel` or an `AdvancedUNet`.
         batch_size: B.
         seed: of the noise.
         prompt_embeds, negative_prompt_embeds: conditions ``[B, ...]``; guidance, of the configuration's scale, applies
@@ -49,7 +50,7 @@ def model_workload(
     shape = (batch_size, config.in_channels, config.image_size, config.image_size)
     guided = prompt_embeds is not None and negative_prompt_embeds is not None
     return Workload(
-        model=model.without_variance(),
+        model=without_variance(model, config),
         scheduler=model.scheduler.schedule,
         latents=randn(shape, seeds, dtype=compute_dtype(place.dtype), device=place.device),
         prompt_embeds=prompt_embeds,

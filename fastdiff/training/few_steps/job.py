@@ -110,7 +110,8 @@ class DistillOptions:
 def prepare_student(job: Job, data: str, options: DistillOptions) -> Job:
     """Load the teacher's weights into the job's model, and return the job with the student's configuration.
 
-    The student's configuration has trailing timesteps, no guidance and no condition dropout.
+    The student's configuration has trailing timesteps, no guidance, no condition dropout, and the method of its
+    samples: LCM for a consistency model, else DDIM without noise.
 
     Raises:
         OSError, ValueError: the teacher cannot be read, or is another model; or the job cannot be distilled.
@@ -126,7 +127,14 @@ def prepare_student(job: Job, data: str, options: DistillOptions) -> Job:
             raise ValueError(error_message("train", "--distill", f"is given for a model that {got}", expected, remedy))
     if options.method not in WITHOUT_TEACHER:
         _load_teacher(job, data, options.teacher)
-    few = replace(job.config, timestep_spacing="trailing", guidance_scale=1.0, condition_dropout=0.0)
+    few = replace(
+        job.config,
+        timestep_spacing="trailing",
+        guidance_scale=1.0,
+        eta=0.0,
+        condition_dropout=0.0,
+        sampling_method="ddim" if options.method == "progressive" else "lcm",
+    )
     return job._replace(config=few)
 
 

@@ -13,8 +13,10 @@ from ...noise.generators import Generators, draw
 from ...ops import randn
 from ...philox import as_seeds
 from ...row_layout import compute_dtype
+from ...samplers import BaseSampler
 from ...schedules.betas import check_floating
 from ..config import DiffusionConfig
+from .sampling import model_for_sampler
 from .scheduler import DiffusionScheduler
 
 __all__ = ["AdvancedUNet", "DiffusionModel"]
@@ -176,19 +178,6 @@ def _choose_attention(unet: Any, config: DiffusionConfig) -> None:
             raise type(error)(message) from error
 
 
-class _MeanHalf(nn.Module):
-    """The prediction of a model with a learned variance, for samplers that take no variance."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor | None = None) -> Tensor:
-        """Return the first half of the model's output."""
-        half: Tensor = self.model(sample, timestep, encoder_hidden_states)["sample"].chunk(2, dim=1)[0]
-        return half
-
-
 class DiffusionModel(nn.Module):
     """A U-Net with its noise schedule, which samples.
 
@@ -218,15 +207,15 @@ class DiffusionModel(nn.Module):
             return self.unet(sample, timestep)
         return self.unet(sample, timestep, encoder_hidden_states)
 
-    def without_variance(self) -> nn.Module:
-        """Return a model whose output is the prediction alone: this one, or its first half where it has a variance."""
-        return _MeanHalf(self) if self.config.learned_variance else self
+    def for_sampler(self, sampler: BaseSampler) -> nn.Module:
+        """Return the model with the output that a sampler takes; see `model_for_sampler`."""
+        return model_for_sampler(self, self.config, sampler)
 
     def sample(
         self,
         batch_size: int = 1,
         num_inference_steps: int | None = None,
-        use_ddim: bool = True,
+        use_ddim: bool | None = None,
         guidance_scale: float | None = None,
         *,
         prompt_embeds: Tensor | None = None,
@@ -241,7 +230,8 @@ class DiffusionModel(nn.Module):
         Args:
             batch_size: B.
             num_inference_steps: the configuration's where None.
-            use_ddim: DDIM with the configuration's eta; False: DDPM, with the learned variance where the model has one.
+            use_ddim: True for DDIM, False for DDPM, None for the configuration's `sampling_method`; see
+                `fastdiff.training.model.sampling.configured_sampler`.
             guidance_scale: the configuration's where None.  It applies where there are `prompt_embeds`; samples without
                 a condition are not guided.
             prompt_embeds: the condition ``[B, tokens, context_dim]``.
@@ -258,11 +248,9 @@ class DiffusionModel(nn.Module):
             TypeError, ValueError: an argument does not fit.
         """
         checked_integer("DiffusionModel.sample", "batch_size", batch_size, 1)
-        chosen = method or ("ddim" if use_ddim else "ddpm")
-        config = self.config
-        learned = config.learned_variance and chosen == "ddpm"
-        fields = {"variance_type": "learned_range"} if learned else {}
-        sampler = self.scheduler.sampler(chosen, num_inference_steps, **fields)
+        if method is None and use_ddim is not None:
+            method = "ddim" if use_ddim else "ddpm"
+        config, sampler = self.config, self.scheduler.sampler(method, num_inference_steps)
         place = next(self.parameters())
         dtype = compute_dtype(place.dtype)
         shape = batch_size, config.in_channels, config.image_size, config.image_size
@@ -273,9 +261,8 @@ class DiffusionModel(nn.Module):
             latents = draw(shape, generator, dtype=dtype, device=place.device)
         if prompt_embeds is not None and negative_prompt_embeds is None:
             negative_prompt_embeds = torch.zeros_like(prompt_embeds)
-        model = self if learned else self.without_variance()
         return sampler.sample(
-            model,
+            self.for_sampler(sampler),
             latents * sampler.init_noise_sigma,
             prompt_embeds,
             negative_prompt_embeds,

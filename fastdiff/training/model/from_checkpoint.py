@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import error_message
 from ..checkpoints import (
@@ -22,10 +22,7 @@ from ..checkpoints import (
 from ..config import DiffusionConfig
 from ..state_tensors import check_same_tensors, load_module_tensors, module_tensors
 from .diffusion_model import AdvancedUNet
-from .text_encoder import SmallTextEncoder
-
-#: A callable from a list of prompts to the model's condition, ``[B, ...]``.
-TextEncoder = Callable[[Sequence[str]], Tensor]
+from .text_encoder import SmallTextEncoder, TextEncoder
 
 _ROUND = re.compile(r"steps-(\d{4,})")
 

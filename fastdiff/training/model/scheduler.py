@@ -16,10 +16,12 @@ from torch import Tensor
 from ... import ops
 from ...errors import checked_type, error_message
 from ...noise.generators import Generators, draw
-from ...samplers import BaseSampler, create_sampler
+from ...samplers import BaseSampler
 from ...schedules import create_noise_scheduler
 from ...schedules.betas import check_floating
+from ...solvers import SamplingMethod
 from ..config import DiffusionConfig
+from .sampling import configured_sampler
 
 __all__ = ["AdvancedScheduler", "DiffusionScheduler", "StepOutput"]
 
@@ -85,30 +87,15 @@ class ConfiguredScheduler:
         times: Tensor = self.schedule.times  # type: ignore[attr-defined]
         return times
 
-    def sampler(self, method: str = "ddim", num_inference_steps: int | None = None, **fields: Any) -> BaseSampler:
-        """Return a sampler over the schedule with the configuration's sampling fields.
-
-        Args:
-            method: a name of `fastdiff.SamplingMethod`.
-            num_inference_steps: the configuration's where None.
-            fields: other fields of `fastdiff.SamplingConfig`; they replace the configuration's.
-
-        Raises:
-            TypeError, ValueError: as `fastdiff.create_sampler`.
-        """
-        config = self.config
-        own = {
-            "num_inference_steps": config.num_inference_steps if num_inference_steps is None else num_inference_steps,
-            "prediction_type": config.prediction_type,
-            "guidance_scale": config.guidance_scale,
-        }
-        if method == "ddim":
-            own["eta"] = config.eta
-        return create_sampler(self.schedule, method, **{**own, **fields})
+    def sampler(
+        self, method: str | SamplingMethod | None = None, num_inference_steps: int | None = None, **fields: Any
+    ) -> BaseSampler:
+        """Return a sampler over the schedule; arguments and errors as in `configured_sampler`."""
+        return configured_sampler(self.config, self.schedule, method, num_inference_steps, **fields)
 
     @functools.cached_property
     def _sampler(self) -> BaseSampler:
-        return self.sampler(num_inference_steps=self.num_train_timesteps)
+        return self.sampler("ddim", self.num_train_timesteps)
 
     @functools.cached_property
     def timesteps(self) -> Tensor:
@@ -134,7 +121,7 @@ class ConfiguredScheduler:
         Raises:
             TypeError, ValueError: the number is out of range.  The scheduler stays as it was.
         """
-        sampler = self.sampler(num_inference_steps=num_inference_steps)
+        sampler = self.sampler("ddim", num_inference_steps)
         self._device = torch.device("cpu" if device is None else device)
         self.num_inference_steps = sampler.config.num_inference_steps
         for name in ("timesteps", "_rows"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,16 @@ from ...errors import checked_integer, checked_type, error_message
 #: Words and single marks; everything else separates.
 _WORDS = re.compile(r"\w+|[^\w\s]")
 _PADDING, _BEGIN, _FIRST_WORD = 0, 1, 2
+
+#: A callable from a list of prompts to the model's condition, ``[B, ...]``.
+TextEncoder = Callable[[Sequence[str]], Tensor]
+
+
+@torch.no_grad()
+def encode_prompts(text_encoder: TextEncoder, prompts: Sequence[str], like: Tensor) -> Tensor:
+    """Return the condition of prompts, ``[B, ...]``, detached, on the device of `like`; float ones in its dtype."""
+    encoded = text_encoder(prompts).to(like.device)
+    return encoded.to(like.dtype) if encoded.is_floating_point() else encoded
 
 
 class SmallTextEncoder(nn.Module):

@@ -7,17 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...digits import DigitUNet
 from ...errors import error_message
 from ...samplers import BaseSampler
 from ...sharding.sampler_batches import SamplerBatches
-from ...solvers import SamplingMethod
 from ..model.diffusion_model import DiffusionModel
 from ..model.from_checkpoint import load_trained_model
 from ..model.scheduler import DiffusionScheduler
+from ..model.text_encoder import encode_prompts
 
 
 class CheckpointModel:
@@ -60,13 +59,12 @@ class CheckpointModel:
         """Return the network on a device, in evaluation mode, without gradients."""
         return self._network.to(device).eval().requires_grad_(False)
 
-    @torch.no_grad()
     def encode(self, prompt: str, device: str) -> Tensor:
         """Return the condition of a prompt, ``[1, tokens, context_dim]``."""
         assert self._text_encoder is not None
         if isinstance(self._text_encoder, nn.Module):
             self._text_encoder.to(device).eval()
-        return self._text_encoder([prompt])
+        return encode_prompts(self._text_encoder, [prompt], next(self._network.to(device).parameters()))
 
 
 def _read_again(folder: Path, digest: str) -> CheckpointModel:
@@ -104,10 +102,7 @@ class ModelBatches(SamplerBatches):
         self.shape = (config.in_channels, config.image_size, config.image_size)
         self._weights, self._prompts = weights, (prompt, negative_prompt)
         given = {name: value for name, value in sampling.items() if value is not None}
-        self._fields = {"method": "ddim", **given, "guidance_scale": guidance_scale}
-        self._learned = config.learned_variance and SamplingMethod.parse(self._fields["method"]) == "ddpm"
-        if self._learned:
-            self._fields["variance_type"] = "learned_range"
+        self._fields = {**given, "guidance_scale": guidance_scale}
         _ = self.sampler  # refuses fields that do not fit
 
     def make_sampler(self) -> BaseSampler:
@@ -115,9 +110,9 @@ class ModelBatches(SamplerBatches):
         return DiffusionScheduler(self._weights.config).sampler(**self._fields)
 
     def load_model(self) -> nn.Module:
-        """Return the model on the device; without its variance where the sampler takes none."""
-        model = DiffusionModel(self._weights.config, self._weights.network(self.device)).eval()
-        return model if self._learned else model.without_variance()
+        """Return the model on the device, with the output that the sampler takes."""
+        model = DiffusionModel(self._weights.config, self._weights.network(self.device))
+        return model.for_sampler(self.sampler).eval()
 
     def conditions(self, ids: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
         """Return the embeddings of the two prompts, one a sample; None for a model without a text encoder."""

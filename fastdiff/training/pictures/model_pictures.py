@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +19,8 @@ from ...samplers import BaseSampler
 from ...sampling.model_mode import evaluating
 from ...solvers import SamplingMethod
 from ..model.diffusion_model import AdvancedUNet, DiffusionModel
+from ..model.sampling import takes_variance
+from ..model.text_encoder import TextEncoder, encode_prompts
 from .conversion import from_picture, to_picture
 from .memory_options import MemoryOptions
 from .request import PictureRequest
@@ -34,24 +35,28 @@ class ModelPictures:
     Args:
         operation: for messages.
         model: the model.
-        text_encoder: a callable from a list of prompts to the model's condition ``[B, ...]``; None for a model without.
-        method: a name of `fastdiff.SamplingMethod`.
+        text_encoder: None for a model without.
+        method: a name of `fastdiff.SamplingMethod`; the configuration's where None.
+
+    Raises:
+        ValueError: the method is unknown.
     """
 
     def __init__(
         self,
         operation: str,
         model: DiffusionModel,
-        text_encoder: Callable[[Sequence[str]], Tensor] | None,
-        method: str,
+        text_encoder: TextEncoder | None,
+        method: str | None,
     ) -> None:
         self.model, self.text_encoder, self.method = model, text_encoder, method
         inner = model.unet.unet if isinstance(model.unet, AdvancedUNet) else model.unet
         self.memory = MemoryOptions(operation, {"unet": inner})
-        SamplingMethod.parse(method)
+        if method is not None:
+            SamplingMethod.parse(method)
 
     def sampler(self, num_inference_steps: int | None) -> BaseSampler:
-        """Return a sampler over the model's schedule; a learned variance is not used."""
+        """Return a sampler over the model's schedule."""
         return self.model.scheduler.sampler(self.method, num_inference_steps)
 
     @torch.no_grad()
@@ -67,7 +72,7 @@ class ModelPictures:
         seeds = self._seeds(request, place.device)
         sampler = self.sampler(request.num_inference_steps)
         with self._evaluating():
-            guided = self._guided(request, place)
+            guided = self._guided(request, place, sampler)
             samples = sampler.sample(
                 guided.model,
                 randn((1, config.in_channels, height, width), seeds, dtype=compute_dtype(place.dtype))
@@ -94,7 +99,8 @@ class ModelPictures:
         sampler = self.sampler(request.num_inference_steps)
         strength = 1.0 if request.strength is None else request.strength
         with self._evaluating():
-            samples = image_to_image(sampler, self._guided(request, place), clean, strength=strength, seeds=seeds)
+            guided = self._guided(request, place, sampler)
+            samples = image_to_image(sampler, guided, clean, strength=strength, seeds=seeds)
         return to_picture(samples[0])
 
     def to(self, device: torch.device | str) -> None:
@@ -103,16 +109,16 @@ class ModelPictures:
         if isinstance(self.text_encoder, nn.Module):
             self.text_encoder.to(device)
 
-    def _guided(self, request: PictureRequest, place: Tensor) -> GuidedModel:
+    def _guided(self, request: PictureRequest, place: Tensor, sampler: BaseSampler) -> GuidedModel:
         """Return the model with the conditions of the prompts."""
         conditioned: Tensor | None = None
         unconditioned: Tensor | None = None
         scale = 1.0
         if self.text_encoder is not None:
             scale = self.model.config.guidance_scale if request.guidance_scale is None else request.guidance_scale
-            conditioned = self._encoded(request.prompt or "", place)
+            conditioned = encode_prompts(self.text_encoder, [request.prompt or ""], place)
             if scale != 1.0:
-                unconditioned = self._encoded(request.negative_prompt or "", place)
+                unconditioned = encode_prompts(self.text_encoder, [request.negative_prompt or ""], place)
         else:
             for name in ("prompt", "negative_prompt"):
                 if getattr(request, name):
@@ -120,18 +126,13 @@ class ModelPictures:
                     raise ValueError(error_message(request.operation, name, got, "a model with prompts", remedy))
         dtype = compute_dtype(place.dtype)
         return GuidedModel(
-            self.model.without_variance(),
+            self.model.for_sampler(sampler),
             conditioned,
             unconditioned,
             guidance_scale=scale,
+            channels=2 if takes_variance(sampler) else 1,
             model_dtype=None if place.dtype == dtype else place.dtype,
         )
-
-    def _encoded(self, prompt: str, place: Tensor) -> Tensor:
-        """Return the condition of a prompt, ``[1, ...]``, on the model's device; floating, in the model's dtype."""
-        assert self.text_encoder is not None
-        encoded = self.text_encoder([prompt]).to(place.device)
-        return encoded.to(place.dtype) if encoded.is_floating_point() else encoded
 
     def _evaluating(self) -> contextlib.ExitStack:
         """Return a block in which model and text encoder are in evaluation mode."""

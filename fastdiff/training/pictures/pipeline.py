@@ -15,8 +15,8 @@ from torch import nn
 from ...errors import error_message, require
 from ..config import DiffusionConfig
 from ..model.diffusion_model import AdvancedUNet, DiffusionModel
-from ..model.from_checkpoint import TextEncoder, load_trained_model
-from ..model.text_encoder import SmallTextEncoder
+from ..model.from_checkpoint import load_trained_model
+from ..model.text_encoder import SmallTextEncoder, TextEncoder
 from .conversion import checked_picture
 from .diffusers_pictures import DiffusersPictures
 from .model_pictures import ModelPictures
@@ -47,7 +47,7 @@ class AdvancedDiffusionPipeline:
             `use_spatial_transformer` bring a `SmallTextEncoder`.
         config: for a pipeline of diffusers, `num_inference_steps`, `guidance_scale` and the memory options; without it
             the pipeline's own defaults apply.  A model has its own.
-        method: for a model of fastdiff, a name of `fastdiff.SamplingMethod`; DDIM where None.
+        method: for a model of fastdiff, a name of `fastdiff.SamplingMethod`; the configuration's where None.
         device: moves everything there; None leaves it where it is.
 
     Attributes:
@@ -85,7 +85,7 @@ class AdvancedDiffusionPipeline:
                 raise _refused("config", "is given beside a model, which has its own", "None", "leave it out")
             self.model, encoder = found
             self.config: DiffusionConfig | None = self.model.config
-            self._pictures = ModelPictures(_NAME, self.model, encoder, method or "ddim")
+            self._pictures = ModelPictures(_NAME, self.model, encoder, method)
         else:
             for name, value, remedy in (
                 ("text_encoder", text_encoder, "set pipe.text_encoder instead"),

@@ -14,15 +14,15 @@ from ...analysis.images import save_grid
 from ...errors import error_message
 from ...ops import randn
 from ...philox import spawn_seeds
-from ...samplers import create_sampler
 from ...schedules import BaseNoiseScheduler
+from ..model.sampling import configured_sampler, model_for_sampler
 
 if TYPE_CHECKING:
     from .trainer import Trainer
 
 
 def write_sample_grid(trainer: Trainer, path: Path) -> None:
-    """Sample images with the averaged weights by DDIM and write them as a PNG grid; only the main process does.
+    """Sample images with the averaged weights and write them as a PNG grid; only the main process does.
 
     Raises:
         OSError: the file cannot be written.
@@ -36,7 +36,7 @@ def write_sample_grid(trainer: Trainer, path: Path) -> None:
 
 
 def draw_samples(trainer: Trainer, count: int) -> Tensor:
-    """Return samples ``[count, C, H, W]`` of the averaged weights, by DDIM with the configuration's steps."""
+    """Return samples ``[count, C, H, W]`` of the averaged weights, by the configuration's method and steps."""
     config, options = trainer.config, trainer.options
     if not isinstance(trainer.schedule, BaseNoiseScheduler):
         got, remedy = f"is a {type(trainer.schedule).__name__}", "leave sample_every at 0, or pass schedule="
@@ -51,16 +51,11 @@ def draw_samples(trainer: Trainer, count: int) -> Tensor:
         prompts = options.sample_prompts or ("",)
         condition = conditioning.encode([prompts[i % len(prompts)] for i in range(count)], "train")
         null = conditioning.encode([""] * count, "train")
-    sampler = create_sampler(
-        trainer.schedule,
-        "ddim",
-        num_inference_steps=config.num_inference_steps,
-        prediction_type=config.prediction_type,
-        eta=config.eta,
-        guidance_scale=config.guidance_scale if condition is not None else 1.0,
-    )
+    scale = config.guidance_scale if condition is not None else 1.0
+    sampler = configured_sampler(config, trainer.schedule, guidance_scale=scale)
     seeds = spawn_seeds(config.seed % 2**32, count)
     shape = (count, config.in_channels, *trainer.sample_shape)
     with trainer.averaged_weights() as modules, torch.no_grad(), trainer.autocast():
         latents = randn(shape, seeds, device=trainer.device)
-        return sampler.sample(modules, latents, condition, null, seeds=seeds, progress=False, keep_mode=True).samples
+        model = model_for_sampler(modules, config, sampler)
+        return sampler.sample(model, latents, condition, null, seeds=seeds, progress=False, keep_mode=True).samples
