@@ -18,7 +18,7 @@ import re
 import secrets
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,8 +85,13 @@ def write_checkpoint(folder: str | Path, state: Mapping[str, Any], tensors: Mapp
     return target
 
 
-def read_checkpoint(folder: str | Path) -> Checkpoint:
+def read_checkpoint(folder: str | Path, *, without: Collection[str] = ()) -> Checkpoint:
     """Read a checkpoint, after its files' sizes and checksums have been compared.
+
+    Args:
+        folder: of the checkpoint.
+        without: files, without their ending, whose content is not read; their size is compared all the same.  The state
+            of an optimizer is twice the model, and sampling has no use for it.
 
     Raises:
         FileNotFoundError: there is none.
@@ -120,6 +125,8 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
         size = file.stat().st_size
         if size != expected["bytes"]:
             raise _refused(path, f"whose {name} has {size} bytes instead of {expected['bytes']}")
+        if file.stem in without:
+            continue
         if _checksum(file) != expected["crc32"]:
             raise _refused(path, f"whose {name} has another content than was written")
         tensors[file.stem] = library.load_file(file)
@@ -224,7 +231,7 @@ def load_checkpoint(
         FileNotFoundError: there is none.
         ValueError: it is damaged or pickled, or belongs to another model; model and optimizer are unchanged.
     """
-    found = read_checkpoint(path)
+    found = read_checkpoint(path, without=() if optimizer is not None else ("optimizer",))
     name = "ema" if ema else "model"
     if name not in found.tensors:
         got, remedy = f"is {str(path)!r}, which has no averaged weights", "pass ema=False"

@@ -98,8 +98,8 @@ def _cut(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
 
 
-def _flip(folder: Path) -> None:
-    path = folder / "model.safetensors"
+def _flip(folder: Path, name: str = "model.safetensors") -> None:
+    path = folder / name
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -158,6 +158,20 @@ def test_damaged_checkpoint_is_refused_in_one_sentence(
     assert str(refused.value).startswith("load_checkpoint: ")
     assert "\n" not in str(refused.value)
     assert all(torch.equal(a, b) for a, b in zip(before, _tensors(model), strict=True))
+
+
+def test_weights_are_read_without_the_optimizer(tmp_path: Path) -> None:
+    model, optimizer = _trained(torch.optim.AdamW)
+    expected = [tensor.clone() for tensor in _tensors(model)]
+    folder = save_checkpoint(model, optimizer, 0, 1.0, tmp_path / "saved")
+    _flip(folder, "optimizer.safetensors")
+    with torch.no_grad():
+        for tensor in _tensors(model):
+            tensor.zero_()
+    load_checkpoint(folder, model)
+    assert all(torch.equal(a, b) for a, b in zip(expected, _tensors(model), strict=True))
+    with pytest.raises(ValueError, match=r"whose optimizer\.safetensors has another content"):
+        load_checkpoint(folder, model, optimizer)
 
 
 def test_pickle_is_not_run(tmp_path: Path) -> None:

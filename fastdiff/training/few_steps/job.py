@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...errors import checked_float, checked_integer, error_message, unknown_name
-from ..checkpoints import read_checkpoint
 from ..losses.objectives import Objective
-from ..model.from_checkpoint import find_checkpoint, load_weights, round_folder
+from ..model.from_checkpoint import load_folder_weights, round_folder
 from ..model.trained_parts import noise_schedule
 from ..trainer.job import Job
 from .consistency import ConsistencyObjective, ConsistencyOptions
@@ -154,7 +153,7 @@ def _load_teacher(job: Job, data: str, teacher: Path | None) -> None:
             )
         job.model.load_state_dict(load_digit_unet().state_dict())
         return
-    load_weights(read_checkpoint(find_checkpoint(teacher)), {"model": job.model}, "train")
+    load_folder_weights(teacher, {"model": job.model}, "train")
 
 
 def round_objective(job: Job, options: DistillOptions, current: Round) -> Objective:
@@ -174,4 +173,4 @@ def round_objective(job: Job, options: DistillOptions, current: Round) -> Object
 
 def finish_round(job: Job, current: Round) -> None:
     """Load the averaged weights of a finished round into the job's model, for the next one."""
-    load_weights(read_checkpoint(find_checkpoint(current.folder)), {"model": job.model}, "train")
+    load_folder_weights(current.folder, {"model": job.model}, "train")

@@ -82,6 +82,14 @@ def _is_complete(state: Mapping[str, Any]) -> bool:
     return int(state["step"]) >= int(state["config"]["max_train_steps"])
 
 
+def load_folder_weights(folder: str | Path, parts: Mapping[str, nn.Module], operation: str) -> None:
+    """Copy the weights of the checkpoint that a folder means into modules.
+
+    Args and errors as in `find_checkpoint`, `read_checkpoint` and `load_weights`.
+    """
+    load_weights(read_checkpoint(find_checkpoint(folder), without=("optimizer",)), parts, operation)
+
+
 def load_weights(found: Checkpoint, parts: Mapping[str, nn.Module], operation: str) -> None:
     """Copy the averaged tensors of a checkpoint into modules, or the trained ones where there are no averages.
 
@@ -118,7 +126,7 @@ def load_trained_model(
     """
     path = find_checkpoint(folder)
     try:
-        found = read_checkpoint(path)
+        found = read_checkpoint(path, without=("optimizer",))
     except FileNotFoundError as error:
         got, remedy = f"is {str(path)!r}, which does not exist", "check the path"
         expected = "a folder of fastdiff train, or of a trainer's checkpoint"

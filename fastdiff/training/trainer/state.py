@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 #: Fields of the configuration that do not change what a training step computes.
 _OF_SAMPLING = frozenset(
     (
+        "sampling_method",
         "num_inference_steps",
         "timestep_spacing",
         "guidance_scale",
