@@ -139,7 +139,7 @@ def train_job(
         job = prepare_student(job, data, distillation)
     held_out = None if job.held_out is None else DataLoader(job.held_out, batch_size=batch)
     if held_out is None and options.validate_every:
-        got, remedy = f"is {options.validate_every} for a folder of images, of which none are held out", "leave it out"
+        got, remedy = f"is {options.validate_every} for data of which none are held out", "leave it out"
         raise ValueError(error_message("train", "--validate-every", got, "0", remedy))
     whole = len(job.train_data) >= batch * process_rank()[1]  # type: ignore[arg-type]
     loader = DataLoader(job.train_data, batch_size=batch, shuffle=True, num_workers=workers, drop_last=whole)

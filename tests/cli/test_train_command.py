@@ -121,7 +121,7 @@ def test_options_of_folders_and_processes(
     assert _run(*call) == 2
     assert "max_train_steps has type str, expected an integer" in capsys.readouterr().err
     assert _run(*call, "--steps", 1, "--validate-every", 1) == 2
-    assert "--validate-every is 1 for a folder of images" in capsys.readouterr().err
+    assert "--validate-every is 1 for data of which none are held out" in capsys.readouterr().err
     # Two processes with batches of 2 share out the 3 images, in an incomplete batch; one has a whole batch.
     loaders: list[Any] = []
 

@@ -44,11 +44,12 @@ class Jitter:
         turn = (draws[:, 0] * 2 - 1) * math.radians(self.degrees)
         scale = 1 + (draws[:, 1:3] * 2 - 1) * self.scale
         height, width = images.shape[-2:]
-        shift = draws[:, 3:5] * 2 - 1
+        x, y = (draws[:, 3:5] * 2 - 1).unbind(1)
+        x, y = x * (self.pixels * 2 / width), y * (self.pixels * 2 / height)
         # affine_grid counts both axes from −1 to 1, which are other numbers of pixels where H and W differ.
-        skew = -turn.sin() * (height / width), turn.sin() * (width / height)
-        across = torch.stack([turn.cos() * scale[:, 0], skew[0] * scale[:, 0], shift[:, 0] * (self.pixels * 2 / width)], dim=1)
-        down = torch.stack([skew[1] * scale[:, 1], turn.cos() * scale[:, 1], shift[:, 1] * (self.pixels * 2 / height)], dim=1)
+        right, up = turn.sin() * (height / width), turn.sin() * (width / height)
+        across = torch.stack([turn.cos() * scale[:, 0], -right * scale[:, 0], x], dim=1)
+        down = torch.stack([up * scale[:, 1], turn.cos() * scale[:, 1], y], dim=1)
         grid = functional.affine_grid(torch.stack([across, down], dim=1), list(images.shape), align_corners=False)
         moved = functional.grid_sample(images + 1, grid, mode="bicubic", align_corners=False) - 1
         chosen = (draws[:, 5] < self.share).view(-1, 1, 1, 1)
