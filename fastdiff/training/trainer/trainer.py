@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,13 @@ from ..losses.objectives import DenoisingObjective, LossTerms, Objective
 from ..model.conditioning import Conditioning, TrainedModules
 from ..model.text_encoder import SmallTextEncoder
 from ..model.trained_parts import noise_schedule, trained_network
+from .checks import (
+    check_batch_size,
+    check_learning_rate,
+    check_no_later_checkpoint,
+    check_validation,
+    checked_precision,
+)
 from .monitor import Monitor
 from .optimization import create_learning_rate, create_optimizer
 from .out_of_memory import explained_out_of_memory
@@ -31,13 +38,12 @@ from .run_options import RunOptions
 from .sample_grids import write_sample_grid
 from .state import load_state, save_state
 from .validation import mean_loss
+from .weight_averages import WeightAverages
 
 #: Epoch of the samples that `training_step` is given, which have no place in a data set.
 _DIRECT_EPOCH = 2**32
 #: Number that stands for process 0 in the seeds of the model's dropout; later processes have the numbers below it.
 _DROPOUT_ID = -2
-
-_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
@@ -97,7 +103,7 @@ class Trainer:
         self.config = (given if isinstance(given, DiffusionConfig) else DiffusionConfig()).validate()
         self.options = (options or RunOptions()).validate()
         network = trained_network(model)
-        _check_learning_rate(learning_rate, optimizer)
+        check_learning_rate(learning_rate, optimizer)
         self.accelerator = self._make_accelerator() if accelerator is None else accelerator
         self.device: torch.device = self.accelerator.device
         self.schedule = noise_schedule(model, self.config) if schedule is None else schedule
@@ -122,11 +128,9 @@ class Trainer:
         self.learning_rate = learning_rate or create_learning_rate(
             optimizer, self.config.lr_warmup_steps, self.config.max_train_steps
         )
-        self.ema: Any = None
-        if self.config.use_ema:
-            averaging = require("diffusers.training_utils", "training", "Trainer")
-            self.ema = averaging.EMAModel(self.parameters, decay=self.config.ema_decay, foreach=True)
-        self._precision = self._checked_precision()
+        decay = self.config.ema_decay if self.config.use_ema else None
+        self._averages = WeightAverages(self.modules, self.parameters, decay)
+        self._precision = checked_precision(self.config, self.accelerator)
         self.scaler = torch.amp.GradScaler(self.device.type) if self._precision == torch.float16 else None
         self._augment, self._val_dataloader = augment, val_dataloader
         self._monitor = Monitor(self.device, self.config.num_train_timesteps)
@@ -135,7 +139,6 @@ class Trainer:
         self.last_loss = 0.0
         self.sample_shape = torch.Size((self.config.image_size, self.config.image_size))
         self._micro_step = self._checked_step = 0
-        self._averaging = False
 
     # Steps
 
@@ -206,8 +209,10 @@ class Trainer:
             self._val_dataloader = val_dataloader
         world = self.accelerator.num_processes
         order = DataOrder(dataloader, self.config.seed, self.accelerator.process_index, world)
-        self._check_position(order)
-        self._check_output()
+        check_batch_size(order, self.batch, self.global_batch)
+        check_validation(self.options.validate_every, self._val_dataloader)
+        if self.options.output_dir is not None:
+            check_no_later_checkpoint(self._checkpoints("train"), self.step)
         last = math.inf if max_steps is None else max_steps
         expected = last
         if num_epochs is not None and order.batches is not None:
@@ -245,7 +250,7 @@ class Trainer:
 
     def _step_on(self, share: Share, seed_epoch: int) -> Tensor:
         """Compute gradients of a share of a batch, and take an optimizer step where it is due; return the loss."""
-        self._check_own_weights("train")
+        self._averages.check_not_in_place("train")
         config, process = self.config, self.accelerator.process_index
         raw = read_batch(share.data, "train", config.in_channels)
         count = len(raw.images)
@@ -301,8 +306,7 @@ class Trainer:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.learning_rate.step()
-        if self.ema is not None:
-            self.ema.step(self.parameters)
+        self._averages.update()
         self._monitor.add_step(norm, bad)
         self._bad += bad
         self.step += 1
@@ -360,28 +364,17 @@ class Trainer:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self._precision)
 
-    @contextlib.contextmanager
-    def averaged_weights(self) -> Iterator[TrainedModules]:
-        """Give the modules the averaged weights, if there are any, and evaluation mode within a block.
+    @property
+    def ema(self) -> Any:
+        """diffusers' `EMAModel` of the weights; None without averages."""
+        return self._averages.ema
+
+    def averaged_weights(self) -> contextlib.AbstractContextManager[TrainedModules]:
+        """Return a block in which the modules have the averaged weights, if there are any, and evaluation mode.
 
         Blocks may be nested.  Training steps and checkpoints within a block are refused.
         """
-        if self._averaging:
-            yield self.modules
-            return
-        modes = [(module, module.training) for module in self.modules.modules()]
-        if self.ema is not None:
-            self.ema.store(self.parameters)
-            self.ema.copy_to(self.parameters)
-        self._averaging = True
-        try:
-            yield self.modules.eval()
-        finally:
-            self._averaging = False
-            for module, mode in modes:
-                module.training = mode
-            if self.ema is not None:
-                self.ema.restore(self.parameters)
+        return self._averages.in_place()
 
     def validate(self, dataloader: Any) -> float:
         """Return the mean loss over batches, of the averaged weights, with timesteps and noise that never change."""
@@ -412,7 +405,7 @@ class Trainer:
             ValueError: there is no output folder, or gradients of a part of a step are accumulated.
             OSError: it cannot be written; earlier checkpoints are whole.
         """
-        self._check_own_weights("save_checkpoint")
+        self._averages.check_not_in_place("save_checkpoint")
         if self._micro_step:
             got, remedy = f"{self._micro_step} batches of a step", "save after the step"
             raise ValueError(error_message("save_checkpoint", "the gradients", f"hold {got}", "none", remedy))
@@ -436,7 +429,7 @@ class Trainer:
         if folder is None:
             got = f"is {self.options.output_dir!r}, which has no checkpoint"
             raise FileNotFoundError(error_message("load_checkpoint", "output_dir", got, "one or more", "train first"))
-        self._check_own_weights("load_checkpoint")
+        self._averages.check_not_in_place("load_checkpoint")
         load_state(self, folder)
         self._micro_step, self._checked_step = 0, self.step
         # What was accumulated before is of another run.
@@ -451,34 +444,6 @@ class Trainer:
             raise ValueError(error_message(operation, "path", "is left out", "a folder", remedy))
         return Path(self.options.output_dir) / "checkpoints"
 
-    def _check_position(self, order: DataOrder) -> None:
-        """Refuse to go on within an epoch whose batches have another size than before."""
-        size = order.global_batch
-        if self.batch and size is not None and size != self.global_batch:
-            got, expected = f"gives {size} samples a batch over all processes", f"{self.global_batch} like before"
-            remedy = "change batch_size by the number of processes, or continue at the end of an epoch"
-            raise ValueError(error_message("train", "dataloader", got, expected, remedy))
-
-    def _check_output(self) -> None:
-        """Refuse validations without data, and a folder whose checkpoints are of another run or of a later step."""
-        if self.options.validate_every and self._val_dataloader is None:
-            got, remedy = f"is {self.options.validate_every} without val_dataloader", "pass val_dataloader="
-            raise ValueError(error_message("train", "validate_every", got, "data for validation", remedy))
-        if self.options.output_dir is None:
-            return
-        found = latest_checkpoint(self._checkpoints("train"))
-        if found is not None and int(found.name.rpartition("-")[2]) > self.step:
-            got = f"is {self.options.output_dir!r}, which has the checkpoint {found.name}"
-            expected = f"none after step {self.step}, where the trainer is"
-            remedy = "call load_checkpoint() first, take another folder, or remove the later checkpoints"
-            raise ValueError(error_message("train", "output_dir", got, expected, remedy))
-
-    def _check_own_weights(self, operation: str) -> None:
-        """Refuse what would change or store the averages in place of the trained weights."""
-        if self._averaging:
-            got, remedy = "are the averaged ones", "leave the block of averaged_weights first"
-            raise ValueError(error_message(operation, "the weights", got, "those in training", remedy))
-
     # Setting up
 
     def _make_accelerator(self) -> Any:
@@ -488,33 +453,6 @@ class Trainer:
             log_with=list(self.options.trackers) or None,
             project_dir=self.options.output_dir,
         )
-
-    def _checked_precision(self) -> torch.dtype | None:
-        """Return the dtype of autocast: the configuration's, or that of ``accelerate launch``."""
-        ours, launched = self.config.mixed_precision, self.accelerator.mixed_precision
-        if launched != "no" and ours not in ("no", launched):
-            got, expected = f"is {ours!r}", f"{launched!r}, as accelerate was launched"
-            raise ValueError(error_message("Trainer", "mixed_precision", got, expected, "leave one of the two out"))
-        name = launched if ours == "no" else ours
-        if name not in ("no", *_PRECISIONS):
-            got, remedy = f"is {name!r}", "launch with --mixed_precision bf16"
-            raise ValueError(error_message("Trainer", "mixed_precision", got, "no, bf16 or fp16", remedy))
-        return _PRECISIONS.get(str(name))
-
-
-def _check_learning_rate(schedule: Any, optimizer: Any) -> None:
-    """Check that a given learning rate is a schedule of the given optimizer."""
-    if schedule is None:
-        return
-    missing = [name for name in ("step", "get_last_lr", "state_dict", "load_state_dict") if not hasattr(schedule, name)]
-    if missing or isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        got = f"is a {type(schedule).__name__}"
-        expected, remedy = "a schedule that steps without a metric", "set a number as config.learning_rate"
-        raise TypeError(error_message("Trainer", "learning_rate", got, expected, remedy))
-    own = (optimizer, getattr(optimizer, "optimizer", optimizer))  # accelerate wraps optimizers
-    if optimizer is None or not any(getattr(schedule, "optimizer", optimizer) is one for one in own):
-        got, remedy = "is a schedule of another optimizer", "pass its optimizer as optimizer="
-        raise ValueError(error_message("Trainer", "learning_rate", got, "one of the trainer's optimizer", remedy))
 
 
 class DiffusionTrainer(Trainer):
