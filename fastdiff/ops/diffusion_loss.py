@@ -275,7 +275,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     values = [rest if saved is None else saved for saved, rest in zip(ctx.saved_tensors, ctx.rest, strict=True)]
     wanted = [bool(ctx.needs_input_grad[place]) for place in _DIFFERENTIABLE]
-    run = torch.ops.fastdiff.diffusion_loss_gradient
+    run: Any = torch.ops.fastdiff.diffusion_loss_gradient
     if ctx.direct and (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
         run = _Gradient.apply
     elif ctx.direct and in_memory(grad):

@@ -204,8 +204,8 @@ def forward_rows(
     if torch.compiler.is_compiling():
         place = to_device(t, device)
         inside = (place >= 0) & (place < scales.steps)
-        levels = scales.at(place.clamp(0, scales.steps - 1))
-        return _own_rows(*(torch.where(inside, level, torch.nan) for level in levels), target, dtype)
+        alpha, sigma = scales.at(place.clamp(0, scales.steps - 1))
+        return _own_rows(torch.where(inside, alpha, torch.nan), sigma, target, dtype)
     table = _table(scales, target, dtype, device)
     if readable_without_sync(t):
         return table, to_device(t, device)

@@ -163,9 +163,7 @@ class SamplingBenchmark:
 class DiffusionAnalyzer:
     """Counts what a model needs, and times samplers with it."""
 
-    def analyze_model(
-        self, model: nn.Module, inputs: Sequence[Any] | Mapping[str, Any] | None = None, *, batch_size: int = 1
-    ) -> ModelAnalysis:
+    def analyze_model(self, model: nn.Module, inputs: Any = None, *, batch_size: int = 1) -> ModelAnalysis:
         """Count parameters, memory and operations of a model, by two forward calls.
 
         The model is as it was afterwards.
