@@ -168,11 +168,13 @@ def checked_callable(operation: str, argument: str, value: object, expected: str
         raise TypeError(error_message(operation, argument, f"is a {type(value).__name__}", expected, remedy))
 
 
-def checked_type(operation: str, argument: str, value: object, kind: type[Any], expected: str, remedy: str) -> None:
+def checked_type(
+    operation: str, argument: str, value: object, kind: type[Any] | tuple[type[Any], ...], expected: str, remedy: str
+) -> None:
     """Check the type of a value.
 
     Raises:
-        TypeError: it is not of the type `kind`.
+        TypeError: it is not of the type `kind`, or of one of several.
     """
     if not isinstance(value, kind):
         raise TypeError(error_message(operation, argument, f"is a {type(value).__name__}", expected, remedy))

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from enum import Enum
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
@@ -19,15 +21,25 @@ _NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
 def to_json_value(value: object) -> Any:
-    """Return a value as standard JSON: an enumeration's value, a tensor's lists, infinity as ``"inf"``."""
+    """Return a value as standard JSON.
+
+    An enumeration's value, a tensor's lists, a path's text, a number of NumPy as Python's, infinity as ``"inf"``.
+    """
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Tensor):
         return to_json_value(value.tolist())
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, (tuple, list, range)):
         return [to_json_value(one) for one in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return repr(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        number = float(value)
+        return number if math.isfinite(number) else repr(number)
     return value
 
 

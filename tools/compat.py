@@ -32,6 +32,7 @@ CHECKS = (
     "samplers",
     "quantile",
     "gradients",
+    "training",
     "compile",
     "export",
     "strict_export",

@@ -113,6 +113,28 @@ def check_gradients() -> None:
     )
 
 
+def check_training() -> None:
+    """Check the forward process and the training loss with its gradient, drawn and given noise, by every backend."""
+    import fastdiff
+    from fastdiff import ops
+
+    schedule = fastdiff.create_noise_scheduler("cosine")
+    x0, noise, t = normal(1, (3, 2, 5)), normal(2, (3, 2, 5)), torch.tensor([0, 400, 999])
+    for source in ({"noise": noise}, {"seeds": torch.tensor([5, 6, 7])}):
+        for loss in ("l2", "l1", "huber"):
+            found = []
+            for backend in backends():
+                options = {**source, "backend": backend}
+                noisy, target = ops.noise_and_target(x0, t, schedule, "v_prediction", **options)
+                output = normal(3, (3, 2, 5)).requires_grad_()
+                value = ops.diffusion_loss(output, x0, t, schedule, "v_prediction", loss=loss, **options)
+                (gradient,) = torch.autograd.grad(value, output)
+                found.append((noisy, target, value.detach(), gradient))
+            for other in found[1:]:
+                # Rounding of numbers up to 10, some of them sums of 30.
+                torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-5)
+
+
 def check_compile() -> None:
     """Check that each kind of step, noise and reductions compile to one graph with the bits of the eager call."""
     import fastdiff

@@ -13,6 +13,7 @@ import typer
 
 from ..command import FAILED
 from ..errors import checked_integer, error_message
+from ..sharding import process_rank
 from .app import app
 
 
@@ -137,8 +138,11 @@ def train_job(
     if distillation is not None:
         job = prepare_student(job, data, distillation)
     held_out = None if job.held_out is None else DataLoader(job.held_out, batch_size=batch)
-    count = len(job.train_data)  # type: ignore[arg-type]
-    loader = DataLoader(job.train_data, batch_size=batch, shuffle=True, num_workers=workers, drop_last=count >= batch)
+    if held_out is None and options.validate_every:
+        got, remedy = f"is {options.validate_every} for data of which none are held out", "leave it out"
+        raise ValueError(error_message("train", "--validate-every", got, "0", remedy))
+    whole = len(job.train_data) >= batch * process_rank()[1]  # type: ignore[arg-type]
+    loader = DataLoader(job.train_data, batch_size=batch, shuffle=True, num_workers=workers, drop_last=whole)
     for current in rounds:
         if distillation is not None:
             job = prepare_round(job, current)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from array import array
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from ..solvers.affine import NOISE, SAMPLE
 from ..solvers.dpm_fast import DIFFERENCE, LOW_ORDER, StepSizeController, noisy_step, step_with_error
 from ..solvers.table import Row, StepTable
 from .first_order import ExtraArgs
-from .run import Callback, Model, NoiseSampler, Seeds, arguments, progress_bar
+from .run import Callback, Model, NoiseSampler, Seeds, progress_bar
 from .runge_kutta import check_range
 
 
@@ -141,12 +143,15 @@ def _take(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Take one step; return its result, that of lower order, their difference, and the first denoised samples."""
     rows, levels, slots = step_with_error(sigma, target, order)
-    table = torch.tensor(rows, dtype=compute_dtype(x.dtype)).to(x.device)
+    # Half the time of torch.tensor, with the same rounding.
+    dtype = compute_dtype(x.dtype)
+    numbers = array("d" if dtype == torch.float64 else "f", itertools.chain.from_iterable(rows))
+    table = torch.frombuffer(numbers, dtype=dtype).view(len(rows), -1).to(x.device)
     history: list[Tensor | None] = [None] * NUM_REGISTERS
     first: Tensor | None = None
     current = x
-    for index, level in enumerate(arguments(levels, x)):
-        denoised = model(current, level, **extra_args)
+    for index, level in enumerate(levels):
+        denoised = model(current, x.new_full((len(x),), level), **extra_args)
         bar.update()
         first = denoised if first is None else first
         current, *kept = ops.step(current, denoised, table, index, history=history, keeps=len(slots[index]))

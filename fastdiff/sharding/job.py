@@ -47,6 +47,7 @@ class ShardJob:
             if not checked_integer("sample_shards", name, value, minimum) <= maximum:
                 got, remedy = f"is {value}", "stay in that range"
                 raise ValueError(error_message("sample_shards", name, got, f"{minimum} to {maximum}", remedy))
+            object.__setattr__(self, name, int(value))  # NumPy's integers are no values of JSON
         if self.file_format not in FOLDERS:
             raise unknown_name("sample_shards", "file_format", self.file_format, FOLDERS)
         checked_type("sample_shards", "options", self.options, Mapping, "a dict of JSON values", "pass one")

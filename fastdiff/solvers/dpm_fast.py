@@ -129,42 +129,51 @@ def step_with_error(sigma: float, target: float, order: int) -> tuple[list[list[
     """
     span, near = sigma - target, between(sigma, target, 1.0 / order)
     first, second = blank_row(), blank_row()
-    _fill(first, PREV_SAMPLE, {_X: near / sigma, _M: 1.0 - near / sigma})
-    _fill(first, KEEP_0, {_X: 1.0 / sigma, _M: -1.0 / sigma})
-    kept = [[START_NOISE, START]]
+    _fill(first, PREV_SAMPLE, near / sigma, 1.0 - near / sigma)
+    _fill(first, KEEP_0, 1.0 / sigma, -1.0 / sigma)
+    slots = [[START_NOISE, START]]
     rows, levels = [first, second], [sigma, near]
     if order == 2:
         # The sample at the inner level and ε give the sample at the start.
-        _fill(first, KEEP_1, {_X: target / sigma, _M: 1.0 - target / sigma})
-        kept = [[START_NOISE, LOW_ORDER], [DIFFERENCE]]
-        result = {_X: 1.0 - span / near, _M: span / near, _H + START_NOISE: sigma - near}
+        _fill(first, KEEP_1, target / sigma, 1.0 - target / sigma)
+        slots = [[START_NOISE, LOW_ORDER], [DIFFERENCE]]
+        result = 1.0 - span / near, span / near, sigma - near, 0.0
         last = second
     else:
-        _fill(first, KEEP_1, {_X: 1.0})
+        _fill(first, KEEP_1, 1.0, 0.0)
         far, last = between(sigma, target, 2.0 / 3.0), blank_row()
         outer, low = _bend(far, sigma, 2.0), 1.5 * span
         for at, weight, whole in ((PREV_SAMPLE, outer, sigma - far), (KEEP_0, low, span)):
-            _fill(
-                second, at, {_X: -weight / near, _M: weight / near, _H + START_NOISE: weight - whole, _H + START: 1.0}
-            )
+            _fill(second, at, -weight / near, weight / near, weight - whole, 1.0)
         bend = _bend(target, sigma, 1.5)
-        result = {_X: -bend / far, _M: bend / far, _H + START_NOISE: bend - span, _H + START: 1.0}
-        kept += [[LOW_ORDER], [DIFFERENCE]]
+        result = -bend / far, bend / far, bend - span, 1.0
+        slots += [[LOW_ORDER], [DIFFERENCE]]
         rows, levels = [*rows, last], [*levels, far]
-    _fill(last, PREV_SAMPLE, result)
-    _fill(last, KEEP_0, {column: -value for column, value in result.items()} | {_H + LOW_ORDER: 1.0})
-    for row, slots in zip(rows, kept, strict=True):
+    of_sample, of_output, of_noise, of_start = result
+    _fill(last, PREV_SAMPLE, of_sample, of_output, of_noise, of_start)
+    _fill(last, KEEP_0, -of_sample, -of_output, -of_noise, -of_start, 1.0)
+    for row, written in zip(rows, slots, strict=True):
         row[PREDICTION_OUTPUT] = 1.0
-        row[STORE_0 : STORE_0 + len(slots)] = map(float, slots)
-    return rows, levels, kept
+        row[STORE_0 : STORE_0 + len(written)] = written
+    return rows, levels, slots
 
 
 _X, _M, _H = COLUMNS.index("sample"), COLUMNS.index("model_output"), COLUMNS.index("history_0")
 
 
-def _fill(row: list[float], start: int, coefficients: dict[int, float]) -> None:
-    for column, value in coefficients.items():
-        row[start + column] = value
+def _fill(
+    row: list[float],
+    start: int,
+    of_sample: float,
+    of_output: float,
+    of_noise: float = 0.0,
+    of_start: float = 0.0,
+    of_low_order: float = 0.0,
+) -> None:
+    """Write the weights of one output: of the sample, the model's output and three history slots."""
+    row[start + _X], row[start + _M] = of_sample, of_output
+    row[start + _H + START_NOISE], row[start + _H + START] = of_noise, of_start
+    row[start + _H + LOW_ORDER] = of_low_order
 
 
 class StepSizeController:

@@ -37,7 +37,7 @@ from .state_tensors import (
 _FORMAT, _VERSION = "fastdiff checkpoint", 1
 _STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
-_PARTIAL = ".partial-"
+_PARTIAL, _OLDER = ".partial-", ".older-"
 _REMEDY = "take an earlier checkpoint, or train again"
 
 
@@ -57,9 +57,14 @@ def write_checkpoint(folder: str | Path, state: Mapping[str, Any], tensors: Mapp
         tensors: by file, without its ending, and name; on any device, contiguous or not.
 
     Raises:
-        OSError: it cannot be written (a full disk, a read-only folder); the message is one sentence.
+        OSError: it cannot be written (a full disk, a read-only folder), or something else than a checkpoint is there,
+            which is never replaced; the message is one sentence.
     """
-    target = Path(folder)
+    target = Path(folder).absolute()
+    if target.exists() and not is_checkpoint(target) and not (target.is_dir() and not any(target.iterdir())):
+        got = f"is {str(target)!r}, which holds something else than a checkpoint"
+        remedy = "name a folder that does not exist yet"
+        raise FileExistsError(error_message("save_checkpoint", "path", got, "a new folder or a checkpoint", remedy))
     partial = target.with_name(f"{_PARTIAL}{target.name}-{secrets.token_hex(4)}")
     library = require("safetensors.torch", "training", "save_checkpoint")
     try:
@@ -82,7 +87,7 @@ def write_checkpoint(folder: str | Path, state: Mapping[str, Any], tensors: Mapp
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             raise _write_error(error, target) from error
         raise
-    return target
+    return Path(folder)
 
 
 def read_checkpoint(folder: str | Path, *, without: Collection[str] = ()) -> Checkpoint:
@@ -158,13 +163,10 @@ def checkpoint_folder(parent: str | Path, step: int) -> Path:
 
 
 def list_checkpoints(parent: str | Path) -> list[Path]:
-    """Return the checkpoints in a folder, by step."""
+    """Return the checkpoints in a folder, by step; also one that `read_checkpoint` finds between two renames."""
     path = Path(parent)
-    found = (
-        [(int(match[1]), entry) for entry in path.iterdir() if (match := _NAME.fullmatch(entry.name))]
-        if (path.is_dir())
-        else []
-    )
+    names = {entry.name.removeprefix(_OLDER) for entry in path.iterdir()} if path.is_dir() else set()
+    found = [(int(match[1]), path / match[0]) for name in names if (match := _NAME.fullmatch(name))]
     return [entry for _, entry in sorted(found)]
 
 
@@ -177,6 +179,8 @@ def latest_checkpoint(parent: str | Path) -> Path | None:
 def remove_old_checkpoints(parent: str | Path, keep: int) -> None:
     """Remove all but the latest checkpoints of a folder, and what interrupted writes have left there."""
     for old in list_checkpoints(parent)[:-keep]:
+        if not old.exists():
+            os.replace(_older(old), old)
         # Renamed first: an interrupted removal leaves nothing that looks like a checkpoint.
         gone = old.with_name(f"{_PARTIAL}{old.name}-removed")
         shutil.rmtree(gone, ignore_errors=True)
@@ -274,7 +278,7 @@ def _put_in_place(partial: Path, target: Path) -> None:
 
 def _older(target: Path) -> Path:
     """Return the name of a folder between the two renames that replace it; `read_checkpoint` finds it there."""
-    return target.with_name(f".older-{target.name}")
+    return target.with_name(f"{_OLDER}{target.name}")
 
 
 def _flush(path: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import fields
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from ..errors import checked_bool, checked_float, checked_integer, error_message, parse_choice, unknown_name
+from ..errors import checked_bool, checked_float, checked_integer, error_message, parse_choice, shown, unknown_name
 from ..ops.diffusion_loss import LOSSES
 from ..schedules import NoiseScheduleType
 from ..solvers import PredictionType, SamplingMethod
@@ -181,28 +181,32 @@ def settle_training(config: DiffusionConfig) -> None:
     """Settle the fields of optimizer, precision, averages and loss."""
     _agree(config, "gradient_clipping", "max_grad_norm", 1.0)
     for name in ("learning_rate", "huber_c", "p2_k", "logit_std", "timestep_shift"):
-        checked_float(_OPERATION, name, getattr(config, name), 0.0, strict=True)
+        setattr(config, name, checked_float(_OPERATION, name, getattr(config, name), 0.0, strict=True))
     for name in ("weight_decay", "max_grad_norm", "p2_gamma", "vlb_weight"):
-        checked_float(_OPERATION, name, getattr(config, name), 0.0)
-    checked_float(_OPERATION, "logit_mean", config.logit_mean, -math.inf)
+        setattr(config, name, checked_float(_OPERATION, name, getattr(config, name), 0.0))
+    config.gradient_clipping = config.max_grad_norm
+    config.logit_mean = checked_float(_OPERATION, "logit_mean", config.logit_mean, -math.inf)
     for name, at_one in (("ema_decay", False), ("condition_dropout", True), ("dropout", False)):
         share = checked_float(_OPERATION, name, getattr(config, name), 0.0)
         if share > 1 or (share == 1 and not at_one):
             expected = "a number from 0 to 1" + ("" if at_one else ", below 1")
             raise _refused(name, f"is {share}", expected, f"pass {name} in that range")
+        setattr(config, name, share)
     for name, least in (
         ("gradient_accumulation_steps", 1),
         ("lr_warmup_steps", 0),
         ("max_train_steps", 1),
         ("seed", 0),
     ):
-        checked_integer(_OPERATION, name, getattr(config, name), least)
+        setattr(config, name, checked_integer(_OPERATION, name, getattr(config, name), least))
+    if config.seed >= 2**64:
+        raise _refused("seed", f"is {shown(config.seed)}", "0 to 2**64 - 1", "take it modulo 2**64")
     precision = _PRECISIONS.get(str(config.mixed_precision))
     if precision is None:
         raise unknown_name(_OPERATION, "mixed_precision", config.mixed_precision, _PRECISIONS)
     config.mixed_precision = precision
     if config.snr_gamma is not None:
-        checked_float(_OPERATION, "snr_gamma", config.snr_gamma, 0.0, strict=True)
+        config.snr_gamma = checked_float(_OPERATION, "snr_gamma", config.snr_gamma, 0.0, strict=True)
     if _given(config, "loss_weighting") is None:
         config.loss_weighting = "uniform" if config.snr_gamma is None else "min_snr"
     for name, known in (
@@ -222,9 +226,9 @@ def settle_training(config: DiffusionConfig) -> None:
 def settle_sampling(config: DiffusionConfig) -> None:
     """Check the fields of sampling and all flags, after the schedule is settled."""
     config.sampling_method = parse_choice(SamplingMethod, _OPERATION, "sampling_method", config.sampling_method).value
-    checked_integer(_OPERATION, "num_inference_steps", config.num_inference_steps, 1)
-    checked_float(_OPERATION, "guidance_scale", config.guidance_scale, -math.inf)
-    checked_float(_OPERATION, "eta", config.eta, 0.0)
+    config.num_inference_steps = checked_integer(_OPERATION, "num_inference_steps", config.num_inference_steps, 1)
+    config.guidance_scale = checked_float(_OPERATION, "guidance_scale", config.guidance_scale, -math.inf)
+    config.eta = checked_float(_OPERATION, "eta", config.eta, 0.0)
     for field in fields(config):
         if field.type == "bool":
             checked_bool(_OPERATION, field.name, getattr(config, field.name))

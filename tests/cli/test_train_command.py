@@ -108,6 +108,34 @@ def test_bad_arguments_are_refused_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_options_of_folders_and_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    (tmp_path / "data").mkdir()
+    for i in range(3):
+        pillow.new("RGB", (8, 8)).save(tmp_path / "data" / f"{i}.png")
+    config = {"image_size": 8, "model_channels": 32, "channel_mult": [1], "num_res_blocks": 1, "num_heads": 4}
+    (tmp_path / "c.json").write_text(json.dumps({**config, "attention_resolutions": [], "max_train_steps": "3"}))
+    call = ("train", "--data", tmp_path / "data", "--config", tmp_path / "c.json", "--out", tmp_path / "out", "--quiet")
+    assert _run(*call) == 2
+    assert "max_train_steps has type str, expected an integer" in capsys.readouterr().err
+    assert _run(*call, "--steps", 1, "--validate-every", 1) == 2
+    assert "--validate-every is 1 for data of which none are held out" in capsys.readouterr().err
+    # Two processes with batches of 2 share out the 3 images, in an incomplete batch; one has a whole batch.
+    loaders: list[Any] = []
+
+    def loader(*words: Any, **options: Any) -> Any:
+        loaders.append(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torch.utils.data.DataLoader", loader)
+    for world in ("1", "2"):
+        monkeypatch.setenv("WORLD_SIZE", world)
+        assert _run(*call, "--steps", 1, "--batch", 2) == 130
+    assert [options["drop_last"] for options in loaders] == [True, False]
+
+
 def test_help_lists_options() -> None:
     shown = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200"}).output
     for option in ("--data", "--config", "--resume", "--checkpoint-every", "--on-nan"):
@@ -161,6 +189,12 @@ def test_digits_are_distilled_round_by_round(
     for folder in (tmp_path / "c", tmp_path / "d"):  # consistency models
         assert _run("sample", "--weights", folder, "--n", 1, "--quiet", "--out", tmp_path / "digits.png") == 0
         assert ", lcm, 4 steps; " in capsys.readouterr().out
+    other = tmp_path / "other.json"
+    (state,) = (path / "state.json" for path in list_checkpoints(tmp_path / "d" / "checkpoints"))
+    other.write_text(state.read_text().replace('"prediction_type": "v_prediction"', '"prediction_type": "epsilon"'))
+    other.replace(state)
+    assert _run(*fixed, "consistency", "--teacher", tmp_path / "d", "--out", tmp_path / "e") == 2
+    assert "prediction_type 'epsilon', expected 'v_prediction' like the student" in capsys.readouterr().err
     student = load_digit_unet()
     load_checkpoint(list_checkpoints(tmp_path / "c" / "checkpoints")[-1], student, ema=True)
 

@@ -128,6 +128,7 @@ def test_triton_kernel_takes_declared_tensors() -> None:
     assert {*COUNTER_TENSORS.values(), *HISTORY_SLOTS} < set(pointers)
 
 
+@pytest.mark.filterwarnings("default::DeprecationWarning")  # each call has several
 def test_former_names_warn_and_work() -> None:
     x, table = torch.randn(2, 5), plain_row(prev_x=0.5, prev_m=2.0, prev_h0=1.0)
     rows, scale = torch.zeros(1, dtype=torch.int64), 3.0

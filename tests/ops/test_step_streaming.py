@@ -133,7 +133,7 @@ def test_model_input_is_made_from_written_values() -> None:
     plan = Shape(3, torch.float32, (2, 1031), "scalar", 3, keeps=1)
     case = make(plan)
     made = [torch.full((4, 1031), float("nan"), dtype=torch.bfloat16) for _ in range(2)]
-    arguments = {"uncond": case.uncond, "guidance": case.guidance, "history": case.history, "keeps": 1}
+    arguments = {"uncond": case.uncond, "guidance_scale": case.guidance, "history": case.history, "keeps": 1}
     expected = ops.step(case.sample, case.model_output, case.table, 0, **arguments, model_input=made[0])
     with streaming():
         got = ops.step(case.sample, case.model_output, case.table, 0, **arguments, model_input=made[1])

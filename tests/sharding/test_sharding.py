@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -338,3 +339,7 @@ def test_killed_runs_end_in_the_files_of_an_undisturbed_one(tmp_path: Path) -> N
     assert report.drawn == len(draw.calls) == 60 - report.skipped
     finish(Drawn(), tmp_path / "undisturbed", **job)
     assert tree(folder) == tree(tmp_path / "undisturbed")
+
+
+def test_integers_of_numpy_describe_the_same_job() -> None:
+    assert ShardJob(np.int64(3), np.int32(2), np.int64(1)).digest() == ShardJob(3, 2, 1).digest()  # type: ignore[arg-type]

@@ -163,6 +163,7 @@ def test_table_drops_unread_outputs() -> None:
     assert list(StepTable(rows, drop_unread=False)) == list(rows)
 
 
+@pytest.mark.filterwarnings("default::DeprecationWarning")  # each call has several
 def test_table_and_row_keep_former_names() -> None:
     with pytest.warns(DeprecationWarning, match=r"Row\(keep=\) is now kept=") as warned:
         old = _row(keep=(SAMPLE,), store=(2,))

@@ -93,7 +93,7 @@ def _walk(name: str, table: StepTable, *, guided: bool) -> None:
             sample,
             output,
             uncond=uncond if guided else None,
-            guidance=GUIDANCE if guided else None,
+            guidance_scale=GUIDANCE if guided else None,
             variance=variance.abs() if learned else None,
             noise=noise if table.draws_noise[i] else None,
         )

@@ -9,6 +9,7 @@ end or about what torch imports need a process of their own.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
@@ -23,9 +24,11 @@ from typing import IO, Any
 @functools.cache
 def _server() -> subprocess.Popen[str]:
     environ = {n: value for n, value in os.environ.items() if not n.startswith(("FASTDIFF_", "TRITON_", "PYTHONPATH"))}
-    return subprocess.Popen(
+    server = subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ
     )
+    atexit.register(server.__exit__, None, None, None)  # closes its pipes and waits
+    return server
 
 
 def run_program(code: str, *, env: dict[str, str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

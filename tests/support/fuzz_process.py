@@ -44,14 +44,16 @@ class Server:
         if answer:
             return str(json.loads(answer))
         code = self.process.wait()
-        self.process = None
         self.stderr.seek(0)
-        raise AssertionError(f"the process ended with {code} in {plan}:\n{self.stderr.read()[-6000:]}")
+        printed = self.stderr.read()[-6000:]
+        self.close()
+        raise AssertionError(f"the process ended with {code} in {plan}:\n{printed}")
 
     def close(self) -> None:
-        if self.process is not None and self.process.stdin is not None:
-            self.process.stdin.close()
-            self.process.wait()
+        if self.process is not None:
+            with self.stderr, self.process:  # closes its pipes and waits
+                pass
+            self.process = None
 
 
 def serve(plan: Callable[..., Any], outcome: Callable[[Any], str]) -> None:

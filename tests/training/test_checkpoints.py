@@ -205,6 +205,22 @@ def test_other_model_or_optimizer_is_refused_and_unchanged(tmp_path: Path) -> No
         load_checkpoint(tmp_path / "nothing", model)
 
 
+def test_optimizer_of_another_kind_is_refused(tmp_path: Path) -> None:
+    model, optimizer = _trained(torch.optim.SGD, momentum=0.9)
+    folder = save_checkpoint(model, optimizer, 0, 1.0, tmp_path / "saved")
+    with pytest.raises(ValueError, match="optimizer is a AdamW, expected one with dampening, momentum, nesterov"):
+        load_checkpoint(folder, model, torch.optim.AdamW(model.parameters()))
+
+
+def test_learning_rate_in_a_tensor_is_kept(tmp_path: Path) -> None:
+    model = Tied()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.25))
+    folder = save_checkpoint(model, optimizer, 0, 1.0, tmp_path / "saved")
+    other = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.5))
+    load_checkpoint(folder, model, other)
+    assert float(other.param_groups[0]["lr"]) == 0.25
+
+
 def test_full_disk_keeps_the_last_checkpoint_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +261,19 @@ def test_checkpoint_between_two_renames_is_found(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
+def test_only_checkpoints_are_replaced(tmp_path: Path) -> None:
+    model, optimizer = _trained(torch.optim.AdamW)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.iterdir())
+    for path in (tmp_path, tmp_path / "file"):
+        with pytest.raises(FileExistsError, match="holds something else than a checkpoint"):
+            save_checkpoint(model, optimizer, 0, 1.0, path)
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "file").read_text() == "mine"
+    assert load_checkpoint(save_checkpoint(model, optimizer, 3, 1.0, tmp_path / "empty"), model)["epoch"] == 3
+
+
 def test_latest_and_old_checkpoints(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "nothing") is None
     for step in (5, 20, 100):
@@ -255,6 +284,13 @@ def test_latest_and_old_checkpoints(tmp_path: Path) -> None:
     remove_old_checkpoints(tmp_path, 2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000020", "step-00000100"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step-00000020", "step-00000100"]
+    (tmp_path / "step-00000100").rename(tmp_path / ".older-step-00000100")  # the process ended between two renames
+    latest = latest_checkpoint(tmp_path)
+    assert latest == tmp_path / "step-00000100"
+    assert read_checkpoint(latest).tensors["a"]["x"] == 1
+    (tmp_path / "step-00000020").rename(tmp_path / ".older-step-00000020")
+    remove_old_checkpoints(tmp_path, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step-00000100"]
 
 
 def test_state_of_other_kinds_is_refused() -> None:
@@ -268,3 +304,16 @@ def test_state_of_other_kinds_is_refused() -> None:
     values, tensors = optimizer_state(optimizer)
     load_optimizer_state(optimizer, json.loads(json.dumps(values)), tensors)
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def test_extra_state_is_refused(tmp_path: Path) -> None:
+    class Extra(Tied):
+        def get_extra_state(self) -> torch.Tensor:
+            return torch.ones(1)
+
+        def set_extra_state(self, state: Any) -> None:
+            pass
+
+    model = Extra()
+    with pytest.raises(TypeError, match="keeps extra state under '_extra_state'"):
+        save_checkpoint(model, torch.optim.SGD(model.parameters(), lr=0.1), 0, 1.0, tmp_path / "saved")

@@ -8,6 +8,7 @@ import warnings
 from dataclasses import asdict, fields
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fastdiff.schedules import NoiseScheduleType
@@ -170,3 +171,22 @@ def test_json_gives_an_equal_configuration(settle: bool) -> None:
     assert DiffusionConfig.from_json(config.to_json()) == config
     with pytest.raises(ValueError, match="hiden_size"):
         DiffusionConfig.from_json('{"hiden_size": 3}')
+
+
+def test_numbers_of_numpy_become_numbers_of_json() -> None:
+    fields = {
+        "learning_rate": np.float32(0.5),
+        "max_grad_norm": np.float32(2),
+        "seed": np.int64(3),
+        "eta": np.float32(0),
+    }
+    fields |= {"num_timesteps": np.int64(100), "eta": np.float32(0), "lr_warmup_steps": np.int32(1)}
+    config = DiffusionConfig(**fields)
+    with pytest.warns(UserWarning, match="learning_rate"):
+        settled = config.validate()
+    assert type(settled.learning_rate) is float
+    assert type(settled.seed) is int
+    for one in (config, settled):
+        assert DiffusionConfig.from_json(one.to_json()) == one
+    with pytest.raises(ValueError, match="expected 0 to 2"):
+        DiffusionConfig(seed=2**64).validate()

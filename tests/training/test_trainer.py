@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from fastdiff.training import (
     Trainer,
     TrainingBatch,
     draw_timesteps,
+    load_checkpoint,
     validate_model,
 )
 from fastdiff.training.checkpoints import list_checkpoints
@@ -232,6 +234,39 @@ def test_resumed_run_has_the_same_bits(tmp_path: Path, stop: int) -> None:
     assert other.train(_loader(), max_steps=8)[-1]["loss"] != reports[-1]["loss"]
 
 
+def test_small_data_and_other_batches_resume(tmp_path: Path) -> None:
+    """A pass of one incomplete batch can be resumed, and so can one whose batches are smaller than earlier ones."""
+
+    def make(folder: str) -> Trainer:
+        return Trainer(_small(), _config(), RunOptions(output_dir=str(tmp_path / folder), checkpoint_every=1))
+
+    whole = make("whole")
+    whole.train(_loader(5, batch=8), max_steps=3)
+    make("parts").train(_loader(5, batch=8), max_steps=2)
+    parts = make("killed")
+    parts.load_checkpoint(tmp_path / "parts" / "checkpoints" / "step-00000001")  # written within the first pass
+    parts.train(_loader(5, batch=8), max_steps=3)
+    assert _same(whole, parts)
+
+    smaller = make("smaller")
+    smaller.train(_loader(8, batch=4), max_steps=2)
+    assert (smaller.epoch, smaller.batch) == (1, 0)  # a pass that is complete is no position within it
+    smaller.train(_loader(8, batch=2), max_steps=3)
+    again = make("smaller")
+    again.load_checkpoint()
+    again.train(_loader(8, batch=2), max_steps=4)
+    assert again.step == 4
+
+
+def test_one_more_pass_is_one_after_a_complete_one() -> None:
+    batches = [_images(4), _images(4, seed=1)]
+    for loader in (DataLoader(TensorDataset(_images(8)), 4), batches):
+        trainer = Trainer(_small(), _config())
+        trainer.train(loader, max_steps=2)
+        trainer.train(loader)
+        assert trainer.step == 4
+
+
 def test_resumption_is_refused_where_it_would_differ(tmp_path: Path) -> None:
     options = RunOptions(output_dir=str(tmp_path))
     trainer = Trainer(_small(), _config(), options)
@@ -252,6 +287,79 @@ def test_resumption_is_refused_where_it_would_differ(tmp_path: Path) -> None:
         Trainer(_small(), _config(), RunOptions(output_dir=str(tmp_path / "new"))).load_checkpoint()
     with pytest.raises(ValueError, match="path is left out"):
         Trainer(_small(), _config()).save_checkpoint()
+
+
+def test_a_new_run_does_not_mix_with_an_older_one(tmp_path: Path) -> None:
+    options = RunOptions(output_dir=tmp_path)
+    Trainer(_small(), _config(), options).train(_loader(), max_steps=3)
+    history = (tmp_path / "history.jsonl").read_text()
+    new = Trainer(_small(), _config(), options)
+    with pytest.raises(ValueError, match="has the checkpoint step-00000003, expected none after step 0"):
+        new.train(_loader(), max_steps=1)
+    assert (tmp_path / "history.jsonl").read_text() == history
+    assert len(list_checkpoints(tmp_path / "checkpoints")) == 1
+
+
+@pytest.mark.parametrize("damage", [b"123\n", b"{}\n", b"\xff\xfe\n", b'{"step": "x"}\n', b'{"step": 1, '])
+def test_damaged_history_does_not_stop_a_resumed_run(tmp_path: Path, damage: bytes) -> None:
+    options = RunOptions(output_dir=str(tmp_path), log_every=1)
+    reports = Trainer(_small(), _config(), options).train(_loader(), max_steps=1)
+    with (tmp_path / "history.jsonl").open("ab") as stream:
+        stream.write(damage)
+    resumed = Trainer(_small(), _config(), options)
+    resumed.load_checkpoint()
+    reports += resumed.train(_loader(), max_steps=2)
+    assert [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()] == reports
+
+
+def test_loading_drops_what_was_accumulated(tmp_path: Path) -> None:
+    def make() -> Trainer:
+        return Trainer(_small(), _config(gradient_accumulation_steps=2), RunOptions(output_dir=str(tmp_path)))
+
+    trainer, clean = make(), make()
+    for _ in range(2):
+        trainer.training_step(_images(4))
+    trainer.save_checkpoint()
+    trainer.training_step(3 * _images(4))
+    for one in (trainer, clean):
+        one.load_checkpoint()
+        for _ in range(2):
+            one.training_step(_images(4, seed=1))
+    assert _same(trainer, clean)
+    assert trainer.read_monitor() == clean.read_monitor()
+
+
+def test_given_schedule_is_checked_and_resumed(tmp_path: Path) -> None:
+    def make(folder: str) -> Trainer:
+        model = _small()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        rate = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 3])  # its state has numbers as keys
+        options = RunOptions(output_dir=str(tmp_path / folder))
+        return Trainer(model, _config(), options, optimizer=optimizer, learning_rate=rate)
+
+    whole = make("whole")
+    whole.train(_loader(), max_steps=4)
+    make("parts").train(_loader(), max_steps=1)
+    parts = make("parts")
+    parts.load_checkpoint()
+    parts.train(_loader(), max_steps=4)
+    assert parts.learning_rate.get_last_lr() == whole.learning_rate.get_last_lr() == [pytest.approx(1e-3)]
+    assert _same(whole, parts)
+    with pytest.raises(TypeError, match=r"learning_rate is a float, .* set a number as config\.learning_rate"):
+        Trainer(_small(), _config(), learning_rate=1e-3)
+    for optimizer in (None, torch.optim.SGD(_small().parameters(), lr=0.1)):
+        with pytest.raises(ValueError, match="is a schedule of another optimizer"):
+            Trainer(_small(), _config(), optimizer=optimizer, learning_rate=whole.learning_rate)
+
+
+def test_checkpoint_of_a_compiled_model_is_that_of_the_model(tmp_path: Path) -> None:
+    compiled = torch.compile(_small(), backend="eager")
+    trainer = Trainer(compiled, _config(), RunOptions(output_dir=str(tmp_path)))
+    folder = trainer.save_checkpoint()
+    plain = _small(1)
+    load_checkpoint(folder, plain)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), trainer.parameters, strict=True))
+    load_checkpoint(folder, compiled)
 
 
 class _Poisoned:
@@ -359,6 +467,34 @@ class Prompted(nn.Module):
     def forward(self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor) -> dict[str, Tensor]:
         steer = self.read(encoder_hidden_states).sum(1)[:, :, None, None].expand(-1, -1, *x.shape[2:])
         return {"sample": self.leave(torch.cat([x, steer], dim=1))}
+
+
+def test_averaged_weights_nest_and_leave_everything_as_it_was(tmp_path: Path) -> None:
+    trainer = Trainer(_small(dropout=0.5), _config(), RunOptions(output_dir=str(tmp_path)))
+    for _ in range(2):
+        trainer.training_step(_images(4))
+    trainer.modules.model.dropout.eval()
+    before = [weight.clone() for weight in _weights(trainer)]
+    with trainer.averaged_weights():
+        trainer.validate([_images(4)])
+        assert all(torch.equal(a, b) for a, b in zip(trainer.parameters, trainer.ema.shadow_params, strict=True))
+        with pytest.raises(ValueError, match="save_checkpoint: the weights are the averaged ones"):
+            trainer.save_checkpoint()
+        with pytest.raises(ValueError, match="train: the weights are the averaged ones"):
+            trainer.training_step(_images(4))
+    assert all(torch.equal(a, b) for a, b in zip(before, _weights(trainer), strict=True))
+    assert trainer.modules.model.training
+    assert not trainer.modules.model.dropout.training
+
+
+def test_validation_without_data_is_refused() -> None:
+    trainer = Trainer(_small(), _config(), RunOptions(validate_every=1))
+    with pytest.raises(ValueError, match="validate_every is 1 without val_dataloader"):
+        trainer.train(_loader(), max_steps=1)
+    once = iter([_images(4)])
+    assert math.isfinite(trainer.validate(once))
+    with pytest.raises(ValueError, match="val_dataloader gave no batch"):
+        trainer.validate(once)
 
 
 def test_prompts_train_a_text_encoder_and_are_dropped(tmp_path: Path) -> None:
@@ -580,3 +716,9 @@ def test_bad_data_stops_in_one_sentence() -> None:
         RunOptions(on_nan="go on").validate()
     with pytest.raises(ValueError, match="trackers"):
         RunOptions(trackers=("paper",)).validate()
+    with pytest.raises(TypeError, match="sample_prompts is the string 'a cat', expected a sequence"):
+        RunOptions(sample_prompts="a cat").validate()
+    with pytest.raises(TypeError, match="output_dir is a int"):
+        RunOptions(output_dir=3).validate()  # type: ignore[arg-type]
+    options = RunOptions(output_dir=Path("run"), sample_labels=range(2), log_every=np.int64(3))  # type: ignore[arg-type]
+    assert json.loads(json.dumps(options.to_dict())) == options.validate().to_dict()

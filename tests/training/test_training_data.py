@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import gzip
+import math
 import random
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    SequentialSampler,
+    TensorDataset,
+)
 
+from fastdiff.philox import Purpose
 from fastdiff.training import ImageFolder, Jitter, digits_dataset, fashion_mnist_dataset
 from fastdiff.training.data.batches import read_batch
 from fastdiff.training.data.order import DataOrder, seeded_draws
@@ -116,6 +126,34 @@ def test_other_iterables_keep_their_order() -> None:
         DataOrder(3, 0)
 
 
+def test_loaders_that_are_not_read_by_index() -> None:
+    images = _numbered(10).tensors[0]
+
+    class Stream(IterableDataset[Tensor]):
+        def __iter__(self) -> Iterator[Tensor]:
+            return iter(images)
+
+    stream = DataOrder(DataLoader(Stream(), 4), 0)
+    assert stream.batches is None  # its data set has no length
+    assert [len(share.sample_ids) for share in stream.epoch(0)] == [4, 4, 2]
+    part = DataOrder(DataLoader(TensorDataset(images), 2, sampler=SequentialSampler(range(4))), 0)
+    assert torch.equal(torch.cat([share.data[0] for share in part.epoch(0)]), images[:4])
+    shared = DataLoader(TensorDataset(images), 2, sampler=DistributedSampler(range(10), 2, 0))
+    DataOrder(shared, 0)
+    with pytest.raises(ValueError, match="leave DistributedSampler and"):
+        DataOrder(shared, 0, 0, 2)
+
+
+def test_transforms_of_a_tensor_data_set_are_seeded() -> None:
+    class Noisy(TensorDataset):
+        def __getitem__(self, index: Any) -> tuple[Tensor, ...]:
+            return (super().__getitem__(index)[0] + torch.rand(1),)
+
+    loader = DataLoader(Noisy(torch.zeros(6, 1)), 3)
+    one, other = ([share.data[0] for share in DataOrder(loader, 0).epoch(0)] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def test_seeded_draws_leave_generators_as_they_were() -> None:
     torch.manual_seed(4)
     expected = torch.rand(3)
@@ -176,6 +214,29 @@ def test_image_folder_skips_and_counts_what_cannot_be_read(tmp_path: Path) -> No
         folder[0]
 
 
+def test_image_folder_converts_or_skips_other_modes(tmp_path: Path) -> None:
+    values = torch.randint(0, 65536, (6, 6))
+    depth = PIL_Image.frombytes("I;16", (6, 6), struct.pack("<36H", *values.flatten().tolist()))
+    depth.save(tmp_path / "depth.png")
+    depth.convert("I").save(tmp_path / "unknown_range.tif")
+    exif = PIL_Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    broad = PIL_Image.new("L", (8, 4), 0)
+    broad.paste(255, (0, 0, 4, 4))
+    broad.save(tmp_path / "turned.webp", exif=exif, lossless=True)
+    broken = (tmp_path / "turned.webp").read_bytes().replace(b"MM\0*", b"M?\0*")
+    (tmp_path / "wrong_exif.webp").write_bytes(broken)
+    PIL_Image.new("LAB", (4, 4)).save(tmp_path / "lab.tif")  # Pillow has no conversion to L
+    with pytest.warns(UserWarning, match="3 files of 5 cannot be read"):
+        folder = ImageFolder(tmp_path, 6, 1)
+    assert sorted(path.name for path in folder.skipped) == ["lab.tif", "unknown_range.tif", "wrong_exif.webp"]
+    levels = (folder[0][0] + 1) * 127.5
+    assert (levels - values / 257).abs().max() <= 0.5 + 1e-4  # rounded to 8 bits; float32 of 255 has an error of 2e-5
+    turned = folder[1][0]
+    assert turned[0].min() > 0.9  # the left half is at the top now
+    assert turned[-1].max() < -0.9
+
+
 def test_image_folder_refuses_bad_folders(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is no folder"):
         ImageFolder(tmp_path / "nothing", 4)
@@ -202,6 +263,11 @@ def test_fashion_mnist_files(tmp_path: Path) -> None:
     labels.write_bytes(labels.read_bytes()[:-1])
     with pytest.raises(ValueError, match="cut short"):
         fashion_mnist_dataset(tmp_path)
+    packed = bytearray(images.read_bytes())
+    packed[10] |= 7  # the deflate stream begins with a block of no known kind
+    images.write_bytes(packed)
+    with pytest.raises(ValueError, match="cut short or no idx file"):
+        fashion_mnist_dataset(tmp_path)
     images.write_bytes(images.read_bytes()[:20])
     with pytest.raises(ValueError, match="cut short"):
         fashion_mnist_dataset(tmp_path)
@@ -221,6 +287,27 @@ def test_jitter_belongs_to_seeds() -> None:
     assert (changed - images).abs().max() > 0.05
     with pytest.raises(ValueError, match="share is 2"):
         Jitter(2)
+
+
+def test_jitter_moves_by_pixels_on_both_axes() -> None:
+    """A bright dot of a wide image is found where the turn and the shift in pixels put it."""
+    height, width = 16, 48
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    down, across = rows + 0.5 - height / 2, columns + 0.5 - width / 2  # pixels from the middle
+    dot = torch.exp(-((down - 3) ** 2 + (across - 2) ** 2) / 4)
+    jitter = Jitter(share=1.0, degrees=40.0, scale=0.0, pixels=2.0)
+    seeds = torch.arange(6) * 104729
+    moved = jitter((dot * 2 - 1).expand(6, 1, height, width).contiguous(), seeds)[:, 0] + 1
+    draws = seeded_uniforms(seeds, Purpose.JITTER, 6)
+    mass = moved.sum((1, 2))
+    for i, (turn, x, y) in enumerate(zip(*((draws[:, k] * 2 - 1).tolist() for k in (0, 3, 4)), strict=True)):
+        # The pixel at p is read at R·p + shift, so the dot at (2, 3) moves to R⁻¹·((2, 3) − shift).
+        angle, a, b = math.radians(40 * turn), 2 - 2 * x, 3 - 2 * y
+        expected = math.cos(angle) * a + math.sin(angle) * b, -math.sin(angle) * a + math.cos(angle) * b
+        found = (moved[i] * across).sum() / mass[i], (moved[i] * down).sum() / mass[i]
+        # Cubic interpolation keeps the middle of a smooth dot within a few hundredths of a pixel.
+        assert abs(float(found[0]) - expected[0]) < 0.05
+        assert abs(float(found[1]) - expected[1]) < 0.05
 
 
 def test_seeded_uniforms_are_uniform_and_apart() -> None:

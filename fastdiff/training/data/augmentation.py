@@ -43,9 +43,13 @@ class Jitter:
         draws = seeded_uniforms(seeds, Purpose.JITTER, 6).to(images.dtype)
         turn = (draws[:, 0] * 2 - 1) * math.radians(self.degrees)
         scale = 1 + (draws[:, 1:3] * 2 - 1) * self.scale
-        shift = (draws[:, 3:5] * 2 - 1) * (self.pixels * 2 / images.shape[-1])
-        across = torch.stack([turn.cos() * scale[:, 0], -turn.sin() * scale[:, 0], shift[:, 0]], dim=1)
-        down = torch.stack([turn.sin() * scale[:, 1], turn.cos() * scale[:, 1], shift[:, 1]], dim=1)
+        height, width = images.shape[-2:]
+        x, y = (draws[:, 3:5] * 2 - 1).unbind(1)
+        x, y = x * (self.pixels * 2 / width), y * (self.pixels * 2 / height)
+        # affine_grid counts both axes from −1 to 1, which are other numbers of pixels where H and W differ.
+        right, up = turn.sin() * (height / width), turn.sin() * (width / height)
+        across = torch.stack([turn.cos() * scale[:, 0], -right * scale[:, 0], x], dim=1)
+        down = torch.stack([up * scale[:, 1], turn.cos() * scale[:, 1], y], dim=1)
         grid = functional.affine_grid(torch.stack([across, down], dim=1), list(images.shape), align_corners=False)
         moved = functional.grid_sample(images + 1, grid, mode="bicubic", align_corners=False) - 1
         chosen = (draws[:, 5] < self.share).view(-1, 1, 1, 1)

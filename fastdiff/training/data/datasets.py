@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import struct
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,17 @@ class ImageFolder(Dataset[Any]):
     """The images of a folder and of those in it, as float tensors in [−1, 1].
 
     Every file is opened once at the start.  Those that cannot be read as images are left out: `skipped` has their
-    paths with the reasons, and one warning their number.  Images are cut to a square about their middle and resized
-    (Pillow, bicubic with antialiasing).
+    paths with the reasons, and one warning their number.  Images are turned as their EXIF orientation says, cut to a
+    square about their middle and resized (Pillow, bicubic with antialiasing).
 
     Args:
         folder: searched at all depths for `IMAGE_ENDINGS`; files are sorted by path.
         image_size: height and width in pixels.
-        channels: 1 for grey, 3 for RGB, 4 for RGBA; images of other modes are converted.
+        channels: 1 for grey, 3 for RGB, 4 for RGBA; images of other modes are converted, those of 16 bits from 0 to
+            65535.  Pixels of 32 bits have no fixed range: their files are left out.
         labels: give ``(image, label)``: the class is the name of the subfolder, numbered in alphabetical order.
-        check: decode each file completely at the start; else only its header is read, and a file that fails
-            later stops the training with its name.
+        check: decode and convert each file completely at the start; else only its header is read, and a file that
+            fails later stops the training with its name.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -76,7 +78,7 @@ class ImageFolder(Dataset[Any]):
             try:
                 with pillow.open(path) as image:
                     if check:
-                        image.load()
+                        _converted(image, self.mode)
                 self.paths.append(path)
             except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
                 self.skipped[path] = " ".join(str(error).split()) or type(error).__name__
@@ -111,10 +113,10 @@ class ImageFolder(Dataset[Any]):
         path = self.paths[index]
         try:
             with pillow.open(path) as image:
-                turned = operations.exif_transpose(image).convert(self.mode)
+                turned = _converted(image, self.mode)
                 size = (self.image_size, self.image_size)
                 pixels = operations.fit(turned, size, method=pillow.Resampling.BICUBIC).tobytes()
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
             got = f"is {str(path)!r}, which could be read before and cannot be any more ({error})"
             remedy = "restore the file, or start again without it"
             raise ValueError(error_message("ImageFolder", "image", got, "a readable image", remedy)) from error
@@ -122,6 +124,22 @@ class ImageFolder(Dataset[Any]):
         shaped = values.reshape(self.image_size, self.image_size, -1).permute(2, 0, 1)
         tensor = shaped.to(torch.float32) / 127.5 - 1
         return tensor if self.labels is None else (tensor, self.labels[index])
+
+
+def _converted(image: Any, mode: str) -> Any:
+    """Return an image of Pillow, turned as its EXIF orientation says, in a mode of 8 bits a channel.
+
+    Raises:
+        OSError, ValueError, SyntaxError: it cannot be decoded or converted.
+    """
+    turned = require("PIL.ImageOps", "cli", "ImageFolder").exif_transpose(image)
+    # A grey PNG of 16 bits has mode I in Pillow 10.
+    sixteen = turned.mode.startswith("I;16") or (turned.mode == "I" and image.format == "PNG")
+    if turned.mode in ("I", "F") and not sixteen:
+        raise ValueError(f"pixels of 32 bits, mode {turned.mode}, have no fixed range")
+    if sixteen:  # Pillow's own conversion cuts off what is above 255
+        turned = turned.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+    return turned.convert(mode)
 
 
 def fashion_mnist_dataset(folder: str | Path, *, train: bool = True) -> TensorDataset:
@@ -156,7 +174,7 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> Tensor:
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         header = struct.unpack_from(f">HBB{dimensions}I", data)
-    except (OSError, EOFError, struct.error) as error:
+    except (OSError, EOFError, zlib.error, struct.error) as error:
         raise _no_idx(path, str(error)) from error
     shape, offset = header[3:], 4 + 4 * dimensions
     count = 1

@@ -17,7 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+)
 
 from ...errors import error_message
 from ...noise import sample_seeds
@@ -94,7 +102,7 @@ class DataOrder:
 
     Raises:
         TypeError: the loader cannot be iterated over.
-        ValueError: it is empty, or has fewer samples than processes.
+        ValueError: it is empty, has fewer samples than processes, or shares samples out among processes by itself.
     """
 
     def __init__(self, loader: Any, seed: int, rank: int = 0, world: int = 1) -> None:
@@ -103,6 +111,10 @@ class DataOrder:
         if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
             got, remedy = f"is a {type(loader).__name__}", "pass a torch DataLoader"
             raise TypeError(error_message("train", "dataloader", got, "an iterable of batches", remedy))
+        if world > 1 and _is_shared_out(loader):
+            got, expected = "gives each process other samples", "the same ones in all processes"
+            remedy = "leave DistributedSampler and accelerator.prepare out: batches are shared out here"
+            raise ValueError(error_message("train", "dataloader", got, expected, remedy))
         if self._indexed and not self.batches:
             samples = len(loader.dataset)
             least = self._global_batch if loader.drop_last else world
@@ -125,7 +137,10 @@ class DataOrder:
         if self._indexed:
             count, size = len(self._loader.dataset), self._global_batch
             return count // size + (count % size >= self._world and not self._loader.drop_last)
-        return len(self._loader) // self._world if hasattr(self._loader, "__len__") else None
+        try:
+            return len(self._loader) // self._world
+        except TypeError:  # a DataLoader has __len__, which raises where its IterableDataset has none
+            return None
 
     def epoch(self, number: int, skip: int = 0) -> Iterator[Share]:
         """Yield this process' shares of an epoch's batches, without the first ``skip`` of them."""
@@ -178,10 +193,15 @@ def _has_usual_order(loader: DataLoader[Any]) -> bool:
     sampler, dataset = loader.sampler, loader.dataset
     if isinstance(dataset, IterableDataset) or loader.batch_size is None:
         return False
-    if type(sampler) is SequentialSampler:
-        return True
-    whole = type(sampler) is RandomSampler and len(sampler) == len(dataset)  # type: ignore[arg-type]
-    return whole and not sampler.replacement  # type: ignore[attr-defined]
+    if type(sampler) not in (SequentialSampler, RandomSampler) or len(sampler) != len(dataset):  # type: ignore[arg-type]
+        return False
+    return not getattr(sampler, "replacement", False)
+
+
+def _is_shared_out(loader: object) -> bool:
+    """Return True for a loader that gives each process other samples: torch's sampler, or accelerate's loaders."""
+    prepared = any(kind.__name__ == "DataLoaderStateMixin" for kind in type(loader).__mro__)
+    return prepared or isinstance(getattr(loader, "sampler", None), DistributedSampler)
 
 
 class _Numbered(Dataset[Any]):
@@ -191,7 +211,7 @@ class _Numbered(Dataset[Any]):
         self._dataset, self._seed, self._epoch = dataset, seed, epoch
 
     def __getitem__(self, index: int) -> tuple[int, Any]:
-        if isinstance(self._dataset, TensorDataset):  # it draws nothing
+        if type(self._dataset) is TensorDataset:  # it draws nothing; a subclass may
             return index, self._dataset[index]
         with seeded_draws(int(sample_seeds(self._seed, torch.tensor([index]), self._epoch))):
             return index, self._dataset[index]

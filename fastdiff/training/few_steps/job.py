@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...errors import checked_float, checked_integer, error_message, unknown_name
+from ..checkpoints import read_state
+from ..config import DiffusionConfig
 from ..losses.objectives import Objective
-from ..model.from_checkpoint import load_folder_weights, round_folder
+from ..model.from_checkpoint import find_checkpoint, load_folder_weights, round_folder
 from ..model.trained_parts import noise_schedule
 from ..trainer.job import Job
 from .consistency import ConsistencyObjective, ConsistencyOptions
@@ -18,6 +20,9 @@ from .progressive import ProgressiveObjective, Teacher, progressive_rounds
 #: Methods that train from the data alone.
 WITHOUT_TEACHER = ("consistency_training", "plain_consistency_training")
 DISTILLATIONS = ("progressive", "consistency", *WITHOUT_TEACHER)
+
+#: Fields of the configuration that say what a model's output means.
+_OF_OUTPUT = ("prediction_type", "beta_schedule", "num_train_timesteps", "beta_start", "beta_end")
 
 #: Steps of the first teacher, or intervals of the grid, where they are left out.
 _TEACHER_STEPS = 32
@@ -153,7 +158,26 @@ def _load_teacher(job: Job, data: str, teacher: Path | None) -> None:
             )
         job.model.load_state_dict(load_digit_unet().state_dict())
         return
-    load_folder_weights(teacher, {"model": job.model}, "train")
+    folder = find_checkpoint(teacher)
+    load_folder_weights(folder, {"model": job.model}, "train")
+    _check_same_output(folder, job.config.validate())
+
+
+def _check_same_output(folder: Path, config: DiffusionConfig) -> None:
+    """Refuse a teacher whose output means something else than the student's.
+
+    Raises:
+        ValueError: its configuration has another prediction type or noise schedule.
+    """
+    state = read_state(folder)
+    if "config" not in state:  # `save_checkpoint` wrote the model alone
+        return
+    found = DiffusionConfig.from_dict(state["config"])
+    for name in _OF_OUTPUT:
+        theirs, ours = getattr(found, name), getattr(config, name)
+        if theirs != ours:
+            got, remedy = f"is {str(folder)!r} with {name} {theirs!r}", "pass the --config that it was trained with"
+            raise ValueError(error_message("train", "--teacher", got, f"{ours!r} like the student", remedy))
 
 
 def round_objective(job: Job, options: DistillOptions, current: Round) -> Objective:

@@ -102,7 +102,7 @@ def prepare_job(data: str, config_file: Path | None, overrides: Mapping[str, Any
     digits = data == "digits" and config_file is None
     fields = {**(DIGITS if digits else {}), **(_read_config(config_file) if config_file else {})}
     steps = overrides.get("max_train_steps", fields.get("max_train_steps"))
-    if steps is not None and "lr_warmup_steps" not in fields:
+    if isinstance(steps, int) and "lr_warmup_steps" not in fields:
         fields["lr_warmup_steps"] = min(1000, steps // 10)
     config = replace(DiffusionConfig.from_dict(fields), **overrides)
     settled = config.validate()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -124,13 +125,16 @@ def _cut_history(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
+            report = json.loads(line)
         except ValueError:  # the line that was being written when the process ended
-            break
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            continue
+        if isinstance(report, dict) and isinstance(report.get("step"), int) and report["step"] <= step:
+            kept.append(line)
+    partial = path.with_name(f".partial-{path.name}")  # renamed: a process that ends here leaves the old reports
+    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(partial, path)
 
 
 def _plain(value: Any) -> Any:

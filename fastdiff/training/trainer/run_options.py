@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...errors import checked_bool, checked_integer, require, unknown_name
+from ...errors import checked_bool, checked_integer, checked_type, error_message, require, unknown_name
 from ...json_fields import fields_from_json, fields_to_json
 
 #: Packages that loss curves can be sent to, by the names of accelerate.
@@ -34,7 +35,7 @@ class RunOptions:
         cpu: train on the CPU where there is an accelerator.
     """
 
-    output_dir: str | None = None
+    output_dir: str | os.PathLike[str] | None = None
     log_every: int = 50
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
@@ -56,6 +57,7 @@ class RunOptions:
             ImportError: a tracker is not installed.
         """
         operation = type(self).__name__
+        numbers: dict[str, Any] = {}
         for name, least in (
             ("log_every", 1),
             ("checkpoint_every", 0),
@@ -64,16 +66,24 @@ class RunOptions:
             ("sample_every", 0),
             ("sample_count", 1),
         ):
-            checked_integer(operation, name, getattr(self, name), least)
+            numbers[name] = checked_integer(operation, name, getattr(self, name), least)
         for name in ("progress", "cpu"):
             checked_bool(operation, name, getattr(self, name))
         if self.on_nan not in ("stop", "skip"):
             raise unknown_name(operation, "on_nan", self.on_nan, ("stop", "skip"))
+        for name in ("sample_labels", "sample_prompts", "trackers"):
+            if isinstance(getattr(self, name), str):
+                got, remedy = f"is the string {getattr(self, name)!r}", f"pass {name}=({getattr(self, name)!r},)"
+                raise TypeError(error_message(operation, name, got, "a sequence", remedy))
         for tracker in self.trackers:
             if tracker not in TRACKERS:
                 raise unknown_name(operation, "trackers", tracker, TRACKERS)
             require(TRACKERS[tracker], "training", operation)
-        return replace(self)
+        folder = self.output_dir
+        if folder is not None:
+            checked_type(operation, "output_dir", folder, (str, os.PathLike), "a path", "pass the folder's path")
+            folder = os.fspath(folder)
+        return replace(self, output_dir=folder, **numbers)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as values of standard JSON."""

@@ -7,6 +7,7 @@ dropout are functions of the seed and of the numbers that are kept here.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +108,7 @@ def load_state(trainer: Trainer, folder: Path) -> None:
     load_optimizer_state(trainer.optimizer, state["optimizer"], tensors["optimizer"])
     for name, module in parts:
         load_module_tensors(module, tensors[name], operation, name)
-    trainer.learning_rate.load_state_dict(state["learning_rate"])
+    trainer.learning_rate.load_state_dict(_with_keys_like(state["learning_rate"], trainer.learning_rate.state_dict()))
     if trainer.scaler is not None:
         trainer.scaler.load_state_dict(state["scaler"])
     if trainer.ema is not None:
@@ -122,6 +123,20 @@ def load_state(trainer: Trainer, folder: Path) -> None:
     trainer.step, trainer.epoch, trainer.batch = state["step"], state["epoch"], state["batch"]
     trainer.global_batch, trainer.direct_samples = state["global_batch"], state["direct_samples"]
     trainer.skipped_steps, trainer.last_loss = state["skipped_steps"], state["loss"]
+
+
+def _with_keys_like(saved: Any, own: Any) -> Any:
+    """Return values of JSON with keys that are numbers where those of `own` are: JSON has texts alone as keys."""
+    if isinstance(own, list) and isinstance(saved, list) and len(own) == len(saved):
+        return [_with_keys_like(*pair) for pair in zip(saved, own, strict=True)]
+    if not isinstance(own, dict) or not isinstance(saved, dict):
+        return saved
+    numbers = bool(own) and all(isinstance(key, int) for key in own)
+    named = {int(key) if numbers else key: value for key, value in saved.items()}
+    made = copy.copy(own)  # MultiStepLR has a Counter
+    made.clear()
+    made.update({key: _with_keys_like(value, own.get(key)) for key, value in named.items()})
+    return made
 
 
 def _averaged(module: nn.Module, averages: dict[int, Tensor]) -> dict[str, Tensor]:

@@ -63,7 +63,8 @@ class Trainer:
         null_label: the label for no class; with it labels of batches are the model's condition.
         augment: changes images ``[B, C, H, W]`` by seeds ``[B]``.
         optimizer: over the model's parameters; AdamW, fused, without decay of biases and norms, if left out.
-        learning_rate: its schedule; warm-up and cosine of the configuration if left out.
+        learning_rate: the schedule of a given optimizer, one of torch's that steps without a metric; warm-up and cosine
+            of the configuration if left out.
         val_dataloader: batches for validation.
         accelerator: accelerate's object; one is made if left out.
 
@@ -96,6 +97,7 @@ class Trainer:
         self.config = (given if isinstance(given, DiffusionConfig) else DiffusionConfig()).validate()
         self.options = (options or RunOptions()).validate()
         network = trained_network(model)
+        _check_learning_rate(learning_rate, optimizer)
         self.accelerator = self._make_accelerator() if accelerator is None else accelerator
         self.device: torch.device = self.accelerator.device
         self.schedule = noise_schedule(model, self.config) if schedule is None else schedule
@@ -133,6 +135,7 @@ class Trainer:
         self.last_loss = 0.0
         self.sample_shape = torch.Size((self.config.image_size, self.config.image_size))
         self._micro_step = self._checked_step = 0
+        self._averaging = False
 
     # Steps
 
@@ -187,7 +190,8 @@ class Trainer:
             ``loss/t0`` …, ``grad_norm``, ``learning_rate``, ``skipped_steps``, and ``val_loss`` where it was computed.
 
         Raises:
-            TypeError, ValueError: the data do not fit.
+            TypeError, ValueError: the data do not fit, there are none for the validations that the options ask for, or
+                the output folder has a checkpoint of a later step, which a new run would mix with its own.
             DivergedError: gradients are not finite, and ``on_nan`` says to stop.
             OSError: a file cannot be written; the last checkpoint is whole.
             MemoryError, torch.OutOfMemoryError: with what to change.
@@ -195,13 +199,15 @@ class Trainer:
         for name, value in (("num_epochs", num_epochs), ("max_steps", max_steps)):
             if value is not None:
                 checked_integer("train", name, value, 1)
-        if num_epochs is None and max_steps is None:
+        one_more = num_epochs is None and max_steps is None
+        if one_more:
             num_epochs = self.epoch + 1
         if val_dataloader is not None:
             self._val_dataloader = val_dataloader
         world = self.accelerator.num_processes
         order = DataOrder(dataloader, self.config.seed, self.accelerator.process_index, world)
         self._check_position(order)
+        self._check_output()
         last = math.inf if max_steps is None else max_steps
         expected = last
         if num_epochs is not None and order.batches is not None:
@@ -212,7 +218,7 @@ class Trainer:
             while self.step < last and (num_epochs is None or self.epoch < num_epochs):
                 before = self.batch
                 for share in order.epoch(self.epoch, self.batch):
-                    self.global_batch = max(self.global_batch, share.total)
+                    self.global_batch = order.global_batch or share.total
                     self._step_on(share, self.epoch)
                     self.batch += 1
                     if self._micro_step == 0:
@@ -223,18 +229,23 @@ class Trainer:
                     if self.batch == before == 0:
                         remedy = "give a loader that can be read again, with at least one batch a process"
                         raise ValueError(error_message("train", "dataloader", "gave no batch", "one or more", remedy))
+                    if one_more and self.batch == before:  # the pass was complete before this call
+                        num_epochs = self.epoch + 2
                     self.epoch, self.batch = self.epoch + 1, 0
             if self._micro_step:  # too few batches for another step
                 self._micro_step = 0
                 self.optimizer.zero_grad(set_to_none=True)
             if self.step > first:
                 reports.write()
+                if order.global_batch is not None and self.batch == order.batches:  # the pass is complete
+                    self.epoch, self.batch = self.epoch + 1, 0
                 if self.options.output_dir is not None:
                     self.save_checkpoint()
             return reports.written
 
     def _step_on(self, share: Share, seed_epoch: int) -> Tensor:
         """Compute gradients of a share of a batch, and take an optimizer step where it is due; return the loss."""
+        self._check_own_weights("train")
         config, process = self.config, self.accelerator.process_index
         raw = read_batch(share.data, "train", config.in_channels)
         count = len(raw.images)
@@ -351,14 +362,24 @@ class Trainer:
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[TrainedModules]:
-        """Give the modules the averaged weights, if there are any, and evaluation mode within a block."""
+        """Give the modules the averaged weights, if there are any, and evaluation mode within a block.
+
+        Blocks may be nested.  Training steps and checkpoints within a block are refused.
+        """
+        if self._averaging:
+            yield self.modules
+            return
+        modes = [(module, module.training) for module in self.modules.modules()]
         if self.ema is not None:
             self.ema.store(self.parameters)
             self.ema.copy_to(self.parameters)
+        self._averaging = True
         try:
             yield self.modules.eval()
         finally:
-            self.modules.train()
+            self._averaging = False
+            for module, mode in modes:
+                module.training = mode
             if self.ema is not None:
                 self.ema.restore(self.parameters)
 
@@ -391,6 +412,7 @@ class Trainer:
             ValueError: there is no output folder, or gradients of a part of a step are accumulated.
             OSError: it cannot be written; earlier checkpoints are whole.
         """
+        self._check_own_weights("save_checkpoint")
         if self._micro_step:
             got, remedy = f"{self._micro_step} batches of a step", "save after the step"
             raise ValueError(error_message("save_checkpoint", "the gradients", f"hold {got}", "none", remedy))
@@ -414,8 +436,13 @@ class Trainer:
         if folder is None:
             got = f"is {self.options.output_dir!r}, which has no checkpoint"
             raise FileNotFoundError(error_message("load_checkpoint", "output_dir", got, "one or more", "train first"))
+        self._check_own_weights("load_checkpoint")
         load_state(self, folder)
         self._micro_step, self._checked_step = 0, self.step
+        # What was accumulated before is of another run.
+        self.optimizer.zero_grad(set_to_none=True)
+        self._monitor = Monitor(self.device, self.config.num_train_timesteps)
+        self._bad.zero_()
         return folder
 
     def _checkpoints(self, operation: str) -> Path:
@@ -431,6 +458,26 @@ class Trainer:
             got, expected = f"gives {size} samples a batch over all processes", f"{self.global_batch} like before"
             remedy = "change batch_size by the number of processes, or continue at the end of an epoch"
             raise ValueError(error_message("train", "dataloader", got, expected, remedy))
+
+    def _check_output(self) -> None:
+        """Refuse validations without data, and a folder whose checkpoints are of another run or of a later step."""
+        if self.options.validate_every and self._val_dataloader is None:
+            got, remedy = f"is {self.options.validate_every} without val_dataloader", "pass val_dataloader="
+            raise ValueError(error_message("train", "validate_every", got, "data for validation", remedy))
+        if self.options.output_dir is None:
+            return
+        found = latest_checkpoint(self._checkpoints("train"))
+        if found is not None and int(found.name.rpartition("-")[2]) > self.step:
+            got = f"is {self.options.output_dir!r}, which has the checkpoint {found.name}"
+            expected = f"none after step {self.step}, where the trainer is"
+            remedy = "call load_checkpoint() first, take another folder, or remove the later checkpoints"
+            raise ValueError(error_message("train", "output_dir", got, expected, remedy))
+
+    def _check_own_weights(self, operation: str) -> None:
+        """Refuse what would change or store the averages in place of the trained weights."""
+        if self._averaging:
+            got, remedy = "are the averaged ones", "leave the block of averaged_weights first"
+            raise ValueError(error_message(operation, "the weights", got, "those in training", remedy))
 
     # Setting up
 
@@ -453,6 +500,21 @@ class Trainer:
             got, remedy = f"is {name!r}", "launch with --mixed_precision bf16"
             raise ValueError(error_message("Trainer", "mixed_precision", got, "no, bf16 or fp16", remedy))
         return _PRECISIONS.get(str(name))
+
+
+def _check_learning_rate(schedule: Any, optimizer: Any) -> None:
+    """Check that a given learning rate is a schedule of the given optimizer."""
+    if schedule is None:
+        return
+    missing = [name for name in ("step", "get_last_lr", "state_dict", "load_state_dict") if not hasattr(schedule, name)]
+    if missing or isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        got = f"is a {type(schedule).__name__}"
+        expected, remedy = "a schedule that steps without a metric", "set a number as config.learning_rate"
+        raise TypeError(error_message("Trainer", "learning_rate", got, expected, remedy))
+    own = (optimizer, getattr(optimizer, "optimizer", optimizer))  # accelerate wraps optimizers
+    if optimizer is None or not any(getattr(schedule, "optimizer", optimizer) is one for one in own):
+        got, remedy = "is a schedule of another optimizer", "pass its optimizer as optimizer="
+        raise ValueError(error_message("Trainer", "learning_rate", got, "one of the trainer's optimizer", remedy))
 
 
 class DiffusionTrainer(Trainer):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...device_copy import to_device
+from ...errors import error_message
 from ...noise import sample_seeds
 from ..config import DiffusionConfig
 from ..data.batches import TrainingBatch, read_batch
@@ -37,6 +38,9 @@ def mean_loss(
         conditioning: of the model; no condition is dropped.
         config: the configuration.
         reduce_sum: adds a tensor over processes.
+
+    Raises:
+        TypeError, ValueError: there is no batch, or one does not fit.
     """
     device = conditioning.device
     kept = Conditioning(conditioning.text_encoder, conditioning.null_label, 0.0, device, always=conditioning.always)
@@ -51,7 +55,10 @@ def mean_loss(
             losses = loss_of(batch).losses.to(sums.dtype)
             sums += torch.stack([losses.sum(), torch.ones_like(losses).sum()])
     total, count = reduce_sum(sums).tolist()
-    return float(total / count) if count else float("nan")
+    if not count:
+        remedy = "give a loader that can be read again, with at least one batch a process"
+        raise ValueError(error_message("validate", "val_dataloader", "gave no batch", "one or more", remedy))
+    return float(total / count)
 
 
 def validate_model(
@@ -78,7 +85,7 @@ def validate_model(
         schedule, objective, text_encoder, null_label: as `Trainer` takes them.
 
     Raises:
-        TypeError, ValueError: a batch does not fit.
+        TypeError, ValueError: there is no batch, or one does not fit.
     """
     given = config if config is not None else getattr(model, "config", None)
     settled = (given if isinstance(given, DiffusionConfig) else DiffusionConfig()).validate()
