@@ -285,7 +285,7 @@ struct RecordedLoss : torch::autograd::Function<RecordedLoss> {
         for (size_t i = 0; i < inputs; ++i)
             if (context->needs_input_grad(i)) step.out.dtypes[i] = saved[i].scalar_type();
 
-        const bool twice = at::GradMode::is_enabled() && grad.requires_grad();
+        const bool recorded = at::GradMode::is_enabled();  // as with create_graph
         Result made;
         {
             const at::NoGradGuard no_grad;
@@ -303,11 +303,14 @@ struct RecordedLoss : torch::autograd::Function<RecordedLoss> {
         size_t next = 0;
         for (size_t i = 0; i < inputs; ++i)
             if (step.out.dtypes[i] != at::ScalarType::Undefined) found[i] = std::move(made.tensors[next++]);
-        if (!twice) return found;
+        if (!recorded) return found;
+        // A gradient without a graph would be a constant in a second derivative, and that silently wrong.
         for (at::Tensor& gradient : found)
             if (gradient.defined()) gradient.set_requires_grad(true);
         return torch::autograd::DelayedError(
-                   "trying to differentiate twice a function that was marked with @once_differentiable", 5)
+                   "diffusion_loss: trying to differentiate twice, expected once; "
+                   "take fastdiff.training.l2_loss of the output and the target of noise_and_target",
+                   5)
             .apply(std::move(found));
     }
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import checked_float, checked_integer, error_message, unknown_name
@@ -92,6 +93,7 @@ class Workload:
         real: images of the data, for the metrics of `encoder`; None leaves those out.
         encoder: images to features ``[B, D]``; None leaves out Fréchet distance, precision and recall.
         classifier: images to logits ``[B, K]``; None leaves out the inception-style score.
+        model_dtype: what the model is called in; the latents' own where None.
     """
 
     model: Model
@@ -106,6 +108,7 @@ class Workload:
     real: Tensor | None = None
     encoder: Callable[[Tensor], Tensor] | None = None
     classifier: Callable[[Tensor], Tensor] | None = None
+    model_dtype: torch.dtype | None = None
 
     def run(
         self, spec: MethodSpec, steps: int, *, samples: slice | None = None, sampler: BaseSampler | None = None
@@ -129,6 +132,7 @@ class Workload:
             None if self.negative_prompt_embeds is None else self.negative_prompt_embeds[part],
             seeds=None if self.seeds is None else self.seeds[part],
             progress=False,
+            model_dtype=self.model_dtype,
             **options,
         )
         if result.steps < len(sampler.table):  # the loop ends early for Ctrl-C alone, as there is no callback
@@ -154,6 +158,7 @@ class Workload:
             seeds=self.seeds,
             progress=progress,
             callback=lambda info: frames.append(info.sample.clone()),
+            model_dtype=self.model_dtype,
             **options,
         )
         return frames

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..analysis.workload import MethodSpec, Workload
-from ..errors import checked_type, require, unknown_name
+from ..errors import checked_type, error_message, require, unknown_name
 from ..solvers import SamplingMethod
 from .report import CompressedModel, Measurement, compress, layers_to_change
 
@@ -54,7 +54,10 @@ def quantize(
     """
     operation = "quantize"
     measurement = Measurement.checked(operation, model, workload, sampler, steps, rounds)
-    layers_to_change(operation, model, (nn.Linear,), exclude)
+    for name, layer in layers_to_change(operation, model, (nn.Linear,), exclude).items():
+        if "weight" not in layer._parameters:
+            got, remedy = f"keeps a mask beside the weight of {name!r}", "prune with permanent=True, or exclude it"
+            raise ValueError(error_message(operation, "model", got, "weights that are parameters", remedy))
     torchao = require("torchao.quantization", "compression", operation)
     if isinstance(scheme, str):
         if scheme not in SCHEMES:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -159,8 +159,12 @@ def compress(
     """
     checked_bool(operation, "inplace", inplace)
     smaller = _copied(model)
+    originals, names = dict(model.named_modules()), {module: name for name, module in smaller.named_modules()}
     elements = sum(parameter.numel() for parameter in model.parameters())
-    weights = [_weight(module) for module in change(smaller)]
+    layers = change(smaller)
+    weights = _different(_weight(module) for module in layers)
+    compressed = _different(_weight(originals[names[module]]) for module in layers)
+    share = sum(weight.numel() for weight in compressed) / elements
     pair = measurement.workload_of(model), measurement.workload_of(smaller)
     spec, steps = measurement.spec, measurement.steps
     before, after = (workload.run(spec, steps).samples for workload in pair)
@@ -173,8 +177,8 @@ def compress(
     exact = before.double()
     report = CompressionReport(
         method=method,
-        layers=len(weights),
-        share=changed / elements,
+        layers=len(layers),
+        share=share,
         bytes_before=model_bytes(model),
         bytes_after=model_bytes(smaller),
         zeros=zeros,
@@ -199,7 +203,7 @@ def layers_to_change(
 
     Raises:
         TypeError: `exclude` is one text.
-        ValueError: an excluded name is no module, or nothing is left.
+        ValueError: an excluded name is no module, nothing is left, or a weight is quantized already.
     """
     if isinstance(exclude, str):
         raise TypeError(error_message(operation, "exclude", "is a text", "a sequence of names", "pass (name,)"))
@@ -218,6 +222,10 @@ def layers_to_change(
         kind = ", ".join(kind.__name__ for kind in kinds)
         got, remedy = f"is a {type(model).__name__} with none to change", "exclude less, or pass another model"
         raise ValueError(error_message(operation, "model", got, f"a module of {kind}", remedy))
+    for name, module in found.items():
+        if hasattr(module.weight, "__tensor_flatten__"):
+            got, remedy = f"has a quantized weight in {name!r}", "exclude it, or pass the model before its quantization"
+            raise ValueError(error_message(operation, "model", got, "weights of numbers", remedy))
     return found
 
 
@@ -228,6 +236,11 @@ def _copied(model: nn.Module) -> nn.Module:
             if isinstance(value, Tensor) and value.grad_fn is not None:  # made again by the next call
                 setattr(module, name, value.detach())
     return copy.deepcopy(model)
+
+
+def _different(weights: Iterable[Tensor]) -> list[Tensor]:
+    """Return weights, those that several layers share once."""
+    return list({id(weight): weight for weight in weights}.values())
 
 
 def _weight(module: nn.Module) -> Tensor:

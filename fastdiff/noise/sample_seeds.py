@@ -26,7 +26,8 @@ def sample_seeds(seed: int, sample_ids: Tensor | Sequence[int], epoch: int = 0) 
 
     Args:
         seed: of the run, 0 to 2⁶⁴ − 1.
-        sample_ids: ``[B]``, an integer tensor on any device or ints, such as places in the data set.
+        sample_ids: ``[B]``, an integer tensor on any device or ints of 64 bits, with a sign or without, such as places
+            in the data set.
         epoch: 0 to 2⁶⁴ − 1; any number of passes over the data.
 
     Returns:
@@ -36,13 +37,10 @@ def sample_seeds(seed: int, sample_ids: Tensor | Sequence[int], epoch: int = 0) 
         TypeError: an argument is no integer.
         ValueError: out of range, or the ids are not ``[B]``.
     """
-    for name, value in (("seed", seed), ("epoch", epoch)):
-        if not checked_integer("sample_seeds", name, value, 0) < _BITS:
-            got = f"is {shown(value)}"
-            raise ValueError(error_message("sample_seeds", name, got, "0 to 2**64 - 1", "take it modulo 2**64"))
+    seed, epoch = _checked_word("seed", seed), _checked_word("epoch", epoch)
     if not isinstance(sample_ids, Tensor):
         checked_type("sample_seeds", "sample_ids", sample_ids, Sequence, "ints or a tensor", "pass one id a sample")
-        sample_ids = torch.tensor(list(sample_ids), device="cpu") if len(sample_ids) else torch.empty(0).long()
+        sample_ids = _as_tensor(sample_ids)
     if sample_ids.is_floating_point() or sample_ids.is_complex() or sample_ids.dtype == torch.bool:
         got = f"has dtype {sample_ids.dtype}"
         raise TypeError(error_message("sample_seeds", "sample_ids", got, "int64", "pass whole numbers"))
@@ -51,6 +49,29 @@ def sample_seeds(seed: int, sample_ids: Tensor | Sequence[int], epoch: int = 0) 
         raise ValueError(error_message("sample_seeds", "sample_ids", got, "[B]", "give one id a sample"))
     start = _mixed_int(_mixed_int(seed + _INCREMENT) + epoch * _INCREMENT + 1)
     return _mixed(sample_ids.to(torch.int64) + _signed(start))
+
+
+def _checked_word(name: str, value: int) -> int:
+    number = checked_integer("sample_seeds", name, value, 0)
+    if number >= _BITS:
+        got = f"is {shown(number)}"
+        raise ValueError(error_message("sample_seeds", name, got, "0 to 2**64 - 1", "take it modulo 2**64"))
+    return number
+
+
+def _as_tensor(sample_ids: Sequence[int]) -> Tensor:
+    """Return ids as int64 ``[B]`` of the same 64 bits."""
+    numbers = []
+    for sample_id in sample_ids:
+        if isinstance(sample_id, bool) or not hasattr(sample_id, "__index__"):
+            got = f"holds a {type(sample_id).__name__}"
+            raise TypeError(error_message("sample_seeds", "sample_ids", got, "ints", "pass whole numbers"))
+        number = sample_id.__index__()
+        if not -(_BITS // 2) <= number < _BITS:
+            got, expected = f"holds {shown(number)}", "-2**63 to 2**64 - 1"
+            raise ValueError(error_message("sample_seeds", "sample_ids", got, expected, "take it modulo 2**64"))
+        numbers.append(_signed(number))
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def _signed(value: int) -> int:

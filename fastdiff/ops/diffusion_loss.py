@@ -17,19 +17,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from ..errors import checked_float, error_message, unknown_name
+from ..errors import checked_float, checked_integer, error_message, unknown_name
 from ..philox import Purpose
 from ..row_layout import compute_dtype
 from . import loss_kernels
 from .backends import direct_extension
-from .checks import check_dtype
+from .checks import as_number, check_dtype, readable_without_sync
 from .fallback import backend_to_run
 from .forward_process import check_samples
 from .forward_rows import ForwardScales, forward_rows, training_table
 from .layout import in_memory
+from .vmap import fold_loss
 
 LOSSES = loss_kernels.LOSSES
+#: The least c of the pseudo-Huber loss: its square is a float32.
+LEAST_HUBER_C = 1e-18
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -105,7 +109,7 @@ def diffusion_loss(
         raise unknown_name(operation, "loss", loss, LOSSES)
     if reduction not in REDUCTIONS:
         raise unknown_name(operation, "reduction", reduction, REDUCTIONS)
-    c = checked_float(operation, "huber_c", huber_c, 1e-18)  # its square is a float32
+    c = checked_float(operation, "huber_c", huber_c, LEAST_HUBER_C)
     drawn = check_samples(operation, x0, noise, seeds)
     _check_output(output, x0)
     dtype = compute_dtype(output.dtype, x0.dtype, *(() if noise is None else (noise.dtype,)))
@@ -121,7 +125,7 @@ def diffusion_loss(
         drawn,
         0 if at_steps else noise_step,
         noise_step if at_steps else None,
-        int(purpose),
+        checked_integer(operation, "purpose", as_number(purpose), 0),
         loss,
         c,
         backend_to_run(x0, backend, operation),
@@ -174,7 +178,11 @@ def _sample_weights(weights: object, x0: Tensor, t: Any, schedule: Any) -> Tenso
     weights = weights.to(x0.device)
     if not by_time:
         return weights
-    return weights[t.to(x0.device)] if isinstance(t, Tensor) else weights[t].expand(batch)
+    if not isinstance(t, Tensor):
+        return weights[t].expand(batch)
+    places = t.to(x0.device, torch.int64)
+    # A timestep out of range gives NaN by its row, whose weight must be one that exists.
+    return weights[places if readable_without_sync(places) else places.clamp(0, total - 1)]
 
 
 def _traced() -> bool:
@@ -183,16 +191,34 @@ def _traced() -> bool:
 
 
 def _apply(*arguments: Any) -> Tensor:
-    """Run ``fastdiff::diffusion_loss`` so that autograd and compilers see it."""
+    """Run ``fastdiff::diffusion_loss`` so that autograd, torch.func and compilers see it."""
     tensors = [a for a in arguments if isinstance(a, Tensor)]
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    # torch.func.functionalize has rules for operators alone.
+    traced = traced or any(torch._is_functional_tensor(a) for a in tensors)
+    transformed = not traced and torch._C._are_functorch_transforms_active()
+    if not traced:
+        _refuse_tangents(arguments)
     result: Tensor
-    if torch.compiler.is_compiling() or _traced() or not all(in_memory(a) for a in tensors):
+    if traced or not (transformed or all(in_memory(a) for a in tensors)):
         result = torch.ops.fastdiff.diffusion_loss(*arguments)
+    elif transformed:
+        result = _Transformed.apply(*arguments)  # type: ignore[no-untyped-call]
     elif torch.is_grad_enabled() and any(a.requires_grad for a in tensors):
         result = _Function.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
         result = loss_kernels.forward(*arguments)
     return result
+
+
+def _refuse_tangents(arguments: Sequence[Any]) -> None:
+    for name, value in zip(_NAMES, arguments, strict=True):
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:  # type: ignore[no-untyped-call]
+            got, expected = (
+                "carries a forward-mode tangent",
+                "a tensor without one: there are reverse-mode gradients only",
+            )
+            raise RuntimeError(error_message("diffusion_loss", name, got, expected, "use torch.func.vjp"))
 
 
 # --- The operators of the dispatcher ---------------------------------------------------------------------------------
@@ -201,6 +227,7 @@ _ARGUMENTS = (
     "Tensor output, Tensor x0, Tensor table, SymInt row_index, Tensor? row_indices, Tensor? noise, Tensor? seeds, "
     "SymInt noise_step, Tensor? noise_steps, SymInt purpose, str loss, float huber_c, str backend"
 )
+_NAMES = tuple(argument.split()[1] for argument in _ARGUMENTS.split(", "))
 #: Places of output, x0 and noise among them.
 _DIFFERENTIABLE = (0, 1, 5)
 _TAGS: dict[str, Any] = {"tags": (torch.Tag.needs_exact_strides,)} if hasattr(torch.Tag, "needs_exact_strides") else {}
@@ -248,7 +275,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     values = [rest if saved is None else saved for saved, rest in zip(ctx.saved_tensors, ctx.rest, strict=True)]
     wanted = [bool(ctx.needs_input_grad[place]) for place in _DIFFERENTIABLE]
-    run = loss_kernels.backward if in_memory(grad) and ctx.direct else torch.ops.fastdiff.diffusion_loss_gradient
+    run: Any = torch.ops.fastdiff.diffusion_loss_gradient
+    if ctx.direct and (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
+        run = _Gradient.apply
+    elif ctx.direct and in_memory(grad):
+        run = loss_kernels.backward
     found = iter(run(grad, wanted, *values))
     gradients: list[Tensor | None] = [None] * len(values)
     for place, want in zip(_DIFFERENTIABLE, wanted, strict=True):
@@ -263,14 +294,70 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         # With a setup_context of its own, torch would inspect the signature at each call.
-        _setup_context(ctx, arguments, None)
-        ctx.direct = True
+        _setup_direct(ctx, arguments, None)
         return loss_kernels.forward(*arguments)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         return _backward(ctx, grad)
+
+
+def _setup_direct(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _setup_context(ctx, inputs, output)
+    ctx.direct = True
+
+
+class _Transformed(torch.autograd.Function):
+    """The operator under torch.func, which cannot transform the autograd that torch.library makes."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        at_hand = all(in_memory(a) for a in arguments if isinstance(a, Tensor))
+        result: Tensor = (loss_kernels.forward if at_hand else torch.ops.fastdiff.diffusion_loss)(*arguments)
+        return result
+
+    setup_context = staticmethod(_setup_direct)
+    backward = staticmethod(_backward)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+        size = info.batch_size
+        folded, batch = fold_loss(_named(arguments), _named(in_dims), size)
+        return _apply(*folded.values()).reshape(size, batch), 0
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradients where they are recorded, as with ``create_graph=True``: a second derivative is refused."""
+
+    @staticmethod
+    def forward(grad: Tensor, wanted: Sequence[bool], *values: Any) -> tuple[Tensor, ...]:
+        at_hand = all(in_memory(a) for a in (grad, *values) if isinstance(a, Tensor))
+        run = loss_kernels.backward if at_hand else torch.ops.fastdiff.diffusion_loss_gradient
+        return tuple(run(grad, wanted, *values))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        remedy = "take fastdiff.training.l2_loss of the output and the target of noise_and_target"
+        raise RuntimeError(f"diffusion_loss: trying to differentiate twice, expected once; {remedy}")
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], grad: Tensor, wanted: Sequence[bool], *values: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        size = info.batch_size
+        folded, batch = fold_loss(_named(values), _named(in_dims[2:]), size)
+        grad = grad.expand(size, batch) if in_dims[0] is None else grad.movedim(in_dims[0], 0)
+        run: Any = _Gradient.apply
+        found = [one.unflatten(0, (size, batch)) for one in run(grad.flatten(), wanted, *folded.values())]
+        return tuple(found), (0,) * len(found)
+
+
+def _named(values: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip(_NAMES, values, strict=True))
 
 
 def _setup_traced(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

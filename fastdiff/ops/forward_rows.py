@@ -78,14 +78,14 @@ class ForwardScales(NamedTuple):
             scales: Tensor = schedule.forward_scales
             return cls(scales, scales.shape[1], 1.0, hasattr(schedule, "times"))
         config: Any = getattr(schedule, "config", None)
-        if getattr(config, "use_flow_sigmas", False) is True:
-            return cls(None, int(config.num_train_timesteps), float(config.flow_shift), True)
+        if getattr(config, "use_flow_sigmas", False) is True and hasattr(config, "flow_shift"):
+            return cls._of_flow(config, config.flow_shift)
         signal = getattr(schedule, "alphas_cumprod", None)
         if isinstance(signal, Tensor):
             return cls(signal, signal.numel(), 1.0, False)
-        if hasattr(schedule, "scale_noise") and hasattr(config, "shift"):
-            shift = 1.0 if getattr(config, "use_dynamic_shifting", False) else float(config.shift)
-            return cls(None, int(config.num_train_timesteps), shift, True)
+        if hasattr(schedule, "scale_noise") and hasattr(config, "shift") and hasattr(config, "num_train_timesteps"):
+            # `set_shift` leaves the configuration as it was.
+            return cls._of_flow(config, schedule.shift if hasattr(type(schedule), "shift") else config.shift)
         raise TypeError(
             error_message(
                 operation,
@@ -95,6 +95,12 @@ class ForwardScales(NamedTuple):
                 "make one with fastdiff.create_noise_scheduler",
             )
         )
+
+    @classmethod
+    def _of_flow(cls, config: Any, shift: Any) -> ForwardScales:
+        """Return the scales of a flow scheduler of diffusers; a dynamic shift belongs to sampling."""
+        shift = 1.0 if getattr(config, "use_dynamic_shifting", False) else float(shift)
+        return cls(None, int(config.num_train_timesteps), shift, True)
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return α and σ at integer timesteps, float64, on their device."""
@@ -196,7 +202,10 @@ def forward_rows(
             level = torch.where((level >= 0) & (level <= 1), level, torch.nan)
         return _own_rows(1.0 - level, level, target, dtype)
     if torch.compiler.is_compiling():
-        return _own_rows(*scales.at(to_device(t, device)), target, dtype)
+        place = to_device(t, device)
+        inside = (place >= 0) & (place < scales.steps)
+        alpha, sigma = scales.at(place.clamp(0, scales.steps - 1))
+        return _own_rows(torch.where(inside, alpha, torch.nan), sigma, target, dtype)
     table = _table(scales, target, dtype, device)
     if readable_without_sync(t):
         return table, to_device(t, device)
@@ -210,9 +219,11 @@ def _fits_as_it_is(t: object, x0: Tensor, steps: int) -> bool:
 
 
 def _own_rows(alpha: Tensor, sigma: Tensor, target: str, dtype: torch.dtype) -> tuple[Tensor, int | Tensor]:
-    """Return a row for each sample, made where the levels are."""
+    """Return a row for each sample, made where the levels are; a row of NaN where the level is NaN."""
     with torch.no_grad():
-        rows = rows_of(alpha.detach(), sigma.detach(), target, dtype)
+        alpha = alpha.detach()
+        rows = rows_of(alpha, sigma.detach(), target, dtype)
+        rows = torch.where(alpha.isnan()[:, None], torch.nan, rows)
     return rows, 0 if len(rows) == 1 else torch.arange(len(rows), device=rows.device)
 
 
@@ -230,13 +241,23 @@ def _checked_times(operation: str, x0: Tensor, given: Any, scales: ForwardScales
         choices = f"[{x0.shape[0]}], one a sample, or one number"
         remedy = "give one timestep a sample; flatten frames or tokens into the batch"
         raise ValueError(error_message(operation, "t", f"has shape {list(t.shape)}", choices, remedy))
+    return checked_timesteps(operation, t.reshape(-1), scales)
+
+
+def checked_timesteps(operation: str, t: Tensor, scales: ForwardScales) -> Tensor:
+    """Return timesteps as int64, or times of a flow schedule as they are; their range is checked where it can be read.
+
+    Raises:
+        TypeError: they are no integers, and no floats on a flow schedule.
+        ValueError: one is out of range.
+    """
     floats = t.is_floating_point()
     if floats and not scales.flow:
         remedy = "round and convert with .long(), or pass a flow schedule"
         raise TypeError(error_message(operation, "t", f"has dtype {t.dtype}", "integers", remedy))
     if t.dtype == torch.bool or t.is_complex():
         raise TypeError(error_message(operation, "t", f"has dtype {t.dtype}", "int64", "convert with .long()"))
-    t = t.reshape(-1) if floats else t.reshape(-1).to(torch.int64).contiguous()
+    t = t if floats else t.to(torch.int64).contiguous()
     if readable_without_sync(t) and t.numel() > 0:
         low, high = (value.item() for value in t.aminmax())
         last = 1 if floats else scales.steps - 1

@@ -78,6 +78,21 @@ def _fold_tables(tables: Tensor, folded: dict[str, Any], row_index: int, batch: 
     return {"table": tables.reshape(size * length, -1), "row_indices": indices}
 
 
+def fold_loss(given: dict[str, Any], dims: dict[str, int | None], size: int) -> tuple[dict[str, Any], int]:
+    """Return the arguments of `fastdiff::diffusion_loss` for one batch of all mapped ones, and the size of each."""
+    batch = _mapped_first(given["x0"], dims["x0"], size).shape[1]
+    folded = dict(given)
+    for name in ("output", "x0", "noise"):
+        if given[name] is not None:
+            folded[name] = _mapped_first(given[name], dims[name], size).flatten(0, 1)
+    for name in ("row_indices", "seeds", "noise_steps"):
+        if given[name] is not None:
+            folded[name] = _fold_scalars(given[name], dims[name], size, batch)
+    if dims["table"] is not None:
+        folded |= _fold_tables(_mapped_first(given["table"], dims["table"], size), folded, given["row_index"], batch)
+    return folded, batch
+
+
 def fold_randn(
     info: Any,
     in_dims: tuple[int | None, ...],

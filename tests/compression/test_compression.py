@@ -105,6 +105,41 @@ def test_quantization_keeps_weights_within_half_a_step(workload):
     assert report.share == pytest.approx(elements / sum(value.numel() for value in original.values()))
 
 
+def test_layers_that_share_a_weight_are_counted_once(workload):
+    model = workload.model
+    layers = [module for module in model.modules() if isinstance(module, PRUNED)]
+    for i, layer in enumerate(layers):
+        layer.weight = next(one.weight for one in layers[: i + 1] if one.weight.shape == layer.weight.shape)
+    elements = {id(one): one.numel() for one in weights(model)}
+    distinct = sum({id(layer.weight): layer.weight.numel() for layer in layers}.values())
+    assert distinct < sum(elements.values())
+    _, report = prune(model, 0.5, workload=workload, **LOOP)
+    assert report.layers == len(layers)
+    assert report.share == pytest.approx(distinct / sum(parameter.numel() for parameter in model.parameters()))
+
+
+def test_compressed_models_are_refused_by_quantization(workload):
+    pytest.importorskip("torchao")
+    masked = prune(workload.model, workload=workload, permanent=False, **LOOP).model
+    with pytest.raises(ValueError, match="quantize: model keeps a mask beside the weight of"):
+        quantize(masked, workload=replace(workload, model=masked), **LOOP)
+    small = quantize(workload.model, workload=workload, **LOOP).model
+    for compress in (quantize, prune):
+        with pytest.raises(ValueError, match="model has a quantized weight in"):
+            compress(small, workload=replace(workload, model=small), **LOOP)
+
+
+def test_half_models_are_compared_in_their_dtype():
+    pytest.importorskip("diffusers")
+    from fastdiff.training import DiffusionConfig, DiffusionModel
+
+    with pytest.warns(UserWarning, match="DiffusionConfig"):  # sizes below the usual ones
+        model = DiffusionModel(DiffusionConfig(image_size=8, model_channels=8, channel_mult=(1,), num_heads=1))
+    half, report = prune(model.to(torch.bfloat16), 0.3, **LOOP)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert 0 < report.distance.mean < 10
+
+
 def test_arguments_that_do_not_fit_are_refused(workload):
     model = workload.model
     for error, message, call in (

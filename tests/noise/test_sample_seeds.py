@@ -69,6 +69,9 @@ def test_noise_of_two_epochs_is_independent() -> None:
         ((0, torch.ones(2)), TypeError, "sample_ids has dtype torch.float32"),
         ((0, torch.ones(2, 2).long()), ValueError, r"sample_ids has shape \[2, 2\]"),
         ((0, 3), TypeError, "sample_ids is a int"),
+        ((0, "ab"), TypeError, "sample_ids holds a str"),
+        ((0, [True]), TypeError, "sample_ids holds a bool"),
+        ((0, [2**64]), ValueError, "sample_ids holds 18446744073709551616"),
     ],
 )
 def test_invalid_arguments_are_refused_with_one_sentence(
@@ -76,6 +79,13 @@ def test_invalid_arguments_are_refused_with_one_sentence(
 ) -> None:
     with pytest.raises(error, match=message):
         sample_seeds(*arguments)  # type: ignore[arg-type]
+
+
+def test_integers_of_any_kind_have_the_same_seeds() -> None:
+    ids = [2**64 - 1, 2**63, 5]
+    expected = sample_seeds(3, torch.tensor([-1, -(2**63), 5]), 2)
+    assert torch.equal(sample_seeds(3, ids, 2), expected)
+    assert torch.equal(sample_seeds(torch.tensor(3), torch.tensor(ids, dtype=torch.uint64), torch.tensor(2)), expected)
 
 
 def test_no_ids_have_no_seeds() -> None:

@@ -158,9 +158,11 @@ def test_gradient_is_taken_once_and_from_unchanged_tensors() -> None:
     def run(x0: Tensor = x0, **options: Any) -> Tensor:
         return ops.diffusion_loss(output, x0, t, LINEAR, noise=noise, **options)
 
-    once = torch.autograd.grad(run() * scale, output, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        once.sum().backward()
+    for backend in (None, "reference"):
+        for factor in (scale, 2.0):  # with a graph of its own and without
+            once = torch.autograd.grad(run(backend=backend) * factor, output, create_graph=True)[0]
+            with pytest.raises(RuntimeError, match="differentiate twice"):
+                once.sum().backward()
     changed = x0.clone()
     value = run(changed)
     changed.add_(1)
@@ -172,6 +174,38 @@ def test_gradient_is_taken_once_and_from_unchanged_tensors() -> None:
         value.backward()
     with pytest.raises(RuntimeError):
         torch.autograd.grad(run(reduction="none"), output, torch.eye(2), is_grads_batched=True)
+
+
+def test_transforms_of_torch_func_give_the_gradients_of_the_samples() -> None:
+    output, x0, noise, t = tensors(10, (3, 2, 4), torch.float32)
+    ids = torch.arange(3)
+
+    def loss(output: Tensor, x0: Tensor, t: Tensor, noise: Tensor | None, seed: Tensor | None = None) -> Tensor:
+        source = {"noise": noise} if seed is None else {"seeds": seed}
+        return ops.diffusion_loss(output, x0, t, LINEAR, "v_prediction", **source, reduction="sum")
+
+    def of_one(*tensors: Tensor | None) -> Tensor:
+        return loss(*(None if one is None else one[None] for one in tensors))  # type: ignore[arg-type]
+
+    wanted = (0, 1, 3)
+    inputs = [one.clone().requires_grad_() for one in (output, x0, noise)]
+    expected = torch.autograd.grad(loss(inputs[0], inputs[1], t, inputs[2]), inputs)
+    of_seeds = torch.func.grad(loss)(output, x0, t, None, ids)
+    found = torch.func.vmap(torch.func.grad(of_one, argnums=wanted))(output, x0, t, noise)
+    assert_same_bits(list(found), list(expected))
+    assert_same_bits(list(torch.func.grad(loss, argnums=wanted)(output, x0, t, noise)), list(expected))
+    by_seed = torch.func.vmap(torch.func.grad(of_one), in_dims=(0, 0, 0, None, 0))(output, x0, t, None, ids)
+    assert_same_bits([by_seed], [of_seeds])
+
+    def of_both(x0: Tensor) -> Tensor:  # x0 is one for both models
+        return torch.func.vmap(lambda output: loss(output, x0, t, noise))(torch.stack([output, -output])).sum()
+
+    both = expected[1] + torch.func.grad(loss, argnums=1)(-output, x0, t, noise)
+    torch.testing.assert_close(torch.func.grad(of_both)(x0), both, rtol=1e-6, atol=1e-6)  # a sum of two, rounded once
+    with pytest.raises(RuntimeError, match="diffusion_loss: output carries a forward-mode tangent"):
+        torch.func.jvp(lambda output: loss(output, x0, t, noise), (output,), (output,))
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        torch.func.grad(lambda output: torch.func.grad(loss)(output, x0, t, noise).sum())(output)
 
 
 def test_gradient_is_the_same_from_tensors_kept_in_another_layout() -> None:
@@ -251,6 +285,10 @@ def test_weights_may_be_a_table_of_timesteps() -> None:
     assert_same_bits([ops.diffusion_loss(output, x0, t, LINEAR, weights=table, **common)], [expected])
     one = ops.diffusion_loss(output, x0, 7, LINEAR, weights=table, **common)
     assert_same_bits([one], [ops.diffusion_loss(output, x0, 7, LINEAR, weights=table[7].expand(3), **common)])
+    for dtype in (torch.uint8, torch.int16):  # torch reads uint8 indices as a mask, and refuses int16
+        short = (t % 256).to(dtype)
+        found = ops.diffusion_loss(output, x0, short, LINEAR, weights=table, **common)
+        assert_same_bits([found], [ops.diffusion_loss(output, x0, t % 256, LINEAR, weights=table, **common)])
     with pytest.raises(ValueError, match="weights has 3 entries for 3 samples of 3 timesteps"):
         ops.diffusion_loss(output, x0, t % 3, SIGNAL[:3], weights=table[:3], **common)
 
@@ -307,6 +345,17 @@ def test_timestep_that_cannot_be_read_gives_nan() -> None:
         assert found.isnan().tolist() == [True, False]
 
 
+def test_compiled_loss_is_nan_where_a_timestep_is_out_of_range() -> None:
+    output, x0, noise, _ = tensors(3, (4, 6), torch.float32)
+
+    def run(t: Tensor, weights: Tensor) -> Tensor:
+        return unrecorded(output, x0, t, LINEAR, noise=noise, weights=weights, reduction="none")
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    found = compiled(torch.tensor([-1, 0, 999, 1000]), torch.ones(1000))
+    assert found.isnan().tolist() == [True, False, False, True]
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_operator_passes_opcheck_and_compiles_to_one_graph(loss: str) -> None:
     output, x0, _, t = tensors(4, (2, 2, 3), torch.float32)
@@ -344,6 +393,7 @@ ONE = tensors(5, (2, 6), torch.float32)
         ({"huber_c": 0.0}, ValueError, "huber_c is 0.0"),
         ({"huber_c": 1e-30}, ValueError, "huber_c is 1e-30"),
         ({"weights": 2.0}, TypeError, "weights is a float"),
+        ({"purpose": 1.5}, TypeError, "diffusion_loss: purpose has type float"),
         ({"weights": torch.ones(3)}, ValueError, r"weights has shape \[3\]"),
         ({"noise": None}, ValueError, "noise and seeds are both missing"),
         ({"t": torch.tensor([0, 1000])}, ValueError, "diffusion_loss: t spans 0 to 1000"),

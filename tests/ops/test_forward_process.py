@@ -135,10 +135,16 @@ def test_schedules_of_diffusers_give_their_own_noise() -> None:
     torch.testing.assert_close(
         ops.add_noise(x0, t, flow, noise=noise), flow.scale_noise(x0, flow.timesteps[at], noise), rtol=0, atol=5e-6
     )
+    changed = diffusers.FlowMatchEulerDiscreteScheduler()
+    changed.set_shift(3.0)  # its configuration stays as it was
+    assert_same_bits([ops.add_noise(x0, t, changed, noise=noise)], [ops.add_noise(x0, t, flow, noise=noise)])
     multistep = diffusers.DPMSolverMultistepScheduler(
         use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
     )
     assert_same_bits([ops.add_noise(x0, t, multistep, noise=noise)], [ops.add_noise(x0, t, flow, noise=noise)])
+    multistep.register_to_config(use_dynamic_shifting=True)  # its shift is then chosen in sampling
+    plain = diffusers.FlowMatchEulerDiscreteScheduler()
+    assert_same_bits([ops.add_noise(x0, t, multistep, noise=noise)], [ops.add_noise(x0, t, plain, noise=noise)])
 
 
 def test_rows_follow_a_schedule_that_changes() -> None:
@@ -164,8 +170,8 @@ def test_timesteps_that_cannot_be_read_give_nan_where_out_of_range() -> None:
     with mock.patch.object(forward_rows, "readable_without_sync", return_value=False):
         noisy, target = ops.noise_and_target(x0, t, LINEAR, "v_prediction", noise=noise)
         levels = torch.tensor([-0.1, 0.0, 1.0, 1.1])
-        continuous = ops.add_noise(x0, levels, fastdiff.FlowNoiseScheduler(), noise=noise)
-    for value in (noisy, target, continuous):
+        continuous = ops.noise_and_target(x0, levels, fastdiff.FlowNoiseScheduler(), "flow", noise=noise)
+    for value in (noisy, target, *continuous):
         assert value.isnan().all(1).tolist() == [True, False, False, True]
     expected = ops.noise_and_target(x0[1:3], t[1:3], LINEAR, "v_prediction", noise=noise[1:3])
     assert_same_bits([noisy[1:3], target[1:3]], expected)

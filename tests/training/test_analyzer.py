@@ -57,6 +57,31 @@ def test_analysis_leaves_model_and_generator_as_they_are():
     assert analysis.buffer_bytes == 4 * 4 * 2 + 8  # running mean and variance, and the count of batches
 
 
+class _Counting(nn.Module):
+    """A layer that is called by two containers, noise, and a buffer that counts calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(4, 4))
+        self.second = nn.Sequential(self.first[0], nn.Linear(4, 8))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.second(self.first(x + torch.randn_like(x)))
+
+
+def test_shared_layers_buffers_and_generators_are_counted_and_kept():
+    model, state = _Counting(), torch.get_rng_state()
+    inputs = torch.randn(1, 4, generator=torch.Generator())
+    analysis = DiffusionAnalyzer().analyze_model(model, (inputs,))
+    assert {row.name: row.flops for row in analysis.layers} == {"first.0": 2 * 2 * 16, "second.1": 2 * 32}
+    assert torch.equal(torch.get_rng_state(), state)
+    assert int(model.calls) == 0
+    with pytest.raises(TypeError, match="analyze_model: inputs is a Tensor"):
+        DiffusionAnalyzer().analyze_model(model, inputs)
+
+
 def test_model_of_a_configuration_needs_no_inputs():
     config = DiffusionConfig(image_size=8, hidden_size=8, num_layers=2, num_heads=2, num_res_blocks=1)
     model, analyzer = DiffusionModel(config), DiffusionAnalyzer()

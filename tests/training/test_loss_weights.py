@@ -60,7 +60,10 @@ def test_ends_of_the_schedule() -> None:
     assert min_snr_weights(ends, "epsilon").tolist() == [1.0, 0.0]
     assert min_snr_weights(ends, "v_prediction").tolist() == [0.0, 0.0]
     assert min_snr_weights(ends, "sample").tolist() == [0.0, 5.0]
-    assert debiased_weights(ends[:1], "v_prediction").tolist() == [0.0]
+    assert debiased_weights(ends, "v_prediction").tolist() == [0.0, 0.0]
+    assert debiased_weights(ends, "flow_prediction").tolist() == [0.0, 0.0]
+    for gamma, last in ((1.0, 1.0), (2.0, 0.0)):  # S/(k + S)^γ
+        assert p2_weights(ends, "sample", gamma).tolist() == [0.0, last]
     rescaled = fastdiff.create_noise_scheduler("linear", rescale_betas_zero_snr=True)
     table = weight_table(rescaled, "debiased", "v_prediction")
     assert table is not None
@@ -79,6 +82,13 @@ def test_signal_to_noise_ratio_of_schedules() -> None:
     torch.testing.assert_close(signal_to_noise_ratio(flow), ((1 - flow.times) / flow.times) ** 2, **EXACT)
     times = torch.tensor([0.25, 0.5])
     assert signal_to_noise_ratio(flow, times).tolist() == [9.0, 1.0]
+    short = torch.tensor([3, 255, 3], dtype=torch.uint8)  # torch reads uint8 indices as a mask
+    assert torch.equal(signal_to_noise_ratio(schedule, short), signal_to_noise_ratio(schedule, short.long()))
+    for kind, bad in ((schedule, [-1, 3]), (schedule, [1000]), (flow, [1000]), (flow, [-0.5, 1.0])):
+        with pytest.raises(ValueError, match="signal_to_noise_ratio: t spans"):
+            signal_to_noise_ratio(kind, torch.tensor(bad))
+    with pytest.raises(TypeError, match="signal_to_noise_ratio: t is a int"):
+        signal_to_noise_ratio(schedule, 3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"t has dtype torch\.float32, expected integers"):
         signal_to_noise_ratio(schedule, times)
 

@@ -160,8 +160,10 @@ def test_gradients() -> None:
         (lambda x: l2_loss(x.long(), x), "l2_loss: pred has dtype torch.int64"),
         (lambda x: l2_loss(x, x, reduction="batch"), "l2_loss: reduction is 'batch'"),
         (lambda x: l2_loss(x, x, weights=torch.ones(2)), r"l2_loss: weights has shape \[2\], expected \[3\]"),
+        (lambda x: l2_loss(x, x, weights=[1.0] * 3), "l2_loss: weights is a list"),
         (lambda x: l2_loss(x[:0], x[:0]), r"l2_loss: pred has shape \[0, 2\]"),
         (lambda x: huber_loss(x, x, 0.0), "huber_loss: c is 0.0"),
+        (lambda x: huber_loss(x, x, 1e-25), "huber_loss: c is 1e-25"),  # its square is 0, and the gradient NaN
         (lambda x: snr_loss(x, x, x, torch.arange(2), scheduler=fastdiff.create_noise_scheduler("linear")), "weights"),
         (lambda x: snr_loss(x, x, x, torch.arange(3), scheduler=object()), "without alphas_cumprod"),
         (lambda x: v_prediction_loss(x, x, 1.5), r"v_prediction_loss: alpha_bar spans 1.5"),

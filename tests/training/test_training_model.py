@@ -149,6 +149,9 @@ def test_attention_options(conditional: AdvancedUNet) -> None:
     with torch.no_grad():
         found, expected = (model(x, 1, text)["sample"] for model in (sliced, conditional))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)  # the same sums in another order
+    plain = AdvancedUNet(config(use_memory_efficient_attention=True))  # the remedy of the next error
+    kinds = [{type(one.processor).__name__ for one in plain.modules() if hasattr(one, "processor")}]
+    assert kinds == [{"AttnProcessor2_0"}]
     with pytest.raises(ValueError, match="use_attention_slicing is set for a UNet2DModel, which has no"):
         AdvancedUNet(config(use_attention_slicing=True))
 

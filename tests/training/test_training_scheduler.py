@@ -139,9 +139,24 @@ def test_flow_loop_walks_straight() -> None:
     torch.testing.assert_close(x, start - velocity, rtol=1e-10, atol=1e-10)
 
 
+def test_flow_timesteps_are_found_by_value() -> None:
+    scheduler = AdvancedScheduler(DiffusionConfig(beta_schedule="flow"))
+    scheduler.set_timesteps(7)  # no float32 is a seventh
+    x, output = torch.randn(2, *SHAPE)
+    for t in scheduler.timesteps[1:]:
+        expected = scheduler.step(output, t, x).prev_sample
+        for timestep in (t.clone(), t.item(), t.double()):
+            assert torch.equal(scheduler.step(output, timestep, x).prev_sample, expected)
+    with pytest.raises(ValueError, match="one of 7 visited timesteps"):
+        scheduler.step(output, 0.5, x)
+
+
 def test_refused_number_of_steps_changes_nothing() -> None:
     scheduler = make()
     scheduler.set_timesteps(4)
+    for device in ("no such device", "fpga"):  # the second is a name that torch knows
+        with pytest.raises(RuntimeError):
+            scheduler.set_timesteps(2, device=device)
     for count in (0, 101):
         with pytest.raises(ValueError, match="num_inference_steps"):
             scheduler.set_timesteps(count)

@@ -116,6 +116,16 @@ def test_hybrid_loss_trains_the_variance_alone() -> None:
     torch.testing.assert_close(vlb_loss(output, x0, x_t, t, SCHEDULE, reduction="none"), 100 * terms)
 
 
+def test_gradient_is_finite_where_the_other_term_overflows() -> None:
+    x0, x_t, output, _ = drawn(torch.float32)
+    output[:, :2] = 1e3  # far from x0: in float32 no bin holds any probability under the narrow normal of t = 1
+    output.requires_grad_()
+    terms = vlb_terms(output, x0, x_t, torch.tensor([1, 2, 40, 99, 1]), SCHEDULE, "sample")
+    (gradient,) = torch.autograd.grad(terms.sum(), output)
+    assert bool(terms.isfinite().all())
+    assert bool(gradient.isfinite().all())
+
+
 def test_prior_term() -> None:
     x0 = torch.randn(3, 2, 4, dtype=torch.float64)
     bar = SCHEDULE.alphas_cumprod[-1]
@@ -155,6 +165,8 @@ def test_bins_hold_all_probability_far_and_near() -> None:
         ({"x_t": torch.zeros(5, 2, 3, 2)}, "x_t has shape"),
         ({"t": torch.tensor([0, 1, 2, 3])}, r"t has dtype torch.int64 and shape \[4\]"),
         ({"t": torch.tensor([0, 1, 2, 3, 100])}, "t spans 0 to 100, expected 0 to 99"),
+        ({"t": 3}, "vlb_terms: t is a int"),
+        ({"t": torch.tensor([True] * 5)}, "vlb_terms: t has dtype torch.bool"),
         ({"variance_type": "learned"}, "variance_type is 'learned'"),
     ],
 )

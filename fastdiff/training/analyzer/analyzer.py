@@ -163,9 +163,7 @@ class SamplingBenchmark:
 class DiffusionAnalyzer:
     """Counts what a model needs, and times samplers with it."""
 
-    def analyze_model(
-        self, model: nn.Module, inputs: Sequence[Any] | Mapping[str, Any] | None = None, *, batch_size: int = 1
-    ) -> ModelAnalysis:
+    def analyze_model(self, model: nn.Module, inputs: Any = None, *, batch_size: int = 1) -> ModelAnalysis:
         """Count parameters, memory and operations of a model, by two forward calls.
 
         The model is as it was afterwards.
@@ -181,11 +179,14 @@ class DiffusionAnalyzer:
         """
         operation = "analyze_model"
         checked_type(operation, "model", model, nn.Module, "a torch.nn.Module", "pass the network")
+        if isinstance(inputs, Tensor):
+            message = error_message(operation, "inputs", "is a Tensor", "the arguments of a call", "pass (tensor,)")
+            raise TypeError(message)
         if inputs is None:
             inputs = _inputs_of(model, checked_integer(operation, "batch_size", batch_size, 1), operation)
         args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (tuple(inputs), {})
         first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), None)
-        flops, shapes = count_flops(model, args, kwargs)
+        flops, own, shapes = count_flops(model, args, kwargs)
         backward = bytes_kept_for_backward(model, args, kwargs)
         parameters = list(model.parameters())
         trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -197,9 +198,9 @@ class DiffusionAnalyzer:
             buffer_bytes=buffers,
             backward_bytes=backward,
             training_bytes=total_bytes(parameters) + 3 * total_bytes(trained) + buffers + backward,
-            flops=flops[""],
+            flops=flops,
             batch_size=1 if first is None else len(first),
-            layers=_layers(model, flops, shapes),
+            layers=_layers(model, own, shapes),
         )
 
     def benchmark_sampling(
@@ -265,9 +266,7 @@ def _layers(model: nn.Module, flops: Mapping[str, int], shapes: Mapping[str, Any
     """Return the modules with parameters or operations of their own, in the order of the model."""
     rows = []
     for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
-        within = sum(flops.get(f"{prefix}{child}", 0) for child, _ in module.named_children())
-        own = flops.get(name, 0) - within
+        own = flops.get(name, 0)
         parameters = sum(parameter.numel() for parameter in module.parameters(recurse=False))
         if own or parameters:
             shape = tuple(shapes[name]) if name in shapes else None

@@ -18,22 +18,34 @@ from .model_size import tensor_bytes
 
 def count_flops(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[dict[str, int], dict[str, Any]]:
+) -> tuple[int, dict[str, int], dict[str, Any]]:
     """Call a model once, in evaluation mode and without gradients.
 
+    The model is as it was afterwards, its buffers and torch's generators too.
+
     Returns:
-        the floating-point operations of each module with those within it, by name ("" is the model), as torch's
-        `FlopCounterMode` counts them: a multiplication and an addition are two; of a container that is not called
-        itself, those of the modules within it.  And the shapes of the modules' outputs, for those that return one
-        tensor.
+        the floating-point operations of the call, as torch's `FlopCounterMode` counts them: a multiplication and an
+        addition are two; those of each module without the modules called within it, by name ("" is the model); and the
+        shapes of the modules' outputs, for those that return one tensor.
     """
     shapes: dict[str, Any] = {}
-    called = {""}
+    own: dict[str, int] = {}
     hooks = []
+    # The counter knows no fused attention kernel of the CPU: plain products count the same everywhere.
+    counter = FlopCounterMode(display=False)
+    #: Of each call in progress: the count at its start, and the operations of the calls within it.
+    calls: list[list[int]] = []
 
-    def keep(name: str) -> Any:
+    def enter(module: nn.Module, inputs: Any) -> None:
+        calls.append([counter.get_total_flops(), 0])
+
+    def leave(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            called.add(name)
+            start, within = calls.pop()
+            whole = counter.get_total_flops() - start
+            own[name] = own.get(name, 0) + whole - within
+            if calls:
+                calls[-1][1] += whole
             if isinstance(output, Tensor):
                 shapes[name] = list(output.shape)
 
@@ -41,23 +53,20 @@ def count_flops(
 
     try:
         for name, module in model.named_modules():
-            hooks.append(module.register_forward_hook(keep(name)))
-        # The counter knows no fused attention kernel of the CPU: plain products count the same everywhere.
-        counter = FlopCounterMode(display=False)
+            hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave(name))]
         with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            model(*args, **kwargs)
+            _call(model, {name: buffer.clone() for name, buffer in model.named_buffers()}, args, kwargs)
     finally:
         for hook in hooks:
             hook.remove()
-    root = type(model).__name__
-    counts = {key: sum(operators.values()) for key, operators in counter.get_flop_counts().items()}
-    totals = {"": counter.get_total_flops()}
-    for name, module in reversed(list(model.named_modules())):  # what is within a module comes before it
-        if name in called:
-            totals.setdefault(name, counts.get(f"{root}.{name}", 0))
-        else:
-            totals[name] = sum(totals.get(f"{name}.{child}", 0) for child, _ in module.named_children())
-    return totals, shapes
+    return counter.get_total_flops(), own, shapes
+
+
+def _call(model: nn.Module, buffers: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call a model with buffers in the place of its own; torch's generators are as they were afterwards."""
+    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        return torch.func.functional_call(model, dict(buffers), tuple(args), dict(kwargs))
 
 
 def bytes_kept_for_backward(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
@@ -76,15 +85,13 @@ def bytes_kept_for_backward(model: nn.Module, args: Sequence[Any], kwargs: Mappi
             kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
-    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
     with (
         _training(model),
         torch.enable_grad(),
-        torch.random.fork_rng(devices=list(devices)),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
         # The output keeps what was saved alive, so that no two tensors have one address.
-        output = torch.func.functional_call(model, buffers, tuple(args), dict(kwargs))
+        output = _call(model, buffers, args, kwargs)
         del output
     return sum(kept.values())
 

@@ -47,12 +47,13 @@ def model_workload(
         raise TypeError(error_message(operation, "model", got, "a DiffusionModel or an AdvancedUNet", remedy))
     config, place = model.config, next(model.parameters())
     seeds = spawn_seeds(seed, checked_integer(operation, "batch_size", batch_size, 1))
+    dtype = compute_dtype(place.dtype)
     shape = (batch_size, config.in_channels, config.image_size, config.image_size)
     guided = prompt_embeds is not None and negative_prompt_embeds is not None
     return Workload(
         model=without_variance(model, config),
         scheduler=model.scheduler.schedule,
-        latents=randn(shape, seeds, dtype=compute_dtype(place.dtype), device=place.device),
+        latents=randn(shape, seeds, dtype=dtype, device=place.device),
         prompt_embeds=prompt_embeds,
         negative_prompt_embeds=negative_prompt_embeds,
         fields={
@@ -61,4 +62,5 @@ def model_workload(
         },
         seeds=torch.tensor(seeds, device=place.device),
         name=type(model).__name__,
+        model_dtype=None if place.dtype == dtype else place.dtype,
     )

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import checked_float, error_message, unknown_name
-from ...ops.diffusion_loss import LOSSES, REDUCTIONS
+from ...errors import checked_float, checked_type, error_message, unknown_name
+from ...ops.diffusion_loss import LEAST_HUBER_C, LOSSES, REDUCTIONS
 from ...row_layout import compute_dtype
 from ...schedules import LinearNoiseScheduler
 from ...schedules.betas import check_floating
@@ -57,6 +57,7 @@ def _reduced(operation: str, values: Tensor, weights: Tensor | None, reduction: 
         raise unknown_name(operation, "reduction", reduction, REDUCTIONS)
     each = values.flatten(1).mean(1) if values.dim() > 1 else values
     if weights is not None:
+        checked_type(operation, "weights", weights, Tensor, "a torch.Tensor", "pass one weight a sample")
         if list(weights.shape) != [len(each)]:
             got, remedy = f"has shape {list(weights.shape)}", "pass one weight a sample, such as table[timesteps]"
             raise ValueError(error_message(operation, "weights", got, f"[{len(each)}]", remedy))
@@ -74,7 +75,7 @@ def _values(operation: str, residual: Tensor, loss: str, c: float) -> Tensor:
         return residual.abs()
     if loss != "huber":
         raise unknown_name(operation, "loss", loss, LOSSES)
-    checked_float(operation, "c", c, 0.0, strict=True)
+    checked_float(operation, "c", c, LEAST_HUBER_C)
     # √(r² + c²) − c without its cancellation for |r| much below c.
     square = residual**2
     return square / ((square + c * c).sqrt() + c)
@@ -115,7 +116,7 @@ def huber_loss(
     the root of a whole sample's distance instead.
 
     Args:
-        c: above 0, in the units of the prediction.
+        c: at least 1e-18, in the units of the prediction.
         pred, target, weights, reduction: as in `l2_loss`.
     """
     residual = _residual("huber_loss", pred, target)

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import error_message, unknown_name
-from ...ops.forward_rows import ForwardScales, parse_target
+from ...errors import checked_type, error_message, unknown_name
+from ...ops.forward_rows import ForwardScales, checked_timesteps, parse_target
 from ...row_layout import compute_dtype
 from ...schedules.betas import check_floating
 
@@ -76,12 +76,12 @@ class _Posterior:
 
     def __init__(self, operation: str, schedule: Any, x: Tensor, t: Tensor, dtype: torch.dtype) -> None:
         scales = ForwardScales.of(operation, schedule)
+        remedy = "pass one timestep a sample"
+        checked_type(operation, "t", t, Tensor, f"integers [{len(x)}]", remedy)
         if t.is_floating_point() or t.dim() != 1 or len(t) != len(x):
-            got, remedy = f"has dtype {t.dtype} and shape {list(t.shape)}", "pass one timestep a sample"
+            got = f"has dtype {t.dtype} and shape {list(t.shape)}"
             raise ValueError(error_message(operation, "t", got, f"integers [{len(x)}]", remedy))
-        if t.device.type == "cpu" and len(t) and not 0 <= int(t.min()) <= int(t.max()) < scales.steps:
-            got, remedy = f"spans {int(t.min())} to {int(t.max())}", "draw it in that range"
-            raise ValueError(error_message(operation, "t", got, f"0 to {scales.steps - 1}", remedy))
+        t = checked_timesteps(operation, t, scales)
         with torch.no_grad():
             alpha, sigma = (values.cpu() for values in scales.at(torch.arange(scales.steps, device="cpu")))
             one = torch.ones(1, dtype=torch.float64, device="cpu")
@@ -186,9 +186,12 @@ def vlb_terms(
     if clip_denoised:
         predicted = predicted.clamp(-1, 1)
     mean = posterior.mean(predicted, x_t)
-    divergence = gaussian_kl(posterior.mean(x0, x_t), posterior.log_small, mean, log_variance)
-    decoder = -discretized_log_likelihood(x0, mean, 0.5 * log_variance)
     first = (t == 0).to(x0.device).reshape(-1, *[1] * (x0.dim() - 1))
+    # Each term is taken of x0 itself at the other's timesteps: a gradient that overflows there would be NaN times 0.
+    later_mean, later_variance = torch.where(first, x0, mean), torch.where(first, 0.0, log_variance)
+    divergence = gaussian_kl(posterior.mean(x0, x_t), posterior.log_small, later_mean, later_variance)
+    first_mean, first_variance = torch.where(first, mean, x0), torch.where(first, log_variance, 0.0)
+    decoder = -discretized_log_likelihood(x0, first_mean, 0.5 * first_variance)
     return _bits(torch.where(first, decoder, divergence))
 
 

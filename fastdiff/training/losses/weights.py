@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import checked_float, error_message, unknown_name
-from ...ops.forward_rows import ForwardScales, parse_target
+from ...errors import checked_float, checked_type, error_message, unknown_name
+from ...ops.forward_rows import ForwardScales, checked_timesteps, parse_target
 from ..config_checks import LOSS_WEIGHTINGS
 
 __all__ = ["debiased_weights", "min_snr_weights", "p2_weights", "signal_to_noise_ratio", "weight_table"]
@@ -29,21 +29,23 @@ def signal_to_noise_ratio(schedule: Any, t: Tensor | None = None) -> Tensor:
     Args:
         schedule: a noise schedule of fastdiff, a scheduler of diffusers, or ᾱ ``[T]``, as in
             `fastdiff.ops.noise_and_target`.
-        t: integer timesteps ``[B]``; for a flow schedule also floats in [0, 1], which are σ.  None for all T.
+        t: integer timesteps ``[B]``, 0 to T − 1; for a flow schedule also floats in [0, 1], which are σ.  None for all
+            T.  Their range is checked on the CPU.
 
     Returns:
         float64, ``[B]`` on the device of `t`, or ``[T]`` on the CPU; infinite where σ is 0.
 
     Raises:
         TypeError: the schedule is none of these, or `t` is floating point on a schedule that is not a flow's.
+        ValueError: a timestep is out of range.
     """
-    scales = ForwardScales.of("signal_to_noise_ratio", schedule)
+    operation = "signal_to_noise_ratio"
+    scales = ForwardScales.of(operation, schedule)
     if t is None:
         t = torch.arange(scales.steps, dtype=torch.int64, device="cpu")
+    checked_type(operation, "t", t, Tensor, "a torch.Tensor", "pass torch.tensor([t])")
+    t = checked_timesteps(operation, t, scales)
     if t.is_floating_point():
-        if not scales.flow:
-            got, remedy = f"has dtype {t.dtype}", "convert it with .long(), or pass a flow schedule"
-            raise TypeError(error_message("signal_to_noise_ratio", "t", got, "integers", remedy))
         alpha, sigma = 1 - t.double(), t.double()
     else:
         alpha, sigma = scales.at(t)
@@ -95,6 +97,9 @@ def p2_weights(snr: Tensor, prediction_type: str = "epsilon", gamma: float = 1.0
     """
     checked_float("p2_weights", "gamma", gamma, 0.0)
     checked_float("p2_weights", "k", k, 0.0, strict=True)
+    if parse_target("p2_weights", prediction_type) == "sample":
+        # Not S/(k + S)^γ, which is ∞/∞ at S = ∞.
+        return (k + snr) ** (1 - gamma) / (1 + k / snr)
     return _of_target((k + snr) ** -gamma, snr, prediction_type, "p2_weights")
 
 
@@ -109,10 +114,11 @@ def debiased_weights(snr: Tensor, prediction_type: str = "epsilon") -> Tensor:
     """
     target = parse_target("debiased_weights", prediction_type)
     root = snr.sqrt()
+    # Not √S/(S + 1), which is ∞/∞ at S = ∞.
     if target == "v_prediction":
-        return root / (1 + snr)  # not 1/√S · S/(S + 1), which is ∞·0 at S = 0
+        return 1 / (1 / root + root)
     if target == "flow_prediction":
-        return root / (1 + root) ** 2
+        return 1 / (1 / root + 2 + root)
     return root if target == "sample" else 1 / root
 
 

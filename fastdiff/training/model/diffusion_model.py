@@ -153,6 +153,11 @@ def _norm_groups(channels: int) -> int:
     return next(groups for groups in (32, 16, 8, 4, 2, 1) if channels % groups == 0 and channels // groups >= 4)
 
 
+def attention_layers(part: nn.Module) -> list[Any]:
+    """Return the attention layers of a model of diffusers; a `UNet2DModel` has no `set_attn_processor` for them all."""
+    return [module for module in part.modules() if hasattr(module, "set_processor")]
+
+
 def _choose_attention(unet: Any, config: DiffusionConfig) -> None:
     """Pass the configuration's attention options to diffusers' own methods."""
     if config.use_attention_slicing:
@@ -165,7 +170,8 @@ def _choose_attention(unet: Any, config: DiffusionConfig) -> None:
         unet.set_attention_slice("auto")
     if config.use_memory_efficient_attention:
         processors = require("diffusers.models.attention_processor", "diffusers", "AdvancedUNet")
-        unet.set_attn_processor(processors.AttnProcessor2_0())
+        for layer in attention_layers(unet):
+            layer.set_processor(processors.AttnProcessor2_0())
     if config.use_xformers:
         try:
             unet.enable_xformers_memory_efficient_attention()

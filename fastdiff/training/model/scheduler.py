@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -104,7 +105,9 @@ class ConfiguredScheduler:
 
     @functools.cached_property
     def _rows(self) -> dict[float, int]:
-        return {t: row for row, t in enumerate(self._sampler.table.timesteps)}
+        """The rows of the visited timesteps, also as float32 rounds them in `timesteps`."""
+        visited = self._sampler.table.timesteps, self._sampler.timesteps.tolist()
+        return {t: row for timesteps in visited for row, t in enumerate(timesteps)}
 
     @property
     def init_noise_sigma(self) -> float:
@@ -119,14 +122,15 @@ class ConfiguredScheduler:
             device: of `timesteps`; the CPU where None.
 
         Raises:
-            TypeError, ValueError: the number is out of range.  The scheduler stays as it was.
+            TypeError, ValueError, RuntimeError: the number is out of range, or torch has no such device.  The scheduler
+                stays as it was.
         """
         sampler = self.sampler("ddim", num_inference_steps)
-        self._device = torch.device("cpu" if device is None else device)
-        self.num_inference_steps = sampler.config.num_inference_steps
-        for name in ("timesteps", "_rows"):
-            self.__dict__.pop(name, None)
-        self.__dict__["_sampler"] = sampler
+        place = torch.device("cpu" if device is None else device)
+        timesteps = sampler.timesteps.to(place)  # fails where there is no such device
+        self._device, self.num_inference_steps = place, sampler.config.num_inference_steps
+        self.__dict__.pop("_rows", None)
+        self.__dict__.update(_sampler=sampler, timesteps=timesteps)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
         """Return the sample: a model takes it as it is."""
@@ -203,9 +207,9 @@ class ConfiguredScheduler:
                 if offset % size == 0 and 0 <= offset // size < len(own):
                     return offset // size
             timestep = timestep.item()
-        if isinstance(timestep, Tensor) or timestep not in self._rows:
+        if not isinstance(timestep, Hashable) or isinstance(timestep, Tensor) or timestep not in self._rows:
             got = f"has shape {list(timestep.shape)}" if isinstance(timestep, Tensor) else f"is {timestep!r}"
-            expected, remedy = f"one of {len(self._rows)} visited timesteps", "take it from scheduler.timesteps"
+            expected, remedy = f"one of {len(self.timesteps)} visited timesteps", "take it from scheduler.timesteps"
             raise ValueError(error_message(operation, "timestep", got, expected, remedy))
         return self._rows[timestep]
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from ...errors import error_message, require
 from ..config import DiffusionConfig
+from ..model.diffusion_model import attention_layers
 
 #: Turns one option on.
 Call = Callable[[], object]
@@ -87,9 +88,10 @@ class MemoryOptions:
         processors = require("diffusers.models.attention_processor", "diffusers", self.operation)
         calls: list[Call] = []
         for part in self.parts.values():
-            kinds = {type(processor).__name__ for processor in getattr(part, "attn_processors", {}).values()}
+            layers = attention_layers(part)
+            kinds = {type(layer.processor).__name__ for layer in layers}
             if kinds and kinds <= set(_EQUIVALENT):
-                calls.append(functools.partial(part.set_attn_processor, processors.AttnProcessor2_0()))
+                calls += [functools.partial(layer.set_processor, processors.AttnProcessor2_0()) for layer in layers]
             elif kinds and hasattr(part, "set_attention_backend"):
                 calls.append(functools.partial(part.set_attention_backend, "native"))
         if not calls:
