@@ -13,7 +13,7 @@ is no host sync; where it is (a table on a GPU, a traced one) the mask of the cl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,10 +37,10 @@ from ..row_layout import (
     compute_dtype,
 )
 from . import reference
-from .call import HISTORY_SLOTS, STEP_ARGUMENTS, StepCall, named, operator_values
+from .call import HISTORY_SLOTS, STEP_ARGUMENTS, STEP_NAMES, StepCall, named, operator_values
 from .checks import readable_without_sync
 from .dispatch import execute
-from .layout import in_memory
+from .transforms import eager_operator
 from .vmap import LIKE_SAMPLE, fold_step
 
 _X, _M, _D, _H0, _Z = (COLUMNS.index(name) for name in ("sample", "model_output", "prediction", "history_0", "noise"))
@@ -110,51 +110,26 @@ def _wanted(ctx: Any) -> dict[str, bool]:
     return {argument.name: bool(want) for argument, want in zip(STEP_ARGUMENTS, ctx.needs_input_grad, strict=False)}
 
 
-class _Function(torch.autograd.Function):
-    """The operator in eager calls, and under torch.func, which cannot transform the autograd that torch.library makes.
-
-    Without torch.func it avoids the dispatcher, where a Python operator takes a tenth of a millisecond.
-    """
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        at_hand = all(in_memory(a) for a in arguments if isinstance(a, Tensor))
-        return tuple((execute if at_hand else torch.ops.fastdiff.step)(*arguments))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        setup_context(ctx, inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return backward(ctx, grads)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        out, dims = fold_step(info, in_dims, *arguments, apply=apply_operator)
-        return tuple(out), tuple(dims)
-
-
 def apply_step(call: StepCall, backend: str) -> Sequence[Tensor]:
     """Run ``fastdiff::step`` so that autograd, torch.func and compilers see it; the model input comes last."""
     return apply_operator(*operator_values(call, backend))
 
 
-def apply_operator(*arguments: Any) -> Sequence[Tensor]:
-    """Run ``fastdiff::step`` with its schema's arguments."""
-    tensors = [a for a in arguments if isinstance(a, Tensor)]
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    # torch.func.functionalize has rules for operators alone.
-    traced = traced or any(torch._is_functional_tensor(a) for a in tensors)
-    transformed = not traced and torch._C._are_functorch_transforms_active()
-    results: Sequence[Tensor]
-    if traced or not (transformed or all(in_memory(a) for a in tensors)):
-        results = torch.ops.fastdiff.step(*arguments)
-    elif transformed or (torch.is_grad_enabled() and any(a.requires_grad for a in tensors)):
-        results = _Function.apply(*arguments)  # type: ignore[no-untyped-call]
-    else:
-        results = execute(*arguments)
-    return results
+def _fold(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    out, dims = fold_step(info, in_dims, *arguments, apply=apply_operator)
+    return tuple(out), tuple(dims)
+
+
+#: Run ``fastdiff::step`` with its schema's arguments.
+apply_operator: Callable[..., Sequence[Tensor]] = eager_operator(
+    "step",
+    STEP_NAMES,
+    lambda *arguments: torch.ops.fastdiff.step(*arguments),
+    execute,
+    setup_context,
+    lambda ctx, *grads: backward(ctx, grads),
+    _fold,
+)
 
 
 def may_clip(table: Tensor, row_index: int, row_indices: Tensor | None) -> bool:

@@ -12,12 +12,11 @@ What the extension declines is checked here, and goes through torch's dispatcher
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..errors import checked_float, checked_integer, error_message, unknown_name
 from ..philox import Purpose
@@ -29,6 +28,7 @@ from .fallback import backend_to_run
 from .forward_process import check_samples
 from .forward_rows import ForwardScales, forward_rows, training_table
 from .layout import in_memory
+from .transforms import differentiable_once, eager_operator, gradient_is_recorded
 from .vmap import fold_loss
 
 LOSSES = loss_kernels.LOSSES
@@ -190,37 +190,6 @@ def _traced() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
 
 
-def _apply(*arguments: Any) -> Tensor:
-    """Run ``fastdiff::diffusion_loss`` so that autograd, torch.func and compilers see it."""
-    tensors = [a for a in arguments if isinstance(a, Tensor)]
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    # torch.func.functionalize has rules for operators alone.
-    traced = traced or any(torch._is_functional_tensor(a) for a in tensors)
-    transformed = not traced and torch._C._are_functorch_transforms_active()
-    if not traced:
-        _refuse_tangents(arguments)
-    result: Tensor
-    if traced or not (transformed or all(in_memory(a) for a in tensors)):
-        result = torch.ops.fastdiff.diffusion_loss(*arguments)
-    elif transformed:
-        result = _Transformed.apply(*arguments)  # type: ignore[no-untyped-call]
-    elif torch.is_grad_enabled() and any(a.requires_grad for a in tensors):
-        result = _Function.apply(*arguments)  # type: ignore[no-untyped-call]
-    else:
-        result = loss_kernels.forward(*arguments)
-    return result
-
-
-def _refuse_tangents(arguments: Sequence[Any]) -> None:
-    for name, value in zip(_NAMES, arguments, strict=True):
-        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:  # type: ignore[no-untyped-call]
-            got, expected = (
-                "carries a forward-mode tangent",
-                "a tensor without one: there are reverse-mode gradients only",
-            )
-            raise RuntimeError(error_message("diffusion_loss", name, got, expected, "use torch.func.vjp"))
-
-
 # --- The operators of the dispatcher ---------------------------------------------------------------------------------
 
 _ARGUMENTS = (
@@ -276,8 +245,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     values = [rest if saved is None else saved for saved, rest in zip(ctx.saved_tensors, ctx.rest, strict=True)]
     wanted = [bool(ctx.needs_input_grad[place]) for place in _DIFFERENTIABLE]
     run: Any = torch.ops.fastdiff.diffusion_loss_gradient
-    if ctx.direct and (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
-        run = _Gradient.apply
+    if ctx.direct and gradient_is_recorded():
+        run = _recorded_gradient
     elif ctx.direct and in_memory(grad):
         run = loss_kernels.backward
     found = iter(run(grad, wanted, *values))
@@ -288,72 +257,53 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(gradients)
 
 
-class _Function(torch.autograd.Function):
-    """The operator in eager calls that want gradients and that the extension declines, without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        # With a setup_context of its own, torch would inspect the signature at each call.
-        _setup_direct(ctx, arguments, None)
-        return loss_kernels.forward(*arguments)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return _backward(ctx, grad)
-
-
 def _setup_direct(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _setup_context(ctx, inputs, output)
     ctx.direct = True
 
 
-class _Transformed(torch.autograd.Function):
-    """The operator under torch.func, which cannot transform the autograd that torch.library makes."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        at_hand = all(in_memory(a) for a in arguments if isinstance(a, Tensor))
-        result: Tensor = (loss_kernels.forward if at_hand else torch.ops.fastdiff.diffusion_loss)(*arguments)
-        return result
-
-    setup_context = staticmethod(_setup_direct)
-    backward = staticmethod(_backward)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
-        size = info.batch_size
-        folded, batch = fold_loss(_named(arguments), _named(in_dims), size)
-        return _apply(*folded.values()).reshape(size, batch), 0
+def _fold(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+    size = info.batch_size
+    folded, batch = fold_loss(_named(arguments), _named(in_dims), size)
+    return _apply(*folded.values()).reshape(size, batch), 0
 
 
-class _Gradient(torch.autograd.Function):
-    """The gradients where they are recorded, as with ``create_graph=True``: a second derivative is refused."""
+#: Run ``fastdiff::diffusion_loss`` with its schema's arguments.
+_apply: Callable[..., Tensor] = eager_operator(
+    "diffusion_loss",
+    _NAMES,
+    lambda *arguments: torch.ops.fastdiff.diffusion_loss(*arguments),
+    loss_kernels.forward,
+    _setup_direct,
+    _backward,
+    _fold,
+)
 
-    @staticmethod
-    def forward(grad: Tensor, wanted: Sequence[bool], *values: Any) -> tuple[Tensor, ...]:
-        at_hand = all(in_memory(a) for a in (grad, *values) if isinstance(a, Tensor))
-        run = loss_kernels.backward if at_hand else torch.ops.fastdiff.diffusion_loss_gradient
-        return tuple(run(grad, wanted, *values))
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keep nothing."""
+def _run_gradient(grad: Tensor, wanted: Sequence[bool], *values: Any) -> Sequence[Tensor]:
+    at_hand = all(in_memory(a) for a in (grad, *values) if isinstance(a, Tensor))
+    run: Any = loss_kernels.backward if at_hand else torch.ops.fastdiff.diffusion_loss_gradient
+    return run(grad, wanted, *values)  # type: ignore[no-any-return]
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        remedy = "take fastdiff.training.l2_loss of the output and the target of noise_and_target"
-        raise RuntimeError(f"diffusion_loss: trying to differentiate twice, expected once; {remedy}")
 
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], grad: Tensor, wanted: Sequence[bool], *values: Any
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        size = info.batch_size
-        folded, batch = fold_loss(_named(values), _named(in_dims[2:]), size)
-        grad = grad.expand(size, batch) if in_dims[0] is None else grad.movedim(in_dims[0], 0)
-        run: Any = _Gradient.apply
-        found = [one.unflatten(0, (size, batch)) for one in run(grad.flatten(), wanted, *folded.values())]
-        return tuple(found), (0,) * len(found)
+def _fold_gradient(
+    info: Any, in_dims: tuple[Any, ...], grad: Tensor, wanted: Sequence[bool], *values: Any
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    size = info.batch_size
+    folded, batch = fold_loss(_named(values), _named(in_dims[2:]), size)
+    grad = grad.expand(size, batch) if in_dims[0] is None else grad.movedim(in_dims[0], 0)
+    found = [
+        one.reshape(size, batch, *one.shape[1:]) for one in _recorded_gradient(grad.flatten(), wanted, *folded.values())
+    ]
+    return tuple(found), (0,) * len(found)
+
+
+_recorded_gradient = differentiable_once(
+    "diffusion_loss",
+    "take fastdiff.training.l2_loss of the output and the target of noise_and_target",
+    _run_gradient,
+    _fold_gradient,
+)
 
 
 def _named(values: Sequence[Any]) -> dict[str, Any]:
@@ -366,3 +316,4 @@ def _setup_traced(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 torch.library.register_autograd(_loss_op, _backward, setup_context=_setup_traced)
+torch.library.register_vmap(_loss_op, _fold)

@@ -8,7 +8,7 @@ order of ``csrc/reduce_math.h``, so ``gram(...)[:, i, j]`` has the bits of ``dot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -21,6 +21,8 @@ from . import reductions_reference as reference
 from .checks import DTYPES, check_memory
 from .fallback import backend_to_run
 from .layout import block_strides, to_strides
+from .transforms import eager_operator
+from .vmap import fold_samples
 
 #: The fewest and the most tensors of one call; csrc/reduce_math.h has the same most.
 FEWEST, MOST = 2, 6
@@ -65,7 +67,7 @@ def gram(
             return done
     given = _checked_list(tensors)
     _check(given)
-    joined: Tensor = torch.ops.fastdiff.gram(given, bool(sums), backend_to_run(given[0], backend, "gram"))
+    joined = _apply(bool(sums), backend_to_run(given[0], backend, "gram"), *given)
     count = len(given)
     return (joined[:, :, :count], joined[:, :, count]) if sums else joined
 
@@ -137,9 +139,8 @@ def _check(tensors: Sequence[Any]) -> None:
 # --- The operator of the dispatcher ----------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fastdiff::gram", mutates_args=())
-def _gram_op(tensors: Sequence[Tensor], sums: bool, backend: str) -> Tensor:
-    """`gram` for torch.compile, export and autograd: ``[B, K, K]``, or ``[B, K, K + 1]`` with the sums last."""
+def _run(tensors: Sequence[Tensor], sums: bool, backend: str) -> Tensor:
+    """Compute `gram` as one tensor: ``[B, K, K]``, or ``[B, K, K + 1]`` with the sums last."""
     _check(tensors)
     first, count = tensors[0], len(tensors)
     name = backend_to_run(first, backend or None, "gram")
@@ -157,6 +158,9 @@ def _gram_op(tensors: Sequence[Tensor], sums: bool, backend: str) -> Tensor:
     return done  # type: ignore[no-any-return]
 
 
+_gram_op = torch.library.custom_op("fastdiff::gram", _run, mutates_args=())
+
+
 @_gram_op.register_fake
 def _(tensors: Sequence[Tensor], sums: bool, backend: str) -> Tensor:
     first, count = tensors[0], len(tensors)
@@ -169,6 +173,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return _gradients(ctx, grad), None, None
+
+
+def _gradients(ctx: Any, grad: Tensor) -> list[Tensor]:
     """Return Σ_j (G_ij + G_ji)·x_j and, with the sums, s_i, where G and s are the gradients of the results."""
     tensors = ctx.saved_tensors
     count = len(tensors)
@@ -184,7 +192,43 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if ctx.sums:
             total = total + grad[:, i, count].reshape(per_sample)
         found.append(total.to(x.dtype))
-    return found, None, None
+    return found
 
 
 _gram_op.register_autograd(_backward, setup_context=_save)
+
+
+@_gram_op.register_vmap
+def _(info: Any, in_dims: tuple[Any, ...], tensors: Sequence[Tensor], sums: bool, backend: str) -> tuple[Tensor, int]:
+    return _fold(info, (None, None, *in_dims[0]), sums, backend, *tensors)
+
+
+# --- In eager calls --------------------------------------------------------------------------------------------------
+
+
+def _operator(sums: bool, backend: str, *tensors: Tensor) -> Any:
+    return torch.ops.fastdiff.gram(tensors, sums, backend)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    sums, backend, *tensors = inputs
+    _save(ctx, (tensors, sums, backend), output)
+
+
+def _fold(info: Any, in_dims: tuple[int | None, ...], sums: bool, backend: str, *tensors: Tensor) -> tuple[Tensor, int]:
+    size = info.batch_size
+    folded = [fold_samples(tensor, dim, size) for tensor, dim in zip(tensors, in_dims[2:], strict=True)]
+    joined = _apply(sums, backend, *folded)
+    return joined.reshape(size, len(joined) // max(size, 1), *joined.shape[1:]), 0
+
+
+#: Run ``fastdiff::gram`` with a tensor an argument, as functions of autograd need them.
+_apply: Callable[..., Tensor] = eager_operator(
+    "gram",
+    ("sums", "backend", *(f"tensors[{i}]" for i in range(MOST))),
+    _operator,
+    lambda sums, backend, *tensors: _run(tensors, sums, backend),
+    _setup_context,
+    lambda ctx, grad: (None, None, *_gradients(ctx, grad)),
+    _fold,
+)

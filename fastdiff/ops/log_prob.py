@@ -12,7 +12,7 @@ The gradient of the replay is that of ops/log_prob_gradient.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,9 +37,11 @@ from .call import (
 from .canonicalize import canonicalize
 from .checks import _check_like_sample, check, readable_without_sync
 from .fallback import backend_to_run
-from .layout import block_strides, in_memory, output_strides, to_strides
+from .layout import block_strides, output_strides, to_strides
 from .log_prob_gradient import direct_gradients, gradients_of
 from .step import _entries, number_or_tensor
+from .transforms import differentiable_once, eager_operator, gradient_is_recorded, refuse_tangents
+from .vmap import fold_step_arguments, mapped_first
 
 REDUCTIONS = ("sum", "mean")
 _NOISE = PREV_SAMPLE + COLUMNS.index("noise")
@@ -261,7 +263,12 @@ def _refuse_gradients(call: StepCall) -> None:
 
 
 def _run(call: StepCall, replay: bool, mean: bool, backend: str | None) -> tuple[Tensor, ...]:
-    name = backend_to_run(call.sample, backend, "log_prob" if replay else "step_log_prob")
+    operation = "log_prob" if replay else "step_log_prob"
+    name = backend_to_run(call.sample, backend, operation)
+    if not torch.compiler.is_compiling():
+        renamed = {"noise": "prev_sample"} if replay else {}
+        tensors = (*call.inputs(), *call.scalars())
+        refuse_tangents(operation, ((renamed.get(argument, argument), tensor) for argument, tensor in tensors))
     results = _apply(*operator_values(call, name), replay, mean)
     if replay or call.out is None:
         return tuple(results)
@@ -375,24 +382,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     given: dict[str, Any] = {**ctx.numbers, **dict(zip(_TENSORS, ctx.saved_tensors, strict=True))}
-    wanted = {a.name: bool(want) for a, want in zip(_ARGUMENTS, ctx.needs_input_grad, strict=True)}
-    found = gradients_of(given, wanted, grads[0].detach())
+    names = [a.name for a, want in zip(_ARGUMENTS, ctx.needs_input_grad, strict=True) if want]
+    found = _gradients(grads[0], names, [given[a.name] for a in _ARGUMENTS])
     return tuple(found.get(a.name) for a in _ARGUMENTS)
 
 
-class _Function(torch.autograd.Function):
-    """The operator in eager calls that want gradients, without the dispatcher, which takes longer than small steps."""
+def _gradients(grad: Tensor, names: Sequence[str], values: Sequence[Any]) -> dict[str, Tensor]:
+    """Return the gradients of the named arguments from the operator's `values`; they are taken once."""
+    run = _recorded_gradients if gradient_is_recorded() else _run_gradients
+    return dict(zip(names, run(grad, tuple(names), *values), strict=True))
 
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        # With a setup_context of its own, torch would inspect the signature at each call.
-        _setup_context(ctx, arguments, None)
-        return tuple(_forward(*arguments))
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _backward(ctx, grads)
+def _run_gradients(grad: Tensor, names: Sequence[str], *values: Any) -> tuple[Tensor, ...]:
+    found = gradients_of(named(_ARGUMENTS, values), {a.name: a.name in names for a in _ARGUMENTS}, grad)
+    return tuple(found[name] for name in names)  # type: ignore[misc]  # each named argument is a tensor
 
 
 #: The fields of a replay, without the history slots.
@@ -410,32 +413,64 @@ class _Replay(torch.autograd.Function):
         return offered[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         names = (*_REPLAYED, *HISTORY_SLOTS)
         values = [n if tensor is None else tensor for tensor, n in zip(ctx.saved_tensors, ctx.numbers, strict=True)]
         wanted = [name for name, want in zip(names, ctx.needs_input_grad[2:], strict=True) if want]
         history = tuple(values[len(_REPLAYED) :])
         fields: dict[str, Any] = {**dict(zip(_REPLAYED, values, strict=False)), "history": history}
-        found: Mapping[str, Tensor | None] | None = direct_gradients(fields, ctx.mean, wanted, grad)
+        found = None if gradient_is_recorded() else direct_gradients(fields, ctx.mean, wanted, grad)
         if found is None:
-            given = named(_ARGUMENTS, [*operator_values(_call("log_prob", fields), ""), True, ctx.mean])
-            found = gradients_of(given, {a.name: a.name in wanted for a in _ARGUMENTS}, grad)
+            found = _gradients(grad, wanted, [*operator_values(_call("log_prob", fields), ""), True, ctx.mean])
         return None, None, *(found.get(name) for name in names)
 
 
-def _apply(*arguments: Any) -> Sequence[Tensor]:
-    """Run ``fastdiff::step_log_prob`` so that autograd, torch.func and compilers see it."""
-    tensors = [a for a in arguments if isinstance(a, Tensor)]
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    traced = traced or torch._C._are_functorch_transforms_active()
-    if traced or not all(in_memory(a) for a in tensors):
-        results: Sequence[Tensor] = torch.ops.fastdiff.step_log_prob(*arguments)
-    elif torch.is_grad_enabled() and any(a.requires_grad for a in tensors):
-        results = _Function.apply(*arguments)  # type: ignore[no-untyped-call]
-    else:
-        results = _forward(*arguments)
-    return results
+# --- In eager calls and under torch.func -----------------------------------------------------------------------------
 
+
+def _fold(info: Any, in_dims: tuple[int | None, ...], *values: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Run the operator under vmap: the samples of all mapped calls are one batch."""
+    size = info.batch_size
+    folded, batch, shape = fold_step_arguments(named(_ARGUMENTS, values), named(_ARGUMENTS, in_dims), size)
+    found, *outputs = _apply(*folded.values())
+    results = (found.reshape(size, batch), *(output.reshape(size, *shape) for output in outputs))
+    return results, (0,) * len(results)
+
+
+def _fold_gradients(
+    info: Any, in_dims: tuple[Any, ...], grad: Tensor, names: Sequence[str], *values: Any
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    size, given, dims = info.batch_size, named(_ARGUMENTS, values), named(_ARGUMENTS, in_dims[2:])
+    folded, batch, _ = fold_step_arguments(given, dims, size)
+    # Each mapped call has a gradient of its own of a scalar that all share.
+    shapes = {name: mapped_first(given[name], dims[name], size).shape for name in names}
+    for name in {"guidance_scale", "threshold"}.intersection(names):
+        folded[name] = folded[name].expand(size * batch)
+    grads = mapped_first(grad, in_dims[0], size).reshape(size * batch)
+    results = []
+    for name, found in zip(names, _recorded_gradients(grads, names, *folded.values()), strict=True):
+        shared = name in ("guidance_scale", "threshold") and math.prod(shapes[name]) == size
+        results.append((found.reshape(size, batch).sum(1) if shared else found).reshape(shapes[name]))
+    return tuple(results), (0,) * len(results)
+
+
+_recorded_gradients = differentiable_once(
+    "log_prob",
+    "take log p in torch operators, with the mean that ops.step gives of a row without noise",
+    _run_gradients,
+    _fold_gradients,
+)
+
+#: Run ``fastdiff::step_log_prob`` with its schema's arguments.
+_apply: Callable[..., Sequence[Tensor]] = eager_operator(
+    "log_prob",
+    tuple(argument.name for argument in _ARGUMENTS),
+    lambda *values: torch.ops.fastdiff.step_log_prob(*values),
+    _forward,
+    _setup_context,
+    lambda ctx, *grads: _backward(ctx, grads),
+    _fold,
+)
 
 torch.library.register_autograd(_log_prob_op, _backward, setup_context=_setup_context)
+torch.library.register_vmap(_log_prob_op, _fold)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +25,8 @@ from . import reductions_reference as reference
 from .checks import DTYPES, check_memory
 from .fallback import backend_to_run
 from .layout import block_strides, to_strides
+from .transforms import eager_operator
+from .vmap import fold_samples
 
 _MEAN, _STD, _NORM, _DOT = range(4)
 _NAMES = ("mean", "std", "norm", "dot")
@@ -63,8 +65,7 @@ def quantile(x: Tensor, q: float, absolute: bool = False, *, backend: str | None
     _check("quantile", x)
     q = _checked_q(q)
     name = backend_to_run(x, backend, "quantile")
-    result: Tensor = torch.ops.fastdiff.quantile(x, q, bool(absolute), name)
-    return result
+    return _apply["quantile"](x, q, bool(absolute), name)
 
 
 def mean(x: Tensor, *, backend: str | None = None) -> Tensor:
@@ -135,8 +136,7 @@ def _sum(kind: int, x: Tensor, y: Any, correction: Any, backend: str | None) -> 
         arguments.append(y)
     if kind == _STD:
         arguments.append(checked_float(operation, "correction", correction, -float("inf")))
-    result: Tensor = getattr(torch.ops.fastdiff, operation)(*arguments, name)
-    return result
+    return _apply[operation](*arguments, name)
 
 
 # --- Checks ----------------------------------------------------------------------------------------------------------
@@ -227,33 +227,19 @@ def _answer(done: Tensor | None) -> Tensor:
 # --- The operators of the dispatcher ---------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fastdiff::quantile", mutates_args=())
-def _quantile_op(x: Tensor, q: float, absolute: bool, backend: str) -> Tensor:
-    """`quantile` for torch.compile, export, autograd and torch.ops.fastdiff.quantile."""
-    return _run_quantile(x, q, absolute, backend)
-
-
-@torch.library.custom_op("fastdiff::mean", mutates_args=())
-def _mean_op(x: Tensor, backend: str) -> Tensor:
-    """`mean`, likewise."""
+def _run_mean(x: Tensor, backend: str) -> Tensor:
     return _run_sum(_MEAN, x, None, 0.0, backend)
 
 
-@torch.library.custom_op("fastdiff::std", mutates_args=())
-def _std_op(x: Tensor, correction: float, backend: str) -> Tensor:
-    """`std`, likewise."""
+def _run_std(x: Tensor, correction: float, backend: str) -> Tensor:
     return _run_sum(_STD, x, None, correction, backend)
 
 
-@torch.library.custom_op("fastdiff::norm", mutates_args=())
-def _norm_op(x: Tensor, backend: str) -> Tensor:
-    """`norm`, likewise."""
+def _run_norm(x: Tensor, backend: str) -> Tensor:
     return _run_sum(_NORM, x, None, 0.0, backend)
 
 
-@torch.library.custom_op("fastdiff::dot", mutates_args=())
-def _dot_op(x: Tensor, y: Tensor, backend: str) -> Tensor:
-    """`dot`, likewise."""
+def _run_dot(x: Tensor, y: Tensor, backend: str) -> Tensor:
     return _run_sum(_DOT, x, y, 0.0, backend)
 
 
@@ -323,12 +309,37 @@ def _dot_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return ((scale * _wide(y)).to(x.dtype), (scale * _wide(x)).to(y.dtype), None)
 
 
-for _op, _backward in (
-    (_quantile_op, _quantile_backward),
-    (_mean_op, _mean_backward),
-    (_std_op, _std_backward),
-    (_norm_op, _norm_backward),
-    (_dot_op, _dot_backward),
-):
-    _op.register_fake(_fake)
-    _op.register_autograd(_backward, setup_context=_save)
+def _register(
+    name: str, names: Sequence[str], run: Callable[..., Tensor], backward: Callable[..., Any]
+) -> Callable[..., Tensor]:
+    """Register ``fastdiff::name``, and return a function that runs it as autograd, torch.func and compilers need."""
+
+    def fold(info: Any, in_dims: tuple[int | None, ...], *values: Any) -> tuple[Tensor, int]:
+        size = info.batch_size
+        folded = [
+            fold_samples(value, dim, size) if isinstance(value, Tensor) else value
+            for value, dim in zip(values, in_dims, strict=True)
+        ]
+        return apply(*folded).reshape(size, len(folded[0]) // max(size, 1)), 0
+
+    def operator(*values: Any) -> Any:
+        return getattr(torch.ops.fastdiff, name)(*values)
+
+    op = torch.library.custom_op(f"fastdiff::{name}", run, mutates_args=())
+    op.register_fake(_fake)
+    op.register_autograd(backward, setup_context=_save)
+    torch.library.register_vmap(op, fold)
+    apply = eager_operator(name, names, operator, run, _save, backward, fold)
+    return apply
+
+
+_apply = {
+    name: _register(name, names, run, backward)
+    for name, names, run, backward in (
+        ("quantile", ("x",), _run_quantile, _quantile_backward),
+        ("mean", ("x",), _run_mean, _mean_backward),
+        ("std", ("x",), _run_std, _std_backward),
+        ("norm", ("x",), _run_norm, _norm_backward),
+        ("dot", ("x", "y"), _run_dot, _dot_backward),
+    )
+}

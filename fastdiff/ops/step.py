@@ -26,6 +26,7 @@ from .dispatch import run
 from .fallback import backend_to_run
 from .layout import in_memory, is_fake, output_strides, to_strides
 from .parts import run_parts
+from .transforms import refuse_tangents
 
 
 def step(
@@ -309,25 +310,11 @@ def _needs_dispatcher(call: StepCall, name: str) -> bool:
     tensors = [tensor for _, tensor in (*call.inputs(), *call.scalars(), *call.counters())]
     if name == "reference":
         return any(is_fake(tensor) for tensor in tensors)
-    _refuse_tangents(call, name)
+    refuse_tangents("step", (*call.inputs(), *call.scalars()), "pass backend='reference', or use torch.func.vjp")
     graph = torch.is_grad_enabled()
     return torch._C._len_torch_dispatch_stack() > 0 or any(
         (graph and tensor.requires_grad) or not in_memory(tensor) for tensor in tensors
     )
-
-
-def _refuse_tangents(call: StepCall, name: str) -> None:
-    for argument, tensor in (*call.inputs(), *call.scalars()):
-        if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
-            raise RuntimeError(
-                error_message(
-                    "step",
-                    argument,
-                    f"carries a forward-mode tangent and backend {name!r} has reverse-mode gradients only",
-                    "a tensor without one",
-                    "pass backend='reference', or use torch.func.vjp",
-                )
-            )
 
 
 def _refuse_gradients(call: StepCall) -> None:

@@ -163,3 +163,48 @@ def test_forward_mode_is_refused_with_alternative() -> None:
         torch.func.jvp(lambda x: ops.step(x, x, table, 0)[0], (x,), (x,))
     _, tangent = torch.func.jvp(lambda x: ops.step(x, x, table, 0, backend="reference")[0], (x,), (x,))
     assert torch.equal(tangent, 3 * x)
+
+
+# --- Reductions and log-probabilities --------------------------------------------------------------------------------
+
+REDUCTIONS: dict[str, tuple[Any, Any]] = {
+    "mean": (ops.mean, lambda x: x.flatten(1).mean(1)),
+    "std": (ops.std, lambda x: x.flatten(1).std(1)),
+    "norm": (ops.norm, lambda x: x.flatten(1).square().sum(1).sqrt()),
+    "dot": (lambda x: ops.dot(x, x.exp()), lambda x: (x * x.exp()).flatten(1).sum(1)),
+    "quantile": (lambda x: ops.quantile(x, 0.3), lambda x: x.flatten(1).quantile(0.3, dim=1)),
+    "gram": (lambda x: ops.gram([x, x.exp()])[:, 0, 1], lambda x: (x * x.exp()).flatten(1).sum(1)),
+}
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+@pytest.mark.filterwarnings("error:There is a performance drop")
+def test_reductions_under_torch_func_equal_torch_and_single_calls(name: str) -> None:
+    mine, theirs = REDUCTIONS[name]
+    x, many = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, SIZE, 5)
+    # Both are float64 with fewer than 100 roundings of numbers below 100.
+    torch.testing.assert_close(jacrev(mine)(x), jacrev(theirs)(x), rtol=0.0, atol=1e-10)
+    torch.testing.assert_close(jacrev(jacrev(mine))(x), jacrev(jacrev(theirs))(x), rtol=0.0, atol=1e-10)
+    assert_same_bits([vmap(mine, 2)(many)], [torch.stack([mine(one) for one in many.unbind(2)])])
+    for transform in (torch.func.hessian, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))):
+        with pytest.raises(RuntimeError, match=rf"^{name}: .* carries a forward-mode tangent .* torch\.func\.vjp$"):
+            transform(mine)(x)
+
+
+def test_log_prob_under_torch_func_equals_autograd_and_single_calls() -> None:
+    prev, x, m = (torch.randn(SIZE, *SHAPE, dtype=torch.float64) for _ in range(3))
+    table = tables(clip=float("inf")).double()
+
+    def of(prev: Tensor, x: Tensor, m: Tensor) -> Tensor:
+        return ops.log_prob(prev, x, m, table, 1)
+
+    alone = [one.clone().requires_grad_() for one in (prev, x, m)]
+    values = torch.stack([of(*one) for one in zip(*alone, strict=True)])
+    expected = torch.autograd.grad(values.sum(), alone, create_graph=True)
+    assert_same_bits([vmap(of)(prev, x, m)], [values.detach()])
+    found = vmap(grad(lambda *t: of(*t).sum(), argnums=(0, 1, 2)))(prev, x, m)
+    torch.testing.assert_close(found, tuple(e.detach() for e in expected), rtol=1e-12, atol=1e-12)
+    with pytest.raises(RuntimeError, match=r"^log_prob: trying to differentiate twice, expected once; "):
+        expected[0].sum().backward()
+    with pytest.raises(RuntimeError, match=r"^log_prob: prev_sample carries a forward-mode tangent"):
+        torch.func.jvp(lambda p: of(p, x[0], m[0]), (prev[0],), (prev[0],))
