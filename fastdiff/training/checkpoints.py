@@ -54,7 +54,8 @@ def write_checkpoint(folder: str | Path, state: Mapping[str, Any], tensors: Mapp
     Args:
         folder: of the checkpoint; its parent is made if it is missing.
         state: values of standard JSON.
-        tensors: by file, without its ending, and name; on any device, contiguous or not.
+        tensors: by file, without its ending, and name; on any device, contiguous or not.  Those that share storage are
+            written as copies.
 
     Raises:
         OSError: it cannot be written (a full disk, a read-only folder), or something else than a checkpoint is there,
@@ -72,7 +73,7 @@ def write_checkpoint(folder: str | Path, state: Mapping[str, Any], tensors: Mapp
         files = {}
         for name, named in tensors.items():
             path = partial / f"{name}.safetensors"
-            library.save_file({key: value.detach().contiguous() for key, value in named.items()}, path)
+            library.save_file(_in_own_storage(named), path)
             # safetensors makes files that their owner alone can read; the umask of the process should decide.
             path.chmod(0o666 & ~_umask())
             files[path.name] = {"bytes": path.stat().st_size, "crc32": _checksum(path)}
@@ -256,6 +257,18 @@ def _read_document(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except (ValueError, KeyError) as error:
         raise _refused(path, f"whose {_STATE} is damaged ({type(error).__name__})") from error
     raise _refused(path, f"whose {_STATE} is not of {_FORMAT!r}, version {_VERSION}")
+
+
+def _in_own_storage(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous tensors, copied where one before shares their storage, which safetensors refuses."""
+    found: dict[str, Tensor] = {}
+    seen: set[tuple[torch.device, int]] = set()
+    for name, value in named.items():
+        tensor = value.detach().contiguous()
+        place = tensor.device, tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return found
 
 
 def _put_in_place(partial: Path, target: Path) -> None:

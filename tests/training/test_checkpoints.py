@@ -317,3 +317,29 @@ def test_extra_state_is_refused(tmp_path: Path) -> None:
     model = Extra()
     with pytest.raises(TypeError, match="keeps extra state under '_extra_state'"):
         save_checkpoint(model, torch.optim.SGD(model.parameters(), lr=0.1), 0, 1.0, tmp_path / "saved")
+
+
+def test_parameters_over_one_storage_are_saved_and_resumed_to_the_bit(tmp_path: Path) -> None:
+    """Whole tensors, halves and overlapping parts of one storage, each a parameter object of its own."""
+
+    def make(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        generator = torch.Generator().manual_seed(seed)
+        storage, model = torch.randn(6, generator=generator), nn.Module()
+        for name, part in (("whole", storage), ("tied", storage), ("tail", storage[3:]), ("middle", storage[1:5])):
+            model.register_parameter(name, nn.Parameter(part))
+        return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        sum((i + 1) * parameter.square().sum() for i, parameter in enumerate(model.parameters())).backward()  # type: ignore[union-attr]
+        optimizer.step()
+
+    model, optimizer = make(0)
+    step(model, optimizer)
+    folder = save_checkpoint(model, optimizer, 0, 0.0, tmp_path / "saved")
+    other, other_optimizer = make(1)
+    load_checkpoint(folder, other, other_optimizer)
+    for _ in range(2):
+        step(model, optimizer)
+        step(other, other_optimizer)
+        assert all(torch.equal(a, b) for a, b in zip(_tensors(model), _tensors(other), strict=True))
