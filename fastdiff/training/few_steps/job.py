@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...errors import checked_float, checked_integer, error_message, unknown_name
-from ..checkpoints import read_state
 from ..config import DiffusionConfig
 from ..losses.objectives import Objective
-from ..model.from_checkpoint import find_checkpoint, load_folder_weights, round_folder
+from ..model.from_checkpoint import load_folder_weights, round_folder
 from ..model.trained_parts import noise_schedule
 from ..trainer.job import Job
 from .consistency import ConsistencyObjective, ConsistencyOptions
@@ -158,18 +158,16 @@ def _load_teacher(job: Job, data: str, teacher: Path | None) -> None:
             )
         job.model.load_state_dict(load_digit_unet().state_dict())
         return
-    folder = find_checkpoint(teacher)
-    load_folder_weights(folder, {"model": job.model}, "train")
-    _check_same_output(folder, job.config.validate())
+    folder, state = load_folder_weights(teacher, {"model": job.model}, "train")
+    _check_same_output(folder, state, job.config.validate())
 
 
-def _check_same_output(folder: Path, config: DiffusionConfig) -> None:
+def _check_same_output(folder: Path, state: Mapping[str, Any], config: DiffusionConfig) -> None:
     """Refuse a teacher whose output means something else than the student's.
 
     Raises:
         ValueError: its configuration has another prediction type or noise schedule.
     """
-    state = read_state(folder)
     if "config" not in state:  # `save_checkpoint` wrote the model alone
         return
     found = DiffusionConfig.from_dict(state["config"])
