@@ -12,7 +12,7 @@ from ...errors import checked_float, checked_integer, error_message, unknown_nam
 from ..config import DiffusionConfig
 from ..losses.objectives import Objective
 from ..model.from_checkpoint import load_folder_weights, round_folder
-from ..model.trained_parts import noise_schedule
+from ..model.trained_parts import check_configured_schedule, noise_schedule
 from ..trainer.job import Job
 from .consistency import ConsistencyObjective, ConsistencyOptions
 from .progressive import ProgressiveObjective, Teacher, progressive_rounds
@@ -176,6 +176,7 @@ def _check_same_output(folder: Path, state: Mapping[str, Any], config: Diffusion
         if theirs != ours:
             got, remedy = f"is {str(folder)!r} with {name} {theirs!r}", "pass the --config that it was trained with"
             raise ValueError(error_message("train", "--teacher", got, f"{ours!r} like the student", remedy))
+    check_configured_schedule(state, config, folder, "train", "--teacher")
 
 
 def round_objective(job: Job, options: DistillOptions, current: Round) -> Objective:

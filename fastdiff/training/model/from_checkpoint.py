@@ -24,6 +24,7 @@ from ..config import DiffusionConfig
 from ..state_tensors import check_same_tensors, load_module_tensors, module_tensors
 from .diffusion_model import AdvancedUNet
 from .text_encoder import SmallTextEncoder, TextEncoder
+from .trained_parts import check_configured_schedule
 
 _ROUND = re.compile(r"steps-(\d{4,})")
 
@@ -147,7 +148,8 @@ def load_trained_model(
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it is no whole checkpoint of a trainer, or of another model than `DigitUNet` and `AdvancedUNet`.
+        ValueError: it is no whole checkpoint of a trainer, or of another model than `DigitUNet` and `AdvancedUNet`, or
+            was trained on another noise schedule than its configuration has.
     """
     try:
         path, found = read_folder(folder)
@@ -161,6 +163,7 @@ def load_trained_model(
         got, remedy = f"is {str(path)!r}, which has no configuration", "load it with load_checkpoint into a model"
         raise ValueError(error_message(operation, argument, got, "a trainer's checkpoint", remedy))
     config = DiffusionConfig.from_dict(found.state["config"]).validate()
+    check_configured_schedule(found.state, config, path, operation, argument)
     network = _untrained_network(config, found)
     parts: dict[str, nn.Module] = {"model": network}
     if "text_encoder" in found.tensors:
