@@ -261,7 +261,7 @@ class Trainer:
         """Compute gradients of a share of a batch, and take an optimizer step where it is due; return the loss."""
         self._averages.check_not_in_place("train")
         config, process = self.config, self.accelerator.process_index
-        raw = read_batch(share.data, "train", config.in_channels)
+        raw = read_batch(share.data, "train", config.in_channels).to_dtype(self.modules.data_dtype)
         count = len(raw.images)
         if count != len(share.sample_ids):
             got, expected = f"has {count} images", f"{len(share.sample_ids)}, one a sample"
@@ -386,9 +386,12 @@ class Trainer:
         return self._averages.in_place()
 
     def validate(self, dataloader: Any) -> float:
-        """Return the mean loss over batches, of the averaged weights, with timesteps and noise that never change."""
+        """Return the mean loss of the averaged weights, with timesteps and noise that never change.
+
+        Each sample counts once, on whichever number of processes.
+        """
         world = self.accelerator.num_processes
-        order = DataOrder(dataloader, self.config.seed, self.accelerator.process_index, world)
+        order = DataOrder(dataloader, self.config.seed, self.accelerator.process_index, world, complete=True)
 
         def loss_of(predict_batch: TrainingBatch) -> LossTerms:
             with self.autocast():
@@ -396,7 +399,12 @@ class Trainer:
 
         with self.averaged_weights():
             return mean_loss(
-                loss_of, order, self.conditioning, self.config, lambda sums: self.accelerator.reduce(sums, "sum")
+                loss_of,
+                order,
+                self.conditioning,
+                self.config,
+                lambda sums: self.accelerator.reduce(sums, "sum"),
+                self.modules.data_dtype,
             )
 
     # Checkpoints
