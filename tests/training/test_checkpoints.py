@@ -328,6 +328,36 @@ def test_checkpoints_that_never_stay_are_refused_in_one_sentence(
         read_folder(chosen)
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "number", "value"),
+    [
+        (checkpoints, "_checksum", 1, 1.0),
+        (checkpoints, "_flush", 1, 1.0),
+        (os, "replace", 1, 1.0),
+        (os, "replace", 2, 1.0),
+        (checkpoints, "_flush", 5, 2.0),
+    ],
+)
+def test_interrupted_write_leaves_a_whole_checkpoint(
+    module: Any, name: str, number: int, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder with a space and other letters than ASCII; the last case is after the new one is in place."""
+    parent = tmp_path / "ü x"
+    _write_step(parent, 1, 1.0)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        _before(patch, module, name, interrupt, number)
+        with pytest.raises(KeyboardInterrupt):
+            _write_step(parent, 1, 2.0)
+    assert not list(parent.glob(".partial-*"))
+    assert read_folder(f"{parent}/")[1].state == {"value": value}
+    remove_old_checkpoints(parent, 1)
+    assert [path.name for path in parent.iterdir()] == ["step-00000001"]
+
+
 def test_reader_between_two_renames_does_not_disturb_the_writer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
