@@ -47,7 +47,9 @@ def train(
     teacher: Annotated[
         Path | None, typer.Option(help="Folder of fastdiff train to distil; the packaged digits' model if left out.")
     ] = None,
-    student_steps: Annotated[int, typer.Option(help="Steps of the distilled model's loop.")] = 4,
+    student_steps: Annotated[
+        int | None, typer.Option(help="Steps of the distilled model's loop.", show_default="4")
+    ] = None,
     teacher_steps: Annotated[
         int | None,
         typer.Option(
@@ -55,7 +57,9 @@ def train(
             show_default="32; 1280, or T where that is less, for consistency_training",
         ),
     ] = None,
-    teacher_guidance_scale: Annotated[float, typer.Option(help="Guidance scale of the teacher; 1 for none.")] = 1.0,
+    teacher_guidance_scale: Annotated[
+        float | None, typer.Option(help="Guidance scale of the teacher; 1 for none.", show_default="1.0")
+    ] = None,
     cpu: Annotated[bool, typer.Option(help="Train on the CPU where there is an accelerator.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
@@ -81,11 +85,18 @@ def train(
         overrides["max_train_steps"] = checked_integer("train", "--steps", steps, 1)
     if learning_rate is not None:
         overrides["learning_rate"] = learning_rate
-    if distill is None and teacher is not None:
-        raise ValueError(error_message("train", "--teacher", "is given", "--distill beside it", "say how to distil"))
-    distillation = None
-    if distill is not None:
-        distillation = DistillOptions(distill, teacher, student_steps, teacher_steps, teacher_guidance_scale)
+    options_of_distillation: dict[str, tuple[str, Any]] = {
+        "--teacher": ("teacher", teacher),
+        "--student-steps": ("student_steps", student_steps),
+        "--teacher-steps": ("teacher_steps", teacher_steps),
+        "--teacher-guidance-scale": ("guidance_scale", teacher_guidance_scale),
+    }
+    given = {name: pair for name, pair in options_of_distillation.items() if pair[1] is not None}
+    if distill is None and given:
+        name = next(iter(given))
+        raise ValueError(error_message("train", name, "is given", "--distill beside it", "say how to distil"))
+    fields: dict[str, Any] = dict(given.values())
+    distillation = None if distill is None else DistillOptions(distill, **fields)
     try:
         train_job(
             data, config, overrides, options, distillation, batch=batch, workers=workers, jitter=jitter, resume=resume

@@ -38,14 +38,23 @@ _FORMAT, _VERSION = "fastdiff checkpoint", 1
 _STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _PARTIAL, _OLDER = ".partial-", ".older-"
+#: Times that a checkpoint which a training replaces or removes meanwhile is looked for and read.
+ATTEMPTS = 5
 _REMEDY = "take an earlier checkpoint, or train again"
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint holds: JSON values, and tensors by file and name."""
+    """What a checkpoint holds.
+
+    Attributes:
+        state: JSON values.
+        tensors: by file, without its ending, and name.
+        digest: SHA-256 of ``state.json``, which has the checksums of all tensors.
+    """
 
     state: dict[str, Any]
     tensors: dict[str, dict[str, Tensor]]
+    digest: str
 
 
 def write_checkpoint(folder: str | Path, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> Path:
@@ -54,7 +63,8 @@ def write_checkpoint(folder: str | Path, state: Mapping[str, Any], tensors: Mapp
     Args:
         folder: of the checkpoint; its parent is made if it is missing.
         state: values of standard JSON.
-        tensors: by file, without its ending, and name; on any device, contiguous or not.
+        tensors: by file, without its ending, and name; on any device, contiguous or not.  Those that share storage are
+            written as copies.
 
     Raises:
         OSError: it cannot be written (a full disk, a read-only folder), or something else than a checkpoint is there,
@@ -72,7 +82,7 @@ def write_checkpoint(folder: str | Path, state: Mapping[str, Any], tensors: Mapp
         files = {}
         for name, named in tensors.items():
             path = partial / f"{name}.safetensors"
-            library.save_file({key: value.detach().contiguous() for key, value in named.items()}, path)
+            library.save_file(_in_own_storage(named), path)
             # safetensors makes files that their owner alone can read; the umask of the process should decide.
             path.chmod(0o666 & ~_umask())
             files[path.name] = {"bytes": path.stat().st_size, "crc32": _checksum(path)}
@@ -91,7 +101,9 @@ def write_checkpoint(folder: str | Path, state: Mapping[str, Any], tensors: Mapp
 
 
 def read_checkpoint(folder: str | Path, *, without: Collection[str] = ()) -> Checkpoint:
-    """Read a checkpoint, after its files' sizes and checksums have been compared.
+    """Read a checkpoint, after its files' sizes and checksums have been compared; nothing on the disk is changed.
+
+    A training may write the checkpoint again meanwhile: what is read is one or the other.
 
     Args:
         folder: of the checkpoint.
@@ -99,19 +111,41 @@ def read_checkpoint(folder: str | Path, *, without: Collection[str] = ()) -> Che
             of an optimizer is twice the model, and sampling has no use for it.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none, or it was removed or replaced again and again while it was read.
         ValueError: it is damaged, is no such folder, or holds pickled objects, which are never read.
     """
     path = Path(folder)
-    if not path.exists() and _older(path).is_dir():  # the process ended between two renames
-        os.replace(_older(path), path)
-    if not path.exists():
+    for _ in range(ATTEMPTS):
+        place = _present(path)
+        begun = _identity(place)
+        try:
+            found = _read_files(path, place, without)
+        except (OSError, ValueError):
+            if (place, begun) == (_present(path), _identity(_present(path))):
+                raise
+        else:
+            # Files of two checkpoints, if the folder is another one now; moved or removed, it was read before that.
+            if _identity(_present(path)) in (begun, None):
+                return found
+    raise unsteady(path)
+
+
+def unsteady(path: Path) -> FileNotFoundError:
+    """Return the error of a checkpoint that a training replaces or removes whenever it is read."""
+    got = f"is {str(path)!r}, whose checkpoint was replaced or removed {ATTEMPTS} times while it was read"
+    remedy = "let the training keep more checkpoints, or write them less often"
+    return FileNotFoundError(error_message("load_checkpoint", "path", got, "a checkpoint that stays", remedy))
+
+
+def _read_files(path: Path, place: Path, without: Collection[str]) -> Checkpoint:
+    """Read the checkpoint `path` from the folder where it is at present."""
+    if not place.exists():
         got = f"is {str(path)!r}, which does not exist"
         raise FileNotFoundError(
             error_message("load_checkpoint", "path", got, "a checkpoint's folder", "check the path")
         )
-    if path.is_file() or not (path / _STATE).is_file():
-        pickled = [file for file in ([path] if path.is_file() else sorted(path.iterdir())) if _is_pickle(file)]
+    if place.is_file() or not (place / _STATE).is_file():
+        pickled = [file for file in ([place] if place.is_file() else sorted(place.iterdir())) if _is_pickle(file)]
         if pickled:
             got = f"is {str(pickled[0])!r}, which holds pickled objects, that can run code when they are read"
             remedy = "save its tensors with save_checkpoint where you trust the file"
@@ -119,10 +153,11 @@ def read_checkpoint(folder: str | Path, *, without: Collection[str] = ()) -> Che
             got, remedy = f"is {str(path)!r}, which has no {_STATE}", "name the folder that save_checkpoint made"
         raise ValueError(error_message("load_checkpoint", "path", got, "a folder of safetensors and JSON", remedy))
     library = require("safetensors.torch", "training", "load_checkpoint")
-    files, state = _read_document(path)
+    text = (place / _STATE).read_bytes()
+    files, state = _read_document(path, text)
     tensors = {}
     for name, expected in files.items():
-        file = path / Path(name).name
+        file = place / Path(name).name
         if not file.is_file():
             raise _refused(path, f"which lacks {name}")
         if _is_pickle(file):
@@ -135,7 +170,7 @@ def read_checkpoint(folder: str | Path, *, without: Collection[str] = ()) -> Che
         if _checksum(file) != expected["crc32"]:
             raise _refused(path, f"whose {name} has another content than was written")
         tensors[file.stem] = library.load_file(file)
-    return Checkpoint(state, tensors)
+    return Checkpoint(state, tensors, hashlib.sha256(text).hexdigest())
 
 
 def is_checkpoint(folder: str | Path) -> bool:
@@ -149,12 +184,8 @@ def read_state(folder: str | Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError: there is no ``state.json``, or it is damaged.
     """
-    return _read_document(Path(folder))[1]
-
-
-def checkpoint_digest(folder: str | Path) -> str:
-    """Return the SHA-256 of a checkpoint's ``state.json``, which has the checksums of all its tensors."""
-    return hashlib.sha256((Path(folder) / _STATE).read_bytes()).hexdigest()
+    path = Path(folder)
+    return _read_document(path, (_present(path) / _STATE).read_bytes())[1]
 
 
 def checkpoint_folder(parent: str | Path, step: int) -> Path:
@@ -178,9 +209,13 @@ def latest_checkpoint(parent: str | Path) -> Path | None:
 
 def remove_old_checkpoints(parent: str | Path, keep: int) -> None:
     """Remove all but the latest checkpoints of a folder, and what interrupted writes have left there."""
-    for old in list_checkpoints(parent)[:-keep]:
-        if not old.exists():
-            os.replace(_older(old), old)
+    found = list_checkpoints(parent)
+    for each in found:
+        if each.exists():
+            shutil.rmtree(_older(each), ignore_errors=True)
+        else:  # the process ended between two renames
+            os.replace(_older(each), each)
+    for old in found[:-keep]:
         # Renamed first: an interrupted removal leaves nothing that looks like a checkpoint.
         gone = old.with_name(f"{_PARTIAL}{old.name}-removed")
         shutil.rmtree(gone, ignore_errors=True)
@@ -247,10 +282,10 @@ def load_checkpoint(
     return {key: found.state[key] for key in ("epoch", "loss", "step") if key in found.state}
 
 
-def _read_document(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return ``files`` and ``state`` of a checkpoint's JSON."""
+def _read_document(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return ``files`` and ``state`` of the JSON of the checkpoint `path`."""
     try:
-        document = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        document = json.loads(text.decode("utf-8"))
         if isinstance(document, dict) and (document.get("format"), document.get("version")) == (_FORMAT, _VERSION):
             return document["files"], document["state"]
     except (ValueError, KeyError) as error:
@@ -258,27 +293,56 @@ def _read_document(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     raise _refused(path, f"whose {_STATE} is not of {_FORMAT!r}, version {_VERSION}")
 
 
+def _in_own_storage(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous tensors, copied where one before shares their storage, which safetensors refuses."""
+    found: dict[str, Tensor] = {}
+    seen: set[tuple[torch.device, int]] = set()
+    for name, value in named.items():
+        tensor = value.detach().contiguous()
+        place = tensor.device, tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return found
+
+
 def _put_in_place(partial: Path, target: Path) -> None:
     """Rename a complete folder to its name; an older folder there is moved aside first and then removed."""
-    older = None
-    if target.exists():
-        older = _older(target)
+    older = _older(target)
+    replaces = target.exists()
+    if replaces:
         shutil.rmtree(older, ignore_errors=True)
         os.replace(target, older)
     try:
         os.replace(partial, target)
     except BaseException:
-        if older is not None:
+        if replaces:
             os.replace(older, target)
         raise
     _flush(target.parent)
-    if older is not None:
-        shutil.rmtree(older, ignore_errors=True)
+    shutil.rmtree(older, ignore_errors=True)
 
 
 def _older(target: Path) -> Path:
     """Return the name of a folder between the two renames that replace it; `read_checkpoint` finds it there."""
     return target.with_name(f"{_OLDER}{target.name}")
+
+
+def _present(path: Path) -> Path:
+    """Return the folder where a checkpoint is at present, which between two renames has another name.
+
+    It stays there: a reader that renamed it would stop the training which is about to.
+    """
+    older = _older(path) if path.name else path
+    return older if not path.exists() and older.is_dir() else path
+
+
+def _identity(place: Path) -> tuple[int, int] | None:
+    """Return numbers that differ for two folders of one name; None where there is none."""
+    try:
+        found = place.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _flush(path: Path) -> None:

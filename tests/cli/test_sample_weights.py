@@ -189,6 +189,40 @@ def test_models_that_make_no_pictures_are_refused(runs: Runs) -> None:
             check_channels(latents, file_format)
 
 
+def test_schedule_of_the_training_is_that_of_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A schedule given to the trainer has to be the configuration's, if only in float32; older checkpoints load."""
+    ddpm = pytest.importorskip("diffusers.schedulers.scheduling_ddpm").DDPMScheduler
+    config, network = DiffusionConfig(**DIGITS, use_ema=False), DigitUNet()
+
+    def saved(name: str, schedule: Any) -> Path:
+        trainer = Trainer(network, config, RunOptions(output_dir=str(tmp_path / name), cpu=True), schedule=schedule)
+        trainer.save_checkpoint()
+        return tmp_path / name
+
+    given = {
+        "linear": create_noise_scheduler("linear", num_train_timesteps=1000),
+        "flow": create_noise_scheduler("flow", num_train_timesteps=1000),
+        "fewer": create_noise_scheduler("cosine", num_train_timesteps=999),
+        "diffusers": ddpm(),
+    }
+    for name, schedule in given.items():
+        out = saved(name, schedule)
+        with pytest.raises(ValueError, match="pass create_sampler the schedule of the training"):
+            AdvancedDiffusionPipeline(out)
+    assert _run("sample", "--weights", tmp_path / "linear", "--images", 1, "--out", tmp_path / "a.png") == 2
+    assert "trainer was given another noise schedule than its configuration has" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="differs from the checkpoint's in the noise schedule"):
+        Trainer(network, config, RunOptions(cpu=True)).load_checkpoint(find_checkpoint(tmp_path / "linear"))
+    own = DiffusionModel(config, network).scheduler.schedule
+    for name, schedule in {"own": own, "equal": ddpm(beta_schedule="squaredcos_cap_v2")}.items():
+        CheckpointModel(saved(name, schedule))
+    state = find_checkpoint(tmp_path / "linear") / "state.json"
+    document = json.loads(state.read_text())
+    assert len(document["state"].pop("schedule")["alpha"]) == 5
+    state.write_text(json.dumps(document))
+    CheckpointModel(tmp_path / "linear")
+
+
 def test_folder_means_one_checkpoint(tmp_path: Path) -> None:
     def state(folder: Path, step: int) -> Path:
         (folder / f"step-{step:08d}").mkdir(parents=True)

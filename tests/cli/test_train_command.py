@@ -204,6 +204,9 @@ def test_digits_are_distilled_round_by_round(
     [
         (("--distill", "half"), "--distill", 2),
         (("--teacher", "x"), "--distill beside it", 2),
+        (("--student-steps", 4), "--student-steps is given, expected --distill beside it", 2),
+        (("--teacher-steps", 8), "--teacher-steps is given, expected --distill beside it", 2),
+        (("--teacher-guidance-scale", 1), "--teacher-guidance-scale is given, expected --distill beside it", 2),
         (("--distill", "progressive", "--teacher-steps", 24), "teacher_steps", 2),
         (("--distill", "consistency_training", "--teacher", "x"), "without a teacher", 2),
         (("--distill", "plain_consistency_training", "--teacher", "x"), "without a teacher", 2),

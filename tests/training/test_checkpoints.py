@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import importlib
 import json
 import os
 import pickle
@@ -15,16 +17,18 @@ import pytest
 import torch
 from torch import nn
 
-from fastdiff.training import load_checkpoint, save_checkpoint
+from fastdiff.training import checkpoints, load_checkpoint, save_checkpoint
 from fastdiff.training.checkpoints import (
     latest_checkpoint,
     list_checkpoints,
     load_optimizer_state,
     optimizer_state,
     read_checkpoint,
+    read_state,
     remove_old_checkpoints,
     write_checkpoint,
 )
+from fastdiff.training.model.from_checkpoint import read_folder
 
 
 class Tied(nn.Module):
@@ -261,6 +265,116 @@ def test_checkpoint_between_two_renames_is_found(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
+def _write_step(parent: Path, step: int, value: float) -> None:
+    tensors = {"x": torch.full((3,), value)}
+    write_checkpoint(parent / f"step-{step:08d}", {"value": value}, {"a": tensors, "b": tensors})
+
+
+def _before(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, action: Callable[[], None], number: int) -> None:
+    """Let `action` run before the call of a number of a function, or before all calls for number 0."""
+    real, calls = getattr(module, name), iter(range(1, 1000))
+
+    def wrapped(*args: Any, **options: Any) -> Any:
+        if number in (0, next(calls)):
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, real)
+                action()
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, name, wrapped)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "number"),
+    [("model.from_checkpoint", "read_checkpoint", 1), ("checkpoints", "_checksum", 1), ("checkpoints", "_checksum", 2)],
+)
+@pytest.mark.parametrize("again", [False, True])
+def test_reader_gets_a_whole_checkpoint_while_a_training_writes(
+    module: str, name: str, number: int, again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training removes the chosen checkpoint, or writes it again, before or while its files are read."""
+    parent = tmp_path / "checkpoints"
+    _write_step(parent, 1, 1.0)
+
+    def train() -> None:
+        _write_step(parent, 1 if again else 2, 2.0)
+        remove_old_checkpoints(parent, 1)
+
+    target = importlib.import_module(f"fastdiff.training.{module}")
+    _before(monkeypatch, target, name, train, number)
+    path, found = read_folder(tmp_path)
+    assert path.name == ("step-00000001" if again else "step-00000002")
+    assert found.state == {"value": 2.0}
+    assert all(torch.equal(found.tensors[file]["x"], torch.full((3,), 2.0)) for file in ("a", "b"))
+    assert found.digest == hashlib.sha256((path / "state.json").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_checkpoints_that_never_stay_are_refused_in_one_sentence(
+    again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent, steps = tmp_path / "checkpoints", iter(range(2, 100))
+    _write_step(parent, 1, 1.0)
+
+    def train() -> None:
+        _write_step(parent, 1 if again else next(steps), 2.0)
+        remove_old_checkpoints(parent, 1)
+
+    _before(monkeypatch, checkpoints, "_is_pickle", train, 0)
+    with pytest.raises(FileNotFoundError, match="was replaced or removed 5 times while it was read, expected"):
+        read_folder(tmp_path)
+    chosen = parent / "step-00000000"
+    with pytest.raises(FileNotFoundError, match="step-00000000', which does not exist"):
+        read_folder(chosen)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "number", "value"),
+    [
+        (checkpoints, "_checksum", 1, 1.0),
+        (checkpoints, "_flush", 1, 1.0),
+        (os, "replace", 1, 1.0),
+        (os, "replace", 2, 1.0),
+        (checkpoints, "_flush", 5, 2.0),
+    ],
+)
+def test_interrupted_write_leaves_a_whole_checkpoint(
+    module: Any, name: str, number: int, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder with a space and other letters than ASCII; the last case is after the new one is in place."""
+    parent = tmp_path / "ü x"
+    _write_step(parent, 1, 1.0)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        _before(patch, module, name, interrupt, number)
+        with pytest.raises(KeyboardInterrupt):
+            _write_step(parent, 1, 2.0)
+    assert not list(parent.glob(".partial-*"))
+    assert read_folder(f"{parent}/")[1].state == {"value": value}
+    remove_old_checkpoints(parent, 1)
+    assert [path.name for path in parent.iterdir()] == ["step-00000001"]
+
+
+def test_reader_between_two_renames_does_not_disturb_the_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_step(tmp_path, 1, 1.0)
+    seen: list[Any] = []
+
+    def read() -> None:
+        seen.append(read_checkpoint(tmp_path / "step-00000001").state)
+        seen.append(read_state(tmp_path / "step-00000001"))
+
+    _before(monkeypatch, os, "replace", read, 2)
+    _write_step(tmp_path, 1, 2.0)
+    assert seen == [{"value": 1.0}, {"value": 1.0}]
+    assert read_checkpoint(tmp_path / "step-00000001").state == {"value": 2.0}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
 def test_only_checkpoints_are_replaced(tmp_path: Path) -> None:
     model, optimizer = _trained(torch.optim.AdamW)
     (tmp_path / "file").write_text("mine")
@@ -317,3 +431,29 @@ def test_extra_state_is_refused(tmp_path: Path) -> None:
     model = Extra()
     with pytest.raises(TypeError, match="keeps extra state under '_extra_state'"):
         save_checkpoint(model, torch.optim.SGD(model.parameters(), lr=0.1), 0, 1.0, tmp_path / "saved")
+
+
+def test_parameters_over_one_storage_are_saved_and_resumed_to_the_bit(tmp_path: Path) -> None:
+    """Whole tensors, halves and overlapping parts of one storage, each a parameter object of its own."""
+
+    def make(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        generator = torch.Generator().manual_seed(seed)
+        storage, model = torch.randn(6, generator=generator), nn.Module()
+        for name, part in (("whole", storage), ("tied", storage), ("tail", storage[3:]), ("middle", storage[1:5])):
+            model.register_parameter(name, nn.Parameter(part))
+        return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        sum((i + 1) * parameter.square().sum() for i, parameter in enumerate(model.parameters())).backward()  # type: ignore[union-attr]
+        optimizer.step()
+
+    model, optimizer = make(0)
+    step(model, optimizer)
+    folder = save_checkpoint(model, optimizer, 0, 0.0, tmp_path / "saved")
+    other, other_optimizer = make(1)
+    load_checkpoint(folder, other, other_optimizer)
+    for _ in range(2):
+        step(model, optimizer)
+        step(other, other_optimizer)
+        assert all(torch.equal(a, b) for a, b in zip(_tensors(model), _tensors(other), strict=True))

@@ -643,6 +643,50 @@ def test_grids_are_drawn_by_the_configured_method(method: str, learned: bool) ->
     assert torch.equal(found, expected)
 
 
+def test_grids_that_are_no_pictures_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    ddpm = pytest.importorskip("diffusers.schedulers.scheduling_ddpm").DDPMScheduler
+    options = RunOptions(output_dir=str(tmp_path), sample_every=40)
+    wide = nn.Conv2d(4, 4, 1)
+    wide.forward = lambda x, t: x * wide.weight.mean()  # type: ignore[method-assign, assignment]
+    four, flat = _images(8).expand(-1, 4, -1, -1), _images(8).flatten(2)
+    for model, images, channels, schedule, message in (
+        (wide, four, 4, None, "sample_every asks for pictures of samples with 4 channels, expected"),
+        (wide, flat, 1, None, r"sample_every asks for pictures of samples of shape \[4, 1, 64\], expected"),
+        (_small(), _images(8), 1, ddpm(num_train_timesteps=T), "schedule is a DDPMScheduler, expected"),
+    ):
+        loader = DataLoader(TensorDataset(images), 4)
+        trainer = Trainer(model, _config(in_channels=channels), options, schedule=schedule)
+        with pytest.raises(ValueError, match=message):
+            trainer.train(loader, max_steps=2)
+        assert trainer.step == 0
+        assert not list_checkpoints(tmp_path / "checkpoints")
+    other = Trainer(wide, _config(in_channels=4), RunOptions(sample_every=1))  # no folder for grids
+    other.train(DataLoader(TensorDataset(four), 4), max_steps=1)
+
+
+@pytest.mark.parametrize("model", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("data", [torch.float32, torch.float64, torch.float16])
+def test_images_take_the_dtype_of_the_model(model: torch.dtype, data: torch.dtype, tmp_path: Path) -> None:
+    """Training, validation and grids run, with the loss of the same numbers given in the dtype of the docs."""
+    images = (_images(4) * 8).round() / 8  # exact in each of these types
+    losses = []
+    for given in (data, torch.float64 if model == torch.float64 else torch.float32):
+        trainer = Trainer(_small().to(model), _config(), RunOptions(output_dir=str(tmp_path), cpu=True))
+        batch = images.to(given)
+        losses.append((trainer.training_step(batch)["loss"], trainer.validate([batch])))
+        assert validate_model(_small().to(model), [batch], config=trainer.config) > 0
+        assert draw_samples(trainer, 2).isfinite().all()
+        assert trainer.modules.model.enter.weight.dtype == model
+    assert losses[0] == losses[1]
+
+
+def test_embeddings_take_the_dtype_of_the_model() -> None:
+    trainer = Trainer(Prompted(), _config(), text_encoder=lambda prompts: torch.zeros(len(prompts), 2, 8).double())
+    embeddings = torch.randn(4, 2, 8, dtype=torch.float64)
+    assert trainer.training_step({"images": _images(4).double(), "encoder_hidden_states": embeddings})["loss"] > 0
+    assert trainer.training_step({"images": _images(4), "prompts": ["a"] * 4})["loss"] > 0
+
+
 def test_monitor_counts_by_timestep_and_leaves_out_what_is_not_finite() -> None:
     monitor = Monitor(torch.device("cpu"), 1000)
     losses, timesteps = torch.rand(100), torch.randint(0, 1000, (100,))

@@ -26,10 +26,20 @@ from torch.utils.data import (
 )
 
 from fastdiff.philox import Purpose
-from fastdiff.training import ImageFolder, Jitter, digits_dataset, fashion_mnist_dataset
+from fastdiff.training import (
+    DiffusionConfig,
+    ImageFolder,
+    Jitter,
+    LossTerms,
+    TrainingBatch,
+    digits_dataset,
+    fashion_mnist_dataset,
+)
 from fastdiff.training.data.batches import read_batch
 from fastdiff.training.data.order import DataOrder, seeded_draws
+from fastdiff.training.model.conditioning import Conditioning
 from fastdiff.training.seeded_uniforms import seeded_uniforms
+from fastdiff.training.trainer.validation import mean_loss
 
 PIL_Image = pytest.importorskip("PIL.Image")
 
@@ -318,3 +328,37 @@ def test_seeded_uniforms_are_uniform_and_apart() -> None:
     assert abs(float(numbers.mean()) - 0.5) < 0.006
     assert abs(float(torch.corrcoef(numbers.T)[0, 1])) < 0.04
     assert not torch.equal(numbers[:, 0], seeded_uniforms(torch.arange(20_000), 2, 1)[:, 0])
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+@pytest.mark.parametrize("kind", ["indexed", "shuffled", "dropped", "list"])
+def test_validation_counts_each_sample_once_on_any_number_of_processes(kind: str, world: int) -> None:
+    """Of 5 samples in batches of 2; the mean is that of one process up to the order of additions in float64."""
+    images = torch.rand(5, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    loader: Any = DataLoader(TensorDataset(images), 2, shuffle=kind == "shuffled", drop_last=kind == "dropped")
+    if kind == "list":
+        loader = list(images.split(2))
+    conditioning = Conditioning(None, None, 0.0, torch.device("cpu"))
+
+    def share(rank: int, ranks: int) -> tuple[list[int], Tensor]:
+        seen: list[int] = []
+        sums: list[Tensor] = []
+
+        def loss_of(batch: TrainingBatch) -> LossTerms:
+            seen.extend(batch.sample_ids.tolist())
+            return LossTerms(batch.images[:, 0].exp(), torch.zeros(len(batch.images)))
+
+        def reduce_sum(sum_: Tensor) -> Tensor:
+            sums.append(sum_)
+            return torch.ones(2)
+
+        order = DataOrder(loader, 0, rank, ranks, complete=True)
+        mean_loss(loss_of, order, conditioning, DiffusionConfig(in_channels=1).validate(), reduce_sum, torch.float64)
+        return seen, sums[0]
+
+    one, whole = share(0, 1)
+    parts = [share(rank, world) for rank in range(world)]
+    assert sorted(number for ids, _ in parts for number in ids) == sorted(one)
+    assert len(one) == (4 if kind == "dropped" else 5)
+    total = torch.stack([sums for _, sums in parts]).sum(0)
+    torch.testing.assert_close(total[0] / total[1], whole[0] / whole[1], rtol=1e-14, atol=0)

@@ -31,6 +31,11 @@ class RawBatch(NamedTuple):
     prompts: Sequence[str] | None = None
     embeddings: Tensor | None = None
 
+    def to_dtype(self, dtype: torch.dtype) -> RawBatch:
+        """Return the batch with images and embeddings of a dtype."""
+        embeddings = None if self.embeddings is None else self.embeddings.to(dtype)
+        return self._replace(images=self.images.to(dtype), embeddings=embeddings)
+
 
 @dataclass(frozen=True)
 class TrainingBatch:

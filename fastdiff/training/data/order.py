@@ -99,14 +99,17 @@ class DataOrder:
         loader: the data loader or the iterable.
         seed: of the order and of the data set's transforms.
         rank, world: this process' number, and how many there are.
+        complete: give each sample to one process, also of batches with fewer samples than processes, so that some
+            processes get no share of these.  Steps of a training need a share of each process.
 
     Raises:
         TypeError: the loader cannot be iterated over.
         ValueError: it is empty, has fewer samples than processes, or shares samples out among processes by itself.
     """
 
-    def __init__(self, loader: Any, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, loader: Any, seed: int, rank: int = 0, world: int = 1, *, complete: bool = False) -> None:
         self._loader, self._seed, self._rank, self._world = loader, seed, rank, world
+        self._least = 1 if complete else world
         self._indexed = isinstance(loader, DataLoader) and _has_usual_order(loader)
         if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
             got, remedy = f"is a {type(loader).__name__}", "pass a torch DataLoader"
@@ -117,7 +120,7 @@ class DataOrder:
             raise ValueError(error_message("train", "dataloader", got, expected, remedy))
         if self._indexed and not self.batches:
             samples = len(loader.dataset)
-            least = self._global_batch if loader.drop_last else world
+            least = self._loader.batch_size * self._least if loader.drop_last else self._least
             got, remedy = f"has {samples} samples", "give more samples, or take smaller batches"
             raise ValueError(error_message("train", "dataloader", got, f"at least {least}", remedy))
 
@@ -132,13 +135,19 @@ class DataOrder:
         return size
 
     @property
+    def _samples(self) -> int:
+        """Samples of a pass: without a rest that the loader drops, of a batch of those that are given out together."""
+        count: int = len(self._loader.dataset)
+        return count - count % (self._loader.batch_size * self._least) if self._loader.drop_last else count
+
+    @property
     def batches(self) -> int | None:
         """Batches of an epoch; None where the loader does not know."""
         if self._indexed:
-            count, size = len(self._loader.dataset), self._global_batch
-            return count // size + (count % size >= self._world and not self._loader.drop_last)
+            count, size = self._samples, self._global_batch
+            return count // size + (count % size >= self._least)
         try:
-            return len(self._loader) // self._world
+            return -(-(len(self._loader) - self._least + 1) // self._world)
         except TypeError:  # a DataLoader has __len__, which raises where its IterableDataset has none
             return None
 
@@ -150,13 +159,14 @@ class DataOrder:
         loader, size = self._loader, self._global_batch
         count = len(loader.dataset)
         shuffled = isinstance(loader.sampler, RandomSampler)
-        order = epoch_order(count, self._seed, number) if shuffled else list(range(count))
+        order = (epoch_order(count, self._seed, number) if shuffled else list(range(count)))[: self._samples]
         shares, totals = [], []
         for i in range(skip, self.batches or 0):
             whole = order[i * size : (i + 1) * size]
             edges = [rank * len(whole) // self._world for rank in (self._rank, self._rank + 1)]
-            shares.append(whole[edges[0] : edges[1]])
-            totals.append(len(whole))
+            if edges[0] < edges[1]:
+                shares.append(whole[edges[0] : edges[1]])
+                totals.append(len(whole))
         ours = DataLoader(
             _Numbered(loader.dataset, self._seed, number),
             batch_sampler=shares,
@@ -176,12 +186,12 @@ class DataOrder:
         first, batches = 0, iter(self._loader)
         while True:
             group = list(islice(batches, self._world))
-            if len(group) < self._world:
+            if len(group) < self._least:
                 return
             sizes = [len(read_batch(batch, "train").images) for batch in group]
             if skip > 0:
                 skip -= 1
-            else:
+            elif self._rank < len(group):
                 begin = first + sum(sizes[: self._rank])
                 ids = torch.arange(begin, begin + sizes[self._rank])
                 yield Share(group[self._rank], ids, sum(sizes))

@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...errors import checked_float, checked_integer, error_message, unknown_name
-from ..checkpoints import read_state
 from ..config import DiffusionConfig
 from ..losses.objectives import Objective
-from ..model.from_checkpoint import find_checkpoint, load_folder_weights, round_folder
-from ..model.trained_parts import noise_schedule
+from ..model.from_checkpoint import load_folder_weights, round_folder
+from ..model.trained_parts import check_configured_schedule, noise_schedule
 from ..trainer.job import Job
 from .consistency import ConsistencyObjective, ConsistencyOptions
 from .progressive import ProgressiveObjective, Teacher, progressive_rounds
@@ -158,18 +158,16 @@ def _load_teacher(job: Job, data: str, teacher: Path | None) -> None:
             )
         job.model.load_state_dict(load_digit_unet().state_dict())
         return
-    folder = find_checkpoint(teacher)
-    load_folder_weights(folder, {"model": job.model}, "train")
-    _check_same_output(folder, job.config.validate())
+    folder, state = load_folder_weights(teacher, {"model": job.model}, "train")
+    _check_same_output(folder, state, job.config.validate())
 
 
-def _check_same_output(folder: Path, config: DiffusionConfig) -> None:
+def _check_same_output(folder: Path, state: Mapping[str, Any], config: DiffusionConfig) -> None:
     """Refuse a teacher whose output means something else than the student's.
 
     Raises:
         ValueError: its configuration has another prediction type or noise schedule.
     """
-    state = read_state(folder)
     if "config" not in state:  # `save_checkpoint` wrote the model alone
         return
     found = DiffusionConfig.from_dict(state["config"])
@@ -178,6 +176,7 @@ def _check_same_output(folder: Path, config: DiffusionConfig) -> None:
         if theirs != ours:
             got, remedy = f"is {str(folder)!r} with {name} {theirs!r}", "pass the --config that it was trained with"
             raise ValueError(error_message("train", "--teacher", got, f"{ours!r} like the student", remedy))
+    check_configured_schedule(state, config, folder, "train", "--teacher")
 
 
 def round_objective(job: Job, options: DistillOptions, current: Round) -> Objective:

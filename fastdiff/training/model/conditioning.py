@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...device_copy import to_device
 from ...errors import error_message
 from ...philox import Purpose
+from ...row_layout import compute_dtype
 from ..data.batches import RawBatch
 from ..seeded_uniforms import seeded_uniforms
 
@@ -34,11 +35,18 @@ class TrainedModules(nn.Module):
     Args:
         model: called with ``(sample, timestep)`` or ``(sample, timestep, condition)``.
         text_encoder: gets tokens ``[B, length]``, where it is trained.
+
+    Attributes:
+        data_dtype: of images and embeddings: float32, or float64 for a model with parameters of it.
     """
 
     def __init__(self, model: nn.Module, text_encoder: nn.Module | None = None) -> None:
         super().__init__()
         self.model, self.text_encoder = model, text_encoder
+        dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+        self.data_dtype = compute_dtype(*dtypes)
+        # A model of half precision throughout computes in it; others take the dtype of the data.
+        self._input_dtype = dtypes.pop() if len(dtypes) == 1 else self.data_dtype
 
     def forward(self, sample: Tensor, timestep: Tensor, condition: Tensor | None = None) -> Tensor:
         """Return the model's output ``[B, C, ...]``.
@@ -48,10 +56,13 @@ class TrainedModules(nn.Module):
             timestep: ``[B]``.
             condition: None; labels ``[B]``; tokens ``[B, length]`` int64; or embeddings ``[B, tokens, width]``.
         """
+        sample = sample.to(self._input_dtype)
         if condition is None:
             return output_tensor(self.model(sample, timestep))
         if condition.dim() == 2 and not condition.is_floating_point() and self.text_encoder is not None:
             condition = self.text_encoder(condition)
+        if condition.is_floating_point():
+            condition = condition.to(self._input_dtype)
         return output_tensor(self.model(sample, timestep, condition))
 
 

@@ -12,17 +12,19 @@ from torch import nn
 
 from ...errors import error_message
 from ..checkpoints import (
+    ATTEMPTS,
     Checkpoint,
-    checkpoint_digest,
     is_checkpoint,
     latest_checkpoint,
     read_checkpoint,
     read_state,
+    unsteady,
 )
 from ..config import DiffusionConfig
 from ..state_tensors import check_same_tensors, load_module_tensors, module_tensors
 from .diffusion_model import AdvancedUNet
 from .text_encoder import SmallTextEncoder, TextEncoder
+from .trained_parts import check_configured_schedule
 
 _ROUND = re.compile(r"steps-(\d{4,})")
 
@@ -32,7 +34,7 @@ class TrainedModel(NamedTuple):
 
     Attributes:
         folder: of the checkpoint.
-        digest: see `checkpoint_digest`.
+        digest: see `Checkpoint`.
         config: the settled configuration of the training.
         network: a `DigitUNet` or an `AdvancedUNet`, with averaged weights where there are any.
         text_encoder: for prompts; None for a model without.
@@ -82,12 +84,36 @@ def _is_complete(state: Mapping[str, Any]) -> bool:
     return int(state["step"]) >= int(state["config"]["max_train_steps"])
 
 
-def load_folder_weights(folder: str | Path, parts: Mapping[str, nn.Module], operation: str) -> None:
-    """Copy the weights of the checkpoint that a folder means into modules.
+def read_folder(folder: str | Path) -> tuple[Path, Checkpoint]:
+    """Return the checkpoint that a folder means and what it holds, without the state of the optimizer.
 
-    Args and errors as in `find_checkpoint`, `read_checkpoint` and `load_weights`.
+    Where a training removes the latest one before it is read, the folder is looked through again.
+
+    Raises:
+        FileNotFoundError: there is none, or it was removed or replaced again and again.
+        ValueError: as `find_checkpoint` and `read_checkpoint`.
     """
-    load_weights(read_checkpoint(find_checkpoint(folder), without=("optimizer",)), parts, operation)
+    for _ in range(ATTEMPTS):
+        path = None
+        try:
+            path = find_checkpoint(folder)
+            return path, read_checkpoint(path, without=("optimizer",))
+        except FileNotFoundError:
+            if path == Path(folder):
+                raise
+    raise unsteady(Path(folder))
+
+
+def load_folder_weights(
+    folder: str | Path, parts: Mapping[str, nn.Module], operation: str
+) -> tuple[Path, dict[str, Any]]:
+    """Copy the weights of the checkpoint that a folder means into modules; return the checkpoint and its JSON values.
+
+    Args and errors as in `read_folder` and `load_weights`.
+    """
+    path, found = read_folder(folder)
+    load_weights(found, parts, operation)
+    return path, found.state
 
 
 def load_weights(found: Checkpoint, parts: Mapping[str, nn.Module], operation: str) -> None:
@@ -122,19 +148,22 @@ def load_trained_model(
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it is no whole checkpoint of a trainer, or of another model than `DigitUNet` and `AdvancedUNet`.
+        ValueError: it is no whole checkpoint of a trainer, or of another model than `DigitUNet` and `AdvancedUNet`, or
+            was trained on another noise schedule than its configuration has.
     """
-    path = find_checkpoint(folder)
     try:
-        found = read_checkpoint(path, without=("optimizer",))
+        path, found = read_folder(folder)
     except FileNotFoundError as error:
-        got, remedy = f"is {str(path)!r}, which does not exist", "check the path"
+        if Path(folder).exists():
+            raise
+        got, remedy = f"is {str(folder)!r}, which does not exist", "check the path"
         expected = "a folder of fastdiff train, or of a trainer's checkpoint"
         raise FileNotFoundError(error_message(operation, argument, got, expected, remedy)) from error
     if "config" not in found.state:
         got, remedy = f"is {str(path)!r}, which has no configuration", "load it with load_checkpoint into a model"
         raise ValueError(error_message(operation, argument, got, "a trainer's checkpoint", remedy))
     config = DiffusionConfig.from_dict(found.state["config"]).validate()
+    check_configured_schedule(found.state, config, path, operation, argument)
     network = _untrained_network(config, found)
     parts: dict[str, nn.Module] = {"model": network}
     if "text_encoder" in found.tensors:
@@ -142,7 +171,7 @@ def load_trained_model(
         if isinstance(text_encoder, nn.Module):
             parts["text_encoder"] = text_encoder
     load_weights(found, parts, operation)
-    return TrainedModel(path, checkpoint_digest(path), config, network, text_encoder)
+    return TrainedModel(path, found.digest, config, network, text_encoder)
 
 
 def _untrained_network(config: DiffusionConfig, found: Checkpoint) -> nn.Module:

@@ -29,7 +29,7 @@ class CheckpointModel:
 
     Attributes:
         folder: of the checkpoint, absolute.
-        digest: see `fastdiff.training.checkpoints.checkpoint_digest`.
+        digest: see `fastdiff.training.checkpoints.Checkpoint`.
         config: the settled configuration of the training.
         takes_labels, takes_prompts: the model is a `DigitUNet`, or has a text encoder.
 

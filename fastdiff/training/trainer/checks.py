@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Checks of what a trainer is given: precision, learning rate, data and output folder."""
+"""Checks of what a trainer is given: precision, learning rate, data, grids of samples and output folder."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ...errors import error_message
+from ...errors import error_message, require
+from ...schedules import BaseNoiseScheduler
 from ..checkpoints import latest_checkpoint
 from ..config import DiffusionConfig
 from ..data.order import DataOrder
@@ -93,3 +95,43 @@ def check_no_later_checkpoint(checkpoints: Path, step: int) -> None:
         expected = f"none after step {step}, where the trainer is"
         remedy = "call load_checkpoint() first, take another folder, or remove the later checkpoints"
         raise ValueError(error_message("train", "output_dir", got, expected, remedy))
+
+
+def check_grids(schedule: Any, channels: int) -> None:
+    """Check, before a training, that grids of samples can be drawn and written.
+
+    Args:
+        schedule: the trainer's noise schedule.
+        channels: of the samples.
+
+    Raises:
+        ValueError: the schedule is not of fastdiff, or samples have not 1 or 3 channels.
+        ImportError: Pillow is missing.
+    """
+    require("PIL.Image", "cli", "train")
+    check_schedule_of_grids(schedule)
+    if channels not in (1, 3):
+        got, remedy = f"asks for pictures of samples with {channels} channels", "leave it at 0"
+        raise ValueError(error_message("train", "sample_every", got, "samples of 1 or 3 channels", remedy))
+
+
+def check_schedule_of_grids(schedule: Any) -> None:
+    """Check that a sampler takes a noise schedule.
+
+    Raises:
+        ValueError: it is not of fastdiff.
+    """
+    if not isinstance(schedule, BaseNoiseScheduler):
+        got, remedy = f"is a {type(schedule).__name__}", "leave sample_every at 0, or pass schedule="
+        raise ValueError(error_message("train", "schedule", got, "a schedule of fastdiff for samples", remedy))
+
+
+def check_images_of_grids(images: Tensor) -> None:
+    """Check that samples of the shape of these images are pictures.
+
+    Raises:
+        ValueError: the images are not ``[B, C, H, W]``.
+    """
+    if images.dim() != 4:
+        got, remedy = f"asks for pictures of samples of shape {list(images.shape)}", "leave it at 0"
+        raise ValueError(error_message("train", "sample_every", got, "[B, 1 or 3, H, W]", remedy))

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from ...analysis.images import save_grid
-from ...errors import error_message
 from ...ops import randn
 from ...philox import spawn_seeds
-from ...schedules import BaseNoiseScheduler
 from ..model.sampling import configured_sampler, model_for_sampler
+from .checks import check_schedule_of_grids
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -38,9 +37,7 @@ def write_sample_grid(trainer: Trainer, path: Path) -> None:
 def draw_samples(trainer: Trainer, count: int) -> Tensor:
     """Return samples ``[count, C, H, W]`` of the averaged weights, by the configuration's method and steps."""
     config, options = trainer.config, trainer.options
-    if not isinstance(trainer.schedule, BaseNoiseScheduler):
-        got, remedy = f"is a {type(trainer.schedule).__name__}", "leave sample_every at 0, or pass schedule="
-        raise ValueError(error_message("train", "schedule", got, "a schedule of fastdiff for samples", remedy))
+    check_schedule_of_grids(trainer.schedule)
     condition = null = None
     conditioning = trainer.conditioning
     if conditioning.null_label is not None and options.sample_labels:
@@ -56,6 +53,6 @@ def draw_samples(trainer: Trainer, count: int) -> Tensor:
     seeds = spawn_seeds(config.seed % 2**32, count)
     shape = (count, config.in_channels, *trainer.sample_shape)
     with trainer.averaged_weights() as modules, torch.no_grad(), trainer.autocast():
-        latents = randn(shape, seeds, device=trainer.device)
+        latents = randn(shape, seeds, dtype=modules.data_dtype, device=trainer.device)
         model = model_for_sampler(modules, config, sampler)
         return sampler.sample(model, latents, condition, null, seeds=seeds, progress=False, keep_mode=True).samples

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...errors import error_message
 from ..checkpoints import read_checkpoint, write_checkpoint
+from ..model.trained_parts import equal_levels, schedule_levels
 from ..state_tensors import (
     check_same_tensors,
     load_module_tensors,
@@ -63,6 +64,9 @@ def save_state(trainer: Trainer, folder: Path) -> None:
         "config": trainer.config.to_dict(),
         "torch": torch.__version__,
     }
+    levels = schedule_levels(trainer.schedule)
+    if levels is not None:
+        state["schedule"] = levels
     modules = trainer.modules
     files = {"model": module_tensors(modules.model), "optimizer": tensors}
     if modules.text_encoder is not None:
@@ -104,7 +108,7 @@ def load_state(trainer: Trainer, folder: Path) -> None:
         raise ValueError(error_message(operation, "path", got, ", ".join(sorted(expected)), remedy))
     for name, module in parts:
         check_same_tensors(module_tensors(module), tensors[name], operation, name)
-    _warn_of_changes(trainer.config.to_dict(), state["config"])
+    _warn_of_changes(trainer, state)
     load_optimizer_state(trainer.optimizer, state["optimizer"], tensors["optimizer"])
     for name, module in parts:
         load_module_tensors(module, tensors[name], operation, name)
@@ -144,8 +148,12 @@ def _averaged(module: nn.Module, averages: dict[int, Tensor]) -> dict[str, Tenso
     return {name: averages.get(id(tensor), tensor) for name, tensor in module_tensors(module).items()}
 
 
-def _warn_of_changes(ours: dict[str, Any], saved: dict[str, Any]) -> None:
+def _warn_of_changes(trainer: Trainer, state: dict[str, Any]) -> None:
+    ours, saved = trainer.config.to_dict(), state["config"]
     changed = [name for name, value in ours.items() if saved.get(name) != value and name not in _OF_SAMPLING]
+    levels = schedule_levels(trainer.schedule)
+    if not changed and levels is not None and not equal_levels(levels, state.get("schedule", levels)):
+        changed = ["the noise schedule"]
     if changed:
         got = f"differs from the checkpoint's in {', '.join(changed)}"
         remedy = "the training goes on with the new values, and not in the bits of the old one"

@@ -25,6 +25,8 @@ from ..model.text_encoder import SmallTextEncoder
 from ..model.trained_parts import noise_schedule, trained_network
 from .checks import (
     check_batch_size,
+    check_grids,
+    check_images_of_grids,
     check_learning_rate,
     check_no_later_checkpoint,
     check_validation,
@@ -193,8 +195,9 @@ class Trainer:
             ``loss/t0`` …, ``grad_norm``, ``learning_rate``, ``skipped_steps``, and ``val_loss`` where it was computed.
 
         Raises:
-            TypeError, ValueError: the data do not fit, there are none for the validations that the options ask for, or
-                the output folder has a checkpoint of a later step, which a new run would mix with its own.
+            TypeError, ValueError: the data do not fit, there are none for the validations that the options ask for, the
+                grids of samples that they ask for cannot be drawn, or the output folder has a checkpoint of a later
+                step, which a new run would mix with its own.
             DivergedError: gradients are not finite, and ``on_nan`` says to stop.
             OSError: a file cannot be written; the last checkpoint is whole.
             MemoryError, torch.OutOfMemoryError: with what to change.
@@ -211,6 +214,9 @@ class Trainer:
         order = DataOrder(dataloader, self.config.seed, self.accelerator.process_index, world)
         check_batch_size(order, self.batch, self.global_batch)
         check_validation(self.options.validate_every, self._val_dataloader)
+        unseen = self.options.sample_every > 0 and self.options.output_dir is not None
+        if unseen:
+            check_grids(self.schedule, self.config.in_channels)
         if self.options.output_dir is not None:
             check_no_later_checkpoint(self._checkpoints("train"), self.step)
         last = math.inf if max_steps is None else max_steps
@@ -223,6 +229,9 @@ class Trainer:
             while self.step < last and (num_epochs is None or self.epoch < num_epochs):
                 before = self.batch
                 for share in order.epoch(self.epoch, self.batch):
+                    if unseen:  # grids have the shape of the images
+                        check_images_of_grids(read_batch(share.data, "train").images)
+                        unseen = False
                     self.global_batch = order.global_batch or share.total
                     self._step_on(share, self.epoch)
                     self.batch += 1
@@ -252,7 +261,7 @@ class Trainer:
         """Compute gradients of a share of a batch, and take an optimizer step where it is due; return the loss."""
         self._averages.check_not_in_place("train")
         config, process = self.config, self.accelerator.process_index
-        raw = read_batch(share.data, "train", config.in_channels)
+        raw = read_batch(share.data, "train", config.in_channels).to_dtype(self.modules.data_dtype)
         count = len(raw.images)
         if count != len(share.sample_ids):
             got, expected = f"has {count} images", f"{len(share.sample_ids)}, one a sample"
@@ -377,9 +386,12 @@ class Trainer:
         return self._averages.in_place()
 
     def validate(self, dataloader: Any) -> float:
-        """Return the mean loss over batches, of the averaged weights, with timesteps and noise that never change."""
+        """Return the mean loss of the averaged weights, with timesteps and noise that never change.
+
+        Each sample counts once, on whichever number of processes.
+        """
         world = self.accelerator.num_processes
-        order = DataOrder(dataloader, self.config.seed, self.accelerator.process_index, world)
+        order = DataOrder(dataloader, self.config.seed, self.accelerator.process_index, world, complete=True)
 
         def loss_of(predict_batch: TrainingBatch) -> LossTerms:
             with self.autocast():
@@ -387,7 +399,12 @@ class Trainer:
 
         with self.averaged_weights():
             return mean_loss(
-                loss_of, order, self.conditioning, self.config, lambda sums: self.accelerator.reduce(sums, "sum")
+                loss_of,
+                order,
+                self.conditioning,
+                self.config,
+                lambda sums: self.accelerator.reduce(sums, "sum"),
+                self.modules.data_dtype,
             )
 
     # Checkpoints

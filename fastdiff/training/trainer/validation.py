@@ -29,15 +29,17 @@ def mean_loss(
     conditioning: Conditioning,
     config: DiffusionConfig,
     reduce_sum: Callable[[Tensor], Tensor],
+    dtype: torch.dtype = torch.float32,
 ) -> float:
     """Return the mean loss over one pass of the data, in the order of the data set.
 
     Args:
         loss_of: losses of a batch.
-        order: the batches.
+        order: the batches; a process may have none.
         conditioning: of the model; no condition is dropped.
         config: the configuration.
         reduce_sum: adds a tensor over processes.
+        dtype: of images and embeddings.
 
     Raises:
         TypeError, ValueError: there is no batch, or one does not fit.
@@ -47,7 +49,7 @@ def mean_loss(
     sums = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     with torch.no_grad():
         for share in order.epoch(0):
-            raw = read_batch(share.data, "validate_model", config.in_channels)
+            raw = read_batch(share.data, "validate_model", config.in_channels).to_dtype(dtype)
             seeds = sample_seeds(config.seed, share.sample_ids, _VALIDATION_EPOCH)
             condition = kept(raw, seeds, "validate_model")
             images = to_device(raw.images, device)
@@ -56,7 +58,7 @@ def mean_loss(
             sums += torch.stack([losses.sum(), torch.ones_like(losses).sum()])
     total, count = reduce_sum(sums).tolist()
     if not count:
-        remedy = "give a loader that can be read again, with at least one batch a process"
+        remedy = "give a loader that can be read again, with one batch or more"
         raise ValueError(error_message("validate", "val_dataloader", "gave no batch", "one or more", remedy))
     return float(total / count)
 
@@ -105,6 +107,7 @@ def validate_model(
             conditioning,
             settled,
             lambda sums: sums,
+            modules.data_dtype,
         )
     finally:
         for module, mode in modes:
