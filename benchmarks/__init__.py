@@ -16,6 +16,7 @@ end_to_end.py          time of whole loops with small models, before and after; 
 end_to_end_table.py    table of its runs in README.md and docs/performance.md
 forward_process.py     noisy samples, targets and the training loss beside diffusers and torch; a command of its own
 log_prob.py            a log-probability, its replay and gradient beside torch; a command of its own
+step_gradient.py       a step under autograd and its gradient beside torch; a command of its own
 gpu_configs.py         search for the best block sizes on a GPU; a command of its own
 __main__.py            ``fastdiff bench``; from a checkout also ``python -m benchmarks``
 test_step.py           the same cases under pytest-benchmark; test_reductions.py: reductions and noise

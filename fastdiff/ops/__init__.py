@@ -6,6 +6,7 @@ The modules::
     step.py                  the public step
     custom_ops.py            the step as operators of torch's dispatcher, for compilers and autograd
     autograd.py              its backward, which is the step with other coefficients
+    recorded_step.py         steps under autograd that the extension takes without the checks in Python
     vmap.py                  its batching rules
     dispatch.py              a checked call on the backend that was chosen
     call.py                  the arguments of a step, declared once

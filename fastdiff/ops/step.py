@@ -26,6 +26,7 @@ from .dispatch import run
 from .fallback import backend_to_run
 from .layout import in_memory, is_fake, output_strides, to_strides
 from .parts import run_parts
+from .recorded_step import record_step
 from .transforms import refuse_tangents
 
 
@@ -279,6 +280,9 @@ def complete_step(call: StepCall, backend: str | None = None) -> tuple[Tensor, .
     Raises:
         TypeError, ValueError, RuntimeError: as `step`.
     """
+    recorded = record_step(call) if backend is None else None
+    if recorded is not None:
+        return recorded
     check(call)
     name = backend_to_run(call.sample, backend)
     return run_parts(call, lambda parts: _run(parts, name)) if call.has_parts else _run(call, name)

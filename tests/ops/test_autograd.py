@@ -21,7 +21,7 @@ from fastdiff.ops import backends
 from fastdiff.sampling.stepper import Stepper
 from fastdiff.solvers.affine import Affine
 from fastdiff.solvers.table import Row, StepTable
-from support.oracle import INTERPRETED, UNIT_ROUNDOFF, plain_row
+from support.oracle import INTERPRETED, UNIT_ROUNDOFF, assert_same_bits, plain_row
 
 pytestmark = pytest.mark.skipif(backends.extension is None, reason="the C++ extension was not built")
 INF = float("inf")
@@ -206,18 +206,78 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize(("backend", "saved"), [(None, []), ("cpu", [32])])  # a forced backend saves the table
 @pytest.mark.parametrize(
     ("wanted", "launches"), [(["x"], 1), (["x", "m", "h0"], 1), (["x", "m", "h0", "z"], 2), (["z"], 1)]
 )
-def test_backward_of_linear_row_is_one_launch_and_saves_no_tensor(wanted: list[str], launches: int) -> None:
+def test_backward_of_linear_row_is_one_launch_and_saves_no_tensor(
+    wanted: list[str], launches: int, backend: str | None, saved: list[int]
+) -> None:
     t = {name: torch.randn(4, 64, requires_grad=name in wanted) for name in ("x", "m", "h0", "z")}
     table, kept = torch.randn(1, 32).index_fill_(1, torch.tensor([2]), INF), []
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: (kept.append(saved.numel()), saved)[1], lambda s: s):
-        results = ops.step(t["x"], t["m"], table, 0, history=[t["h0"]], noise=t["z"], keeps=2)
-    assert kept == [32]
+        results = ops.step(t["x"], t["m"], table, 0, history=[t["h0"]], noise=t["z"], keeps=2, backend=backend)
+    assert kept == saved
     with Launches() as mode:
         torch.autograd.grad([r.sum() for r in results], [t[name] for name in wanted])
     assert mode.seen["fastdiff.step.default"] == launches
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=20)
+def test_linear_steps_that_the_extension_records_have_the_bits_of_the_general_way(
+    dtype: torch.dtype, seed: int
+) -> None:
+    """A forced backend takes the general way.  Any inputs and outputs may be left out of the graph."""
+    dice, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    shape = (dice.randint(1, 3), dice.randint(1, 5))
+    table = torch.randn(2, 32, generator=generator, dtype=torch.float64)
+    table = torch.where(torch.rand(2, 32, generator=generator) < 0.3, 0.0, table)
+    table[:, 2], table[:, 6:8] = INF, -1
+    table = table.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    x, m, u, z, *history = torch.randn(8, *shape, generator=generator, dtype=torch.float64).to(dtype).unbind()
+    history = [h if dice.random() < 0.6 else None for h in history]
+    options: dict[str, Any] = {"history": history, "keeps": dice.randrange(3)}
+    options |= {"uncond": u, "guidance_scale": dice.uniform(-2, 8)} if dice.random() < 0.6 else {}
+    options |= dice.choice([{}, {"noise": z}, {"seeds": torch.arange(shape[0]), "noise_step": 3}])
+    present = [t for t in (x, m, options.get("uncond"), *history, options.get("noise")) if t is not None]
+    wanted = [t for t in present if dice.random() < 0.6] or [m]
+    for tensor in wanted:
+        tensor.requires_grad_()
+    index = dice.randrange(2)
+    found = ops.step(x, m, table, index, **options)
+    expected = ops.step(x, m, table, index, **options, backend="cpu")
+    assert found[0].grad_fn is not None
+    assert "_LinearStep" in found[0].grad_fn.name()
+    assert_same_bits([one.detach() for one in found], [one.detach() for one in expected])
+    chosen = [o for o in range(len(found)) if dice.random() < 0.7] or [0]
+    grads = [torch.randn(shape, generator=generator).to(dtype) for _ in chosen]
+    create_graph = dice.random() < 0.3
+    one, other = (
+        torch.autograd.grad([made[o] for o in chosen], wanted, grads, create_graph=create_graph, allow_unused=True)
+        for made in (found, expected)
+    )
+    for a, b in zip(one, other, strict=True):
+        # An input that no output reads has zeros, or None, for its gradient.
+        zeros = torch.zeros(shape, dtype=dtype)
+        assert_same_bits([zeros if a is None else a.detach()], [zeros if b is None else b.detach()])
+
+
+def test_gradients_of_recorded_linear_steps_have_gradients() -> None:
+    """The gradient is linear in the outputs' gradients, which may have a graph."""
+    row = plain_row(prev_x=0.5, prev_m=2.0, prev_d=0.25, k0_m=1.5, p=0.5, q=-1.0).double()
+    x, m, grad, other = torch.randn(4, 2, 3, dtype=torch.float64).unbind()
+    x.requires_grad_(), m.requires_grad_(), grad.requires_grad_()
+    prev, kept = ops.step(x, m, row, 0, keeps=1)
+    of_x, of_m = torch.autograd.grad((prev * kept).sum(), (x, m), create_graph=True)
+    torch.testing.assert_close(of_x, 0.625 * kept, **CLOSE)
+    torch.testing.assert_close(of_m, 1.75 * kept + 1.5 * prev, **CLOSE)
+    (twice,) = torch.autograd.grad(of_m.sum(), m)
+    torch.testing.assert_close(twice, torch.full_like(m, 2 * 1.75 * 1.5), **CLOSE)
+    (of_x,) = torch.autograd.grad(prev, x, grad, create_graph=True)
+    (back,) = torch.autograd.grad(of_x, grad, other, retain_graph=True)
+    torch.testing.assert_close(back, 0.625 * other, **CLOSE)
 
 
 def test_non_contiguous_layouts_have_same_gradients() -> None:
