@@ -68,10 +68,11 @@ def _fits(call: StepCall) -> bool:
     others = (call.threshold, call.mask, call.variance, call.model_input, call.out)
     if call.write_history or len(call.history) > NUM_REGISTERS or any(value is not None for value in others):
         return False
-    given: tuple[Any, ...] = (call.table, call.sample, call.model_output, call.uncond, *call.history, call.noise)
-    if not all(isinstance(value, Tensor) and value.device.type == "cpu" for value in given if value is not None):
+    optional = [value for value in (call.uncond, *call.history, call.noise) if value is not None]
+    table: Any = call.table
+    tensors: list[Any] = [call.sample, call.model_output, *optional]
+    if not all(isinstance(value, Tensor) and value.device.type == "cpu" for value in (table, *tensors)):
         return False
-    table, *tensors = (value for value in given if value is not None)
     if isinstance(call.guidance_scale, Tensor) or table.requires_grad or table.dim() != 2:
         return False
     if not isinstance(call.row_index, int) or not 0 <= call.row_index < len(table):

@@ -216,6 +216,7 @@ def test_call_reaches_extension_as_often_as_its_kind_needs(kind: str, offers: li
 
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "no tensor": (lambda: ops.step([1.0], X, TABLE, 0), "argument"),  # type: ignore[arg-type]
+    "nothing": (lambda: ops.step(None, None, None, 0), "argument"),  # type: ignore[arg-type]
     "a dtype": (lambda: ops.step(X.to(torch.int32), X, TABLE, 0), "dtype"),
     "the table's dtype": (lambda: ops.step(X.double(), X, TABLE, 0), "dtype"),
     "a shape": (lambda: ops.step(X, X[:1], TABLE, 0), "shape"),
