@@ -354,6 +354,28 @@ def coefficients_of(table: Tensor, row_index: int, row_indices: Tensor | None, *
     return torch.where(taken[:, None], chosen.double(), stays)
 
 
+def input_weights(row: Sequence[float], output: int, scale: float | None, dtype: torch.dtype) -> dict[str, float]:
+    """Return the weight of each input in one output of a linear row, by the input's name.
+
+    Args:
+        row: its 32 numbers.
+        output: 0 for prev_sample, 1 and 2 for the kept tensors.
+        scale: of guidance; None without.
+        dtype: of the table, to which the scale is rounded.
+    """
+    start = PREV_SAMPLE + output * len(COLUMNS)
+    of = row[start : start + len(COLUMNS)]
+    of_model = of[_M] + row[PREDICTION_OUTPUT] * of[_D]
+    share = 1.0 if scale is None else torch.tensor(scale, dtype=dtype, device="cpu").item()
+    return {
+        "sample": of[_X] + row[PREDICTION_SAMPLE] * of[_D],
+        "model_output": of_model * share,
+        "uncond": of_model * (1.0 - share),
+        **{name: of[_H0 + j] for j, name in enumerate(HISTORY_SLOTS)},
+        "noise": of[_Z],
+    }
+
+
 def _head(like: Tensor) -> Tensor:
     """Return the scalars before the maps of a row without prediction."""
     return torch.tensor([blank_row()[:PREV_SAMPLE]], dtype=like.dtype, device=like.device)

@@ -270,12 +270,13 @@ def direct_step(backend: str | None) -> tuple[ModuleType | None, bool]:
     return (takes_steps, True) if name == "triton" else (None, False)
 
 
-def offer(call: StepCall, triton: bool = False) -> tuple[Tensor, ...] | str | bytes:
-    """Hand a call to the extension, from the inside of an operator or without dispatch modes.
+def offer(call: StepCall, triton: bool = False, *, in_operator: bool = True) -> tuple[Tensor, ...] | str | bytes:
+    """Hand a call to the extension.
 
     Args:
         call: any call.
         triton: launch Triton's kernel where the C++ one could be launched too.
+        in_operator: from the inside of an operator; else a call that a dispatch mode has to see is declined.
 
     Returns:
         The outputs; or, with nothing written, why the extension declined (`Decline` in csrc/bindings/step.h), or the
@@ -283,7 +284,7 @@ def offer(call: StepCall, triton: bool = False) -> tuple[Tensor, ...] | str | by
     """
     assert extension is not None
     fields = {name: getattr(call, name) for name in FIELDS}
-    offered: tuple[Tensor, ...] | str | bytes = extension.step(**fields, triton=triton, in_operator=True)
+    offered: tuple[Tensor, ...] | str | bytes = extension.step(**fields, triton=triton, in_operator=in_operator)
     return offered
 
 

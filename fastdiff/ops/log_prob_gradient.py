@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import error_message
 from ..row_layout import CLIP, COLUMNS, KEEP_0, PREDICTION_OUTPUT, PREDICTION_SAMPLE, PREV_SAMPLE, ROW_WIDTH
 from . import backends
-from .autograd import apply_operator, coefficients_of, gradients, may_clip
+from .autograd import apply_operator, coefficients_of, gradients, input_weights, may_clip
 from .call import HISTORY_SLOTS, RESULT_DTYPES, STEP_ARGUMENTS
 from .checks import readable_without_sync
 
@@ -122,16 +122,7 @@ def _scaled_row(
     if row[CLIP] < math.inf or divisor == 0.0:
         return None
     of_prev = row[PREV_SAMPLE:KEEP_0]
-    of_d = of_prev[COLUMNS.index("prediction")]
-    of_m = of_prev[COLUMNS.index("model_output")] + row[PREDICTION_OUTPUT] * of_d
-    share = 1.0 if scale is None else torch.tensor(scale, dtype=dtype, device="cpu").item()
-    weights = {
-        "noise": -1.0,
-        "sample": of_prev[COLUMNS.index("sample")] + row[PREDICTION_SAMPLE] * of_d,
-        "model_output": of_m * share,
-        "uncond": of_m * (1.0 - share),
-        **{slot: of_prev[COLUMNS.index(slot)] for slot in HISTORY_SLOTS},
-    }
+    weights = input_weights(row, 0, scale, dtype) | {"noise": -1.0}
     # The previous sample is the step's noise, so that the row's map with its signs turned is the distance.
     distance = [*(-weight for weight in of_prev[:-1]), 1.0]
     maps = [weights[name] * weight / divisor for name in names for weight in distance]

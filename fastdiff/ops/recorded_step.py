@@ -21,19 +21,17 @@ from ..row_layout import (
     CLIP,
     COLUMNS,
     NUM_REGISTERS,
-    PREDICTION_OUTPUT,
-    PREDICTION_SAMPLE,
     PREV_SAMPLE,
     ROW_WIDTH,
     blank_row,
     compute_dtype,
 )
-from .autograd import apply_step
-from .backends import direct_extension
-from .call import FIELDS, HISTORY_SLOTS, StepCall
+from .autograd import apply_step, input_weights
+from .backends import direct_extension, offer
+from .call import HISTORY_SLOTS, StepCall
 
 _INPUTS = ("sample", "model_output", "uncond", *HISTORY_SLOTS, "noise")
-_X, _M, _D, _H0, _Z = (COLUMNS.index(name) for name in ("sample", "model_output", "prediction", "history_0", "noise"))
+_H0 = COLUMNS.index("history_0")
 #: Maps of a row.
 _MAPS = 3
 
@@ -46,14 +44,13 @@ def record_step(call: StepCall) -> tuple[Tensor, ...] | None:
     """
     if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return None
-    extension = direct_extension()
-    if extension is None or not _fits(call):
+    if direct_extension() is None or not _fits(call):
         return None
     row = tuple(call.table[call.row_index].tolist())
     if len(row) != ROW_WIDTH or row[CLIP] < math.inf:
         return None
     with torch.no_grad():
-        offered = extension.step(**{name: getattr(call, name) for name in FIELDS})
+        offered = offer(call, in_operator=False)
     if not isinstance(offered, tuple):
         return None
     history = (*call.history, *[None] * NUM_REGISTERS)[:NUM_REGISTERS]
@@ -116,9 +113,8 @@ def _weighted_sums(sources: Sequence[Tensor], table: Tensor, index: int, count: 
         history=tuple(sources),
         keeps=count - 1,
     )
-    extension = direct_extension()
-    if extension is not None:
-        offered = extension.step(**{name: getattr(call, name) for name in FIELDS})
+    if direct_extension() is not None:
+        offered = offer(call, in_operator=False)
         if isinstance(offered, tuple):
             return offered
     return apply_step(call, "")  # gradients with a graph of their own
@@ -137,21 +133,13 @@ def _pulled_back(
         made: the outputs with a gradient, which are the history in this order.
         dtype: of the table.
     """
-    share = 1.0 if scale is None else torch.tensor(scale, dtype=dtype, device="cpu").item()
-    maps = [row[PREV_SAMPLE + o * len(COLUMNS) :][: len(COLUMNS)] for o in made]
-    of_model = [of[_M] + row[PREDICTION_OUTPUT] * of[_D] for of in maps]
-    weights = {
-        "sample": [of[_X] + row[PREDICTION_SAMPLE] * of[_D] for of in maps],
-        "model_output": [share * weight for weight in of_model] if scale is not None else of_model,
-        "uncond": [(1.0 - share) * weight for weight in of_model],
-        **{name: [of[_H0 + j] for of in maps] for j, name in enumerate(HISTORY_SLOTS)},
-        "noise": [of[_Z] for of in maps],
-    }
+    weights = [input_weights(row, output, scale, dtype) for output in made]
     rows = []
     for first in range(0, len(names), _MAPS):
         new = blank_row()
         for k, name in enumerate(names[first : first + _MAPS]):
             start = PREV_SAMPLE + k * len(COLUMNS) + _H0
-            new[start : start + len(made)] = weights[name]
+            new[start : start + len(made)] = [of_output[name] for of_output in weights]
         rows.append(new)
-    return torch.tensor(rows, dtype=torch.float64, device="cpu").to(dtype)
+    with torch.inference_mode(False):  # autograd saves no inference tensor, and this one is kept
+        return torch.tensor(rows, dtype=torch.float64, device="cpu").to(dtype)
